@@ -1,0 +1,27 @@
+"""The exceptions sere-compile raises: one class per kind of mistake, all children of `SereError`."""
+
+from __future__ import annotations
+
+
+class SereError(Exception):
+    """Base class of every error that sere-compile raises on purpose."""
+
+
+class ConfigError(SereError, ValueError):
+    """An option is unknown, misspelt, of the wrong type or out of range."""
+
+
+class ProfileError(SereError, ValueError):
+    """A similarity profile is malformed, or does not fit the model it is attached to."""
+
+
+class GateNotFoundError(SereError, RuntimeError):
+    """`strict=True` and nothing was re-routed where a gate was expected."""
+
+
+class ProbeError(SereError, RuntimeError):
+    """The experts behind a gate could not be run to measure their similarity."""
+
+
+class MissingExtraError(SereError, ImportError):
+    """An optional dependency is needed; the message names the extra that installs it."""
