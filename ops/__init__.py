@@ -1,0 +1,11 @@
+"""The operators of sere-compile, registered with torch under the namespace `sere`.
+
+Each lives in a package of its own with fixed roles: `reference.py` defines it in plain ATen, `kernel.py` holds
+the Triton kernels (imported when the first CUDA tensor arrives), `op.py` registers it and chooses between
+the two. Importing this module registers `torch.ops.sere.*`; it does not import Triton.
+"""
+
+from .reroute import reroute
+from .reroute_merged import reroute_merged
+
+__all__ = ["reroute", "reroute_merged"]

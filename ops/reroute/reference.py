@@ -1,0 +1,96 @@
+"""What `sere::reroute` computes, in plain ATen: no data-dependent shape, no loop over tokens.
+
+This file defines the operator. It is also its implementation off CUDA and its decomposition for exporters:
+`reroute_reference` has the operator's own signature. Nothing here flattens tokens and slots into one
+dimension: an exported program does not check strides, and a view that was traced with contiguous ids would
+fail on others.
+"""
+
+import torch
+from torch import Tensor
+
+
+def in_range(ids: Tensor, num_experts: int) -> Tensor:
+    """True where an id names an expert; False for expert-parallel sentinels such as -1 and E."""
+    return (ids >= 0) & (ids < num_experts)
+
+
+def primary_experts(
+    ids: Tensor, num_experts: int, select_top_k: int, min_active: int, token_mask: Tensor | None
+) -> Tensor:
+    """The experts that no slot may leave: a bool mask [E].
+
+    Args:
+        ids: [T, K], any integer values.
+        select_top_k: S in 1..K-1.
+        min_active: widen S to the smallest S' whose union holds that many experts; with none below K every
+            expert is primary, which makes the map the identity.
+        token_mask: bool [T] or None; False rows contribute nothing.
+    """
+    if min_active <= 0:
+        return _named(ids[:, :select_top_k], num_experts, token_mask).amax(0) > 0
+    # unions[i]: the experts named in the first S + i slots; S' = K is the same as "none".
+    per_slot = _named(ids[:, :-1], num_experts, token_mask)
+    unions = (per_slot.cumsum(0) > 0)[select_top_k - 1 :]
+    too_few = (unions.sum(1) < min_active).sum(0, keepdim=True)
+    every = torch.ones(1, num_experts, dtype=torch.bool, device=ids.device)
+    return torch.cat([unions, every]).index_select(0, too_few)[0]
+
+
+def _named(ids: Tensor, num_experts: int, token_mask: Tensor | None) -> Tensor:
+    """int32 [K, E]: 1 where some real token names expert e in slot k."""
+    valid = in_range(ids, num_experts)
+    if token_mask is not None:
+        valid = valid & token_mask[:, None]
+    # A scatter of one constant has the same result in any order. Column E takes everything invalid.
+    index = torch.where(valid, ids.long(), num_experts).T
+    named = torch.zeros(ids.shape[1], num_experts + 1, dtype=torch.int32, device=ids.device)
+    return named.scatter(1, index, 1)[:, :num_experts]
+
+
+def expert_map(similarity: Tensor, primary: Tensor, threshold: float) -> Tensor:
+    """Where each expert's slots go: int64 [E], the expert itself for those that stay.
+
+    Args:
+        similarity: [E, E]; row u holds the similarities of expert u, compared in fp32.
+        primary: bool [E].
+        threshold: rho; an expert whose best similarity is below it stays. Not above 0: no such expert.
+    """
+    experts = torch.arange(similarity.shape[0], device=similarity.device)
+    similarity = similarity.float()
+    # A search with strict `>` from -inf never chooses NaN or -inf (`NaN > -inf` is false).
+    eligible = primary & (similarity > float("-inf"))
+    masked = torch.where(eligible, similarity, float("-inf"))
+    best = masked.amax(1)
+    # argmax returns the first of equal maxima, in eager, Inductor and ONNX alike.
+    target = masked.argmax(1)
+    stays = primary | (best == float("-inf"))
+    if threshold > 0:
+        stays = stays | (best < threshold)
+    return torch.where(stays, experts, target)
+
+
+def apply_map(ids: Tensor, mapping: Tensor) -> Tensor:
+    """`mapping[ids]` [T, K] in the dtype of ids; ids that name no expert pass through."""
+    num_experts = mapping.shape[0]
+    mapped = mapping[ids.long().clamp(0, num_experts - 1)]
+    return torch.where(in_range(ids, num_experts), mapped.to(ids.dtype), ids)
+
+
+def reroute_reference(
+    topk_ids: Tensor,
+    similarity: Tensor,
+    select_top_k: int,
+    threshold: float = 0.0,
+    min_active: int = 0,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """See `sere_compile.ops.reroute`. Returns a fresh contiguous tensor."""
+    num_slots = topk_ids.shape[-1]
+    if select_top_k <= 0 or select_top_k >= num_slots:
+        return topk_ids.clone(memory_format=torch.contiguous_format)
+    ids = topk_ids.contiguous().view(-1, num_slots)
+    mask = None if token_mask is None else token_mask.reshape(-1)
+    primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, mask)
+    mapping = expert_map(similarity, primary, threshold)
+    return apply_map(ids, mapping).view(topk_ids.shape)

@@ -1,0 +1,34 @@
+"""FX passes: find MoE gates in traced graphs and re-route their dispatch.
+
+A rewrite of one graph is, in this order:
+
+1. `find_gates`: which selections are gates, what each use of their ids does, what was refused and why.
+2. `extract_dispatch`: a gate's dispatch as a function, where its experts have to be probed.
+3. `rewrite_gate`: the dispatch uses read re-routed ids.
+4. `insert_count`: statistics, when asked for.
+
+Passes know graphs only: no model, no file format, no tracer's own objects. `passes/README.md` has the invariants.
+"""
+
+from .count_routing import COUNTED, insert_count
+from .extract_dispatch import DispatchRegion, extract_dispatch
+from .find_gates import Findings, find_gates
+from .gate import Gate, Skip, SkipReason, Use, UseKind
+from .rewrite_gating import Rewrite, RoutingSettings, rewrite_gate
+
+__all__ = [
+    "COUNTED",
+    "DispatchRegion",
+    "Findings",
+    "Gate",
+    "Rewrite",
+    "RoutingSettings",
+    "Skip",
+    "SkipReason",
+    "Use",
+    "UseKind",
+    "extract_dispatch",
+    "find_gates",
+    "insert_count",
+    "rewrite_gate",
+]

@@ -1,0 +1,136 @@
+"""Cut the dispatch of a gate out of its graph, as a function of (hidden, ids, weights).
+
+The region runs from the ids and the routing weights to their post-dominator with one row a token: the first node
+that every path from them passes through and that no longer has one row a slot. Running it with ids and weights
+of one's own choice (counterfactual routing) shows what each expert gives for the same tokens, without any
+knowledge of the model's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from . import nodes
+from .gate import Gate, UseKind
+from .routing_weights import outer_consumers
+
+
+_REARRANGING = nodes.VALUE_PRESERVING | {"transpose", "permute", "repeat_interleave", "repeat"}
+
+
+@dataclass(frozen=True)
+class DispatchRegion:
+    """The dispatch of one gate as a module of its own.
+
+    Attributes:
+        module: takes ids, weights, then `inputs`, then `activations`, in this order.
+        inputs: graph inputs and attributes (expert weights, sizes) that the region reads, as nodes of the graph.
+        activations: other tensors it reads; their rows are tokens, or slots in token-major order.
+        ids, weights: the nodes of the graph whose place the arguments take.
+    """
+
+    module: GraphModule
+    inputs: tuple[Node, ...]
+    activations: tuple[Node, ...]
+    ids: Node
+    weights: Node
+
+
+def extract_dispatch(gate: Gate) -> DispatchRegion | str:
+    """The gate's dispatch region, or a text that says why it cannot be cut out."""
+    if gate.weights is None:
+        return f"its routing weights could not be told: {gate.weights_skip}"
+    if any(use.kind is UseKind.LEAVES for use in gate.dispatch_uses):
+        return "its dispatch is outside the graph"
+    starts = [use.consumer for use in gate.dispatch_uses] + outer_consumers(gate.weights, gate.ids)
+    behind = _closure(starts)
+    exit_node = _post_dominator(gate, starts, behind)
+    if exit_node is None:
+        return "no single tensor with one row a token follows from its dispatch"
+    needed = _needed(exit_node, gate, behind)
+    if isinstance(needed, str):
+        return needed
+    return _build(gate, exit_node, needed)
+
+
+def _closure(starts: list[Node]) -> set[Node]:
+    """Everything computed from `starts`, themselves included."""
+    found, pending = set(starts), list(starts)
+    while pending:
+        fresh = [user for user in pending.pop().users if user not in found]
+        found.update(fresh)
+        pending.extend(fresh)
+    return found
+
+
+def _post_dominator(gate: Gate, starts: list[Node], behind: set[Node]) -> Node | None:
+    order = {node: position for position, node in enumerate(gate.selection.graph.nodes)}
+    last_start = max(order[start] for start in starts)
+    reach = 0
+    for node in sorted(behind, key=order.__getitem__):
+        closes = reach <= order[node] and order[node] >= last_start
+        if closes and _one_row_a_token(node, gate.ids):
+            return node
+        reach = max([reach, *(order[user] for user in node.users)])
+    return None
+
+
+def _one_row_a_token(node: Node, ids: Node) -> bool:
+    rows, tokens = nodes.shape(node), nodes.shape(ids)
+    if rows is None or tokens is None or not nodes.is_floating(node):
+        return False
+    return len(rows) == len(tokens) and all(str(a) == str(b) for a, b in zip(rows[:-1], tokens[:-1], strict=True))
+
+
+def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] | str:
+    """Every node the region reads, with its role: "inside", "input" or "activation"."""
+    roles: dict[Node, str] = {}
+    pending = [exit_node]
+    while pending:
+        node = pending.pop()
+        if node in roles or node is gate.ids or node is gate.weights:
+            continue
+        roles[node] = _role(node, gate, behind)
+        if roles[node] == "inside":
+            pending.extend(node.all_input_nodes)
+            # In-place writes have no users; without them the region would read unwritten memory.
+            pending.extend(user for user in node.users if user < exit_node and node in nodes.writes(user))
+    for node, role in roles.items():
+        if role == "activation" and not nodes.is_floating(node):
+            return f"it also reads {node.name}, which is not a floating-point tensor"
+    return roles
+
+
+def _role(node: Node, gate: Gate, behind: set[Node]) -> str:
+    if node.op in ("placeholder", "get_attr"):
+        return "activation" if _varies_by_token(node, gate.ids) else "input"
+    # What repeats or reshapes rows belongs to the dispatch; the rows themselves come from outside.
+    rearranges = nodes.kind(node) in _REARRANGING
+    if node in behind or rearranges or not nodes.is_tensor(node) or not node.all_input_nodes:
+        return "inside"
+    return "activation"
+
+
+def _varies_by_token(node: Node, ids: Node) -> bool:
+    """Whether a graph input is an activation with rows for tokens, not a parameter, buffer or size."""
+    if nodes.is_model_state(node) or not nodes.is_tensor(node) or not nodes.is_floating(node):
+        return False
+    return nodes.leading_count(node) == nodes.leading_count(ids)
+
+
+def _build(gate: Gate, exit_node: Node, roles: Mapping[Node, str]) -> DispatchRegion:
+    source = gate.selection.graph
+    graph = Graph()
+    assert gate.weights is not None  # noqa: S101  (checked by extract_dispatch)
+    inputs = tuple(n for n in source.nodes if roles.get(n) == "input")
+    activations = tuple(n for n in source.nodes if roles.get(n) == "activation")
+    mapped = {n: graph.placeholder(f"arg_{n.name}") for n in (gate.ids, gate.weights, *inputs, *activations)}
+    for node in source.nodes:
+        if roles.get(node) == "inside":
+            mapped[node] = graph.node_copy(node, mapped.__getitem__)
+    graph.output(mapped[exit_node])
+    return DispatchRegion(GraphModule(torch.nn.Module(), graph), inputs, activations, gate.ids, gate.weights)

@@ -1,0 +1,127 @@
+"""What the matcher reports: gates, the uses of their ids, and refusals with their reasons."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+
+class UseKind(enum.Enum):
+    """What a consumer does with the expert ids of a gate."""
+
+    LOOK_UP = "look-up"  # reads this token's scores or a per-expert scale: keeps the original ids
+    STATISTIC = "statistic"  # counts for a loss or a log: keeps the original ids
+    EXPERT_INDEX = "indexed weights"  # gathers stacked expert weights per slot: duplicates are summed
+    GROUPED = "grouped by expert"  # sorts slots by expert for a grouped matmul: duplicates are summed
+    LEAVES = "leaves the graph"  # goes to code that no graph shows: duplicates may be wrong
+    UNKNOWN = "unknown dispatch"  # anything else on its way to the experts: duplicates may be wrong
+
+    @property
+    def dispatches(self) -> bool:
+        """Whether the consumer sends tokens to experts, so that it must see re-routed ids."""
+        return self not in (UseKind.LOOK_UP, UseKind.STATISTIC)
+
+    @property
+    def sums_duplicates(self) -> bool:
+        """Whether a token that names an expert twice is proven to get the sum of both slots."""
+        return self in (UseKind.EXPERT_INDEX, UseKind.GROUPED)
+
+
+class SkipReason(enum.Enum):
+    """Why a selection was not rewritten. The value is what a report prints."""
+
+    NOT_LAST_DIM = "selects over another dimension than the last"
+    SMALLEST = "selects the smallest scores"
+    SIZE_UNKNOWN = "the number of scores or of selected experts is not a constant"
+    NO_ROUTER = "its scores do not come from a projection by a weight"
+    AMBIGUOUS_ROUTER = "its scores come from several projections"
+    ROUTER_SIZE = "its projection has more columns than there are scores to select from"
+    NO_IDS = "its indices are not used"
+    NO_DISPATCH = "its indices reach no expert weights"
+    NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
+    AMBIGUOUS_WEIGHTS = "its dispatch needs merged duplicates, but several tensors could be the routing weights"
+    MUTATED = "an in-place operation changes its ids or weights after they are dispatched"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A selection that was looked at and left alone.
+
+    Attributes:
+        reason: kind of refusal.
+        node: the node at fault.
+        detail: what was found, what was expected.
+        evidence: how many of the matcher's questions were answered with yes before this one; the refusal with
+            the highest number is the nearest miss.
+    """
+
+    reason: SkipReason
+    node: Node
+    detail: str = ""
+    evidence: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
+
+
+@dataclass(frozen=True)
+class Use:
+    """One consumer of the ids.
+
+    Attributes:
+        consumer: the node that reads them.
+        read: the node it reads: the ids themselves or a view, cast or copy of them.
+        kind: what the consumer does.
+    """
+
+    consumer: Node
+    read: Node
+    kind: UseKind
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A top-k selection over router scores whose ids dispatch tokens to experts.
+
+    Attributes:
+        selection: the top-k node.
+        ids: int [..., K], expert ids in descending order of score.
+        values: [..., K], the selected scores, or None where they are not used.
+        router_weight: graph input or attribute, [E, H] or [H, E].
+        num_experts: E.
+        top_k: K.
+        scoring: operations between projection and selection that shape the scores, e.g. "softmax".
+        is_sorted: whether the selection promises descending order.
+        uses: every consumer of the ids.
+        weights: the routing weights [..., K] as the dispatch consumes them, where they could be told.
+        weights_skip: why they could not be told.
+    """
+
+    selection: Node
+    ids: Node
+    values: Node | None
+    router_weight: Node
+    num_experts: int
+    top_k: int
+    scoring: str
+    is_sorted: bool
+    uses: tuple[Use, ...]
+    weights: Node | None = None
+    weights_skip: Skip | None = field(default=None, compare=False)
+
+    @property
+    def dispatch_uses(self) -> tuple[Use, ...]:
+        """The uses that must see re-routed ids."""
+        return tuple(use for use in self.uses if use.kind.dispatches)
+
+    @property
+    def needs_merge(self) -> bool:
+        """Whether some dispatch is not proven to sum a token's duplicate experts."""
+        return not all(use.kind.sums_duplicates for use in self.dispatch_uses)
+
+    @property
+    def dispatch(self) -> str:
+        """The kinds of dispatch in words, for reports."""
+        return ", ".join(sorted({use.kind.value for use in self.dispatch_uses}))

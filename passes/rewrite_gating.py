@@ -1,0 +1,176 @@
+"""Make the dispatch of a gate use re-routed expert ids.
+
+Every dispatch sums duplicates (case 1), S < K:
+
+    values, ids = topk(scores, K)                              values, ids = topk(scores, K)
+    flat = view(ids, -1)                                 ->    rerouted = sere.reroute(ids, similarity, S, rho, A)
+    w = gate_up_proj[flat]                                     flat = view(rerouted, -1)
+                                                               w = gate_up_proj[flat]
+
+Some dispatch is not proven to (case 2): ids and the final routing weights change together.
+
+    return hidden, ids, weights                          ->    merged = sere.reroute_merged(ids, weights, similarity, ..)
+                                                               return hidden, merged[0], merged[1]
+
+Uses that look scores up by the ids keep the original ids (case 3). `topk(sorted=False)` becomes sorted, because
+re-routing ranks by score (case 4). What an in-place operation changes after the dispatch began is skipped (case 5).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
+from . import nodes
+from .gate import Gate, Skip, SkipReason
+from .routing_weights import outer_consumers
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """The numbers of one gate's re-routing: S, rho and the least number of primary experts (0: no minimum)."""
+
+    select_top_k: int
+    threshold: float = 0.0
+    min_active: int = 0
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What was done to a gate: the re-routed ids, and whether duplicates are merged."""
+
+    gate: Gate
+    new_ids: Node
+    merged: bool
+
+
+def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rewrite | Skip:
+    """Insert the re-routing operator behind a gate and point its dispatch uses to it.
+
+    Args:
+        gate: a gate of the graph that `similarity` belongs to.
+        similarity: graph input or attribute holding the gate's [E, E] matrix; it must precede the gate's uses.
+        settings: with 0 < S < K; identities are the caller's to leave out.
+
+    Returns:
+        What was done, or why nothing was changed.
+    """
+    merged = gate.needs_merge
+    if merged and gate.weights is None:
+        return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
+    graph = gate.selection.graph
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    weight_consumers = outer_consumers(gate.weights, gate.ids) if merged and gate.weights is not None else []
+    consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
+    first = min(consumers, key=order.__getitem__)
+    changed = _changed_after(first, [gate.ids] + ([gate.weights] if merged and gate.weights is not None else []), order)
+    if changed is not None:
+        return Skip(SkipReason.MUTATED, changed, f"{changed.name} at {nodes.source_line(changed)}", evidence=5)
+
+    if not gate.is_sorted:
+        _make_sorted(gate.selection)
+    with graph.inserting_before(first):
+        new_ids, new_weights = _insert(graph, gate, similarity, settings, merged)
+    copies = {gate.ids: new_ids}
+    for use in gate.dispatch_uses:
+        use.consumer.replace_input_with(use.read, _rebased(use.read, copies))
+    for consumer in weight_consumers:
+        assert gate.weights is not None and new_weights is not None  # noqa: S101  (narrowing: merged has both)
+        consumer.replace_input_with(gate.weights, new_weights)
+    _erase_unused_views(gate)
+    return Rewrite(gate, new_ids, merged)
+
+
+def _insert(
+    graph: Graph, gate: Gate, similarity: Node, settings: RoutingSettings, merged: bool
+) -> tuple[Node, Node | None]:
+    numbers = (settings.select_top_k, settings.threshold, settings.min_active)
+    if not merged:
+        new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers))
+        _describe(new_ids, gate.ids, nodes.value(gate.ids))
+        return new_ids, None
+    weights = gate.weights
+    assert weights is not None  # noqa: S101  (checked by the caller)
+    both = graph.call_function(torch.ops.sere.reroute_merged.default, (gate.ids, weights, similarity, *numbers))
+    _describe(both, gate.ids, (nodes.value(gate.ids), nodes.value(weights)))
+    new_ids = graph.call_function(operator.getitem, (both, 0))
+    _describe(new_ids, gate.ids, nodes.value(gate.ids))
+    new_weights = graph.call_function(operator.getitem, (both, 1))
+    _describe(new_weights, weights, nodes.value(weights))
+    return new_ids, new_weights
+
+
+def _describe(new: Node, like: Node, value: object) -> None:
+    """Give a new node the metadata of the node it stands for, and its value under the tracer's own key."""
+    new.meta = dict(like.meta)
+    key = next((k for k in ("example_value", "val") if k in like.meta), None)
+    if key is not None:
+        new.meta[key] = value
+    new.meta.pop("tensor_meta", None)
+
+
+def _make_sorted(selection: Node) -> None:
+    if len(selection.args) > 4:
+        selection.args = (*selection.args[:4], True)
+    else:
+        selection.kwargs = {**selection.kwargs, "sorted": True}
+
+
+def _rebased(read: Node, copies: dict[Node, Node]) -> Node:
+    """The view, cast or copy `read` of the old ids, made from the new ids; `copies` starts as {ids: new_ids}."""
+    if read not in copies:
+        parent = nodes.operand(read)
+        assert parent is not None  # noqa: S101  (a view has an operand)
+        source = _rebased(parent, copies)
+        # A view may stand before the new ids, or need sizes that are computed after them.
+        with read.graph.inserting_after(max(source, read)):
+            copies[read] = read.graph.node_copy(read, lambda n: source if n is parent else n)
+    return copies[read]
+
+
+def _erase_unused_views(gate: Gate) -> None:
+    """Remove the views of the old ids that only the redirected uses had."""
+    for use in gate.uses:
+        node = use.read
+        while node is not gate.ids and not node.users:
+            parent = nodes.operand(node)
+            if node.graph is not gate.ids.graph or node._erased:
+                break
+            node.graph.erase_node(node)
+            assert parent is not None  # noqa: S101  (a view has an operand)
+            node = parent
+
+
+def _changed_after(first: Node, watched: list[Node], order: dict[Node, int]) -> Node | None:
+    """The first node at or after `first` that writes to memory of a watched tensor."""
+    for tensor in watched:
+        aliases = _aliases(tensor)
+        for node in tensor.graph.nodes:
+            if order[node] >= order[first] and any(written in aliases for written in nodes.writes(node)):
+                return node
+    return None
+
+
+def _aliases(tensor: Node) -> set[Node]:
+    """Every node that may share memory with the tensor, forward and backward through views and in-place results."""
+    found, pending = {tensor}, [tensor]
+    while pending:
+        node = pending.pop()
+        near = [user for user in node.users if _shares_memory(user, node)]
+        base = nodes.operand(node) if node.op in ("call_function", "call_method") else None
+        if base is not None and _shares_memory(node, base):
+            near.append(base)
+        fresh = [n for n in near if n not in found]
+        found.update(fresh)
+        pending.extend(fresh)
+    return found
+
+
+def _shares_memory(result: Node, source: Node) -> bool:
+    if nodes.operand(result) is not source:
+        return False
+    return nodes.kind(result) in nodes.ALIASING or source in nodes.writes(result)

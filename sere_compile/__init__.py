@@ -1,0 +1,35 @@
+"""sere-compile: similarity-based expert re-routing (SERE, arXiv 2602.07616) as a compiler pass.
+
+    compiled = torch.compile(model, backend="sere", options={"select_top_k": 2})
+"""
+
+from .backend import SereBackend, sere_backend
+from .config import SereConfig
+from .errors import ConfigError, GateNotFoundError, MissingExtraError, ProbeError, ProfileError, SereError
+from .explain import explain
+from .report import GateReport, GateRow
+from .rewrite import rewrite
+from .similarity import SimilarityProfile, attach, detach
+from .statistics import GateStats, reset_stats, stats
+
+__all__ = [
+    "ConfigError",
+    "GateNotFoundError",
+    "GateReport",
+    "GateRow",
+    "GateStats",
+    "MissingExtraError",
+    "ProbeError",
+    "ProfileError",
+    "SereBackend",
+    "SereConfig",
+    "SereError",
+    "SimilarityProfile",
+    "attach",
+    "detach",
+    "explain",
+    "reset_stats",
+    "rewrite",
+    "sere_backend",
+    "stats",
+]

@@ -1,0 +1,89 @@
+"""Which similarity matrix belongs to which router weight.
+
+Matrices belong to weights, not to graphs: Dynamo re-uses one compiled graph for every layer with the same code. The
+registry is keyed by the identity of the weight and does not keep it alive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .passes import COUNTED
+
+
+@dataclass
+class GateEntry:
+    """What is known of one router weight.
+
+    Attributes:
+        name: fully qualified name of the weight in its model.
+        matrix: [E, E] float32 on the weight's device when it was bound, or None before.
+        source: where the matrix comes from, in words.
+        from_profile: whether the user attached it.
+        counts: int64 buffer of `passes.COUNTED`, or None where nothing is counted.
+    """
+
+    name: str
+    matrix: torch.Tensor | None = None
+    source: str = ""
+    from_profile: bool = False
+    counts: torch.Tensor | None = field(default=None, repr=False)
+
+    def matrix_on(self, device: torch.device) -> torch.Tensor:
+        """The matrix on a device; moved once, then kept there, at one address."""
+        assert self.matrix is not None, f"no matrix bound for {self.name}"  # noqa: S101
+        if self.matrix.device != device:
+            self.matrix = self.matrix.to(device)
+        return self.matrix
+
+    def counts_on(self, device: torch.device) -> torch.Tensor:
+        """The counters on a device, made at first use."""
+        if self.counts is None:
+            self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
+        elif self.counts.device != device:
+            self.counts = self.counts.to(device)
+        return self.counts
+
+
+_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Compiled graphs remember what they bound last; a change of the registry makes them ask again.
+_version = 0
+
+
+def version() -> int:
+    """Changes whenever a matrix is assigned or forgotten."""
+    return _version
+
+
+def assign(weight: torch.Tensor, name: str, matrix: torch.Tensor, source: str, *, from_profile: bool = True) -> None:
+    """Bind a matrix [E, E] to a router weight, in place of an earlier one."""
+    global _version
+    _version += 1
+    previous = _entries.get(weight)
+    counts = previous.counts if previous is not None else None
+    # A clone: the user's tensor may change later, a compiled graph's input must not.
+    matrix = matrix.detach().to(device=weight.device, dtype=torch.float32, copy=True).contiguous()
+    _entries[weight] = GateEntry(name, matrix, source, from_profile, counts)
+
+
+def name(weight: torch.Tensor, full_name: str) -> GateEntry:
+    """The entry of a weight, made without a matrix where there is none."""
+    entry = _entries.get(weight)
+    if entry is None:
+        entry = _entries[weight] = GateEntry(full_name)
+    return entry
+
+
+def lookup(weight: torch.Tensor) -> GateEntry | None:
+    """The entry of a weight, or None."""
+    return _entries.get(weight)
+
+
+def forget(weight: torch.Tensor) -> bool:
+    """Drop what is known of a weight; whether there was anything."""
+    global _version
+    _version += 1
+    return _entries.pop(weight, None) is not None

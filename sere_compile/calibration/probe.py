@@ -1,0 +1,125 @@
+"""Measure how similar experts are without data: run each of them on the same random hidden states.
+
+Counterfactual routing needs no knowledge of the model's code: the dispatch is run with expert e in the first slot
+of a token at weight 1 and other experts behind it at weight 0, which leaves e's own output for that token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..errors import ProbeError
+from ..module_tree import Experts
+from ..passes import DispatchRegion
+from .metrics import FrobeniusAccumulator
+
+PROBE_TOKENS = 64
+PROBE_SEED = 0
+
+# (token number of each row [R], ids [R, K], weights [R, K] float32) -> outputs [R, H]
+Dispatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def probe_similarity(
+    dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device
+) -> torch.Tensor:
+    """Frobenius similarity of a gate's experts on `PROBE_TOKENS` random tokens.
+
+    Args:
+        dispatch: runs `rows` rows at once, each with ids and weights of its own.
+        rows: R, at least 1.
+        num_experts: E.
+        top_k: K, at most E.
+        device: of ids and weights.
+
+    Returns:
+        float32 [E, E]: 1 - d / max d with d the Frobenius distance of the outputs, SERE (arXiv 2602.07616).
+
+    Raises:
+        ProbeError: an expert gives NaN or infinity on normally distributed hidden states.
+    """
+    if top_k > num_experts:
+        raise ProbeError(f"a gate that selects {top_k} of {num_experts} experts cannot be probed")
+    outputs: torch.Tensor | None = None
+    with torch.inference_mode(False), torch.no_grad():
+        weights = torch.zeros(rows, top_k, device=device)
+        weights[:, 0] = 1
+        slots = torch.arange(top_k, device=device)
+        pairs = num_experts * PROBE_TOKENS
+        for start in range(0, pairs, rows):
+            pair = torch.arange(start, start + rows, device=device) % pairs
+            expert, token = pair // PROBE_TOKENS, pair % PROBE_TOKENS
+            # Distinct experts in a token: some dispatches lose a slot when one is named twice.
+            result = dispatch(token, (expert[:, None] + slots) % num_experts, weights)
+            if outputs is None:
+                outputs = result.new_empty(num_experts, PROBE_TOKENS, result.shape[-1])
+            outputs[expert, token] = result.to(outputs.dtype)
+        accumulator = FrobeniusAccumulator(num_experts)
+        assert outputs is not None  # noqa: S101  (pairs > 0)
+        accumulator.update(outputs)
+        return accumulator.similarity().to(torch.float32)
+
+
+def module_dispatch(experts: Experts, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Dispatch:
+    """The dispatch of an experts module that takes (hidden [T, H], ids [T, K], weights [T, K])."""
+    table = _hidden_states(hidden_size, 0, dtype, device)
+    return lambda token, ids, weights: experts(table[token], ids, weights.to(dtype))
+
+
+def region_dispatch(region: DispatchRegion, values: Mapping[Node, Any]) -> tuple[Dispatch, int]:
+    """The dispatch of a traced region, and how many rows one run of it takes.
+
+    Args:
+        region: from `passes.extract_dispatch`.
+        values: what a call of the graph passed, for each graph input: tensors, and ints for symbolic sizes.
+    """
+    symbols = {
+        _fake(node).node.expr: int(v) for node, v in values.items() if isinstance(_fake(node), torch.SymInt)
+    }
+    inputs = [values[node] for node in region.inputs]
+    ids_shape, ids_dtype = _concrete_shape(region.ids, symbols), _fake(region.ids).dtype
+    weights_dtype = _fake(region.weights).dtype
+    device = _fake(region.ids).device
+    rows = int(torch.Size(ids_shape[:-1]).numel())
+    shapes = [_concrete_shape(node, symbols) for node in region.activations]
+    tables = [
+        _hidden_states(shape[-1], i, _fake(node).dtype, device)
+        for i, (node, shape) in enumerate(zip(region.activations, shapes, strict=True))
+    ]
+
+    def dispatch(token: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        activations = [_spread(table[token], shape) for table, shape in zip(tables, shapes, strict=True)]
+        ids = ids.to(ids_dtype).reshape(ids_shape)
+        weights = weights.to(weights_dtype).reshape(ids_shape)
+        result = region.module(ids, weights, *inputs, *activations)
+        return result.reshape(rows, -1)
+
+    return dispatch, rows
+
+
+def _fake(node: Node) -> Any:
+    return node.meta["example_value"] if "example_value" in node.meta else node.meta["val"]
+
+
+def _concrete_shape(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...]:
+    """Sizes as numbers, without asking the tracer's symbols: that would specialise the graph being compiled."""
+    sizes = _fake(node).shape
+    return tuple(
+        int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size for size in sizes
+    )
+
+
+def _hidden_states(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[PROBE_TOKENS, size] standard normal: what a normalisation layer without gain hands to its experts."""
+    generator = torch.Generator().manual_seed(PROBE_SEED + seed)
+    return torch.randn(PROBE_TOKENS, size, generator=generator).to(device=device, dtype=dtype)
+
+
+def _spread(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Rows [R, H] in a shape that holds each of them once (tokens) or K times in a row (slots)."""
+    copies = torch.Size(shape).numel() // rows.numel()
+    return rows.repeat_interleave(copies, dim=0).reshape(shape)

@@ -1,0 +1,99 @@
+"""Everything that touches Dynamo's own bookkeeping, so that a change in torch has one place to be met."""
+
+from __future__ import annotations
+
+import re
+import sys
+from types import FrameType
+
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+
+# Attributes that AOTAutograd reads from a graph module that Dynamo made.
+_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id")
+
+
+def copy_graph(module: GraphModule) -> GraphModule:
+    """A copy to edit. Editing Dynamo's own graph in place breaks the guards it builds afterwards."""
+    mapping: dict[Node, Node] = {}
+    graph = torch.fx.Graph(tracer_cls=module.graph._tracer_cls)
+    output = graph.graph_copy(module.graph, mapping)
+    old_output = module.graph.output_node()
+    graph.output(output).meta.update(old_output.meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copied = GraphModule(module, graph, class_name=module.__class__.__name__)
+    copied.meta = dict(module.meta)
+    for attribute in _MODULE_ATTRIBUTES:
+        if hasattr(module, attribute):
+            setattr(copied, attribute, getattr(module, attribute))
+    return copied
+
+
+def append_input(module: GraphModule, name: str, value: torch.Tensor, example_inputs: list[object]) -> tuple[Node, torch.Tensor]:
+    """Append a graph input behind the existing ones.
+
+    Args:
+        module: a copy made by `copy_graph`.
+        name: of the placeholder.
+        value: a tensor like the ones that calls will pass; its address stays the same from call to call, so
+            that CUDA graphs need not copy it.
+        example_inputs: the graph's inputs, to find the fake mode of its shapes.
+
+    Returns:
+        The placeholder, and the fake value to hand to the inner compiler.
+    """
+    graph = module.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    fake_mode = detect_fake_mode([node.meta.get("example_value") for node in placeholders] + example_inputs)
+    fake = fake_mode.from_tensor(value, static_shapes=True) if fake_mode is not None else value
+    with graph.inserting_after(placeholders[-1]):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = fake
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+    return node, fake
+
+
+def input_name(node: Node) -> str:
+    """The name of a parameter as the compiled code reaches it: `model.layers.0.mlp.gate.weight`."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return str(node.target)
+    text = source.name if isinstance(source.name, str) else source.name()
+    text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", text)
+    text = re.sub(r"^[LG]\[['\"](self|\w+)['\"]\]\.?", "", text)
+    return re.sub(r"\[['\"]?([\w]+)['\"]?\]", r".\1", text)
+
+
+def has_graph_break() -> bool:
+    """Whether the graph being compiled ends at a graph break; True where Dynamo does not tell."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
+    except AttributeError:
+        return True
+    return reason is None or bool(reason.graph_break)
+
+
+def is_outermost() -> bool:
+    """Whether the frame being compiled is the one torch.compile was asked for, not one called from broken code.
+
+    Only Dynamo's frames and nn.Module's call machinery stand between it and torch.compile's wrapper.
+    """
+    inside_dynamo = False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file, function = frame.f_code.co_filename.replace("\\", "/"), frame.f_code.co_name
+        if function in ("compile_wrapper", "_fn") and file.endswith("_dynamo/eval_frame.py"):
+            return inside_dynamo
+        if file.endswith("_dynamo/convert_frame.py"):
+            inside_dynamo = True
+        elif inside_dynamo and not (file.endswith("nn/modules/module.py") or "/torch/" in file):
+            return False
+        frame = frame.f_back
+    return False

@@ -1,0 +1,42 @@
+"""`explain`: what re-routing would do to a model, without changing what it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .backend import SereBackend
+from .config import SereConfig
+from .report import GateReport, GateRow
+
+
+def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: Any) -> GateReport:
+    """Trace one call of a model and report every gate: what would be done, and why not.
+
+    The model runs once, unchanged, without gradients and without probing.
+
+    Args:
+        model: an nn.Module or function, compiled or not.
+        *args: passed to the model.
+        config: options to explain with; the defaults of the backend otherwise.
+        **kwargs: passed to the model.
+
+    Returns:
+        A report whose `str()` is a table.
+    """
+    rows: dict[str, GateRow] = {}
+    backend = SereBackend(config or SereConfig(), observer=lambda row: rows.setdefault(row.name, row))
+    original = getattr(model, "_orig_mod", model)
+    # A compile of its own must not run into the limit that the user's compiles of the same code count against.
+    limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+    with limits, torch.no_grad():
+        torch.compile(original, backend=backend)(*args, **kwargs)
+    found = tuple(rows.values())
+    return GateReport(found, "" if any(row.num_experts for row in found) else _hint(found))
+
+
+def _hint(rows: tuple[GateRow, ...]) -> str:
+    if rows:
+        return "No selection above is an MoE gate that a graph shows."
+    return "No graph held a top-k selection. Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"

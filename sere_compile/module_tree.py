@@ -1,0 +1,106 @@
+"""Find the module that owns a router weight, and the experts beside it.
+
+A compiled graph only sees tensors. One graph may serve every layer of a model, so the weight that a call passes
+is the only thing that tells the layer; the live modules tell where that weight belongs.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# torch.compile wraps a module in one that holds the original under this name.
+_COMPILED_PREFIX = "_orig_mod"
+_EXPERTS_SIGNATURE = ("hidden_states", "top_k_index", "top_k_weights")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter lives: the outermost module, its name there, and the modules on the way, innermost first."""
+
+    root: nn.Module
+    name: str
+    chain: tuple[nn.Module, ...]
+
+
+def find_owner(weight: torch.Tensor) -> Owner | None:
+    """The owner of a parameter among all live modules, or None. Costs a scan of the heap: ask once a weight."""
+    modules = [obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module)]
+    parents: dict[int, tuple[nn.Module, str]] = {}
+    holder: tuple[nn.Module, str] | None = None
+    for module in modules:
+        for name, child in module.__dict__.get("_modules", {}).items():
+            if child is not None:
+                parents.setdefault(id(child), (module, name))
+        for name, parameter in module.__dict__.get("_parameters", {}).items():
+            if parameter is weight and not isinstance(module, torch.fx.GraphModule):
+                holder = holder or (module, name)
+    if holder is None:
+        return None
+    chain, names = [holder[0]], [holder[1]]
+    while id(chain[-1]) in parents and len(chain) < 100:
+        parent, name = parents[id(chain[-1])]
+        if name == _COMPILED_PREFIX:
+            break
+        chain.append(parent)
+        names.append(name)
+    return Owner(chain[-1], ".".join(reversed(names)), tuple(chain))
+
+
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def find_experts(weight: torch.Tensor, num_experts: int) -> Experts | None:
+    """The experts beside a router as a function (hidden [T, H], ids [T, K], weights [T, K]) -> [T, H].
+
+    Looks in the modules around the router, innermost first, for a module with the signature
+    (hidden_states, top_k_index, top_k_weights), or a list of `num_experts` modules that each take hidden states.
+    """
+    owner = find_owner(weight)
+    if owner is None:
+        return None
+    for around in owner.chain[:3]:
+        for module in _beside(around, weight):
+            if _takes_routing(module) and _holds_experts(module, num_experts):
+                return module
+            if isinstance(module, nn.ModuleList) and len(module) == num_experts:
+                return _ExpertList(module)
+    return None
+
+
+def _beside(module: nn.Module, weight: torch.Tensor) -> Iterator[nn.Module]:
+    for child in module.modules():
+        if child is not module and all(p is not weight for p in child.parameters(recurse=False)):
+            yield child
+
+
+def _takes_routing(module: nn.Module) -> bool:
+    parameters = list(inspect.signature(module.forward).parameters)
+    return tuple(parameters[:3]) == _EXPERTS_SIGNATURE
+
+
+def _holds_experts(module: nn.Module, num_experts: int) -> bool:
+    return any(p.dim() >= 3 and p.shape[0] == num_experts for p in module.parameters())
+
+
+class _ExpertList:
+    """A list of expert modules called one after the other, weighted by the routing."""
+
+    def __init__(self, experts: nn.ModuleList) -> None:
+        self.experts = experts
+
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        total = None
+        for expert in ids.unique().tolist():
+            token, slot = torch.where((ids == expert) & (weights != 0))
+            if not len(token):
+                continue
+            result = self.experts[expert](hidden[token]) * weights[token, slot, None].to(hidden.dtype)
+            total = hidden.new_zeros(len(hidden), result.shape[-1]) if total is None else total
+            total.index_add_(0, token, result)
+        return hidden.new_zeros(hidden.shape) if total is None else total

@@ -1,0 +1,201 @@
+"""`rewrite`: SERE in a graph that was traced ahead of time (torch.export, make_fx, symbolic_trace)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.fx import GraphModule, Node
+
+from .calibration.probe import probe_similarity, region_dispatch
+from .config import SereConfig
+from .errors import GateNotFoundError, ProbeError, ProfileError
+from .missing_gates import describe_nearest_miss
+from .passes import DispatchRegion, Gate, RoutingSettings, Skip, extract_dispatch, find_gates, rewrite_gate
+from .similarity import SimilarityProfile
+
+log = logging.getLogger(__name__)
+
+Traced = TypeVar("Traced", GraphModule, ExportedProgram)
+
+
+def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config: SereConfig | None = None) -> Traced:
+    """Re-route every gate of a traced graph. Similarity matrices become buffers of the result.
+
+    Args:
+        traced: an `ExportedProgram`, or a `GraphModule` whose nodes carry shapes. It is not changed.
+        profile: a matrix for every gate, by the name of its router weight. Without one the experts are probed,
+            which needs their weights in the program.
+        config: S, threshold, min_active and max_tokens; the backend's defaults otherwise.
+
+    Returns:
+        A rewritten copy that shares the weights.
+
+    Raises:
+        GateNotFoundError: no gate was found or every gate was refused; the message says why.
+        ProfileError: the profile has no matrix for a gate, or one of another size.
+        ProbeError: without a profile, an expert could not be run.
+    """
+    program = _Program(traced)
+    config = config or SereConfig()
+    findings = find_gates(program.module)
+    if not findings.gates:
+        raise GateNotFoundError(f"no MoE gate in the traced graph. {describe_nearest_miss(findings.nearest_miss)}")
+    plans = [(gate, _settings(gate, config)) for gate in findings.gates]
+    matrices = [_matrix(gate, settings, profile, program) for gate, settings in plans]
+    refused: list[Skip] = []
+    for (gate, settings), matrix in zip(plans, matrices, strict=True):
+        if matrix is None:
+            continue
+        node = program.add_buffer(matrix)
+        done = rewrite_gate(gate, node, settings)
+        if isinstance(done, Skip):
+            log.warning("%s is not re-routed: %s", program.weight_name(gate), done)
+            program.remove_buffer(node)
+            refused.append(done)
+    if refused and (config.strict or len(refused) == len(findings.gates)):
+        raise GateNotFoundError(f"{len(refused)} of {len(findings.gates)} gates were refused: {refused[0]}")
+    return program.finish()
+
+
+def _settings(gate: Gate, config: SereConfig) -> RoutingSettings:
+    top_k = config.resolved_top_k(gate.top_k)
+    return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k))
+
+
+def _matrix(
+    gate: Gate, settings: RoutingSettings, profile: SimilarityProfile | None, program: _Program
+) -> torch.Tensor | None:
+    """The gate's similarity on its weight's device, or None where there is nothing to re-route."""
+    if settings.select_top_k >= gate.top_k:
+        return None
+    name, weight = program.weight_name(gate), program.value(gate.router_weight)
+    if profile is None:
+        return _probe(gate, name, weight, program)
+    if name not in profile:
+        raise ProfileError(f"the profile has no matrix for the gate {name}; it has {', '.join(profile)}")
+    matrix = profile[name]
+    if matrix.shape[0] != gate.num_experts:
+        raise ProfileError(f"the matrix for {name} is {list(matrix.shape)}, its gate has {gate.num_experts} experts")
+    return matrix.to(device=weight.device, dtype=torch.float32, copy=True)
+
+
+def _probe(gate: Gate, name: str, weight: torch.Tensor, program: _Program) -> torch.Tensor:
+    region = extract_dispatch(gate)
+    if not isinstance(region, DispatchRegion):
+        raise ProbeError(f"no profile is given, and the experts of {name} cannot be probed: {region}")
+    log.info("no profile is given: probing the experts of %s on random hidden states", name)
+    values: Mapping[Node, Any] = {node: program.value(node) for node in region.inputs}
+    dispatch, rows = region_dispatch(region, values)
+    return probe_similarity(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
+
+
+class _Program:
+    """A GraphModule or ExportedProgram behind one face: names and values of its weights, and new buffers."""
+
+    def __init__(self, traced: GraphModule | ExportedProgram) -> None:
+        self._exported = traced if isinstance(traced, ExportedProgram) else None
+        source = traced.graph_module if isinstance(traced, ExportedProgram) else traced
+        self.module = _copy_module(source)
+        self._buffers: dict[Node, tuple[str, torch.Tensor]] = {}
+
+    def weight_name(self, gate: Gate) -> str:
+        """The fully qualified name of the gate's router weight."""
+        node = gate.router_weight
+        if self._exported is None:
+            return str(node.target)
+        signature = self._exported.graph_signature
+        return _lifted(signature).get(node.name, node.name)
+
+    def value(self, node: Node) -> Any:
+        """The tensor behind a graph input or attribute; a symbolic size's hint."""
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return getattr(self.module.get_submodule(owner), name)
+        if self._exported is not None:
+            name = _lifted(self._exported.graph_signature).get(node.name)
+            if name is not None:
+                state = self._exported.state_dict
+                return state[name] if name in state else self._exported.constants[name]
+        raise ProbeError(f"the experts cannot be probed: their dispatch reads {node.name}, which only a call has")
+
+    def add_buffer(self, matrix: torch.Tensor) -> Node:
+        """A graph input or attribute that holds the matrix, ahead of every computation."""
+        graph = self.module.graph
+        name = f"sere_similarity_{len(self._buffers)}"
+        if self._exported is None:
+            self.module.register_buffer(name, matrix)
+            with graph.inserting_before(next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))):
+                node = graph.get_attr(name)
+        else:
+            user_inputs = set(self._exported.graph_signature.user_inputs)
+            placeholders = list(graph.find_nodes(op="placeholder"))
+            first_user = next((n for n in placeholders if n.name in user_inputs), None)
+            anchor = first_user if first_user is not None else placeholders[-1].next
+            with graph.inserting_before(anchor):
+                node = graph.placeholder(f"b_{name}")
+            mode = torch._guards.detect_fake_mode([n.meta.get("val") for n in placeholders])
+            node.meta["val"] = mode.from_tensor(matrix, static_shapes=True) if mode is not None else matrix
+        self._buffers[node] = (name, matrix)
+        return node
+
+    def remove_buffer(self, node: Node) -> None:
+        """Take back `add_buffer`."""
+        name, _ = self._buffers.pop(node)
+        node.graph.erase_node(node)
+        if self._exported is None:
+            delattr(self.module, name)
+
+    def finish(self) -> Any:
+        """The rewritten program, checked."""
+        self.module.graph.lint()
+        self.module.recompile()
+        if self._exported is None:
+            return self.module
+        old = self._exported
+        return ExportedProgram(
+            root=self.module,
+            graph=self.module.graph,
+            graph_signature=self._signature(old.graph_signature),
+            state_dict={**old.state_dict, **dict(self._buffers.values())},
+            range_constraints=copy.deepcopy(old.range_constraints),
+            module_call_graph=copy.deepcopy(old.module_call_graph),
+            example_inputs=old.example_inputs,
+            constants=old.constants,
+            verifiers=old.verifiers,
+        )
+
+    def _signature(self, old: ExportGraphSignature) -> ExportGraphSignature:
+        added = {
+            node.name: InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), name, persistent=True)
+            for node, (name, _) in self._buffers.items()
+        }
+        known = {spec.arg.name: spec for spec in old.input_specs} | added
+        order = [node.name for node in self.module.graph.find_nodes(op="placeholder")]
+        return ExportGraphSignature([known[name] for name in order], list(old.output_specs))
+
+
+def _copy_module(source: GraphModule) -> GraphModule:
+    """A copy with a graph of its own that shares parameters and buffers."""
+    graph = torch.fx.Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(source.graph, mapping)
+    graph.output(output).meta.update(source.graph.output_node().meta)
+    graph._codegen = copy.deepcopy(source.graph._codegen)
+    copied = GraphModule(source, graph)
+    copied.meta = dict(source.meta)
+    return copied
+
+
+def _lifted(signature: ExportGraphSignature) -> dict[str, str]:
+    """Names of lifted parameters, buffers and constants by the name of their placeholder."""
+    return {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }

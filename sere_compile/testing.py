@@ -1,0 +1,96 @@
+"""Oracles for tests, examples and users who want to check a rewritten model themselves.
+
+Nothing here shares code with the operators or the passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def reroute_oracle(
+    ids: torch.Tensor, similarity: torch.Tensor, select_top_k: int, threshold: float = 0.0, min_active: int = 0
+) -> torch.Tensor:
+    """Re-routed ids, one Python loop a sentence of SERE (arXiv 2602.07616); slow on purpose.
+
+    Args:
+        ids: int [..., K], in descending order of router score.
+        similarity: [E, E].
+        select_top_k: S.
+        threshold: rho.
+        min_active: least number of primary experts, 0 for none.
+
+    Returns:
+        A new tensor like `ids`.
+    """
+    top_k, num_experts = ids.shape[-1], similarity.shape[0]
+    tokens = ids.reshape(-1, top_k).tolist()
+    matrix = similarity.float().tolist()
+    if not 0 < select_top_k < top_k:
+        return ids.clone()
+    while True:
+        primary = {u for token in tokens for u in token[:select_top_k] if 0 <= u < num_experts}
+        if len(primary) >= min_active:
+            break
+        select_top_k += 1
+        if select_top_k >= top_k:
+            return ids.clone()
+    target = {}
+    for expert in {u for token in tokens for u in token if 0 <= u < num_experts} - primary:
+        best, chosen = -math.inf, expert
+        for candidate in sorted(primary):
+            if matrix[expert][candidate] > best:
+                best, chosen = matrix[expert][candidate], candidate
+        target[expert] = expert if threshold > 0 and best < threshold else chosen
+    rerouted = [[target.get(u, u) for u in token] for token in tokens]
+    return torch.tensor(rerouted, dtype=ids.dtype, device=ids.device).reshape(ids.shape)
+
+
+@contextlib.contextmanager
+def oracle_routing(
+    model: nn.Module,
+    matrices: Mapping[str, torch.Tensor],
+    select_top_k: int,
+    threshold: float = 0.0,
+    min_active: int | None = None,
+    active: dict[str, list[tuple[int, int]]] | None = None,
+) -> Iterator[nn.Module]:
+    """Let an eager model route as SERE would, by hooks on its routers.
+
+    Works for routers that are modules of their own and return the expert ids [T, K] among their results, as those
+    of transformers do.
+
+    Args:
+        model: run it eagerly inside the context.
+        matrices: similarity by the name of each router's weight.
+        select_top_k: S.
+        threshold: rho.
+        min_active: least number of primary experts; None means K, the backend's default.
+        active: collects (experts before, experts after) for each call of each gate.
+    """
+
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            ids = next(o for o in outputs if isinstance(o, torch.Tensor) and not o.is_floating_point())
+            least = ids.shape[-1] if min_active is None else min_active
+            new = reroute_oracle(ids, matrices[name], select_top_k, threshold, least)
+            if active is not None:
+                active.setdefault(name, []).append((len(ids.unique()), len(new.unique())))
+            return tuple(new if output is ids else output for output in outputs)
+
+        return hook
+
+    handles = [
+        model.get_submodule(name.rpartition(".")[0]).register_forward_hook(hook_for(name)) for name in matrices
+    ]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,35 @@
+"""Devices for every test.
+
+Without CUDA the Triton kernels run under Triton's interpreter, on CPU tensors. It has to be switched on before
+anything imports triton (importing torch does not), hence here. It leaves torch.compile for CPU alone, but a
+test that needs real Triton compilation on such a machine must start a process without the variable.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` skip, with a reason, where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each device in turn."""
+    return request.param
+
+
+@pytest.fixture
+def kernel_device():
+    """Where a Triton kernel runs here: on the GPU, or on CPU tensors under the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,158 @@
+"""What registering the operators does to torch and to the process, and that the kernels compile for a GPU.
+
+Everything that needs real Triton runs in a process of its own, because without CUDA this one interprets.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+from torch._library.triton import get_triton_kernels_for_op
+
+from sere_compile.ops import reroute
+from sere_compile.ops.registration import FINGERPRINT
+
+# Finds sere_compile.ops without running sere_compile/__init__.py, which imports much more.
+ONLY_OPS = f"""
+    import sys, types
+    import torch
+    sys.modules["sere_compile"] = types.ModuleType("sere_compile")
+    sys.modules["sere_compile"].__path__ = []
+    import importlib.util
+    path = {os.path.dirname(sys.modules["sere_compile.ops"].__file__)!r}
+    spec = importlib.util.spec_from_file_location(
+        "sere_compile.ops", path + "/__init__.py", submodule_search_locations=[path]
+    )
+    ops = importlib.util.module_from_spec(spec)
+    sys.modules["sere_compile.ops"] = ops
+    spec.loader.exec_module(ops)
+"""
+
+
+def run_alone(code, **environment):
+    """Run `code` in a fresh process without the interpreter's variable; its output."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    code = textwrap.dedent(ONLY_OPS) + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_leaves_triton_alone():
+    """Importing the operators, and running them on CPU, imports no Triton (triton_op's own scan would)."""
+    run_alone("""
+        def triton_modules():
+            return [m for m in sys.modules if m.split(".")[0] == "triton"]
+        assert not triton_modules(), triton_modules()
+        ids, similarity = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(8, 8)
+        ops.reroute(ids, similarity, 2)
+        ops.reroute_merged(ids, torch.zeros(3, 4), similarity, 2)
+        assert not triton_modules(), triton_modules()
+    """)
+
+
+@pytest.mark.parametrize("name", ["sere::reroute", "sere::reroute_merged"])
+def test_cache_key_covers_the_source(name):
+    """AOTAutograd keys its cache with the source of everything an operator decomposes to."""
+    assert get_triton_kernels_for_op(name) == [FINGERPRINT]
+
+
+def test_changed_source_is_not_served_from_the_cache(monkeypatch):
+    """Compiled code of an older version of this package is not used again."""
+    ids, similarity = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(8, 8)
+
+    def compile_again():
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(lambda i, s: reroute(i, s, 4), fullgraph=True)(ids, similarity)
+        return counters["aot_autograd"]["autograd_cache_hit"]
+
+    with fresh_cache(), torch._functorch.config.patch(enable_autograd_cache=True):
+        assert compile_again() == 0
+        assert compile_again() == 1
+        monkeypatch.setitem(FINGERPRINT.__dict__, "src", "# another version")
+        assert compile_again() == 0
+    torch._dynamo.reset()
+
+
+def test_tracing_for_cuda_reaches_the_kernels():
+    """make_fx with symbolic T on fake CUDA tensors sees the kernel launches, one or two by size."""
+    run_alone("""
+        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as launch
+        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation as mutation
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+        from sere_compile.ops.reroute.kernel import launch_reroute
+        from sere_compile.ops.reroute_merged.kernel import launch_reroute_merged
+
+        def launches(function, num_tokens, *more):
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            inputs = [torch.empty(num_tokens, 8, dtype=torch.int64, device="meta"), *more]
+            def trace(*tensors):
+                return function(*tensors)
+            with FakeTensorMode():
+                inputs = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in inputs]
+            graph = make_fx(trace, tracing_mode="symbolic")(*inputs).graph
+            return sum(n.target in (launch, mutation) for n in graph.nodes)
+
+        similarity = torch.empty(128, 128, device="meta")
+        single = lambda ids, sim: launch_reroute(ids, sim, 2, 0.3, 8, None)
+        assert launches(single, 32, similarity) == 1
+        assert launches(single, 1024, similarity) == 1
+        assert launches(single, 1025, similarity) == 2
+        merged = lambda ids, sim, weights: launch_reroute_merged(ids, weights, sim, 2, 0.3, 0, None)
+        assert launches(merged, 32, similarity, torch.empty(32, 8, device="meta")) == 2
+    """)
+
+
+def test_kernels_compile_for_sm90(tmp_path):
+    """Every kernel compiles to machine code for Hopper with both id types; no GPU is needed for that."""
+    output = run_alone(
+        """
+        import os
+        import triton, triton.language as tl
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from sere_compile.ops.reroute.kernel import (
+            apply_map_kernel, expert_block, expert_map_kernel, launch_config, reroute_kernel,
+        )
+        from sere_compile.ops.reroute_merged.kernel import merge_launch_config, merge_slots_kernel
+
+        if not os.path.exists(triton.knobs.nvidia.ptxas.path):
+            print("no ptxas"); sys.exit()
+        SCALARS = dict(threshold="fp32", num_tokens="i32", num_slots="i32", min_active="i32", stride_k="i32",
+                       stride_t="i32", stride_m="i32", weight_stride_t="i32", weight_stride_k="i32")
+
+        def compile_for_sm90(kernel, num_warps, constants, **pointers):
+            types = {**SCALARS, **pointers}
+            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+            constants = {name: constants[name] for name, type in signature.items() if type == "constexpr"}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            options = dict(num_warps=num_warps)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            assert len(compiled.asm["cubin"]) > 1000
+
+        for ids, flags in (("*i32", True), ("*i64", False)):
+            for experts, num_tokens in ((128, 32), (60, 1000), (128, 5000)):
+                config = launch_config(num_tokens, expert_block(experts))
+                constants = dict(K=8, SELECT=2, E=experts, E_BLOCK=expert_block(experts), HAS_MASK=flags,
+                                 HAS_MIN=flags, SLOTS=config.slots, CHUNK=config.chunk, BLOCK=1024)
+                kernel = reroute_kernel if num_tokens <= 1024 else expert_map_kernel
+                compile_for_sm90(kernel, config.num_warps, constants, ids_ptr=ids, sim_ptr="*bf16",
+                                 mask_ptr="*i1", out_ptr=ids, map_ptr="*i32")
+            compile_for_sm90(apply_map_kernel, 4, constants, ids_ptr=ids, map_ptr="*i32", out_ptr=ids)
+            config = merge_launch_config(128)
+            constants.update(TOKENS=config.slots, CHUNK=config.chunk, ACCUMULATE=tl.float32)
+            compile_for_sm90(merge_slots_kernel, config.num_warps, constants, ids_ptr=ids, weights_ptr="*bf16",
+                             map_ptr="*i32", mask_ptr="*i1", out_ids_ptr=ids, out_weights_ptr="*bf16")
+        """,
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    if "no ptxas" in output:
+        pytest.skip("Triton has no ptxas here")

@@ -1,0 +1,486 @@
+"""The backend end to end, on real transformers models, against an eager oracle that shares no code with it."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import sere_compile
+from sere_compile import ConfigError, GateNotFoundError, ProfileError, SereConfig, sere_backend
+from sere_compile.testing import oracle_routing
+
+from .tiny_models import IMPLEMENTATIONS, MODELS, TOP_K, build, gate_names, random_profile, tokens
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **kwargs).logits
+
+
+def oracle_logits(model, profile, ids, select_top_k, **options):
+    with oracle_routing(model, profile, select_top_k, **options):
+        return logits(model, ids)
+
+
+@pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", MODELS)
+class TestModels:
+    def test_s_equal_k_changes_no_bit(self, name, experts, device):
+        """With S = K the compiled model equals the original bit for bit (inner="eager" rules rounding out)."""
+        model, ids = build(name, experts, device=device), tokens(device=device)
+        expected = logits(model, ids)
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=TOP_K[name], inner="eager"))
+        assert torch.equal(logits(compiled, ids), expected)
+
+    def test_s_below_k_equals_the_oracle(self, name, experts, device):
+        """With S < K logits equal those of an eager model whose routers return re-routed ids."""
+        model, ids = build(name, experts, device=device), tokens(device=device)
+        profile = random_profile(model)
+        expected = oracle_logits(model, profile, ids, 1)
+        unchanged = logits(model, ids)
+        sere_compile.attach(model, profile)
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1})
+        got = logits(compiled, ids)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(unchanged, expected, rtol=1e-3, atol=1e-3), "the case re-routes nothing"
+
+    def test_every_gate_is_found(self, name, experts, device):
+        """`explain` names one rewritten gate a layer, also where one graph serves all layers."""
+        model = build(name, experts, device=device)
+        report = sere_compile.explain(model, tokens(device=device), use_cache=False)
+        assert [row.name for row in report.rewritten] == gate_names()
+        assert all(row.top_k == TOP_K[name] and row.scoring == "softmax" for row in report.rewritten)
+
+
+class TestBinding:
+    def test_one_graph_serves_layers_with_a_matrix_each(self):
+        """Layers compiled one by one share one graph, and each still gets its own matrix."""
+        model, ids = build("qwen3_moe"), tokens()
+        profile = random_profile(model)
+        expected = oracle_logits(model, profile, ids, 1)
+        swapped = dict(zip(profile, reversed(list(profile.values())), strict=True))
+        assert not torch.allclose(expected, oracle_logits(model, swapped, ids, 1), atol=1e-4), "layers look alike"
+        sere_compile.attach(model, profile)
+        counter = CountingInner()
+        for layer in model.model.layers:
+            layer.compile(backend=sere_backend.with_options(select_top_k=1, inner=counter))
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+        assert counter.graphs == 1
+
+    def test_attaching_another_profile_needs_no_recompile(self):
+        """A compiled model uses the profile that is attached now."""
+        model, ids = build("mixtral"), tokens()
+        counter = CountingInner()
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner=counter))
+        for seed in (1, 2):
+            profile = random_profile(model, seed)
+            sere_compile.attach(model, profile)
+            expected = oracle_logits(model, profile, ids, 1)
+            torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+        assert counter.graphs == 1
+
+    def test_profile_that_lacks_a_gate_is_an_error(self):
+        """A model with a profile never falls back to probing for the gates the profile lacks."""
+        model, ids = build("mixtral"), tokens()
+        first = gate_names()[0]
+        sere_compile.binding.assign(model.get_parameter(first), first, torch.eye(8), "profile")
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"no matrix for the gate model\.layers\.1"):
+            logits(compiled, ids)
+
+    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+    def test_probing_measures_the_experts(self, experts, caplog):
+        """With nothing attached, twins are found by probing and the log says so once."""
+        model, ids = build("mixtral", experts), tokens()
+        twins = (3, 5)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                    weight[twins[1]] = weight[twins[0]]
+        sere_compile.backend._first_time._done.clear()
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        with caplog.at_level(logging.WARNING):
+            logits(compiled, ids)
+        assert sum("experts are probed" in record.message for record in caplog.records) == 1
+        for gate in gate_names():
+            entry = sere_compile.binding.lookup(model.get_parameter(gate))
+            matrix = entry.matrix.clone().fill_diagonal_(-1)
+            assert entry.name == gate
+            assert matrix[twins].item() == pytest.approx(1.0, abs=1e-3)
+            assert matrix.argmax().item() in (3 * 8 + 5, 5 * 8 + 3)
+
+    def test_probing_a_block_compiled_alone(self):
+        """A compiled MoE block, whose hidden states are an input of its graph, measures what the model does."""
+        matrices = []
+        for alone in (False, True):
+            torch._dynamo.reset()
+            model = build("mixtral")
+            backend = sere_backend.with_options(select_top_k=1, inner="eager")
+            if alone:
+                for layer in model.model.layers:
+                    layer.mlp.compile(backend=backend)
+                logits(model, tokens())
+            else:
+                logits(torch.compile(model, backend=backend), tokens())
+            matrices.append(sere_compile.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
+        torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
+
+    def test_probing_agrees_between_implementations(self):
+        """The traced dispatch region and the experts module give the same matrix."""
+        matrices = []
+        for experts in IMPLEMENTATIONS:
+            torch._dynamo.reset()
+            model = build("qwen3_moe", experts)
+            compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+            logits(compiled, tokens())
+            matrices.append(sere_compile.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
+        torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(matrices[2], matrices[0], rtol=1e-4, atol=1e-5)
+
+
+class CountingInner:
+    """An inner backend that counts the graphs it compiles."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+class TestShapes:
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_batch_and_length_change(self, dynamic):
+        """Other batches and lengths are right, and compiling stops after the first dynamic graph."""
+        model = build("qwen3_moe")
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        counter = CountingInner()
+        backend = sere_backend.with_options(select_top_k=1, inner=counter)
+        compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+        for batch, length in [(4, 6), (3, 5), (5, 7), (2, 9), (7, 3)]:
+            ids = tokens(batch, length, seed=batch)
+            expected = oracle_logits(model, profile, ids, 1)
+            torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+        assert counter.graphs <= 2
+
+    def test_batch_of_one_is_unchanged(self):
+        """One token names K experts, all of which min_active = K keeps."""
+        model, ids = build("qwen3_moe"), tokens(1, 1)
+        expected = logits(model, ids)
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        assert torch.equal(logits(compiled, ids), expected)
+
+    def test_min_active_zero_lets_the_primary_set_collapse(self):
+        """The paper's behaviour is one option away."""
+        model, ids = build("qwen3_moe"), tokens(1, 1)
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        expected = oracle_logits(model, profile, ids, 1, min_active=0)
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, min_active=0, inner="eager"))
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_max_tokens_leaves_prefill_alone(self, dynamic):
+        """Forwards above max_tokens are the original bit for bit, those below re-route."""
+        model = build("qwen3_moe")
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        backend = sere_backend.with_options(select_top_k=1, max_tokens=8, inner="eager")
+        compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+        large, small = tokens(4, 6), tokens(4, 2)
+        assert torch.equal(logits(compiled, large), logits(model, large))
+        expected = oracle_logits(model, profile, small, 1)
+        torch.testing.assert_close(logits(compiled, small), expected, rtol=1e-5, atol=1e-5)
+
+
+class TestModes:
+    def test_threshold_reaches_the_operator(self):
+        """Critical experts stay."""
+        model, ids = build("qwen3_moe"), tokens()
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        expected = oracle_logits(model, profile, ids, 1, threshold=0.8)
+        assert not torch.allclose(expected, oracle_logits(model, profile, ids, 1), atol=1e-3)
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "threshold": 0.8})
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    def test_bfloat16(self):
+        """A bf16 model re-routes the same ids as its bf16 oracle."""
+        model, ids = build("qwen3_moe", "batched_mm", torch.bfloat16), tokens()
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        expected = oracle_logits(model, profile, ids, 1)
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=2e-2, atol=2e-2)
+
+    def test_inference_mode(self):
+        """Compiling under inference_mode and calling under no_grad afterwards both work."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        expected = oracle_logits(model, profile, ids, 1)
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1})
+        with torch.inference_mode():
+            inferred = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(inferred.clone(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("experts", ["batched_mm", "eager"])
+    def test_gradients_equal_the_oracle(self, experts):
+        """Training through re-routing gives the gradients of the re-routed eager model."""
+        ids = tokens()
+        model = build("mixtral", experts)
+        profile = random_profile(model)
+        with oracle_routing(model, profile, 1):
+            model(ids, use_cache=False, labels=ids).loss.backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        sere_compile.attach(model, profile)
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1})
+        compiled(ids, use_cache=False, labels=ids).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+    def test_generate_compiles_the_decode_step(self):
+        """`generate` with a CompileConfig gives the tokens of the oracle, decoding re-routed and prefill not."""
+        from transformers import CompileConfig
+
+        model, ids = build("qwen3_moe"), tokens(4, 5)
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        options = {"select_top_k": 1, "collect_stats": True}
+        compile_config = CompileConfig(backend="sere", options=options, mode=None, fullgraph=False)
+        compile_config._compile_all_devices = True
+        settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+        mask = torch.ones_like(ids)
+        got = model.generate(ids, attention_mask=mask, compile_config=compile_config, **settings)
+        assert torch.equal(got, greedy(model, profile, ids, 5))
+        counted = sere_compile.stats(model)[gate_names()[0]]
+        # The first of five new tokens comes from the prefill, which generate runs eagerly.
+        assert (counted.calls, counted.tokens) == (4, 16)
+
+
+def greedy(model, profile, ids, steps):
+    """Greedy decoding by hand: the prompt eagerly as it is, each further step re-routed."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + steps)
+    with torch.no_grad():
+        token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        out = [ids, token]
+        for _ in range(steps - 1):
+            with oracle_routing(model, profile, 1):
+                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            out.append(token)
+    return torch.cat(out, 1)
+
+
+class TestOptions:
+    def test_misspelt_option_names_the_nearest(self):
+        """A misspelt option is an error, never ignored."""
+        with pytest.raises(ConfigError, match="did you mean 'select_top_k'"):
+            sere_backend.with_options(select_topk=2)
+        compiled = torch.compile(build("mixtral"), backend="sere", options={"treshold": 0.2})
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="did you mean 'threshold'"):
+            logits(compiled, tokens())
+
+    def test_inductor_options_reach_inductor(self):
+        """Options that are Inductor's go there, and to nothing else."""
+        model, ids = build("mixtral"), tokens()
+        options = {"select_top_k": 1, "epilogue_fusion": False}
+        logits(torch.compile(model, backend="sere", options=options), ids)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="unknown option 'epilogue_fusion'"):
+            logits(torch.compile(model, backend="sere", options={**options, "inner": "eager"}), ids)
+
+    def test_mode_goes_to_inductor_only(self):
+        """`mode` with another inner compiler is an error."""
+        model, ids = build("mixtral"), tokens()
+        logits(torch.compile(model, backend=sere_backend, mode="max-autotune-no-cudagraphs"), ids)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=sere_backend.with_options(inner="eager"), mode="reduce-overhead")
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="takes no mode"):
+            logits(compiled, ids)
+
+    @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+    def test_inner_backends(self, inner):
+        """Any registered backend can compile the rewritten graph."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        expected = oracle_logits(model, profile, ids, 1)
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": inner})
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    def test_equal_options_do_not_recompile(self):
+        """A backend made anew with equal options is the same backend to Dynamo."""
+        model, ids = build("mixtral"), tokens()
+        counter = CountingInner()
+        for _ in range(2):
+            backend = sere_backend.with_options(select_top_k=1, inner=counter)
+            logits(torch.compile(model, backend=backend), ids)
+        assert counter.graphs == 1
+        assert sere_backend.with_options(threshold=0.1) != sere_backend
+        assert hash(sere_backend.with_options(threshold=0.1)) == hash(sere_backend.with_options(threshold=0.1))
+
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("select_top_k", 0, "select_top_k must be None or an integer of at least 1, got 0"),
+            ("select_top_k", 1.5, "select_top_k must be"),
+            ("threshold", float("nan"), "threshold must be a finite number, got nan"),
+            ("threshold", "0.3", "threshold must be a finite number"),
+            ("min_active", -1, "min_active must be None or an integer of at least 0"),
+            ("max_tokens", 0, "max_tokens must be None or an integer of at least 1"),
+            ("strict", 1, "strict must be True or False"),
+            ("inner", 3, "inner must be the name of a backend or a callable"),
+            ("inner", "sere", "would compile with itself"),
+        ],
+    )
+    def test_bad_value(self, option, value, message):
+        """Every option is checked where it is given."""
+        with pytest.raises(ConfigError, match=message):
+            SereConfig(**{option: value})
+
+    def test_default_s(self):
+        """The paper's recommendation: two, or one of two experts; one expert is left alone."""
+        config = SereConfig()
+        assert [config.resolved_top_k(k) for k in (1, 2, 3, 8)] == [1, 1, 2, 2]
+        assert [config.resolved_min_active(k) for k in (2, 8)] == [2, 8]
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 50)
+
+    def forward(self, x):
+        return torch.topk(self.head(x).softmax(-1), 3)
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.layer(x)
+        torch._dynamo.graph_break()
+        return self.layer(x)
+
+
+class TestNothingFound:
+    def test_warns_once_with_the_nearest_candidate(self, caplog):
+        """A compile that meets no gate says so and names what came closest; the result is the model's own."""
+        model, x = Dense(), torch.randn(4, 8)
+        compiled = torch.compile(model, backend="sere", options={"inner": "eager"})
+        with caplog.at_level(logging.WARNING):
+            values, ids = compiled(x)
+            compiled(x)
+        messages = [r.message for r in caplog.records if "found no MoE gate" in r.message]
+        assert len(messages) == 1
+        assert "its indices reach no expert weights" in messages[0]
+        assert "test_backend.py" in messages[0]
+        assert torch.equal(ids, model(x)[1])
+
+    def test_strict_raises(self):
+        """strict=True turns the warning into an error."""
+        compiled = torch.compile(Dense(), backend="sere", options={"inner": "eager", "strict": True})
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="found no MoE gate"):
+            compiled(torch.randn(4, 8))
+
+    def test_broken_callable_warns_at_its_second_call(self, caplog):
+        """Where Dynamo breaks the callable, gates may still follow; the second call knows that none did."""
+        compiled = torch.compile(Broken(), backend="sere", options={"inner": "eager"})
+        with caplog.at_level(logging.WARNING):
+            compiled(torch.randn(4, 8))
+            assert not caplog.records
+            compiled(torch.randn(4, 8))
+            compiled(torch.randn(4, 8))
+        assert sum("found no MoE gate" in r.message for r in caplog.records) == 1
+
+    def test_strict_broken_callable_raises_at_its_second_call(self):
+        """The same with strict=True."""
+        compiled = torch.compile(Broken(), backend="sere", options={"inner": "eager", "strict": True})
+        compiled(torch.randn(4, 8))
+        with pytest.raises(GateNotFoundError, match="no top-k selection at all"):
+            compiled(torch.randn(4, 8))
+
+    def test_moe_with_breaks_does_not_warn(self, caplog):
+        """A model whose gates run behind a graph break is no false alarm."""
+        model, ids = build("mixtral", "eager"), tokens()
+        compiled = torch.compile(model, backend="sere", options={"inner": "eager"})
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                logits(compiled, ids)
+        assert not any("found no MoE gate" in r.message for r in caplog.records)
+
+
+class TestStatistics:
+    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+    def test_counts_equal_the_oracle(self, experts):
+        """Tokens, changed slots and active experts are counted for each layer of its own."""
+        model, ids = build("qwen3_moe", experts), tokens()
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        active = {}
+        with oracle_routing(model, profile, 1, active=active):
+            logits(model, ids)
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "collect_stats": True})
+        for _ in range(2):
+            logits(compiled, ids)
+        counted = sere_compile.stats(model)
+        assert list(counted) == gate_names()
+        for name, [(before, after)] in active.items():
+            row = counted[name]
+            assert (row.calls, row.tokens, row.slots) == (2, 48, 192)
+            assert (row.mean_active_before, row.mean_active_after) == (before, after)
+            assert 0 < row.slots_changed < row.slots
+        sere_compile.reset_stats(model)
+        assert sere_compile.stats(model)[gate_names()[0]].calls == 0
+
+    def test_without_counting_it_says_what_to_do(self):
+        """Asking for statistics that nobody collected is an error."""
+        with pytest.raises(sere_compile.SereError, match="collect_stats"):
+            sere_compile.stats(build("mixtral"))
+
+
+class TestExplain:
+    def test_changes_nothing_and_probes_nothing(self):
+        """`explain` runs the original model and measures no similarity."""
+        model, ids = build("mixtral"), tokens()
+        before = logits(model, ids)
+        sere_compile.explain(model, ids, use_cache=False)
+        assert sere_compile.binding.lookup(model.get_parameter(gate_names()[0])).matrix is None
+        assert torch.equal(logits(model, ids), before)
+
+    def test_identity_and_skips_have_reasons(self):
+        """S = K is reported as identity; a selection that is no gate as skipped, with its line."""
+        model, ids = build("mixtral"), tokens()
+        report = sere_compile.explain(model, ids, use_cache=False, config=SereConfig(select_top_k=2))
+        assert [row.status for row in report] == ["identity"] * 2
+        dense = sere_compile.explain(Dense(), torch.randn(2, 8))
+        assert "0 MoE gates found" in str(dense)
+        assert "test_backend.py" in dense.rows[0].name
+        assert dense.rows[0].status == "skipped"
+
+    def test_works_on_a_compiled_model(self):
+        """A model that is compiled already is explained all the same."""
+        model, ids = build("mixtral"), tokens()
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
+        logits(compiled, ids)
+        assert len(sere_compile.explain(compiled, ids, use_cache=False).rewritten) == 2
+
+
+def test_profile_error_is_a_value_error():
+    """Callers may catch the built-in class."""
+    assert issubclass(ProfileError, ValueError)

@@ -1,0 +1,93 @@
+"""Small models of the real transformers classes, random weights, seconds on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+LAYERS = 2
+VOCABULARY = 96
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def mixtral() -> MixtralForCausalLM:
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=8, num_experts_per_tok=2, **_SIZES))
+
+
+def qwen2_moe() -> Qwen2MoeForCausalLM:
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=32,
+            num_experts=12,
+            num_experts_per_tok=4,
+            **_SIZES,
+        )
+    )
+
+
+def qwen3_moe() -> Qwen3MoeForCausalLM:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            moe_intermediate_size=16, head_dim=8, num_experts=16, num_experts_per_tok=4, norm_topk_prob=True, **_SIZES
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe}
+# K of each model; S = K is the identity.
+TOP_K = {"mixtral": 2, "qwen2_moe": 4, "qwen3_moe": 4}
+
+
+def build(name: str, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """A model with weights large enough for routing to differ from token to token."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    model.set_experts_implementation(experts)
+    return model.to(device=device, dtype=dtype)
+
+
+def tokens(batch: int = 4, length: int = 6, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    """Random token ids [batch, length]."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def gate_names(layers: int = LAYERS) -> list[str]:
+    """Router weights of all three models, in order."""
+    return [f"model.layers.{i}.mlp.gate.weight" for i in range(layers)]
+
+
+def random_profile(model: nn.Module, seed: int = 0):
+    """A `SimilarityProfile` with a random symmetric matrix for every gate."""
+    from sere_compile import SimilarityProfile
+
+    generator = torch.Generator().manual_seed(seed)
+    matrices = {}
+    for name in gate_names():
+        experts = model.get_parameter(name).shape[0]
+        half = torch.rand(experts, experts, generator=generator)
+        matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)
+    return SimilarityProfile(matrices, {"method": "random"})
