@@ -25,11 +25,18 @@ def classify_uses(ids: Node, projection: Node, num_experts: int) -> list[tuple[U
     Returns:
         Each use, and whether expert weights are seen behind it in this graph.
     """
-    return [
-        _classify(consumer, read, projection, num_experts)
-        for consumer, read in _consumers(ids)
-        if nodes.raw_name(consumer) not in ("size", "_assert_tensor_metadata", "sym_size", "getattr", "dim")
-    ]
+    classified = [_classify(consumer, read, projection, num_experts) for consumer, read in _consumers(ids)]
+    if _tells_experts_apart([use.consumer for use, _ in classified], num_experts):
+        classified = [(use, reaches or bool(_numbers_named(use.consumer))) for use, reaches in classified]
+    inside = any(reaches for _, reaches in classified)
+    return [(_inside(use) if inside else use, reaches) for use, reaches in classified]
+
+
+def _inside(use: Use) -> Use:
+    """A use whose experts were not seen, next to one whose were: what it computes meets them later in this graph."""
+    if use.kind is UseKind.LEAVES and use.consumer.op != "output":
+        return Use(use.consumer, use.read, UseKind.UNKNOWN)
+    return use
 
 
 def _consumers(ids: Node) -> Iterator[tuple[Node, Node]]:
@@ -37,7 +44,7 @@ def _consumers(ids: Node) -> Iterator[tuple[Node, Node]]:
     for user in ids.users:
         if nodes.kind(user) in nodes.VALUE_PRESERVING and nodes.operand(user) is ids:
             yield from _consumers(user)
-        else:
+        elif nodes.reads_numbers(user, ids):
             yield user, ids
 
 
@@ -45,13 +52,13 @@ def _classify(consumer: Node, read: Node, projection: Node, num_experts: int) ->
     name = nodes.kind(consumer)
     if consumer.op == "output":
         return Use(consumer, read, UseKind.LEAVES), False
+    if _reads_scores(consumer, read, projection):
+        return Use(consumer, read, UseKind.LOOK_UP), False
     if name == "index" and read in nodes.index_tensors(consumer):
         return _classify_index(consumer, read, nodes.operand(consumer), num_experts)
     if name == "embedding":
         table = max(nodes.operands(consumer), key=lambda n: nodes.is_floating(n))
         return _classify_index(consumer, read, table, num_experts)
-    if name == "gather" and _reads_scores(consumer, projection):
-        return Use(consumer, read, UseKind.LOOK_UP), False
     reaches = reaches_experts(consumer, num_experts)
     if name in ("sort", "argsort") and _slots_stay_apart(consumer):
         return Use(consumer, read, UseKind.GROUPED), reaches
@@ -74,12 +81,25 @@ def _classify_index(consumer: Node, read: Node, source: Node | None, num_experts
     return Use(consumer, read, UseKind.EXPERT_INDEX), len(sizes) >= 3 and sizes[0] == num_experts
 
 
-def _reads_scores(gather: Node, projection: Node) -> bool:
-    """Whether a gather over the last dimension reads numbers that come from the router's projection."""
-    source = nodes.operand(gather)
-    dim = nodes.argument(gather, 1, "dim")
+def _reads_scores(consumer: Node, read: Node, projection: Node) -> bool:
+    """Whether the ids pick, from the last dimension, numbers that come from the router's projection.
+
+    `scores.gather(1, ids)`, `scores.take_along_dim(ids, 1)` and `scores[rows, ids]`.
+    """
+    source = nodes.operand(consumer)
     sizes = nodes.shape(source) if source is not None else None
-    if source is None or sizes is None or dim not in (-1, len(sizes) - 1):
+    if source is None or sizes is None:
+        return False
+    match nodes.kind(consumer):
+        case "gather":
+            position, dim = nodes.argument(consumer, 2, "index"), nodes.argument(consumer, 1, "dim")
+        case "take_along_dim":
+            position, dim = nodes.argument(consumer, 1, "indices"), nodes.argument(consumer, 2, "dim")
+        case "index" if len(nodes.index_tensors(consumer)) == len(sizes) > 1:
+            position, dim = nodes.index_tensors(consumer)[-1], -1
+        case _:
+            return False
+    if position is not read or dim not in (-1, len(sizes) - 1):
         return False
     pending, seen = [source], {source}
     while pending:
@@ -92,6 +112,58 @@ def _reads_scores(gather: Node, projection: Node) -> bool:
     return False
 
 
+def _tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:
+    """Whether each expert is asked for by its number, as a loop over separate expert modules does.
+
+    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0 .. E-1 all occur.
+    """
+    named = {number for consumer in consumers for number in _numbers_named(consumer)}
+    return named.issuperset(range(num_experts))
+
+
+def _numbers_named(consumer: Node) -> set[int]:
+    """The constants that a consumer compares the ids with, or the columns that are taken of its mask."""
+    name = nodes.kind(consumer)
+    if name == "eq":
+        other = nodes.argument(consumer, 1, "other")
+        return {int(other)} if isinstance(other, (int, float)) and other == int(other) else set()
+    if name not in ("one_hot", "scatter", "scatter_add"):
+        return set()
+    columns: set[int] = set()
+    pending = nodes.followers(consumer)
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        picked = _picked_numbers(node)
+        columns |= picked
+        rearranged = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute"}
+        if not picked and (rearranged or nodes.same_shape(node, consumer)):
+            fresh = [user for user in nodes.followers(node) if user not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return columns
+
+
+def _picked_numbers(node: Node) -> set[int]:
+    """The number in `x[.., e]` or `x.select(dim, e)`, or in a slice one wide."""
+    if nodes.raw_name(node) == "select":
+        parts: object = nodes.argument(node, 2, "index")
+    elif nodes.raw_name(node) == "slice":
+        start, stop = nodes.argument(node, 2, "start", 0), nodes.argument(node, 3, "end")
+        parts = slice(start, stop)
+    elif nodes.kind(node) == "slice":
+        parts = node.args[1]
+    else:
+        return set()
+    numbers = set()
+    for part in parts if isinstance(parts, (tuple, list)) else (parts,):
+        if isinstance(part, slice) and isinstance(part.start, int) and part.stop == part.start + 1:
+            numbers.add(part.start)
+        elif isinstance(part, int) and not isinstance(part, bool):
+            numbers.add(part)
+    return numbers
+
+
 def reaches_experts(start: Node, num_experts: int) -> bool:
     """Whether weights stacked over the experts, [E, .., ..], are read somewhere behind `start`."""
     pending, seen = [start], {start}
@@ -99,7 +171,7 @@ def reaches_experts(start: Node, num_experts: int) -> bool:
         node = pending.pop(0)
         if any(_is_stacked(source, num_experts) for source in nodes.operands(node)):
             return True
-        fresh = [user for user in node.users if user not in seen]
+        fresh = [user for user in nodes.followers(node) if user not in seen]
         seen.update(fresh)
         pending.extend(fresh)
     return False
@@ -118,7 +190,7 @@ def _leaves(start: Node) -> bool:
         node = pending.pop()
         if node.op == "output":
             return True
-        fresh = [user for user in node.users if user not in seen]
+        fresh = [user for user in nodes.followers(node) if user not in seen]
         seen.update(fresh)
         pending.extend(fresh)
     return False
@@ -145,7 +217,7 @@ def _counts_only(sorted_ids: Node) -> bool:
     for consumer, read in _consumers(sorted_ids):
         name = nodes.kind(consumer)
         by_row = name == "index" and read in nodes.index_tensors(consumer)
-        if not (name in _COUNTS or nodes.raw_name(consumer) == "_assert_tensor_metadata" or by_row):
+        if not (name in _COUNTS or by_row):
             return False
     return True
 
@@ -153,7 +225,7 @@ def _counts_only(sorted_ids: Node) -> bool:
 def _permutation_is_safe(order: Node) -> bool:
     for consumer, read in _consumers(order):
         name = nodes.kind(consumer)
-        if name in ("argsort", "empty_like", "zeros_like") or nodes.raw_name(consumer) == "_assert_tensor_metadata":
+        if name == "argsort" and _permutation_is_safe(consumer):
             continue
         if name in ("index", "index_put", "scatter", "index_copy") and read is not nodes.operand(consumer):
             continue

@@ -47,8 +47,8 @@ def insert_count(rewrite: Rewrite, counts: Node) -> Node:
     """Insert the counting call behind a rewritten gate; `counts` is the gate's buffer."""
     graph = rewrite.new_ids.graph
     with graph.inserting_after(rewrite.new_ids):
-        node = graph.call_function(
-            count_routing, (rewrite.gate.ids, rewrite.new_ids, rewrite.gate.num_experts, counts)
-        )
-    node.meta = {key: rewrite.new_ids.meta[key] for key in ("stack_trace", "nn_module_stack") if key in rewrite.new_ids.meta}
+        node = graph.call_function(count_routing, (rewrite.gate.ids, rewrite.new_ids, rewrite.gate.num_experts, counts))
+    node.meta = {
+        key: rewrite.new_ids.meta[key] for key in ("stack_trace", "nn_module_stack") if key in rewrite.new_ids.meta
+    }
     return node

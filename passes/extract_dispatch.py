@@ -1,9 +1,9 @@
 """Cut the dispatch of a gate out of its graph, as a function of (hidden, ids, weights).
 
-The region runs from the ids and the routing weights to their post-dominator with one row a token: the first node
-that every path from them passes through and that no longer has one row a slot. Running it with ids and weights
-of one's own choice (counterfactual routing) shows what each expert gives for the same tokens, without any
-knowledge of the model's code.
+The region runs from the router's hidden states, the ids and the routing weights to the post-dominator of the two
+latter with one row a token: the first node that every path from them passes through and that no longer has one
+row a slot. Running it with ids and weights of one's own choice (counterfactual routing) shows what each expert gives
+for the same tokens, without any knowledge of the model's code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.fx import Graph, GraphModule, Node
 from . import nodes
 from .gate import Gate, UseKind
 from .routing_weights import outer_consumers
-
 
 _REARRANGING = nodes.VALUE_PRESERVING | {"transpose", "permute", "repeat_interleave", "repeat"}
 
@@ -61,7 +60,7 @@ def _closure(starts: list[Node]) -> set[Node]:
     """Everything computed from `starts`, themselves included."""
     found, pending = set(starts), list(starts)
     while pending:
-        fresh = [user for user in pending.pop().users if user not in found]
+        fresh = [node for node in nodes.followers(pending.pop()) if node not in found]
         found.update(fresh)
         pending.extend(fresh)
     return found
@@ -75,7 +74,7 @@ def _post_dominator(gate: Gate, starts: list[Node], behind: set[Node]) -> Node |
         closes = reach <= order[node] and order[node] >= last_start
         if closes and _one_row_a_token(node, gate.ids):
             return node
-        reach = max([reach, *(order[user] for user in node.users)])
+        reach = max([reach, *(order[follower] for follower in nodes.followers(node))])
     return None
 
 
@@ -89,16 +88,21 @@ def _one_row_a_token(node: Node, ids: Node) -> bool:
 def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] | str:
     """Every node the region reads, with its role: "inside", "input" or "activation"."""
     roles: dict[Node, str] = {}
+    hidden = gate.router_input
+    while nodes.kind(hidden) in _REARRANGING and (source := nodes.operand(hidden)) is not None:
+        hidden = source
+    # Experts that run for every token do not wait for the ids; they belong to the dispatch all the same.
+    behind = behind | _closure([hidden]) - {hidden}
     pending = [exit_node]
     while pending:
         node = pending.pop()
-        if node in roles or node is gate.ids or node is gate.weights:
+        if node in roles or node is gate.weights or node in nodes.picked(gate.selection, 1):
             continue
         roles[node] = _role(node, gate, behind)
         if roles[node] == "inside":
             pending.extend(node.all_input_nodes)
             # In-place writes have no users; without them the region would read unwritten memory.
-            pending.extend(user for user in node.users if user < exit_node and node in nodes.writes(user))
+            pending.extend(writer for writer in nodes.writers(node) if writer < exit_node)
     for node, role in roles.items():
         if role == "activation" and not nodes.is_floating(node):
             return f"it also reads {node.name}, which is not a floating-point tensor"
@@ -125,10 +129,11 @@ def _varies_by_token(node: Node, ids: Node) -> bool:
 def _build(gate: Gate, exit_node: Node, roles: Mapping[Node, str]) -> DispatchRegion:
     source = gate.selection.graph
     graph = Graph()
-    assert gate.weights is not None  # noqa: S101  (checked by extract_dispatch)
+    assert gate.weights is not None
     inputs = tuple(n for n in source.nodes if roles.get(n) == "input")
     activations = tuple(n for n in source.nodes if roles.get(n) == "activation")
     mapped = {n: graph.placeholder(f"arg_{n.name}") for n in (gate.ids, gate.weights, *inputs, *activations)}
+    mapped.update(dict.fromkeys(nodes.picked(gate.selection, 1), mapped[gate.ids]))
     for node in source.nodes:
         if roles.get(node) == "inside":
             mapped[node] = graph.node_copy(node, mapped.__getitem__)

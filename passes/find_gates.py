@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from . import nodes
 from .classify_uses import classify_uses
-from .gate import Gate, Skip, SkipReason, UseKind
+from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .routing_weights import find_routing_weights
 
 # Operations that keep one score per expert on their way from the projection to the selection.
@@ -28,6 +28,7 @@ _SCORE_PRESERVING = (
     | nodes.VALUE_PRESERVING
     | {"add", "sub", "mul", "div", "clamp", "masked_fill", "where", "nan_to_num", "slice", "dropout", "neg"}
 )
+_REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
 _PROJECTIONS = {"linear": 1, "matmul": 1, "addmm": 2, "bmm": 1, "einsum": 2}
 
 # Decides whether ids that leave the graph go to experts, from the router's weight node and E. Graphs alone
@@ -63,7 +64,10 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
     for node in module.graph.nodes:
         if nodes.kind(node) == "topk":
             found = _examine(node, experts_outside)
-            (gates if isinstance(found, Gate) else skips).append(found)  # type: ignore[arg-type]
+            if isinstance(found, Gate):
+                gates.append(found)
+            else:
+                skips.append(found)
     return Findings(tuple(gates), tuple(skips))
 
 
@@ -82,19 +86,23 @@ def _examine(selection: Node, experts_outside: OutsideEvidence) -> Gate | Skip:
     router = _trace_router(scores, sizes[-1])
     if isinstance(router, Skip):
         return router
-    values, ids = _results(selection)
-    if ids is None or not ids.users:
+    values, all_ids = nodes.picked(selection, 0), [ids for ids in nodes.picked(selection, 1) if ids.users]
+    if not all_ids:
         return Skip(SkipReason.NO_IDS, selection, evidence=2)
-    uses = classify_uses(ids, router.projection, sizes[-1])
+    uses = [use for ids in all_ids for use in classify_uses(ids, router.projection, sizes[-1])]
+    done = next((use.consumer for use, _ in uses if nodes.kind(use.consumer) in _REROUTING), None)
+    if done is not None:
+        return Skip(SkipReason.REWRITTEN, selection, f"by {done.name}", evidence=6)
     missing = _missing_experts(selection, uses, router.weight, sizes[-1], experts_outside)
     if missing is not None:
         return missing
-    weights = find_routing_weights(ids, values, uses)
+    weights = find_routing_weights(all_ids[0], values, uses, router.projection)
     return Gate(
         selection=selection,
-        ids=ids,
-        values=values,
+        ids=all_ids[0],
+        values=next((node for node in values if node.users), None),
         router_weight=router.weight,
+        router_input=router.hidden,
         num_experts=sizes[-1],
         top_k=top_k,
         scoring=router.scoring,
@@ -105,7 +113,13 @@ def _examine(selection: Node, experts_outside: OutsideEvidence) -> Gate | Skip:
     )
 
 
-def _missing_experts(selection, uses, weight: Node, num_experts: int, experts_outside: OutsideEvidence) -> Skip | None:  # type: ignore[no-untyped-def]
+def _missing_experts(
+    selection: Node,
+    uses: list[tuple[Use, bool]],
+    weight: Node,
+    num_experts: int,
+    experts_outside: OutsideEvidence,
+) -> Skip | None:
     """None when some dispatch use is known to reach experts, else the refusal."""
     dispatches = [(use, reaches) for use, reaches in uses if use.kind.dispatches]
     if any(reaches for _, reaches in dispatches):
@@ -116,27 +130,17 @@ def _missing_experts(selection, uses, weight: Node, num_experts: int, experts_ou
     return Skip(SkipReason.NO_DISPATCH, selection, f"ids are used by {seen}", evidence=3)
 
 
-def _results(selection: Node) -> tuple[Node | None, Node | None]:
-    """The nodes that pick values and ids out of a top-k."""
-    picked: dict[int, Node] = {}
-    for user in selection.users:
-        if nodes.kind(user) == "item":
-            picked.setdefault(user.args[1] % 2, user)  # type: ignore[operator]
-        elif nodes.raw_name(user) == "getattr":
-            picked.setdefault(0 if user.args[1] == "values" else 1, user)
-    return picked.get(0), picked.get(1)
-
-
 @dataclass(frozen=True)
 class _Router:
     projection: Node
+    hidden: Node
     weight: Node
     scoring: str
 
 
 def _trace_router(scores: Node, num_experts: int) -> _Router | Skip:
     """Walk from the scores back to the projection that made them."""
-    found: dict[Node, Node] = {}
+    found: dict[Node, tuple[Node, Node]] = {}
     scoring: list[str] = []
     stops: list[Node] = []
     pending, seen = [scores], {scores}
@@ -144,47 +148,49 @@ def _trace_router(scores: Node, num_experts: int) -> _Router | Skip:
         node = pending.pop()
         name = nodes.kind(node)
         if name in _PROJECTIONS:
-            weight = _projection_weight(node, _PROJECTIONS[name])
-            if weight is not None:
-                found[node] = weight
+            factors = _projection_factors(node, _PROJECTIONS[name])
+            if factors is not None:
+                found[node] = factors
             else:
                 stops.append(node)
             continue
-        if name not in _SCORE_PRESERVING:
+        same_order = nodes.only_moves_ones(node)
+        if name not in _SCORE_PRESERVING and not same_order:
             stops.append(node)
             continue
         if name in _SCORING:
             scoring.insert(0, name)
         for source in nodes.operands(node):
-            if source not in seen and nodes.last_size(source) not in (None, 1):
+            if source not in seen and (same_order or nodes.last_size(source) not in (None, 1)):
                 seen.add(source)
                 pending.append(source)
     if not found:
         computed = [stop for stop in stops if stop.op not in ("placeholder", "get_attr")] or stops
         at = f"stopped at {computed[0].name}, a {nodes.kind(computed[0])}" if computed else ""
         return Skip(SkipReason.NO_ROUTER, scores, at, evidence=1)
-    if len(set(found.values())) > 1:
-        names = ", ".join(weight.name for weight in found.values())
+    weights = {weight for _, weight in found.values()}
+    if len(weights) > 1:
+        names = ", ".join(sorted(weight.name for weight in weights))
         return Skip(SkipReason.AMBIGUOUS_ROUTER, scores, names, evidence=1)
-    projection, weight = next(iter(found.items()))
+    projection, (hidden, weight) = next(iter(found.items()))
     if nodes.last_size(projection) != num_experts:
         detail = f"{nodes.last_size(projection)} columns, {num_experts} scores"
         return Skip(SkipReason.ROUTER_SIZE, projection, detail, evidence=2)
-    return _Router(projection, weight, " + ".join(scoring) or "raw logits")
+    return _Router(projection, hidden, weight, " + ".join(scoring) or "raw logits")
 
 
-def _projection_weight(projection: Node, position: int) -> Node | None:
-    """The graph input that a projection multiplies by, when it is a matrix with one row or column an expert."""
-    candidates = [projection.args[position]] if position < len(projection.args) else []
+def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | None:
+    """What is projected, and the graph input that it is multiplied by: a matrix with one row or column an expert."""
+    arguments = list(projection.args)
+    if nodes.kind(projection) == "einsum" and isinstance(arguments[1], (tuple, list)):
+        arguments[1:] = arguments[1]
+    hidden = arguments[position - 1] if position <= len(arguments) else projection.kwargs.get("input")
+    candidates = [arguments[position]] if position < len(arguments) else []
     candidates.append(projection.kwargs.get("weight"))
     for candidate in candidates:
         root = nodes.parameter_root(candidate) if isinstance(candidate, Node) else None
         sizes = nodes.shape(root) if root is not None else None
-        if sizes is not None and len(sizes) == 2 and nodes.last_size(projection) in sizes:
-            return root
+        matches = sizes is not None and len(sizes) == 2 and nodes.last_size(projection) in sizes
+        if matches and root is not None and isinstance(hidden, Node):
+            return hidden, root
     return None
-
-
-def graph_inputs(graph: Graph) -> list[Node]:
-    """The placeholders in order."""
-    return list(graph.find_nodes(op="placeholder"))

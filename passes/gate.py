@@ -42,6 +42,9 @@ class SkipReason(enum.Enum):
     NO_DISPATCH = "its indices reach no expert weights"
     NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
     AMBIGUOUS_WEIGHTS = "its dispatch needs merged duplicates, but several tensors could be the routing weights"
+    SCORES_BY_ID = "its dispatch reads the scores again at the ids, so that re-routing would change its weights"
+    REWRITTEN = "it is re-routed already"
+    WEIGHTS_LATE = "its dispatch begins before the routing weights that would have to be merged are known"
     MUTATED = "an in-place operation changes its ids or weights after they are dispatched"
 
 
@@ -90,6 +93,7 @@ class Gate:
         ids: int [..., K], expert ids in descending order of score.
         values: [..., K], the selected scores, or None where they are not used.
         router_weight: graph input or attribute, [E, H] or [H, E].
+        router_input: the hidden states that the router projects.
         num_experts: E.
         top_k: K.
         scoring: operations between projection and selection that shape the scores, e.g. "softmax".
@@ -103,6 +107,7 @@ class Gate:
     ids: Node
     values: Node | None
     router_weight: Node
+    router_input: Node
     num_experts: int
     top_k: int
     scoring: str

@@ -39,6 +39,7 @@ _SPELLINGS = {
     "_unsafe_view": "view",
     "t": "transpose",
     "swapaxes": "transpose",
+    "numpy_T": "transpose",
     "alias": "detach",
     "lift_fresh_copy": "clone",
     "matmul": "matmul",
@@ -54,6 +55,19 @@ _SPELLINGS = {
     "imul": "mul_",
     "iadd": "add_",
     "isub": "sub_",
+    "imod": "remainder_",
+    "mod": "remainder",
+    "ipow": "pow_",
+    "iand": "bitwise_and_",
+    "ior": "bitwise_or_",
+    "ixor": "bitwise_xor_",
+    # Not in-place: Python's `&`, `|` and `~`, whose functions end in an underscore to dodge keywords.
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "__and__": "bitwise_and",
+    "__or__": "bitwise_or",
+    "__iand__": "bitwise_and_",
+    "__ior__": "bitwise_or_",
     "__add__": "add",
     "__mul__": "mul",
     "_index_put_impl": "index_put",
@@ -75,11 +89,10 @@ ALIASING = VALUE_PRESERVING - {"clone"} | {"transpose", "permute", "slice", "sel
 def raw_name(node: Node) -> str:
     """The operation's name as the tracer wrote it, without namespace and overload."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        overload = isinstance(target, torch._ops.OpOverload)
+        namespace, _, name = (target._schema.name if overload else target._qualified_op_name).partition("::")
         return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return target._qualified_op_name.rpartition("::")[2]
     if isinstance(target, str):
         return target
     return getattr(target, "__name__", type(target).__name__)
@@ -89,14 +102,16 @@ def kind(node: Node) -> str:
     """Canonical name of the operation, without the mark of an in-place variant (`div_` is `div`).
 
     `placeholder`, `get_attr`, `output` and `call_module` nodes have their opcode as kind. Indexing is split:
-    `index` takes at least one index tensor, `slice` takes only numbers, slices, None and Ellipsis, and
-    `item` picks one result of an operation that returns several.
+    `index` takes at least one index tensor, `slice` takes only numbers, slices, None and Ellipsis, `unsqueeze`
+    adds dimensions and takes everything, and `item` picks one result of an operation that returns several.
     """
     if node.op not in ("call_function", "call_method"):
         return node.op
     name = _SPELLINGS.get(raw_name(node), raw_name(node))
     if name == "getitem":
         return _kind_of_getitem(node)
+    if name == "getattr" and node.args[1] in ("T", "mT", "H", "mH"):
+        return "transpose"
     if name == "index_select":
         return "index"
     return name[:-1] if _marks_in_place(name) else name
@@ -104,9 +119,11 @@ def kind(node: Node) -> str:
 
 def _kind_of_getitem(node: Node) -> str:
     source, index = node.args
-    if isinstance(source, Node) and not isinstance(value(source), torch.Tensor) and isinstance(index, int):
+    if isinstance(source, Node) and not is_tensor(source) and isinstance(index, int):
         return "item"
     parts = index if isinstance(index, (tuple, list)) else (index,)
+    if all(part is None or part is Ellipsis or part == slice(None) for part in parts):
+        return "unsqueeze"
     return "index" if any(isinstance(part, Node) and is_tensor(part) for part in parts) else "slice"
 
 
@@ -124,9 +141,66 @@ def writes(node: Node) -> list[Node]:
         return [v for a, v in bound if a.alias_info is not None and a.alias_info.is_write and isinstance(v, Node)]
     name = _SPELLINGS.get(raw_name(node), raw_name(node))
     written = [v for v in (node.kwargs.get("out"),) if isinstance(v, Node)]
-    if _marks_in_place(name) and node.args and isinstance(node.args[0], Node):
+    in_place = _marks_in_place(name) or node.kwargs.get("inplace") is True
+    if in_place and node.args and isinstance(node.args[0], Node):
         written.append(node.args[0])
     return written
+
+
+# Operations that ask a tensor for its sizes, type or device, not for its numbers.
+_DESCRIBING = frozenset(
+    {"size", "dim", "sym_size", "sym_numel", "numel", "_assert_tensor_metadata"}
+    | {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
+    | {"new_empty", "new_zeros", "new_ones", "new_full"}
+)
+_DESCRIBED_BY_OTHER = frozenset({"to", "view_as", "reshape_as", "expand_as", "type_as"})
+_DESCRIBING_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "layout", "itemsize", "is_cuda"})
+
+
+def reads_numbers(node: Node, source: Node) -> bool:
+    """Whether the result depends on the numbers in `source`, not only on its sizes, type or device."""
+    name = raw_name(node)
+    if name == "getattr":
+        return node.args[1] not in _DESCRIBING_ATTRIBUTES
+    if name in _DESCRIBED_BY_OTHER:
+        return operand(node) is source
+    return name not in _DESCRIBING
+
+
+def picked(node: Node, position: int) -> list[Node]:
+    """The nodes that take one result out of a top-k or sort: a tracer may write `r[1]` and `r.indices` apart."""
+    found = []
+    for user in node.users:
+        if kind(user) == "item" and int(user.args[1]) % 2 == position:  # type: ignore[arg-type]
+            found.append(user)
+        elif raw_name(user) == "getattr" and user.args[1] == ("values", "indices")[position]:
+            found.append(user)
+    return found
+
+
+def followers(node: Node) -> list[Node]:
+    """Every node that sees what this one did: its users, and the later users of the memory that it writes.
+
+    An in-place operation need not have users: `mask.scatter_(1, ids, 1)` is read through `mask`.
+    """
+    found = dict.fromkeys(node.users)
+    for written in writes(node):
+        base: Node | None = written
+        while base is not None:
+            found.update(dict.fromkeys(user for user in base.users if user > node))
+            base = operand(base) if kind(base) in ALIASING else None
+    return list(found)
+
+
+def writers(node: Node) -> list[Node]:
+    """The in-place operations on the tensor, directly or through a view of it."""
+    found: list[Node] = []
+    for user in node.users:
+        if node in writes(user):
+            found.append(user)
+        elif kind(user) in ALIASING and operand(user) is node:
+            found += writers(user)
+    return found
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -184,7 +258,23 @@ def is_floating(node: Node) -> bool:
 def same_shape(left: Node, right: Node) -> bool:
     """Whether both nodes yield tensors whose recorded sizes are written the same (symbols included)."""
     a, b = shape(left), shape(right)
-    return a is not None and b is not None and len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b, strict=True))
+    return (
+        a is not None
+        and b is not None
+        and len(a) == len(b)
+        and all(str(x) == str(y) for x, y in zip(a, b, strict=True))
+    )
+
+
+def only_moves_ones(node: Node) -> bool:
+    """Whether a view or permutation keeps the numbers in order: einsum is traced with such detours."""
+    source = operand(node)
+    if kind(node) not in ("view", "permute", "transpose") or source is None:
+        return False
+    before, after = shape(source), shape(node)
+    if before is None or after is None:
+        return False
+    return [str(n) for n in before if str(n) != "1"] == [str(n) for n in after if str(n) != "1"]
 
 
 def leading_count(node: Node) -> Any:

@@ -9,8 +9,8 @@ Every dispatch sums duplicates (case 1), S < K:
 
 Some dispatch is not proven to (case 2): ids and the final routing weights change together.
 
-    return hidden, ids, weights                          ->    merged = sere.reroute_merged(ids, weights, similarity, ..)
-                                                               return hidden, merged[0], merged[1]
+    return hidden, ids, weights                    ->    merged = sere.reroute_merged(ids, weights, similarity, ..)
+                                                         return hidden, merged[0], merged[1]
 
 Uses that look scores up by the ids keep the original ids (case 3). `topk(sorted=False)` becomes sorted, because
 re-routing ranks by score (case 4). What an in-place operation changes after the dispatch began is skipped (case 5).
@@ -67,19 +67,27 @@ def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rew
     weight_consumers = outer_consumers(gate.weights, gate.ids) if merged and gate.weights is not None else []
     consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
     first = min(consumers, key=order.__getitem__)
-    changed = _changed_after(first, [gate.ids] + ([gate.weights] if merged and gate.weights is not None else []), order)
+    late = _late_part(gate.weights, first, order) if merged and gate.weights is not None else []
+    stuck = _cannot_move(late, first, consumers, order)
+    if stuck is not None:
+        return Skip(SkipReason.WEIGHTS_LATE, stuck, f"{stuck.name} at {nodes.source_line(stuck)}", evidence=5)
+    watched = nodes.picked(gate.selection, 1) + ([gate.weights] if merged and gate.weights is not None else [])
+    changed = _changed_after(first, watched, order, ignoring=late)
     if changed is not None:
         return Skip(SkipReason.MUTATED, changed, f"{changed.name} at {nodes.source_line(changed)}", evidence=5)
 
+    for node in late:
+        first.prepend(node)
     if not gate.is_sorted:
         _make_sorted(gate.selection)
     with graph.inserting_before(first):
         new_ids, new_weights = _insert(graph, gate, similarity, settings, merged)
-    copies = {gate.ids: new_ids}
+    copies = dict.fromkeys(nodes.picked(gate.selection, 1), new_ids)
     for use in gate.dispatch_uses:
         use.consumer.replace_input_with(use.read, _rebased(use.read, copies))
     for consumer in weight_consumers:
-        assert gate.weights is not None and new_weights is not None  # noqa: S101  (narrowing: merged has both)
+        assert gate.weights is not None
+        assert new_weights is not None
         consumer.replace_input_with(gate.weights, new_weights)
     _erase_unused_views(gate)
     return Rewrite(gate, new_ids, merged)
@@ -94,7 +102,7 @@ def _insert(
         _describe(new_ids, gate.ids, nodes.value(gate.ids))
         return new_ids, None
     weights = gate.weights
-    assert weights is not None  # noqa: S101  (checked by the caller)
+    assert weights is not None
     both = graph.call_function(torch.ops.sere.reroute_merged.default, (gate.ids, weights, similarity, *numbers))
     _describe(both, gate.ids, (nodes.value(gate.ids), nodes.value(weights)))
     new_ids = graph.call_function(operator.getitem, (both, 0))
@@ -107,10 +115,10 @@ def _insert(
 def _describe(new: Node, like: Node, value: object) -> None:
     """Give a new node the metadata of the node it stands for, and its value under the tracer's own key."""
     new.meta = dict(like.meta)
-    key = next((k for k in ("example_value", "val") if k in like.meta), None)
+    key = next((k for k in ("example_value", "val", "tensor_meta") if k in like.meta), None)
+    new.meta.pop("tensor_meta", None)
     if key is not None:
         new.meta[key] = value
-    new.meta.pop("tensor_meta", None)
 
 
 def _make_sorted(selection: Node) -> None:
@@ -124,7 +132,7 @@ def _rebased(read: Node, copies: dict[Node, Node]) -> Node:
     """The view, cast or copy `read` of the old ids, made from the new ids; `copies` starts as {ids: new_ids}."""
     if read not in copies:
         parent = nodes.operand(read)
-        assert parent is not None  # noqa: S101  (a view has an operand)
+        assert parent is not None
         source = _rebased(parent, copies)
         # A view may stand before the new ids, or need sizes that are computed after them.
         with read.graph.inserting_after(max(source, read)):
@@ -141,16 +149,47 @@ def _erase_unused_views(gate: Gate) -> None:
             if node.graph is not gate.ids.graph or node._erased:
                 break
             node.graph.erase_node(node)
-            assert parent is not None  # noqa: S101  (a view has an operand)
+            assert parent is not None
             node = parent
 
 
-def _changed_after(first: Node, watched: list[Node], order: dict[Node, int]) -> Node | None:
+def _late_part(weights: Node, first: Node, order: dict[Node, int]) -> list[Node]:
+    """What the weights are computed by at or after `first`, in graph order: it has to move in front of it."""
+    late, pending = set(), [weights]
+    while pending:
+        node = pending.pop()
+        if order[node] >= order[first] and node not in late:
+            late.add(node)
+            pending.extend(node.all_input_nodes)
+    return sorted(late, key=order.__getitem__)
+
+
+def _cannot_move(late: list[Node], first: Node, consumers: list[Node], order: dict[Node, int]) -> Node | None:
+    """The dispatch among the nodes that should move before it, or a write that one of them would cross, or None."""
+    if not late:
+        return None
+    blocked = next((node for node in late if node in consumers), None)
+    if blocked is not None:
+        return blocked
+    crossed = [n for n in first.graph.nodes if order[first] <= order[n] < order[late[-1]] and n not in late]
+    for writers, others in ((late, crossed), (crossed, late)):
+        for writer in writers:
+            memory = {alias for written in nodes.writes(writer) for alias in _aliases(written)}
+            if any(source in memory for other in others for source in other.all_input_nodes):
+                return writer
+    return None
+
+
+def _changed_after(
+    first: Node, watched: list[Node], order: dict[Node, int], ignoring: list[Node]
+) -> Node | None:
     """The first node at or after `first` that writes to memory of a watched tensor."""
     for tensor in watched:
         aliases = _aliases(tensor)
         for node in tensor.graph.nodes:
-            if order[node] >= order[first] and any(written in aliases for written in nodes.writes(node)):
+            if order[node] < order[first] or node in ignoring:
+                continue
+            if any(written in aliases for written in nodes.writes(node)):
                 return node
     return None
 

@@ -14,9 +14,15 @@ from .gate import Skip, SkipReason, Use, UseKind
 _REDUCTIONS = frozenset({"sum", "amax", "max", "mean", "norm"})
 
 
-def find_routing_weights(ids: Node, values: Node | None, uses: list[tuple[Use, bool]]) -> Node | Skip:
+def find_routing_weights(
+    ids: Node, values: list[Node], uses: list[tuple[Use, bool]], projection: Node
+) -> Node | Skip:
     """The one tensor shaped like the ids, made from the selected scores, that later code consumes."""
-    starts = [values] if values is not None and values.users else []
+    again = _scores_read_again(ids, uses, projection)
+    if again is not None:
+        detail = f"{again.name} at {nodes.source_line(again)}"
+        return Skip(SkipReason.SCORES_BY_ID, again, detail, evidence=4)
+    starts = [value for value in values if value.users]
     starts += [use.consumer for use, _ in uses if use.kind is UseKind.LOOK_UP]
     starts = [start for start in starts if nodes.is_floating(start)]
     chain = _slot_shaped(starts, ids)
@@ -26,6 +32,44 @@ def find_routing_weights(ids: Node, values: Node | None, uses: list[tuple[Use, b
     if len(consumed) > 1:
         return Skip(SkipReason.AMBIGUOUS_WEIGHTS, ids, ", ".join(n.name for n in consumed), evidence=4)
     return consumed[0]
+
+
+def _scores_read_again(ids: Node, uses: list[tuple[Use, bool]], projection: Node) -> Node | None:
+    """The first node where a mask or index made from dispatched ids meets the router's scores of the same tokens.
+
+    There the weights of a token depend on the ids themselves (`probs * mask`), so new ids would choose new
+    weights. Uses that keep slots apart cannot; the others are followed up to the first weight that they meet.
+    """
+    order = {node: position for position, node in enumerate(ids.graph.nodes)}
+    look_ups = {use.consumer for use, _ in uses if use.kind is UseKind.LOOK_UP}
+    scores, pending = {projection}, [projection]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            rows = nodes.last_size(user) == nodes.last_size(projection)
+            rows = rows and nodes.is_floating(user) and nodes.leading_count(user) == nodes.leading_count(ids)
+            if rows and user not in scores and user not in look_ups and nodes.reads_numbers(user, node):
+                scores.add(user)
+                pending.append(user)
+    unsafe = [use.consumer for use, _ in uses if use.kind.dispatches and not use.kind.sums_duplicates]
+    seen, pending = set(unsafe), list(unsafe)
+    met: list[Node] = []
+    while pending:
+        node = pending.pop()
+        if node.op == "output":
+            continue
+        if any(source in scores and source not in seen for source in node.all_input_nodes):
+            met.append(node)
+        elif not any(_is_weight(source) for source in node.all_input_nodes):
+            fresh = [follower for follower in nodes.followers(node) if follower not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return min(met, key=order.__getitem__, default=None)
+
+
+def _is_weight(node: Node) -> bool:
+    root = nodes.parameter_root(node)
+    return root is not None and nodes.is_model_state(root) and nodes.is_floating(root)
 
 
 def _slot_shaped(starts: list[Node], ids: Node) -> dict[Node, None]:
@@ -45,15 +89,11 @@ def _keeps_slots(node: Node, ids: Node) -> bool:
         return nodes.is_floating(node)
     per_token = nodes.last_size(node) == 1 or nodes.kind(node) in _REDUCTIONS
     # A reduction that is used for anything else than scaling the weights would not end in slot shape.
-    return per_token and bool(node.users) and all(nodes.same_shape(user, ids) for user in node.users)
+    return per_token and bool(node.users) and all(_keeps_slots(user, ids) for user in node.users)
 
 
 def _outer_consumers(node: Node, chain: dict[Node, None]) -> list[Node]:
-    return [
-        user
-        for user in node.users
-        if user not in chain and nodes.raw_name(user) not in ("size", "_assert_tensor_metadata", "sym_size", "dim")
-    ]
+    return [user for user in node.users if user not in chain and nodes.reads_numbers(user, node)]
 
 
 def outer_consumers(weights: Node, ids: Node) -> list[Node]:

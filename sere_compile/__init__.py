@@ -1,6 +1,6 @@
 """sere-compile: similarity-based expert re-routing (SERE, arXiv 2602.07616) as a compiler pass.
 
-    compiled = torch.compile(model, backend="sere", options={"select_top_k": 2})
+compiled = torch.compile(model, backend="sere", options={"select_top_k": 2})
 """
 
 from .backend import SereBackend, sere_backend

@@ -34,15 +34,17 @@ class GateEntry:
 
     def matrix_on(self, device: torch.device) -> torch.Tensor:
         """The matrix on a device; moved once, then kept there, at one address."""
-        assert self.matrix is not None, f"no matrix bound for {self.name}"  # noqa: S101
+        assert self.matrix is not None, f"no matrix bound for {self.name}"
         if self.matrix.device != device:
-            self.matrix = self.matrix.to(device)
+            with torch.inference_mode(False):
+                self.matrix = self.matrix.to(device)
         return self.matrix
 
     def counts_on(self, device: torch.device) -> torch.Tensor:
         """The counters on a device, made at first use."""
         if self.counts is None:
-            self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
+            with torch.inference_mode(False):
+                self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
         elif self.counts.device != device:
             self.counts = self.counts.to(device)
         return self.counts
@@ -64,8 +66,11 @@ def assign(weight: torch.Tensor, name: str, matrix: torch.Tensor, source: str, *
     _version += 1
     previous = _entries.get(weight)
     counts = previous.counts if previous is not None else None
-    # A clone: the user's tensor may change later, a compiled graph's input must not.
-    matrix = matrix.detach().to(device=weight.device, dtype=torch.float32, copy=True).contiguous()
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    # A clone: the user's tensor may change later, a compiled graph's input must not. Outside inference mode, because
+    # a matrix bound there must also serve calls that record gradients.
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = matrix.to(device=device, dtype=torch.float32, copy=True).contiguous()
     _entries[weight] = GateEntry(name, matrix, source, from_profile, counts)
 
 

@@ -7,7 +7,6 @@ import sys
 from types import FrameType
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
@@ -33,7 +32,9 @@ def copy_graph(module: GraphModule) -> GraphModule:
     return copied
 
 
-def append_input(module: GraphModule, name: str, value: torch.Tensor, example_inputs: list[object]) -> tuple[Node, torch.Tensor]:
+def append_input(
+    module: GraphModule, name: str, value: torch.Tensor, example_inputs: list[object]
+) -> tuple[Node, torch.Tensor]:
     """Append a graph input behind the existing ones.
 
     Args:
@@ -46,6 +47,8 @@ def append_input(module: GraphModule, name: str, value: torch.Tensor, example_in
     Returns:
         The placeholder, and the fake value to hand to the inner compiler.
     """
+    from torch._dynamo.source import ConstantSource  # here, because importing Dynamo takes seconds
+
     graph = module.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
     fake_mode = detect_fake_mode([node.meta.get("example_value") for node in placeholders] + example_inputs)

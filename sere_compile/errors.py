@@ -25,3 +25,7 @@ class ProbeError(SereError, RuntimeError):
 
 class MissingExtraError(SereError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""
+
+
+class LoweringError(SereError, RuntimeError):
+    """A model cannot be exported or lowered to the target that was asked for."""

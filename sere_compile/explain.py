@@ -26,7 +26,11 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
         A report whose `str()` is a table.
     """
     rows: dict[str, GateRow] = {}
-    backend = SereBackend(config or SereConfig(), observer=lambda row: rows.setdefault(row.name, row))
+
+    def observe(row: GateRow) -> None:
+        rows.setdefault(row.name, row)
+
+    backend = SereBackend((config or SereConfig()).replace(strict=False), observer=observe)
     original = getattr(model, "_orig_mod", model)
     # A compile of its own must not run into the limit that the user's compiles of the same code count against.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)

@@ -24,7 +24,9 @@ class _GateRuns(threading.local):
 gate_runs = _GateRuns()
 
 
-def watch(compiled: Callable[..., Any], findings: Findings, config: SereConfig, *, whole_call: bool) -> Callable[..., Any]:
+def watch(
+    compiled: Callable[..., Any], findings: Findings, config: SereConfig, *, whole_call: bool
+) -> Callable[..., Any]:
     """Warn now if the graph is all that will run; else when it runs again and no gate ran in between.
 
     Raises:

@@ -66,9 +66,7 @@ class GateReport:
         return len(self.rows)
 
     def __str__(self) -> str:
-        summary = (
-            f"{len(self.gates)} MoE gate{'s' * (len(self.gates) != 1)} found, {len(self.rewritten)} rewritten"
-        )
+        summary = f"{len(self.gates)} MoE gate{'s' * (len(self.gates) != 1)} found, {len(self.rewritten)} rewritten"
         lines = [summary, *_table(self.rows)] if self.rows else [summary]
         return "\n".join([*lines, self.hint] if self.hint else lines)
 

@@ -118,10 +118,10 @@ class _Program:
             owner, _, name = str(node.target).rpartition(".")
             return getattr(self.module.get_submodule(owner), name)
         if self._exported is not None:
-            name = _lifted(self._exported.graph_signature).get(node.name)
-            if name is not None:
+            lifted = _lifted(self._exported.graph_signature).get(node.name)
+            if lifted is not None:
                 state = self._exported.state_dict
-                return state[name] if name in state else self._exported.constants[name]
+                return state[lifted] if lifted in state else self._exported.constants[lifted]
         raise ProbeError(f"the experts cannot be probed: their dispatch reads {node.name}, which only a call has")
 
     def add_buffer(self, matrix: torch.Tensor) -> Node:

@@ -86,9 +86,7 @@ def oracle_routing(
 
         return hook
 
-    handles = [
-        model.get_submodule(name.rpartition(".")[0]).register_forward_hook(hook_for(name)) for name in matrices
-    ]
+    handles = [model.get_submodule(name.rpartition(".")[0]).register_forward_hook(hook_for(name)) for name in matrices]
     try:
         yield model
     finally:

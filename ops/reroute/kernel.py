@@ -134,7 +134,13 @@ def most_similar(expert, sim, bits, threshold, E_BLOCK: tl.constexpr):
     key = key ^ ((key >> 31) & 0x7FFFFFFF)
     key = tl.where(primary & (sim > float("-inf")), key, -0x80000000)
     key = tl.where(primary & (column == expert[:, None]), 0x7FFFFFFF, key)
-    best, target = tl.max(key, axis=1, return_indices=True, return_indices_tie_break_left=True)
+    # Ties: the column, counted from the right, is the low half of what is compared, so the lowest wins. A
+    # 64-bit maximum takes fewer instructions than an arg-max, and Triton's interpreter takes the first of
+    # equal maxima even where a GPU would not, so that tests without a GPU could not see a wrong tie.
+    ranked = (key.to(tl.int64) << 32) | (E_BLOCK - 1 - column)
+    winner = tl.max(ranked, axis=1)
+    best = (winner >> 32).to(tl.int32)
+    target = E_BLOCK - 1 - (winner & 0xFFFFFFFF).to(tl.int32)
     # The largest key is a NaN as a float, so an expert that is primary never compares as critical.
     best_sim = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     critical = (threshold > 0) & (best_sim < threshold)
@@ -222,7 +228,7 @@ def apply_map_kernel(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = map[ids] for BLOCK consecutive slots per program; ids that name no expert pass through."""
+    """Store map[ids] for BLOCK consecutive slots per program; ids that name no expert pass through."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_slots
     ids = tl.load(ids_ptr + (index // K) * stride_t + (index % K) * stride_k, mask=inside, other=-1)
@@ -250,8 +256,8 @@ def launch_config(num_tokens: int, e_block: int) -> LaunchConfig:
     and more warps.
 
     The two element budgets keep the row tile [slots, e_block] and the set's accumulator [e_block / 32, chunk]
-    in registers (at most 64 per thread; sm_90 code has no spills). There are only three classes because with
-    a symbolic T each is one more compiled graph. guard_or_false: a size without a value while tracing
+    in registers: no spills on sm_90 for 128, 256 and 1024 experts. There are only three classes because with a
+    symbolic T each is one more compiled graph. guard_or_false: a size without a value while tracing
     (unbacked) takes the last class, which serves any size.
     """
     if guard_or_false(num_tokens <= 128):
@@ -347,24 +353,24 @@ def _set_arguments(
     """The arguments that `reroute_kernel` and `expert_map_kernel` share."""
     mask = None if token_mask is None else token_mask.reshape(-1)
     num_experts = int(similarity.shape[0])
-    return dict(
-        ids_ptr=ids,
-        sim_ptr=similarity.contiguous(),
+    return {
+        "ids_ptr": ids,
+        "sim_ptr": similarity.contiguous(),
         # Without a mask the pointer is not read; any tensor will do.
-        mask_ptr=ids if mask is None else mask,
-        num_tokens=ids.shape[0],
-        stride_t=ids.stride(0),
-        stride_k=ids.stride(1),
-        stride_m=0 if mask is None else mask.stride(0),
-        threshold=threshold,
-        min_active=min_active,
-        K=int(ids.shape[1]),
-        SELECT=select_top_k,
-        E=num_experts,
-        E_BLOCK=expert_block(num_experts),
-        HAS_MASK=mask is not None,
-        HAS_MIN=min_active > 0,
-        SLOTS=config.slots,
-        CHUNK=config.chunk,
-        num_warps=config.num_warps,
-    )
+        "mask_ptr": ids if mask is None else mask,
+        "num_tokens": ids.shape[0],
+        "stride_t": ids.stride(0),
+        "stride_k": ids.stride(1),
+        "stride_m": 0 if mask is None else mask.stride(0),
+        "threshold": threshold,
+        "min_active": min_active,
+        "K": int(ids.shape[1]),
+        "SELECT": select_top_k,
+        "E": num_experts,
+        "E_BLOCK": expert_block(num_experts),
+        "HAS_MASK": mask is not None,
+        "HAS_MIN": min_active > 0,
+        "SLOTS": config.slots,
+        "CHUNK": config.chunk,
+        "num_warps": config.num_warps,
+    }

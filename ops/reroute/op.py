@@ -15,9 +15,7 @@ KERNEL_MAX_EXPERTS = 1024
 KERNEL_MAX_SLOTS = 64
 
 
-def check_arguments(
-    topk_ids: Tensor, similarity: Tensor, min_active: int, token_mask: Tensor | None
-) -> None:
+def check_arguments(topk_ids: Tensor, similarity: Tensor, min_active: int, token_mask: Tensor | None) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"topk_ids: expected dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
@@ -25,8 +23,7 @@ def check_arguments(
         raise ValueError("topk_ids: expected shape [..., K], got a 0-dimensional tensor")
     if similarity.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
-            "similarity: expected dtype torch.float32, torch.bfloat16 or torch.float16, "
-            f"got {similarity.dtype}"
+            f"similarity: expected dtype torch.float32, torch.bfloat16 or torch.float16, got {similarity.dtype}"
         )
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1] or similarity.shape[0] == 0:
         raise ValueError(f"similarity: expected shape [E, E] with E >= 1, got {list(similarity.shape)}")
@@ -125,6 +122,4 @@ def reroute(
     On CUDA one kernel is launched for up to 1024 tokens and two above; no synchronisation with the host, so
     CUDA graphs can capture it. Integer output: no gradient.
     """
-    return torch.ops.sere.reroute.default(
-        topk_ids, similarity, select_top_k, threshold, min_active, token_mask
-    )
+    return torch.ops.sere.reroute.default(topk_ids, similarity, select_top_k, threshold, min_active, token_mask)

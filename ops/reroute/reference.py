@@ -22,6 +22,7 @@ def primary_experts(
 
     Args:
         ids: [T, K], any integer values.
+        num_experts: E.
         select_top_k: S in 1..K-1.
         min_active: widen S to the smallest S' whose union holds that many experts; with none below K every
             expert is primary, which makes the map the identity.

@@ -45,7 +45,7 @@ def active_experts(
     HAS_MASK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """bool [1, E_BLOCK]: the experts that real tokens name after re-routing."""
+    """The experts that real tokens name after re-routing: bool [1, E_BLOCK]."""
     used = slot_words(
         ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, 0, K, E, HAS_MASK, E_BLOCK // 32, CHUNK
     )
@@ -74,7 +74,6 @@ def merge_slots_kernel(
     E: tl.constexpr,
     E_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -85,19 +84,20 @@ def merge_slots_kernel(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < num_tokens
     column = tl.arange(0, E_BLOCK)[None, :]
+    accumulate: tl.constexpr = tl.float64 if weights_ptr.dtype.element_ty == tl.float64 else tl.float32
     active = active_experts(
         ids_ptr, map_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, K, E, E_BLOCK, HAS_MASK, CHUNK
     )
     # First pass. Per expert: how many of the token's slots name it, the sum of their weights, the original
     # id of the first of them.
     count = tl.zeros([TOKENS, E_BLOCK], tl.int32)
-    total = tl.zeros([TOKENS, E_BLOCK], ACCUMULATE)
+    total = tl.zeros([TOKENS, E_BLOCK], accumulate)
     first_id = tl.zeros([TOKENS, E_BLOCK], ids_ptr.dtype.element_ty)
     changed = tl.zeros([TOKENS], tl.int32)
     for k in range(0, K):
         ids, new_ids, is_expert = load_ids(ids_ptr + token * stride_t + k * stride_k, map_ptr, inside, E)
         weight_offset = token * weight_stride_t + k * weight_stride_k
-        weight = tl.load(weights_ptr + weight_offset, mask=inside, other=0).to(ACCUMULATE)
+        weight = tl.load(weights_ptr + weight_offset, mask=inside, other=0).to(accumulate)
         here = (column == new_ids[:, None]) & is_expert[:, None]
         first_id = tl.where(here & (count == 0), ids[:, None], first_id)
         total = tl.where(here, total + weight[:, None], total)
@@ -175,7 +175,6 @@ def launch_reroute_merged(
         E=num_experts,
         E_BLOCK=e_block,
         HAS_MASK=mask is not None,
-        ACCUMULATE=tl.float64 if weights.dtype == torch.float64 else tl.float32,
         TOKENS=config.slots,
         CHUNK=config.chunk,
         num_warps=config.num_warps,

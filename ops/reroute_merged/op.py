@@ -14,8 +14,7 @@ def check_weights(topk_ids: Tensor, topk_weights: Tensor) -> None:
         raise TypeError(f"topk_weights: expected a floating-point dtype, got {topk_weights.dtype}")
     if topk_weights.shape != topk_ids.shape:
         raise ValueError(
-            f"topk_weights: expected shape {list(topk_ids.shape)} (of topk_ids), "
-            f"got {list(topk_weights.shape)}"
+            f"topk_weights: expected shape {list(topk_ids.shape)} (of topk_ids), got {list(topk_weights.shape)}"
         )
     check_same_device(topk_ids, topk_weights=topk_weights)
 
@@ -97,7 +96,12 @@ def reroute_merged(
     Args:
         topk_ids: int32 or int64 [..., K]; ids outside [0, E) are never merged and keep their weight.
         topk_weights: floating point, shape of `topk_ids`. Summed in fp32 (fp64 for fp64 weights).
-        similarity, select_top_k, threshold, min_active, token_mask: see `reroute`.
+        similarity: fp32, bf16 or fp16 [E, E], as in `reroute`.
+        select_top_k: S, as in `reroute`; `S <= 0` and `S >= K` change nothing.
+        threshold: rho, as in `reroute`.
+        min_active: a number of experts, as in `reroute`.
+        token_mask: bool, shape of `topk_ids` without K; False rows (padding) are re-routed and merged, but make
+            no expert primary and none active.
 
     Returns:
         New contiguous tensors (ids, weights) of the shapes and dtypes of `topk_ids` and `topk_weights`.

@@ -44,9 +44,7 @@ def merged_weights(weights: Tensor, first: Tensor) -> Tensor:
     return torch.where(first == slots, merged, 0.0)
 
 
-def filled_ids(
-    ids: Tensor, new_ids: Tensor, first: Tensor, num_experts: int, token_mask: Tensor | None
-) -> Tensor:
+def filled_ids(ids: Tensor, new_ids: Tensor, first: Tensor, num_experts: int, token_mask: Tensor | None) -> Tensor:
     """Re-routed ids [T, K] whose freed slots name distinct experts."""
     num_tokens, num_slots = ids.shape
     slots = torch.arange(num_slots, device=ids.device)

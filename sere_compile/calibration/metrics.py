@@ -293,9 +293,7 @@ def _check_outputs(outputs: torch.Tensor, num_experts: int) -> None:
     finite = outputs.amin(dim=(1, 2)).isfinite() & outputs.amax(dim=(1, 2)).isfinite()
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
-        raise ProbeError(
-            f"the outputs of expert {', '.join(map(str, bad))} (of {num_experts}) hold NaN or infinity"
-        )
+        raise ProbeError(f"the outputs of expert {', '.join(map(str, bad))} (of {num_experts}) hold NaN or infinity")
 
 
 def _or_one(values: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,7 @@ PROBE_SEED = 0
 Dispatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def probe_similarity(
-    dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device
-) -> torch.Tensor:
+def probe_similarity(dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device) -> torch.Tensor:
     """Frobenius similarity of a gate's experts on `PROBE_TOKENS` random tokens.
 
     Args:
@@ -59,7 +57,7 @@ def probe_similarity(
                 outputs = result.new_empty(num_experts, PROBE_TOKENS, result.shape[-1])
             outputs[expert, token] = result.to(outputs.dtype)
         accumulator = FrobeniusAccumulator(num_experts)
-        assert outputs is not None  # noqa: S101  (pairs > 0)
+        assert outputs is not None
         accumulator.update(outputs)
         return accumulator.similarity().to(torch.float32)
 
@@ -77,9 +75,7 @@ def region_dispatch(region: DispatchRegion, values: Mapping[Node, Any]) -> tuple
         region: from `passes.extract_dispatch`.
         values: what a call of the graph passed, for each graph input: tensors, and ints for symbolic sizes.
     """
-    symbols = {
-        _fake(node).node.expr: int(v) for node, v in values.items() if isinstance(_fake(node), torch.SymInt)
-    }
+    symbols = {_fake(node).node.expr: int(v) for node, v in values.items() if isinstance(_fake(node), torch.SymInt)}
     inputs = [values[node] for node in region.inputs]
     ids_shape, ids_dtype = _concrete_shape(region.ids, symbols), _fake(region.ids).dtype
     weights_dtype = _fake(region.weights).dtype
@@ -108,9 +104,7 @@ def _fake(node: Node) -> Any:
 def _concrete_shape(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...]:
     """Sizes as numbers, without asking the tracer's symbols: that would specialise the graph being compiled."""
     sizes = _fake(node).shape
-    return tuple(
-        int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size for size in sizes
-    )
+    return tuple(int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size for size in sizes)
 
 
 def _hidden_states(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

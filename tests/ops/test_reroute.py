@@ -1,8 +1,8 @@
 """`sere::reroute`: reference and kernel against the oracle, properties, and the torch.compile stack around it.
 
-2,100 random cases in all: 40 structures (cases.py), each with 40 contents for the reference and 13 for the
-kernel. Without CUDA the kernel runs under Triton's interpreter with small launch blocks, because that goes
-through a set's reduction one element at a time.
+2,344 random cases: 40 structures (cases.py), each with 45 contents for the reference and, where there is
+something to re-route, 16 for the kernel. Without CUDA the kernel runs under Triton's interpreter with small
+launch blocks, because that goes through a set's reduction one element at a time.
 """
 
 import contextlib
@@ -11,10 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from sere_compile.ops import reroute
 from sere_compile.ops.reroute.reference import reroute_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
 from .oracle import as_fp32_rows, reroute_rows
@@ -237,26 +236,26 @@ def test_properties(case):
 
 
 def arguments(**changes):
-    valid = dict(
-        topk_ids=torch.zeros(3, 4, dtype=torch.int64), similarity=torch.zeros(8, 8), select_top_k=2,
-        min_active=0, token_mask=None,
-    )  # fmt: skip
+    valid = {
+        "topk_ids": torch.zeros(3, 4, dtype=torch.int64), "similarity": torch.zeros(8, 8), "select_top_k": 2,
+        "min_active": 0, "token_mask": None,
+    }  # fmt: skip
     return valid | changes
 
 
 BAD_ARGUMENTS = [
-    (dict(topk_ids=torch.zeros(3, 4)), TypeError, r"topk_ids: expected dtype .*int32 or .*int64, got .*float32"),
-    (dict(topk_ids=torch.tensor(1)), ValueError, r"topk_ids: expected shape \[\.\.\., K\], got a 0-dim"),
-    (dict(similarity=torch.zeros(8, 7)), ValueError, r"similarity: expected shape \[E, E\].* got \[8, 7\]"),
-    (dict(similarity=torch.zeros(8)), ValueError, r"similarity: expected shape \[E, E\].* got \[8\]"),
-    (dict(similarity=torch.zeros(0, 0)), ValueError, r"similarity: .*E >= 1, got \[0, 0\]"),
-    (dict(similarity=torch.zeros(8, 8, dtype=torch.int64)), TypeError, r"similarity: .* got torch.int64"),
-    (dict(similarity=torch.zeros(8, 8, dtype=torch.float64)), TypeError, r"similarity: .* got torch.float64"),
-    (dict(similarity=torch.zeros(8, 8, device="meta")), ValueError, r"similarity: expected device cpu.* got meta"),
-    (dict(min_active=-1), ValueError, r"min_active: expected 0 .* got -1"),
-    (dict(token_mask=torch.ones(3)), TypeError, r"token_mask: expected dtype torch.bool, got torch.float32"),
-    (dict(token_mask=torch.ones(3, 4).bool()), ValueError, r"token_mask: expected shape \[3\].* got \[3, 4\]"),
-    (dict(token_mask=torch.ones(3, device="meta").bool()), ValueError, r"token_mask: expected device cpu"),
+    ({"topk_ids": torch.zeros(3, 4)}, TypeError, r"topk_ids: expected dtype .*int32 or .*int64, got .*float32"),
+    ({"topk_ids": torch.tensor(1)}, ValueError, r"topk_ids: expected shape \[\.\.\., K\], got a 0-dim"),
+    ({"similarity": torch.zeros(8, 7)}, ValueError, r"similarity: expected shape \[E, E\].* got \[8, 7\]"),
+    ({"similarity": torch.zeros(8)}, ValueError, r"similarity: expected shape \[E, E\].* got \[8\]"),
+    ({"similarity": torch.zeros(0, 0)}, ValueError, r"similarity: .*E >= 1, got \[0, 0\]"),
+    ({"similarity": torch.zeros(8, 8, dtype=torch.int64)}, TypeError, r"similarity: .* got torch.int64"),
+    ({"similarity": torch.zeros(8, 8, dtype=torch.float64)}, TypeError, r"similarity: .* got torch.float64"),
+    ({"similarity": torch.zeros(8, 8, device="meta")}, ValueError, r"similarity: expected device cpu.* got meta"),
+    ({"min_active": -1}, ValueError, r"min_active: expected 0 .* got -1"),
+    ({"token_mask": torch.ones(3)}, TypeError, r"token_mask: expected dtype torch.bool, got torch.float32"),
+    ({"token_mask": torch.ones(3, 4).bool()}, ValueError, r"token_mask: expected shape \[3\].* got \[3, 4\]"),
+    ({"token_mask": torch.ones(3, device="meta").bool()}, ValueError, r"token_mask: expected device cpu"),
 ]
 
 

@@ -1,0 +1,35 @@
+"""Load Hugging Face checkpoints for the command line and the examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import MissingExtraError
+
+
+def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """A causal language model with its tokenizer, ready for batched generation.
+
+    Args:
+        name_or_path: a folder written by `save_pretrained`, or a name on the Hugging Face hub.
+        dtype: as transformers takes it; "auto" keeps the checkpoint's.
+        device: "cuda" where there is one, else "cpu".
+
+    Returns:
+        The model in eval mode, and its tokenizer, which pads on the left.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("loading a checkpoint needs transformers: pip install 'sere-compile[hf]'") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    return model.to(device).eval(), tokenizer

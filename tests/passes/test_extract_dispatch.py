@@ -1,0 +1,193 @@
+"""`extract_dispatch`: the dispatch as a function of (ids, weights, ...) that anyone can call."""
+
+import pytest
+import torch
+from torch import nn
+
+from sere_compile.passes import DispatchRegion, extract_dispatch, find_gates, nodes
+
+from .moe_modules import (
+    DUPLICATE_UNSAFE,
+    EXPERTS,
+    HIDDEN,
+    SUMS_DUPLICATES,
+    TOP_K,
+    TRACERS,
+    Block,
+    Indexed,
+    ScatterCombine,
+    from_dynamo,
+    from_export,
+    one_gate,
+    rows,
+    weighted_sum,
+)
+
+# The loop over `where(ids == e)` has sizes that only a run knows; it is tried on its own below.
+BLOCKS = [block for block in (*SUMS_DUPLICATES, *DUPLICATE_UNSAFE) if block.__name__ != "IndexPut"]
+
+
+class InsideModel(nn.Module):
+    """A block between other layers, so that its hidden states are computed and its output goes on."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.before, self.block, self.after = nn.Linear(HIDDEN, HIDDEN), block, nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        hidden = self.before(x)
+        return self.after(hidden + self.block(hidden))
+
+
+def region_of(graph):
+    region = extract_dispatch(one_gate(graph))
+    assert isinstance(region, DispatchRegion), region
+    return region
+
+
+def state(graph, node):
+    """The model's tensor behind a node of the graph."""
+    if node.op == "get_attr":
+        owner, _, name = node.target.rpartition(".")
+        return getattr(graph.get_submodule(owner), name)
+    return graph.captured_inputs[list(graph.graph.find_nodes(op="placeholder")).index(node)]
+
+
+def call(graph, region, ids, weights, x):
+    """Run a region on hidden states x; slot rows, where it reads such, are repeated tokens."""
+    activations = []
+    for node in region.activations:
+        repeats = nodes.shape(node)[0] // x.shape[0]
+        activations.append(x.repeat_interleave(repeats, 0))
+    with torch.no_grad():
+        return region.module(ids, weights, *(state(graph, node) for node in region.inputs), *activations)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+class TestRegion:
+    def test_is_the_dispatch(self, block, tracer):
+        """On ids, weights and hidden states of one's own the region gives what the block's dispatch does."""
+        module = block()
+        graph = TRACERS[tracer](InsideModel(module), rows())
+        region = region_of(graph)
+        assert len(region.activations) == 1
+        x = rows(seed=5)
+        ids, weights = module.route(x)
+        torch.testing.assert_close(call(graph, region, ids, weights, x), module.dispatch(x, ids, weights))
+
+    def test_counterfactual_routing(self, block, tracer):
+        """All weight on one slot shows that slot's expert, for every expert."""
+        module = block()
+        graph = TRACERS[tracer](InsideModel(module), rows())
+        region, x = region_of(graph), rows(seed=6)
+        weights = torch.tensor([[1.0, 0.0, 0.0]]).expand(x.shape[0], -1).contiguous()
+        for number in range(EXPERTS):
+            ids = (torch.arange(TOP_K) + number).remainder(EXPERTS).expand(x.shape[0], -1).contiguous()
+            torch.testing.assert_close(call(graph, region, ids, weights, x), module.expert(number, x))
+
+    def test_leaves_the_graph_alone(self, block, tracer):
+        """The region is a copy."""
+        graph = TRACERS[tracer](InsideModel(block()), rows())
+        before = str(graph.graph)
+        region = region_of(graph)
+        region.module.graph.lint()
+        assert str(graph.graph) == before
+        gate = one_gate(graph)
+        assert (region.ids, region.weights) == (gate.ids, gate.weights)
+
+
+class TestInputs:
+    @pytest.mark.parametrize("tracer", TRACERS)
+    def test_hidden_states_as_graph_input(self, tracer):
+        """A block traced alone: its input is an activation, its weights are inputs."""
+        region = region_of(TRACERS[tracer](Indexed(), rows()))
+        assert [nodes.shape(node) for node in region.inputs] == [(EXPERTS, HIDDEN, HIDDEN)]
+        assert len(region.activations) == 1
+
+    def test_dynamic_batch(self):
+        """Tokens may be a symbol."""
+        module = Indexed()
+        graph = from_export(module, rows(), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+        region, x = region_of(graph), rows(4, seed=7)
+        ids, weights = module.route(x)
+        with torch.no_grad():
+            got = region.module(ids, weights, *(state(graph, node) for node in region.inputs), x)
+        torch.testing.assert_close(got, module.dispatch(x, ids, weights))
+
+    @pytest.mark.parametrize("trace", [from_dynamo, from_export])
+    def test_writes_through_views_belong_to_it(self, trace):
+        """An output that is filled through a view is filled in the region too."""
+
+        class Filled(Block):
+            def dispatch(self, x, ids, weights):
+                out = torch.zeros(x.shape[0], HIDDEN)
+                for slot in range(self.top_k):
+                    y = torch.tanh(torch.bmm(x[:, None], self.experts[ids[:, slot]])).squeeze(1)
+                    out.view(-1, HIDDEN).add_(weights[:, slot, None] * y)
+                return out * 1.0
+
+        module, x = Filled(), rows(seed=8)
+        graph = trace(InsideModel(module), rows())
+        ids, weights = module.route(x)
+        torch.testing.assert_close(
+            call(graph, region_of(graph), ids, weights, x), weighted_sum(module, x, ids, weights)
+        )
+
+
+class TestCannot:
+    def test_ids_leave_the_graph(self):
+        """Code behind a graph break cannot be cut out."""
+
+        class Router(Block):
+            def forward(self, x):
+                return self.route(x)
+
+        graph = from_dynamo(Router(), rows())
+        gate = find_gates(graph, lambda weight, experts: True).gates[0]
+        assert extract_dispatch(gate) == "its dispatch is outside the graph"
+
+    def test_weights_unknown(self):
+        """The reason is that of the weights."""
+
+        class Unweighted(Indexed):
+            def route(self, x):
+                ids = torch.topk(self.scores(x), self.top_k)[1]
+                return ids, torch.full(ids.shape, 0.5)
+
+        reason = extract_dispatch(one_gate(from_export(Unweighted(), rows())))
+        assert reason.startswith("its routing weights could not be told: its dispatch needs merged duplicates")
+
+    def test_nothing_with_a_row_for_each_token(self):
+        """A dispatch that ends in one number for the batch."""
+
+        class Summed(Indexed):
+            def dispatch(self, x, ids, weights):
+                y = torch.tanh(x)[:, None, None, :] @ self.experts[ids]
+                return (y.squeeze(2) * weights[..., None]).sum((0, 1))
+
+        reason = extract_dispatch(one_gate(from_export(Summed(), rows())))
+        assert reason == "no single tensor with one row a token follows from its dispatch"
+
+    def test_reads_computed_integers(self):
+        """Integers that only a run knows, such as positions, cannot be made up."""
+
+        class Positioned(ScatterCombine):
+            def dispatch(self, x, ids, weights):
+                shift = x.argmax(-1)
+                return super().dispatch(x, ids, weights).index_select(0, shift)
+
+        reason = extract_dispatch(one_gate(from_export(Positioned(), rows())))
+        assert isinstance(reason, DispatchRegion) or reason.startswith("it also reads argmax")
+
+    def test_computed_integers_inside(self):
+        """The same where they are needed before the rows are back."""
+
+        class Masked(Indexed):
+            def dispatch(self, x, ids, weights):
+                chosen = self.experts[(ids + x.argmax(-1, keepdim=True)) % EXPERTS]
+                y = torch.tanh(x)[:, None, None, :] @ chosen
+                return (y.squeeze(2) * weights[..., None]).sum(1)
+
+        reason = extract_dispatch(one_gate(from_export(Masked(), rows())))
+        assert reason == "it also reads argmax, which is not a floating-point tensor"

@@ -1,0 +1,341 @@
+"""`find_gates`: what is a gate, what is none, and the reason that each refusal gives."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, GraphModule, symbolic_trace
+from torch.fx.passes.shape_prop import ShapeProp
+
+from sere_compile.passes import SkipReason, find_gates, nodes
+
+from .moe_modules import (
+    EXPERTS,
+    HIDDEN,
+    TOP_K,
+    TRACERS,
+    BiasCorrected,
+    Block,
+    Indexed,
+    from_dynamo,
+    from_export,
+    one_gate,
+    reroute,
+    rows,
+)
+
+
+class Routed(Indexed):
+    """`Indexed` with its own way to (ids, weights), given as a function of (block, x)."""
+
+    def __init__(self, function, **sizes):
+        super().__init__(**sizes)
+        self.function = function
+        self.other = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.bias = nn.Parameter(torch.randn(EXPERTS))
+
+    def route(self, x):
+        return self.function(self, x)
+
+
+class Function(Block):
+    """Any function of (block, x) over the block's weights."""
+
+    def __init__(self, function, **sizes):
+        super().__init__(**sizes)
+        self.function = function
+        self.labels = nn.Embedding(EXPERTS, HIDDEN)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def pick(scores, **options):
+    values, ids = torch.topk(scores, TOP_K, **options)
+    return ids, values
+
+
+def one_skip(module, trace=from_export, **options):
+    """The only selection of a module that has no gate, and its graph."""
+    graph = trace(module, rows(), **options)
+    found = find_gates(graph)
+    assert found.gates == ()
+    assert len(found.skips) == 1
+    return found.skips[0], graph
+
+
+SCORINGS = {
+    "raw logits": lambda b, x: pick(F.linear(x, b.router)),
+    "softmax": lambda b, x: pick(F.linear(x, b.router).softmax(-1)),
+    "sigmoid": lambda b, x: pick(F.linear(x, b.router).sigmoid()),
+    "softplus + sqrt": lambda b, x: pick(F.softplus(F.linear(x, b.router)).sqrt()),
+    "log_softmax": lambda b, x: pick(F.log_softmax(F.linear(x, b.router), -1)),
+    "tanh": lambda b, x: pick(torch.tanh(F.linear(x, b.router)) * 30),
+}
+PROJECTIONS = {
+    "linear with bias": lambda b, x: F.linear(x, b.router, b.bias),
+    "matmul with T": lambda b, x: x @ b.router.T,
+    "matmul with t()": lambda b, x: torch.mm(x, b.router.t()),
+    "in float32": lambda b, x: F.linear(x.float(), b.router.float()),
+    "einsum": lambda b, x: torch.einsum("th,eh->te", x, b.router),
+    "addmm": lambda b, x: torch.addmm(b.bias, x, b.router.t()),
+}
+
+
+class TestGates:
+    @pytest.mark.parametrize("tracer", TRACERS)
+    @pytest.mark.parametrize("scoring", SCORINGS)
+    def test_scoring_is_named(self, scoring, tracer):
+        """The report names the functions between projection and selection, in their order."""
+        gate = one_gate(TRACERS[tracer](Routed(SCORINGS[scoring]), rows()))
+        assert gate.scoring == scoring
+        assert (gate.num_experts, gate.top_k, gate.is_sorted) == (EXPERTS, TOP_K, True)
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    @pytest.mark.parametrize("projection", PROJECTIONS)
+    def test_projections(self, projection, tracer):
+        """Every way to write the projection leads to the router's weight."""
+        function = PROJECTIONS[projection]
+        gate = one_gate(TRACERS[tracer](Routed(lambda b, x: pick(function(b, x))), rows()))
+        assert nodes.shape(gate.router_weight) == (EXPERTS, HIDDEN)
+        assert nodes.is_model_state(gate.router_weight)
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    def test_bias_corrected_selection(self, tracer):
+        """Scores may be biased, masked and selected unsorted; the router is still the projection's weight."""
+        gate = one_gate(TRACERS[tracer](BiasCorrected(), rows()))
+        assert (gate.scoring, gate.is_sorted, gate.values) == ("sigmoid", False, None)
+        assert nodes.shape(gate.router_weight) == (EXPERTS, HIDDEN)
+
+    def test_group_limited_selection(self):
+        """DeepSeek-V3: only the last of three selections is the gate, the group selections say why not."""
+
+        def function(b, x, groups=4):
+            scores = F.linear(x, b.router).sigmoid()
+            group_scores = (scores + b.bias).view(-1, groups, EXPERTS // groups).topk(2, dim=-1)[0].sum(-1)
+            group_ids = group_scores.topk(2, dim=-1, sorted=False)[1]
+            mask = torch.zeros_like(group_scores).scatter(1, group_ids, 1.0)
+            mask = mask[..., None].expand(-1, groups, EXPERTS // groups).reshape(-1, EXPERTS)
+            ids = (scores + b.bias).masked_fill(mask == 0, -math.inf).topk(TOP_K, sorted=False)[1]
+            return ids, scores.gather(1, ids)
+
+        found = find_gates(from_export(Routed(function), rows()))
+        assert len(found.gates) == 1
+        assert [skip.reason for skip in found.skips] == [SkipReason.ROUTER_SIZE, SkipReason.NO_ROUTER]
+
+    def test_single_group(self):
+        """With one group the group selection runs over all experts too; nobody reads its ids."""
+
+        def function(b, x):
+            scores = F.linear(x, b.router).sigmoid()
+            best = scores.view(-1, 1, EXPERTS).topk(2, dim=-1)[0].sum(-1)
+            ids, values = pick(scores * (best > 0))
+            return ids, values
+
+        found = find_gates(from_export(Routed(function), rows()))
+        assert len(found.gates) == 1
+        assert [skip.reason for skip in found.skips] == [SkipReason.NO_IDS]
+
+    def test_two_gates_in_graph_order(self):
+        """Each layer's gate is found with its own weight."""
+
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = Indexed(), Indexed()
+
+            def forward(self, x):
+                return self.second(x + self.first(x))
+
+        found = find_gates(from_export(Two(), rows()))
+        assert [str(gate.router_weight.target) for gate in found.gates] == ["first.router", "second.router"]
+
+    def test_symbolic_trace_with_recorded_shapes(self):
+        """A symbolically traced graph works once ShapeProp has recorded shapes."""
+        graph = symbolic_trace(Routed(SCORINGS["softmax"]))
+        assert find_gates(graph).skips[0].reason is SkipReason.SIZE_UNKNOWN
+        ShapeProp(graph).propagate(rows())
+        assert one_gate(graph).num_experts == EXPERTS
+
+    def test_ids_that_leave_need_evidence_from_outside(self):
+        """Ids that are returned are a gate's only if the caller knows experts outside the graph."""
+        module = Function(lambda b, x: torch.topk(b.scores(x), TOP_K))
+        asked = []
+
+        def experts_outside(weight, num_experts):
+            asked.append((nodes.shape(weight), num_experts))
+            return True
+
+        graph = from_dynamo(module, rows())
+        assert find_gates(graph).skips[0].reason is SkipReason.NO_DISPATCH
+        found = find_gates(graph, experts_outside)
+        assert len(found.gates) == 1
+        assert found.gates[0].dispatch == "leaves the graph"
+        assert asked == [((EXPERTS, HIDDEN), EXPERTS)]
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    def test_finding_twice_re_routes_once(self, tracer):
+        """A gate that is rewritten is reported as such and not found again."""
+        graph = TRACERS[tracer](Indexed(), rows())
+        done = reroute(graph)
+        found = find_gates(graph)
+        assert found.gates == ()
+        assert [(skip.reason, skip.node) for skip in found.skips] == [(SkipReason.REWRITTEN, done.gate.selection)]
+        assert found.skips[0].detail == f"by {done.new_ids.name}"
+
+    def test_finding_twice_with_merged_slots(self):
+        """The same where ids and weights were changed together."""
+        from .moe_modules import ScatterCombine
+
+        graph = from_export(ScatterCombine(), rows())
+        assert reroute(graph).merged
+        assert [skip.reason for skip in find_gates(graph).skips] == [SkipReason.REWRITTEN]
+
+    def test_finding_changes_nothing(self):
+        """The search only reads."""
+        graph = from_export(BiasCorrected(), rows())
+        before = str(graph.graph)
+        find_gates(graph)
+        assert str(graph.graph) == before
+
+
+class TestReasons:
+    """One test for each `SkipReason` that `find_gates` gives: kind, node, detail."""
+
+    def test_not_last_dim(self):
+        """Expert choice: the experts select tokens."""
+        skip, _ = one_skip(Function(lambda b, x: torch.topk(b.scores(x), 2, dim=0)))
+        assert (skip.reason, nodes.kind(skip.node), skip.detail) == (
+            SkipReason.NOT_LAST_DIM,
+            "topk",
+            "dim 0 of (10, 8)",
+        )
+
+    def test_smallest(self):
+        """The k smallest distances are no gate."""
+        skip, _ = one_skip(Routed(lambda b, x: pick(b.scores(x), largest=False)))
+        assert (skip.reason, nodes.kind(skip.node), skip.detail) == (SkipReason.SMALLEST, "topk", "")
+
+    def test_size_unknown(self):
+        """A selection from a varying number of scores."""
+        width = torch.export.Dim("width", min=4)
+        module = Function(lambda b, x: torch.topk(x, 3)[1])
+        skip, _ = one_skip(module, dynamic_shapes=({1: width},))
+        assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.SIZE_UNKNOWN, "topk")
+        assert skip.detail.endswith("k 3")
+
+    def test_no_router(self):
+        """Scores that no weight projected; the detail names where the search stopped."""
+        skip, _ = one_skip(Routed(lambda b, x: pick(torch.cumsum(x @ x[:EXPERTS].T, -1))))
+        assert (skip.reason, skip.detail) == (SkipReason.NO_ROUTER, "stopped at cumsum, a cumsum")
+
+    def test_no_router_activations(self):
+        """A product of two activations, as in sparse attention, is no projection."""
+        skip, _ = one_skip(Routed(lambda b, x: pick((x * 2) @ (x[:EXPERTS] + 1).T)))
+        assert skip.reason is SkipReason.NO_ROUTER
+        assert skip.detail.endswith("a matmul")
+
+    def test_ambiguous_router(self):
+        """Scores summed from two routers; both weights are named."""
+        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router) + F.linear(x, b.other))))
+        assert skip.reason is SkipReason.AMBIGUOUS_ROUTER
+        assert skip.detail in ("other, router", "router, other")
+
+    def test_router_size(self):
+        """A projection with further columns, sliced off before the selection."""
+        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router)[:, :6])))
+        assert (skip.reason, skip.detail) == (SkipReason.ROUTER_SIZE, "8 columns, 6 scores")
+        assert nodes.kind(skip.node) == "linear"
+
+    def test_no_ids(self):
+        """Only the values are used."""
+        skip, _ = one_skip(Function(lambda b, x: torch.topk(b.scores(x), TOP_K)[0].sum(-1)))
+        assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.NO_IDS, "topk")
+
+    def test_no_dispatch(self):
+        """The detail says what the ids were used for instead."""
+        skip, _ = one_skip(Function(lambda b, x: b.labels(torch.topk(b.scores(x), 1)[1])))
+        assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.NO_DISPATCH, "topk")
+        assert skip.detail == "ids are used by embedding: indexed weights"
+
+    def test_text(self):
+        """A refusal prints its reason and detail."""
+        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router)[:, :6])))
+        assert str(skip) == (
+            "its projection has more columns than there are scores to select from (8 columns, 6 scores)"
+        )
+
+    @pytest.mark.parametrize("trace", [from_dynamo, from_export])
+    def test_place(self, trace):
+        """The node at fault leads to the user's line."""
+        skip, _ = one_skip(Function(lambda b, x: torch.topk(b.scores(x), TOP_K)[0].sum(-1)), trace)
+        assert nodes.source_line(skip.node).startswith("test_find_gates.py:")
+
+
+class TestNearestMiss:
+    def test_ranking(self):
+        """The refusal that answered most questions with yes comes first, wherever it stands."""
+
+        def function(b, x):
+            scores = b.scores(x)
+            return (
+                torch.topk(x, 2)[1],
+                torch.topk(scores, 2, dim=0)[1],
+                torch.topk(scores, 2)[1],
+                torch.topk(scores, 2)[0],
+            )
+
+        found = find_gates(from_export(Function(function), rows()))
+        assert [skip.evidence for skip in found.skips] == [1, 0, 3, 2]
+        assert found.nearest_miss.reason is SkipReason.NO_DISPATCH
+        assert found.nearest_miss is found.skips[2]
+
+    def test_nothing_at_all(self):
+        """A graph without any selection has no nearest miss."""
+        found = find_gates(from_export(Function(lambda b, x: x + 1), rows()))
+        assert (found.gates, found.skips, found.nearest_miss) == ((), (), None)
+
+
+# Selections that look like a gate from one side.
+NEGATIVES = {
+    "vocabulary sampling": lambda b, x: torch.topk(F.linear(x, b.router), TOP_K),
+    "sampled token": lambda b, x: (lambda v, i: i.gather(1, v.softmax(-1).argmax(-1, keepdim=True)))(
+        *torch.topk(F.linear(x, b.router), TOP_K)
+    ),
+    "label embedding": lambda b, x: b.labels(b.scores(x).topk(1)[1]).sum(1),
+    "label row": lambda b, x: b.labels.weight[b.scores(x).topk(1)[1]],
+    "auxiliary loss": lambda b, x: (
+        torch.histc(b.scores(x).topk(TOP_K)[1].float(), EXPERTS, 0, EXPERTS - 1) @ b.scores(x).mean(0)
+    ),
+    "expert choice": lambda b, x: torch.bmm(x[b.scores(x).topk(4, dim=0)[1].T], b.experts),
+    "expert choice, transposed": lambda b, x: torch.bmm(x[b.scores(x).T.topk(4, dim=-1)[1]], b.experts),
+    "kth smallest": lambda b, x: torch.where(b.scores(x) < b.scores(x).topk(2, largest=False)[0][:, 1:], 0.0, 1.0),
+    "threshold": lambda b, x: torch.where(b.scores(x) < b.scores(x).topk(2)[0][:, 1:], 0.0, 1.0),
+    "codebook": lambda b, x: b.labels(torch.cdist(x, b.labels.weight).argmin(-1)),
+    "dense experts": lambda b, x: torch.einsum(
+        "te,eth->th",
+        torch.zeros(x.shape[0], EXPERTS).scatter(1, *b.route(x)),
+        b.all_experts(x.expand(EXPERTS, -1, -1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_negatives(name, tracer):
+    """What only looks like a gate is none, under every tracer, and every top-k has a reason."""
+    graph = TRACERS[tracer](Function(NEGATIVES[name]), rows())
+    found = find_gates(graph)
+    assert found.gates == ()
+    assert len(found.skips) == sum(nodes.kind(node) == "topk" for node in graph.graph.nodes)
+
+
+def test_hand_made_graph_without_shapes():
+    """A graph without recorded shapes is refused with that reason instead of an error."""
+    graph = Graph()
+    scores = graph.placeholder("scores")
+    graph.output(graph.call_function(torch.topk, (scores, 2)))
+    [skip] = find_gates(GraphModule(nn.Module(), graph)).skips
+    assert (skip.reason, skip.detail) == (SkipReason.SIZE_UNKNOWN, "scores None, k 2")

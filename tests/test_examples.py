@@ -1,0 +1,36 @@
+"""The examples run as a user runs them; each checks itself against an eager oracle and says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", ["mixtral.py", "qwen_moe.py"])
+def test_example(name):
+    """Exit status 0, the report, continuations, active experts, rewritten code, and the oracle's word."""
+    done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 MoE gates found, 2 rewritten" in done.stdout
+    assert "with SERE" in done.stdout
+    assert "torch.ops.sere.reroute.default(" in done.stdout
+    assert done.stdout.rstrip().endswith("equal")
+
+
+def test_example_fails_when_the_oracle_differs(tmp_path):
+    """A broken re-routing makes the example exit with 1: its check is not for show."""
+    sabotage = tmp_path / "broken.py"
+    sabotage.write_text(
+        "import sys, runpy\n"
+        f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import sere_compile.testing as testing\n"
+        "testing.reroute_oracle = lambda ids, *rest: ids.flip(-1)\n"
+        f"runpy.run_path({str(EXAMPLES / 'mixtral.py')!r}, run_name='__main__')\n"
+    )
+    arguments = [sys.executable, sabotage, "--new-tokens", "2"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert "the compiled model differs from the oracle" in done.stderr

@@ -1,0 +1,64 @@
+"""Finding the owner of a weight and the experts beside it."""
+
+import torch
+from torch import nn
+
+from sere_compile.module_tree import find_experts, find_owner
+
+from .tiny_models import build, gate_names, tokens
+
+
+def test_owner_of_every_router():
+    """The name is the one in the outermost module, also when torch.compile wraps it."""
+    model = build("qwen2_moe")
+    wrapped = torch.compile(model, backend="eager")
+    for name in gate_names():
+        owner = find_owner(model.get_parameter(name))
+        assert owner.name == name
+        assert owner.root is model
+    assert wrapped._orig_mod is model
+
+
+def test_no_owner():
+    """A tensor that no module holds has none."""
+    assert find_owner(nn.Parameter(torch.ones(2))) is None
+
+
+def test_experts_beside_the_router():
+    """The experts module of each layer is found from its router's weight."""
+    model = build("mixtral")
+    for name in gate_names():
+        assert find_experts(model.get_parameter(name), 8) is model.get_submodule(name.replace("gate.weight", "experts"))
+        assert find_experts(model.get_parameter(name), 9) is None
+
+
+class ListBlock(nn.Module):
+    """Experts as a list of modules, called in a loop by the block itself."""
+
+    def __init__(self, hidden=6, experts=5):
+        super().__init__()
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(experts))
+
+
+def test_list_of_experts_sums_slots():
+    """A list of expert modules becomes a function of (hidden, ids, weights), duplicates summed."""
+    torch.manual_seed(0)
+    block = ListBlock()
+    experts = find_experts(block.router.weight, 5)
+    hidden, weights = torch.randn(3, 6), torch.rand(3, 2)
+    ids = torch.tensor([[0, 4], [2, 2], [1, 0]])
+    expected = torch.stack(
+        [
+            sum(w * block.experts[e](h) for w, e in zip(ws, es, strict=True))
+            for h, ws, es in zip(hidden, weights, ids.tolist(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(experts(hidden, ids, weights), expected)
+
+
+def test_vocabulary_head_has_no_experts():
+    """A matrix that is no router has no experts beside it."""
+    model = build("mixtral")
+    model(tokens())
+    assert find_experts(model.lm_head.weight, 96) is None

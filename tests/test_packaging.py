@@ -1,0 +1,162 @@
+"""What is installed under which name, what importing it loads, and which layer may import which."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A folder of the repository, and the package it installs as.
+FOLDERS = {"ops": "sere_compile.ops", "passes": "sere_compile.passes", "sere_compile": "sere_compile"}
+
+
+def run(command, folder):
+    """Run a command in a folder that is not the repository; its output."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_python(code, folder):
+    return run([sys.executable, "-c", code], folder)
+
+
+# Imports at run time
+
+
+def test_import_loads_nothing_heavy(tmp_path):
+    """Neither optional dependencies nor the compiler, which is loaded when something is compiled."""
+    heavy = "transformers onnx tensorrt torch_tensorrt matplotlib vllm triton triton.compiler torch._dynamo"
+    code = f"import sys, sere_compile; print([name for name in {heavy.split()} if name in sys.modules])"
+    assert run_python(code, tmp_path).strip() == "[]"
+
+
+# The backend by name
+
+
+def test_the_backend_is_an_entry_point():
+    entries = importlib.metadata.entry_points(group="torch_dynamo_backends")
+    assert {entry.value for entry in entries if entry.name == "sere"} == {"sere_compile.backend:sere_backend"}
+
+
+def test_torch_lists_the_backend_without_importing_it(tmp_path):
+    run_python(
+        "import sys, torch._dynamo\n"
+        "assert 'sere' in torch._dynamo.list_backends()\n"
+        "assert 'sere_compile' not in sys.modules",
+        tmp_path,
+    )
+
+
+def test_the_backend_compiles_by_name_alone(tmp_path):
+    """`backend="sere"` needs no import of ours."""
+    run_python(
+        "import torch\n"
+        "compiled = torch.compile(lambda x: x.sin() + 1, backend='sere', options={'inner': 'aot_eager'})\n"
+        "torch.testing.assert_close(compiled(torch.ones(3)), torch.ones(3).sin() + 1)",
+        tmp_path,
+    )
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[str(Path(sys.executable).with_name("sere"))], [sys.executable, "-m", "sere_compile"]],
+    ids=["sere", "python -m sere_compile"],
+)
+def test_the_command_lists_its_subcommands(tmp_path, command):
+    text = run([*command, "--help"], tmp_path)
+    assert text.startswith("Usage: sere ")
+    assert "explain" in text
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory):
+    """Names in a wheel that is built from a copy: building in place leaves files that get into later wheels."""
+    copy, target = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("wheel")
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, copy)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(target), str(copy)]
+    # An isolated build downloads setuptools.
+    if int(importlib.metadata.version("setuptools").split(".")[0]) >= 77:
+        command += ["--no-build-isolation", "--no-index"]
+    run(command, target)
+    (wheel,) = target.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_the_wheel_holds_every_module(wheel_files):
+    """A package that pyproject.toml does not list is missing from the wheel only, not from an editable install."""
+    expected = {
+        f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in FOLDERS.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert {"sere_compile/ops/__init__.py", "sere_compile/passes/__init__.py"} < expected
+    assert {name for name in wheel_files if name.endswith(".py")} == expected
+    assert "sere_compile/py.typed" in wheel_files
+
+
+def test_the_wheel_installs_one_top_level_package(wheel_files):
+    """`ops` and `passes` would collide with anybody's."""
+    top = {name.split("/")[0] for name in wheel_files}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"sere_compile"}
+
+
+# Arrows between the layers
+
+
+def imports(source, package):
+    """Full names of everything a source file of `package` imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = parts[: len(parts) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def test_imports_are_resolved():
+    """The helper of the test below."""
+    source = "import a.b\nfrom c import d\ndef f():\n  from .e import g\n  from ... import h\n  from ..i import j"
+    names = ["a.b", "c.d", "sere_compile.ops.reroute.e.g", "sere_compile.h", "sere_compile.ops.i.j"]
+    assert sorted(imports(source, "sere_compile.ops.reroute")) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [
+        ("ops", {"sere_compile.ops", "torch", "triton"}),
+        ("passes", {"sere_compile.passes", "sere_compile.ops", "torch"}),
+    ],
+)
+def test_arrows_point_one_way(folder, allowed):
+    """sere_compile -> passes -> ops; passes know no model and no file format, ops only torch and Triton."""
+    wrong, seen = [], set()
+    for path in (ROOT / folder).rglob("*.py"):
+        package = ".".join([FOLDERS[folder], *path.relative_to(ROOT / folder).parent.parts])
+        for name in imports(path.read_text(encoding="utf-8"), package):
+            root = ".".join(name.split(".")[: 2 if name.startswith("sere_compile") else 1])
+            seen.add(root)
+            if root not in allowed and root not in sys.stdlib_module_names:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+    assert {FOLDERS[folder], "torch"} <= seen
