@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._library.triton
@@ -54,7 +55,7 @@ def register_triton_op(name: str, body: Callable):
     Returns:
         The `torch.library.CustomOpDef`, for `register_fake` and `register_autograd`.
     """
-    module = torch._library.triton
+    module: Any = torch._library.triton
     if not hasattr(module, "get_inner_triton_kernels"):
         return torch.library.triton_op(name, body, mutates_args=())
     scan = module.get_inner_triton_kernels

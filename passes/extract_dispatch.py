@@ -43,7 +43,8 @@ def extract_dispatch(gate: Gate) -> DispatchRegion | str:
     """The gate's dispatch region, or a text that says why it cannot be cut out."""
     if gate.weights is None:
         return f"its routing weights could not be told: {gate.weights_skip}"
-    if any(use.kind is UseKind.LEAVES for use in gate.dispatch_uses):
+    inside = [use.consumer for use in gate.dispatch_uses if use.kind is not UseKind.LEAVES]
+    if not inside:
         return "its dispatch is outside the graph"
     starts = [use.consumer for use in gate.dispatch_uses] + outer_consumers(gate.weights, gate.ids)
     behind = _closure(starts)
@@ -72,10 +73,26 @@ def _post_dominator(gate: Gate, starts: list[Node], behind: set[Node]) -> Node |
     reach = 0
     for node in sorted(behind, key=order.__getitem__):
         closes = reach <= order[node] and order[node] >= last_start
-        if closes and _one_row_a_token(node, gate.ids):
+        if closes and _one_row_a_token(node, gate.ids) and _runs_experts(node, gate):
             return node
         reach = max([reach, *(order[follower] for follower in nodes.followers(node))])
     return None
+
+
+def _runs_experts(node: Node, gate: Gate) -> bool:
+    """Whether inputs of the graph went into the node: a [T, E] table of the routing weights alone is no output."""
+    seen, pending = {node, gate.weights, *nodes.picked(gate.selection, 1)}, [node]
+    while pending:
+        reader = pending.pop()
+        is_input = reader.op in ("placeholder", "get_attr") and nodes.is_floating(reader)
+        if is_input and len(nodes.shape(reader) or ()) >= 2:
+            return True
+        sources = [source for source in reader.all_input_nodes if nodes.reads_numbers(reader, source)]
+        sources += [w for source in sources for w in nodes.writers(source) if w < node]
+        fresh = [source for source in sources if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
 
 
 def _one_row_a_token(node: Node, ids: Node) -> bool:

@@ -89,13 +89,18 @@ ALIASING = VALUE_PRESERVING - {"clone"} | {"transpose", "permute", "slice", "sel
 def raw_name(node: Node) -> str:
     """The operation's name as the tracer wrote it, without namespace and overload."""
     target = node.target
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        overload = isinstance(target, torch._ops.OpOverload)
-        namespace, _, name = (target._schema.name if overload else target._qualified_op_name).partition("::")
-        return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
+    if isinstance(target, torch._ops.OpOverload):
+        return _without_namespace(target._schema.name)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _without_namespace(target._qualified_op_name)
     if isinstance(target, str):
         return target
     return getattr(target, "__name__", type(target).__name__)
+
+
+def _without_namespace(qualified: str) -> str:
+    namespace, _, name = qualified.partition("::")
+    return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
 
 
 def kind(node: Node) -> str:
@@ -171,9 +176,9 @@ def picked(node: Node, position: int) -> list[Node]:
     """The nodes that take one result out of a top-k or sort: a tracer may write `r[1]` and `r.indices` apart."""
     found = []
     for user in node.users:
-        if kind(user) == "item" and int(user.args[1]) % 2 == position:  # type: ignore[arg-type]
-            found.append(user)
-        elif raw_name(user) == "getattr" and user.args[1] == ("values", "indices")[position]:
+        by_number = kind(user) == "item" and int(user.args[1]) % 2 == position  # type: ignore[arg-type]
+        by_name = raw_name(user) == "getattr" and user.args[1] == ("values", "indices")[position]
+        if by_number or by_name:
             found.append(user)
     return found
 

@@ -180,9 +180,7 @@ def _cannot_move(late: list[Node], first: Node, consumers: list[Node], order: di
     return None
 
 
-def _changed_after(
-    first: Node, watched: list[Node], order: dict[Node, int], ignoring: list[Node]
-) -> Node | None:
+def _changed_after(first: Node, watched: list[Node], order: dict[Node, int], ignoring: list[Node]) -> Node | None:
     """The first node at or after `first` that writes to memory of a watched tensor."""
     for tensor in watched:
         aliases = _aliases(tensor)

@@ -14,9 +14,7 @@ from .gate import Skip, SkipReason, Use, UseKind
 _REDUCTIONS = frozenset({"sum", "amax", "max", "mean", "norm"})
 
 
-def find_routing_weights(
-    ids: Node, values: list[Node], uses: list[tuple[Use, bool]], projection: Node
-) -> Node | Skip:
+def find_routing_weights(ids: Node, values: list[Node], uses: list[tuple[Use, bool]], projection: Node) -> Node | Skip:
     """The one tensor shaped like the ids, made from the selected scores, that later code consumes."""
     again = _scores_read_again(ids, uses, projection)
     if again is not None:

@@ -10,12 +10,11 @@ import torch
 from torch.fx import GraphModule
 
 from . import dynamo, missing_gates
-from .bound_graph import BoundGraph, Observer
+from .bound_graph import BoundGraph, ObservedGraph
 from .config import SereConfig, split_options
 from .errors import ConfigError
-from .gate_plan import apply_plan, experts_are_live, plan_gate
-from .passes import Skip, find_gates, nodes
-from .report import SKIPPED, GateRow
+from .gate_plan import AppendedInputs, apply_plan, experts_are_live, plan_gate, refuse_shared_routers
+from .passes import find_gates
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +30,22 @@ class SereBackend:
         >>> torch.compile(model, backend=sere_backend.with_options(select_top_k=2), mode="reduce-overhead")
     """
 
-    def __init__(self, config: SereConfig | None = None, observer: Observer | None = None) -> None:
+    def __init__(self, config: SereConfig | None = None, *, explaining: bool = False) -> None:
         self.config = config or SereConfig()
-        self._observer = observer
+        self._explaining = explaining
         self.__name__ = "sere"
 
     def with_options(self, **options: Any) -> SereBackend:
         """A backend with some options changed, see `SereConfig`. Unknown names raise `ConfigError`."""
-        return SereBackend(self.config.replace(**options), self._observer)
+        return SereBackend(self.config.replace(**options), explaining=self._explaining)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SereBackend) and (self.config, self._observer) == (other.config, other._observer)
+        if not isinstance(other, SereBackend):
+            return NotImplemented
+        return (self.config, self._explaining) == (other.config, other._explaining)
 
     def __hash__(self) -> int:
-        return hash((self.config, self._observer))
+        return hash((self.config, self._explaining))
 
     def __repr__(self) -> str:
         return f"SereBackend({self.config})"
@@ -59,6 +60,8 @@ class SereBackend:
     ) -> Callable[..., Any]:
         """Compile one graph; torch.compile calls this.
 
+        torch wraps what is raised here in its `BackendCompilerFailed`, with the error as its cause.
+
         Raises:
             ConfigError: an unknown option, or a mode or option that the inner compiler does not take.
             GateNotFoundError: with strict=True, no gate in the compiled callable, or one that cannot be re-routed.
@@ -67,25 +70,24 @@ class SereBackend:
         """
         config, inner_options = split_options(self.config, options)
         graph = dynamo.copy_graph(module)
-        inputs = list(example_inputs)
-        findings = find_gates(graph, experts_are_live(graph, inputs))
+        findings = find_gates(graph, experts_are_live(graph, example_inputs))
         plans = [plan_gate(gate, config, graph) for gate in findings.gates]
-        appended = [item for plan in plans for item in apply_plan(plan, config, graph, inputs, example_inputs)]
+        refuse_shared_routers(plans)
+        appended = AppendedInputs(graph, list(example_inputs))
+        for plan in plans:
+            apply_plan(plan, config, appended, example_inputs)
         graph.graph.lint()
         graph.recompile()
-        if self._observer is not None:
-            for skip in findings.skips:
-                self._observer(skip_row(skip))
-            return BoundGraph(module.forward, [], plans, self._observer)
+        if self._explaining:
+            return ObservedGraph(module.forward, plans, findings.skips)
         log.debug("rewritten graph:\n%s", _LazyCode(graph))
-        compiled = _compile_inner(graph, inputs, config, mode, inner_options)
-        if plans:
-            bound = BoundGraph(compiled, appended, plans)
-            bound.bind(example_inputs)
-            return bound
-        if dynamo.is_outermost():
-            return missing_gates.watch(compiled, findings, config, whole_call=not dynamo.has_graph_break())
-        return compiled
+        compiled = _compile_inner(graph, appended.inputs, config, mode, inner_options)
+        if not plans:
+            whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
+            return missing_gates.watch(compiled, findings, config, whole_call=whole_call)
+        bound = BoundGraph(compiled, appended.items, plans)
+        bound.bind(example_inputs)
+        return bound
 
     def reset(self) -> None:
         """Drop recorded CUDA graphs; torch._dynamo.reset() calls this."""
@@ -115,13 +117,6 @@ def _compile_inner(
     if mode not in (None, "default"):
         raise ConfigError(f'mode={mode!r} is for inner="inductor"; inner={config.inner!r} takes no mode')
     return lookup_backend(config.inner)(graph, inputs, **({"options": options} if options else {}))
-
-
-def skip_row(skip: Skip) -> GateRow:
-    """A refused selection as a line of a report."""
-    place = nodes.source_line(skip.node)
-    name = f"{skip.node.name} ({place})" if place else skip.node.name
-    return GateRow(name, None, None, None, "", None, "", SKIPPED, str(skip))
 
 
 sere_backend = SereBackend()

@@ -46,7 +46,8 @@ class GateEntry:
             with torch.inference_mode(False):
                 self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
         elif self.counts.device != device:
-            self.counts = self.counts.to(device)
+            with torch.inference_mode(False):
+                self.counts = self.counts.to(device)
         return self.counts
 
 

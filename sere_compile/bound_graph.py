@@ -6,40 +6,33 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from . import binding, missing_gates
-from .calibration.probe import module_dispatch, probe_similarity, region_dispatch
+from .calibration.probe import PROBE_TOKENS, module_dispatch, probe_similarity, region_dispatch
 from .errors import ProbeError, ProfileError
 from .gate_plan import AppendedInput, GatePlan, attribute
 from .module_tree import find_experts, find_owner
-from .passes import DispatchRegion, Gate
-from .report import REWRITTEN, GateRow
+from .passes import DispatchRegion, Skip, nodes
+from .report import REWRITTEN, SKIPPED, GateRow
+from .similarity import attach_from_owner
 
 log = logging.getLogger(__name__)
-
-Observer = Callable[[GateRow], None]
 
 
 class BoundGraph:
     """A compiled graph that gets each gate's matrix by the identity of the weight that a call passes."""
 
-    def __init__(
-        self,
-        compiled: Callable[..., Any],
-        appended: list[AppendedInput],
-        plans: list[GatePlan],
-        observer: Observer | None = None,
-    ) -> None:
+    def __init__(self, compiled: Callable[..., Any], appended: list[AppendedInput], plans: list[GatePlan]) -> None:
         self._compiled = compiled
         self._appended = appended
         self._plans = plans
-        self._observer = observer
-        self._last: list[Callable[[], torch.Tensor | None]] = []
-        self._version = -1
-        self._extra: list[torch.Tensor] = []
+        # What the last call bound: version of the registry, weights, extra inputs. One tuple, so that threads that
+        # share the graph never see one call's weights with another's matrices.
+        self._last: tuple[int, list[Callable[[], torch.Tensor | None]], list[torch.Tensor]] = (-1, [], [])
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the compiled graph with what Dynamo passes and the gates' own inputs behind it."""
@@ -49,54 +42,69 @@ class BoundGraph:
     def bind(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         """The appended inputs for a call with these arguments; the same list while the weights stay the same."""
         weights = [plan.weight(arguments) for plan in self._plans]
-        same = self._version == binding.version() and all(
-            last() is weight for last, weight in zip(self._last, weights, strict=True)
-        )
-        if not same:
-            for plan, weight in zip(self._plans, weights, strict=True):
-                self._resolve(plan, weight, arguments)
-            self._extra = [self._value(item, item.plan.weight(arguments)) for item in self._appended]
-            self._last = [weakref.ref(weight) for weight in weights]
-            self._version = binding.version()
-        return self._extra
-
-    def _value(self, item: AppendedInput, weight: torch.Tensor) -> torch.Tensor:
-        entry = binding.lookup(weight)
-        assert entry is not None
-        return entry.counts_on(weight.device) if item.counts else entry.matrix_on(weight.device)
-
-    def _resolve(self, plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any]) -> None:
-        """Name the gate at first sight, and find or measure its matrix."""
-        entry = binding.lookup(weight)
-        if entry is None:
-            owner = find_owner(weight)
-            entry = binding.name(weight, owner.name if owner is not None else plan.fallback_name)
-        _check_size(plan.gate, entry)
-        if self._observer is not None:
-            self._observer(_row(plan, entry))
-        elif plan.status == REWRITTEN and entry.matrix is None:
-            _refuse_partial_profile(weight, entry.name)
-            matrix = _probe(plan, weight, arguments, entry.name)
-            binding.assign(weight, entry.name, matrix, "probed", from_profile=False)
+        version, last, extra = self._last
+        if version == binding.version() and all(ref() is weight for ref, weight in zip(last, weights, strict=True)):
+            return extra
+        for plan, weight in zip(self._plans, weights, strict=True):
+            _resolve(plan, weight, arguments)
+        version = binding.version()
+        extra = [_value(item, item.plan.weight(arguments)) for item in self._appended]
+        self._last = (version, [weakref.ref(weight) for weight in weights], extra)
+        return extra
 
 
-def _check_size(gate: Gate, entry: binding.GateEntry) -> None:
-    if entry.matrix is not None and entry.matrix.shape[0] != gate.num_experts:
+class ObservedGraph:
+    """A graph as it was traced, that reports its gates and refused selections to `observer` whenever it runs."""
+
+    def __init__(self, original: Callable[..., Any], plans: list[GatePlan], skips: Sequence[Skip]) -> None:
+        self._original = original
+        self._plans = plans
+        self._skips = skips
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Report, then run the original graph."""
+        report = observer.get()
+        for plan in self._plans:
+            report(_row(plan, _named_entry(plan, plan.weight(arguments))))
+        for skip in self._skips:
+            report(_skip_row(skip))
+        return self._original(*arguments)
+
+
+# Where `explain` collects rows. Not part of a backend: two explaining backends have to be equal, or each would leave
+# a compiled version of its own in Dynamo's cache.
+observer: ContextVar[Callable[[GateRow], None]] = ContextVar("observer", default=lambda row: None)
+
+
+def _value(item: AppendedInput, weight: torch.Tensor) -> torch.Tensor:
+    entry = binding.lookup(weight)
+    assert entry is not None
+    return entry.counts_on(weight.device) if item.counts else entry.matrix_on(weight.device)
+
+
+def _named_entry(plan: GatePlan, weight: torch.Tensor) -> binding.GateEntry:
+    """The weight's entry, named at first sight, with the matrix of the profile attached to its model."""
+    entry = binding.lookup(weight)
+    if entry is None or entry.matrix is None:
+        owner = find_owner(weight)
+        entry = binding.name(weight, owner.name if owner is not None else plan.fallback_name)
+        if owner is not None and entry.matrix is None:
+            attach_from_owner(weight, owner)
+            entry = binding.name(weight, owner.name)
+    if entry.matrix is not None and entry.matrix.shape[0] != plan.gate.num_experts:
         raise ProfileError(
             f"the matrix attached for {entry.name} is {list(entry.matrix.shape)}, but its gate selects from "
-            f"{gate.num_experts} experts"
+            f"{plan.gate.num_experts} experts"
         )
+    return entry
 
 
-def _refuse_partial_profile(weight: torch.Tensor, name: str) -> None:
-    """A model with a profile never falls back to probing for the gates that the profile lacks."""
-    owner = find_owner(weight)
-    entries = [binding.lookup(parameter) for parameter in owner.root.parameters()] if owner is not None else []
-    if any(entry is not None and entry.from_profile for entry in entries):
-        raise ProfileError(
-            f"a similarity profile is attached to this model, but it has no matrix for the gate {name}. "
-            f"Calibrate the whole model again, or call sere_compile.detach(model) to probe every gate"
-        )
+def _resolve(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any]) -> None:
+    """Find or measure the matrix of the weight that a call passes."""
+    entry = _named_entry(plan, weight)
+    if plan.status == REWRITTEN and entry.matrix is None:
+        matrix = _probe(plan, weight, arguments, entry.name)
+        binding.assign(weight, entry.name, matrix, "probed", from_profile=False)
 
 
 def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name: str) -> torch.Tensor:
@@ -104,14 +112,16 @@ def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name:
     gate = plan.gate
     log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, gate.num_experts)
     _say_once_that_probing_happens()
+    experts = find_experts(weight, gate.num_experts)
     if isinstance(plan.region, DispatchRegion):
         values = {node: _number(value) for node, value in zip(plan.inputs, arguments, strict=False)}
         for node in plan.region.inputs:
             if node.op == "get_attr":
                 values[node] = attribute(plan.graph, node)
         dispatch, rows = region_dispatch(plan.region, values)
-        return probe_similarity(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
-    experts = find_experts(weight, gate.num_experts)
+        # A graph for a small batch takes one run for every few (expert, token) pairs: thousands.
+        if experts is None or rows >= PROBE_TOKENS:
+            return probe_similarity(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
     if experts is None:
         raise ProbeError(
             f"no similarity is attached for the gate {name}, and its experts cannot be probed: {plan.region}, and no "
@@ -164,3 +174,10 @@ def _row(plan: GatePlan, entry: binding.GateEntry) -> GateRow:
         reason=plan.reason,
         similarity=(entry.source or "none attached: probed at compile time") if rewritten else "",
     )
+
+
+def _skip_row(skip: Skip) -> GateRow:
+    """A refused selection as a line of a report."""
+    place = nodes.source_line(skip.node)
+    name = f"{skip.node.name} ({place})" if place else skip.node.name
+    return GateRow(name, None, None, None, "", None, "", SKIPPED, str(skip))

@@ -103,7 +103,7 @@ def split_options(config: SereConfig, options: Mapping[str, Any] | None) -> tupl
 def unknown_option(name: str, known: Iterable[str]) -> ConfigError:
     """The error for a misspelt option, with the nearest known name."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return ConfigError(f"unknown option {name!r}{hint} Options of sere-compile: {', '.join(option_names())}")
 
 

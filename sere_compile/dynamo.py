@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from types import FrameType
@@ -10,6 +11,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
+_EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
 # Attributes that AOTAutograd reads from a graph module that Dynamo made.
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id")
 
@@ -83,20 +85,37 @@ def has_graph_break() -> bool:
     return reason is None or bool(reason.graph_break)
 
 
+def is_compile_wrapper(frame: FrameType) -> bool:
+    """Whether the frame is one call of a callable that torch.compile made."""
+    code = frame.f_code
+    return code.co_name in ("compile_wrapper", "_fn") and code.co_filename == _EVAL_FRAME
+
+
+def current_call() -> FrameType | None:
+    """The frame of the outermost call of a compiled callable on this thread's stack."""
+    found, frame = None, sys._getframe(1)
+    while frame is not None:
+        if is_compile_wrapper(frame):
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
 def is_outermost() -> bool:
     """Whether the frame being compiled is the one torch.compile was asked for, not one called from broken code.
 
     Only Dynamo's frames and nn.Module's call machinery stand between it and torch.compile's wrapper.
     """
     inside_dynamo = False
+    torch_folder = os.path.dirname(torch.__file__) + os.sep
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        file, function = frame.f_code.co_filename.replace("\\", "/"), frame.f_code.co_name
-        if function in ("compile_wrapper", "_fn") and file.endswith("_dynamo/eval_frame.py"):
+        file = frame.f_code.co_filename
+        if is_compile_wrapper(frame):
             return inside_dynamo
-        if file.endswith("_dynamo/convert_frame.py"):
+        if file == os.path.join(torch_folder, "_dynamo", "convert_frame.py"):
             inside_dynamo = True
-        elif inside_dynamo and not (file.endswith("nn/modules/module.py") or "/torch/" in file):
+        elif inside_dynamo and not file.startswith(torch_folder):
             return False
         frame = frame.f_back
     return False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .backend import SereBackend
+from .bound_graph import observer
 from .config import SereConfig
 from .report import GateReport, GateRow
 
@@ -30,12 +33,16 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     def observe(row: GateRow) -> None:
         rows.setdefault(row.name, row)
 
-    backend = SereBackend((config or SereConfig()).replace(strict=False), observer=observe)
+    backend = SereBackend((config or SereConfig()).replace(strict=False), explaining=True)
     original = getattr(model, "_orig_mod", model)
     # A compile of its own must not run into the limit that the user's compiles of the same code count against.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-    with limits, torch.no_grad():
-        torch.compile(original, backend=backend)(*args, **kwargs)
+    token = observer.set(observe)
+    try:
+        with limits, torch.no_grad(), _without_own_compile(original):
+            torch.compile(original, backend=backend)(*args, **kwargs)
+    finally:
+        observer.reset(token)
     found = tuple(rows.values())
     return GateReport(found, "" if any(row.num_experts for row in found) else _hint(found))
 
@@ -44,3 +51,17 @@ def _hint(rows: tuple[GateRow, ...]) -> str:
     if rows:
         return "No selection above is an MoE gate that a graph shows."
     return "No graph held a top-k selection. Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"
+
+
+@contextlib.contextmanager
+def _without_own_compile(model: Any) -> Iterator[None]:
+    """Calls of a module that was compiled in place (`model.compile()`) run its own code meanwhile."""
+    own = getattr(model, "_compiled_call_impl", None)
+    if own is None:
+        yield
+        return
+    model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = own

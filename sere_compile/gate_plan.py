@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import dynamo
+from . import binding, dynamo
 from .config import SereConfig
 from .errors import GateNotFoundError
 from .module_tree import find_experts
@@ -18,7 +18,6 @@ from .passes import (
     COUNTED,
     DispatchRegion,
     Gate,
-    Rewrite,
     RoutingSettings,
     Skip,
     extract_dispatch,
@@ -51,12 +50,45 @@ class GatePlan:
         return self.attribute if self.position is None else arguments[self.position]  # type: ignore[return-value]
 
 
-@dataclass
+@dataclass(frozen=True)
 class AppendedInput:
     """One input appended to the graph: a gate's matrix or its counters."""
 
     plan: GatePlan
     counts: bool
+
+
+class AppendedInputs:
+    """The inputs appended to a graph, one of a kind for each router weight.
+
+    A weight that two gates of a graph share has one matrix and one counter: two graph inputs with the same memory
+    would be taken for different memory.
+    """
+
+    def __init__(self, graph: GraphModule, inputs: list[Any]) -> None:
+        self._graph = graph
+        self.inputs = list(inputs)
+        self.items: list[AppendedInput] = []
+        self._nodes: dict[tuple[Node, bool], Node] = {}
+
+    def input_for(self, plan: GatePlan, value: torch.Tensor, counts: bool) -> Node:
+        """The placeholder for a gate's matrix or counters, where calls will pass tensors like `value`."""
+        key = (plan.gate.router_weight, counts)
+        if key not in self._nodes:
+            name = f"sere_{'counts' if counts else 'similarity'}_{len(self.inputs)}"
+            self._nodes[key], fake = dynamo.append_input(self._graph, name, value, self.inputs)
+            self.inputs.append(fake)
+            self.items.append(AppendedInput(plan, counts))
+        return self._nodes[key]
+
+    def drop_unused(self, plan: GatePlan) -> None:
+        """Take back the matrix that was appended last for a gate, unless another gate reads it."""
+        key = (plan.gate.router_weight, False)
+        if not self._nodes[key].users:
+            node = self._nodes.pop(key)
+            node.graph.erase_node(node)
+            self.inputs.pop()
+            self.items.pop()
 
 
 def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule) -> GatePlan:
@@ -75,46 +107,45 @@ def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule) -> GatePlan:
     )
 
 
-def apply_plan(
-    plan: GatePlan, config: SereConfig, graph: GraphModule, inputs: list[Any], example_inputs: Sequence[Any]
-) -> list[AppendedInput]:
-    """Rewrite one gate; its new inputs are appended to the graph and, as fake values, to `inputs`."""
+def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, example_inputs: Sequence[Any]) -> None:
+    """Rewrite one gate; what its calls need beyond the graph's own inputs is recorded in `appended`."""
     gate = plan.gate
+    if plan.status == SKIPPED:
+        return
     if plan.select_top_k >= gate.top_k:
         plan.reason = f"S = {plan.select_top_k}: nothing to re-route"
-        return []
+        return
     if _too_many_tokens(gate, config.max_tokens):
         plan.reason = f"more than max_tokens = {config.max_tokens} tokens"
-        return []
+        return
     weight = plan.weight(example_inputs)
-    matrix = torch.empty(gate.num_experts, gate.num_experts, device=weight.device)
-    index = len(inputs)
-    node, fake = dynamo.append_input(graph, f"sere_similarity_{index}", matrix, inputs)
+    matrix = torch.empty(gate.num_experts, gate.num_experts, dtype=torch.float32, device=weight.device)
+    node = appended.input_for(plan, matrix, counts=False)
     settings = RoutingSettings(plan.select_top_k, config.threshold, config.resolved_min_active(gate.top_k))
     done = rewrite_gate(gate, node, settings)
     if isinstance(done, Skip):
-        graph.graph.erase_node(node)
+        appended.drop_unused(plan)
         plan.status, plan.reason = SKIPPED, str(done)
         if config.strict:
             raise GateNotFoundError(f"strict=True, and {plan.fallback_name} cannot be re-routed: {done}")
         log.warning("%s is not re-routed: %s", plan.fallback_name, done)
-        return []
-    inputs.append(fake)
+        return
     plan.status = REWRITTEN
-    appended = [AppendedInput(plan, counts=False)]
     if config.collect_stats:
-        appended.append(_apply_count(plan, done, graph, inputs, weight.device))
-    return appended
+        buffer = torch.zeros(len(COUNTED), dtype=torch.int64, device=weight.device)
+        insert_count(done, appended.input_for(plan, buffer, counts=True))
 
 
-def _apply_count(
-    plan: GatePlan, done: Rewrite, graph: GraphModule, inputs: list[Any], device: torch.device
-) -> AppendedInput:
-    buffer = torch.zeros(len(COUNTED), dtype=torch.int64, device=device)
-    node, fake = dynamo.append_input(graph, f"sere_counts_{len(inputs)}", buffer, inputs)
-    insert_count(done, node)
-    inputs.append(fake)
-    return AppendedInput(plan, counts=True)
+def refuse_shared_routers(plans: list[GatePlan]) -> None:
+    """Skip gates that share a router weight but not their experts: one matrix cannot describe both."""
+    experts: dict[Node, set[tuple[Node, ...]]] = {}
+    for plan in plans:
+        if isinstance(plan.region, DispatchRegion):
+            experts.setdefault(plan.gate.router_weight, set()).add(plan.region.inputs)
+    for plan in plans:
+        if len(experts.get(plan.gate.router_weight, ())) > 1:
+            plan.status, plan.reason = SKIPPED, "its router weight also selects from other experts"
+            log.warning("%s is not re-routed: %s", plan.fallback_name, plan.reason)
 
 
 def _too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
@@ -130,7 +161,11 @@ def experts_are_live(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[Nod
 
     def evidence(weight: Node, num_experts: int) -> bool:
         tensor = attribute(graph, weight) if weight.op == "get_attr" else inputs[placeholders.index(weight)]
-        return isinstance(tensor, torch.Tensor) and find_experts(tensor, num_experts) is not None
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        entry = binding.lookup(tensor)
+        attached = entry is not None and entry.from_profile
+        return attached or find_experts(tensor, num_experts) is not None
 
     return evidence
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from .config import SereConfig
+from .dynamo import current_call
 from .errors import GateNotFoundError
 from .passes import Findings, Skip
 from .passes.nodes import source_line
@@ -24,44 +27,71 @@ class _GateRuns(threading.local):
 gate_runs = _GateRuns()
 
 
+@dataclass
+class _Call:
+    """The last call of one compiled callable that ran a graph without gates."""
+
+    frame: FrameType | None
+    gate_runs: int
+    nearest: Skip | None = None
+    settled: bool = False
+
+
+class _Calls(threading.local):
+    """What this thread knows of its compiled callables, by their identity."""
+
+    def __init__(self) -> None:
+        self.by_callable: dict[int, _Call] = {}
+
+
+_calls = _Calls()
+
+
 def watch(
     compiled: Callable[..., Any], findings: Findings, config: SereConfig, *, whole_call: bool
 ) -> Callable[..., Any]:
-    """Warn now if the graph is all that will run; else when it runs again and no gate ran in between.
+    """Tell now if the graph is all that will run; else when the callable ran once and is called again.
+
+    Dynamo breaks a callable into graphs, and gates may follow in a later one: that none did is certain when a second
+    call begins.
 
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
     """
     if whole_call:
-        tell(findings, config)
+        tell(findings.nearest_miss, config)
         return compiled
-    return _Watched(compiled, findings, config)
+
+    def watched(*arguments: Any) -> Any:
+        _note(findings.nearest_miss, config)
+        return compiled(*arguments)
+
+    return watched
 
 
-class _Watched:
-    """The first part of a callable that Dynamo broke into graphs: its second run starts a second call."""
+def _note(nearest: Skip | None, config: SereConfig) -> None:
+    """Record that a graph without gates runs, and tell if the callable's last call ran no gate at all."""
+    frame = current_call()
+    if frame is None:
+        return
+    # One number for one callable: the wrapper's code is shared, what it wraps is not.
+    key = id(frame.f_locals.get("fn", frame.f_code))
+    call = _calls.by_callable.setdefault(key, _Call(frame, gate_runs.count))
+    if call.settled:
+        return
+    call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
+    if call.frame is not frame:
+        # Holding the frame keeps its id from being used again; it is let go of once this is settled.
+        call.settled, call.frame = True, None
+        if call.gate_runs == gate_runs.count:
+            tell(call.nearest, config)
 
-    def __init__(self, compiled: Callable[..., Any], findings: Findings, config: SereConfig) -> None:
-        self._compiled, self._findings, self._config = compiled, findings, config
-        self._runs_before: int | None = None
-        self._settled = False
 
-    def __call__(self, *arguments: Any) -> Any:
-        if not self._settled:
-            if self._runs_before is None:
-                self._runs_before = gate_runs.count
-            else:
-                self._settled = True
-                if self._runs_before == gate_runs.count:
-                    tell(self._findings, self._config)
-        return self._compiled(*arguments)
-
-
-def tell(findings: Findings, config: SereConfig) -> None:
+def tell(nearest: Skip | None, config: SereConfig) -> None:
     """Warn or raise that nothing is re-routed, with the nearest candidate."""
     text = (
         "sere found no MoE gate in the compiled code: it runs unchanged. "
-        f"{describe_nearest_miss(findings.nearest_miss)} print(sere_compile.explain(model, *inputs)) shows more."
+        f"{describe_nearest_miss(nearest)} print(sere_compile.explain(model, *inputs)) shows more."
     )
     if config.strict:
         raise GateNotFoundError(text)

@@ -35,8 +35,9 @@ def find_owner(weight: torch.Tensor) -> Owner | None:
     holder: tuple[nn.Module, str] | None = None
     for module in modules:
         for name, child in module.__dict__.get("_modules", {}).items():
-            if child is not None:
-                parents.setdefault(id(child), (module, name))
+            # Of several parents the wrapper that torch.compile made counts: it says what the user calls the model.
+            if child is not None and (name == _COMPILED_PREFIX or id(child) not in parents):
+                parents[id(child)] = (module, name)
         for name, parameter in module.__dict__.get("_parameters", {}).items():
             if parameter is weight and not isinstance(module, torch.fx.GraphModule):
                 holder = holder or (module, name)

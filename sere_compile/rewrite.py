@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,9 +16,9 @@ from torch.fx import GraphModule, Node
 
 from .calibration.probe import probe_similarity, region_dispatch
 from .config import SereConfig
-from .errors import GateNotFoundError, ProbeError, ProfileError
+from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
 from .missing_gates import describe_nearest_miss
-from .passes import DispatchRegion, Gate, RoutingSettings, Skip, extract_dispatch, find_gates, rewrite_gate
+from .passes import DispatchRegion, Gate, RoutingSettings, Skip, extract_dispatch, find_gates, nodes, rewrite_gate
 from .similarity import SimilarityProfile
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
 
     Raises:
         GateNotFoundError: no gate was found or every gate was refused; the message says why.
+        ConfigError: max_tokens is given, and the program takes batches on both sides of it.
         ProfileError: the profile has no matrix for a gate, or one of another size.
         ProbeError: without a profile, an expert could not be run.
     """
@@ -47,7 +50,10 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
     if not findings.gates:
         raise GateNotFoundError(f"no MoE gate in the traced graph. {describe_nearest_miss(findings.nearest_miss)}")
     plans = [(gate, _settings(gate, config)) for gate in findings.gates]
-    matrices = [_matrix(gate, settings, profile, program) for gate, settings in plans]
+    matrices = [
+        None if _too_many_tokens(gate, config.max_tokens) else _matrix(gate, settings, profile, program)
+        for gate, settings in plans
+    ]
     refused: list[Skip] = []
     for (gate, settings), matrix in zip(plans, matrices, strict=True):
         if matrix is None:
@@ -66,6 +72,23 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
 def _settings(gate: Gate, config: SereConfig) -> RoutingSettings:
     top_k = config.resolved_top_k(gate.top_k)
     return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k))
+
+
+def _too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
+    """Compares the batch with the limit; a program cannot take both sides, unlike a model that compiles again."""
+    if max_tokens is None:
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # here, because it imports sympy
+
+    above = math.prod((nodes.shape(gate.ids) or ())[:-1]) > max_tokens
+    if statically_known_true(above):
+        return True
+    if statically_known_true(torch.sym_not(above)):
+        return False
+    raise ConfigError(
+        f"max_tokens={max_tokens} lies inside the range of batch sizes of this program. Export prefill and decoding "
+        f"apart, and rewrite the decoding program"
+    )
 
 
 def _matrix(
@@ -177,7 +200,13 @@ class _Program:
         }
         known = {spec.arg.name: spec for spec in old.input_specs} | added
         order = [node.name for node in self.module.graph.find_nodes(op="placeholder")]
-        return ExportGraphSignature([known[name] for name in order], list(old.output_specs))
+        # Ids and weights that leave the graph are named after the nodes that made them.
+        returned: Any = self.module.graph.output_node().args[0]
+        outputs = [
+            dataclasses.replace(spec, arg=TensorArgument(name=node.name)) if isinstance(node, Node) else spec
+            for spec, node in zip(old.output_specs, returned, strict=True)
+        ]
+        return ExportGraphSignature([known[name] for name in order], outputs)
 
 
 def _copy_module(source: GraphModule) -> GraphModule:

@@ -17,11 +17,14 @@ import torch
 
 from . import binding
 from .errors import ProfileError
+from .module_tree import Owner
 from .profile_file import RESERVED_METADATA, read_profile, some, write_profile
 from .reference_import import DEFAULT_NAME, parameters_by_plain_name, plain_name, read_reference
 
 # Relative to the largest entry: the rounding of a float32 product, far below a matrix that is not symmetric.
 _SYMMETRY_TOLERANCE = 1e-4
+# Where a model keeps the profile attached to it.
+_PROFILE_ATTRIBUTE = "_sere_profile"
 
 
 class SimilarityProfile(Mapping[str, torch.Tensor]):
@@ -151,9 +154,9 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
 def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
     """Give every router of `model` its matrix of `profile`, for `torch.compile(model, backend="sere")`.
 
-    All or nothing: the profile is checked against the whole model before anything is recorded. The model
-    itself is not changed; it may be on any device (meta included) and compiled already. Attaching again
-    replaces.
+    All or nothing: the profile is checked against the whole model before anything is recorded. The model may be on
+    any device (meta included) and compiled already. It keeps the profile as an attribute, so that copies of the
+    model and weights that are loaded into it later have it too. Attaching again replaces.
 
     Raises:
         ProfileError: `profile` is not a `SimilarityProfile`; a gate the model does not have; a router weight
@@ -174,12 +177,41 @@ def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
     _check_complete(gates.values(), parameters)
     origin = profile._origin()
     source = f"profile ({origin})" if origin else "profile"
+    setattr(_plain_module(model), _PROFILE_ATTRIBUTE, profile)
     for gate, name in gates.items():
         binding.assign(parameters[name], name, profile[gate], source)
 
 
+def attach_from_owner(weight: torch.Tensor, owner: Owner) -> None:
+    """Bind a router weight by its name, where a module that owns it has a profile: a copy, or weights loaded later.
+
+    Raises:
+        ProfileError: a profile is attached, and it has no matrix for this gate.
+    """
+    names = owner.name.split(".")
+    for depth, module in enumerate(owner.chain, start=1):
+        profile = module.__dict__.get(_PROFILE_ATTRIBUTE)
+        if profile is None:
+            continue
+        name = ".".join(names[-depth:])
+        gate = next((gate for gate in profile if plain_name(gate) == name), None)
+        if gate is None:
+            raise ProfileError(
+                f"a similarity profile is attached to this model, but it has no matrix for the gate {name}. "
+                f"Calibrate the whole model again, or call sere_compile.detach(model) to probe every gate"
+            )
+        origin = profile._origin()
+        binding.assign(weight, owner.name, profile[gate], f"profile ({origin})" if origin else "profile")
+        return
+
+
+def _plain_module(model: torch.nn.Module) -> torch.nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
 def detach(model: torch.nn.Module) -> None:
-    """Forget the matrices of all of `model`'s routers; a model without any is left as it is."""
+    """Forget the matrices, attached or probed, and the counters of `model`'s routers, if there are any."""
+    _plain_module(model).__dict__.pop(_PROFILE_ATTRIBUTE, None)
     for parameter in model.parameters():
         # `forget` makes compiled graphs ask for their matrices again; spare them that for nothing.
         if binding.lookup(parameter) is not None:

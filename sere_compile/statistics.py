@@ -55,7 +55,8 @@ def stats(model: nn.Module) -> dict[str, GateStats]:
             found[entry.name] = GateStats(**dict(zip(COUNTED, entry.counts.tolist(), strict=True)))
     if not found:
         raise SereError(
-            'no routing statistics: compile the model with options={"collect_stats": True} and run it first'
+            'no routing statistics: compile the model with options={"collect_stats": True} and run it first; gates '
+            "that re-route nothing (S = K, or above max_tokens) are not counted"
         )
     return found
 

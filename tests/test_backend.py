@@ -1,6 +1,9 @@
 """The backend end to end, on real transformers models, against an eager oracle that shares no code with it."""
 
+import copy
 import logging
+import sys
+import threading
 
 import pytest
 import torch
@@ -53,7 +56,9 @@ class TestModels:
         expected = oracle_logits(model, profile, ids, 1)
         unchanged = logits(model, ids)
         sere_compile.attach(model, profile)
-        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1})
+        # Inductor takes half a minute a model on a CPU: it runs for one experts implementation, on CUDA for all.
+        inner = "inductor" if device == "cuda" or experts == "batched_mm" else "eager"
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": inner})
         got = logits(compiled, ids)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(unchanged, expected, rtol=1e-3, atol=1e-3), "the case re-routes nothing"
@@ -81,6 +86,89 @@ class TestBinding:
         torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
         assert counter.graphs == 1
 
+    @pytest.mark.parametrize("change", ["deepcopy", "load_state_dict"])
+    def test_profile_follows_the_model(self, change):
+        """A copy of the model, and weights assigned to it after attaching, have the profile; nothing is probed."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        expected = oracle_logits(model, profile, ids, 1)
+        sere_compile.attach(model, profile)
+        if change == "deepcopy":
+            model = copy.deepcopy(model)
+        else:
+            model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_default_dtype_does_not_matter(self, dtype):
+        """The matrix is float32 to the inner compiler whatever torch's default dtype is."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        expected = oracle_logits(model, profile, ids, 1)
+        sere_compile.attach(model, profile)
+        seen = []
+
+        def inner(graph, inputs):
+            seen.extend(n for n in graph.graph.find_nodes(op="placeholder") if "sere_similarity" in n.name)
+            return graph.forward
+
+        torch.set_default_dtype(dtype)
+        try:
+            compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner=inner))
+            got = logits(compiled, ids)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert [node.meta["example_value"].dtype for node in seen] == [torch.float32] * 2
+
+    def test_threads_share_a_graph(self):
+        """Threads that run different layers through one graph get each its own layer's matrix."""
+        model = build("qwen3_moe", "batched_mm")
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        blocks = [layer.mlp for layer in model.model.layers]
+        backend = sere_compile.SereBackend(SereConfig(select_top_k=1, inner="eager"))
+        bound = []
+        original = sere_compile.backend.BoundGraph
+
+        class Kept(original):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                bound.append(self)
+
+        sere_compile.backend.BoundGraph = Kept
+        try:
+            for block in blocks:
+                block.compile(backend=backend)
+                with torch.no_grad():
+                    block(torch.randn(4, 2, 32))
+        finally:
+            sere_compile.backend.BoundGraph = original
+        [graph] = bound
+        weights = [block.gate.weight for block in blocks]
+        expected = [profile[name] for name in gate_names()]
+        position = graph._plans[0].position
+        wrong = []
+
+        def run(index):
+            arguments = [None] * position + [weights[index]]
+            for _ in range(2000):
+                if not torch.equal(graph.bind(arguments)[0], expected[index]):
+                    wrong.append(index)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert not wrong
+
     def test_attaching_another_profile_needs_no_recompile(self):
         """A compiled model uses the profile that is attached now."""
         model, ids = build("mixtral"), tokens()
@@ -96,8 +184,7 @@ class TestBinding:
     def test_profile_that_lacks_a_gate_is_an_error(self):
         """A model with a profile never falls back to probing for the gates the profile lacks."""
         model, ids = build("mixtral"), tokens()
-        first = gate_names()[0]
-        sere_compile.binding.assign(model.get_parameter(first), first, torch.eye(8), "profile")
+        model._sere_profile = sere_compile.SimilarityProfile({gate_names()[0]: torch.ones(8, 8)})
         compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"no matrix for the gate model\.layers\.1"):
             logits(compiled, ids)
@@ -248,7 +335,8 @@ class TestModes:
         sere_compile.attach(model, profile)
         expected = oracle_logits(model, profile, ids, 1, threshold=0.8)
         assert not torch.allclose(expected, oracle_logits(model, profile, ids, 1), atol=1e-3)
-        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "threshold": 0.8})
+        options = {"select_top_k": 1, "threshold": 0.8, "inner": "eager"}
+        compiled = torch.compile(model, backend="sere", options=options)
         torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
 
     def test_bfloat16(self):
@@ -266,7 +354,7 @@ class TestModes:
         profile = random_profile(model)
         sere_compile.attach(model, profile)
         expected = oracle_logits(model, profile, ids, 1)
-        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1})
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "aot_eager"})
         with torch.inference_mode():
             inferred = compiled(ids, use_cache=False).logits
         torch.testing.assert_close(inferred.clone(), expected, rtol=1e-5, atol=1e-5)
@@ -283,7 +371,7 @@ class TestModes:
         expected = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
         sere_compile.attach(model, profile)
-        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1})
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "aot_eager"})
         compiled(ids, use_cache=False, labels=ids).loss.backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -305,6 +393,10 @@ class TestModes:
         counted = sere_compile.stats(model)[gate_names()[0]]
         # The first of five new tokens comes from the prefill, which generate runs eagerly.
         assert (counted.calls, counted.tokens) == (4, 16)
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def greedy(model, profile, ids, steps):
@@ -348,7 +440,7 @@ class TestOptions:
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="takes no mode"):
             logits(compiled, ids)
 
-    @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+    @pytest.mark.parametrize("inner", ["eager", "aot_eager", "cudagraphs", "inductor"])
     def test_inner_backends(self, inner):
         """Any registered backend can compile the rewritten graph."""
         model, ids = build("mixtral"), tokens()
@@ -415,6 +507,18 @@ class Broken(nn.Module):
         return self.layer(x)
 
 
+class Skipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Dense()
+
+    def forward(self, x):
+        for _ in range(1):
+            found = self.inner(x)
+            torch._dynamo.graph_break()
+        return found
+
+
 class TestNothingFound:
     def test_warns_once_with_the_nearest_candidate(self, caplog):
         """A compile that meets no gate says so and names what came closest; the result is the model's own."""
@@ -445,6 +549,15 @@ class TestNothingFound:
             compiled(torch.randn(4, 8))
         assert sum("found no MoE gate" in r.message for r in caplog.records) == 1
 
+    def test_callable_that_dynamo_skips_is_told_too(self, caplog):
+        """A break inside a loop makes Dynamo skip the outer frame; only inner frames have graphs then."""
+        compiled = torch.compile(Skipped(), backend="sere", options={"inner": "eager"})
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                compiled(torch.randn(4, 8))
+        [message] = [r.message for r in caplog.records if "found no MoE gate" in r.message]
+        assert "The nearest candidate is topk" in message
+
     def test_strict_broken_callable_raises_at_its_second_call(self):
         """The same with strict=True."""
         compiled = torch.compile(Broken(), backend="sere", options={"inner": "eager", "strict": True})
@@ -472,7 +585,9 @@ class TestStatistics:
         active = {}
         with oracle_routing(model, profile, 1, active=active):
             logits(model, ids)
-        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "collect_stats": True})
+        # AOTAutograd turns the in-place count into a functional one and writes it back.
+        options = {"select_top_k": 1, "collect_stats": True, "inner": "aot_eager"}
+        compiled = torch.compile(model, backend="sere", options=options)
         for _ in range(2):
             logits(compiled, ids)
         counted = sere_compile.stats(model)
@@ -484,6 +599,18 @@ class TestStatistics:
             assert 0 < row.slots_changed < row.slots
         sere_compile.reset_stats(model)
         assert sere_compile.stats(model)[gate_names()[0]].calls == 0
+
+    @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+    def test_a_block_that_runs_twice_counts_twice(self, inner):
+        """Two gates of one graph that share a router weight share one counter, functionalised or not."""
+        block = build("qwen3_moe", "batched_mm").model.layers[0].mlp
+        backend = sere_backend.with_options(select_top_k=1, collect_stats=True, inner=inner)
+        compiled = torch.compile(lambda x: block(block(x)), backend=backend)
+        with torch.no_grad():
+            for _ in range(3):
+                compiled(torch.randn(4, 2, 32))
+        [counted] = sere_compile.stats(block).values()
+        assert (counted.calls, counted.tokens) == (6, 48)
 
     def test_without_counting_it_says_what_to_do(self):
         """Asking for statistics that nobody collected is an error."""
@@ -498,7 +625,7 @@ class TestCuda:
     def test_cuda_graphs(self, name, experts):
         """mode="reduce-overhead" records and replays re-routing, with other tokens in every replay."""
         # transformers' grouped_mm waits for the device with anything but bf16, which no CUDA graph can record.
-        dtype, tolerance = (torch.bfloat16, 5e-2) if experts == "grouped_mm" else (torch.float32, 1e-4)
+        dtype, tolerance = (torch.bfloat16, 3e-2) if experts == "grouped_mm" else (torch.float32, 1e-4)
         model = build(name, experts, dtype, device="cuda")
         profile = random_profile(model)
         sere_compile.attach(model, profile)
@@ -509,7 +636,9 @@ class TestCuda:
             ids = tokens(8, 1, seed=step, device="cuda")
             with oracle_routing(model, profile, 1, active=active):
                 expected = logits(model, ids)
-            torch.testing.assert_close(logits(compiled, ids), expected, rtol=tolerance, atol=tolerance)
+            got = logits(compiled, ids)
+            assert relative_error(got, expected) < tolerance
+            assert relative_error(logits(model, ids), expected) > 5 * tolerance, "the case re-routes too little"
         if dtype == torch.bfloat16:
             return  # rounding may tip a near tie of two experts and so an exact count
         for gate, counted in sere_compile.stats(model).items():
@@ -571,6 +700,25 @@ class TestExplain:
         assert "0 MoE gates found" in str(dense)
         assert "test_backend.py" in dense.rows[0].name
         assert dense.rows[0].status == "skipped"
+
+    def test_leaves_the_recompile_limit_to_the_user(self):
+        """Explaining many times does not use up the recompiles that the user's own compile is allowed."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        for _ in range(12):
+            assert len(sere_compile.explain(model, ids, use_cache=False).rewritten) == 2
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        expected = oracle_logits(model, profile, ids, 1)
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    def test_works_on_a_model_compiled_in_place(self):
+        """`model.compile()` does not hide the model from `explain`, and stays in force afterwards."""
+        model, ids = build("mixtral"), tokens()
+        model.compile(backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        logits(model, ids)
+        assert len(sere_compile.explain(model, ids, use_cache=False).rewritten) == 2
+        assert model._compiled_call_impl is not None
 
     def test_works_on_a_compiled_model(self):
         """A model that is compiled already is explained all the same."""

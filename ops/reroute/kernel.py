@@ -95,7 +95,7 @@ def primary_bits(
         # one token and min_active = K (what the compiler backend asks for) the search ends here.
         width = tl.minimum(tl.maximum(SELECT, (min_active + num_tokens - 1) // num_tokens), K)
     else:
-        width: tl.constexpr = SELECT
+        width: tl.constexpr = SELECT  # type: ignore[no-redef]
     words = slot_words(
         ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, 0, width, E, HAS_MASK, NUM_WORDS, CHUNK
     )

@@ -14,6 +14,7 @@ import time
 
 import torch
 from cases import STRUCTURES, Structure, draw_case
+
 from sere_compile.ops import reroute
 from sere_compile.ops.reroute.reference import reroute_reference
 

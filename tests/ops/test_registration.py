@@ -10,11 +10,12 @@ import textwrap
 
 import pytest
 import torch
-from sere_compile.ops import reroute
-from sere_compile.ops.registration import FINGERPRINT
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch._library.triton import get_triton_kernels_for_op
+
+from sere_compile.ops import reroute
+from sere_compile.ops.registration import FINGERPRINT
 
 # Finds sere_compile.ops without running sere_compile/__init__.py, which imports much more.
 ONLY_OPS = f"""

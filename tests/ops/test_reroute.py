@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from sere_compile.ops import reroute
 from sere_compile.ops.reroute.reference import reroute_reference
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
 from .oracle import as_fp32_rows, reroute_rows

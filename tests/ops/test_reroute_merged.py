@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from sere_compile.ops import reroute, reroute_merged
 from sere_compile.ops.reroute_merged.reference import reroute_merged_reference
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
 from .oracle import as_fp32_rows, merge_rows, reroute_rows

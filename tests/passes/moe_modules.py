@@ -73,7 +73,7 @@ class ScatterCombine(Block):
     """Scatters the weights into [T, E] without accumulating: of two equal slots only one survives."""
 
     def dispatch(self, x, ids, weights):
-        combine = torch.zeros(x.shape[0], self.num_experts).scatter(1, ids, weights)
+        combine = x.new_zeros(x.shape[0], self.num_experts).scatter(1, ids, weights)
         return torch.einsum("te,eth->th", combine, self.all_experts((combine.T > 0)[..., None] * x))
 
 

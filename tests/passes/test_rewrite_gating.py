@@ -298,7 +298,7 @@ class TestRefusals:
         module, x = Mutated(), rows()
         graph = from_export(module, x)
         reroute(graph)
-        ids, weights = Indexed.route(module, x)
+        ids, _ = Indexed.route(module, x)
         values = torch.topk(module.scores(x), TOP_K)[0]
         wanted = weighted_sum(module, x, reroute_oracle(ids, similarity(), 1), 3 * values)
         torch.testing.assert_close(run(graph, x), wanted, rtol=1e-5, atol=1e-5)

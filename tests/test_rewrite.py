@@ -1,0 +1,403 @@
+"""`rewrite` on programs that were traced ahead of time, against the eager oracle."""
+
+import functools
+import io
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import sere_compile
+from sere_compile import ConfigError, GateNotFoundError, ProbeError, ProfileError, SereConfig, SimilarityProfile
+from sere_compile.passes import SkipReason, find_gates, nodes
+from sere_compile.testing import oracle_routing, reroute_oracle
+
+from .tiny_models import LAYERS, MODELS, TOP_K, build, gate_names, random_profile, tokens
+
+EXPERTS = ("grouped_mm", "batched_mm")
+S1 = SereConfig(select_top_k=1)
+
+
+@functools.cache
+def exported(name, experts):
+    """A model and its program for 2 to 64 sequences; tracing takes seconds, so tests share it."""
+    model = build(name, experts)
+    dynamic = {"input_ids": {0: torch.export.Dim("batch", min=2, max=64)}, "use_cache": None}
+    inputs = {"input_ids": tokens(), "use_cache": False}
+    with torch.no_grad():
+        return model, torch.export.export(model, (), inputs, dynamic_shapes=dynamic)
+
+
+def logits(program, ids):
+    module = program.module() if isinstance(program, torch.export.ExportedProgram) else program
+    with torch.no_grad():
+        return module(input_ids=ids, use_cache=False).logits
+
+
+def oracle(model, profile, ids, select_top_k=1, **options):
+    with oracle_routing(model, profile, select_top_k, **options):
+        return logits(model, ids)
+
+
+def operators(program):
+    graph = program.graph_module.graph if isinstance(program, torch.export.ExportedProgram) else program.graph
+    return [nodes.kind(node) for node in graph.nodes if nodes.kind(node).startswith("sere.")]
+
+
+def symmetric(experts):
+    half = torch.rand(experts, experts, generator=torch.Generator().manual_seed(0))
+    return ((half + half.T) / 2).fill_diagonal_(1.0)
+
+
+def close(left, right):
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("name", MODELS)
+class TestExportedProgram:
+    def test_s_below_k_equals_the_oracle(self, name, experts):
+        """One gate a layer is re-routed; other batch sizes than the traced one are right too."""
+        model, program = exported(name, experts)
+        profile = random_profile(model)
+        done = sere_compile.rewrite(program, profile=profile, config=S1)
+        assert operators(done) == ["sere.reroute"] * LAYERS
+        for batch in (9, 4, 2):
+            ids = tokens(batch, seed=batch)
+            close(logits(done, ids), oracle(model, profile, ids))
+        assert not torch.allclose(logits(model, ids), oracle(model, profile, ids), rtol=1e-3, atol=1e-3)
+
+    def test_s_equal_k_changes_no_bit(self, name, experts):
+        """With S = K nothing is inserted, and the output is the original's bit for bit."""
+        model, program = exported(name, experts)
+        done = sere_compile.rewrite(program, config=SereConfig(select_top_k=TOP_K[name]))
+        assert operators(done) == []
+        assert torch.equal(logits(done, tokens()), logits(model, tokens()))
+
+    def test_decomposed_block(self, name, experts):
+        """A block in core ATen, without in-place operations, is rewritten like the one it came from."""
+        block, hidden = build(name, experts).model.layers[0].mlp, torch.randn(4, 6, 32)
+        matrix = symmetric(block.gate.weight.shape[0])
+        with torch.no_grad():
+            program = torch.export.export(block, (hidden,)).run_decompositions()
+            done = sere_compile.rewrite(program, profile=SimilarityProfile({"gate.weight": matrix}), config=S1)
+            assert operators(done) == ["sere.reroute"]
+            with oracle_routing(block, {"gate.weight": matrix}, 1):
+                close(done.module()(hidden), block(hidden))
+
+    def test_unlifted_module(self, name, experts):
+        """`program.module()` is a GraphModule with attributes; it is rewritten like the program."""
+        model, program = exported(name, experts)
+        profile, ids = random_profile(model), tokens(3)
+        done = sere_compile.rewrite(program.module(), profile=profile, config=S1)
+        assert operators(done) == ["sere.reroute"] * LAYERS
+        close(logits(done, ids), oracle(model, profile, ids))
+
+    def test_make_fx_block(self, name, experts):
+        """An MoE block traced by make_fx, whose router weight has the name that make_fx gave it."""
+        block, hidden = build(name, experts).model.layers[0].mlp, torch.randn(4, 6, 32)
+        with torch.no_grad():
+            graph = make_fx(block)(hidden)
+            [gate] = find_gates(graph).gates
+            matrix = symmetric(gate.num_experts)
+            profile = SimilarityProfile({str(gate.router_weight.target): matrix})
+            done = sere_compile.rewrite(graph, profile=profile, config=S1)
+            with oracle_routing(block, {"gate.weight": matrix}, 1):
+                close(done(hidden), block(hidden))
+            assert torch.equal(graph(hidden), block(hidden))
+
+
+class TestProgram:
+    def test_before_decompositions(self):
+        """A rewritten program can be decomposed."""
+        model, program = exported("mixtral", "grouped_mm")
+        profile, ids = random_profile(model), tokens()
+        done = sere_compile.rewrite(program, profile=profile, config=S1).run_decompositions()
+        close(logits(done, ids), oracle(model, profile, ids))
+
+    def test_after_decompositions(self):
+        """So is a whole model."""
+        model, program = exported("qwen3_moe", "grouped_mm")
+        profile, ids = random_profile(model), tokens()
+        done = sere_compile.rewrite(program.run_decompositions(), profile=profile, config=S1)
+        assert operators(done) == ["sere.reroute"] * LAYERS
+        close(logits(done, ids), oracle(model, profile, ids))
+
+    def test_strict_export(self):
+        """A program traced through Dynamo."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        with torch.no_grad():
+            program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=True)
+        close(logits(sere_compile.rewrite(program, profile=profile, config=S1), ids), oracle(model, profile, ids))
+
+    @pytest.mark.parametrize("unlifted", [False, True])
+    def test_input_is_unchanged(self, unlifted):
+        """The program that was passed in keeps its graph, signature, buffers and output; weights are shared."""
+        model, program = exported("mixtral", "grouped_mm")
+        traced = program.module() if unlifted else program
+        graph = traced if unlifted else traced.graph_module
+        before = (str(graph.graph), list(traced.state_dict() if unlifted else traced.state_dict))
+        done = sere_compile.rewrite(traced, profile=random_profile(model), config=S1)
+        assert (str(graph.graph), list(traced.state_dict() if unlifted else traced.state_dict)) == before
+        assert torch.equal(logits(traced, tokens()), logits(model, tokens()))
+        state = done.state_dict() if unlifted else done.state_dict
+        name = "model.embed_tokens.weight"
+        assert state[name].data_ptr() == model.get_parameter(name).data_ptr()
+
+    def test_matrices_are_buffers(self):
+        """Each gate's matrix is a buffer of its own, in the state dict and the signature."""
+        model, program = exported("mixtral", "grouped_mm")
+        profile = random_profile(model)
+        done = sere_compile.rewrite(program, profile=profile, config=S1)
+        added = [name for name in done.state_dict if name not in program.state_dict]
+        assert len(added) == LAYERS
+        assert set(added) <= set(done.graph_signature.buffers)
+        for name, matrix in zip(added, profile.values(), strict=True):
+            assert torch.equal(done.state_dict[name], matrix)
+
+    def test_dynamic_batch_is_kept(self):
+        """Range constraints survive, and a batch outside them is still refused."""
+        model, program = exported("mixtral", "grouped_mm")
+        done = sere_compile.rewrite(program, profile=random_profile(model), config=S1)
+        assert str(done.range_constraints) == str(program.range_constraints)
+        with pytest.raises(AssertionError, match="Guard failed"):
+            logits(done, tokens(65))
+
+    def test_threshold_and_minimum_reach_the_operator(self):
+        """Options are those of the backend."""
+        model, program = exported("qwen3_moe", "batched_mm")
+        profile, ids = random_profile(model), tokens(2, 6)
+        config = SereConfig(select_top_k=1, threshold=0.8, min_active=10)
+        got = logits(sere_compile.rewrite(program, profile=profile, config=config), ids)
+        close(got, oracle(model, profile, ids, threshold=0.8, min_active=10))
+        assert not torch.allclose(got, oracle(model, profile, ids), atol=1e-3)
+
+    def test_rewriting_twice_is_refused(self):
+        """A second pass would re-route re-routed ids; it says that they are."""
+        model, program = exported("mixtral", "grouped_mm")
+        done = sere_compile.rewrite(program, profile=random_profile(model), config=S1)
+        with pytest.raises(GateNotFoundError, match=SkipReason.REWRITTEN.value):
+            sere_compile.rewrite(done, profile=random_profile(model), config=S1)
+
+    def test_eager_experts_do_not_export(self):
+        """With eager experts there is no program to rewrite: torch.export itself refuses their loop."""
+        with pytest.raises(Exception, match=r"[Uu]nbacked|data-dependent|[Cc]ould not (guard|extract)") as caught:
+            torch.export.export(build("mixtral", "eager"), (), {"input_ids": tokens(), "use_cache": False})
+        assert "sere" not in type(caught.value).__module__
+
+
+class TestMaxTokens:
+    def test_static_batch(self):
+        """A program for more tokens than max_tokens stays as it is, one for fewer is re-routed."""
+        block, hidden = build("mixtral").model.layers[0].mlp, torch.randn(4, 6, 32)
+        with torch.no_grad():
+            program = torch.export.export(block, (hidden,))
+        profile = SimilarityProfile({"gate.weight": symmetric(8)})
+        for limit, found in ((23, []), (24, ["sere.reroute"])):
+            config = SereConfig(select_top_k=1, max_tokens=limit)
+            assert operators(sere_compile.rewrite(program, profile=profile, config=config)) == found
+
+    def test_dynamic_batch(self):
+        """A program for 12 to 384 tokens is decided by a limit outside of that range, and refused inside."""
+        model, program = exported("mixtral", "grouped_mm")
+        profile = random_profile(model)
+        for limit, found in ((11, []), (384, ["sere.reroute"] * LAYERS)):
+            config = SereConfig(select_top_k=1, max_tokens=limit)
+            assert operators(sere_compile.rewrite(program, profile=profile, config=config)) == found
+        with pytest.raises(ConfigError, match="max_tokens=100 lies inside the range"):
+            sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=1, max_tokens=100))
+
+
+class Logits(nn.Module):
+    """Tensors in, tensors out, so that loading the program needs no class of transformers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+LOAD = """
+import sys, torch
+import sere_compile.ops
+program = torch.export.load(sys.argv[1])
+ids, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    torch.testing.assert_close(program.module()(ids), expected, rtol=1e-5, atol=1e-5)
+assert "transformers" not in sys.modules
+print("sere.reroute" in str(program.graph))
+"""
+
+
+def test_save_and_load(tmp_path):
+    """A rewritten program is saved, and runs in a process that imports only the operators."""
+    model, ids = build("qwen3_moe", "batched_mm"), tokens()
+    profile = random_profile(model)
+    with torch.no_grad():
+        program = torch.export.export(Logits(model), (ids,))
+    renamed = SimilarityProfile({f"model.{name}": matrix for name, matrix in profile.items()})
+    torch.export.save(sere_compile.rewrite(program, profile=renamed, config=S1), tmp_path / "program.pt2")
+    torch.save((ids, oracle(model, profile, ids)), tmp_path / "expected.pt")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "program.pt2"), str(tmp_path / "expected.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, "True"), result.stderr
+
+
+def test_save_to_a_buffer():
+    """Saving and loading in one process keeps every bit."""
+    model, program = exported("mixtral", "grouped_mm")
+    done = sere_compile.rewrite(program, profile=random_profile(model), config=S1)
+    buffer = io.BytesIO()
+    torch.export.save(done, buffer)
+    buffer.seek(0)
+    assert torch.equal(logits(torch.export.load(buffer), tokens()), logits(done, tokens()))
+
+
+class TestErrors:
+    def test_profile_lacks_a_gate(self):
+        """A profile is never completed by probing."""
+        _, program = exported("mixtral", "grouped_mm")
+        profile = SimilarityProfile({gate_names()[0]: torch.eye(8)})
+        with pytest.raises(ProfileError, match=r"no matrix for the gate model\.layers\.1\.mlp\.gate\.weight; it has"):
+            sere_compile.rewrite(program, profile=profile, config=S1)
+
+    def test_profile_of_another_size(self):
+        """Nor is a matrix cut or padded."""
+        _, program = exported("mixtral", "grouped_mm")
+        profile = SimilarityProfile({name: torch.eye(4) for name in gate_names()})
+        with pytest.raises(ProfileError, match=r"is \[4, 4\], its gate has 8 experts"):
+            sere_compile.rewrite(program, profile=profile, config=S1)
+
+    def test_no_gate(self):
+        """The nearest candidate is named, with its line."""
+
+        class Sampler(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(8, 50)
+
+            def forward(self, x):
+                return torch.topk(self.head(x).softmax(-1), 3)
+
+        program = torch.export.export(Sampler(), (torch.randn(4, 8),))
+        with pytest.raises(GateNotFoundError, match=r"candidate is topk at test_rewrite\.py:\d+: its indices reach no"):
+            sere_compile.rewrite(program)
+
+    def test_no_selection(self):
+        """A program without any top-k says so."""
+        program = torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),))
+        with pytest.raises(GateNotFoundError, match="no top-k selection at all"):
+            sere_compile.rewrite(program)
+
+    def test_every_gate_refused(self):
+        """Gates that all have to stay are an error, not a copy of the input."""
+        program = torch.export.export(_Masked(), (torch.randn(4, 6),))
+        profile = SimilarityProfile({"router": symmetric(5)})
+        with pytest.raises(GateNotFoundError, match="1 of 1 gates were refused: its dispatch reads the scores again"):
+            sere_compile.rewrite(program, profile=profile, config=S1)
+
+    def test_one_gate_refused(self, caplog):
+        """One of two gates is logged as refused, its matrix is not kept; strict makes it an error."""
+
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.good, self.bad = _Indexed(), _Masked()
+
+            def forward(self, x):
+                return self.bad(self.good(x))
+
+        x, matrix = torch.randn(4, 6), symmetric(5)
+        program = torch.export.export(Two(), (x,))
+        profile = SimilarityProfile({"good.router": matrix, "bad.router": matrix})
+        with caplog.at_level(logging.WARNING):
+            done = sere_compile.rewrite(program, profile=profile, config=S1)
+        assert [r.message for r in caplog.records if "bad.router is not re-routed" in r.message]
+        assert operators(done) == ["sere.reroute"]
+        assert sum(name.startswith("sere_") for name in done.state_dict) == 1
+        done.module()(x)
+        with pytest.raises(GateNotFoundError, match="1 of 2 gates were refused"):
+            sere_compile.rewrite(program, profile=profile, config=S1.replace(strict=True))
+
+
+class _Indexed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Parameter(torch.randn(5, 6))
+        self.experts = nn.Parameter(torch.randn(5, 6, 6))
+
+    def forward(self, x):
+        weights, ids = torch.topk((x @ self.router.T).softmax(-1), 3)
+        return ((x[:, None, None] @ self.experts[ids]).squeeze(2) * weights[..., None]).sum(1)
+
+
+class _Masked(_Indexed):
+    def forward(self, x):
+        scores = (x @ self.router.T).softmax(-1)
+        values, ids = torch.topk(scores, 3)
+        gates = scores * torch.zeros_like(scores).scatter(1, ids, 1.0) / values.sum(-1, keepdim=True)
+        return torch.einsum("te,ehd,th->td", gates, self.experts, x)
+
+
+class TestProbing:
+    @pytest.mark.parametrize("experts", EXPERTS)
+    @pytest.mark.parametrize("unlifted", [False, True])
+    def test_twins_are_found(self, experts, unlifted):
+        """Without a profile the experts are run: two with equal weights are the most similar pair."""
+        block = build("mixtral", experts).model.layers[0].mlp
+        with torch.no_grad():
+            for weight in (block.experts.gate_up_proj, block.experts.down_proj):
+                weight[5] = weight[3]
+            program = torch.export.export(block, (torch.randn(4, 6, 32),))
+        done = sere_compile.rewrite(program.module() if unlifted else program, config=S1)
+        state = done.state_dict() if unlifted else done.state_dict
+        [matrix] = [state[name] for name in state if name.startswith("sere_similarity")]
+        assert matrix[3, 5].item() == pytest.approx(1.0, abs=1e-3)
+        assert matrix.clone().fill_diagonal_(-1).argmax().item() in (3 * 8 + 5, 5 * 8 + 3)
+        hidden = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad(), oracle_routing(block, {"gate.weight": matrix}, 1):
+            close((done if unlifted else done.module())(hidden), block(hidden))
+
+    def test_program_agrees_with_the_backend(self):
+        """The similarity of a program's gate is the one that the backend measures."""
+        block, hidden = build("qwen3_moe").model.layers[0].mlp, torch.randn(4, 6, 32)
+        with torch.no_grad():
+            done = sere_compile.rewrite(torch.export.export(block, (hidden,)), config=S1)
+            torch._dynamo.reset()
+            backend = sere_compile.sere_backend.with_options(select_top_k=1, inner="eager")
+            torch.compile(block, backend=backend)(hidden)
+        entry = sere_compile.binding.lookup(block.gate.weight)
+        close(done.state_dict["sere_similarity_0"], entry.matrix)
+
+    def test_experts_that_only_a_call_has(self):
+        """Experts that are passed as an argument cannot be probed ahead of time."""
+
+        class Passed(_Indexed):
+            def forward(self, x, experts):
+                weights, ids = torch.topk((x @ self.router.T).softmax(-1), 3)
+                return ((x[:, None, None] @ experts[ids]).squeeze(2) * weights[..., None]).sum(1)
+
+        program = torch.export.export(Passed(), (torch.randn(4, 6), torch.randn(5, 6, 6)))
+        with pytest.raises(ProbeError, match="their dispatch reads experts, which only a call has"):
+            sere_compile.rewrite(program, config=S1)
+
+
+def test_hand_written_module():
+    """A module without any library behind it, against the definition."""
+    module, x, matrix = _Indexed(), torch.randn(12, 6), symmetric(5)
+    program = torch.export.export(module, (x,))
+    config = SereConfig(select_top_k=1, min_active=0)
+    done = sere_compile.rewrite(program, profile=SimilarityProfile({"router": matrix}), config=config)
+    with torch.no_grad():
+        weights, ids = torch.topk((x @ module.router.T).softmax(-1), 3)
+        new_ids = reroute_oracle(ids, matrix, 1)
+        outputs = torch.einsum("th,ehd->ted", x, module.experts)
+        wanted = (outputs.gather(1, new_ids[..., None].expand(-1, -1, 6)) * weights[..., None]).sum(1)
+        close(done.module()(x), wanted)
