@@ -5,7 +5,15 @@ compiled = torch.compile(model, backend="sere", options={"select_top_k": 2})
 
 from .backend import SereBackend, sere_backend
 from .config import SereConfig
-from .errors import ConfigError, GateNotFoundError, MissingExtraError, ProbeError, ProfileError, SereError
+from .errors import (
+    ConfigError,
+    GateNotFoundError,
+    LoweringError,
+    MissingExtraError,
+    ProbeError,
+    ProfileError,
+    SereError,
+)
 from .explain import explain
 from .report import GateReport, GateRow
 from .rewrite import rewrite
@@ -18,6 +26,7 @@ __all__ = [
     "GateReport",
     "GateRow",
     "GateStats",
+    "LoweringError",
     "MissingExtraError",
     "ProbeError",
     "ProfileError",

@@ -7,6 +7,7 @@ import click
 from .config import SereConfig
 from .errors import SereError
 from .explain import explain
+from .export_command import export_command
 from .integrations.transformers import load_causal_lm
 from .similarity import SimilarityProfile, attach
 
@@ -36,3 +37,6 @@ def explain_command(name: str, prompt: str, select_top_k: int | None, profile: s
     click.echo(str(report))
     if not report.gates:
         raise SystemExit(1)
+
+
+main.add_command(export_command)

@@ -638,7 +638,7 @@ class TestCuda:
                 expected = logits(model, ids)
             got = logits(compiled, ids)
             assert relative_error(got, expected) < tolerance
-            assert relative_error(logits(model, ids), expected) > 5 * tolerance, "the case re-routes too little"
+            assert relative_error(logits(model, ids), expected) > 3 * tolerance, "the case re-routes too little"
         if dtype == torch.bfloat16:
             return  # rounding may tip a near tie of two experts and so an exact count
         for gate, counted in sere_compile.stats(model).items():

@@ -1,0 +1,103 @@
+"""`sere export`: a checkpoint with re-routing inside, for AOTInductor, ONNX or another PyTorch process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import torch
+
+from .config import SereConfig
+from .errors import SereError
+from .integrations.transformers import load_causal_lm
+from .similarity import SimilarityProfile, attach
+
+
+@click.command("export")
+@click.option("--to", "target", type=click.Choice(["aot", "onnx", "exported"]), required=True, help="What to write.")
+@click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="File to write.")
+@click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile.")
+@click.option("--select-top-k", type=int, help="S; min(2, K-1) by default.")
+@click.option("--threshold", type=float, default=0.0, show_default=True, help="rho.")
+@click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
+@click.option("--decode", "cache_length", type=int, help="One decoding step with a static cache of so many tokens.")
+@click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
+def export_command(
+    target: str,
+    name: str,
+    out: str,
+    profile: str | None,
+    select_top_k: int | None,
+    threshold: float,
+    min_active: int | None,
+    cache_length: int | None,
+    as_function: bool,
+    dtype: str,
+) -> None:
+    """Write a model with its gates re-routed.
+
+    Without --decode the graph takes input_ids of any batch size and length and returns logits, for prefill and scoring.
+    With it, (input_ids, position, keys, values) to (logits, keys, values), for any batch size. Exits with 1 when there
+    is no gate.
+    """
+    try:
+        config = SereConfig(select_top_k=select_top_k, threshold=threshold, min_active=min_active)
+        if as_function and target != "onnx":
+            raise click.UsageError("--as-function is for --to onnx")
+        matrices = None if profile is None else SimilarityProfile.load(profile)
+        model, _ = load_causal_lm(name, dtype=dtype)
+        if matrices is not None:
+            attach(model, matrices)
+        written = _write(target, model, out, config, cache_length, as_function)
+    except SereError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(written)
+
+
+def _write(target: str, model: Any, out: str, config: SereConfig, cache_length: int | None, as_function: bool) -> str:
+    """Lower the model; one line on what was written."""
+    graph = _prefill(model) if cache_length is None else _decode(model, cache_length)
+    names = graph.pop("names")
+    module, args = graph.pop("module"), graph.pop("args")
+    if target == "onnx":
+        from .lowering import onnx
+
+        done = onnx.export(
+            module, args, out, config=config, as_function=as_function, input_names=names[0], output_names=names[1],
+            **graph,
+        )  # fmt: skip
+        return f"{out}: {done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators"
+    from .lowering import aot
+
+    if target == "aot":
+        return f"{aot.package(module, out, args, config=config, **graph)}: AOTInductor package"
+    program = aot.export_rewritten(module, args, config=config, **graph)
+    torch.export.save(program, out)
+    return f"{out}: exported program; `import sere_compile.ops` before torch.export.load"
+
+
+def _prefill(model: Any) -> dict[str, Any]:
+    """The model on tokens [batch, length], both free."""
+    free = torch.export.Dim.DYNAMIC
+    return {
+        "module": model,
+        "args": (torch.zeros(2, 8, dtype=torch.int64, device=model.device),),
+        "kwargs": {"use_cache": False},
+        "dynamic_shapes": {"input_ids": {0: free, 1: free}, "use_cache": None},
+        "names": (["input_ids"], ["logits"]),
+    }
+
+
+def _decode(model: Any, cache_length: int) -> dict[str, Any]:
+    """One step with a cache that comes in and goes out, for any number of rows."""
+    from .lowering.decode_step import DecodeStep
+
+    step = DecodeStep(model, cache_length).eval()
+    return {
+        "module": step,
+        "args": step.example_inputs(),
+        "dynamic_shapes": step.dynamic_shapes(),
+        "names": step.names(),
+    }

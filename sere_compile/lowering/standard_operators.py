@@ -1,0 +1,86 @@
+"""A re-routed program in operators that other compilers know: what the ONNX and TensorRT lowerings start from."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from ..errors import LoweringError, MissingExtraError
+from ..ops.reroute.reference import reroute_reference
+from ..ops.reroute_merged.reference import reroute_merged_reference
+
+# What each operator is in plain ATen, with the operator's own signature.
+REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    torch.ops.sere.reroute.default: reroute_reference,
+    torch.ops.sere.reroute_merged.default: reroute_merged_reference,
+}
+
+
+def require(extra: str, *modules: str) -> list[ModuleType]:
+    """Import optional dependencies.
+
+    Raises:
+        MissingExtraError: one is not installed; the message names the extra.
+    """
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except ImportError as error:
+        missing = error.name or modules[0]
+        raise MissingExtraError(f"this needs {missing}: pip install 'sere-compile[{extra}]'") from error
+
+
+@contextlib.contextmanager
+def experts_computed_by(implementation: str | None, model: nn.Module | ExportedProgram) -> Iterator[None]:
+    """Let every Hugging Face model inside `model` compute its experts in one way, and restore that afterwards.
+
+    "grouped_mm" is traced to a grouped matrix product, on a CPU to an operator of transformers' own, and neither
+    ONNX nor TensorRT has either. "eager" loops over the experts that were hit and cannot be traced. "batched_mm" is
+    plain indexing and matrix products.
+
+    Args:
+        implementation: as `PreTrainedModel.set_experts_implementation` takes it; None changes nothing.
+        model: any module; with a traced program, or without a Hugging Face model inside, nothing happens.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) and implementation is not None else ()
+    changed: list[tuple[Any, str]] = []
+    try:
+        for module in modules:
+            setter = getattr(module, "set_experts_implementation", None)
+            current = getattr(getattr(module, "config", None), "_experts_implementation", None)
+            if setter is not None and current is not None and current != implementation:
+                setter(implementation)
+                changed.append((setter, current))
+        yield
+    finally:
+        for setter, previous in changed:
+            setter(previous)
+
+
+def sere_nodes(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The `sere::` operators of a traced program, one for each gate that is re-routed."""
+    return [node for node in program.graph.nodes if getattr(node.target, "namespace", None) == "sere"]
+
+
+def decompose(
+    program: ExportedProgram, table: Mapping[torch._ops.OpOverload, Callable[..., Any]] | None = None
+) -> ExportedProgram:
+    """Replace the `sere::` operators by plain ATen, or by what `table` says; everything else stays.
+
+    Raises:
+        LoweringError: an operator is left, because nothing says what it is.
+    """
+    if not sere_nodes(program):
+        return program
+    with torch.no_grad():
+        program = program.run_decompositions(dict(REFERENCES if table is None else table))
+    left = {str(node.target) for node in sere_nodes(program)}
+    if left:
+        raise LoweringError(f"no decomposition is known for {', '.join(sorted(left))}")
+    return program

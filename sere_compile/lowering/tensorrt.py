@@ -1,0 +1,214 @@
+"""TensorRT: through torch_tensorrt, or from an ONNX file as trtexec does it.
+
+Nothing here has been run against TensorRT: its runtime is not on PyPI. What can be checked without it is checked with
+`operators_without_converter` and `operators_not_in_list`, against tables that `refresh_operator_tables` reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from ..config import SereConfig
+from ..errors import LoweringError
+from ..similarity import SimilarityProfile
+from .aot import export_rewritten
+from .standard_operators import REFERENCES, decompose, experts_computed_by, require
+
+# Smallest, best and largest size of a dynamic input.
+ShapeRange = tuple[Sequence[int], Sequence[int], Sequence[int]]
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] | None,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    profile: SimilarityProfile | None = None,
+    config: SereConfig | None = None,
+    dynamic_shapes: Any = None,
+    experts: str | None = "batched_mm",
+    allow_no_gates: bool = False,
+    **options: Any,
+) -> Any:
+    """Compile a model with its gates re-routed by `torch_tensorrt.dynamo.compile`.
+
+    Args:
+        model: a module on a GPU in eval mode, or a program of torch.export.
+        args: example arguments to trace with; None for a program, as for `kwargs` and `dynamic_shapes`.
+        kwargs: example keyword arguments.
+        profile: a matrix for every gate, by the name of its router weight. None: what is attached to the model;
+            without that the experts are probed.
+        config: the options of re-routing.
+        dynamic_shapes: as torch.export takes it; TensorRT needs a `max` for every `Dim`.
+        experts: how Hugging Face models compute their experts in the graph; None leaves that as it is.
+        allow_no_gates: compile the model unchanged where nothing can be re-routed.
+        **options: passed to `torch_tensorrt.dynamo.compile`.
+
+    Returns:
+        What `torch_tensorrt.dynamo.compile` returns: a module to call, or to save with `torch_tensorrt.save`.
+
+    Raises:
+        MissingExtraError: torch_tensorrt cannot be imported.
+        LoweringError: torch.export cannot trace the model.
+        GateNotFoundError: nothing can be re-routed.
+        ProfileError: the profile lacks a gate of the model; the message names the first.
+    """
+    (compiler,) = require("tensorrt", "torch_tensorrt.dynamo")
+    with experts_computed_by(experts, model):
+        program = export_rewritten(
+            model,
+            args,
+            kwargs=kwargs,
+            profile=profile,
+            config=config,
+            dynamic_shapes=dynamic_shapes,
+            allow_no_gates=allow_no_gates,
+        )
+    examples = (args or (), kwargs or {}) if isinstance(model, nn.Module) else program.example_inputs
+    if examples is None:
+        raise LoweringError("the program has no example inputs (torch.export.save may drop them): give the model")
+    return compiler.compile(convertible(program), arg_inputs=list(examples[0]), kwarg_inputs=examples[1], **options)
+
+
+def convertible(program: ExportedProgram) -> ExportedProgram:
+    """A re-routed program in operators that torch_tensorrt converts with dynamic shapes."""
+    return decompose(program, {**REFERENCES, torch.ops.aten.gather.default: _gather_by_index})
+
+
+def _gather_by_index(tensor: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """`aten.gather`, which torch_tensorrt converts for static shapes only, as advanced indexing."""
+    positions = []
+    for d, size in enumerate(index.shape):
+        shape = [1] * index.dim()
+        shape[d] = -1
+        positions.append(torch.arange(size, device=index.device).view(shape))
+    positions[dim] = index
+    return tensor[tuple(positions)]
+
+
+def build_onnx(
+    path: str | os.PathLike[str],
+    engine_path: str | os.PathLike[str] | None = None,
+    *,
+    shapes: Mapping[str, ShapeRange] | None = None,
+) -> Path:
+    """Build an engine from an ONNX file of `sere_compile.lowering.onnx.export`, as `trtexec --onnx` does.
+
+    Args:
+        path: the ONNX file, with standard operators only or with `sere` functions (TensorRT inlines functions).
+        engine_path: where to write the engine; beside the file by default.
+        shapes: smallest, best and largest shape of every input with a free size, by its name.
+
+    Returns:
+        The path of the engine.
+
+    Raises:
+        MissingExtraError: tensorrt cannot be imported; `trtexec_command` is for where it is installed.
+        LoweringError: TensorRT cannot read the file or build it.
+    """
+    (trt,) = require("tensorrt", "tensorrt")
+    target = Path(path).with_suffix(".engine") if engine_path is None else Path(engine_path)
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise LoweringError(f"TensorRT cannot read {path}: {parser.get_error(0)}")
+    options = builder.create_builder_config()
+    if shapes:
+        sizes = builder.create_optimization_profile()
+        for name, (smallest, best, largest) in shapes.items():
+            sizes.set_shape(name, tuple(smallest), tuple(best), tuple(largest))
+        options.add_optimization_profile(sizes)
+    engine = builder.build_serialized_network(network, options)
+    if engine is None:
+        raise LoweringError(f"TensorRT cannot build {path}; its log says why")
+    target.write_bytes(bytes(engine))
+    return target
+
+
+def trtexec_command(
+    path: str | os.PathLike[str],
+    engine_path: str | os.PathLike[str] | None = None,
+    *,
+    shapes: Mapping[str, ShapeRange] | None = None,
+) -> list[str]:
+    """The command line that does what `build_onnx` does, for a machine with TensorRT's own tools."""
+    target = Path(path).with_suffix(".engine") if engine_path is None else Path(engine_path)
+    command = ["trtexec", f"--onnx={os.fspath(path)}", f"--saveEngine={target}"]
+    for i, kind in enumerate(("min", "opt", "max")):
+        each = [f"{name}:{'x'.join(map(str, ranges[i]))}" for name, ranges in (shapes or {}).items()]
+        command += [f"--{kind}Shapes={','.join(each)}"] if each else []
+    return command
+
+
+@functools.cache
+def operator_tables() -> dict[str, Any]:
+    """The checked-in tables: `torch_tensorrt` (converters by ATen operator) and `onnx` (types by ONNX operator)."""
+    return json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text(encoding="utf-8"))
+
+
+def operators_without_converter(program: ExportedProgram) -> set[str]:
+    """Operators of a `convertible` program that torch_tensorrt would leave to PyTorch when shapes are dynamic.
+
+    The decompositions of torch that torch_tensorrt uses are applied first. Its converters have conditions besides
+    (dtypes, kinds of indices), and some operators are replaced by code of its own: neither is looked at.
+    """
+    table = operator_tables()["torch_tensorrt"]
+    with torch.no_grad():
+        program = program.run_decompositions(_decompositions())
+    called = {_name(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    # torch_tensorrt removes assertions.
+    called = {name for name in called if not name.startswith("aten._assert")}
+    return {name for name in called if not (table["converters"].get(name) or _listed(name, table["replaced"]))}
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Any]:
+    """Those of torch that torch_tensorrt applies: the ones it lists, and composite operators without one of its own."""
+    table = operator_tables()["torch_tensorrt"]
+
+    def applies(operator: Any) -> bool:
+        if _listed(str(operator), table["replaced"]):
+            return False
+        if _listed(str(operator), table["decompositions"]):
+            return True
+        return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
+
+    return {operator: body for operator, body in torch.export.default_decompositions().items() if applies(operator)}
+
+
+def _listed(name: str, names: Sequence[str]) -> bool:
+    """Whether an operator is in a list of operators and of operators without their overload."""
+    return name in names or name.rpartition(".")[0] in names
+
+
+def _name(target: Any) -> str:
+    """An operator as the tables name it."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"{target.__module__.strip('_')}.{target.__name__}"
+
+
+def operators_not_in_list(path: str | os.PathLike[str]) -> set[str]:
+    """Operators of an ONNX file, functions included, that TensorRT's list does not have.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+    """
+    (onnx,) = require("onnx", "onnx")
+    listed = operator_tables()["onnx"]["operators"]
+    model = onnx.load(os.fspath(path), load_external_data=False)
+    functions = {(function.domain, function.name) for function in model.functions}
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    called = {(node.domain, node.op_type) for node in nodes} - functions
+    return {f"{domain}::{name}" if domain else name for domain, name in called if domain or listed.get(name) is None}

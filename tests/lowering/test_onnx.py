@@ -1,0 +1,356 @@
+"""The ONNX file routes as SERE does: ids exactly, logits to 1e-4, for batch sizes that it was not traced with."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+
+import sere_compile
+from sere_compile import SereConfig, SimilarityProfile
+from sere_compile.errors import ConfigError, GateNotFoundError, LoweringError, MissingExtraError, ProfileError
+from sere_compile.lowering.aot import export_rewritten
+from sere_compile.lowering.decode_step import DecodeStep
+from sere_compile.lowering.standard_operators import experts_computed_by
+
+from .. import tiny_models
+from .models import SmallMoE, hidden_states, oracle_ids, small_profile, with_ids_as_outputs
+
+onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+lowering = pytest.importorskip("sere_compile.lowering.onnx")
+
+FREE = torch.export.Dim.DYNAMIC
+TOLERANCE = 1e-4
+
+
+def run(path, *inputs):
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+
+
+def export_small(tmp_path, model=None, **options):
+    """The small layer, with a free number of tokens."""
+    settings = {"profile": small_profile(), "dynamic_shapes": ({0: FREE},)} | options
+    return lowering.export(model or SmallMoE().eval(), (hidden_states(5),), tmp_path / "small.onnx", **settings)
+
+
+# Real models: torch.onnx takes five seconds a layer, so most have one
+
+
+def real_model(name, layers=1):
+    model = tiny_models.build(name)
+    matrices = tiny_models.random_profile(model)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    return model, SimilarityProfile({gate: matrices[gate] for gate in tiny_models.gate_names(layers)})
+
+
+@pytest.mark.parametrize(("name", "layers"), [("mixtral", 1), ("qwen2_moe", 1), ("qwen3_moe", 2)])
+def test_prefill(tmp_path, name, layers):
+    """Any batch size and length; the ids of every layer and the logits are the oracle's."""
+    model, matrices = real_model(name, layers)
+    model.set_experts_implementation("batched_mm")
+    program = export_rewritten(
+        model,
+        (tiny_models.tokens(4, 6),),
+        kwargs={"use_cache": False},
+        profile=matrices,
+        config=SereConfig(select_top_k=1, min_active=0),
+        dynamic_shapes={"input_ids": {0: FREE, 1: FREE}, "use_cache": None},
+    )
+    done = lowering.export(with_ids_as_outputs(program), None, tmp_path / "model.onnx")
+    onnx.checker.check_model(str(done.path), full_check=True)
+    assert done.gates == layers
+    changed = False
+    for batch, length in ((1, 1), (3, 5), (8, 2)):
+        ids = tiny_models.tokens(batch, length, seed=batch)
+        logits, *routed = run(done.path, ids)
+        with torch.no_grad(), oracle_ids(model, matrices, 1, min_active=0) as expected:
+            want = model(ids, use_cache=False).logits
+        assert len(routed) == len(expected) == layers
+        for got, layer in zip(routed, expected, strict=True):
+            np.testing.assert_array_equal(got, layer.numpy())
+        np.testing.assert_allclose(logits, want.numpy(), rtol=0, atol=TOLERANCE)
+        changed |= not torch.allclose(want, model(ids, use_cache=False).logits, atol=0.1)
+    assert changed, "re-routing changed nothing that this test could see"
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+def test_decode_step(tmp_path, name):
+    """Batches of any size decode token by token from an empty cache as the eager model does with the oracle's ids."""
+    model, matrices = real_model(name)
+    sere_compile.attach(model, matrices)
+    step = DecodeStep(model, cache_length=6).eval()
+    inputs, outputs = step.names()
+    done = lowering.export(
+        step,
+        step.example_inputs(),
+        tmp_path / "step.onnx",
+        config=SereConfig(select_top_k=1),
+        dynamic_shapes=step.dynamic_shapes(),
+        input_names=inputs,
+        output_names=outputs,
+    )
+    assert done.gates == 1
+    assert model.config._experts_implementation == "grouped_mm"
+    for batch in (1, 5):
+        ids = tiny_models.tokens(batch, 4, seed=batch)
+        keys, values = step.empty_cache(batch)
+        caches = [*keys, *values]
+        with torch.no_grad(), oracle_ids(model, matrices, 1):
+            cache = None
+            for position in range(ids.shape[1]):
+                token = ids[:, position : position + 1]
+                want = model(token, past_key_values=cache)
+                cache = want.past_key_values
+                logits, *caches = run(done.path, token, torch.tensor(position), *caches)
+                caches = list(map(torch.from_numpy, caches))
+                np.testing.assert_allclose(logits, want.logits[:, -1].numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_decode_step_beyond_the_window():
+    """A sliding layer would forget what the step's cache remembers."""
+    model = tiny_models.mixtral()
+    model.config.sliding_window = 4
+    with pytest.raises(LoweringError, match=r"layer 0 of MixtralForCausalLM keeps 4 keys and values .* cache_length=6"):
+        DecodeStep(model, cache_length=6)
+    DecodeStep(model, cache_length=4)
+
+
+# One layer, every setting
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize("leaks", [False, True], ids=["reroute", "reroute_merged"])
+def test_settings(tmp_path, as_function, leaks):
+    """With threshold and min_active, both operators, plain or as a function: the same numbers as the operator."""
+    model = SmallMoE(leaks).eval()
+    config = SereConfig(select_top_k=1, threshold=0.4, min_active=3)
+    done = export_small(tmp_path, model, config=config, as_function=as_function)
+    onnx.checker.check_model(str(done.path), full_check=True)
+    functions = {node.op_type for node in onnx.load(done.path).graph.node if node.domain == "sere"}
+    assert functions == ({"reroute_merged" if leaks else "reroute"} if as_function else set())
+    program = export_rewritten(
+        model, (hidden_states(5),), profile=small_profile(), config=config, dynamic_shapes=({0: FREE},)
+    )
+    for tokens in (1, 2, 7, 40):
+        hidden = hidden_states(tokens, seed=tokens)
+        with torch.no_grad():
+            want = program.module()(hidden)
+        for got, expected in zip(run(done.path, hidden), want if leaks else [want], strict=True):
+            exact = 0 if expected.dtype == torch.int64 else 1e-5
+            np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=exact)
+
+
+def test_function(tmp_path):
+    """The re-routing region: what `as_function=True` shows as one node, and what it adds otherwise."""
+    done = export_small(tmp_path, config=SereConfig(select_top_k=1, min_active=0), as_function=True)
+    (function,) = onnx.load(done.path).functions
+    assert function.doc_string == "SERE: select_top_k=1 of 4 slots, threshold=0.0, min_active=0, 12 experts"
+    assert_expected_inline(
+        node_list(function),
+        """\
+%0 = Reshape(topk_ids, [-1, 4], allowzero=1)
+%1 = Slice(%0, [0], [1], [1], [1])
+%2 = GreaterOrEqual(%1, 0)
+%3 = Less(%1, 12)
+%4 = And(%2, %3)
+%5 = Where(%4, %1, 12)
+%6 = Transpose(%5, perm=[1, 0])
+%7 = Shape(%6, start=0)
+%8 = ConstantOfShape(%7)
+%9 = ScatterElements([[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]], %6, %8, axis=1, reduction=b'none')
+%10 = Slice(%9, [0], [12], [1], [1])
+%11 = ReduceMax(%10, [0], keepdims=0)
+%12 = Greater(%11, 0)
+%13 = Greater(similarity, -inf)
+%14 = And(%12, %13)
+%15 = Where(%14, similarity, -inf)
+%16 = ReduceMax(%15, [1], keepdims=0)
+%17 = ArgMax(%15, axis=1, keepdims=0, select_last_index=0)
+%18 = Equal(%16, -inf)
+%19 = Or(%12, %18)
+%20 = Where(%19, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], %17)
+%21 = Clip(%0, 0, 11)
+%22 = Unsqueeze(%21, [-1])
+%23 = GatherND(%20, %22, batch_dims=0)
+%24 = GreaterOrEqual(%0, 0)
+%25 = Less(%0, 12)
+%26 = And(%24, %25)
+new_ids = Where(%26, %23, %0)
+""",
+    )
+    assert done.operators_in_functions == sum(node.op_type != "Constant" for node in function.node)
+
+
+def test_each_setting_has_its_function(tmp_path):
+    """Gates that differ in their number of experts cannot share a body; equal ones do."""
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = SmallMoE(), SmallMoE(), SmallMoE()
+            for name in ("gate.weight", "experts"):
+                parameter = self.third.get_parameter(name)
+                parameter.data = parameter.data[:9]
+
+        def forward(self, hidden):
+            return self.third(self.second(self.first(hidden)))
+
+    matrix = small_profile()["gate.weight"]
+    profile = SimilarityProfile(
+        {"first.gate.weight": matrix, "second.gate.weight": matrix, "third.gate.weight": matrix[:9, :9]}
+    )
+    model = Three().eval()
+    done = export_small(tmp_path, model, profile=profile, config=SereConfig(select_top_k=1), as_function=True)
+    graph = onnx.load(done.path)
+    assert [node.op_type for node in graph.graph.node if node.domain == "sere"] == ["reroute", "reroute", "reroute_2"]
+    assert {function.name for function in graph.functions} == {"reroute", "reroute_2"}
+    run(done.path, hidden_states(3))
+
+
+def test_attached_profile_and_gates_off(tmp_path):
+    """The matrix in the file is the attached one; with S = K there is none, and that is not an error."""
+    model = SmallMoE().eval()
+    sere_compile.attach(model, small_profile(seed=5))
+    done = export_small(tmp_path, model, profile=None, as_function=True)
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(done.path).graph.initializer}
+    np.testing.assert_array_equal(tensors["sere_similarity_0"], small_profile(seed=5)["gate.weight"].numpy())
+    assert export_small(tmp_path, model, profile=None, config=SereConfig(select_top_k=4)).gates == 0
+
+
+def node_list(function):
+    """A function's nodes with values numbered anew and constants in place."""
+    names = {name: name for name in function.input}
+    lines = []
+    for node in function.node:
+        if node.op_type == "Constant":
+            value = onnx.numpy_helper.to_array(node.attribute[0].t)
+            names[node.output[0]] = str(value.tolist())
+            continue
+        for output in node.output:
+            names[output] = f"%{len(lines)}" if output not in function.output else output
+        inputs = [names[name] for name in node.input if name]
+        attributes = [f"{a.name}={onnx.helper.get_attribute_value(a)}" for a in node.attribute if a.type != a.TENSOR]
+        lines.append(f"{names[node.output[0]]} = {node.op_type}({', '.join(inputs + sorted(attributes))})")
+    return "\n".join(lines) + "\n"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_missing_extra(tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingExtraError, match=rf"{missing}.*sere-compile\[onnx\]"):
+        export_small(tmp_path)
+
+
+def test_opset_too_low(tmp_path):
+    with pytest.raises(ConfigError, match="opset must be at least 18, got 17"):
+        export_small(tmp_path, opset=17)
+
+
+def test_untraceable_model(tmp_path):
+    """torch.export's own error, under one line of ours; and the experts' implementation is restored."""
+    model, profile = real_model("mixtral")
+    model.set_experts_implementation("eager")
+    with pytest.raises(LoweringError) as raised:
+        lowering.export(model, (tiny_models.tokens(),), tmp_path / "m.onnx", profile=profile, experts=None)
+    first, _, rest = str(raised.value).partition("\n")
+    assert "MixtralForCausalLM" in first
+    assert "batched_mm" in first
+    assert rest
+    assert raised.value.__cause__ is not None
+    with pytest.raises(LoweringError):
+        lowering.export(model, ("not tokens",), tmp_path / "m.onnx", profile=profile)
+    assert model.config._experts_implementation == "eager"
+
+
+def test_no_gates(tmp_path):
+    model = nn.Linear(8, 8)
+    with pytest.raises(GateNotFoundError, match="no MoE gate"):
+        export_small(tmp_path, model, profile=None)
+    assert export_small(tmp_path, model, profile=None, allow_no_gates=True).gates == 0
+
+
+def test_profile_of_another_model(tmp_path):
+    other = SimilarityProfile({"layers.0.router.weight": small_profile()["gate.weight"]})
+    with pytest.raises(ProfileError, match=r"layers\.0\.router\.weight"):
+        export_small(tmp_path, profile=other)
+
+
+class Counter(SmallMoE):
+    """Writes to a buffer, as a model with a cache of its own does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(2))
+
+    def forward(self, hidden):
+        self.calls[1].add_(1)
+        hidden = hidden.to(torch.float64)
+        hidden += 1
+        return super().forward(hidden.float()) * self.calls[1]
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_state(tmp_path, decomposed):
+    """torch.onnx would write a file that forgets its state without a word."""
+    with torch.no_grad():
+        program = torch.export.export(Counter().eval(), (hidden_states(5),))
+    if decomposed:
+        program = program.run_decompositions({})
+    with pytest.raises(LoweringError, match="writes to calls, and an ONNX graph keeps no state"):
+        lowering.export(program, None, tmp_path / "m.onnx", profile=small_profile())
+
+
+class InPlace(SmallMoE):
+    def forward(self, hidden):
+        hidden = hidden.to(torch.float64)
+        hidden += 1
+        return super().forward(hidden.float())
+
+
+def test_writing_to_a_copy_is_no_state(tmp_path):
+    assert export_small(tmp_path, InPlace().eval()).gates == 1
+
+
+def test_grouped_mm(tmp_path):
+    model, profile = real_model("qwen3_moe")
+    with pytest.raises(LoweringError, match=r"grouped_mm.*ONNX has no operator.*batched_mm"):
+        lowering.export(
+            model, (tiny_models.tokens(),), tmp_path / "m.onnx", kwargs={"use_cache": False}, profile=profile,
+            experts=None,
+        )  # fmt: skip
+
+
+def test_experts_of_every_model_inside():
+    """A wrapper has no implementation of its own; the model in it is switched, once, and switched back."""
+    config = types.SimpleNamespace(_experts_implementation="grouped_mm")
+    calls = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = config
+
+        def set_experts_implementation(self, name):
+            calls.append(name)
+            config._experts_implementation = name
+
+    def fail():
+        assert config._experts_implementation == "batched_mm"
+        raise KeyError
+
+    wrapper = nn.Sequential(nn.Sequential(Model()), Model())
+    with pytest.raises(KeyError), experts_computed_by("batched_mm", wrapper):
+        fail()
+    assert calls == ["batched_mm", "grouped_mm"]

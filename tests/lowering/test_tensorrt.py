@@ -1,0 +1,313 @@
+"""What can be known about TensorRT without it: every operator that re-routing adds has a converter and is listed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+import zipfile
+
+import pytest
+import torch
+
+from sere_compile import SereConfig
+from sere_compile.errors import GateNotFoundError, LoweringError, MissingExtraError
+from sere_compile.lowering import refresh_operator_tables, tensorrt
+from sere_compile.lowering.aot import export_rewritten
+
+from .models import EXPERTS, TOP_K, SmallMoE, hidden_states, small_profile
+
+FREE = {0: torch.export.Dim.DYNAMIC}
+SETTINGS = [(1, 0.0, 0), (2, 0.3, 0), (1, 0.0, 5), (2, 0.3, 5)]
+
+
+def runtime_is_missing():
+    try:
+        import torch_tensorrt  # noqa: F401
+    except (ImportError, OSError):
+        return True
+    return not torch.cuda.is_available()
+
+
+end_to_end = pytest.mark.skipif(runtime_is_missing(), reason="TensorRT's runtime is not on PyPI")
+
+
+class Reroute(torch.nn.Module):
+    """Nothing but the operator, so that all of the program is what re-routing adds."""
+
+    def __init__(self, *numbers):
+        super().__init__()
+        self.numbers = numbers
+        self.register_buffer("similarity", small_profile()["gate.weight"])
+
+    def forward(self, ids):
+        return torch.ops.sere.reroute(ids, self.similarity, *self.numbers)
+
+
+class RerouteMerged(Reroute):
+    def forward(self, ids, weights):
+        return torch.ops.sere.reroute_merged(ids, weights, self.similarity, *self.numbers)
+
+
+def routing(operator, tokens=5):
+    """Inputs of a module above: distinct ids in every row."""
+    generator = torch.Generator().manual_seed(tokens)
+    weights, ids = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K)
+    return (ids,) if operator is Reroute else (ids, weights)
+
+
+def traced(operator, numbers):
+    inputs = routing(operator)
+    return torch.export.export(operator(*numbers), inputs, dynamic_shapes=tuple(FREE for _ in inputs))
+
+
+# The tables
+
+
+@pytest.mark.parametrize("numbers", SETTINGS, ids=str)
+@pytest.mark.parametrize("operator", [Reroute, RerouteMerged])
+def test_every_added_operator_has_a_converter(operator, numbers):
+    """With dynamic shapes, in any setting; and the program handed over still computes the same."""
+    program = tensorrt.convertible(traced(operator, numbers))
+    assert tensorrt.operators_without_converter(program) == set()
+    for tokens in (2, 9):
+        inputs = routing(operator, tokens)
+        torch.testing.assert_close(program.module()(*inputs), operator(*numbers)(*inputs), rtol=0, atol=0)
+
+
+def test_gather_needs_its_own_decomposition():
+    """The reason for it: torch_tensorrt converts gather for static shapes only."""
+    converters = tensorrt.operator_tables()["torch_tensorrt"]["converters"]
+    assert converters["aten.gather.default"] is False
+    assert converters["aten.index.Tensor"] is True
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_gather_by_index(dim):
+    table = torch.rand(6, 5, 4)
+    index = torch.randint(0, 3, (6, 3, 2) if dim == 1 else (4, 5, 3))
+    index = index[:, :, :2]
+    assert torch.equal(tensorrt._gather_by_index(table, dim, index), table.gather(dim, index))
+
+
+def test_unknown_operators_are_named():
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    program = torch.export.export(Odd(), (torch.rand(3),), dynamic_shapes=(FREE,))
+    assert tensorrt.operators_without_converter(program) == {"aten.special_bessel_j0.default"}
+
+
+# Types that TensorRT's list does not name but its parser takes. Clip: integers become an element-wise minimum and
+# maximum (onnxOpImporters.cpp, 10.1). CumSum: a loop of additions, with no condition on the type (same file).
+TAKEN_THOUGH_UNLISTED = {("Clip", "INT64"), ("CumSum", "INT64")}
+
+
+@pytest.mark.parametrize("operator", [Reroute, RerouteMerged])
+@pytest.mark.parametrize("numbers", [SETTINGS[0], SETTINGS[-1]], ids=str)
+def test_every_onnx_operator_is_listed(tmp_path, operator, numbers):
+    """By name, and by the type of its first input."""
+    onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+    lowering = pytest.importorskip("sere_compile.lowering.onnx")
+    done = lowering.export(traced(operator, numbers), None, tmp_path / "m.onnx")
+    assert tensorrt.operators_not_in_list(done.path) == set()
+    first, last = tensorrt.operator_tables()["onnx"]["opsets"]
+    assert first <= done.opset <= last
+    listed = tensorrt.operator_tables()["onnx"]["operators"]
+    wrong = {(name, kind) for name, kind in first_inputs(onnx, done.path) if kind not in listed[name]}
+    assert wrong <= TAKEN_THOUGH_UNLISTED
+
+
+def first_inputs(onnx, path):
+    """(operator, TensorRT's word for the type of its first input) of every node that has one."""
+    words = {1: "FP32", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "FP16", 16: "BF16"}
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info]}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.input:
+            # Where chooses between its second and third.
+            yield node.op_type, words[types[node.input[1 if node.op_type == "Where" else 0]]]
+
+
+def test_onnx_operators_outside_the_list_are_named(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+    text = '<ir_version: 8, opset_import: ["" : 18, "own" : 1]> g (float[4] x) => (float[4] y)'
+    model = onnx.parser.parse_model(text + " { a = Det(x) b = own.Thing(a) y = Relu(b) }")
+    onnx.save(model, tmp_path / "m.onnx")
+    assert tensorrt.operators_not_in_list(tmp_path / "m.onnx") == {"Det", "own::Thing"}
+
+
+def test_refresh(tmp_path):
+    """The script that writes the tables, on sources of the same form."""
+    wheel = tmp_path / "torch_tensorrt-9.8.7-cp311-none-any.whl"
+    converters = (
+        "@dynamo_tensorrt_converter(torch.ops.aten.one.default, supports_dynamic_shapes=True)\n"
+        "@dynamo_tensorrt_converter(torch.ops.aten.two.default, capability_validator=some)\n"
+        "def convert(): ...\n"
+        "@dynamo_tensorrt_converter(torch.ops.aten.two.default, supports_dynamic_shapes=True)\n"
+        "@dynamo_tensorrt_converter(torch.ops.aten.three.default, supports_dynamic_shapes=False)\n"
+        "@dynamo_tensorrt_converter(whatever)\n"
+        "def convert_more(): ...\n"
+    )
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("torch_tensorrt/dynamo/conversion/aten_ops_converters.py", converters)
+        archive.writestr(
+            "torch_tensorrt/dynamo/lowering/_decomposition_groups.py",
+            "torch_enabled_decompositions: Set = {aten.b, aten.a.default}\n",
+        )
+        archive.writestr(
+            "torch_tensorrt/dynamo/lowering/_decompositions.py",
+            "@register_torch_trt_decomposition(torch.ops.aten.c.default, registry=R)\ndef c(): ...\n"
+            "def inplace(aten_op):\n  @register_torch_trt_decomposition(aten_op, registry=R)\n  def d(): ...\n",
+        )
+    assert refresh_operator_tables.read_wheel(wheel) == {
+        "version": "9.8.7",
+        "converters": {"aten.one.default": True, "aten.three.default": False, "aten.two.default": True},
+        "decompositions": ["aten.a.default", "aten.b"],
+        "replaced": ["aten.c.default"],
+    }
+    text = (
+        "TensorRT 10.15 supports operators in the inclusive range of opset 9 to opset 24. More\n"
+        "| Operator | Supported | Supported Types | Restrictions |\n|---|---|---|---|\n"
+        "| Abs | Y | FP32, INT64 |\n| Det | N |\n| Slice | Y | BOOL | `axes` |\n"
+    )
+    table = refresh_operator_tables.read_operators(text)
+    assert table == {
+        "version": "10.15",
+        "opsets": [9, 24],
+        "operators": {"Abs": ["FP32", "INT64"], "Det": None, "Slice": ["BOOL"]},
+    }
+    with pytest.raises(ValueError, match="which TensorRT release"):
+        refresh_operator_tables.read_operators("| Abs | Y | FP32 |")
+
+
+def test_tables_name_their_sources():
+    tables = json.loads(refresh_operator_tables.TABLES.read_text(encoding="utf-8"))
+    assert tables["torch_tensorrt"]["version"] == "2.12.0"
+    assert tables["onnx"]["version"] == "10.15"
+    assert tables["onnx"]["source"].endswith("onnx-tensorrt")
+    assert len(tables["torch_tensorrt"]["converters"]) > 200
+    assert len(tables["onnx"]["operators"]) == 200
+
+
+# What is handed to torch_tensorrt and tensorrt
+
+
+def compile_small(**options):
+    settings = {"profile": small_profile(), "dynamic_shapes": ({0: torch.export.Dim("tokens", min=1, max=64)},)}
+    return tensorrt.compile(SmallMoE().eval(), (hidden_states(5),), **settings | options)
+
+
+def test_missing_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    with pytest.raises(MissingExtraError, match=r"torch_tensorrt.*sere-compile\[tensorrt\]"):
+        compile_small()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtraError, match=r"tensorrt.*sere-compile\[tensorrt\]"):
+        tensorrt.build_onnx(tmp_path / "m.onnx")
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """In the place of torch_tensorrt: keeps what it is called with, and returns the program to run in PyTorch."""
+    calls = []
+
+    def record(program, **options):
+        calls.append((program, options))
+        return program.module()
+
+    package, dynamo = types.ModuleType("torch_tensorrt"), types.ModuleType("torch_tensorrt.dynamo")
+    package.dynamo, dynamo.compile = dynamo, record
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", package)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt.dynamo", dynamo)
+    return calls
+
+
+def test_compile_hands_over_a_decomposed_program(recorder):
+    config = SereConfig(select_top_k=1)
+    run = compile_small(config=config, min_block_size=1)
+    ((program, options),) = recorder
+    assert "sere" not in str(program.graph).replace("sere_similarity", "")
+    assert tensorrt.operators_without_converter(program) == set()
+    assert options["min_block_size"] == 1
+    assert options["kwarg_inputs"] == {}
+    torch.testing.assert_close(options["arg_inputs"], [hidden_states(5)])
+    wanted = export_rewritten(
+        SmallMoE().eval(), (hidden_states(5),), profile=small_profile(), config=config, dynamic_shapes=(FREE,)
+    )
+    torch.testing.assert_close(run(hidden_states(11)), wanted.module()(hidden_states(11)))
+
+
+def test_compile_takes_a_program(recorder):
+    program = torch.export.export(SmallMoE().eval(), (hidden_states(5),))
+    tensorrt.compile(program, None, profile=small_profile())
+    ((_, options),) = recorder
+    torch.testing.assert_close(options["arg_inputs"], [hidden_states(5)])
+
+
+def test_compile_without_gates(recorder):
+    model = torch.nn.Linear(8, 8)
+    with pytest.raises(GateNotFoundError):
+        tensorrt.compile(model, (hidden_states(5),))
+    tensorrt.compile(model, (hidden_states(5),), allow_no_gates=True)
+    assert len(recorder) == 1
+
+
+def test_build_onnx_reports_the_parser(monkeypatch, tmp_path):
+    """TensorRT's parser returns False and keeps the reason to itself."""
+    fake = types.SimpleNamespace(
+        Logger=types.SimpleNamespace,
+        Builder=lambda logger: types.SimpleNamespace(create_network=lambda flags: None),
+        OnnxParser=lambda network, logger: types.SimpleNamespace(
+            parse_from_file=lambda path: False, get_error=lambda i: "no importer for Thing"
+        ),
+    )
+    fake.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    with pytest.raises(LoweringError, match=r"cannot read .*m\.onnx: no importer for Thing"):
+        tensorrt.build_onnx(tmp_path / "m.onnx")
+
+
+def test_trtexec_command():
+    shapes = {"input_ids": ((1, 1), (8, 1), (64, 1)), "keys_0": ((1, 2, 6, 8), (8, 2, 6, 8), (64, 2, 6, 8))}
+    assert tensorrt.trtexec_command("m.onnx", shapes=shapes) == [
+        "trtexec",
+        "--onnx=m.onnx",
+        "--saveEngine=m.engine",
+        "--minShapes=input_ids:1x1,keys_0:1x2x6x8",
+        "--optShapes=input_ids:8x1,keys_0:8x2x6x8",
+        "--maxShapes=input_ids:64x1,keys_0:64x2x6x8",
+    ]
+    assert tensorrt.trtexec_command("m.onnx", "e.plan") == ["trtexec", "--onnx=m.onnx", "--saveEngine=e.plan"]
+
+
+# With TensorRT
+
+
+@end_to_end
+def test_engine():
+    """The engine's output is that of the re-routed program in PyTorch, for several numbers of tokens."""
+    model, config = SmallMoE().eval().cuda(), SereConfig(select_top_k=1, threshold=0.3)
+    tokens = {0: torch.export.Dim("tokens", min=1, max=64)}
+    example = hidden_states(5).cuda()
+    engine = tensorrt.compile(
+        model, (example,), profile=small_profile(), config=config, dynamic_shapes=(tokens,), min_block_size=1
+    )
+    program = export_rewritten(model, (example,), profile=small_profile(), config=config, dynamic_shapes=(tokens,))
+    for count in (1, 7, 64):
+        hidden = hidden_states(count, seed=count).cuda()
+        torch.testing.assert_close(engine(hidden), program.module()(hidden), rtol=0, atol=1e-3)
+
+
+@end_to_end
+@pytest.mark.parametrize("as_function", [False, True])
+def test_engine_from_onnx(tmp_path, as_function):
+    lowering = pytest.importorskip("sere_compile.lowering.onnx")
+    done = lowering.export(
+        SmallMoE().eval(), (hidden_states(5),), tmp_path / "m.onnx", profile=small_profile(),
+        dynamic_shapes=(FREE,), as_function=as_function, input_names=["hidden"],
+    )  # fmt: skip
+    shapes = {"hidden": ((1, 8), (8, 8), (64, 8))}
+    assert tensorrt.build_onnx(done.path, shapes=shapes).stat().st_size > 0
