@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -31,6 +32,7 @@ gate_runs = _GateRuns()
 class _Call:
     """The last call of one compiled callable that ran a graph without gates."""
 
+    function: Callable[[], Any]  # weak: an id alone may come back for another callable
     frame: FrameType | None
     gate_runs: int
     nearest: Skip | None = None
@@ -74,9 +76,11 @@ def _note(nearest: Skip | None, config: SereConfig) -> None:
     frame = current_call()
     if frame is None:
         return
-    # One number for one callable: the wrapper's code is shared, what it wraps is not.
-    key = id(frame.f_locals.get("fn", frame.f_code))
-    call = _calls.by_callable.setdefault(key, _Call(frame, gate_runs.count))
+    # The wrapper's code is shared by all compiled callables, what it wraps is not.
+    function = frame.f_locals.get("fn", frame.f_code)
+    call = _calls.by_callable.get(id(function))
+    if call is None or call.function() is not function:
+        call = _calls.by_callable[id(function)] = _Call(weakref.ref(function), frame, gate_runs.count)
     if call.settled:
         return
     call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)

@@ -558,6 +558,19 @@ class TestNothingFound:
         [message] = [r.message for r in caplog.records if "found no MoE gate" in r.message]
         assert "The nearest candidate is topk" in message
 
+    def test_every_callable_is_told_apart(self, caplog):
+        """A callable at the address of one that is gone is not taken for it."""
+        from sere_compile.missing_gates import _calls
+
+        compiled = torch.compile(Broken(), backend="sere", options={"inner": "eager"})
+        with caplog.at_level(logging.WARNING):
+            compiled(torch.randn(4, 8))
+            for call in _calls.by_callable.values():
+                call.function, call.settled = lambda: None, True  # the callable that was here before
+            compiled(torch.randn(4, 8))
+            compiled(torch.randn(4, 8))
+        assert sum("found no MoE gate" in r.message for r in caplog.records) == 1
+
     def test_strict_broken_callable_raises_at_its_second_call(self):
         """The same with strict=True."""
         compiled = torch.compile(Broken(), backend="sere", options={"inner": "eager", "strict": True})
