@@ -5,7 +5,8 @@ the Triton kernels (imported when the first CUDA tensor arrives), `op.py` regist
 the two. Importing this module registers `torch.ops.sere.*`; it does not import Triton.
 """
 
+from .expert_mlp import expert_mlp
 from .reroute import reroute
 from .reroute_merged import reroute_merged
 
-__all__ = ["reroute", "reroute_merged"]
+__all__ = ["expert_mlp", "reroute", "reroute_merged"]

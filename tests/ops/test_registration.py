@@ -54,7 +54,7 @@ def test_import_leaves_triton_alone():
     """)
 
 
-@pytest.mark.parametrize("name", ["sere::reroute", "sere::reroute_merged"])
+@pytest.mark.parametrize("name", ["sere::expert_mlp", "sere::reroute", "sere::reroute_merged"])
 def test_cache_key_covers_the_source(name):
     """AOTAutograd keys its cache with the source of everything an operator decomposes to."""
     assert get_triton_kernels_for_op(name) == [FINGERPRINT]

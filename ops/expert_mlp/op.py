@@ -1,0 +1,158 @@
+"""The operator `sere::expert_mlp`: argument checks, shape rule, choice between kernel and reference.
+
+Registered as a `triton_op`: torch.compile sees through it (the kernels on CUDA, ATen elsewhere), torch.export
+keeps it whole.
+"""
+
+import torch
+from torch import Tensor
+
+from ..registration import register_triton_op
+from .reference import ACTIVATIONS, expert_mlp_reference, gate_width
+
+# Up to here the weights are read once or nearly so; beyond, a matmul that sorts the tokens is better.
+MAX_TOKENS = 256
+# The plan looks at all slots at once.
+MAX_SLOTS = 4096
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supports(num_tokens: int, num_slots: int, dtype: torch.dtype, activation: str) -> bool:
+    """Whether the Triton kernels can run a layer of T tokens and K slots each on CUDA.
+
+    Args:
+        num_tokens: T, concrete.
+        num_slots: K.
+        dtype: of hidden and of both weights.
+        activation: one of `ACTIVATIONS`.
+    """
+    return (
+        num_tokens <= MAX_TOKENS
+        and num_tokens * num_slots <= MAX_SLOTS
+        and dtype in DTYPES
+        and activation in ACTIVATIONS
+    )
+
+
+def check_arguments(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    transposed: bool,
+) -> None:
+    """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"hidden: expected dtype {', '.join(map(str, DTYPES))}, got {hidden.dtype}")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"topk_ids: expected dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
+    if not topk_weights.dtype.is_floating_point:
+        raise TypeError(f"topk_weights: expected a floating point dtype, got {topk_weights.dtype}")
+    for name, tensor, dims in (("hidden", hidden, "[T, H]"), ("topk_ids", topk_ids, "[T, K]")):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: expected shape {dims}, got {list(tensor.shape)}")
+    if down.dim() != 3 or down.shape[0] == 0:
+        layout = "[E, I, H]" if transposed else "[E, H, I]"
+        raise ValueError(f"down: expected shape {layout} with E >= 1, got {list(down.shape)}")
+    experts, inner = down.shape[0], down.shape[1 if transposed else 2]
+    width = hidden.shape[1]
+    columns = gate_width(activation) * inner
+    expected = {
+        "topk_ids": (topk_ids, [hidden.shape[0], topk_ids.shape[1]]),
+        "topk_weights": (topk_weights, list(topk_ids.shape)),
+        "gate_up": (gate_up, [experts, width, columns] if transposed else [experts, columns, width]),
+        "down": (down, [experts, inner, width] if transposed else [experts, width, inner]),
+        "gate_up_bias": (gate_up_bias, [experts, columns]),
+        "down_bias": (down_bias, [experts, width]),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} (of hidden), got {tensor.device}")
+    for name, tensor in (("gate_up", gate_up), ("down", down)):
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name}: expected dtype {hidden.dtype} (of hidden), got {tensor.dtype}")
+
+
+def _expert_mlp(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu_glu",
+    interleaved: bool = False,
+    transposed: bool = False,
+) -> Tensor:
+    tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
+    check_arguments(*tensors, activation, interleaved, transposed)
+    return expert_mlp_reference(*tensors, activation, interleaved, transposed)
+
+
+_expert_mlp_op = register_triton_op("sere::expert_mlp", _expert_mlp)
+
+
+@_expert_mlp_op.register_fake
+def _expert_mlp_fake(
+    hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias=None, down_bias=None,
+    activation="silu_glu", interleaved=False, transposed=False,
+):  # fmt: skip
+    tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
+    check_arguments(*tensors, activation, interleaved, transposed)
+    return hidden.new_empty(hidden.shape)
+
+
+def expert_mlp(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu_glu",
+    interleaved: bool = False,
+    transposed: bool = False,
+) -> Tensor:
+    """The weighted sum over each token's experts of `down(activation(gate_up(x)))`.
+
+    Args:
+        hidden: x, bf16, fp16 or fp32 [T, H], any strides.
+        topk_ids: int32 or int64 [T, K], any strides. A slot whose id is outside [0, E), such as the sentinels of
+            expert parallelism, contributes nothing. A token may name one expert twice.
+        topk_weights: [T, K] in any floating point dtype, multiplied with the expert's output in fp32.
+        gate_up: [E, G * I, H], or [E, H, G * I] with transposed; G = `gate_width(activation)`; dtype of hidden.
+        down: [E, H, I], or [E, I, H] with transposed; dtype of hidden.
+        gate_up_bias: [E, G * I] or None.
+        down_bias: [E, H] or None; added before the multiplication with the slot's weight.
+        activation: one of `ACTIVATIONS`. "silu": f(x); "silu_glu": f(gate) * up; "gpt_oss": gpt-oss's clamped
+            SwiGLU (alpha 1.702, limit 7).
+        interleaved: gate and up alternate along G * I (gate first); otherwise the first I are the gate.
+        transposed: how both weights are laid out.
+
+    Returns:
+        A new contiguous tensor [T, H] in the dtype of hidden.
+
+    Raises:
+        TypeError: a tensor has another dtype.
+        ValueError: a shape, a device or the name of the activation does not fit.
+
+    On CUDA, up to 256 tokens, the weights of active experts are read from memory once, those of others not at all.
+    The first projection is rounded to the dtype of hidden after the activation only; everything else is in fp32.
+    Deterministic. No gradient.
+    """
+    return torch.ops.sere.expert_mlp.default(
+        hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed
+    )

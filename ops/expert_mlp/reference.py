@@ -1,0 +1,76 @@
+"""What `sere::expert_mlp` computes, in plain ATen: static shapes, no sort, no loop over experts.
+
+This file defines the operator. It is also its implementation off CUDA and its decomposition for exporters. It
+copies the weights of every slot, one slot column at a time, so it is slow where T is large.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# alpha and limit of gpt-oss's clamped SwiGLU; the kernel has the same numbers.
+GPT_OSS_ALPHA = 1.702
+GPT_OSS_LIMIT = 7.0
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+# Every value of `activation`: f(x), or f(gate) * up, or gpt-oss's own.
+ACTIVATIONS = (*_PLAIN, *(f"{name}_glu" for name in _PLAIN), "gpt_oss")
+
+
+def gate_width(activation: str) -> int:
+    """G, how many columns of `gate_up` make one of the activation: 2 with a gate, else 1."""
+    return 2 if activation.endswith("_glu") or activation == "gpt_oss" else 1
+
+
+def activate(x: Tensor, activation: str, interleaved: bool) -> Tensor:
+    """The activation of the first projection: fp32 [..., G * I] to fp32 [..., I]."""
+    if gate_width(activation) == 1:
+        return _PLAIN[activation](x)
+    gate, up = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    if activation == "gpt_oss":
+        gate = gate.clamp(max=GPT_OSS_LIMIT)
+        up = up.clamp(min=-GPT_OSS_LIMIT, max=GPT_OSS_LIMIT)
+        return (up + 1) * (gate * torch.sigmoid(gate * GPT_OSS_ALPHA))
+    return _PLAIN[activation.removesuffix("_glu")](gate) * up
+
+
+def expert_mlp_reference(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu_glu",
+    interleaved: bool = False,
+    transposed: bool = False,
+) -> Tensor:
+    """See `sere_compile.ops.expert_mlp`. Returns a fresh contiguous tensor [T, H] in the dtype of hidden."""
+    if not transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    valid = (topk_ids >= 0) & (topk_ids < gate_up.shape[0])
+    experts = torch.where(valid, topk_ids, 0).long()
+    total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    for k in range(topk_ids.shape[1]):
+        out = _linear(hidden, experts[:, k], gate_up, gate_up_bias)
+        act = activate(out, activation, interleaved).to(hidden.dtype)
+        out = _linear(act, experts[:, k], down, down_bias) * topk_weights[:, k, None].float()
+        # where, not a product with 0: what a slot of no expert computes may be inf or NaN.
+        total = total + torch.where(valid[:, k, None], out, 0.0)
+    return total.to(hidden.dtype)
+
+
+def _linear(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each row of x [T, N] through the weight [N, M] of its own expert: fp32 [T, M]."""
+    out = torch.bmm(x[:, None], weight[experts])[:, 0].float()
+    return out if bias is None else out + bias[experts].float()

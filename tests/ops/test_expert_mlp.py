@@ -1,0 +1,216 @@
+"""`sere::expert_mlp`: reference and kernels against an oracle in fp64, and the torch.compile stack around it.
+
+Without CUDA the kernels run under Triton's interpreter, so the shapes are small: none of them is a multiple of a block.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from sere_compile.ops import expert_mlp
+from sere_compile.ops.expert_mlp import ACTIVATIONS, gate_width, supports
+
+OP = torch.ops.sere.expert_mlp.default
+# Rounding of inputs is in the case; these bound what the operator adds: one rounding of the activation, one of the
+# result, and for fp32 the order of sums.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One call's shape and options; `draw` makes its tensors."""
+
+    tokens: int = 5
+    slots: int = 2
+    experts: int = 6
+    hidden: int = 40
+    inner: int = 24
+    activation: str = "silu_glu"
+    interleaved: bool = False
+    transposed: bool = False
+    bias: bool = False
+    dtype: torch.dtype = torch.float32
+    ids_dtype: torch.dtype = torch.int64
+
+    def draw(self, seed=0, device="cpu", ids=None):
+        """The operator's arguments, random; ids may name no expert."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape, scale=1.0):
+            return (torch.randn(*shape, generator=generator) * scale).to(self.dtype).to(device)
+
+        columns = gate_width(self.activation) * self.inner
+        gate_up = normal(self.experts, columns, self.hidden, scale=1.5 / math.sqrt(self.hidden))
+        down = normal(self.experts, self.hidden, self.inner, scale=1 / math.sqrt(self.inner))
+        if self.transposed:
+            gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+        if ids is None:
+            ids = torch.randint(-1, self.experts + 1, (self.tokens, self.slots), generator=generator)
+        weights = torch.rand(ids.shape, generator=generator).to(self.dtype)
+        return (
+            normal(self.tokens, self.hidden),
+            ids.to(self.ids_dtype).to(device),
+            weights.to(device),
+            gate_up,
+            down,
+            normal(self.experts, columns) if self.bias else None,
+            normal(self.experts, self.hidden) if self.bias else None,
+            self.activation,
+            self.interleaved,
+            self.transposed,
+        )
+
+
+def activation_fp64(x, name, interleaved):
+    if gate_width(name) == 1:
+        gate, up = x, torch.ones_like(x)
+    elif interleaved:
+        gate, up = x[0::2], x[1::2]
+    else:
+        gate, up = x[: len(x) // 2], x[len(x) // 2 :]
+    if name == "gpt_oss":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1
+        return gate / (1 + torch.exp(-1.702 * gate)) * up
+    values = {
+        "silu": lambda: gate / (1 + torch.exp(-gate)),
+        "gelu": lambda: gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))),
+        "gelu_tanh": lambda: gate * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))),
+        "relu": lambda: gate.clamp(min=0),
+        "relu2": lambda: gate.clamp(min=0) ** 2,
+    }
+    return values[name.removesuffix("_glu")]() * up
+
+
+def oracle(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed):
+    """One token and slot at a time, in fp64."""
+    total = torch.zeros(hidden.shape, dtype=torch.float64)
+    for t, row in enumerate(ids.tolist()):
+        for k, expert in enumerate(row):
+            if not 0 <= expert < len(gate_up):
+                continue
+            first, second = gate_up[expert].cpu().double(), down[expert].cpu().double()
+            if transposed:
+                first, second = first.T, second.T
+            x = first @ hidden[t].cpu().double()
+            if gate_up_bias is not None:
+                x = x + gate_up_bias[expert].cpu().double()
+            x = second @ activation_fp64(x, activation, interleaved)
+            if down_bias is not None:
+                x = x + down_bias[expert].cpu().double()
+            total[t] += weights[t, k].cpu().double() * x
+    return total
+
+
+def assert_close_to_oracle(result, arguments):
+    hidden = arguments[0]
+    want = oracle(*arguments)
+    assert (result.dtype, result.shape, result.device) == (hidden.dtype, hidden.shape, hidden.device)
+    assert result.is_contiguous()
+    error = (result.cpu().double() - want).norm() / want.norm().clamp(min=1e-30)
+    budget = TOLERANCE[hidden.dtype]
+    assert error <= budget, f"relative error {error:.2e}, budget {budget:.0e}"
+
+
+LAYERS = [
+    Layer(),
+    Layer(tokens=1, slots=4, ids_dtype=torch.int32),
+    Layer(tokens=19, slots=3, experts=5, bias=True, dtype=torch.bfloat16),
+    Layer(transposed=True, dtype=torch.float16),
+    Layer(activation="gpt_oss", interleaved=True, transposed=True, bias=True, dtype=torch.bfloat16),
+    Layer(interleaved=True, bias=True),
+    Layer(experts=1, slots=1, hidden=17, inner=9),
+    *(Layer(activation=name, bias=True) for name in ACTIVATIONS),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_operator_equals_oracle(layer, device):
+    """On CPU the reference, on a GPU the kernels: what the docstring says, within the dtype's rounding."""
+    arguments = layer.draw(device=device)
+    assert_close_to_oracle(expert_mlp(*arguments), arguments)
+
+
+def test_slots_of_no_expert_contribute_nothing_even_where_weights_are_nan(device):
+    """Expert 0 stands in for a sentinel while computing; its NaN must not get out."""
+    layer = Layer(experts=3)
+    arguments = list(layer.draw(device=device, ids=torch.tensor([[1, -1], [3, 2], [-5, 9], [1, 2], [2, 1]])))
+    clean = expert_mlp(*arguments)
+    arguments[3] = arguments[3].clone()
+    arguments[3][0] = math.nan
+    poisoned = expert_mlp(*arguments)
+    torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
+    assert poisoned[2].abs().max() == 0
+
+
+def test_no_tokens(device):
+    arguments = Layer(tokens=0).draw(device=device)
+    assert expert_mlp(*arguments).shape == (0, 40)
+
+
+def test_strided_arguments(device):
+    """Column slices of wider tensors, as a router's fused outputs are."""
+    hidden, ids, weights, *rest = Layer().draw(device=device)
+    strided = [torch.cat([x, x], dim=1)[:, ::2] for x in (hidden, ids, weights)]
+    contiguous = [x.contiguous() for x in strided]
+    torch.testing.assert_close(expert_mlp(*strided, *rest), expert_mlp(*contiguous, *rest), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Layer(), Layer(activation="gpt_oss", interleaved=True, transposed=True, bias=True, dtype=torch.bfloat16)],
+    ids=str,
+)
+def test_opcheck(layer, device):
+    torch.library.opcheck(OP, layer.draw(device=device))
+
+
+def test_no_graph_break():
+    """torch.compile sees through the operator."""
+    arguments = Layer().draw()
+    compiled = torch.compile(lambda *a: expert_mlp(*a) + 1, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), expert_mlp(*arguments) + 1)
+
+
+def arguments_with(**changes):
+    names = [argument.name for argument in OP._schema.arguments]
+    return dict(zip(names, Layer(bias=True).draw(), strict=True)) | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"activation": "swish"}, ValueError, "activation: expected one of .*silu_glu.*got 'swish'"),
+        ({"hidden": torch.zeros(5, 40, dtype=torch.float64)}, TypeError, "hidden: expected dtype .*got torch.float64"),
+        ({"topk_ids": torch.zeros(5, 2)}, TypeError, "topk_ids: expected dtype torch.int32 or torch.int64"),
+        ({"topk_ids": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, r"topk_ids: expected shape \[5, 2\]"),
+        ({"topk_weights": torch.zeros(5, 2, dtype=torch.int64)}, TypeError, "topk_weights: expected a floating"),
+        ({"topk_weights": torch.zeros(5, 3)}, ValueError, r"topk_weights: expected shape \[5, 2\], got \[5, 3\]"),
+        ({"hidden": torch.zeros(1, 5, 40)}, ValueError, r"hidden: expected shape \[T, H\]"),
+        ({"down": torch.zeros(40, 24)}, ValueError, r"down: expected shape \[E, H, I\]"),
+        ({"gate_up": torch.zeros(6, 24, 40)}, ValueError, r"gate_up: expected shape \[6, 48, 40\], got \[6, 24, 40\]"),
+        ({"transposed": True}, ValueError, "gate_up: expected shape"),
+        ({"down": torch.zeros(6, 40, 24, dtype=torch.bfloat16)}, TypeError, "down: expected dtype torch.float32"),
+        ({"gate_up_bias": torch.zeros(6, 47)}, ValueError, r"gate_up_bias: expected shape \[6, 48\]"),
+        ({"down_bias": torch.zeros(6, 40, device="meta")}, ValueError, "down_bias: expected device cpu"),
+    ],
+)
+def test_wrong_arguments(changes, error, message):
+    """Every check names argument, expected and actual."""
+    with pytest.raises(error, match=message):
+        expert_mlp(**arguments_with(**changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((256, 8, torch.bfloat16, "silu_glu"), True),
+        ((257, 8, torch.bfloat16, "silu_glu"), False),
+        ((256, 17, torch.bfloat16, "silu_glu"), False),
+        ((8, 8, torch.float64, "silu_glu"), False),
+        ((8, 8, torch.float16, "swish"), False),
+    ],
+)
+def test_supports(arguments, expected):
+    assert supports(*arguments) is expected
