@@ -98,6 +98,11 @@ def _expert_mlp(
 ) -> Tensor:
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
     check_arguments(*tensors, activation, interleaved, transposed)
+    if hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation):
+        from .kernel import device_guard, launch_expert_mlp
+
+        with device_guard(hidden):
+            return launch_expert_mlp(*tensors, activation, interleaved, transposed)
     return expert_mlp_reference(*tensors, activation, interleaved, transposed)
 
 

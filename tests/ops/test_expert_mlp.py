@@ -12,6 +12,8 @@ import torch
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, gate_width, supports
 
+from .cases import poisoned_memory
+
 OP = torch.ops.sere.expert_mlp.default
 # Rounding of inputs is in the case; these bound what the operator adds: one rounding of the activation, one of the
 # result, and for fp32 the order of sums.
@@ -214,3 +216,65 @@ def test_wrong_arguments(changes, error, message):
 )
 def test_supports(arguments, expected):
     assert supports(*arguments) is expected
+
+
+# The kernels, on poisoned memory
+
+
+def launch(arguments, config=None):
+    from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
+
+    with poisoned_memory():
+        return launch_expert_mlp(*arguments, config)
+
+
+def drawn_for_kernel(layer, device, ids=None):
+    """As drawn, but fp16 for bf16 under the interpreter, whose tl.dot multiplies the bits of bf16 as integers."""
+    if device == "cpu" and layer.dtype == torch.bfloat16:
+        layer = dataclasses.replace(layer, dtype=torch.float16)
+    return layer.draw(device=device, ids=ids)
+
+
+def small_tiles(**changes):
+    """Blocks smaller than every dimension, so that all loops and masks are walked through."""
+    from sere_compile.ops.expert_mlp.kernel import LaunchConfig, TileConfig
+
+    tile = TileConfig(**{"block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 2, "block_m": 16} | changes)
+    return LaunchConfig(tile, tile)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["rows", "swapped"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_kernels_equal_oracle(layer, swap, kernel_device):
+    arguments = drawn_for_kernel(layer, kernel_device)
+    assert_close_to_oracle(launch(arguments, small_tiles(swap=swap)), arguments)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["rows", "swapped"])
+@pytest.mark.parametrize("tokens", [15, 16, 17, 40])
+def test_kernels_with_one_expert_of_all_tokens_and_experts_of_none(tokens, swap, kernel_device):
+    """More rows than a tile holds; expert 2 has all tokens, expert 0 one, the others none."""
+    ids = torch.full((tokens, 2), 2)
+    ids[3, 1] = 0
+    arguments = drawn_for_kernel(Layer(tokens=tokens, bias=True), kernel_device, ids)
+    assert_close_to_oracle(launch(arguments, small_tiles(swap=swap, block_m=32)), arguments)
+
+
+def test_kernels_with_their_own_tiles(kernel_device):
+    """What launch_config returns is a launch that works."""
+    layer = Layer(hidden=128, inner=64, dtype=torch.bfloat16)
+    arguments = drawn_for_kernel(layer, kernel_device)
+    assert_close_to_oracle(launch(arguments), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_plan_groups_slots_by_expert_in_order(dtype, kernel_device):
+    """A stable sort by expert, slots of no expert last."""
+    from sere_compile.ops.expert_mlp.kernel import launch_plan
+
+    ids = torch.randint(-2, 9, (37, 3), generator=torch.Generator().manual_seed(0)).to(dtype).to(kernel_device)
+    with poisoned_memory():
+        order, start = launch_plan(ids[:, :2], 7)
+    groups = torch.where((ids >= 0) & (ids < 7), ids, 7)[:, :2].flatten()
+    assert order.tolist() == groups.argsort(stable=True).tolist()
+    assert start.tolist() == [(groups < e).sum().item() for e in range(9)]

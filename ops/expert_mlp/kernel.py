@@ -1,0 +1,426 @@
+"""The Triton kernels of `sere::expert_mlp` and their launcher.
+
+Imported only when a CUDA tensor arrives, and by the interpreter tests.
+
+Decoding streams the weights of the active experts; everything else is small beside them. So a program owns a few
+output columns of one expert and reads their weights from end to end, for all slots of that expert at once:
+
+1. `plan_kernel` groups the slots by expert (a stable counting sort, one program an expert).
+2. `gate_up_kernel`: first projection and activation, one row for each slot, in the plan's order.
+3. `down_kernel`: second projection, bias and router weight, fp32, one row for each slot, in the caller's order.
+4. The sum over a token's K rows is ATen, in slot order, so that Inductor fuses it with what follows the layer.
+
+Programs of experts without slots end after one look at the plan. No float atomics: the result is deterministic.
+"""
+
+import contextlib
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import wrap_triton
+from triton.runtime.jit import JITFunction
+
+from .reference import gate_width
+
+# Rows of the smallest tile; tl.dot takes no fewer.
+ROWS = 16
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def plan_kernel(
+    ids_ptr, order_ptr, start_ptr, num_slots, stride_t, stride_k, K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Write order [T * K]: slots grouped by expert; start [E + 2]: where the group of each expert begins.
+
+    Group E holds the slots that name no expert. One program a group; each looks at all ids.
+    """
+    group = tl.program_id(0)
+    slot = tl.arange(0, SLOTS)
+    inside = slot < num_slots
+    ids = tl.load(ids_ptr + (slot // K).to(tl.int64) * stride_t + (slot % K) * stride_k, mask=inside, other=-1)
+    of = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+    of = tl.where(inside, of, E + 1)
+    first = tl.sum((of < group).to(tl.int32))
+    mine = of == group
+    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    tl.store(order_ptr + first + rank, slot, mask=mine)
+    tl.store(start_ptr + group, first)
+    if group == E:
+        tl.store(start_ptr + E + 1, num_slots)
+
+
+@triton.jit
+def load_tile(ptrs, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, EVICT: tl.constexpr):
+    """A tile with 0 outside: rows [R, 1] and columns [1, C] say what is inside."""
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(ptrs, mask=rows & columns, other=0.0, eviction_policy=EVICT)
+    elif MASK_ROWS:
+        return tl.load(ptrs, mask=rows, other=0.0, eviction_policy=EVICT)
+    elif MASK_COLUMNS:
+        return tl.load(ptrs, mask=columns, other=0.0, eviction_policy=EVICT)
+    else:
+        return tl.load(ptrs, eviction_policy=EVICT)
+
+
+@triton.jit
+def dot_rows(x, w, acc, SWAP: tl.constexpr):
+    """Return acc + x [M, D] @ w [N, D].T, kept as [N, M] with SWAP: 64 weight rows feed a whole warp group's wgmma."""
+    if SWAP:
+        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """The plain activations, in fp32."""
+    if NAME == "silu":
+        return x * sigmoid(x)
+    elif NAME == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif NAME == "relu":
+        return tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(NAME == "relu2")
+        x = tl.maximum(x, 0.0)
+        return x * x
+
+
+@triton.jit
+def combine(gate, up, NAME: tl.constexpr):
+    """The gated activations, in fp32."""
+    if NAME == "gpt_oss":
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        return (up + 1) * gate * sigmoid(1.702 * gate)
+    else:
+        return activate(gate, NAME) * up
+
+
+@triton.jit
+def project(
+    x_ptrs,
+    w_ptrs,
+    x_rows,
+    w_rows,
+    step_x,
+    step_w,
+    DEPTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASK_N: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Return x [M, DEPTH] @ w [N, DEPTH].T in fp32 [M, N], from pointers to the first BLOCK_K columns of each."""
+    MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
+    column = tl.arange(0, BLOCK_K)[None, :]
+    acc = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        inside = column < DEPTH - k
+        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K, "")
+        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K, EVICT)
+        acc = dot_rows(x, w, acc, SWAP)
+        x_ptrs += step_x
+        w_ptrs += step_w
+    if SWAP:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def project_pair(
+    x_ptrs,
+    w_ptrs,
+    x_rows,
+    w_rows,
+    step_x,
+    step_w,
+    to_up,
+    DEPTH: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASK_N: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """`project` for gate and up at once; the pointers to up are to_up elements further."""
+    MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
+    column = tl.arange(0, BLOCK_K)[None, :]
+    gate = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
+    up = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        inside = column < DEPTH - k
+        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K, "")
+        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K, EVICT)
+        v = load_tile(w_ptrs + to_up, w_rows, inside, MASK_N, MASK_K, EVICT)
+        gate = dot_rows(x, w, gate, SWAP)
+        up = dot_rows(x, v, up, SWAP)
+        x_ptrs += step_x
+        w_ptrs += step_w
+    if SWAP:
+        gate, up = tl.trans(gate), tl.trans(up)
+    return gate, up
+
+
+@triton.jit
+def gate_up_tile(
+    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, first, last, column, stride_n, stride_d,
+    K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Write act[first : first + M, column : column + N] of the expert whose weights and bias begin at w_ptr, b_ptr."""
+    MASK_N: tl.constexpr = INNER % N != 0
+    row = first + tl.arange(0, M)
+    inside = row < last
+    token = tl.load(order_ptr + row, mask=inside, other=0) // K
+    d = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + token[:, None] * HIDDEN + d[None, :]
+    n = column + tl.arange(0, N)
+    if not GATED:
+        w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
+        x = project(x_ptrs, w_ptrs, inside[:, None], (n < INNER)[:, None], BLOCK_K, BLOCK_K * stride_d,
+                    HIDDEN, M, N, BLOCK_K, MASK_N, SWAP, EVICT)  # fmt: skip
+        if HAS_BIAS:
+            x += tl.load(b_ptr + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
+        act = activate(x, ACTIVATION)
+    else:
+        if INTERLEAVED:
+            # One tile of 2 N rows, so that a transposed layout is read in runs; the pairs are taken apart after.
+            p = 2 * column + tl.arange(0, 2 * N)
+            w_ptrs = w_ptr + p[:, None] * stride_n + d[None, :] * stride_d
+            both = project(x_ptrs, w_ptrs, inside[:, None], (p < 2 * INNER)[:, None], BLOCK_K, BLOCK_K * stride_d,
+                           HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP, EVICT)  # fmt: skip
+            if HAS_BIAS:
+                both += tl.load(b_ptr + p, mask=p < 2 * INNER, other=0.0).to(tl.float32)[None, :]
+            gate, up = tl.split(tl.reshape(both, (M, N, 2)))
+        else:
+            w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
+            gate, up = project_pair(x_ptrs, w_ptrs, inside[:, None], (n < INNER)[:, None], BLOCK_K,
+                                    BLOCK_K * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N, SWAP,
+                                    EVICT)  # fmt: skip
+            if HAS_BIAS:
+                gate += tl.load(b_ptr + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(b_ptr + INNER + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
+        act = combine(gate, up, ACTIVATION)
+    out_ptrs = act_ptr + row[:, None] * INNER + n[None, :]
+    tl.store(out_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside[:, None] & (n < INNER)[None, :])
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, start_ptr, stride_e, stride_n, stride_d,
+    K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, SMALL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Write act [T * K, INNER] in the plan's order: BLOCK_N columns of one expert a program."""
+    TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // TILES
+    column = tl.program_id(0) % TILES * BLOCK_N
+    first = tl.load(start_ptr + expert)
+    last = tl.load(start_ptr + expert + 1)
+    w_ptr += expert.to(tl.int64) * stride_e
+    b_ptr += expert * INNER * (2 if GATED else 1)
+    if last - first <= SMALL:
+        if first < last:
+            gate_up_tile(x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, first, last, column, stride_n, stride_d, K, HIDDEN,
+                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP,
+                         EVICT)  # fmt: skip
+    else:
+        for m in range(first, last, BLOCK_M):
+            gate_up_tile(x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, m, last, column, stride_n, stride_d, K, HIDDEN,
+                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+                         "")  # fmt: skip
+
+
+@triton.jit
+def down_tile(
+    act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d, stride_t, stride_k,
+    K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Write the rows order[first : first + M] of out, columns column : column + N, for one expert."""
+    MASK_N: tl.constexpr = HIDDEN % N != 0
+    row = first + tl.arange(0, M)
+    inside = row < last
+    slot = tl.load(order_ptr + row, mask=inside, other=0)
+    d = tl.arange(0, BLOCK_K)
+    n = column + tl.arange(0, N)
+    x_ptrs = act_ptr + row[:, None] * INNER + d[None, :]
+    w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
+    x = project(x_ptrs, w_ptrs, inside[:, None], (n < HIDDEN)[:, None], BLOCK_K, BLOCK_K * stride_d,
+                INNER, M, N, BLOCK_K, MASK_N, SWAP, EVICT)  # fmt: skip
+    if HAS_BIAS:
+        x += tl.load(b_ptr + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    weight = tl.load(weights_ptr + (slot // K) * stride_t + (slot % K) * stride_k, mask=inside, other=0.0)
+    x *= weight.to(tl.float32)[:, None]
+    out_ptrs = out_ptr + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :]
+    tl.store(out_ptrs, x, mask=inside[:, None] & (n < HIDDEN)[None, :])
+
+
+@triton.jit
+def down_kernel(
+    act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, start_ptr, stride_e, stride_n, stride_d, stride_t, stride_k,
+    K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SMALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """Write out [T * K, HIDDEN] in fp32, 0 for slots of no expert: BLOCK_N columns of one group a program."""
+    TILES: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // TILES
+    column = tl.program_id(0) % TILES * BLOCK_N
+    first = tl.load(start_ptr + expert)
+    last = tl.load(start_ptr + expert + 1)
+    w_ptr += expert.to(tl.int64) * stride_e
+    b_ptr += expert * HIDDEN
+    if expert == E:
+        n = column + tl.arange(0, BLOCK_N)
+        for m in range(first, last):
+            slot = tl.load(order_ptr + m)
+            tl.store(out_ptr + slot.to(tl.int64) * HIDDEN + n, tl.zeros([BLOCK_N], tl.float32), mask=n < HIDDEN)
+    elif last - first <= SMALL:
+        if first < last:
+            down_tile(act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d,
+                      stride_t, stride_k, K, HIDDEN, INNER, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP,
+                      EVICT)  # fmt: skip
+    else:
+        for m in range(first, last, BLOCK_M):
+            down_tile(act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, m, last, column, stride_n, stride_d,
+                      stride_t, stride_k, K, HIDDEN, INNER, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+                      "")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Meta-parameters of one projection's launch."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    block_m: int = 32
+    swap: bool = False
+    evict: str = ""
+
+    def arguments(self) -> dict:
+        """As keyword arguments of a launch."""
+        return {
+            "SMALL": ROWS, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
+            "SWAP": self.swap, "EVICT": self.evict, "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Meta-parameters of a call."""
+
+    gate_up: TileConfig
+    down: TileConfig
+
+
+def launch_config(dtype: torch.dtype, hidden: int, inner: int) -> LaunchConfig:
+    """The tiles for one layer's shape."""
+
+    def depth(size: int) -> int:
+        largest = 128 if dtype.itemsize == 2 else 32
+        return largest if size % largest == 0 else largest // 2
+
+    if dtype.itemsize == 4:
+        tile = TileConfig(32, 32, 4, 3)
+        return LaunchConfig(tile, tile)
+    return LaunchConfig(TileConfig(32, depth(hidden), 4, 4), TileConfig(64, depth(inner), 4, 4))
+
+
+def device_guard(tensor: Tensor):
+    """Makes the tensor's GPU the current one, where Triton launches; nothing to do while CUDA is unused.
+
+    (A fake CUDA tensor on a machine without CUDA gets here as well.)
+    """
+    return torch.cuda.device_of(tensor) if torch.cuda.is_initialized() else contextlib.nullcontext()
+
+
+def launchable(kernel):
+    """`kernel` for `[grid](...)`: visible to tracers, or as it is under Triton's interpreter.
+
+    torch 2.11's `wrap_triton` refuses interpreted kernels; later ones hand them back.
+    """
+    return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+def slot_block(num_slots: int) -> int:
+    """The width of the plan's look at T * K slots. Few classes: with a symbolic T each is one more compiled graph."""
+    if guard_or_false(num_slots <= 256):
+        return 256
+    return 1024 if guard_or_false(num_slots <= 1024) else 4096
+
+
+def launch_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(order int32 [T * K], start int32 [E + 2]) of ids [T, K]; T >= 1."""
+    num_slots = topk_ids.shape[0] * topk_ids.shape[1]
+    order = torch.empty(num_slots, dtype=torch.int32, device=topk_ids.device)
+    start = torch.empty(num_experts + 2, dtype=torch.int32, device=topk_ids.device)
+    launchable(plan_kernel)[(num_experts + 1,)](
+        topk_ids, order, start, num_slots, topk_ids.stride(0), topk_ids.stride(1),
+        K=int(topk_ids.shape[1]), E=num_experts, SLOTS=slot_block(num_slots),
+    )  # fmt: skip
+    return order, start
+
+
+def launch_expert_mlp(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    transposed: bool,
+    config: LaunchConfig | None = None,
+) -> Tensor:
+    """`sere::expert_mlp` on checked arguments; `config` replaces the heuristics."""
+    num_tokens, num_slots = topk_ids.shape[0], int(topk_ids.shape[1])
+    num_experts, width = int(down.shape[0]), int(hidden.shape[1])
+    inner = int(down.shape[1 if transposed else 2])
+    if guard_or_false(num_tokens == 0) or num_slots == 0:
+        return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    config = config or launch_config(hidden.dtype, width, inner)
+    order, start = launch_plan(topk_ids, num_experts)
+    act = torch.empty((num_tokens * num_slots, inner), dtype=hidden.dtype, device=hidden.device)
+    out = torch.empty((num_tokens * num_slots, width), dtype=torch.float32, device=hidden.device)
+    # Where a bias is missing its pointer is not read; any tensor will do.
+    launchable(gate_up_kernel)[(num_experts * triton.cdiv(inner, config.gate_up.block_n),)](
+        hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(), act, order, start,
+        *_strides(gate_up, transposed), K=num_slots, HIDDEN=width, INNER=inner,
+        ACTIVATION=activation.removesuffix("_glu"), GATED=gate_width(activation) == 2, INTERLEAVED=interleaved,
+        HAS_BIAS=gate_up_bias is not None, **config.gate_up.arguments(),
+    )  # fmt: skip
+    launchable(down_kernel)[((num_experts + 1) * triton.cdiv(width, config.down.block_n),)](
+        act, down, act if down_bias is None else down_bias.contiguous(), topk_weights, out, order, start,
+        *_strides(down, transposed), topk_weights.stride(0), topk_weights.stride(1), K=num_slots, E=num_experts,
+        HIDDEN=width, INNER=inner, HAS_BIAS=down_bias is not None, **config.down.arguments(),
+    )  # fmt: skip
+    return out.view(num_tokens, num_slots, width).sum(1).to(hidden.dtype)
+
+
+def _strides(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
+    """Of expert, output column and depth."""
+    expert, row, column = weight.stride()
+    return (expert, column, row) if transposed else (expert, row, column)

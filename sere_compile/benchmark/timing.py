@@ -1,0 +1,75 @@
+"""Timing on a CUDA device: variants in turn, CUDA graphs, medians and spread."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: median, and the 20th and 80th percentile of all samples."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} [{self.low:.1f} .. {self.high:.1f}]"
+
+
+def summarize(samples: Sequence[float]) -> Timing:
+    """The median and spread of at least two samples."""
+    cuts = statistics.quantiles(samples, n=10)
+    return Timing(statistics.median(samples), cuts[1], cuts[7])
+
+
+def capture(call: Callable[[int], object], count: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of call(0) ... call(count - 1), after three warm-up calls on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for index in range(3):
+            call(index % count)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            call(index)
+    return graph
+
+
+def time_in_turn(
+    runs: Mapping[str, Callable[[], object]], calls: int, rounds: int, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time every run once a round, with CUDA events, so that a drift of the clocks meets all of them alike.
+
+    Args:
+        runs: what to time, for example the `replay` of a CUDA graph.
+        calls: how many calls of the thing measured one run holds; the times are divided by it.
+        rounds: samples of each.
+        warmup: rounds before, not counted.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for index in range(warmup + rounds):
+        for name, run in runs.items():
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            if index >= warmup:
+                samples[name].append(start.elapsed_time(end) * 1e3 / calls)
+    return {name: summarize(times) for name, times in samples.items()}
+
+
+def copy_bandwidth(gigabytes: float = 4.0) -> float:
+    """Bytes per second that a device-to-device copy of this size moves, read and written bytes counted."""
+    source = torch.empty(int(gigabytes * 1e9) // 2, dtype=torch.uint8, device="cuda").random_(0, 255)
+    target = torch.empty_like(source)
+    timing = time_in_turn({"copy": lambda: target.copy_(source)}, 1, 10)["copy"]
+    return 2 * source.numel() / (timing.median * 1e-6)
