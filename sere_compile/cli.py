@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .bench_command import bench_command
 from .config import SereConfig
 from .errors import SereError
 from .explain import explain
@@ -39,4 +40,5 @@ def explain_command(name: str, prompt: str, select_top_k: int | None, profile: s
         raise SystemExit(1)
 
 
+main.add_command(bench_command)
 main.add_command(export_command)

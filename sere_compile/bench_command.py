@@ -1,0 +1,82 @@
+"""`sere bench`: what re-routing and the expert kernels give on this machine."""
+
+from __future__ import annotations
+
+import click
+
+from .benchmark.geometries import GEOMETRIES
+from .errors import SereError
+
+
+class _Numbers(click.ParamType):
+    """Positive whole numbers with commas; K stands for a number that is at least any model's."""
+
+    name = "numbers"
+
+    def convert(self, value: str | list[int], param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if not isinstance(value, str):
+            return value
+        numbers = [1_000_000 if part == "K" else int(part) if part.isdigit() else 0 for part in value.split(",")]
+        if not all(numbers):
+            self.fail(f"{value!r} is not a list of positive whole numbers such as 8,32", param, ctx)
+        return numbers
+
+
+@click.command("bench")
+@click.option("--geometry", type=click.Choice(list(GEOMETRIES)), help="A published model's shape with random weights.")
+@click.option("--model", "name", help="Folder or Hugging Face name of a causal language model.")
+@click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; random without.")
+@click.option("--layers", type=click.IntRange(min=2), default=12, show_default=True, help="Layers of a geometry.")
+@click.option("--what", default="layer,decode", show_default=True, help="What to time: gating, layer, decode.")
+@click.option("--batch", type=_Numbers(), default="8,32,64", show_default=True, help="Batch sizes.")
+@click.option("--select-top-k", type=_Numbers(), default="K,2,1", show_default=True, help="S; K: no re-routing.")
+@click.option("--stock", default="grouped_mm,batched_mm", show_default=True, help="Experts of transformers.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="File for the results.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for a plot: .png, .svg, .pdf.")
+def bench_command(
+    geometry: str | None,
+    name: str | None,
+    profile: str | None,
+    layers: int,
+    what: str,
+    batch: list[int],
+    select_top_k: list[int],
+    stock: str,
+    json_path: str | None,
+    plot_path: str | None,
+) -> None:
+    """Time gating, Mixture-of-Experts layer and decode step of a model, stock against ours, on this GPU.
+
+    Every compiled variant is a CUDA graph, all variants take turns in one process. Outputs are compared first: where
+    one disagrees no speed-up is printed, and the exit status is 1.
+    """
+    from .benchmark.run import KINDS, require_device, run_bench
+    from .benchmark.subject import loaded_model, random_model
+    from .similarity import SimilarityProfile
+
+    kinds = what.split(",")
+    if (geometry is None) == (name is None):
+        raise click.UsageError("give either --geometry or --model")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise click.UsageError(f"--what: {unknown[0]!r} is none of {', '.join(KINDS)}")
+    if profile is not None and name is None:
+        raise click.UsageError("--profile is for --model")
+    try:
+        require_device()
+        if geometry is not None:
+            subject = random_model(geometry, layers)
+        else:
+            matrices = None if profile is None else SimilarityProfile.load(profile)
+            subject = loaded_model(name, matrices)  # type: ignore[arg-type]
+        results = run_bench(subject, kinds, batch, select_top_k, stock.split(","), lambda m: click.echo(m, err=True))
+    except SereError as error:
+        raise click.ClickException(str(error)) from error
+    if json_path is not None:
+        results.save(json_path)
+    if plot_path is not None:
+        from .benchmark.plot import plot
+
+        plot(results, plot_path)
+    click.echo(results.table())
+    if not all(row.agrees for row in results.rows):
+        raise SystemExit(1)

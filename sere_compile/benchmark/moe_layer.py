@@ -1,0 +1,85 @@
+"""Time one Mixture-of-Experts block: router, experts, and what else the block computes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from ..testing import oracle_routing
+from .result import Row
+from .subject import Block, Subject
+from .timing import capture, time_in_turn
+from .variant import Variant, all_variants, token_error
+
+# Each call of a graph has its own tokens, so that no expert stays in the L2 cache by always being the same.
+CALLS = 6
+# One block in bf16: rounding of two projections and of the router weights.
+TOLERANCE = 3e-2
+
+
+def bench_moe_layer(
+    subject: Subject, batch: int, selects: Sequence[int], stock: Sequence[str], bandwidth: float, rounds: int = 15
+) -> list[Row]:
+    """Rows for one block of the subject on Gaussian hidden states [batch, 1, H]."""
+    block = subject.blocks[-1]
+    inputs = [_hidden(subject, block, batch, seed) for seed in range(CALLS)]
+    expected, active = _references(subject, block, inputs, selects)
+    runs, errors, keep = {}, {}, []
+    variants = all_variants(selects, block.top_k, stock)
+    for variant in variants:
+        torch._dynamo.reset()
+        subject.model.set_experts_implementation(variant.experts)
+        function = variant.compiled(block.module)
+        select = variant.select_top_k or block.top_k
+        errors[variant.name] = max(
+            token_error(_tensor(function(x)), want) for x, want in zip(inputs, expected[select], strict=True)
+        )
+        if variant.backend is None:
+            runs[variant.name] = lambda f=function: [f(x) for x in inputs]
+        else:
+            graph = capture(lambda i, f=function: f(inputs[i]), CALLS)
+            runs[variant.name] = graph.replay
+            keep.append((graph, function))
+    times = time_in_turn(runs, CALLS, rounds)
+    return [
+        _row(variant, block, batch, times[variant.name], errors[variant.name], active, bandwidth)
+        for variant in variants
+    ]
+
+
+def _row(
+    variant: Variant, block: Block, batch: int, timing, error: float, active: dict[int, float], bandwidth: float
+) -> Row:
+    count = active[variant.select_top_k or block.top_k]
+    size = count * block.expert_bytes
+    share = size / (timing.median * 1e-6) / bandwidth
+    return Row(
+        "MoE layer", batch, variant.name, variant.select_top_k is not None, timing, error, TOLERANCE, count, size, share
+    )
+
+
+def _hidden(subject: Subject, block: Block, batch: int, seed: int) -> torch.Tensor:
+    weight = dict(block.module.named_parameters())[block.router_weight]
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    size = (batch, 1, weight.shape[1])
+    return torch.randn(size, generator=generator, device=weight.device).to(subject.model.dtype)
+
+
+def _references(subject: Subject, block: Block, inputs: list[torch.Tensor], selects: Sequence[int]):
+    """Eager outputs and mean active experts by S, the re-routing done by the oracle; K is always among them."""
+    subject.model.set_experts_implementation("grouped_mm")
+    matrices = {block.router_weight: subject.matrices[f"{block.name}.{block.router_weight}"]}
+    expected, active = {}, {}
+    for select in {*(min(s, block.top_k) for s in selects), block.top_k}:
+        counts: dict[str, list[tuple[int, int]]] = {}
+        with oracle_routing(block.module, matrices, select, active=counts):
+            expected[select] = [_tensor(block.module(x)) for x in inputs]
+        active[select] = statistics.mean(after for _, after in counts[block.router_weight])
+    return expected, active
+
+
+def _tensor(output) -> torch.Tensor:
+    """Hidden states: some blocks return the router's scores beside them."""
+    return output[0] if isinstance(output, tuple) else output

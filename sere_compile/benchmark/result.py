@@ -1,0 +1,118 @@
+"""What was measured: rows, their table, their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .timing import Timing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant at one batch size.
+
+    Attributes:
+        what: "gating", "MoE layer" or "decode step".
+        batch: tokens.
+        variant: its name.
+        ours: whether it is not a stock variant.
+        timing: microseconds.
+        error: median relative error of a token against the reference of the same S.
+        tolerance: what the error may be.
+        active: mean number of active experts of a layer, None where there are no experts.
+        bytes_read: weights that have to be read.
+        bandwidth_share: of the copy bandwidth.
+    """
+
+    what: str
+    batch: int
+    variant: str
+    ours: bool
+    timing: Timing
+    error: float
+    tolerance: float
+    active: float | None = None
+    bytes_read: float | None = None
+    bandwidth_share: float | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the output is that of the reference; NaN never is."""
+        return self.error <= self.tolerance
+
+
+@dataclass
+class Results:
+    """Everything one run of `sere bench` measured.
+
+    Attributes:
+        subject: the model.
+        machine: device and versions.
+        copy_bandwidth: bytes per second, measured in the same run.
+        routing: where ids come from.
+    """
+
+    subject: str
+    machine: str
+    copy_bandwidth: float
+    routing: str
+    rows: list[Row] = field(default_factory=list)
+
+    def speedup(self, row: Row, over: str | None = None) -> float | None:
+        """Over the fastest stock variant at this batch size, or over the one named; None if an output disagrees.
+
+        One wrong output withholds all speed-ups of that batch size: the reference itself may be the wrong one.
+        """
+        same = [r for r in self.rows if (r.what, r.batch) == (row.what, row.batch)]
+        stock = [r for r in same if not r.ours and over in (None, r.variant)]
+        if not row.ours or not stock or not all(r.agrees for r in same):
+            return None
+        return min(r.timing.median for r in stock) / row.timing.median
+
+    def table(self) -> str:
+        """Markdown: a section for each kind of measurement."""
+        lines = [f"{self.subject}", f"{self.machine}, copy {self.copy_bandwidth / 1e12:.2f} TB/s; {self.routing}"]
+        for what in dict.fromkeys(row.what for row in self.rows):
+            lines += ["", f"### {what}", "", "| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
+            lines += ["| " + " | ".join(self._cells(row)) + " |" for row in self.rows if row.what == what]
+        return "\n".join(lines)
+
+    def _cells(self, row: Row) -> list[str]:
+        def factor(over: str | None) -> str:
+            speedup = self.speedup(row, over)
+            return "" if speedup is None else f"{speedup:.2f}"
+
+        return [
+            str(row.batch), row.variant, str(row.timing), "" if row.active is None else f"{row.active:.1f}",
+            "" if row.bytes_read is None else f"{row.bytes_read / 1e6:.0f}",
+            "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}",
+            factor(None), factor("inductor batched_mm"),
+            f"{row.error:.1e}" + ("" if row.agrees else f" DISAGREES (at most {row.tolerance:.0e}), no speed-up given"),
+        ]  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON: the fields of this object and of its rows."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """What `save` wrote."""
+        data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [Row(**row | {"timing": Timing(**row["timing"])}) for row in data.pop("rows")]
+        return cls(**data, rows=rows)
+
+
+HEADINGS = (
+    "batch", "variant", "us, median [p20 .. p80]", "active experts", "MB read", "of copy bandwidth",
+    "speed-up over best stock", "over batched_mm", "error",
+)  # fmt: skip
+
+
+def batches(rows: Iterable[Row]) -> list[int]:
+    """The batch sizes of some rows, ascending."""
+    return sorted({row.batch for row in rows})

@@ -1,0 +1,57 @@
+"""Run the benchmarks of one subject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+from ..errors import SereError
+from .decode_step import bench_decode_step
+from .moe_layer import bench_moe_layer
+from .result import Results, Row
+from .subject import Subject
+from .timing import copy_bandwidth
+
+KINDS: dict[str, Callable[..., list[Row]]] = {"layer": bench_moe_layer, "decode": bench_decode_step}
+
+
+def require_device() -> None:
+    """Raise SereError where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        raise SereError("sere bench times kernels: it needs a CUDA device")
+
+
+def run_bench(
+    subject: Subject,
+    kinds: Sequence[str],
+    batches: Sequence[int],
+    selects: Sequence[int],
+    stock: Sequence[str],
+    tell: Callable[[str], None] = print,
+) -> Results:
+    """Measure everything asked for.
+
+    Args:
+        subject: on a CUDA device.
+        kinds: some of `KINDS`.
+        batches: numbers of tokens.
+        selects: S; K or more is the model as it is.
+        stock: experts implementations of transformers to compare with.
+        tell: told what is being measured.
+
+    Raises:
+        SereError: no CUDA device.
+    """
+    require_device()
+    device = torch.cuda.get_device_name()
+    machine = f"{device}, torch {torch.__version__}, triton {triton.__version__}"
+    results = Results(subject.name, machine, copy_bandwidth(), subject.routing)
+    with torch.no_grad():
+        for kind in kinds:
+            for batch in batches:
+                tell(f"{kind}, batch {batch}")
+                results.rows += KINDS[kind](subject, batch, selects, stock, results.copy_bandwidth)
+    torch._dynamo.reset()
+    return results

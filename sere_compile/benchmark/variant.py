@@ -1,0 +1,61 @@
+"""What is compared: stock ways to run the same module, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..backend import sere_backend
+
+# Compiles stock modules, and ours after the passes.
+INNER = "inductor"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a module.
+
+    Attributes:
+        name: in the table.
+        experts: implementation of transformers.
+        backend: of torch.compile; None runs eagerly.
+        select_top_k: S that the backend re-routes with; None for stock.
+    """
+
+    name: str
+    experts: str
+    backend: Any
+    select_top_k: int | None = None
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, compiled for fixed shapes."""
+        return function if self.backend is None else torch.compile(function, backend=self.backend, dynamic=False)
+
+
+def all_variants(
+    selects: Sequence[int], top_k: int, stock: Sequence[str] = ("grouped_mm", "batched_mm")
+) -> list[Variant]:
+    """Eager, Inductor with each stock implementation, and ours for each S (S = K re-routes nothing).
+
+    Ours compiles the module as it comes: with `grouped_mm`.
+    """
+    found = [Variant("eager", "grouped_mm", None)]
+    found += [Variant(f"inductor {experts}", experts, INNER) for experts in stock]
+    for select in selects:
+        backend = sere_backend.with_options(select_top_k=min(select, top_k), strict=True, inner=INNER)
+        name = "sere S=K" if select >= top_k else f"sere S={select}"
+        found.append(Variant(name, "grouped_mm", backend, min(select, top_k)))
+    return found
+
+
+def token_error(result: torch.Tensor, want: torch.Tensor) -> float:
+    """The median over tokens (rows) of the relative error.
+
+    The median, because two correct programs may round a router's score differently, and where two scores are nearly
+    tied a token then goes to another expert: few tokens differ much, a wrong program differs everywhere.
+    """
+    result, want = (x.detach().double().reshape(-1, x.shape[-1]) for x in (result, want))
+    return ((result - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-30)).median().item()

@@ -1,0 +1,188 @@
+"""`sere bench` without a GPU: tiny model, real variants and comparison of outputs, no clock and no CUDA graph."""
+
+import types
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from sere_compile.benchmark import decode_step, moe_layer, variant
+from sere_compile.benchmark.geometries import GEOMETRIES, Geometry
+from sere_compile.benchmark.result import Results
+from sere_compile.benchmark.subject import random_model
+from sere_compile.benchmark.timing import Timing, summarize
+from sere_compile.cli import main
+
+TINY = Geometry(
+    "qwen3_moe", 16, 4, 32, 16,
+    {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 16,
+        "num_experts_per_tok": 4, "norm_topk_prob": True, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "vocab_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def subject():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GEOMETRIES, "tiny", TINY)
+        torch.manual_seed(0)
+        return random_model("tiny", 2, torch.float32, "cpu")
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """Graphs are plain calls; every variant takes 10 us, ours 5."""
+
+    def capture(call, count):
+        return types.SimpleNamespace(replay=lambda: [call(i) for i in range(count)])
+
+    def time_in_turn(runs, calls, rounds, warmup=3):
+        for run in runs.values():
+            run()
+        return {name: Timing(5.0 if "sere" in name else 10.0, 1.0, 20.0) for name in runs}
+
+    monkeypatch.setattr(variant, "INNER", "eager")
+    for module in (moe_layer, decode_step):
+        monkeypatch.setattr(module, "capture", capture)
+        monkeypatch.setattr(module, "time_in_turn", time_in_turn)
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def results_of(rows):
+    return Results("tiny", "no machine", 1e12, "random", rows)
+
+
+@pytest.mark.parametrize("kind", ["layer", "decode"])
+def test_every_variant_agrees_and_fewer_experts_are_active(subject, without_gpu, kind):
+    """S=2 and S=1 agree with the eager oracle, and S=K with the eager model; the fewest experts are active at S=1."""
+    bench = {"layer": moe_layer.bench_moe_layer, "decode": decode_step.bench_decode_step}[kind]
+    kwargs = {} if kind == "layer" else {"prompt": 6, "steps": 4}
+    rows = bench(subject, 5, [10**6, 2, 1], ["grouped_mm", "batched_mm"], 1e12, **kwargs)
+    names = ["eager", "inductor grouped_mm", "inductor batched_mm", "sere S=K", "sere S=2", "sere S=1"]
+    assert [row.variant for row in rows] == names
+    assert [row.error < 1e-4 for row in rows] == [True] * 6
+    active = [row.active for row in rows[-3:]]
+    assert active[0] > active[1] > active[2]
+    assert rows[0].active == active[0]
+    results = results_of(rows)
+    assert [results.speedup(row) for row in rows] == [None, None, None, 2.0, 2.0, 2.0]
+    if kind == "layer":
+        # 5 us at 1 TB/s are 5 MB; an expert has 3 projections of 32 x 16 in fp32.
+        assert rows[3].bandwidth_share == pytest.approx(active[0] * 3 * 32 * 16 * 4 / 5e6)
+
+
+def test_no_speed_up_while_an_output_disagrees(subject, without_gpu, monkeypatch):
+    """One wrong variant, stock or ours, withholds all speed-ups of its batch size, and the table says so."""
+    compiled = variant.Variant.compiled
+
+    def wrong(self, function):
+        function = compiled(self, function)
+        return (lambda x: function(x) * 1.2) if self.name == "sere S=2" else function
+
+    monkeypatch.setattr(variant.Variant, "compiled", wrong)
+    rows = moe_layer.bench_moe_layer(subject, 5, [4, 2], ["grouped_mm"], 1e12)
+    results = results_of(rows)
+    assert {results.speedup(row) for row in rows} == {None}
+    lines = [line for line in results.table().splitlines() if "DISAGREES" in line]
+    assert len(lines) == 1
+    assert "sere S=2" in lines[0]
+
+
+def test_the_decoder_is_set_back_before_each_run(subject, without_gpu):
+    """A second run repeats the first, token by token."""
+    decoder = decode_step.Decoder(subject, 3, prompt=6, steps=4)
+    runs = []
+    for _ in range(2):
+        decoder.reset()
+        runs.append([])
+        for _ in range(4):
+            decoder.step(decoder.forward)
+            runs[-1].append(decoder.logits.clone())
+    for first, second in zip(*runs, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_token_error_is_not_moved_by_one_token_and_never_passes_nan():
+    want = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    one_off = want.clone()
+    one_off[3] = 100
+    assert variant.token_error(one_off, want) == 0
+    assert variant.token_error(want * 1.1, want) == pytest.approx(0.1, rel=1e-3)
+    nan = torch.full_like(want, torch.nan)
+    row = results_row(error=variant.token_error(nan, want))
+    assert not row.agrees
+
+
+def results_row(**changes):
+    from sere_compile.benchmark.result import Row
+
+    fields = {
+        "what": "MoE layer", "batch": 8, "variant": "sere S=2", "ours": True, "timing": Timing(2.0, 1.0, 3.0),
+        "error": 0.001, "tolerance": 0.01,
+    }  # fmt: skip
+    return Row(**fields | changes)
+
+
+def test_results_survive_json(tmp_path):
+    results = results_of([results_row(), results_row(ours=False, variant="eager", active=3.5)])
+    results.save(tmp_path / "bench.json")
+    assert Results.load(tmp_path / "bench.json") == results
+
+
+def test_plot_writes_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from sere_compile.benchmark.plot import plot
+
+    plot(
+        results_of([results_row(batch=b, what=w) for b in (8, 32) for w in ("MoE layer", "gating")]), tmp_path / "p.png"
+    )
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_summary_is_median_and_spread():
+    assert summarize([5.0, 1.0, 2.0, 3.0, 4.0]) == Timing(3.0, pytest.approx(1.2), pytest.approx(4.8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --geometry or --model"),
+        (["--geometry", "mixtral-8x7b", "--model", "x"], "give either --geometry or --model"),
+        (["--geometry", "mixtral-8x7b", "--batch", "8,x"], "'8,x' is not a list of positive whole numbers"),
+        (["--geometry", "mixtral-8x7b", "--what", "layers"], "'layers' is none of"),
+        (["--geometry", "mixtral-8x7b", "--profile", __file__], "--profile is for --model"),
+    ],
+)
+def test_wrong_options(arguments, message):
+    done = CliRunner().invoke(main, ["bench", *arguments])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_the_command_says_so():
+    done = CliRunner().invoke(main, ["bench", "--geometry", "mixtral-8x7b"])
+    assert done.exit_code == 1
+    assert "needs a CUDA device" in done.output
+
+
+@pytest.mark.parametrize("name", list(GEOMETRIES))
+def test_geometries_are_what_transformers_builds(name):
+    """The layer shapes that bytes are counted with are those of the model, on no device."""
+    from transformers import AutoModelForCausalLM
+
+    from sere_compile.benchmark.subject import find_blocks
+
+    geometry = GEOMETRIES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(geometry.config(2), dtype=torch.bfloat16)
+    block = list(find_blocks(model))[-1]
+    assert (block.experts, block.top_k) == (geometry.experts, geometry.top_k)
+    assert block.expert_bytes == geometry.expert_elements * 2
+    (gate_up,) = (p for n, p in block.module.named_parameters() if n.endswith("gate_up_proj"))
+    wide, deep = 2 * geometry.inner, geometry.hidden
+    assert gate_up.shape == (geometry.experts, *((deep, wide) if geometry.transposed else (wide, deep)))
