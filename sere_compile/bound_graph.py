@@ -111,7 +111,7 @@ def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name:
     """Measure the similarity of a gate's experts, in the graph where its dispatch is there, else beside its router."""
     gate = plan.gate
     log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, gate.num_experts)
-    _say_once_that_probing_happens()
+    warn_of_probing()
     experts = find_experts(weight, gate.num_experts)
     if isinstance(plan.region, DispatchRegion):
         values = {node: _number(value) for node, value in zip(plan.inputs, arguments, strict=False)}
@@ -136,27 +136,29 @@ def _number(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
-class _Once:
+class _ProbingWarning:
+    """Says once in a process, whichever thread comes first, that there is no profile."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._done: set[str] = set()
+        self._given = False
 
-    def __call__(self, text: str) -> bool:
+    def __call__(self) -> None:
         with self._lock:
-            first = text not in self._done
-            self._done.add(text)
-            return first
-
-
-_first_time = _Once()
-
-
-def _say_once_that_probing_happens() -> None:
-    if _first_time("probing"):
+            if self._given:
+                return
+            self._given = True
         log.warning(
             "no similarity profile is attached: experts are probed with random hidden states, once per gate. "
             "A calibrated profile is better: sere_compile.attach(model, SimilarityProfile.load(path))"
         )
+
+    def reset(self) -> None:
+        """Say it again the next time."""
+        self._given = False
+
+
+warn_of_probing = _ProbingWarning()
 
 
 def _row(plan: GatePlan, entry: binding.GateEntry) -> GateRow:

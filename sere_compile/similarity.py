@@ -150,6 +150,11 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
         tokens = self._metadata.get("tokens")
         return ", ".join(filter(None, [made_by, f"{tokens} tokens" if tokens else None]))
 
+    def _source(self) -> str:
+        """What a report says of a matrix from this profile: `profile (frobenius, 51200 tokens)`."""
+        origin = self._origin()
+        return f"profile ({origin})" if origin else "profile"
+
 
 def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
     """Give every router of `model` its matrix of `profile`, for `torch.compile(model, backend="sere")`.
@@ -175,11 +180,9 @@ def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
     for gate, name in gates.items():
         _check_router_shape(name, parameters[name], profile._matrices[gate])
     _check_complete(gates.values(), parameters)
-    origin = profile._origin()
-    source = f"profile ({origin})" if origin else "profile"
     setattr(_plain_module(model), _PROFILE_ATTRIBUTE, profile)
     for gate, name in gates.items():
-        binding.assign(parameters[name], name, profile[gate], source)
+        binding.assign(parameters[name], name, profile[gate], profile._source())
 
 
 def attach_from_owner(weight: torch.Tensor, owner: Owner) -> None:
@@ -200,8 +203,7 @@ def attach_from_owner(weight: torch.Tensor, owner: Owner) -> None:
                 f"a similarity profile is attached to this model, but it has no matrix for the gate {name}. "
                 f"Calibrate the whole model again, or call sere_compile.detach(model) to probe every gate"
             )
-        origin = profile._origin()
-        binding.assign(weight, owner.name, profile[gate], f"profile ({origin})" if origin else "profile")
+        binding.assign(weight, owner.name, profile[gate], profile._source())
         return
 
 

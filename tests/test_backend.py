@@ -198,7 +198,7 @@ class TestBinding:
             for layer in model.model.layers:
                 for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
                     weight[twins[1]] = weight[twins[0]]
-        sere_compile.bound_graph._first_time._done.clear()
+        sere_compile.bound_graph.warn_of_probing.reset()
         compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
         with caplog.at_level(logging.WARNING):
             logits(compiled, ids)
