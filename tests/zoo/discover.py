@@ -1,0 +1,27 @@
+"""Which architectures of the installed transformers are Mixtures of Experts, told from their modeling files."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import transformers
+
+# What a modeling file with routed experts holds: experts that transformers can run in several ways, or a class that is
+# named after experts, a router or a sparse block. A file that only names such a thing is listed in `registry.NO_MOE`.
+_SIGNS = re.compile(
+    r"^@use_experts_implementation|^class \w*(Experts|MoE|Moe|SparseMoe\w*|SparseMLP|Router|Top[Kk]Gate|MoeBlock)\b",
+    re.MULTILINE,
+)
+
+
+@functools.cache
+def moe_architectures() -> dict[str, str]:
+    """Import path of the modeling file by the architecture's name (`qwen3_moe`), in order of names."""
+    models = Path(transformers.__file__).parent / "models"
+    found = {}
+    for file in sorted(models.glob("*/modeling_*.py")):
+        if _SIGNS.search(file.read_text()):
+            found[file.stem.removeprefix("modeling_")] = f"transformers.models.{file.parent.name}.{file.stem}"
+    return found

@@ -1,0 +1,223 @@
+"""Trace a small model of an architecture with each tracer and compare what the library does with the oracle.
+
+One Dynamo trace serves every question: the backend here compiles each graph in several ways and picks one at a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sere_compile
+from sere_compile import GateRow, SereConfig, SimilarityProfile
+from sere_compile.backend import SereBackend
+from sere_compile.bound_graph import observer
+
+from .oracle import counting, rerouted, router_weights
+from .registry import ENTRIES, build, inputs
+from .shrink import EXPERTS
+
+_ROUTING = {torch.ops.sere.reroute.default, torch.ops.sere.reroute_merged.default}
+
+
+@dataclass
+class Survey:
+    """What one tracer made of one model.
+
+    Attributes:
+        run: how many selections of experts ran in eager mode.
+        rows: the report's rows, gates and refused selections.
+        graphs: how many graphs the tracer made.
+        failed: why the model did not trace, or empty.
+        identity_differs: whether S = K changed a bit.
+        error: largest difference from the oracle with S = 1, None where nothing was re-routed.
+        effect: largest difference that re-routing makes: what a tolerance has to be small against.
+        ids_differ: whether an operator's re-routed ids differ from the oracle's; merged ones are not compared.
+    """
+
+    run: int = 0
+    rows: tuple[GateRow, ...] = ()
+    graphs: int = 0
+    failed: str = ""
+    identity_differs: bool = False
+    error: float | None = None
+    effect: float = 0.0
+    ids_differ: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def gates(self) -> list[GateRow]:
+        """The rows that are gates."""
+        return [row for row in self.rows if row.num_experts is not None]
+
+    def count(self, status: str) -> int:
+        """How many gates have a status."""
+        return sum(row.status == status for row in self.gates)
+
+
+class _Ids(TorchDispatchMode):
+    """Records what the re-routing operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor | None] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _ROUTING:
+            self.seen.append(result if isinstance(result, torch.Tensor) else None)
+        return result
+
+
+class _Variants:
+    """A backend that compiles each graph as it is, explained, with S = K and with S = 1."""
+
+    def __init__(self, model: nn.Module, profile: SimilarityProfile) -> None:
+        self.model, self.profile = model, profile
+        self.current = "plain"
+        self.graphs = 0
+        self.ids = _Ids()
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        # Before a profile is attached: it would be evidence of its own for ids that leave a graph.
+        sere_compile.detach(self.model)
+        explained = SereBackend(SereConfig(inner="eager"), explaining=True)(module, example_inputs)
+        sere_compile.attach(self.model, self.profile)
+        made = {
+            "plain": module.forward,
+            "explain": explained,
+            "identity": SereBackend(SereConfig(select_top_k=64, inner="eager"))(module, example_inputs),
+            "reroute": SereBackend(SereConfig(select_top_k=1, inner=self._recorded))(module, example_inputs),
+        }
+        return lambda *arguments: made[self.current](*arguments)
+
+    def _recorded(self, graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with self.ids:
+                return graph.forward(*arguments)
+
+        return run
+
+
+def random_profile(model: nn.Module, columns: int = EXPERTS) -> SimilarityProfile:
+    """A random symmetric matrix for whatever could be a router's weight."""
+    generator = torch.Generator().manual_seed(1)
+    matrices = {}
+    for name in router_weights(model, columns):
+        half = torch.rand(columns, columns, generator=generator)
+        matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)
+    return SimilarityProfile(matrices)
+
+
+def survey_dynamo(name: str, experts: str, dtype: torch.dtype = torch.float32, **compiling: Any) -> Survey:
+    """One architecture through Dynamo, whole model.
+
+    Raises:
+        What the backend raises, wrapped by Dynamo: a bug of the library.
+    """
+    model, call = build(name, experts, dtype), inputs(name)
+    profile = random_profile(model, ENTRIES[name].columns)
+    result = Survey()
+    with torch.no_grad(), counting(name, model) as calls:
+        eager = model(**call)[0]
+    result.run = len(calls) - ENTRIES[name].unselected
+    torch._dynamo.reset()
+    backend = _Variants(model, profile)
+    compiled = torch.compile(model, backend=backend, **compiling)
+
+    def run(variant: str) -> torch.Tensor:
+        backend.current = variant
+        return compiled(**call)[0]
+
+    # One limit for all: "eager" experts break graphs, and one graph a layer may be compiled.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=512):
+        plain = run("plain")
+        rows: list[GateRow] = []
+        token = observer.set(rows.append)
+        try:
+            run("explain")
+        finally:
+            observer.reset(token)
+        result.rows, result.graphs = tuple(rows), backend.graphs
+        identity = run("identity")
+        rerouted_output = run("reroute")
+    torch._dynamo.reset()
+    result.identity_differs = not torch.equal(plain, identity)
+    if not torch.allclose(plain, eager, rtol=1e-4, atol=1e-4):
+        result.notes.append("the traced model differs from the eager one by itself")
+    matrices = {row.name: profile[row.name] for row in result.gates if row.status == "rewritten"}
+    _compare(result, name, model, call, matrices, rerouted_output, backend.ids.seen)
+    result.effect = float((rerouted_output - plain).abs().max())
+    return result
+
+
+def _compare(
+    result: Survey,
+    name: str,
+    model: nn.Module,
+    call: dict[str, Any],
+    matrices: dict[str, torch.Tensor],
+    got: torch.Tensor,
+    ids: list[torch.Tensor | None],
+) -> None:
+    """Fill in the differences from the oracle."""
+    if not matrices:
+        return
+    with torch.no_grad(), rerouted(name, model, matrices, 1) as wanted:
+        expected = model(**call)[0]
+    result.error = float((got.float() - expected.float()).abs().max())
+    if len(ids) != len(wanted):
+        result.notes.append(f"{len(ids)} operators ran, {len(wanted)} were expected")
+    pairs = [(a, b) for a, b in zip(ids, wanted, strict=False) if a is not None]
+    result.ids_differ = any(not torch.equal(a.reshape(b.shape), b) for a, b in pairs)
+
+
+def survey_export(name: str, experts: str) -> Survey:
+    """One architecture through torch.export."""
+    model, call = build(name, experts), inputs(name)
+    profile = random_profile(model, ENTRIES[name].columns)
+    result = Survey(graphs=1)
+    with torch.no_grad(), counting(name, model) as calls:
+        model(**call)
+    result.run = len(calls) - ENTRIES[name].unselected
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (), call)
+    except Exception as error:  # noqa: BLE001 (whatever upstream raises is the finding)
+        result.failed = f"{type(error).__name__}: {first_line(error)}"
+        return result
+    found = sere_compile.passes.find_gates(program.graph_module)
+    result.rows = tuple(_export_row(gate, program) for gate in found.gates)
+    ids = _Ids()
+    with torch.no_grad():
+        plain = program.module()(**call)[0]
+        same = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=64)).module()(**call)[0]
+        result.identity_differs = not torch.equal(plain, same)
+        if not result.gates:
+            return result
+        changed = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=1)).module()
+        with ids:
+            got = changed(**call)[0]
+    matrices = {row.name: profile[row.name] for row in result.gates if row.top_k and row.top_k > 1}
+    _compare(result, name, model, call, matrices, got, ids.seen)
+    result.effect = float((got - plain).abs().max())
+    return result
+
+
+def _export_row(gate: Any, program: Any) -> GateRow:
+    names = program.graph_signature.inputs_to_parameters
+    weight = names.get(gate.router_weight.name, gate.router_weight.name)
+    status = "identity" if gate.top_k == 1 else "rewritten"
+    return GateRow(weight, gate.num_experts, gate.top_k, 1, gate.scoring, gate.is_sorted, gate.dispatch, status)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, shortened."""
+    return next(iter(str(error).strip().splitlines()), "")[:160]
