@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import binding, missing_gates
-from .calibration.probe import PROBE_TOKENS, module_dispatch, probe_similarity, region_dispatch
+from .calibration.probe import MODULE_ROWS, PROBE_TOKENS, module_dispatch, probe_similarity, region_dispatch
 from .errors import ProbeError, ProfileError
 from .gate_plan import AppendedInput, GatePlan, attribute
 from .module_tree import find_experts, find_owner
@@ -129,7 +129,7 @@ def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name:
         )
     hidden = weight.shape[1] if weight.shape[0] == gate.num_experts else weight.shape[0]
     dispatch = module_dispatch(experts, hidden, weight.dtype, weight.device)
-    return probe_similarity(dispatch, 512, gate.num_experts, gate.top_k, weight.device)
+    return probe_similarity(dispatch, MODULE_ROWS, gate.num_experts, gate.top_k, weight.device)
 
 
 def _number(value: Any) -> Any:

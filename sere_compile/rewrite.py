@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +13,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
-from .calibration.probe import probe_similarity, region_dispatch
+from .calibration.probe import MODULE_ROWS, Dispatch, module_dispatch, probe_similarity, region_dispatch
 from .config import SereConfig
 from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
 from .missing_gates import describe_nearest_miss
-from .passes import DispatchRegion, Gate, RoutingSettings, Skip, extract_dispatch, find_gates, nodes, rewrite_gate
+from .module_tree import find_experts
+from .passes import Gate, RoutingSettings, Skip, extract_dispatch, find_gates, nodes, rewrite_gate
 from .similarity import SimilarityProfile
 
 log = logging.getLogger(__name__)
@@ -26,29 +26,37 @@ log = logging.getLogger(__name__)
 Traced = TypeVar("Traced", GraphModule, ExportedProgram)
 
 
+_NO_SHAPES = (
+    "Its nodes carry no shapes, as symbolic_trace leaves them: "
+    "torch.fx.passes.shape_prop.ShapeProp(graph_module).propagate(*example_inputs) records them"
+)
+
+
 def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config: SereConfig | None = None) -> Traced:
     """Re-route every gate of a traced graph. Similarity matrices become buffers of the result.
 
     Args:
         traced: an `ExportedProgram`, or a `GraphModule` whose nodes carry shapes. It is not changed.
-        profile: a matrix for every gate, by the name of its router weight. Without one the experts are probed,
-            which needs their weights in the program.
-        config: S, threshold, min_active and max_tokens; the backend's defaults otherwise.
+        profile: a matrix for every gate, by the name of its router weight. Without one the experts are probed: in
+            the graph where its batch size is fixed, else in the model it was traced from, which has to be there still.
+        config: S, threshold, min_active and max_tokens; the backend's defaults otherwise. `inner` has no meaning here.
 
     Returns:
         A rewritten copy that shares the weights.
 
     Raises:
         GateNotFoundError: no gate was found or every gate was refused; the message says why.
-        ConfigError: max_tokens is given, and the program takes batches on both sides of it.
+        ConfigError: max_tokens is given, and the program takes batches on both sides of it; or collect_stats is.
         ProfileError: the profile has no matrix for a gate, or one of another size.
         ProbeError: without a profile, an expert could not be run.
     """
     program = _Program(traced)
     config = config or SereConfig()
+    _check_options(config)
     findings = find_gates(program.module)
     if not findings.gates:
-        raise GateNotFoundError(f"no MoE gate in the traced graph. {describe_nearest_miss(findings.nearest_miss)}")
+        why = describe_nearest_miss(findings.nearest_miss) if program.has_shapes() else _NO_SHAPES
+        raise GateNotFoundError(f"no MoE gate in the traced graph. {why}")
     plans = [(gate, _settings(gate, config)) for gate in findings.gates]
     matrices = [
         None if _too_many_tokens(gate, config.max_tokens) else _matrix(gate, settings, profile, program)
@@ -72,6 +80,14 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
 def _settings(gate: Gate, config: SereConfig) -> RoutingSettings:
     top_k = config.resolved_top_k(gate.top_k)
     return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k))
+
+
+def _check_options(config: SereConfig) -> None:
+    if config.collect_stats:
+        raise ConfigError(
+            "collect_stats counts in models that torch.compile compiled; a program traced ahead of time keeps no "
+            "counters. Use config.replace(collect_stats=False) here, and count with backend='sere'"
+        )
 
 
 def _too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
@@ -109,13 +125,35 @@ def _matrix(
 
 
 def _probe(gate: Gate, name: str, weight: torch.Tensor, program: _Program) -> torch.Tensor:
-    region = extract_dispatch(gate)
-    if not isinstance(region, DispatchRegion):
-        raise ProbeError(f"no profile is given, and the experts of {name} cannot be probed: {region}")
+    """The similarity of a gate's experts: run in the graph, else in the live model that owns the router weight."""
     log.info("no profile is given: probing the experts of %s on random hidden states", name)
-    values: Mapping[Node, Any] = {node: program.value(node) for node in region.inputs}
-    dispatch, rows = region_dispatch(region, values)
+    found = _dispatch_of_graph(gate, program)
+    if isinstance(found, str):
+        experts = find_experts(weight, gate.num_experts)
+        if experts is None:
+            raise ProbeError(
+                f"no profile is given, and the experts of {name} cannot be probed: {found}, and no experts module "
+                "stands beside its router in a model of this process. Give a profile, or rewrite while that model is "
+                "there"
+            )
+        hidden = weight.shape[1] if weight.shape[0] == gate.num_experts else weight.shape[0]
+        found = module_dispatch(experts, hidden, weight.dtype, weight.device), MODULE_ROWS
+    dispatch, rows = found
     return probe_similarity(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
+
+
+def _dispatch_of_graph(gate: Gate, program: _Program) -> tuple[Dispatch, int] | str:
+    """The gate's dispatch as a function and its number of rows, or why the graph alone does not give it."""
+    region = extract_dispatch(gate)
+    if isinstance(region, str):
+        return region
+    unknown = next((node for node in region.inputs if not program.holds(node)), None)
+    if unknown is not None:
+        return f"their dispatch reads {unknown.name}, which only a call has"
+    sizes = [size for node in (region.ids, *region.activations) for size in nodes.shape(node) or ()]
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return "their dispatch is traced for any number of tokens"
+    return region_dispatch(region, {node: program.value(node) for node in region.inputs})
 
 
 class _Program:
@@ -127,6 +165,10 @@ class _Program:
         self.module = _copy_module(source)
         self._buffers: dict[Node, tuple[str, torch.Tensor]] = {}
 
+    def has_shapes(self) -> bool:
+        """Whether the tracer recorded what the operations yield."""
+        return any(nodes.shape(node) is not None for node in self.module.graph.nodes if node.op.startswith("call"))
+
     def weight_name(self, gate: Gate) -> str:
         """The fully qualified name of the gate's router weight."""
         node = gate.router_weight
@@ -136,16 +178,20 @@ class _Program:
         return _lifted(signature).get(node.name, node.name)
 
     def value(self, node: Node) -> Any:
-        """The tensor behind a graph input or attribute; a symbolic size's hint."""
+        """The tensor behind a graph input or attribute that the program `holds`."""
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             return getattr(self.module.get_submodule(owner), name)
-        if self._exported is not None:
-            lifted = _lifted(self._exported.graph_signature).get(node.name)
-            if lifted is not None:
-                state = self._exported.state_dict
-                return state[lifted] if lifted in state else self._exported.constants[lifted]
-        raise ProbeError(f"the experts cannot be probed: their dispatch reads {node.name}, which only a call has")
+        assert self._exported is not None
+        lifted = _lifted(self._exported.graph_signature)[node.name]
+        state = self._exported.state_dict
+        return state[lifted] if lifted in state else self._exported.constants[lifted]
+
+    def holds(self, node: Node) -> bool:
+        """Whether a graph input or attribute is part of the program; the others only a call has."""
+        return node.op == "get_attr" or (
+            self._exported is not None and node.name in _lifted(self._exported.graph_signature)
+        )
 
     def add_buffer(self, matrix: torch.Tensor) -> Node:
         """A graph input or attribute that holds the matrix, ahead of every computation."""

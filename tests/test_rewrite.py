@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import ShapeProp
 
 import sere_compile
 from sere_compile import ConfigError, GateNotFoundError, ProbeError, ProfileError, SereConfig, SimilarityProfile
@@ -290,6 +292,16 @@ class TestErrors:
         with pytest.raises(GateNotFoundError, match=r"candidate is topk at test_rewrite\.py:\d+: its indices reach no"):
             sere_compile.rewrite(program)
 
+    def test_no_shapes(self):
+        """A bare symbolic_trace has the gate and not its sizes; the error says what records them."""
+        with pytest.raises(GateNotFoundError, match=r"carry no shapes.*ShapeProp\(graph_module\)\.propagate"):
+            sere_compile.rewrite(symbolic_trace(_Indexed()))
+
+    def test_counting_is_refused(self):
+        """A traced program has no counters, and does not pretend to."""
+        with pytest.raises(ConfigError, match="collect_stats counts in models"):
+            sere_compile.rewrite(symbolic_trace(_Indexed()), config=SereConfig(collect_stats=True))
+
     def test_no_selection(self):
         """A program without any top-k says so."""
         program = torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),))
@@ -376,6 +388,22 @@ class TestProbing:
         entry = sere_compile.binding.lookup(block.gate.weight)
         close(done.state_dict["sere_similarity_0"], entry.matrix)
 
+    @pytest.mark.parametrize("experts", EXPERTS)
+    def test_any_batch_size(self, experts):
+        """A program for any number of tokens has no numbers to run its experts with: the live model's are run."""
+        block, hidden = build("qwen3_moe", experts).model.layers[0].mlp, torch.randn(4, 6, 32)
+        free = {0: torch.export.Dim("batch", min=2, max=64)}
+        with torch.no_grad():
+            program = torch.export.export(block, (hidden,), dynamic_shapes=(free,))
+            fixed = sere_compile.rewrite(torch.export.export(block, (hidden,)), config=S1)
+        done = sere_compile.rewrite(program, config=S1)
+        close(done.state_dict["sere_similarity_0"], fixed.state_dict["sere_similarity_0"])
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        with pytest.raises(ProbeError, match=r"cannot be probed: .*Give a profile, or rewrite while that model is"):
+            sere_compile.rewrite(torch.export.load(buffer), config=S1)
+
     def test_experts_that_only_a_call_has(self):
         """Experts that are passed as an argument cannot be probed ahead of time."""
 
@@ -389,15 +417,53 @@ class TestProbing:
             sere_compile.rewrite(program, config=S1)
 
 
-def test_hand_written_module():
-    """A module without any library behind it, against the definition."""
-    module, x, matrix = _Indexed(), torch.randn(12, 6), symmetric(5)
-    program = torch.export.export(module, (x,))
-    config = SereConfig(select_top_k=1, min_active=0)
-    done = sere_compile.rewrite(program, profile=SimilarityProfile({"router": matrix}), config=config)
+def wanted_of(module, x, matrix):
+    """The module's output with the definition's ids."""
+    weights, ids = torch.topk((x @ module.router.T).softmax(-1), 3)
+    new_ids = reroute_oracle(ids, matrix, 1)
+    outputs = torch.einsum("th,ehd->ted", x, module.experts)
+    return (outputs.gather(1, new_ids[..., None].expand(-1, -1, 6)) * weights[..., None]).sum(1)
+
+
+def from_export(module, x):
+    return torch.export.export(module, (x,))
+
+
+def from_symbolic_trace(module, x):
+    traced = symbolic_trace(module)
+    ShapeProp(traced).propagate(x)
+    return traced
+
+
+def from_make_fx(module, x):
+    return make_fx(module)(x)
+
+
+def from_make_fx_with_symbols(module, x):
+    return make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+
+
+@pytest.mark.parametrize("trace", [from_export, from_symbolic_trace, from_make_fx, from_make_fx_with_symbols])
+@pytest.mark.parametrize("probed", [False, True])
+def test_hand_written_module(trace, probed):
+    """A module without any library behind it, by every tracer, with a profile and probed: the definition's output."""
+    module, x = _Indexed(), torch.randn(12, 6)
+    traced = trace(module, x)
+    if probed and trace is from_make_fx_with_symbols:
+        with pytest.raises(ProbeError, match="traced for any number of tokens"):
+            sere_compile.rewrite(traced)
+        return
+    # make_fx names a weight itself.
+    name = "router"
+    if isinstance(traced, torch.fx.GraphModule):
+        name = str(find_gates(traced).gates[0].router_weight.target)
+    profile = None if probed else SimilarityProfile({name: symmetric(5)})
+    done = sere_compile.rewrite(traced, profile=profile, config=SereConfig(select_top_k=1, min_active=0))
+    state = done.state_dict() if isinstance(done, torch.fx.GraphModule) else done.state_dict
+    matrix = state["sere_similarity_0"]
+    assert probed or torch.equal(matrix, symmetric(5))
     with torch.no_grad():
-        weights, ids = torch.topk((x @ module.router.T).softmax(-1), 3)
-        new_ids = reroute_oracle(ids, matrix, 1)
-        outputs = torch.einsum("th,ehd->ted", x, module.experts)
-        wanted = (outputs.gather(1, new_ids[..., None].expand(-1, -1, 6)) * weights[..., None]).sum(1)
-        close(done.module()(x), wanted)
+        run = done if isinstance(done, torch.fx.GraphModule) else done.module()
+        close(run(x), wanted_of(module, x, matrix))
+        if trace is from_make_fx_with_symbols:
+            close(run(x[:7]), wanted_of(module, x[:7], matrix))

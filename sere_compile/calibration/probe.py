@@ -14,11 +14,13 @@ from torch.fx import Node
 
 from ..errors import ProbeError
 from ..module_tree import Experts
-from ..passes import DispatchRegion
+from ..passes import DispatchRegion, nodes
 from .metrics import FrobeniusAccumulator
 
 PROBE_TOKENS = 64
 PROBE_SEED = 0
+# Rows of one run of an experts module; each gathers K copies of expert weights under "batched_mm".
+MODULE_ROWS = 512
 
 # (token number of each row [R], ids [R, K], weights [R, K] float32) -> outputs [R, H]
 Dispatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -79,7 +81,9 @@ def region_dispatch(region: DispatchRegion, values: Mapping[Node, Any]) -> tuple
     inputs = [values[node] for node in region.inputs]
     ids_shape, ids_dtype = _concrete_shape(region.ids, symbols), _fake(region.ids).dtype
     weights_dtype = _fake(region.weights).dtype
-    device = _fake(region.ids).device
+    # ShapeProp, which symbolic_trace needs, records no device; the experts' weights are on the same one.
+    on = [_fake(region.ids), *inputs]
+    device = next((value.device for value in on if hasattr(value, "device")), torch.device("cpu"))
     rows = int(torch.Size(ids_shape[:-1]).numel())
     shapes = [_concrete_shape(node, symbols) for node in region.activations]
     tables = [
@@ -98,7 +102,7 @@ def region_dispatch(region: DispatchRegion, values: Mapping[Node, Any]) -> tuple
 
 
 def _fake(node: Node) -> Any:
-    return node.meta["example_value"] if "example_value" in node.meta else node.meta["val"]
+    return nodes.value(node)
 
 
 def _concrete_shape(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...]:
