@@ -101,8 +101,11 @@ def _named_entry(plan: GatePlan, weight: torch.Tensor) -> binding.GateEntry:
 
 def _resolve(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any]) -> None:
     """Find or measure the matrix of the weight that a call passes."""
+    # A gate that is not rewritten never gets a matrix: looking for its owner would scan the heap on each call.
+    if plan.status != REWRITTEN:
+        return
     entry = _named_entry(plan, weight)
-    if plan.status == REWRITTEN and entry.matrix is None:
+    if entry.matrix is None:
         matrix = _probe(plan, weight, arguments, entry.name)
         binding.assign(weight, entry.name, matrix, "probed", from_profile=False)
 

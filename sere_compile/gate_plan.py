@@ -107,6 +107,12 @@ def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule) -> GatePlan:
     )
 
 
+def routing_settings(gate: Gate, config: SereConfig) -> RoutingSettings:
+    """What the options come to for one gate."""
+    top_k = config.resolved_top_k(gate.top_k)
+    return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k))
+
+
 def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, example_inputs: Sequence[Any]) -> None:
     """Rewrite one gate; what its calls need beyond the graph's own inputs is recorded in `appended`."""
     gate = plan.gate
@@ -121,8 +127,7 @@ def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, exa
     weight = plan.weight(example_inputs)
     matrix = torch.empty(gate.num_experts, gate.num_experts, dtype=torch.float32, device=weight.device)
     node = appended.input_for(plan, matrix, counts=False)
-    settings = RoutingSettings(plan.select_top_k, config.threshold, config.resolved_min_active(gate.top_k))
-    done = rewrite_gate(gate, node, settings)
+    done = rewrite_gate(gate, node, routing_settings(gate, config))
     if isinstance(done, Skip):
         appended.drop_unused(plan)
         plan.status, plan.reason = SKIPPED, str(done)

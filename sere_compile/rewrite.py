@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from .calibration.probe import MODULE_ROWS, Dispatch, module_dispatch, probe_similarity, region_dispatch
 from .config import SereConfig
 from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
+from .gate_plan import routing_settings
 from .missing_gates import describe_nearest_miss
 from .module_tree import find_experts
 from .passes import Gate, RoutingSettings, Skip, extract_dispatch, find_gates, nodes, rewrite_gate
@@ -57,7 +58,7 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
     if not findings.gates:
         why = describe_nearest_miss(findings.nearest_miss) if program.has_shapes() else _NO_SHAPES
         raise GateNotFoundError(f"no MoE gate in the traced graph. {why}")
-    plans = [(gate, _settings(gate, config)) for gate in findings.gates]
+    plans = [(gate, routing_settings(gate, config)) for gate in findings.gates]
     matrices = [
         None if _too_many_tokens(gate, config.max_tokens) else _matrix(gate, settings, profile, program)
         for gate, settings in plans
@@ -75,11 +76,6 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
     if refused and (config.strict or len(refused) == len(findings.gates)):
         raise GateNotFoundError(f"{len(refused)} of {len(findings.gates)} gates were refused: {refused[0]}")
     return program.finish()
-
-
-def _settings(gate: Gate, config: SereConfig) -> RoutingSettings:
-    top_k = config.resolved_top_k(gate.top_k)
-    return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k))
 
 
 def _check_options(config: SereConfig) -> None:

@@ -86,6 +86,17 @@ class TestBinding:
         torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
         assert counter.graphs == 1
 
+    def test_an_identity_gate_never_looks_for_its_owner(self, monkeypatch):
+        """S = K: the search through all live objects does not run, however often layers take turns in one graph."""
+        model, ids = build("qwen3_moe"), tokens()
+        searched = []
+        monkeypatch.setattr("sere_compile.bound_graph.find_owner", searched.append)
+        for layer in model.model.layers:
+            layer.compile(backend=sere_backend.with_options(select_top_k=TOP_K["qwen3_moe"], inner="eager"))
+        for _ in range(2):
+            logits(model, ids)
+        assert searched == []
+
     @pytest.mark.parametrize("change", ["deepcopy", "load_state_dict"])
     def test_profile_follows_the_model(self, change):
         """A copy of the model, and weights assigned to it after attaching, have the profile; nothing is probed."""
