@@ -32,7 +32,10 @@ def primary_experts(
         return _named(ids[:, :select_top_k], num_experts, token_mask).amax(0) > 0
     # unions[i]: the experts named in the first S + i slots; S' = K is the same as "none".
     per_slot = _named(ids[:, :-1], num_experts, token_mask)
-    unions = (per_slot.cumsum(0) > 0)[select_top_k - 1 :]
+    slots = torch.arange(per_slot.shape[0], device=ids.device)
+    # Not cumsum: TensorRT's takes no integers.
+    until = (slots[select_top_k - 1 :, None] >= slots)[:, :, None]
+    unions = torch.where(until, per_slot, 0).amax(1) > 0
     too_few = (unions.sum(1) < min_active).sum(0, keepdim=True)
     every = torch.ones(1, num_experts, dtype=torch.bool, device=ids.device)
     return torch.cat([unions, every]).index_select(0, too_few)[0]
@@ -73,9 +76,9 @@ def expert_map(similarity: Tensor, primary: Tensor, threshold: float) -> Tensor:
 
 def apply_map(ids: Tensor, mapping: Tensor) -> Tensor:
     """`mapping[ids]` [T, K] in the dtype of ids; ids that name no expert pass through."""
-    num_experts = mapping.shape[0]
-    mapped = mapping[ids.long().clamp(0, num_experts - 1)]
-    return torch.where(in_range(ids, num_experts), mapped.to(ids.dtype), ids)
+    named = in_range(ids, mapping.shape[0])
+    mapped = mapping[torch.where(named, ids.long(), 0)]
+    return torch.where(named, mapped.to(ids.dtype), ids)
 
 
 def reroute_reference(

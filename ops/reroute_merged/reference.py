@@ -54,17 +54,17 @@ def filled_ids(ids: Tensor, new_ids: Tensor, first: Tensor, num_experts: int, to
     named = torch.zeros(num_tokens, num_experts + 1, dtype=torch.int32, device=ids.device)
     named = named.scatter(1, index, 1)[:, :num_experts] > 0
     active = (named if token_mask is None else named & token_mask[:, None]).any(0)
-    # Candidates in ascending order into columns 0, 1, ... of a [T, K + 1] table; column K takes the rest.
-    candidate = active & ~named
-    rank = candidate.cumsum(1) - 1
-    column = torch.where(candidate & (rank < num_slots), rank, num_slots)
-    experts = torch.arange(num_experts, device=ids.device).expand(num_tokens, num_experts)
-    fillers = torch.full((num_tokens, num_slots + 1), -1, dtype=torch.int64, device=ids.device)
-    fillers = fillers.scatter(1, column, experts)
-    # The n-th freed slot takes column n - 1; -1 there means that A is exhausted.
-    filler = fillers.gather(1, (freed.cumsum(1) - 1).clamp(min=0)).to(ids.dtype)
+    # The K lowest candidates in ascending order; E means that there are no more. Not by cumsum: TensorRT's takes no
+    # integers.
+    experts = torch.arange(num_experts, device=ids.device)
+    candidates = torch.where(active & ~named, experts, num_experts)
+    none = torch.full((num_tokens, num_slots), num_experts, dtype=torch.int64, device=ids.device)
+    fillers = torch.cat([candidates, none], 1).topk(num_slots, largest=False, sorted=True).values
+    # The n-th freed slot takes filler n - 1.
+    place = (freed[:, None, :] & (slots < slots[:, None])).sum(2)
+    filler = fillers.gather(1, place).to(ids.dtype)
     original = torch.where(ids == new_ids, ids.gather(1, first), ids)
-    return torch.where(freed, torch.where(filler >= 0, filler, original), new_ids)
+    return torch.where(freed, torch.where(filler < num_experts, filler, original), new_ids)
 
 
 def reroute_merged_reference(

@@ -1,11 +1,11 @@
 """Write `tensorrt_operators.json` anew from what torch_tensorrt and TensorRT publish.
 
-    pip download --no-deps torch-tensorrt==2.12.0
-    python -m sere_compile.lowering.refresh_operator_tables torch_tensorrt-2.12.0-*.whl operators.md
+    pip download --no-deps torch-tensorrt==2.13.0
+    python -m sere_compile.lowering.refresh_operator_tables torch_tensorrt-2.13.0-*.whl [operators.md]
 
 The wheel is read as source, never imported: importing torch_tensorrt needs TensorRT and a GPU's driver. `operators.md`
-is the file of that name under docs/ in the repository onnx/onnx-tensorrt, at the release that torch_tensorrt uses.
-Names and versions are kept, no text and no code.
+is the file of that name under docs/ in the repository onnx/onnx-tensorrt, at the release that torch_tensorrt uses;
+without it the list stays as it is. Names and versions are kept, no text and no code.
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ def read_operators(text: str) -> dict[str, Any]:
     return {"version": head[1], "opsets": [int(head[2]), int(head[3])], "operators": dict(sorted(operators.items()))}
 
 
-def main(wheel: str, operators: str) -> None:
-    """Read both sources and write the tables."""
-    tables = {
-        "torch_tensorrt": {"source": "the wheel of torch-tensorrt on PyPI", **read_wheel(Path(wheel))},
-        "onnx": {
+def main(wheel: str, operators: str | None = None) -> None:
+    """Read the sources and write the tables."""
+    tables = json.loads(TABLES.read_text(encoding="utf-8"))
+    tables["torch_tensorrt"] = {"source": "the wheel of torch-tensorrt on PyPI", **read_wheel(Path(wheel))}
+    if operators is not None:
+        tables["onnx"] = {
             "source": "docs/operators.md of github.com/onnx/onnx-tensorrt",
             **read_operators(Path(operators).read_text(encoding="utf-8")),
-        },
-    }
+        }
     text = json.dumps(tables, indent=1)
     # Lists of types on one line.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
