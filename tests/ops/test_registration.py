@@ -157,3 +157,81 @@ def test_kernels_compile_for_sm90(tmp_path):
     )
     if "no ptxas" in output:
         pytest.skip("Triton has no ptxas here")
+
+
+def test_tracing_expert_mlp_for_cuda_reaches_the_kernels():
+    """With symbolic T: plan, first and second projection are three launches, and no guard on a size class is broken."""
+    run_alone("""
+        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as functional
+        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation as mutation
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+        from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
+
+        for num_tokens in (4, 32, 256):
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+            rows = mode.from_tensor(torch.empty(num_tokens, 8), symbolic_context=dynamic).shape
+            with mode:
+                ids = torch.empty(rows, dtype=torch.int64, device="cuda")
+                weights = torch.empty(rows, dtype=torch.bfloat16, device="cuda")
+                hidden = torch.empty(rows[0], 128, dtype=torch.bfloat16, device="cuda")
+                gate_up = torch.empty(16, 128, 128, dtype=torch.bfloat16, device="cuda")
+                down = torch.empty(16, 128, 64, dtype=torch.bfloat16, device="cuda")
+
+            def call(*args):
+                return launch_expert_mlp(*args, None, None, "silu_glu", False, False)
+
+            nodes = make_fx(call, tracing_mode="symbolic")(hidden, ids, weights, gate_up, down).graph.nodes
+            assert isinstance(ids.shape[0], torch.SymInt)
+            assert sum(n.target in (functional, mutation) for n in nodes) == 3
+    """)
+
+
+def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
+    """The kernels compile for Hopper: tiles fit shared memory and are copied to it 16 bytes at a time."""
+    output = run_alone(
+        """
+        import os
+        import re
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from sere_compile.ops.expert_mlp.kernel import down_kernel, gate_up_kernel, launch_config, plan_kernel
+
+        if not os.path.exists(triton.knobs.nvidia.ptxas.path):
+            print("no ptxas"); sys.exit()
+
+        def compile_for_sm90(kernel, element, ones, constants):
+            pointers = dict(order_ptr="*i32", start_ptr="*i32", out_ptr="*fp32", ids_ptr="*i64")
+            scalars = dict.fromkeys(("num_slots", "stride_e", "stride_n", "stride_d", "stride_t", "stride_k"), "i32")
+            types = {n: pointers.get(n, f"*{element}") for n in kernel.arg_names if n.endswith("_ptr")}
+            types |= {n: type for n, type in scalars.items() if n not in ones}
+            constants = {**constants, **dict.fromkeys(ones, 1)}
+            options = {n: constants[n] for n in ("num_warps", "num_stages") if n in constants}
+            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in types}
+            constants = {name: constants[name] for name, type in signature.items() if type == "constexpr"}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+            return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+        compile_for_sm90(plan_kernel, "bf16", ("stride_k",), dict(K=8, E=128, SLOTS=1024))
+        LAYERS = [
+            ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False)),
+            ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True)),
+            ("fp32", torch.float32, False, dict(K=2, E=8, HIDDEN=100, INNER=200), ("relu2", False, False, True)),
+        ]
+        for element, dtype, transposed, shape, flags in LAYERS:
+            shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
+            config = launch_config(dtype, shape["HIDDEN"], shape["INNER"])
+            ones = ("stride_k", "stride_n" if transposed else "stride_d")
+            for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
+                compiled = compile_for_sm90(kernel, element, ones, {**shape, **tile.arguments()})
+                assert compiled.metadata.shared < 227 * 1024
+                assert element == "fp32" or "cp.async.cg.shared.global" in compiled.asm["ptx"]
+        """,
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    if "no ptxas" in output:
+        pytest.skip("Triton has no ptxas here")
