@@ -72,13 +72,13 @@ def check_arguments(
         "gate_up_bias": (gate_up_bias, [experts, columns]),
         "down_bias": (down_bias, [experts, width]),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
+    for name, (argument, shape) in expected.items():
+        if argument is None:
             continue
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device} (of hidden), got {tensor.device}")
+        if list(argument.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(argument.shape)}")
+        if argument.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} (of hidden), got {argument.device}")
     for name, tensor in (("gate_up", gate_up), ("down", down)):
         if tensor.dtype != hidden.dtype:
             raise TypeError(f"{name}: expected dtype {hidden.dtype} (of hidden), got {tensor.dtype}")

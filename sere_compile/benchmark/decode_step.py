@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +70,8 @@ def bench_decode_step(
     decoder = Decoder(subject, batch, prompt, steps)
     top_k = subject.blocks[0].top_k
     expected, active = _references(subject, decoder, selects, top_k)
-    runs, errors, keep = {}, {}, []
+    runs: dict[str, Callable[[], object]] = {}
+    errors, keep = {}, []
     variants = all_variants(selects, top_k, stock)
     for variant in variants:
         torch._dynamo.reset()
@@ -81,12 +83,16 @@ def bench_decode_step(
             runs[variant.name] = _eager_run(decoder, forward)
             continue
         decoder.reset()
-        graph = capture(lambda _, f=forward: decoder.step(f), 1)
+        graph = capture(functools.partial(_step, decoder, forward), 1)
         runs[variant.name] = _graph_run(decoder, graph)
         keep.append((graph, forward))
     subject.model.set_experts_implementation("grouped_mm")
     times = time_in_turn(runs, steps, rounds, warmup=1)
     return [_row(v, subject, batch, times[v.name], errors[v.name], active, bandwidth) for v in variants]
+
+
+def _step(decoder: Decoder, forward: Callable[[], torch.Tensor], _: int) -> None:
+    decoder.step(forward)
 
 
 def _graph_run(decoder: Decoder, graph: torch.cuda.CUDAGraph) -> Callable[[], None]:

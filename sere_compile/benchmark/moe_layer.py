@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
-from .timing import capture, time_in_turn
+from .timing import Timing, capture, time_in_turn
 from .variant import Variant, all_variants, token_error
 
 # Each call of a graph has its own tokens, so that no expert stays in the L2 cache by always being the same.
@@ -26,7 +28,8 @@ def bench_moe_layer(
     block = subject.blocks[-1]
     inputs = [_hidden(subject, block, batch, seed) for seed in range(CALLS)]
     expected, active = _references(subject, block, inputs, selects)
-    runs, errors, keep = {}, {}, []
+    runs: dict[str, Callable[[], object]] = {}
+    errors, keep = {}, []
     variants = all_variants(selects, block.top_k, stock)
     for variant in variants:
         torch._dynamo.reset()
@@ -37,9 +40,9 @@ def bench_moe_layer(
             token_error(_tensor(function(x)), want) for x, want in zip(inputs, expected[select], strict=True)
         )
         if variant.backend is None:
-            runs[variant.name] = lambda f=function: [f(x) for x in inputs]
+            runs[variant.name] = functools.partial(_call_all, function, inputs)
         else:
-            graph = capture(lambda i, f=function: f(inputs[i]), CALLS)
+            graph = capture(functools.partial(_call_one, function, inputs), CALLS)
             runs[variant.name] = graph.replay
             keep.append((graph, function))
     times = time_in_turn(runs, CALLS, rounds)
@@ -50,7 +53,7 @@ def bench_moe_layer(
 
 
 def _row(
-    variant: Variant, block: Block, batch: int, timing, error: float, active: dict[int, float], bandwidth: float
+    variant: Variant, block: Block, batch: int, timing: Timing, error: float, active: dict[int, float], bandwidth: float
 ) -> Row:
     count = active[variant.select_top_k or block.top_k]
     size = count * block.expert_bytes
@@ -67,7 +70,18 @@ def _hidden(subject: Subject, block: Block, batch: int, seed: int) -> torch.Tens
     return torch.randn(size, generator=generator, device=weight.device).to(subject.model.dtype)
 
 
-def _references(subject: Subject, block: Block, inputs: list[torch.Tensor], selects: Sequence[int]):
+def _call_one(function: Callable[..., Any], inputs: list[torch.Tensor], index: int) -> Any:
+    return function(inputs[index])
+
+
+def _call_all(function: Callable[..., Any], inputs: list[torch.Tensor]) -> None:
+    for x in inputs:
+        function(x)
+
+
+def _references(
+    subject: Subject, block: Block, inputs: list[torch.Tensor], selects: Sequence[int]
+) -> tuple[dict[int, list[torch.Tensor]], dict[int, float]]:
     """Eager outputs and mean active experts by S, the re-routing done by the oracle; K is always among them."""
     subject.model.set_experts_implementation("grouped_mm")
     matrices = {block.router_weight: subject.matrices[f"{block.name}.{block.router_weight}"]}
@@ -80,6 +94,6 @@ def _references(subject: Subject, block: Block, inputs: list[torch.Tensor], sele
     return expected, active
 
 
-def _tensor(output) -> torch.Tensor:
+def _tensor(output: Any) -> torch.Tensor:
     """Hidden states: some blocks return the router's scores beside them."""
     return output[0] if isinstance(output, tuple) else output

@@ -111,7 +111,7 @@ def find_blocks(model: nn.Module) -> Iterator[Block]:
         ]
         if len(routers) == 1:
             key, router = routers[0]
-            top_k = getattr(router, "top_k", None) or default_k
+            top_k: Any = getattr(router, "top_k", None) or default_k
             size = sum(p.numel() * p.element_size() for p in stacked) // count
             yield Block(name, module, key, count, int(top_k), size)
 
