@@ -27,7 +27,7 @@ class _Numbers(click.ParamType):
 @click.option("--model", "name", help="Folder or Hugging Face name of a causal language model.")
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; random without.")
 @click.option("--layers", type=click.IntRange(min=2), default=12, show_default=True, help="Layers of a geometry.")
-@click.option("--what", default="layer,decode", show_default=True, help="What to time: gating, layer, decode.")
+@click.option("--what", default="gating,layer,decode", show_default=True, help="What to time.")
 @click.option("--batch", type=_Numbers(), default="8,32,64", show_default=True, help="Batch sizes.")
 @click.option("--select-top-k", type=_Numbers(), default="K,2,1", show_default=True, help="S; K: no re-routing.")
 @click.option("--stock", default="grouped_mm,batched_mm", show_default=True, help="Experts of transformers.")

@@ -9,12 +9,17 @@ import triton
 
 from ..errors import SereError
 from .decode_step import bench_decode_step
+from .gating import bench_gating
 from .moe_layer import bench_moe_layer
 from .result import Results, Row
 from .subject import Subject
 from .timing import copy_bandwidth
 
-KINDS: dict[str, Callable[..., list[Row]]] = {"layer": bench_moe_layer, "decode": bench_decode_step}
+KINDS: dict[str, Callable[..., list[Row]]] = {
+    "gating": bench_gating,
+    "layer": bench_moe_layer,
+    "decode": bench_decode_step,
+}
 
 
 def require_device() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sere_compile.benchmark import decode_step, moe_layer, variant
+from sere_compile.benchmark import decode_step, gating, moe_layer, variant
 from sere_compile.benchmark.geometries import GEOMETRIES, Geometry
 from sere_compile.benchmark.result import Results
 from sere_compile.benchmark.subject import random_model
@@ -44,7 +44,7 @@ def without_gpu(monkeypatch):
         return {name: Timing(5.0 if "sere" in name else 10.0, 1.0, 20.0) for name in runs}
 
     monkeypatch.setattr(variant, "INNER", "eager")
-    for module in (moe_layer, decode_step):
+    for module in (gating, moe_layer, decode_step):
         monkeypatch.setattr(module, "capture", capture)
         monkeypatch.setattr(module, "time_in_turn", time_in_turn)
     with torch.no_grad():
@@ -73,6 +73,15 @@ def test_every_variant_agrees_and_fewer_experts_are_active(subject, without_gpu,
     if kind == "layer":
         # 5 us at 1 TB/s are 5 MB; an expert has 3 projections of 32 x 16 in fp32.
         assert rows[3].bandwidth_share == pytest.approx(active[0] * 3 * 32 * 16 * 4 / 5e6)
+
+
+def test_gating_is_compared_over_the_router_alone(subject, without_gpu):
+    """The ids reach one row an expert, which is enough for the pass to see a gate; strict=True would raise."""
+    rows = gating.bench_gating(subject, 5, [4, 1], ["grouped_mm", "batched_mm"], 1e12)
+    names = ["eager", "inductor", "sere S=K", "sere S=1", "inductor projection alone"]
+    assert [row.variant for row in rows] == names
+    assert max(row.error for row in rows) < 1e-5
+    assert [results_of(rows).speedup(row) for row in rows] == [None, None, 2.0, 2.0, None]
 
 
 def test_no_speed_up_while_an_output_disagrees(subject, without_gpu, monkeypatch):
