@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from . import binding, dynamo
 from .config import SereConfig
 from .errors import GateNotFoundError
-from .module_tree import find_experts
+from .module_tree import experts_stand_beside
 from .passes import (
     COUNTED,
     DispatchRegion,
@@ -170,7 +170,7 @@ def experts_are_live(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[Nod
             return False
         entry = binding.lookup(tensor)
         attached = entry is not None and entry.from_profile
-        return attached or find_experts(tensor, num_experts) is not None
+        return attached or experts_stand_beside(tensor, num_experts)
 
     return evidence
 

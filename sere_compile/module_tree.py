@@ -67,11 +67,23 @@ def find_experts(weight: torch.Tensor, num_experts: int) -> Experts | None:
         return None
     for around in owner.chain[:3]:
         for module in _beside(around, weight):
-            if _takes_routing(module) and _holds_experts(module, num_experts):
+            if _takes_routing(module) and (_holds_experts(module, num_experts) or _counts_experts(module, num_experts)):
                 return module
             if isinstance(module, nn.ModuleList) and len(module) == num_experts:
                 return _ExpertList(module)
     return None
+
+
+def experts_stand_beside(weight: torch.Tensor, num_experts: int) -> bool:
+    """Whether experts are seen around the router, callable or not: evidence for ids that leave a graph.
+
+    Beyond `find_experts`: weights stacked over the experts, [E, .., ..], in a module around the router, for experts
+    that take sorted rows and counts instead of ids.
+    """
+    if find_experts(weight, num_experts) is not None:
+        return True
+    owner = find_owner(weight)
+    return owner is not None and any(_holds_experts(around, num_experts) for around in owner.chain[:3])
 
 
 def _beside(module: nn.Module, weight: torch.Tensor) -> Iterator[nn.Module]:
@@ -87,6 +99,12 @@ def _takes_routing(module: nn.Module) -> bool:
 
 def _holds_experts(module: nn.Module, num_experts: int) -> bool:
     return any(p.dim() >= 3 and p.shape[0] == num_experts for p in module.parameters())
+
+
+def _counts_experts(module: nn.Module, num_experts: int) -> bool:
+    """Experts stacked in two dimensions, [E * width, hidden], tell their number only by name."""
+    stacked = all(p.dim() >= 2 and p.shape[0] % num_experts == 0 for p in module.parameters())
+    return stacked and getattr(module, "num_experts", None) == num_experts
 
 
 class _ExpertList:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sere_compile.module_tree import find_experts, find_owner
+from sere_compile.module_tree import experts_stand_beside, find_experts, find_owner
 
 from .tiny_models import build, gate_names, tokens
 
@@ -62,3 +62,49 @@ def test_vocabulary_head_has_no_experts():
     model = build("mixtral")
     model(tokens())
     assert find_experts(model.lm_head.weight, 96) is None
+
+
+class FlatExperts(nn.Module):
+    """Experts stacked in two dimensions, as DBRX does: only a number tells how many they are."""
+
+    def __init__(self, hidden=6, experts=5):
+        super().__init__()
+        self.num_experts = experts
+        self.weight = nn.Parameter(torch.randn(experts * 4, hidden))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return hidden_states
+
+
+class SortedRows(nn.Module):
+    """Experts that take sorted rows and counts instead of ids, as JetMoE's do."""
+
+    def __init__(self, hidden=6, experts=5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, hidden, hidden))
+
+    def forward(self, rows, counts):
+        return rows
+
+
+def block_with(experts):
+    block = nn.Module()
+    block.router = nn.Linear(6, 5, bias=False)
+    block.experts = experts
+    return block
+
+
+def test_flat_stack_of_experts():
+    """The number of experts is taken from the module that has the signature of experts."""
+    block = block_with(FlatExperts())
+    assert find_experts(block.router.weight, 5) is block.experts
+    assert find_experts(block.router.weight, 4) is None
+
+
+def test_experts_that_cannot_be_called_with_ids_are_evidence():
+    """They are seen beside the router, though nothing can probe them."""
+    block = block_with(SortedRows())
+    assert find_experts(block.router.weight, 5) is None
+    assert experts_stand_beside(block.router.weight, 5)
+    assert not experts_stand_beside(block.router.weight, 4)
+    assert not experts_stand_beside(build("mixtral").lm_head.weight, 96)
