@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sere_compile
 from sere_compile import GateRow, SereConfig, SimilarityProfile
 from sere_compile.backend import SereBackend
-from sere_compile.bound_graph import observer
+from sere_compile.bound_graph import _skip_row, observer
 
 from .oracle import counting, rerouted, router_weights
 from .registry import ENTRIES, build, inputs
@@ -116,8 +116,10 @@ def random_profile(model: nn.Module, columns: int = EXPERTS) -> SimilarityProfil
     return SimilarityProfile(matrices)
 
 
-def survey_dynamo(name: str, experts: str, dtype: torch.dtype = torch.float32, **compiling: Any) -> Survey:
-    """One architecture through Dynamo, whole model.
+def survey_dynamo(
+    name: str, experts: str, dtype: torch.dtype = torch.float32, *, by_layer: bool = False, **compiling: Any
+) -> Survey:
+    """One architecture through Dynamo, as a whole or each decoder layer for itself.
 
     Raises:
         What the backend raises, wrapped by Dynamo: a bug of the library.
@@ -130,7 +132,9 @@ def survey_dynamo(name: str, experts: str, dtype: torch.dtype = torch.float32, *
     result.run = len(calls) - ENTRIES[name].unselected
     torch._dynamo.reset()
     backend = _Variants(model, profile)
-    compiled = torch.compile(model, backend=backend, **compiling)
+    compiled: Any = model if by_layer else torch.compile(model, backend=backend, **compiling)
+    for layer in _layers(model) if by_layer else ():
+        layer.compile(backend=backend, **compiling)
 
     def run(variant: str) -> torch.Tensor:
         backend.current = variant
@@ -153,9 +157,15 @@ def survey_dynamo(name: str, experts: str, dtype: torch.dtype = torch.float32, *
     if not torch.allclose(plain, eager, rtol=1e-4, atol=1e-4):
         result.notes.append("the traced model differs from the eager one by itself")
     matrices = {row.name: profile[row.name] for row in result.gates if row.status == "rewritten"}
+    for layer in _layers(model) if by_layer else ():
+        layer._compiled_call_impl = None
     _compare(result, name, model, call, matrices, rerouted_output, backend.ids.seen)
     result.effect = float((rerouted_output - plain).abs().max())
     return result
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    return next(m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and path.endswith("layers"))
 
 
 def _compare(
@@ -194,14 +204,14 @@ def survey_export(name: str, experts: str) -> Survey:
         result.failed = f"{type(error).__name__}: {first_line(error)}"
         return result
     found = sere_compile.passes.find_gates(program.graph_module)
-    result.rows = tuple(_export_row(gate, program) for gate in found.gates)
+    result.rows = tuple(_export_row(gate, program) for gate in found.gates) + tuple(map(_skip_row, found.skips))
+    if not result.gates:
+        return result
     ids = _Ids()
     with torch.no_grad():
         plain = program.module()(**call)[0]
         same = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=64)).module()(**call)[0]
         result.identity_differs = not torch.equal(plain, same)
-        if not result.gates:
-            return result
         changed = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=1)).module()
         with ids:
             got = changed(**call)[0]

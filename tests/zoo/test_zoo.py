@@ -5,7 +5,7 @@ import torch
 
 from .discover import moe_architectures
 from .registry import ENTRIES, implementations
-from .survey import survey_dynamo
+from .survey import survey_dynamo, survey_export
 from .test_registry import REPRESENTATIVES
 
 # Gates the matcher does not know yet, by architecture: an entry goes when it does, and the test insists on it.
@@ -20,15 +20,23 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def cases(names, marks=()):
-    for name in names:
-        known = [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
-        yield pytest.param(name, marks=[*marks, *known], id=name)
+    return [pytest.param(name, marks=[*marks, *known(name)], id=name) for name in names]
 
 
-def everyone():
-    """Representatives in every run, the others in the lane of the zoo."""
-    yield from cases(REPRESENTATIVES)
-    yield from cases(sorted(set(ENTRIES) - set(REPRESENTATIVES)), [pytest.mark.zoo])
+def known(name):
+    return [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
+
+
+# Representatives in every run, the others in the lane of the zoo.
+OTHERS = sorted(set(ENTRIES) - set(REPRESENTATIVES))
+EVERYONE = cases(REPRESENTATIVES) + cases(OTHERS, [pytest.mark.zoo])
+# Those of `INTERFACE` run their experts in several ways; the first way is what `test_dynamo` runs.
+NO_INTERFACE = ("dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers")
+INTERFACE = sorted(set(ENTRIES) - set(NO_INTERFACE))
+# Data-dependent loops, or a cache in the result that torch.export knows no type of.
+NOT_EXPORTED = (*NO_INTERFACE, "diffusion_gemma")
+# One of each kind of router: softmax, biased groups, top-k before softmax, sigmoid, hash beside selected.
+SUBSET = ("deepseek_v3", "deepseek_v4", "gpt_oss", "minimax_m2", "olmoe", "qwen2_moe")
 
 
 def check(name, survey, dtype=torch.float32):
@@ -57,7 +65,56 @@ def default(name):
     return implementations(name)[0]
 
 
-@pytest.mark.parametrize("name", everyone())
+@pytest.mark.parametrize("name", EVERYONE)
 def test_dynamo(name):
     """The whole model through Dynamo, whatever the number of graphs."""
     check(name, survey_dynamo(name, default(name)))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", cases(INTERFACE))
+def test_dynamo_with_indexed_weights(name):
+    """The other implementation that makes one graph."""
+    default(name)
+    check(name, survey_dynamo(name, "batched_mm"))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", cases(SUBSET))
+def test_dynamo_with_a_loop(name):
+    """Experts in a Python loop: ids leave the graph, and one graph serves several layers."""
+    survey = survey_dynamo(name, "eager")
+    check(name, survey)
+    assert survey.graphs > 1
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", cases(sorted(set(ENTRIES) - set(NOT_EXPORTED))))
+def test_export(name):
+    """torch.export, then `rewrite`."""
+    check(name, survey_export(name, default(name)))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", cases(SUBSET))
+def test_bfloat16(name):
+    """Other casts around the router; ids are equal still."""
+    check(name, survey_dynamo(name, "grouped_mm", torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", cases(SUBSET))
+def test_dynamic_shapes(name):
+    """Batch and length are symbols."""
+    check(name, survey_dynamo(name, "grouped_mm", dynamic=True))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", cases(SUBSET))
+def test_layer_by_layer(name):
+    """Each layer is compiled for itself, as serving engines do."""
+    check(name, survey_dynamo(name, "grouped_mm", by_layer=True))
+
+
+def test_lists_are_of_the_registry():
+    assert set(NO_INTERFACE) | set(NOT_EXPORTED) | set(SUBSET) | set(KNOWN) <= set(ENTRIES)
