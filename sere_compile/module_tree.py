@@ -16,7 +16,11 @@ from torch import nn
 
 # torch.compile wraps a module in one that holds the original under this name.
 _COMPILED_PREFIX = "_orig_mod"
-_EXPERTS_SIGNATURE = ("hidden_states", "top_k_index", "top_k_weights")
+# What experts modules of transformers take first; GPT-OSS has names of its own.
+_EXPERTS_SIGNATURES = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def _beside(module: nn.Module, weight: torch.Tensor) -> Iterator[nn.Module]:
 
 def _takes_routing(module: nn.Module) -> bool:
     parameters = list(inspect.signature(module.forward).parameters)
-    return tuple(parameters[:3]) == _EXPERTS_SIGNATURE
+    return tuple(parameters[:3]) in _EXPERTS_SIGNATURES
 
 
 def _holds_experts(module: nn.Module, num_experts: int) -> bool:
