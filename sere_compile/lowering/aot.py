@@ -23,6 +23,7 @@ from ..config import SereConfig
 from ..errors import GateNotFoundError, LoweringError, ProfileError
 from ..rewrite import rewrite
 from ..similarity import SimilarityProfile
+from .standard_operators import experts_computed_by
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def export_rewritten(
     profile: SimilarityProfile | None = None,
     config: SereConfig | None = None,
     dynamic_shapes: Any = None,
+    experts: str | None = None,
     allow_no_gates: bool = False,
 ) -> ExportedProgram:
     """Export a model and re-route its gates, or re-route an exported program.
@@ -101,6 +103,7 @@ def export_rewritten(
         profile: similarity matrices by router weight. None: those attached to the model, else the experts are probed.
         config: S, threshold, min_active and max_tokens; the backend's defaults otherwise.
         dynamic_shapes: which sizes of a model's inputs may vary, as in `torch.export.export`.
+        experts: how Hugging Face models inside a model compute their experts in the program; None leaves that alone.
         allow_no_gates: return the program unchanged, with a warning, where `GateNotFoundError` would be raised.
             `strict=True` in the config still raises.
 
@@ -119,7 +122,8 @@ def export_rewritten(
             _check_not_configured(profile, config)
             return program
     else:
-        program = _export(model_or_program, args or (), kwargs, dynamic_shapes)
+        with experts_computed_by(experts, model_or_program):
+            program = _export(model_or_program, args or (), kwargs, dynamic_shapes)
         profile = profile if profile is not None else _attached_profile(model_or_program)
     if profile is not None:
         _check_profile(profile, program)

@@ -19,7 +19,7 @@ from ..errors import ConfigError, LoweringError
 from ..passes import nodes
 from ..similarity import SimilarityProfile
 from .aot import export_rewritten
-from .standard_operators import REFERENCES, decompose, experts_computed_by, require, sere_nodes
+from .standard_operators import REFERENCES, decompose, require, sere_nodes
 
 # What torch.onnx translates to; below it torch has to convert the finished graph, which can fail.
 LOWEST_OPSET = 18
@@ -93,16 +93,16 @@ def export(
     require("onnx", "onnx", "onnxscript")
     if opset < LOWEST_OPSET:
         raise ConfigError(f"opset must be at least {LOWEST_OPSET}, got {opset}")
-    with experts_computed_by(experts, model):
-        program = export_rewritten(
-            model,
-            args,
-            kwargs=kwargs,
-            profile=profile,
-            config=config,
-            dynamic_shapes=dynamic_shapes,
-            allow_no_gates=allow_no_gates,
-        )
+    program = export_rewritten(
+        model,
+        args,
+        kwargs=kwargs,
+        profile=profile,
+        config=config,
+        dynamic_shapes=dynamic_shapes,
+        experts=experts,
+        allow_no_gates=allow_no_gates,
+    )
     gates = len(sere_nodes(program))
     _check_translatable(program)
     functions = _Functions(opset)

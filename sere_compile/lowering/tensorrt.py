@@ -21,7 +21,7 @@ from ..config import SereConfig
 from ..errors import LoweringError
 from ..similarity import SimilarityProfile
 from .aot import export_rewritten
-from .standard_operators import REFERENCES, decompose, experts_computed_by, require
+from .standard_operators import REFERENCES, decompose, require
 
 # Smallest, best and largest size of a dynamic input.
 ShapeRange = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -63,16 +63,16 @@ def compile(
         ProfileError: the profile lacks a gate of the model; the message names the first.
     """
     (compiler,) = require("tensorrt", "torch_tensorrt.dynamo")
-    with experts_computed_by(experts, model):
-        program = export_rewritten(
-            model,
-            args,
-            kwargs=kwargs,
-            profile=profile,
-            config=config,
-            dynamic_shapes=dynamic_shapes,
-            allow_no_gates=allow_no_gates,
-        )
+    program = export_rewritten(
+        model,
+        args,
+        kwargs=kwargs,
+        profile=profile,
+        config=config,
+        dynamic_shapes=dynamic_shapes,
+        experts=experts,
+        allow_no_gates=allow_no_gates,
+    )
     examples = (args or (), kwargs or {}) if isinstance(model, nn.Module) else program.example_inputs
     if examples is None:
         raise LoweringError("the program has no example inputs (torch.export.save may drop them): give the model")
