@@ -23,6 +23,8 @@ from .similarity import SimilarityProfile, attach
 @click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
 @click.option("--decode", "cache_length", type=int, help="One decoding step with a static cache of so many tokens.")
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
+@click.option("--experts", type=click.Choice(["grouped_mm", "batched_mm"]), help="How the graph computes experts.")
+@click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
 def export_command(
     target: str,
@@ -34,13 +36,15 @@ def export_command(
     min_active: int | None,
     cache_length: int | None,
     as_function: bool,
+    experts: str | None,
+    allow_no_gates: bool,
     dtype: str,
 ) -> None:
     """Write a model with its gates re-routed.
 
     Without --decode the graph takes input_ids of any batch size and length and returns logits, for prefill and scoring.
     With it, (input_ids, position, keys, values) to (logits, keys, values), for any batch size. Exits with 1 when there
-    is no gate.
+    is no gate. ONNX files use batched_mm, the other targets what the model is set to, unless --experts says otherwise.
     """
     try:
         config = SereConfig(select_top_k=select_top_k, threshold=threshold, min_active=min_active)
@@ -50,30 +54,32 @@ def export_command(
         model, _ = load_causal_lm(name, dtype=dtype)
         if matrices is not None:
             attach(model, matrices)
-        written = _write(target, model, out, config, cache_length, as_function)
+        graph = _prefill(model) if cache_length is None else _decode(model, cache_length)
+        graph |= {"config": config, "allow_no_gates": allow_no_gates} | (
+            {} if experts is None else {"experts": experts}
+        )
+        written = _write(target, out, graph, as_function)
     except SereError as error:
         raise click.ClickException(str(error)) from error
     click.echo(written)
 
 
-def _write(target: str, model: Any, out: str, config: SereConfig, cache_length: int | None, as_function: bool) -> str:
-    """Lower the model; one line on what was written."""
-    graph = _prefill(model) if cache_length is None else _decode(model, cache_length)
+def _write(target: str, out: str, graph: dict[str, Any], as_function: bool) -> str:
+    """Lower a module with its arguments; one line on what was written."""
     names = graph.pop("names")
     module, args = graph.pop("module"), graph.pop("args")
     if target == "onnx":
         from .lowering import onnx
 
         done = onnx.export(
-            module, args, out, config=config, as_function=as_function, input_names=names[0], output_names=names[1],
-            **graph,
-        )  # fmt: skip
+            module, args, out, as_function=as_function, input_names=names[0], output_names=names[1], **graph
+        )
         return f"{out}: {done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators"
     from .lowering import aot
 
     if target == "aot":
-        return f"{aot.package(module, out, args, config=config, **graph)}: AOTInductor package"
-    program = aot.export_rewritten(module, args, config=config, **graph)
+        return f"{aot.package(module, out, args, **graph)}: AOTInductor package"
+    program = aot.export_rewritten(module, args, **graph)
     torch.export.save(program, out)
     return f"{out}: exported program; `import sere_compile.ops` before torch.export.load"
 

@@ -30,8 +30,8 @@ def moe(tmp_path_factory):
     return save(tmp_path_factory.mktemp("mixtral"), mixtral())
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def save_dense(folder):
+    """A checkpoint without any gate."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -40,7 +40,12 @@ def dense(tmp_path_factory):
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return save(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config))
+    return save(folder, LlamaForCausalLM(config))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(tmp_path_factory.mktemp("dense"))
 
 
 def explain(*arguments):

@@ -20,6 +20,16 @@ def test_example(name):
     assert done.stdout.rstrip().endswith("equal")
 
 
+def test_export_onnx(tmp_path):
+    """The main path of the ONNX lowering: exported, run for other sizes than traced, equal, and the file kept."""
+    command = [sys.executable, EXAMPLES / "export_onnx.py", "--as-function", "--out", tmp_path / "model.onnx"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 gates re-routed, opset 18" in done.stdout
+    assert done.stdout.rstrip().endswith("equal")
+    assert (tmp_path / "model.onnx").exists()
+
+
 def test_example_fails_when_the_oracle_differs(tmp_path):
     """A broken re-routing makes the example exit with 1: its check is not for show."""
     sabotage = tmp_path / "broken.py"

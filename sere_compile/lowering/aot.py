@@ -40,6 +40,7 @@ def package(
     profile: SimilarityProfile | None = None,
     config: SereConfig | None = None,
     dynamic_shapes: Any = None,
+    experts: str | None = None,
     inductor_options: Mapping[str, Any] | None = None,
     allow_no_gates: bool = False,
 ) -> str:
@@ -56,6 +57,7 @@ def package(
         profile: similarity matrices by router weight.
         config: S, threshold, min_active and max_tokens.
         dynamic_shapes: which sizes of a model's inputs may vary.
+        experts: how Hugging Face models compute their experts in the package; None leaves that alone.
         inductor_options: passed to Inductor, such as `{"max_autotune": True}`.
         allow_no_gates: package an unchanged program rather than raise.
 
@@ -73,6 +75,7 @@ def package(
         profile=profile,
         config=config,
         dynamic_shapes=dynamic_shapes,
+        experts=experts,
         allow_no_gates=allow_no_gates,
     )
     _warn_of_foreign_operators(program)

@@ -8,9 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from sere_compile.export_command import export_command
+from sere_compile.lowering.standard_operators import sere_nodes
 from sere_compile.testing import oracle_routing
 
-from ..test_cli import save
+from ..test_cli import save, save_dense
 from .test_onnx import TOLERANCE, real_model, run
 
 
@@ -42,10 +43,10 @@ def test_onnx(checkpoint, tmp_path):
 
 
 def test_exported_decode_step(checkpoint, tmp_path):
-    """A program that another process loads with the operators alone."""
-    _, folder, _, profile = checkpoint
+    """A program that another process loads with the operators alone; without a profile the experts are probed."""
+    _, folder, _, _ = checkpoint
     out = tmp_path / "model.pt2"
-    result = export("--to", "exported", "--model", folder, "--out", out, "--profile", profile, "--decode", 8)
+    result = export("--to", "exported", "--model", folder, "--out", out, "--decode", 8)
     assert result.exit_code == 0, result.output
     program = torch.export.load(out)
     assert "torch.ops.sere.reroute.default" in str(program.graph_module.code)
@@ -54,6 +55,40 @@ def test_exported_decode_step(checkpoint, tmp_path):
     assert logits.shape[0] == 3
     assert keys[:, :, 0].any()
     assert not keys[:, :, 1:].any()
+
+
+def test_aot_passes_everything_on(checkpoint, tmp_path, monkeypatch):
+    """The package is compiled from the re-routed program in the wanted form; compiling has its tests in test_aot."""
+    _, folder, _, profile = checkpoint
+    programs = []
+
+    def compile_nothing(program, *, package_path, inductor_configs):
+        programs.append(program)
+        return package_path
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_nothing)
+    out = tmp_path / "model.pt2"
+    result = export(
+        "--to", "aot", "--model", folder, "--out", out, "--profile", profile, "--select-top-k", 1, "--threshold", 0.25,
+        "--min-active", 3, "--experts", "batched_mm",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"{out}: AOTInductor package" in result.output
+    [program] = programs
+    [node] = sere_nodes(program)
+    assert node.args[2:5] == (1, 0.25, 3)
+    assert "grouped_mm" not in str(program.graph)
+
+
+def test_no_gates(tmp_path):
+    """Exit status 1 for a model without gates, and the model unchanged where that is allowed."""
+    command = ["--to", "exported", "--model", save_dense(tmp_path / "dense"), "--out", tmp_path / "model.pt2"]
+    refused = export(*command)
+    assert refused.exit_code == 1
+    assert "no MoE gate" in refused.output
+    assert not (tmp_path / "model.pt2").exists()
+    assert export(*command, "--allow-no-gates").exit_code == 0
+    assert not sere_nodes(torch.export.load(tmp_path / "model.pt2"))
 
 
 def test_bad_options(checkpoint, tmp_path):
