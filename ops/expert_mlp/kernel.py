@@ -5,12 +5,14 @@ Imported only when a CUDA tensor arrives, and by the interpreter tests.
 Decoding streams the weights of the active experts; everything else is small beside them. So a program owns a few
 output columns of one expert and reads their weights from end to end, for all slots of that expert at once:
 
-1. `plan_kernel` groups the slots by expert (a stable counting sort, one program an expert).
+1. `plan_kernel` groups the slots by expert (a stable counting sort, one program an expert) and lists active experts.
 2. `gate_up_kernel`: first projection and activation, one row for each slot, in the plan's order.
 3. `down_kernel`: second projection, bias and router weight, fp32, one row for each slot, in the caller's order.
 4. The sum over a token's K rows is ATen, in slot order, so that Inductor fuses it with what follows the layer.
 
-Programs of experts without slots end after one look at the plan. No float atomics: the result is deterministic.
+The projections' programs stay on the GPU and walk over (active expert, columns): how many there are is known on the
+device alone, and a program for each possible one would spend more time on starting than on S = 1's weights. No float
+atomics: the result is deterministic.
 """
 
 import contextlib
@@ -30,40 +32,67 @@ from .reference import gate_width
 ROWS = 16
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def plan_kernel(
-    ids_ptr, order_ptr, start_ptr, num_slots, stride_t, stride_k, K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr
-):
-    """Write order [T * K]: slots grouped by expert; start [E + 2]: where the group of each expert begins.
-
-    Group E holds the slots that name no expert. One program a group; each looks at all ids.
-    """
-    group = tl.program_id(0)
-    slot = tl.arange(0, SLOTS)
+@triton.jit
+def load_groups(ids_ptr, slot, num_slots, stride_t, stride_k, K: tl.constexpr, E: tl.constexpr):
+    """The expert that each slot names; E where it names none, E + 1 beyond the last slot."""
     inside = slot < num_slots
     ids = tl.load(ids_ptr + (slot // K).to(tl.int64) * stride_t + (slot % K) * stride_k, mask=inside, other=-1)
-    of = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
-    of = tl.where(inside, of, E + 1)
-    first = tl.sum((of < group).to(tl.int32))
-    mine = of == group
-    rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-    tl.store(order_ptr + first + rank, slot, mask=mine)
-    tl.store(start_ptr + group, first)
-    if group == E:
-        tl.store(start_ptr + E + 1, num_slots)
+    group = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+    return tl.where(inside, group, E + 1)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def plan_kernel(
+    ids_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_t, stride_k, K: tl.constexpr, E: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write order [T * K], the slots grouped by expert, then those that name none; and the lists of groups.
+
+    active [E + 1]: the active experts, ascending; their number A is at [E]. first [E + 1]: where the group of each
+    active expert begins in order; at [A] where the last one ends. One program an expert, and one for "none".
+    """
+    own = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    word = tl.arange(0, WORDS)[:, None]
+    before = tl.zeros([CHUNK], tl.int32)
+    seen = tl.zeros([WORDS, CHUNK], tl.int32)
+    for start in range(0, num_slots, CHUNK):
+        group = load_groups(ids_ptr, start + lane, num_slots, stride_t, stride_k, K, E)
+        before += (group < own).to(tl.int32)
+        bit = tl.where(group < own, 1 << (group & 31), 0)
+        seen |= tl.where((group >> 5)[None, :] == word, bit[None, :], 0)
+    first = tl.sum(before)
+    bits = (tl.reduce(seen, 1, _or)[:, None] >> tl.arange(0, 32)[None, :]) & 1
+    rank = tl.sum(bits)
+    position = first
+    for start in range(0, num_slots, CHUNK):
+        mine = (load_groups(ids_ptr, start + lane, num_slots, stride_t, stride_k, K, E) == own).to(tl.int32)
+        tl.store(order_ptr + position + tl.cumsum(mine, axis=0) - 1, start + lane, mask=mine != 0)
+        position += tl.sum(mine)
+    if own == E:
+        tl.store(active_ptr + E, rank)
+        tl.store(first_ptr + rank, first)
+    elif position > first:
+        tl.store(active_ptr + rank, own)
+        tl.store(first_ptr + rank, first)
 
 
 @triton.jit
-def load_tile(ptrs, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, EVICT: tl.constexpr):
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def load_tile(ptrs, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
     """A tile with 0 outside: rows [R, 1] and columns [1, C] say what is inside."""
     if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(ptrs, mask=rows & columns, other=0.0, eviction_policy=EVICT)
+        return tl.load(ptrs, mask=rows & columns, other=0.0)
     elif MASK_ROWS:
-        return tl.load(ptrs, mask=rows, other=0.0, eviction_policy=EVICT)
+        return tl.load(ptrs, mask=rows, other=0.0)
     elif MASK_COLUMNS:
-        return tl.load(ptrs, mask=columns, other=0.0, eviction_policy=EVICT)
+        return tl.load(ptrs, mask=columns, other=0.0)
     else:
-        return tl.load(ptrs, eviction_policy=EVICT)
+        return tl.load(ptrs)
 
 
 @triton.jit
@@ -123,7 +152,6 @@ def project(
     BLOCK_K: tl.constexpr,
     MASK_N: tl.constexpr,
     SWAP: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     """Return x [M, DEPTH] @ w [N, DEPTH].T in fp32 [M, N], from pointers to the first BLOCK_K columns of each."""
     MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
@@ -131,8 +159,8 @@ def project(
     acc = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         inside = column < DEPTH - k
-        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K, "")
-        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K, EVICT)
+        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
+        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
         acc = dot_rows(x, w, acc, SWAP)
         x_ptrs += step_x
         w_ptrs += step_w
@@ -156,7 +184,6 @@ def project_pair(
     BLOCK_K: tl.constexpr,
     MASK_N: tl.constexpr,
     SWAP: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     """`project` for gate and up at once; the pointers to up are to_up elements further."""
     MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
@@ -165,9 +192,9 @@ def project_pair(
     up = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         inside = column < DEPTH - k
-        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K, "")
-        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K, EVICT)
-        v = load_tile(w_ptrs + to_up, w_rows, inside, MASK_N, MASK_K, EVICT)
+        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
+        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
+        v = load_tile(w_ptrs + to_up, w_rows, inside, MASK_N, MASK_K)
         gate = dot_rows(x, w, gate, SWAP)
         up = dot_rows(x, v, up, SWAP)
         x_ptrs += step_x
@@ -182,7 +209,7 @@ def gate_up_tile(
     x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, first, last, column, stride_n, stride_d,
     K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, EVICT: tl.constexpr,
+    SWAP: tl.constexpr,
 ):  # fmt: skip
     """Write act[first : first + M, column : column + N] of the expert whose weights and bias begin at w_ptr, b_ptr."""
     MASK_N: tl.constexpr = INNER % N != 0
@@ -195,7 +222,7 @@ def gate_up_tile(
     if not GATED:
         w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
         x = project(x_ptrs, w_ptrs, inside[:, None], (n < INNER)[:, None], BLOCK_K, BLOCK_K * stride_d,
-                    HIDDEN, M, N, BLOCK_K, MASK_N, SWAP, EVICT)  # fmt: skip
+                    HIDDEN, M, N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
         if HAS_BIAS:
             x += tl.load(b_ptr + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
         act = activate(x, ACTIVATION)
@@ -205,15 +232,15 @@ def gate_up_tile(
             p = 2 * column + tl.arange(0, 2 * N)
             w_ptrs = w_ptr + p[:, None] * stride_n + d[None, :] * stride_d
             both = project(x_ptrs, w_ptrs, inside[:, None], (p < 2 * INNER)[:, None], BLOCK_K, BLOCK_K * stride_d,
-                           HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP, EVICT)  # fmt: skip
+                           HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
             if HAS_BIAS:
                 both += tl.load(b_ptr + p, mask=p < 2 * INNER, other=0.0).to(tl.float32)[None, :]
             gate, up = tl.split(tl.reshape(both, (M, N, 2)))
         else:
             w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
             gate, up = project_pair(x_ptrs, w_ptrs, inside[:, None], (n < INNER)[:, None], BLOCK_K,
-                                    BLOCK_K * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N, SWAP,
-                                    EVICT)  # fmt: skip
+                                    BLOCK_K * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N,
+                                    SWAP)  # fmt: skip
             if HAS_BIAS:
                 gate += tl.load(b_ptr + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
                 up += tl.load(b_ptr + INNER + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
@@ -224,36 +251,35 @@ def gate_up_tile(
 
 @triton.jit
 def gate_up_kernel(
-    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, start_ptr, stride_e, stride_n, stride_d,
-    K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, SMALL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVICT: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, active_ptr, first_ptr, stride_e, stride_n, stride_d,
+    K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """Write act [T * K, INNER] in the plan's order: BLOCK_N columns of one expert a program."""
+    """Write act [T * K, INNER] in the plan's order: BLOCK_N columns of one expert at a time."""
     TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
-    expert = tl.program_id(0) // TILES
-    column = tl.program_id(0) % TILES * BLOCK_N
-    first = tl.load(start_ptr + expert)
-    last = tl.load(start_ptr + expert + 1)
-    w_ptr += expert.to(tl.int64) * stride_e
-    b_ptr += expert * INNER * (2 if GATED else 1)
-    if last - first <= SMALL:
-        if first < last:
-            gate_up_tile(x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, first, last, column, stride_n, stride_d, K, HIDDEN,
-                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP,
-                         EVICT)  # fmt: skip
-    else:
-        for m in range(first, last, BLOCK_M):
-            gate_up_tile(x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, m, last, column, stride_n, stride_d, K, HIDDEN,
-                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
-                         "")  # fmt: skip
+    COLUMNS: tl.constexpr = 2 * INNER if GATED else INNER
+    for item in range(tl.program_id(0), tl.load(active_ptr + E) * TILES, tl.num_programs(0)):
+        column = item % TILES * BLOCK_N
+        expert = tl.load(active_ptr + item // TILES)
+        first = tl.load(first_ptr + item // TILES)
+        last = tl.load(first_ptr + item // TILES + 1)
+        w = w_ptr + expert.to(tl.int64) * stride_e
+        b = b_ptr + expert * COLUMNS
+        if last - first <= SMALL:
+            gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, first, last, column, stride_n, stride_d, K, HIDDEN, INNER,
+                         ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
+        else:
+            for m in range(first, last, BLOCK_M):
+                gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, m, last, column, stride_n, stride_d, K, HIDDEN, INNER,
+                             ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
 
 
 @triton.jit
 def down_tile(
     act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d, stride_t, stride_k,
     K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, EVICT: tl.constexpr,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Write the rows order[first : first + M] of out, columns column : column + N, for one expert."""
     MASK_N: tl.constexpr = HIDDEN % N != 0
@@ -265,7 +291,7 @@ def down_tile(
     x_ptrs = act_ptr + row[:, None] * INNER + d[None, :]
     w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
     x = project(x_ptrs, w_ptrs, inside[:, None], (n < HIDDEN)[:, None], BLOCK_K, BLOCK_K * stride_d,
-                INNER, M, N, BLOCK_K, MASK_N, SWAP, EVICT)  # fmt: skip
+                INNER, M, N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
     if HAS_BIAS:
         x += tl.load(b_ptr + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[None, :]
     weight = tl.load(weights_ptr + (slot // K) * stride_t + (slot % K) * stride_k, mask=inside, other=0.0)
@@ -274,56 +300,61 @@ def down_tile(
     tl.store(out_ptrs, x, mask=inside[:, None] & (n < HIDDEN)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def down_kernel(
-    act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, start_ptr, stride_e, stride_n, stride_d, stride_t, stride_k,
+    act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_e, stride_n,
+    stride_d, stride_t, stride_k,
     K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr,
     SMALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Write out [T * K, HIDDEN] in fp32, 0 for slots of no expert: BLOCK_N columns of one group a program."""
+    """Write out [T * K, HIDDEN] in fp32, 0 for slots of no expert: BLOCK_N columns of one expert at a time."""
     TILES: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    expert = tl.program_id(0) // TILES
-    column = tl.program_id(0) % TILES * BLOCK_N
-    first = tl.load(start_ptr + expert)
-    last = tl.load(start_ptr + expert + 1)
-    w_ptr += expert.to(tl.int64) * stride_e
-    b_ptr += expert * HIDDEN
-    if expert == E:
-        n = column + tl.arange(0, BLOCK_N)
-        for m in range(first, last):
-            slot = tl.load(order_ptr + m)
-            tl.store(out_ptr + slot.to(tl.int64) * HIDDEN + n, tl.zeros([BLOCK_N], tl.float32), mask=n < HIDDEN)
-    elif last - first <= SMALL:
-        if first < last:
-            down_tile(act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d,
-                      stride_t, stride_k, K, HIDDEN, INNER, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP,
-                      EVICT)  # fmt: skip
-    else:
-        for m in range(first, last, BLOCK_M):
-            down_tile(act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, m, last, column, stride_n, stride_d,
-                      stride_t, stride_k, K, HIDDEN, INNER, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
-                      "")  # fmt: skip
+    num_active = tl.load(active_ptr + E)
+    for item in range(tl.program_id(0), num_active * TILES, tl.num_programs(0)):
+        column = item % TILES * BLOCK_N
+        expert = tl.load(active_ptr + item // TILES)
+        first = tl.load(first_ptr + item // TILES)
+        last = tl.load(first_ptr + item // TILES + 1)
+        w = w_ptr + expert.to(tl.int64) * stride_e
+        b = b_ptr + expert * HIDDEN
+        if last - first <= SMALL:
+            down_tile(act_ptr, w, b, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d, stride_t,
+                      stride_k, K, HIDDEN, INNER, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
+        else:
+            for m in range(first, last, BLOCK_M):
+                down_tile(act_ptr, w, b, weights_ptr, out_ptr, order_ptr, m, last, column, stride_n, stride_d, stride_t,
+                          stride_k, K, HIDDEN, INNER, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
+    n = tl.arange(0, BLOCK_N)
+    for m in range(tl.load(first_ptr + num_active) + tl.program_id(0), num_slots, tl.num_programs(0)):
+        row = out_ptr + tl.load(order_ptr + m).to(tl.int64) * HIDDEN
+        for column in range(0, HIDDEN, BLOCK_N):
+            tl.store(row + column + n, tl.zeros([BLOCK_N], tl.float32), mask=column + n < HIDDEN)
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Meta-parameters of one projection's launch."""
+    """Meta-parameters of one projection's launch; `per_sm` programs on each multiprocessor."""
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    per_sm: int
     block_m: int = 32
     swap: bool = False
-    evict: str = ""
 
     def arguments(self) -> dict:
         """As keyword arguments of a launch."""
         return {
             "SMALL": ROWS, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
-            "SWAP": self.swap, "EVICT": self.evict, "num_warps": self.num_warps, "num_stages": self.num_stages,
+            "SWAP": self.swap, "num_warps": self.num_warps, "num_stages": self.num_stages,
         }  # fmt: skip
+
+    def programs(self, device: torch.device) -> int:
+        """The size of the grid on a device. Without CUDA (fake tensors, the interpreter) some small number."""
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return 3
+        return self.per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +363,7 @@ class LaunchConfig:
 
     gate_up: TileConfig
     down: TileConfig
+    chunk: int = 4096
 
 
 def launch_config(dtype: torch.dtype, hidden: int, inner: int) -> LaunchConfig:
@@ -342,9 +374,9 @@ def launch_config(dtype: torch.dtype, hidden: int, inner: int) -> LaunchConfig:
         return largest if size % largest == 0 else largest // 2
 
     if dtype.itemsize == 4:
-        tile = TileConfig(32, 32, 4, 3)
+        tile = TileConfig(32, 32, 4, 3, 2)
         return LaunchConfig(tile, tile)
-    return LaunchConfig(TileConfig(32, depth(hidden), 4, 4), TileConfig(64, depth(inner), 4, 4))
+    return LaunchConfig(TileConfig(32, depth(hidden), 4, 4, 3), TileConfig(64, depth(inner), 4, 4, 3))
 
 
 def device_guard(tensor: Tensor):
@@ -363,23 +395,20 @@ def launchable(kernel):
     return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
-def slot_block(num_slots: int) -> int:
-    """The width of the plan's look at T * K slots. Few classes: with a symbolic T each is one more compiled graph."""
-    if guard_or_false(num_slots <= 256):
-        return 256
-    return 1024 if guard_or_false(num_slots <= 1024) else 4096
+def launch_plan(topk_ids: Tensor, num_experts: int, chunk: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
+    """(order int32 [T * K], active int32 [E + 1], first int32 [E + 1]) of ids [T, K]; T >= 1.
 
-
-def launch_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(order int32 [T * K], start int32 [E + 2]) of ids [T, K]; T >= 1."""
+    `chunk` bounds the bits that a program sets at once, in words: 4096 of them fit its registers.
+    """
     num_slots = topk_ids.shape[0] * topk_ids.shape[1]
     order = torch.empty(num_slots, dtype=torch.int32, device=topk_ids.device)
-    start = torch.empty(num_experts + 2, dtype=torch.int32, device=topk_ids.device)
+    active, first = (torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device) for _ in range(2))
+    words = triton.next_power_of_2(triton.cdiv(num_experts + 1, 32))
     launchable(plan_kernel)[(num_experts + 1,)](
-        topk_ids, order, start, num_slots, topk_ids.stride(0), topk_ids.stride(1),
-        K=int(topk_ids.shape[1]), E=num_experts, SLOTS=slot_block(num_slots),
+        topk_ids, order, active, first, num_slots, topk_ids.stride(0), topk_ids.stride(1),
+        K=int(topk_ids.shape[1]), E=num_experts, WORDS=words, CHUNK=min(512, max(16, chunk // words)),
     )  # fmt: skip
-    return order, start
+    return order, active, first
 
 
 def launch_expert_mlp(
@@ -402,20 +431,21 @@ def launch_expert_mlp(
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     config = config or launch_config(hidden.dtype, width, inner)
-    order, start = launch_plan(topk_ids, num_experts)
+    order, active, first = launch_plan(topk_ids, num_experts, config.chunk)
     act = torch.empty((num_tokens * num_slots, inner), dtype=hidden.dtype, device=hidden.device)
     out = torch.empty((num_tokens * num_slots, width), dtype=torch.float32, device=hidden.device)
     # Where a bias is missing its pointer is not read; any tensor will do.
-    launchable(gate_up_kernel)[(num_experts * triton.cdiv(inner, config.gate_up.block_n),)](
-        hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(), act, order, start,
-        *_strides(gate_up, transposed), K=num_slots, HIDDEN=width, INNER=inner,
+    launchable(gate_up_kernel)[(config.gate_up.programs(hidden.device),)](
+        hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(), act, order, active,
+        first, *_strides(gate_up, transposed), K=num_slots, E=num_experts, HIDDEN=width, INNER=inner,
         ACTIVATION=activation.removesuffix("_glu"), GATED=gate_width(activation) == 2, INTERLEAVED=interleaved,
         HAS_BIAS=gate_up_bias is not None, **config.gate_up.arguments(),
     )  # fmt: skip
-    launchable(down_kernel)[((num_experts + 1) * triton.cdiv(width, config.down.block_n),)](
-        act, down, act if down_bias is None else down_bias.contiguous(), topk_weights, out, order, start,
-        *_strides(down, transposed), topk_weights.stride(0), topk_weights.stride(1), K=num_slots, E=num_experts,
-        HIDDEN=width, INNER=inner, HAS_BIAS=down_bias is not None, **config.down.arguments(),
+    launchable(down_kernel)[(config.down.programs(hidden.device),)](
+        act, down, act if down_bias is None else down_bias.contiguous(), topk_weights, out, order, active, first,
+        num_tokens * num_slots, *_strides(down, transposed), topk_weights.stride(0), topk_weights.stride(1),
+        K=num_slots, E=num_experts, HIDDEN=width, INNER=inner, HAS_BIAS=down_bias is not None,
+        **config.down.arguments(),
     )  # fmt: skip
     return out.view(num_tokens, num_slots, width).sum(1).to(hidden.dtype)
 

@@ -25,6 +25,7 @@ from sere_compile.ops.expert_mlp.reference import activate
 
 CALLS = 6
 DEVICE = "cuda"
+SMS = 132
 
 
 def make_layer(geometry):
@@ -79,48 +80,49 @@ def gate_up_launch(geometry, tensors, config):
     """Kernel, grid, arguments of the first projection; tensors may be dtypes, to compile alone."""
     g = geometry
     strides = (2 * g.inner * g.hidden, *((1, 2 * g.inner) if g.transposed else (g.hidden, 1)))
-    args = [tensors[n] for n in ("hidden", "gate_up", "gate_up_bias", "act", "order", "start")]
+    args = [tensors[n] for n in ("hidden", "gate_up", "gate_up_bias", "act", "order", "active", "first")]
     kwargs = dict(
-        K=g.top_k, HIDDEN=g.hidden, INNER=g.inner, ACTIVATION=g.activation.removesuffix("_glu"), GATED=True,
-        INTERLEAVED=g.interleaved, HAS_BIAS=g.bias, **config.arguments(),
+        K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, ACTIVATION=g.activation.removesuffix("_glu"),
+        GATED=True, INTERLEAVED=g.interleaved, HAS_BIAS=g.bias, **config.arguments(),
     )  # fmt: skip
-    return K.gate_up_kernel, (g.experts * -(-g.inner // config.block_n),), (*args, *strides), kwargs
+    return K.gate_up_kernel, (config.per_sm * SMS,), (*args, *strides), kwargs
 
 
 def down_launch(geometry, tensors, config):
     g = geometry
     strides = (g.inner * g.hidden, *((1, g.hidden) if g.transposed else (g.inner, 1)), g.top_k, 1)
-    args = [tensors[n] for n in ("act", "down", "down_bias", "weights", "out", "order", "start")]
+    args = [tensors[n] for n in ("act", "down", "down_bias", "weights", "out", "order", "active", "first")]
     kwargs = dict(K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, HAS_BIAS=g.bias, **config.arguments())
-    return K.down_kernel, ((g.experts + 1) * -(-g.hidden // config.block_n),), (*args, *strides), kwargs
+    return K.down_kernel, (config.per_sm * SMS,), (*args, tensors["num_slots"], *strides), kwargs
 
 
 LAUNCHES = {"gate_up": gate_up_launch, "down": down_launch}
 
 
 def candidates(geometry, which):
-    """Tiles whose stages fit the shared memory, at least 24 KiB of weights in flight a program."""
+    """Tiles that fill the shared memory of a multiprocessor with 48 KiB of weights in flight or more."""
     width, depth = (geometry.inner, geometry.hidden) if which == "gate_up" else (geometry.hidden, geometry.inner)
     wide = 2 if which == "gate_up" else 1
-    for n, k, warps, stages, swap, m in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256), (2, 4, 8), (2, 3, 4, 5), (False, True), (32, 64)
+    for n, k, warps, stages, swap, m, per_sm in itertools.product(
+        (16, 32, 64, 128), (64, 128, 256), (2, 4, 8), (2, 3, 4, 5), (False, True), (32, 64), (1, 2, 3, 4, 6)
     ):
         weights, rows = wide * n * k * 2, m * k * 2
         buffers = stages if swap else stages - 1
-        if width % n or depth % k or not 8192 <= weights <= 65536 or not 16384 <= buffers * weights <= 150000:
+        shared = per_sm * buffers * (weights + rows)
+        if width % n or depth % k or not 8192 <= weights <= 65536 or per_sm * warps > 16 or (m == 64 and k != 128):
             continue
-        if buffers * (weights + rows) > 225000 or (swap and (n < 64 or warps != n // 16)) or (warps == 2 and n > 32):
+        if shared > 225000 or per_sm * buffers * weights < 49152 or shared * (per_sm + 1) / per_sm < 130000:
             continue
-        if m == 64 and not (stages == 4 and k == 128):
+        if (swap and (n < 64 or warps != n // 16)) or (warps == 2 and n > 32) or (warps == 8 and n < 64):
             continue
-        yield K.TileConfig(n, k, warps, stages, m, swap)
+        yield K.TileConfig(n, k, warps, stages, per_sm, m, swap)
 
 
 def compile_alone(name, which, configs):
     """In a process of its own: fill Triton's cache."""
     geometry = GEOMETRIES[name]
     dtypes = dict.fromkeys(("hidden", "gate_up", "gate_up_bias", "act", "down", "down_bias", "weights"), torch.bfloat16)
-    dtypes |= {"order": torch.int32, "start": torch.int32, "out": torch.float32}
+    dtypes |= dict.fromkeys(("order", "active", "first"), torch.int32) | {"out": torch.float32, "num_slots": 256}
     for config in configs:
         kernel, grid, args, kwargs = LAUNCHES[which](geometry, dtypes, config)
         try:
@@ -170,12 +172,14 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
 
 def case_tensors(geometry, layer, tokens, select, seed):
     hidden, ids, weights = make_routing(geometry, tokens, select, seed)
-    order, start = K.launch_plan(ids, geometry.experts)
+    order, active, first = K.launch_plan(ids, geometry.experts)
     slots = ids.numel()
     gate_up, down, gate_up_bias, down_bias, *_ = layer
     act = torch.randn(slots, geometry.inner, dtype=torch.bfloat16, device="cuda")
     return {
-        "hidden": hidden, "ids": ids, "weights": weights, "order": order, "start": start, "gate_up": gate_up,
+        "hidden": hidden, "ids": ids, "weights": weights, "order": order, "active": active, "first": first,
+        "num_slots": slots,
+        "gate_up": gate_up,
         "down": down, "gate_up_bias": hidden if gate_up_bias is None else gate_up_bias,
         "down_bias": act if down_bias is None else down_bias, "act": act,
         "out": torch.empty(slots, geometry.hidden, device="cuda"),

@@ -239,8 +239,10 @@ def small_tiles(**changes):
     """Blocks smaller than every dimension, so that all loops and masks are walked through."""
     from sere_compile.ops.expert_mlp.kernel import LaunchConfig, TileConfig
 
-    tile = TileConfig(**{"block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 2, "block_m": 16} | changes)
-    return LaunchConfig(tile, tile)
+    tile = TileConfig(
+        **{"block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 2, "per_sm": 1, "block_m": 16} | changes
+    )
+    return LaunchConfig(tile, tile, chunk=16)
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["rows", "swapped"])
@@ -274,7 +276,29 @@ def test_plan_groups_slots_by_expert_in_order(dtype, kernel_device):
 
     ids = torch.randint(-2, 9, (37, 3), generator=torch.Generator().manual_seed(0)).to(dtype).to(kernel_device)
     with poisoned_memory():
-        order, start = launch_plan(ids[:, :2], 7)
+        order, active, first = launch_plan(ids[:, :2], 7, chunk=16)
     groups = torch.where((ids >= 0) & (ids < 7), ids, 7)[:, :2].flatten()
     assert order.tolist() == groups.argsort(stable=True).tolist()
-    assert start.tolist() == [(groups < e).sum().item() for e in range(9)]
+    experts = sorted(set(groups.tolist()) - {7})
+    assert active[7] == len(experts)
+    assert active[: len(experts)].tolist() == experts
+    assert first[: len(experts) + 1].tolist() == [(groups < e).sum().item() for e in [*experts, 7]]
+
+
+@pytest.mark.parametrize("experts", [1, 31, 32, 70])
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_plan_lists_active_experts(experts, tokens, kernel_device):
+    """Any number of bit words, one or several chunks of slots, experts without slots in between."""
+    from sere_compile.ops.expert_mlp.kernel import launch_plan
+
+    # The interpreter reduces one element at a time.
+    chunk = 4096 if kernel_device == "cuda" else 64
+    ids = torch.randint(-1, experts + 1, (tokens, 1), generator=torch.Generator().manual_seed(tokens))
+    ids = torch.where(ids % 3 == 1, ids - 1, ids).to(kernel_device)
+    with poisoned_memory():
+        _, active, first = launch_plan(ids, experts, chunk)
+    named = sorted({e for e in ids.flatten().tolist() if 0 <= e < experts})
+    assert active[experts] == len(named)
+    assert active[: len(named)].tolist() == named
+    counts = [(ids == e).sum().item() for e in named]
+    assert first[: len(named) + 1].diff().tolist() == counts

@@ -204,7 +204,7 @@ def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
             print("no ptxas"); sys.exit()
 
         def compile_for_sm90(kernel, element, ones, constants):
-            pointers = dict(order_ptr="*i32", start_ptr="*i32", out_ptr="*fp32", ids_ptr="*i64")
+            pointers = dict(order_ptr="*i32", active_ptr="*i32", first_ptr="*i32", out_ptr="*fp32", ids_ptr="*i64")
             scalars = dict.fromkeys(("num_slots", "stride_e", "stride_n", "stride_d", "stride_t", "stride_k"), "i32")
             types = {n: pointers.get(n, f"*{element}") for n in kernel.arg_names if n.endswith("_ptr")}
             types |= {n: type for n, type in scalars.items() if n not in ones}
@@ -216,7 +216,7 @@ def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
             return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-        compile_for_sm90(plan_kernel, "bf16", ("stride_k",), dict(K=8, E=128, SLOTS=1024))
+        compile_for_sm90(plan_kernel, "bf16", ("stride_k",), dict(K=8, E=128, WORDS=8, CHUNK=512))
         LAYERS = [
             ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False)),
             ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True)),
