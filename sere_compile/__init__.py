@@ -4,6 +4,7 @@ compiled = torch.compile(model, backend="sere", options={"select_top_k": 2})
 """
 
 from .backend import SereBackend, sere_backend
+from .capture import compile
 from .config import SereConfig
 from .errors import (
     ConfigError,
@@ -35,6 +36,7 @@ __all__ = [
     "SereError",
     "SimilarityProfile",
     "attach",
+    "compile",
     "detach",
     "explain",
     "reset_stats",

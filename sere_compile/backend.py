@@ -69,6 +69,8 @@ class SereBackend:
             ProbeError: no matrix is attached and the experts could not be run to measure one.
         """
         config, inner_options = split_options(self.config, options)
+        if config.capture == "auto":
+            raise ConfigError('capture="auto" acts before a backend is called: use sere_compile.compile(model, ...)')
         graph = dynamo.copy_graph(module)
         findings = find_gates(graph, experts_are_live(graph, example_inputs))
         plans = [plan_gate(gate, config, graph) for gate in findings.gates]

@@ -27,6 +27,8 @@ class SereConfig:
         inner: the backend that compiles the rewritten graph: a name that torch.compile knows, or a callable
             taking (graph_module, example_inputs).
         strict: raise `GateNotFoundError` where a warning would tell that nothing was re-routed.
+        capture: "default", or "auto": try Dynamo's dynamic-shape capture first. Only `sere_compile.compile` and
+            `explain` can do so; a backend gets graphs that are captured already.
         collect_stats: count tokens, changed slots and active experts on the device; `sere_compile.stats` reads them.
 
     Raises:
@@ -40,6 +42,7 @@ class SereConfig:
     inner: str | Callable[..., Any] = "inductor"
     strict: bool = False
     collect_stats: bool = False
+    capture: str = "default"
 
     def __post_init__(self) -> None:
         _check_count("select_top_k", self.select_top_k, least=1)
@@ -51,6 +54,8 @@ class SereConfig:
         for name in ("strict", "collect_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.capture not in ("default", "auto"):
+            raise ConfigError(f'capture must be "default" or "auto", got {self.capture!r}')
         if not (isinstance(self.inner, str) or callable(self.inner)):
             raise ConfigError(f"inner must be the name of a backend or a callable, got {self.inner!r}")
         if self.inner == "sere":

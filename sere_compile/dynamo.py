@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
@@ -119,3 +122,29 @@ def is_outermost() -> bool:
             return False
         frame = frame.f_back
     return False
+
+
+@contextlib.contextmanager
+def dynamic_shape_capture() -> Iterator[None]:
+    """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors."""
+    from torch._dynamo import config  # here, because importing Dynamo takes seconds
+
+    with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        yield
+
+
+def forget_codes(model: Any) -> None:
+    """Make Dynamo look anew at the code of a model or function and of what it called.
+
+    Dynamo keeps compiled code and the decision to skip a frame with the code object, for whatever traced it. Others
+    who compiled the same code compile it again.
+    """
+    from torch._C._dynamo.eval_frame import reset_code
+    from torch._dynamo.convert_frame import input_codes
+
+    functions = [type(module).forward for module in model.modules()] if isinstance(model, torch.nn.Module) else [model]
+    files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
+    for reference in list(input_codes.seen):
+        code = reference()
+        if code is not None and code.co_filename in files:
+            reset_code(code)

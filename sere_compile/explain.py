@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import dynamo
 from .backend import SereBackend
 from .bound_graph import observer
 from .config import SereConfig
@@ -33,13 +34,15 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     def observe(row: GateRow) -> None:
         rows.setdefault(row.name, row)
 
-    backend = SereBackend((config or SereConfig()).replace(strict=False), explaining=True)
+    config = config or SereConfig()
+    backend = SereBackend(config.replace(strict=False, capture="default"), explaining=True)
+    capture = dynamo.dynamic_shape_capture() if config.capture == "auto" else contextlib.nullcontext()
     original = getattr(model, "_orig_mod", model)
     # A compile of its own must not run into the limit that the user's compiles of the same code count against.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
     token = observer.set(observe)
     try:
-        with limits, torch.no_grad(), _without_own_compile(original):
+        with limits, capture, torch.no_grad(), _without_own_compile(original):
             torch.compile(original, backend=backend)(*args, **kwargs)
     finally:
         observer.reset(token)

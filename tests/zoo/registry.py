@@ -6,7 +6,6 @@ for one that is not listed and says what to do.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from dataclasses import dataclass, field
@@ -33,22 +32,22 @@ class Entry:
         model: name of the class, where the first of `_SUFFIXES` is not the one with the experts.
         inputs: names of further inputs that take the token ids (a decoder's).
         identity: K is 1, so that every gate is an identity.
+        interface: whether transformers can run its experts in several ways; else it has a dispatch of its own.
         selecting: end of the class name of the modules that select, where experts do not take `top_k_index`.
         columns: columns of the router, more than the experts where some compute nothing.
         unselected: how many calls of experts a forward makes without a selection (hash routing).
         skipped: why no gate of the architecture is re-routed, or empty: a word of the reason in the report.
-        defect: a known defect of the installed transformers that keeps the architecture from being compared.
     """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     model: str = ""
     inputs: tuple[str, ...] = ()
     identity: bool = False
+    interface: bool = True
     selecting: str = ""
     columns: int = EXPERTS
     unselected: int = 0
     skipped: str = ""
-    defect: str = ""
 
 
 _LATENT = {"num_key_value_heads": 4}
@@ -80,7 +79,8 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
             "max_seq_len": 64,
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 12, "moe_top_k": 3},
-        }
+        },
+        interface=False,
     ),
     "deepseek_ocr2": Entry(_ONE_DENSE | {"n_group": None, "topk_group": None}),
     "deepseek_v2": Entry(_LATENT),
@@ -88,7 +88,9 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
     "deepseek_v32": Entry(_LATENT),
     # The first layer routes by token id, through a table.
     "deepseek_v4": Entry({"mlp_layer_types": ["hash_moe", "moe", "moe"]}, unselected=1),
-    "doge": Entry({"is_moe": True, "num_experts": 16}, selecting="CDMoE", columns=8, skipped="product keys"),
+    "doge": Entry(
+        {"is_moe": True, "num_experts": 16}, selecting="CDMoE", columns=8, skipped="product keys", interface=False
+    ),
     "dots3_note": Entry(_LATENT | {"head_dim": 16, "index_n_heads": 2, "index_head_dim": 16}),
     "ernie4_5_vl_moe": Entry({"moe_intermediate_size": [16, 16]} | _rope_sections(1, 1, 2)),
     "flint": Entry({"mlp_only_layers": [0]}),
@@ -111,13 +113,15 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
     "jamba": Entry(
         {"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 3, "attn_layer_offset": 1}
     ),
-    "jetmoe": Entry({"kv_channels": 8}, selecting="TopKGating"),
+    "jetmoe": Entry({"kv_channels": 8}, selecting="TopKGating", interface=False),
     "kimi_linear": Entry({"linear_num_heads": 2, "linear_head_dim": 8}),
     "lfm2_moe": Entry({"layer_types": ["conv", "full_attention", "conv"]}),
     # The published models take one expert a token.
-    "llama4": Entry({"num_experts_per_tok": 1}, selecting="Router", identity=True),
+    "llama4": Entry({"num_experts_per_tok": 1}, selecting="Router", identity=True, interface=False),
     "longcat_flash": Entry(
-        _LATENT | {"zero_expert_num": 4, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16}, columns=16
+        _LATENT | {"zero_expert_num": 4, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
+        columns=16,
+        interface=False,
     ),
     "mistral4": Entry(_LATENT),
     "mistral_large4": Entry(_LATENT),
@@ -132,13 +136,15 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
         inputs=("decoder_input_ids",),
         selecting="Top2Router",
         skipped="capacity",
+        interface=False,
     ),
-    "step3p7": Entry(_ONE_DENSE | {"sliding_window": 16}),
+    "step3p7": Entry(_ONE_DENSE | {"sliding_window": 16}, interface=False),
     "switch_transformers": Entry(
         {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_sparse_encoder_layers": 2}
         | {"num_decoder_layers": 2, "num_sparse_decoder_layers": 2},
         selecting="Top1Router",
         skipped="capacity",
+        interface=False,
     ),
     "zaya": Entry({"num_experts_per_tok": 1}, columns=13, identity=True),
 }
@@ -177,7 +183,7 @@ def build(name: str, experts: str = "grouped_mm", dtype: torch.dtype = torch.flo
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2, generator=generator)
-    if has_experts_interface(model):
+    if ENTRIES[name].interface:
         model.set_experts_implementation(experts)
     return model.to(dtype)
 
@@ -194,7 +200,6 @@ def inputs(name: str, batch: int = 2, length: int = 4, seed: int = 0) -> dict[st
     return {"input_ids": ids, "use_cache": False} | dict.fromkeys(ENTRIES[name].inputs, ids)
 
 
-@functools.cache
 def implementations(name: str) -> tuple[str, ...]:
     """The experts implementations of an architecture; one that has a dispatch of its own has only that: "own"."""
-    return ("grouped_mm", "batched_mm", "eager") if has_experts_interface(build(name)) else ("own",)
+    return ("grouped_mm", "batched_mm", "eager") if ENTRIES[name].interface else ("own",)

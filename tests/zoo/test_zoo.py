@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from .discover import moe_architectures
 from .registry import ENTRIES, implementations
 from .survey import survey_dynamo, survey_export
+from .table import cell, read
 from .test_registry import REPRESENTATIVES
 
 # Gates the matcher does not know yet, by architecture: an entry goes when it does, and the test insists on it.
@@ -30,11 +32,10 @@ def known(name):
 # Representatives in every run, the others in the lane of the zoo.
 OTHERS = sorted(set(ENTRIES) - set(REPRESENTATIVES))
 EVERYONE = cases(REPRESENTATIVES) + cases(OTHERS, [pytest.mark.zoo])
-# Those of `INTERFACE` run their experts in several ways; the first way is what `test_dynamo` runs.
-NO_INTERFACE = ("dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers")
-INTERFACE = sorted(set(ENTRIES) - set(NO_INTERFACE))
+# Experts that transformers runs in several ways; `test_dynamo` runs the first.
+INTERFACE = sorted(name for name, entry in ENTRIES.items() if entry.interface)
 # Data-dependent loops, or a cache in the result that torch.export knows no type of.
-NOT_EXPORTED = (*NO_INTERFACE, "diffusion_gemma")
+NOT_EXPORTED = {"dbrx", "diffusion_gemma", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"}
 # One of each kind of router: softmax, biased groups, top-k before softmax, sigmoid, hash beside selected.
 SUBSET = ("deepseek_v3", "deepseek_v4", "gpt_oss", "minimax_m2", "olmoe", "qwen2_moe")
 
@@ -58,6 +59,13 @@ def check(name, survey, dtype=torch.float32):
         assert survey.error <= TOLERANCE[dtype]
 
 
+def checked_in(name, experts, column, survey):
+    """docs/support.md says the same, where it was written with the installed versions."""
+    header, rows = read()
+    if transformers.__version__ in header and torch.__version__.partition("+")[0] in header:
+        assert rows[name, experts][column] == cell(survey), f"stale: python -m tests.zoo.table {name}"
+
+
 def default(name):
     """The first experts implementation: grouped_mm, where experts have several."""
     if name not in moe_architectures():
@@ -68,7 +76,9 @@ def default(name):
 @pytest.mark.parametrize("name", EVERYONE)
 def test_dynamo(name):
     """The whole model through Dynamo, whatever the number of graphs."""
-    check(name, survey_dynamo(name, default(name)))
+    survey = survey_dynamo(name, default(name))
+    checked_in(name, default(name), 2, survey)
+    check(name, survey)
 
 
 @pytest.mark.zoo
@@ -76,7 +86,9 @@ def test_dynamo(name):
 def test_dynamo_with_indexed_weights(name):
     """The other implementation that makes one graph."""
     default(name)
-    check(name, survey_dynamo(name, "batched_mm"))
+    survey = survey_dynamo(name, "batched_mm")
+    checked_in(name, "batched_mm", 2, survey)
+    check(name, survey)
 
 
 @pytest.mark.zoo
@@ -84,6 +96,7 @@ def test_dynamo_with_indexed_weights(name):
 def test_dynamo_with_a_loop(name):
     """Experts in a Python loop: ids leave the graph, and one graph serves several layers."""
     survey = survey_dynamo(name, "eager")
+    checked_in(name, "eager", 2, survey)
     check(name, survey)
     assert survey.graphs > 1
 
@@ -92,7 +105,9 @@ def test_dynamo_with_a_loop(name):
 @pytest.mark.parametrize("name", cases(sorted(set(ENTRIES) - set(NOT_EXPORTED))))
 def test_export(name):
     """torch.export, then `rewrite`."""
-    check(name, survey_export(name, default(name)))
+    survey = survey_export(name, default(name))
+    checked_in(name, default(name), 4, survey)
+    check(name, survey)
 
 
 @pytest.mark.zoo
@@ -117,4 +132,4 @@ def test_layer_by_layer(name):
 
 
 def test_lists_are_of_the_registry():
-    assert set(NO_INTERFACE) | set(NOT_EXPORTED) | set(SUBSET) | set(KNOWN) <= set(ENTRIES)
+    assert NOT_EXPORTED | set(SUBSET) | set(KNOWN) <= set(ENTRIES)
