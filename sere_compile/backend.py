@@ -81,7 +81,8 @@ class SereBackend:
         graph.graph.lint()
         graph.recompile()
         if self._explaining:
-            return ObservedGraph(module.forward, plans, findings.skips)
+            whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
+            return ObservedGraph(module.forward, plans, findings.skips, whole_call=whole_call)
         log.debug("rewritten graph:\n%s", _LazyCode(graph))
         compiled = _compile_inner(graph, appended.inputs, config, mode, inner_options)
         if not plans:

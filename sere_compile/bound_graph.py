@@ -56,14 +56,19 @@ class BoundGraph:
 class ObservedGraph:
     """A graph as it was traced, that reports its gates and refused selections to `observer` whenever it runs."""
 
-    def __init__(self, original: Callable[..., Any], plans: list[GatePlan], skips: Sequence[Skip]) -> None:
+    def __init__(
+        self, original: Callable[..., Any], plans: list[GatePlan], skips: Sequence[Skip], *, whole_call: bool
+    ) -> None:
         self._original = original
         self._plans = plans
         self._skips = skips
+        self._whole_call = whole_call
 
     def __call__(self, *arguments: Any) -> Any:
         """Report, then run the original graph."""
         report = observer.get()
+        if self._whole_call:
+            on_whole_call.get()()
         for plan in self._plans:
             report(_row(plan, _named_entry(plan, plan.weight(arguments))))
         for skip in self._skips:
@@ -74,6 +79,8 @@ class ObservedGraph:
 # Where `explain` collects rows. Not part of a backend: two explaining backends have to be equal, or each would leave
 # a compiled version of its own in Dynamo's cache.
 observer: ContextVar[Callable[[GateRow], None]] = ContextVar("observer", default=lambda row: None)
+# ... and is told that one graph was all of the call, so that nothing ran outside.
+on_whole_call: ContextVar[Callable[[], None]] = ContextVar("on_whole_call", default=lambda: None)
 
 
 def _value(item: AppendedInput, weight: torch.Tensor) -> torch.Tensor:

@@ -67,8 +67,10 @@ def find_experts(weight: torch.Tensor, num_experts: int) -> Experts | None:
     (hidden_states, top_k_index, top_k_weights), or a list of `num_experts` modules that each take hidden states.
     """
     owner = find_owner(weight)
-    if owner is None:
-        return None
+    return None if owner is None else _experts_around(owner, weight, num_experts)
+
+
+def _experts_around(owner: Owner, weight: torch.Tensor, num_experts: int) -> Experts | None:
     for around in owner.chain[:3]:
         for module in _beside(around, weight):
             if _takes_routing(module) and (_holds_experts(module, num_experts) or _counts_experts(module, num_experts)):
@@ -82,12 +84,18 @@ def experts_stand_beside(weight: torch.Tensor, num_experts: int) -> bool:
     """Whether experts are seen around the router, callable or not: evidence for ids that leave a graph.
 
     Beyond `find_experts`: weights stacked over the experts, [E, .., ..], in a module around the router, for experts
-    that take sorted rows and counts instead of ids.
+    that take sorted rows and counts instead of ids; or a dictionary of `num_experts` modules.
     """
-    if find_experts(weight, num_experts) is not None:
-        return True
     owner = find_owner(weight)
-    return owner is not None and any(_holds_experts(around, num_experts) for around in owner.chain[:3])
+    if owner is None:
+        return False
+    if _experts_around(owner, weight, num_experts) is not None:
+        return True
+    return any(
+        _holds_experts(around, num_experts)
+        or any(isinstance(child, nn.ModuleDict) and len(child) == num_experts for child in around.modules())
+        for around in owner.chain[:3]
+    )
 
 
 def _beside(module: nn.Module, weight: torch.Tensor) -> Iterator[nn.Module]:

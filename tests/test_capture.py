@@ -121,7 +121,7 @@ def test_backend_alone_cannot_capture():
 
 def test_explain_captures_the_same_way():
     model, _, x = prepared(MaskLoop)
-    assert not sere_compile.explain(model, x).gates
+    assert not sere_compile.explain(model, x).rewritten
     torch._dynamo.reset()
     report = sere_compile.explain(model, x, config=SereConfig(capture="auto"))
     assert [row.status for row in report.gates] == ["rewritten"]
