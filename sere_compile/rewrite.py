@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 Traced = TypeVar("Traced", GraphModule, ExportedProgram)
 
 
+# The options that say what re-routing is in a program, and those that only say how a graph is captured and compiled.
+_USED = frozenset({"select_top_k", "threshold", "min_active", "max_tokens", "strict"})
+_OF_THE_COMPILER = frozenset({"inner", "capture", "fuse_router", "lower_experts"})
+
 _NO_SHAPES = (
     "Its nodes carry no shapes, as symbolic_trace leaves them: "
     "torch.fx.passes.shape_prop.ShapeProp(graph_module).propagate(*example_inputs) records them"
@@ -79,11 +83,19 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
 
 
 def _check_options(config: SereConfig) -> None:
+    """Refuse an option that would be ignored here; those of the compiler behind us have nothing to act on."""
     if config.collect_stats:
         raise ConfigError(
             "collect_stats counts in models that torch.compile compiled; a program traced ahead of time keeps no "
             "counters. Use config.replace(collect_stats=False) here, and count with backend='sere'"
         )
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.name not in _USED | _OF_THE_COMPILER and value != option.default:
+            raise ConfigError(
+                f"{option.name}={value!r} is for backend='sere'; a program traced ahead of time takes "
+                f"{', '.join(sorted(_USED))}"
+            )
 
 
 def _too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:

@@ -1,5 +1,6 @@
 """`rewrite` on programs that were traced ahead of time, against the eager oracle."""
 
+import dataclasses
 import functools
 import io
 import logging
@@ -301,6 +302,19 @@ class TestErrors:
         """A traced program has no counters, and does not pretend to."""
         with pytest.raises(ConfigError, match="collect_stats counts in models"):
             sere_compile.rewrite(symbolic_trace(_Indexed()), config=SereConfig(collect_stats=True))
+
+    def test_every_option_is_used_or_refused(self):
+        """An option that somebody adds to SereConfig is not ignored here without a word."""
+
+        @dataclasses.dataclass(frozen=True)
+        class Newer(SereConfig):
+            flavour: str = "plain"
+
+        sere_compile.rewrite(torch.export.export(_Indexed(), (torch.randn(4, 6),)), config=Newer(inner="eager"))
+        with pytest.raises(
+            ConfigError, match=r"flavour='odd' is for backend='sere'; .* takes max_tokens, min_active, sel"
+        ):
+            sere_compile.rewrite(symbolic_trace(_Indexed()), config=Newer(flavour="odd"))
 
     def test_no_selection(self):
         """A program without any top-k says so."""
