@@ -7,29 +7,78 @@ names an expert twice gets the sum of both slots, whatever follows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from . import nodes
+from .duplicate_safety import COUNTS, consumers, slots_stay_apart
+from .expert_evidence import (
+    limits_named,
+    numbers_named,
+    reaches_experts,
+    same_for_every_expert,
+    tells_experts_apart,
+)
 from .gate import Use, UseKind
+from .selections import Selection
 
-_COUNTS = frozenset({"histc", "bincount"})
-# How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is 60 nodes.
-_HORIZON = 200
+# What a step of a selection may do with its id besides choosing: mask it out of the scores of the next step.
+_READS_SCORES = frozenset({"gather", "take_along_dim", "max", "argmax", "topk", "sort", "argsort"})
 
 
-def classify_uses(ids: Node, projection: Node, num_experts: int) -> list[tuple[Use, bool]]:
+@dataclass(frozen=True)
+class Uses:
+    """Every consumer of a selection's ids.
+
+    Attributes:
+        all: the uses.
+        reach: whether expert weights are seen behind a dispatch in this graph.
+        compared_with: numbers of experts that comparisons of the ids would make sense of.
+        entangled: a consumer that reads the ids before they are complete, and may dispatch by them.
+    """
+
+    all: list[Use]
+    reach: bool
+    compared_with: set[int]
+    entangled: Node | None
+
+
+def classify_uses(
+    selection: Selection, projection: Node, num_experts: int, columns: int, leaves: Callable[[Node], bool]
+) -> Uses:
     """Classify every consumer of the ids.
 
-    Returns:
-        Each use, and whether expert weights are seen behind it in this graph.
+    Args:
+        selection: what selects.
+        projection: the router's projection.
+        num_experts: E, of which expert weights are looked for.
+        columns: number of scores that are selected from, at least E.
+        leaves: whether a node's result is returned from the graph, see `Leaving`.
     """
-    classified = [_classify(consumer, read, projection, num_experts) for consumer, read in _consumers(ids)]
-    if _tells_experts_apart([use.consumer for use, _ in classified], num_experts):
-        classified = [(use, reaches or bool(_numbers_named(use.consumer))) for use, reaches in classified]
+    read = [pair for ids in selection.ids for pair in consumers(ids)]
+    classified = [_classify(consumer, ids, projection, num_experts, leaves) for consumer, ids in read]
+    if num_experts == columns and tells_experts_apart([use.consumer for use, _ in classified], num_experts):
+        classified = [(use, reaches or bool(numbers_named(use.consumer))) for use, reaches in classified]
     inside = any(reaches for _, reaches in classified)
-    return [(_inside(use) if inside else use, reaches) for use, reaches in classified]
+    uses = [_inside(use) if inside else use for use, _ in classified]
+    if not inside and any(use.kind is UseKind.LEAVES for use in uses):
+        # Counts leave together with the ids: experts outside the graph may split their rows by them.
+        uses = [_outside(use, leaves) for use in uses]
+    early = [pair for ids in (*selection.unnarrowed, *selection.steps) for pair in consumers(ids, selection.ids)]
+    before = [_classify(consumer, ids, projection, num_experts, leaves)[0] for consumer, ids in early]
+    open_ended = [use for use in before if use.kind.dispatches and not _only_masks(use.consumer, columns)]
+    return Uses(
+        uses + [Use(use.consumer, use.read, _kept(use)) for use in before],
+        reach=any(use.kind.dispatches and reaches for use, (_, reaches) in zip(uses, classified, strict=True)),
+        compared_with={number for consumer, _ in read + early for number in limits_named(consumer)},
+        entangled=open_ended[0].consumer if open_ended else None,
+    )
+
+
+def _kept(use: Use) -> UseKind:
+    return UseKind.RANKING if use.kind.dispatches else use.kind
 
 
 def _inside(use: Use) -> Use:
@@ -39,20 +88,35 @@ def _inside(use: Use) -> Use:
     return use
 
 
-def _consumers(ids: Node) -> Iterator[tuple[Node, Node]]:
-    """Pairs (consumer, the view or copy of the ids that it reads), in graph order of the paths."""
-    for user in ids.users:
-        if nodes.kind(user) in nodes.VALUE_PRESERVING and nodes.operand(user) is ids:
-            yield from _consumers(user)
-        elif nodes.reads_numbers(user, ids):
-            yield user, ids
+def _outside(use: Use, leaves: Callable[[Node], bool]) -> Use:
+    if use.kind is UseKind.STATISTIC and leaves(use.consumer):
+        return Use(use.consumer, use.read, UseKind.LEAVES)
+    return use
 
 
-def _classify(consumer: Node, read: Node, projection: Node, num_experts: int) -> tuple[Use, bool]:
+def _only_masks(consumer: Node, columns: int) -> bool:
+    """Whether a consumer only shapes scores [.., columns] that are selected from or looked up."""
+    if nodes.last_size(consumer) != columns:
+        return False
+    pending, seen = [consumer], {consumer}
+    while pending:
+        for user in nodes.followers(pending.pop()):
+            if nodes.last_size(user) == columns:
+                if user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+            elif nodes.kind(user) not in _READS_SCORES and nodes.reads_numbers(user, consumer):
+                return False
+    return True
+
+
+def _classify(
+    consumer: Node, read: Node, projection: Node, num_experts: int, leaves: Callable[[Node], bool]
+) -> tuple[Use, bool]:
     name = nodes.kind(consumer)
     if consumer.op == "output":
         return Use(consumer, read, UseKind.LEAVES), False
-    if _reads_scores(consumer, read, projection):
+    if _reads_scores(consumer, read, projection) or same_for_every_expert(consumer, num_experts):
         return Use(consumer, read, UseKind.LOOK_UP), False
     if name == "index" and read in nodes.index_tensors(consumer):
         return _classify_index(consumer, read, nodes.operand(consumer), num_experts)
@@ -60,11 +124,11 @@ def _classify(consumer: Node, read: Node, projection: Node, num_experts: int) ->
         table = max(nodes.operands(consumer), key=lambda n: nodes.is_floating(n))
         return _classify_index(consumer, read, table, num_experts)
     reaches = reaches_experts(consumer, num_experts)
-    if name in ("sort", "argsort") and _slots_stay_apart(consumer):
+    if name in ("sort", "argsort") and slots_stay_apart(consumer):
         return Use(consumer, read, UseKind.GROUPED), reaches
-    if name in _COUNTS:
+    if name in COUNTS:
         return Use(consumer, read, UseKind.GROUPED if reaches else UseKind.STATISTIC), reaches
-    if not reaches and _leaves(consumer):
+    if not reaches and leaves(consumer):
         return Use(consumer, read, UseKind.LEAVES), False
     return Use(consumer, read, UseKind.UNKNOWN), reaches
 
@@ -112,136 +176,17 @@ def _reads_scores(consumer: Node, read: Node, projection: Node) -> bool:
     return False
 
 
-def _tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:
-    """Whether each expert is asked for by its number, as a loop over separate expert modules does.
+class Leaving:
+    """Whether the result of a node is returned from its graph; computed once, when first asked."""
 
-    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0 .. E-1 all occur.
-    """
-    named = {number for consumer in consumers for number in _numbers_named(consumer)}
-    return named.issuperset(range(num_experts))
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._live: set[Node] = set()
 
-
-def _numbers_named(consumer: Node) -> set[int]:
-    """The constants that a consumer compares the ids with, or the columns that are taken of its mask."""
-    name = nodes.kind(consumer)
-    if name == "eq":
-        other = nodes.argument(consumer, 1, "other")
-        return {int(other)} if isinstance(other, (int, float)) and other == int(other) else set()
-    if name not in ("one_hot", "scatter", "scatter_add"):
-        return set()
-    columns: set[int] = set()
-    pending = nodes.followers(consumer)
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        picked = _picked_numbers(node)
-        columns |= picked
-        rearranged = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute"}
-        if not picked and (rearranged or nodes.same_shape(node, consumer)):
-            fresh = [user for user in nodes.followers(node) if user not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
-    return columns
-
-
-def _picked_numbers(node: Node) -> set[int]:
-    """The number in `x[.., e]` or `x.select(dim, e)`, or in a slice one wide."""
-    if nodes.raw_name(node) == "select":
-        parts: object = nodes.argument(node, 2, "index")
-    elif nodes.raw_name(node) == "slice":
-        start, stop = nodes.argument(node, 2, "start", 0), nodes.argument(node, 3, "end")
-        parts = slice(start, stop)
-    elif nodes.kind(node) == "slice":
-        parts = node.args[1]
-    else:
-        return set()
-    numbers = set()
-    for part in parts if isinstance(parts, (tuple, list)) else (parts,):
-        if isinstance(part, slice) and isinstance(part.start, int) and part.stop == part.start + 1:
-            numbers.add(part.start)
-        elif isinstance(part, int) and not isinstance(part, bool):
-            numbers.add(part)
-    return numbers
-
-
-def reaches_experts(start: Node, num_experts: int) -> bool:
-    """Whether weights stacked over the experts, [E, .., ..], are read somewhere behind `start`."""
-    pending, seen = [start], {start}
-    while pending and len(seen) < _HORIZON:
-        node = pending.pop(0)
-        if any(_is_stacked(source, num_experts) for source in nodes.operands(node)):
-            return True
-        fresh = [user for user in nodes.followers(node) if user not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
-
-
-def _is_stacked(node: Node, num_experts: int) -> bool:
-    root = nodes.parameter_root(node)
-    sizes = nodes.shape(root) if root is not None else None
-    return sizes is not None and len(sizes) >= 3 and sizes[0] == num_experts
-
-
-def _leaves(start: Node) -> bool:
-    """Whether the consumer's result is returned from the graph without meeting expert weights."""
-    pending, seen = [start], {start}
-    while pending:
-        node = pending.pop()
-        if node.op == "output":
-            return True
-        fresh = [user for user in nodes.followers(node) if user not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
-
-
-def _slots_stay_apart(sort: Node) -> bool:
-    """Whether everything made from the sorted order treats each (token, rank) slot on its own.
-
-    Sorting gives a permutation of the slots. Reading rows by it, counting, and writing rows by it are safe,
-    a permutation hits every row once. The token number of a slot (`order // K`) names a token K times: rows may
-    be read by it and added by it, but a plain write by it keeps one slot only.
-    """
-    if nodes.kind(sort) == "argsort":
-        return _permutation_is_safe(sort)
-    picked = {user.args[1]: user for user in sort.users if nodes.kind(user) == "item"}
-    if len(picked) != len(sort.users):
-        return False
-    sorted_ids, order = picked.get(0), picked.get(1)
-    return (sorted_ids is None or _counts_only(sorted_ids)) and (order is None or _permutation_is_safe(order))
-
-
-def _counts_only(sorted_ids: Node) -> bool:
-    """Whether sorted ids are only counted, or index per-expert parameters row by row."""
-    for consumer, read in _consumers(sorted_ids):
-        name = nodes.kind(consumer)
-        by_row = name == "index" and read in nodes.index_tensors(consumer)
-        if not (name in _COUNTS or by_row):
-            return False
-    return True
-
-
-def _permutation_is_safe(order: Node) -> bool:
-    for consumer, read in _consumers(order):
-        name = nodes.kind(consumer)
-        if name == "argsort" and _permutation_is_safe(consumer):
-            continue
-        if name in ("index", "index_put", "scatter", "index_copy") and read is not nodes.operand(consumer):
-            continue
-        if name in ("floor_divide", "div") and _tokens_are_safe(consumer):
-            continue
-        return False
-    return True
-
-
-def _tokens_are_safe(tokens: Node) -> bool:
-    for consumer, read in _consumers(tokens):
-        name = nodes.kind(consumer)
-        reads = name == "index" and read in nodes.index_tensors(consumer)
-        adds = name in ("index_add", "scatter_add") or (
-            name == "index_put" and bool(nodes.argument(consumer, 3, "accumulate", False))
-        )
-        if not (reads or adds):
-            return False
-    return True
+    def __call__(self, node: Node) -> bool:
+        """Whether some path leads from the node to the graph's output."""
+        if not self._live:
+            for other in reversed(self._graph.nodes):
+                if other.op == "output" or any(follower in self._live for follower in nodes.followers(other)):
+                    self._live.add(other)
+        return node in self._live

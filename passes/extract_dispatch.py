@@ -81,7 +81,7 @@ def _post_dominator(gate: Gate, starts: list[Node], behind: set[Node]) -> Node |
 
 def _runs_experts(node: Node, gate: Gate) -> bool:
     """Whether inputs of the graph went into the node: a [T, E] table of the routing weights alone is no output."""
-    seen, pending = {node, gate.weights, *nodes.picked(gate.selection, 1)}, [node]
+    seen, pending = {node, gate.weights, *gate.all_ids}, [node]
     while pending:
         reader = pending.pop()
         is_input = reader.op in ("placeholder", "get_attr") and nodes.is_floating(reader)
@@ -113,7 +113,7 @@ def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] |
     pending = [exit_node]
     while pending:
         node = pending.pop()
-        if node in roles or node is gate.weights or node in nodes.picked(gate.selection, 1):
+        if node in roles or node is gate.weights or node in gate.all_ids:
             continue
         roles[node] = _role(node, gate, behind)
         if roles[node] == "inside":
@@ -150,7 +150,7 @@ def _build(gate: Gate, exit_node: Node, roles: Mapping[Node, str]) -> DispatchRe
     inputs = tuple(n for n in source.nodes if roles.get(n) == "input")
     activations = tuple(n for n in source.nodes if roles.get(n) == "activation")
     mapped = {n: graph.placeholder(f"arg_{n.name}") for n in (gate.ids, gate.weights, *inputs, *activations)}
-    mapped.update(dict.fromkeys(nodes.picked(gate.selection, 1), mapped[gate.ids]))
+    mapped.update(dict.fromkeys(gate.all_ids, mapped[gate.ids]))
     for node in source.nodes:
         if roles.get(node) == "inside":
             mapped[node] = graph.node_copy(node, mapped.__getitem__)

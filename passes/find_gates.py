@@ -1,39 +1,35 @@
 """Find MoE gates by dataflow: from a selection back to a router weight and forward to the experts.
 
-A gate is a top-k over the last dimension of scores that a weight projected, whose ids reach expert weights:
+A gate is a selection over the last dimension of scores that a weight projected, whose ids reach expert weights:
 
     logits  = linear(hidden, router_weight)         # [T, E]     evidence behind
     values, ids = topk(scoring(logits), K)          # [T, K]     the selection
     ... experts_weight[ids] / sort(ids) -> grouped_mm(.., experts_weight) / output          evidence ahead
 
-Both sides are needed. Everything else that looks like a top-k is refused with a reason.
+Both sides are needed. Everything else that looks like a selection of experts is refused with a reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
 from . import nodes
-from .classify_uses import classify_uses
-from .gate import Gate, Skip, SkipReason, Use, UseKind
+from .classify_uses import Leaving, Uses, classify_uses
+from .expert_evidence import drops_tokens, reaches_experts
+from .gate import Gate, Skip, SkipReason, UseKind
+from .router import Router, trace_router
 from .routing_weights import find_routing_weights
+from .selections import Selection, find_selections
 
-# Operations that keep one score per expert on their way from the projection to the selection.
-_SCORING = frozenset({"softmax", "log_softmax", "sigmoid", "softplus", "tanh", "sqrt", "exp"})
-_SCORE_PRESERVING = (
-    _SCORING
-    | nodes.VALUE_PRESERVING
-    | {"add", "sub", "mul", "div", "clamp", "masked_fill", "where", "nan_to_num", "slice", "dropout", "neg"}
-)
 _REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
-_PROJECTIONS = {"linear": 1, "matmul": 1, "addmm": 2, "bmm": 1, "einsum": 2}
 
-# Decides whether ids that leave the graph go to experts, from the router's weight node and E. Graphs alone
-# cannot tell an expert loop behind a graph break from a sampler that returns token ids.
-OutsideEvidence = Callable[[Node, int], bool]
+# Decides how many experts ids that leave the graph go to, from the router's weight node and the number of scores; 0
+# (or False) where it knows of none, True for as many as scores. Graphs alone cannot tell an expert loop behind a
+# graph break from a sampler that returns token ids.
+OutsideEvidence = Callable[[Node, int], int]
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Findings:
         return max(self.skips, key=lambda skip: skip.evidence, default=None)
 
 
-def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda weight, num_experts: False) -> Findings:
+def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda weight, num_experts: 0) -> Findings:
     """Find every MoE gate of a traced graph.
 
     Args:
@@ -61,136 +57,121 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
     """
     gates: list[Gate] = []
     skips: list[Skip] = []
-    for node in module.graph.nodes:
-        if nodes.kind(node) == "topk":
-            found = _examine(node, experts_outside)
-            if isinstance(found, Gate):
-                gates.append(found)
-            else:
-                skips.append(found)
-    return Findings(tuple(gates), tuple(skips))
+    leaves = Leaving(module.graph)
+    for selection in find_selections(module.graph):
+        found = selection if isinstance(selection, Skip) else _examine(selection, experts_outside, leaves)
+        if isinstance(found, Gate):
+            gates.append(found)
+        elif not _is_ordinary_maximum(selection, found):
+            skips.append(found)
+    halves = {name for skip in skips if skip.reason is SkipReason.PRODUCT_KEYS for name in skip.detail.split(", ")}
+    skips += [Skip(SkipReason.PRODUCT_KEYS, gate.selection) for gate in gates if gate.selection.name in halves]
+    skips = [_named_half(skip) if skip.node.name in halves else skip for skip in skips]
+    gates = [gate for gate in gates if gate.selection.name not in halves]
+    return Findings(tuple(gates), tuple(skips + _hash_routing(module) + _nested(module)))
 
 
-def _examine(selection: Node, experts_outside: OutsideEvidence) -> Gate | Skip:
-    scores = nodes.operand(selection)
-    top_k = nodes.argument(selection, 1, "k")
-    dim = nodes.argument(selection, 2, "dim", -1)
-    sizes = nodes.shape(scores) if scores is not None else None
-    if scores is None or not sizes or not isinstance(top_k, int) or not isinstance(sizes[-1], int):
-        return Skip(SkipReason.SIZE_UNKNOWN, selection, f"scores {sizes}, k {top_k}")
-    if dim not in (-1, len(sizes) - 1):
-        return Skip(SkipReason.NOT_LAST_DIM, selection, f"dim {dim} of {sizes}")
-    if not nodes.argument(selection, 3, "largest", True):
-        return Skip(SkipReason.SMALLEST, selection)
+def _is_ordinary_maximum(selection: Selection | Skip, skip: Skip) -> bool:
+    """Whether a refused argmax is one of the many that have nothing to do with experts."""
+    single = isinstance(selection, Selection) and selection.form == "max"
+    return single and skip.reason is not SkipReason.REWRITTEN and skip.evidence < 4
 
-    router = _trace_router(scores, sizes[-1])
+
+def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Leaving) -> Gate | Skip:
+    columns = nodes.last_size(selection.scores)
+    assert columns is not None
+    router = trace_router(selection.scores, columns)
+    if selection.smallest and (isinstance(router, Skip) or nodes.kind(router.projection) != "cdist"):
+        return Skip(SkipReason.SMALLEST, selection.node)
     if isinstance(router, Skip):
         return router
-    values, all_ids = nodes.picked(selection, 0), [ids for ids in nodes.picked(selection, 1) if ids.users]
-    if not all_ids:
-        return Skip(SkipReason.NO_IDS, selection, evidence=2)
-    uses = [use for ids in all_ids for use in classify_uses(ids, router.projection, sizes[-1])]
-    done = next((use.consumer for use, _ in uses if nodes.kind(use.consumer) in _REROUTING), None)
+    if not selection.ids:
+        return Skip(SkipReason.NO_IDS, selection.node, evidence=2)
+    uses, num_experts = _experts_behind(selection, router, experts_outside, leaves)
+    done = next((use.consumer for use in uses.all if nodes.kind(use.consumer) in _REROUTING), None)
     if done is not None:
-        return Skip(SkipReason.REWRITTEN, selection, f"by {done.name}", evidence=6)
-    missing = _missing_experts(selection, uses, router.weight, sizes[-1], experts_outside)
-    if missing is not None:
-        return missing
-    weights = find_routing_weights(all_ids[0], values, uses, router.projection)
+        return Skip(SkipReason.REWRITTEN, selection.node, f"by {done.name}", evidence=6)
+    dropping = next((use.consumer for use in uses.all if use.kind.dispatches and drops_tokens(use.consumer)), None)
+    if dropping is not None:
+        place = nodes.source_line(dropping)
+        return Skip(SkipReason.CAPACITY, selection.node, f"{dropping.name} at {place}", evidence=4)
+    if num_experts == 0:
+        seen = ", ".join(sorted({f"{nodes.kind(use.consumer)}: {use.kind.value}" for use in uses.all}))
+        return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=3)
+    if uses.entangled is not None:
+        return Skip(SkipReason.STEPS, selection.node, f"{uses.entangled.name} reads an incomplete choice", evidence=4)
+    weights = find_routing_weights(selection.ids[0], list(selection.values), uses.all, router.projection)
     return Gate(
-        selection=selection,
-        ids=all_ids[0],
-        values=next((node for node in values if node.users), None),
+        selection=selection.node,
+        ids=selection.ids[0],
+        values=next((node for node in selection.values if node.users), None),
         router_weight=router.weight,
         router_input=router.hidden,
-        num_experts=sizes[-1],
-        top_k=top_k,
+        num_experts=num_experts,
+        top_k=selection.top_k,
         scoring=router.scoring,
-        is_sorted=bool(nodes.argument(selection, 4, "sorted", True)),
-        uses=tuple(use for use, _ in uses),
+        is_sorted=selection.is_sorted,
+        uses=tuple(uses.all),
         weights=weights if isinstance(weights, Node) else None,
         weights_skip=weights if isinstance(weights, Skip) else None,
+        form=selection.form,
+        all_ids=selection.ids,
     )
 
 
-def _missing_experts(
-    selection: Node,
-    uses: list[tuple[Use, bool]],
-    weight: Node,
-    num_experts: int,
-    experts_outside: OutsideEvidence,
-) -> Skip | None:
-    """None when some dispatch use is known to reach experts, else the refusal."""
-    dispatches = [(use, reaches) for use, reaches in uses if use.kind.dispatches]
-    if any(reaches for _, reaches in dispatches):
-        return None
-    if any(use.kind is UseKind.LEAVES for use, _ in dispatches) and experts_outside(weight, num_experts):
-        return None
-    seen = ", ".join(sorted({f"{nodes.kind(use.consumer)}: {use.kind.value}" for use, _ in uses}))
-    return Skip(SkipReason.NO_DISPATCH, selection, f"ids are used by {seen}", evidence=3)
+def _experts_behind(
+    selection: Selection, router: Router, experts_outside: OutsideEvidence, leaves: Leaving
+) -> tuple[Uses, int]:
+    """The uses of the ids and E, 0 where no dispatch use is known to reach experts.
+
+    With more columns than experts (slots that compute nothing) E is a number that the ids are compared with.
+    """
+    uses = classify_uses(selection, router.projection, router.columns, router.columns, leaves)
+    if uses.reach:
+        return uses, router.columns
+    for fewer in sorted(uses.compared_with, reverse=True):
+        if 1 < fewer < router.columns:
+            attempt = classify_uses(selection, router.projection, fewer, router.columns, leaves)
+            if attempt.reach:
+                return attempt, fewer
+    leaves = any(use.kind is UseKind.LEAVES for use in uses.all)
+    outside = experts_outside(router.weight, router.columns) if leaves else 0
+    return uses, router.columns if outside is True else int(outside)
 
 
-@dataclass(frozen=True)
-class _Router:
-    projection: Node
-    hidden: Node
-    weight: Node
-    scoring: str
+def _named_half(skip: Skip) -> Skip:
+    """One of the two selections that a product of keys is made of."""
+    return replace(skip, reason=SkipReason.PRODUCT_KEYS, detail="")
 
 
-def _trace_router(scores: Node, num_experts: int) -> _Router | Skip:
-    """Walk from the scores back to the projection that made them."""
-    found: dict[Node, tuple[Node, Node]] = {}
-    scoring: list[str] = []
-    stops: list[Node] = []
-    pending, seen = [scores], {scores}
-    while pending:
-        node = pending.pop()
-        name = nodes.kind(node)
-        if name in _PROJECTIONS:
-            factors = _projection_factors(node, _PROJECTIONS[name])
-            if factors is not None:
-                found[node] = factors
-            else:
-                stops.append(node)
+def _hash_routing(module: GraphModule) -> list[Skip]:
+    """Ids that a table of the model gives for token ids, and that reach weights stacked over experts."""
+    found = []
+    for node in module.graph.nodes:
+        if nodes.kind(node) not in ("index", "embedding") or nodes.is_floating(node) or not nodes.is_tensor(node):
             continue
-        same_order = nodes.only_moves_ones(node)
-        if name not in _SCORE_PRESERVING and not same_order:
-            stops.append(node)
-            continue
-        if name in _SCORING:
-            scoring.insert(0, name)
-        for source in nodes.operands(node):
-            if source not in seen and (same_order or nodes.last_size(source) not in (None, 1)):
-                seen.add(source)
-                pending.append(source)
-    if not found:
-        computed = [stop for stop in stops if stop.op not in ("placeholder", "get_attr")] or stops
-        at = f"stopped at {computed[0].name}, a {nodes.kind(computed[0])}" if computed else ""
-        return Skip(SkipReason.NO_ROUTER, scores, at, evidence=1)
-    weights = {weight for _, weight in found.values()}
-    if len(weights) > 1:
-        names = ", ".join(sorted(weight.name for weight in weights))
-        return Skip(SkipReason.AMBIGUOUS_ROUTER, scores, names, evidence=1)
-    projection, (hidden, weight) = next(iter(found.items()))
-    if nodes.last_size(projection) != num_experts:
-        detail = f"{nodes.last_size(projection)} columns, {num_experts} scores"
-        return Skip(SkipReason.ROUTER_SIZE, projection, detail, evidence=2)
-    return _Router(projection, hidden, weight, " + ".join(scoring) or "raw logits")
+        tables = [s for s in nodes.operands(node) if len(nodes.shape(s) or ()) == 2 and not nodes.is_floating(s)]
+        roots = [nodes.parameter_root(table) for table in tables]
+        if any(root is not None and nodes.is_model_state(root) for root in roots) and _dispatches(node):
+            found.append(Skip(SkipReason.HASH, node, evidence=4))
+    return found
 
 
-def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | None:
-    """What is projected, and the graph input that it is multiplied by: a matrix with one row or column an expert."""
-    arguments = list(projection.args)
-    if nodes.kind(projection) == "einsum" and isinstance(arguments[1], (tuple, list)):
-        arguments[1:] = arguments[1]
-    hidden = arguments[position - 1] if position <= len(arguments) else projection.kwargs.get("input")
-    candidates = [arguments[position]] if position < len(arguments) else []
-    candidates.append(projection.kwargs.get("weight"))
-    for candidate in candidates:
-        root = nodes.parameter_root(candidate) if isinstance(candidate, Node) else None
-        sizes = nodes.shape(root) if root is not None else None
-        matches = sizes is not None and len(sizes) == 2 and nodes.last_size(projection) in sizes
-        if matches and root is not None and isinstance(hidden, Node):
-            return hidden, root
-    return None
+def _dispatches(ids: Node) -> bool:
+    """Whether weights stacked over any number of experts, of which the ids could choose, are close behind the ids."""
+    return any(
+        nodes.kind(user) not in ("gather", "take_along_dim") and reaches_experts(user, None) for user in ids.users
+    )
+
+
+def _nested(module: GraphModule) -> list[Skip]:
+    """Selections inside graphs that this one calls: what is found there is reported, not rewritten."""
+    found = []
+    for node in module.graph.find_nodes(op="get_attr"):
+        inner = getattr(module, str(node.target), None) if "." not in str(node.target) else None
+        if isinstance(inner, GraphModule):
+            inside = find_gates(inner)
+            if inside.gates:
+                caller = next(iter(node.users), node)
+                found.append(Skip(SkipReason.NESTED, inside.gates[0].selection, f"called by {caller.name}", evidence=4))
+    return found

@@ -13,6 +13,7 @@ class UseKind(enum.Enum):
 
     LOOK_UP = "look-up"  # reads this token's scores or a per-expert scale: keeps the original ids
     STATISTIC = "statistic"  # counts for a loss or a log: keeps the original ids
+    RANKING = "masks the next choice"  # takes an expert out of the scores of the next step: keeps the original ids
     EXPERT_INDEX = "indexed weights"  # gathers stacked expert weights per slot: duplicates are summed
     GROUPED = "grouped by expert"  # sorts slots by expert for a grouped matmul: duplicates are summed
     LEAVES = "leaves the graph"  # goes to code that no graph shows: duplicates may be wrong
@@ -21,7 +22,7 @@ class UseKind(enum.Enum):
     @property
     def dispatches(self) -> bool:
         """Whether the consumer sends tokens to experts, so that it must see re-routed ids."""
-        return self not in (UseKind.LOOK_UP, UseKind.STATISTIC)
+        return self not in (UseKind.LOOK_UP, UseKind.STATISTIC, UseKind.RANKING)
 
     @property
     def sums_duplicates(self) -> bool:
@@ -38,6 +39,13 @@ class SkipReason(enum.Enum):
     NO_ROUTER = "its scores do not come from a projection by a weight"
     AMBIGUOUS_ROUTER = "its scores come from several projections"
     ROUTER_SIZE = "its projection has more columns than there are scores to select from"
+    STEPS = "it selects experts one by one and uses each apart"
+    CAPACITY = "its experts take a limited number of tokens: other ids would drop other tokens"
+    PRODUCT_KEYS = "product keys: its candidates are pairs of other selections"
+    HASH = "hash routing: its experts come from a table, not from scores"
+    NESTED = "it is inside a nested graph, which is not rewritten"
+    SCALED_INPUT = "its weights scale what goes into the experts, where the weights of two slots cannot be added"
+    UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"
     NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
@@ -89,12 +97,14 @@ class Gate:
     """A top-k selection over router scores whose ids dispatch tokens to experts.
 
     Attributes:
-        selection: the top-k node.
+        selection: the node that selects, see `selections`; the first where several select an expert each.
+        form: how it selects: "top-k", "sort", "max" or "steps".
         ids: int [..., K], expert ids in descending order of score.
+        all_ids: every node that holds the ids; tracers may take them out of the selection twice.
         values: [..., K], the selected scores, or None where they are not used.
         router_weight: graph input or attribute, [E, H] or [H, E].
         router_input: the hidden states that the router projects.
-        num_experts: E.
+        num_experts: E; ids outside [0, E) are no experts (slots that compute nothing, padding).
         top_k: K.
         scoring: operations between projection and selection that shape the scores, e.g. "softmax".
         is_sorted: whether the selection promises descending order.
@@ -115,6 +125,8 @@ class Gate:
     uses: tuple[Use, ...]
     weights: Node | None = None
     weights_skip: Skip | None = field(default=None, compare=False)
+    form: str = "top-k"
+    all_ids: tuple[Node, ...] = ()
 
     @property
     def dispatch_uses(self) -> tuple[Use, ...]:

@@ -75,6 +75,8 @@ _SPELLINGS = {
     "index_put": "index_put",
     "setitem": "index_put_",
     "_grouped_mm": "grouped_mm",
+    "_cdist_forward": "cdist",
+    "_euclidean_dist": "cdist",
     "__eq__": "eq",
 }
 
@@ -219,6 +221,23 @@ def operand(node: Node) -> Node | None:
     """The tensor that a unary or reducing operation works on."""
     found = argument(node, 0, "input") if node.args or "input" in node.kwargs else node.kwargs.get("self")
     return found if isinstance(found, Node) else None
+
+
+def slot_source(node: Node) -> Node | None:
+    """The ids whose numbers a view, cast, copy or mask of ids passes on, slot by slot, or None.
+
+    A mask puts constants in place of some ids: `where(real, ids, -1)`, `masked_fill(ids, padding, 0)`, `clamp`.
+    """
+    name = kind(node)
+    if name in VALUE_PRESERVING:
+        return operand(node)
+    if writes(node):
+        return None
+    if name == "where":
+        source = argument(node, 1, "self", node.kwargs.get("input"))
+    else:
+        source = operand(node) if name in ("masked_fill", "clamp", "clamp_min", "clamp_max") else None
+    return source if isinstance(source, Node) and same_shape(node, source) else None
 
 
 def operands(node: Node) -> Iterator[Node]:

@@ -71,18 +71,18 @@ def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rew
     stuck = _cannot_move(late, first, consumers, order)
     if stuck is not None:
         return Skip(SkipReason.WEIGHTS_LATE, stuck, f"{stuck.name} at {nodes.source_line(stuck)}", evidence=5)
-    watched = nodes.picked(gate.selection, 1) + ([gate.weights] if merged and gate.weights is not None else [])
+    watched = list(gate.all_ids) + ([gate.weights] if merged and gate.weights is not None else [])
     changed = _changed_after(first, watched, order, ignoring=late)
     if changed is not None:
         return Skip(SkipReason.MUTATED, changed, f"{changed.name} at {nodes.source_line(changed)}", evidence=5)
 
     for node in late:
         first.prepend(node)
-    if not gate.is_sorted:
+    if not gate.is_sorted:  # only a top-k makes no promise
         _make_sorted(gate.selection)
     with graph.inserting_before(first):
         new_ids, new_weights = _insert(graph, gate, similarity, settings, merged)
-    copies = dict.fromkeys(nodes.picked(gate.selection, 1), new_ids)
+    copies = dict.fromkeys(gate.all_ids, new_ids)
     for use in gate.dispatch_uses:
         use.consumer.replace_input_with(use.read, _rebased(use.read, copies))
     for consumer in weight_consumers:
@@ -129,9 +129,9 @@ def _make_sorted(selection: Node) -> None:
 
 
 def _rebased(read: Node, copies: dict[Node, Node]) -> Node:
-    """The view, cast or copy `read` of the old ids, made from the new ids; `copies` starts as {ids: new_ids}."""
+    """The view, cast, copy or mask `read` of the old ids, made from the new ids; `copies` starts as {ids: new_ids}."""
     if read not in copies:
-        parent = nodes.operand(read)
+        parent = nodes.slot_source(read)
         assert parent is not None
         source = _rebased(parent, copies)
         # A view may stand before the new ids, or need sizes that are computed after them.
@@ -145,7 +145,7 @@ def _erase_unused_views(gate: Gate) -> None:
     for use in gate.uses:
         node = use.read
         while node is not gate.ids and not node.users:
-            parent = nodes.operand(node)
+            parent = nodes.slot_source(node)
             if node.graph is not gate.ids.graph or node._erased:
                 break
             node.graph.erase_node(node)

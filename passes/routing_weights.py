@@ -11,17 +11,18 @@ from torch.fx import Node
 from . import nodes
 from .gate import Skip, SkipReason, Use, UseKind
 
+_ELEMENTWISE = nodes.VALUE_PRESERVING | {"softmax", "sigmoid", "exp", "mul", "div", "add", "sub"}
 _REDUCTIONS = frozenset({"sum", "amax", "max", "mean", "norm"})
 
 
-def find_routing_weights(ids: Node, values: list[Node], uses: list[tuple[Use, bool]], projection: Node) -> Node | Skip:
+def find_routing_weights(ids: Node, values: list[Node], uses: list[Use], projection: Node) -> Node | Skip:
     """The one tensor shaped like the ids, made from the selected scores, that later code consumes."""
     again = _scores_read_again(ids, uses, projection)
     if again is not None:
         detail = f"{again.name} at {nodes.source_line(again)}"
         return Skip(SkipReason.SCORES_BY_ID, again, detail, evidence=4)
     starts = [value for value in values if value.users]
-    starts += [use.consumer for use, _ in uses if use.kind is UseKind.LOOK_UP]
+    starts += [use.consumer for use in uses if use.kind is UseKind.LOOK_UP]
     starts = [start for start in starts if nodes.is_floating(start)]
     chain = _slot_shaped(starts, ids)
     consumed = [node for node in chain if nodes.same_shape(node, ids) and _outer_consumers(node, chain)]
@@ -32,14 +33,14 @@ def find_routing_weights(ids: Node, values: list[Node], uses: list[tuple[Use, bo
     return consumed[0]
 
 
-def _scores_read_again(ids: Node, uses: list[tuple[Use, bool]], projection: Node) -> Node | None:
+def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | None:
     """The first node where a mask or index made from dispatched ids meets the router's scores of the same tokens.
 
     There the weights of a token depend on the ids themselves (`probs * mask`), so new ids would choose new
     weights. Uses that keep slots apart cannot; the others are followed up to the first weight that they meet.
     """
     order = {node: position for position, node in enumerate(ids.graph.nodes)}
-    look_ups = {use.consumer for use, _ in uses if use.kind is UseKind.LOOK_UP}
+    look_ups = {use.consumer for use in uses if use.kind is UseKind.LOOK_UP}
     scores, pending = {projection}, [projection]
     while pending:
         node = pending.pop()
@@ -49,7 +50,7 @@ def _scores_read_again(ids: Node, uses: list[tuple[Use, bool]], projection: Node
             if rows and user not in scores and user not in look_ups and nodes.reads_numbers(user, node):
                 scores.add(user)
                 pending.append(user)
-    unsafe = [use.consumer for use, _ in uses if use.kind.dispatches and not use.kind.sums_duplicates]
+    unsafe = [use.consumer for use in uses if use.kind.dispatches and not use.kind.sums_duplicates]
     seen, pending = set(unsafe), list(unsafe)
     met: list[Node] = []
     while pending:
@@ -74,9 +75,14 @@ def _slot_shaped(starts: list[Node], ids: Node) -> dict[Node, None]:
     """Everything computed from `starts` that still has one number a slot, or one number a token to scale by."""
     chain = dict.fromkeys(starts)
     pending = list(starts)
+    # More scores than ids: columns are cut off later.
+    wide = [s for s in starts if (nodes.last_size(s) or 0) > (nodes.last_size(ids) or 0)]
     while pending:
         for user in pending.pop().users:
-            if user not in chain and user.op != "output" and _keeps_slots(user, ids):
+            keeps = _keeps_slots(user, ids) or (
+                nodes.kind(user) in _ELEMENTWISE and any(nodes.same_shape(user, start) for start in wide)
+            )
+            if user not in chain and user.op != "output" and keeps:
                 chain[user] = None
                 pending.append(user)
     return chain

@@ -83,7 +83,11 @@ class TestKinds:
 
     def test_dispatches(self):
         """Looking up and counting are no dispatch; only two kinds are proven to sum duplicates."""
-        assert {kind for kind in UseKind if not kind.dispatches} == {UseKind.LOOK_UP, UseKind.STATISTIC}
+        assert {kind for kind in UseKind if not kind.dispatches} == {
+            UseKind.LOOK_UP,
+            UseKind.STATISTIC,
+            UseKind.RANKING,
+        }
         assert {kind for kind in UseKind if kind.sums_duplicates} == {UseKind.EXPERT_INDEX, UseKind.GROUPED}
 
     @pytest.mark.parametrize("tracer", TRACERS)

@@ -244,9 +244,9 @@ class TestReasons:
         assert skip.detail in ("other, router", "router, other")
 
     def test_router_size(self):
-        """A projection with further columns, sliced off before the selection."""
-        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router)[:, :6])))
-        assert (skip.reason, skip.detail) == (SkipReason.ROUTER_SIZE, "8 columns, 6 scores")
+        """A selection inside each group of the scores: its indices are no numbers of experts."""
+        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router).view(-1, 2, 4))))
+        assert (skip.reason, skip.detail) == (SkipReason.ROUTER_SIZE, "8 columns, 4 scores")
         assert nodes.kind(skip.node) == "linear"
 
     def test_no_ids(self):
@@ -262,9 +262,9 @@ class TestReasons:
 
     def test_text(self):
         """A refusal prints its reason and detail."""
-        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router)[:, :6])))
+        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router).view(-1, 2, 4))))
         assert str(skip) == (
-            "its projection has more columns than there are scores to select from (8 columns, 6 scores)"
+            "its projection has more columns than there are scores to select from (8 columns, 4 scores)"
         )
 
     @pytest.mark.parametrize("trace", [from_dynamo, from_export])

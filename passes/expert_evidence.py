@@ -1,0 +1,156 @@
+"""Evidence that experts stand behind ids: weights stacked over the experts, or each expert asked for by its number."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from . import nodes
+from .columns import constant
+
+# How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is 60 nodes.
+_HORIZON = 200
+_SHARED = frozenset({"linear", "matmul", "addmm", "scaled_dot_product_attention"})
+_BELOW = {"ge": 0, "lt": 0, "gt": 1, "le": 1, "eq": 0, "ne": 0}
+
+
+def reaches_experts(start: Node, num_experts: int | None) -> bool:
+    """Whether weights stacked over the experts, [E, .., ..], are read somewhere behind `start`.
+
+    A matrix that all tokens share ends a path: what lies behind it is another part of the model.
+
+    Args:
+        start: a consumer of the ids.
+        num_experts: E; None for any number.
+    """
+    pending, seen = [start], {start}
+    while pending and len(seen) < _HORIZON:
+        node = pending.pop(0)
+        if any(_is_stacked(source, num_experts) for source in nodes.operands(node)) and not _convolves(node):
+            return True
+        if _projects_all_tokens(node):
+            continue
+        fresh = [user for user in nodes.followers(node) if user not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
+def _convolves(node: Node) -> bool:
+    return "conv" in nodes.kind(node)
+
+
+def _projects_all_tokens(node: Node) -> bool:
+    if nodes.kind(node) not in _SHARED:
+        return False
+    roots = [(source, nodes.parameter_root(source)) for source in nodes.operands(node)]
+    return any(
+        root is not None and len(nodes.shape(root) or ()) == 2 and nodes.is_model_state(root) for _, root in roots
+    )
+
+
+def _is_stacked(node: Node, num_experts: int | None) -> bool:
+    root = nodes.parameter_root(node)
+    sizes = nodes.shape(root) if root is not None else None
+    return sizes is not None and len(sizes) >= 3 and num_experts in (None, sizes[0])
+
+
+def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:
+    """Whether each expert is asked for by its number, as a loop over separate expert modules does.
+
+    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0 .. E-1 all occur.
+    """
+    named = {number for consumer in consumers for number in numbers_named(consumer)}
+    return named.issuperset(range(num_experts))
+
+
+def numbers_named(consumer: Node) -> set[int]:
+    """The constants that a consumer compares the ids with, or the columns that are taken of its mask."""
+    name = nodes.kind(consumer)
+    if name == "eq":
+        other = nodes.argument(consumer, 1, "other")
+        return {int(other)} if isinstance(other, (int, float)) and other == int(other) else set()
+    if name not in ("one_hot", "scatter", "scatter_add"):
+        return set()
+    columns: set[int] = set()
+    pending = nodes.followers(consumer)
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        picked = _picked_numbers(node)
+        columns |= picked
+        rearranged = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute"}
+        if not picked and (rearranged or nodes.same_shape(node, consumer)):
+            fresh = [user for user in nodes.followers(node) if user not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return columns
+
+
+def _picked_numbers(node: Node) -> set[int]:
+    """The number in `x[.., e]` or `x.select(dim, e)`, or in a slice one wide."""
+    if nodes.raw_name(node) == "select":
+        parts: object = nodes.argument(node, 2, "index")
+    elif nodes.raw_name(node) == "slice":
+        start, stop = nodes.argument(node, 2, "start", 0), nodes.argument(node, 3, "end")
+        parts = slice(start, stop)
+    elif nodes.kind(node) == "slice":
+        parts = node.args[1]
+    else:
+        return set()
+    numbers = set()
+    for part in parts if isinstance(parts, (tuple, list)) else (parts,):
+        if isinstance(part, slice) and isinstance(part.start, int) and part.stop == part.start + 1:
+            numbers.add(part.start)
+        elif isinstance(part, int) and not isinstance(part, bool):
+            numbers.add(part)
+    return numbers
+
+
+def limits_named(consumer: Node) -> set[int]:
+    """Numbers of experts that a consumer's comparison of the ids, or its clamp, would make sense of."""
+    name = nodes.kind(consumer)
+    if name in _BELOW:
+        number = constant(nodes.argument(consumer, 1, "other"))
+    elif name in ("clamp", "clamp_max"):
+        number = constant(nodes.argument(consumer, 2 if name == "clamp" else 1, "max"))
+        number = None if number is None else number + 1
+    else:
+        return set()
+    return set() if number is None else {int(number) + _BELOW.get(name, 0)}
+
+
+def same_for_every_expert(consumer: Node, num_experts: int) -> bool:
+    """Whether the consumer only tells experts from ids outside [0, E): re-routing cannot change its answer."""
+    name = nodes.kind(consumer)
+    if name not in _BELOW:
+        return False
+    number = constant(nodes.argument(consumer, 1, "other"))
+    if number is None:
+        return False
+    if name in ("eq", "ne"):
+        return number < 0 or number >= num_experts
+    limit = number + _BELOW[name]  # ids below the limit on one side, the others on the other
+    return limit <= 0 or limit >= num_experts
+
+
+_KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "cat"}
+
+
+def drops_tokens(consumer: Node) -> bool:
+    """Whether an expert's tokens are numbered (the running sum of a mask) and compared with how many it takes."""
+    if nodes.kind(consumer) not in ("one_hot", "scatter", "eq"):
+        return False
+    pending: list[tuple[Node, bool]] = [(node, False) for node in [consumer, *nodes.followers(consumer)]]
+    seen = set()
+    while pending and len(seen) < _HORIZON:
+        node, numbered = pending.pop()
+        if (node, numbered) in seen:
+            continue
+        seen.add((node, numbered))
+        name = nodes.kind(node)
+        if numbered and name in ("lt", "le", "gt", "ge"):
+            return True
+        numbered = numbered or name == "cumsum"
+        if node is consumer or name == "cumsum" or name in _KEEPS_MASK:
+            pending.extend((user, numbered) for user in nodes.followers(node))
+    return False
