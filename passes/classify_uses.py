@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from . import nodes
 from .duplicate_safety import COUNTS, consumers, slots_stay_apart
 from .expert_evidence import (
+    is_multiplied,
     limits_named,
     numbers_named,
     reaches_experts,
@@ -142,7 +143,8 @@ def _classify_index(consumer: Node, read: Node, source: Node | None, num_experts
     if len(sizes) == 1:
         return Use(consumer, read, UseKind.LOOK_UP), False
     # A table with one vector a row may be expert biases or any embedding: no evidence by itself.
-    return Use(consumer, read, UseKind.EXPERT_INDEX), len(sizes) >= 3 and sizes[0] == num_experts
+    stacked = len(sizes) >= 3 and sizes[0] == num_experts
+    return Use(consumer, read, UseKind.EXPERT_INDEX), stacked and is_multiplied(consumer)
 
 
 def _reads_scores(consumer: Node, read: Node, projection: Node) -> bool:

@@ -35,6 +35,34 @@ def reaches_experts(start: Node, num_experts: int | None) -> bool:
     return False
 
 
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "grouped_mm"})
+_REARRANGES = nodes.VALUE_PRESERVING | {"transpose", "permute", "slice", "select", "narrow", "chunk", "split", "item"}
+
+
+def is_multiplied(gathered: Node) -> bool:
+    """Whether gathered weights meet hidden states in a product: a row of a prompt pool is only looked up.
+
+    On the way they may be viewed, taken apart or scaled (dequantised).
+    """
+    pending, seen = [gathered], {gathered}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if nodes.kind(user) in _PRODUCTS and not _only_with_weights(user, node):
+                return True
+            if nodes.kind(user) in _REARRANGES | {"mul", "sub"} and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _only_with_weights(product: Node, gathered: Node) -> bool:
+    """Whether all that a product multiplies with the gathered weights is the model's own."""
+    others = [source for source in nodes.operands(product) if source is not gathered]
+    roots = [nodes.parameter_root(source) for source in others]
+    return all(root is not None and nodes.is_model_state(root) for root in roots)
+
+
 def _convolves(node: Node) -> bool:
     return "conv" in nodes.kind(node)
 

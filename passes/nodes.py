@@ -298,7 +298,28 @@ def only_moves_ones(node: Node) -> bool:
     before, after = shape(source), shape(node)
     if before is None or after is None:
         return False
-    return [str(n) for n in before if str(n) != "1"] == [str(n) for n in after if str(n) != "1"]
+    if kind(node) == "view":
+        return [str(n) for n in before if str(n) != "1"] == [str(n) for n in after if str(n) != "1"]
+    # By dimension, not by size: the transpose of a square has the same sizes.
+    moved = [dim for dim in _permutation(node, len(before)) if str(before[dim]) != "1"]
+    return moved == sorted(moved)
+
+
+def _permutation(node: Node, rank: int) -> list[int]:
+    """Which dimension of the operand each dimension of a transposed or permuted tensor is."""
+    dims = list(range(rank))
+    if kind(node) == "permute":
+        given: Any = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")
+        return [int(dim) % rank for dim in given]
+    first, second = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
+    if raw_name(node) == "getattr":
+        if node.args[1] in ("T", "H"):
+            return dims[::-1]
+        first, second = -1, -2
+    if isinstance(first, int) and isinstance(second, int):
+        dims[first], dims[second] = dims[second], dims[first]
+        return dims
+    return dims[::-1]
 
 
 def leading_count(node: Node) -> Any:

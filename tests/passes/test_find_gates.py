@@ -245,7 +245,7 @@ class TestReasons:
 
     def test_router_size(self):
         """A selection inside each group of the scores: its indices are no numbers of experts."""
-        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router).view(-1, 2, 4))))
+        skip, _ = one_skip(Function(lambda b, x: pick(F.linear(x, b.router).view(-1, 2, 4))))
         assert (skip.reason, skip.detail) == (SkipReason.ROUTER_SIZE, "8 columns, 4 scores")
         assert nodes.kind(skip.node) == "linear"
 
@@ -262,7 +262,7 @@ class TestReasons:
 
     def test_text(self):
         """A refusal prints its reason and detail."""
-        skip, _ = one_skip(Routed(lambda b, x: pick(F.linear(x, b.router).view(-1, 2, 4))))
+        skip, _ = one_skip(Function(lambda b, x: pick(F.linear(x, b.router).view(-1, 2, 4))))
         assert str(skip) == (
             "its projection has more columns than there are scores to select from (8 columns, 4 scores)"
         )
