@@ -8,7 +8,7 @@ import torch
 import sere_compile
 from sere_compile import ConfigError, SereConfig, SimilarityProfile
 
-from .moe_loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, SortedLoop
+from .zoo.outside.loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, SortedLoop
 
 
 @pytest.fixture(autouse=True)

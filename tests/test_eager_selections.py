@@ -10,8 +10,8 @@ from torch import nn
 import sere_compile
 from sere_compile.eager_selections import WatchSelections
 
-from .moe_loops import EXPERTS, HIDDEN, TOP_K, Loop, MaskLoop
 from .tiny_models import build, gate_names, tokens
+from .zoo.outside.loops import EXPERTS, HIDDEN, TOP_K, Loop, MaskLoop
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_explain_names_a_gate_that_no_graph_shows():
     assert (row.name, row.num_experts, row.top_k, row.status) == ("gate.weight", EXPERTS, TOP_K, "skipped")
     lines, start = inspect.getsourcelines(MaskLoop.forward)
     number = start + next(i for i, line in enumerate(lines) if "topk" in line)
-    assert row.reason == f"it ran outside every graph, at moe_loops.py:{number}"
+    assert row.reason == f"it ran outside every graph, at loops.py:{number}"
     assert "sere_compile.compile(model, ...)" in report.hint
     assert "1 MoE gate found, 0 rewritten" in str(report)
 

@@ -93,3 +93,21 @@ class SortedLoop(Loop):
         y = torch.empty_like(joined)
         y[order] = joined
         return (y.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1).view(x.shape)
+
+
+class RowLoop(Loop):
+    """As mistral-inference: `out[tokens] += ...` by each expert, softmax over the K chosen scores."""
+
+    def route(self, x):
+        scores, ids = torch.topk(self.gate(x), TOP_K)
+        return ids, F.softmax(scores, dim=1, dtype=torch.float).to(x.dtype)
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        scores, ids = torch.topk(self.gate(rows), TOP_K)
+        weights = F.softmax(scores, dim=1, dtype=torch.float).to(x.dtype)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            y[token] += weights[token, slot, None] * F.silu(expert(rows[token]))
+        return y.view(x.shape)
