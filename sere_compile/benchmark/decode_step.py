@@ -71,7 +71,8 @@ def bench_decode_step(
     top_k = subject.blocks[0].top_k
     expected, active = _references(subject, decoder, selects, top_k)
     runs: dict[str, Callable[[], object]] = {}
-    errors, keep = {}, []
+    errors: dict[str, float] = {}
+    keep: list[Any] = []
     variants = all_variants(selects, top_k, stock)
     for variant in variants:
         torch._dynamo.reset()

@@ -29,7 +29,8 @@ def bench_moe_layer(
     inputs = [_hidden(subject, block, batch, seed) for seed in range(CALLS)]
     expected, active = _references(subject, block, inputs, selects)
     runs: dict[str, Callable[[], object]] = {}
-    errors, keep = {}, []
+    errors: dict[str, float] = {}
+    keep: list[Any] = []
     variants = all_variants(selects, block.top_k, stock)
     for variant in variants:
         torch._dynamo.reset()
