@@ -9,9 +9,10 @@ import os
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-from .test_expert_mlp import Layer, assert_close_to_oracle
 
 from sere_compile.ops import expert_mlp
+
+from .test_expert_mlp import Layer, assert_close_to_oracle
 
 LAYERS = [
     Layer(dtype=torch.bfloat16),
