@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from . import nodes
+from .columns import cut_from
 from .duplicate_safety import COUNTS, consumers, slots_stay_apart
 from .expert_evidence import (
     is_multiplied,
@@ -167,12 +168,15 @@ def _reads_scores(consumer: Node, read: Node, projection: Node) -> bool:
             return False
     if position is not read or dim not in (-1, len(sizes) - 1):
         return False
-    pending, seen = [source], {source}
+    pending, seen, width = [source], {source}, sizes[-1]
     while pending:
         node = pending.pop()
         if node is projection:
             return True
-        fresh = [s for s in nodes.operands(node) if s not in seen and nodes.last_size(s) == sizes[-1]]
+        whole = cut_from(node)  # the columns of a router that has further ones
+        sources = [whole] if whole is not None else [s for s in nodes.operands(node) if nodes.last_size(s) == width]
+        width = nodes.last_size(whole) if whole is not None else width
+        fresh = [source for source in sources if source not in seen]
         seen.update(fresh)
         pending.extend(fresh)
     return False

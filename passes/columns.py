@@ -20,6 +20,14 @@ def columns_of(node: Node, source: Node | None) -> tuple[int, int] | None:
     return None if start is None else (start, start + int(narrow[-1]))
 
 
+def cut_from(node: Node) -> Node | None:
+    """What a range of columns was taken from, None for any other part of a tensor."""
+    source = nodes.operand(node)
+    if source is not None and nodes.kind(node) == "item":
+        source = nodes.operand(source)
+    return source if source is not None and columns_of(node, source) is not None else None
+
+
 def _first_column(node: Node, source: Node, last: int) -> int | None:
     match nodes.raw_name(node):
         case "getitem" if nodes.kind(node) == "slice" and nodes.operand(node) is source:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from . import nodes
-from .columns import columns_of
+from .columns import cut_from
 from .gate import Skip, SkipReason
 
 # Operations that keep one score per expert on their way from the projection to the selection.
@@ -61,7 +61,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
                 stops.append(node)
             continue
         if name in _COLUMNS:
-            source = _cut_from(node)
+            source = cut_from(node)
             sources = [] if source is None else [source]
             if source is None:
                 stops.append(node)
@@ -91,18 +91,10 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     return Router(projection, hidden, weight, " + ".join(scoring) or "raw logits", columns)
 
 
-def _cut_from(node: Node) -> Node | None:
-    """What a range of columns was taken from, None for any other part of a tensor."""
-    source = nodes.operand(node)
-    if source is not None and nodes.kind(node) == "item":
-        source = nodes.operand(source)
-    return source if source is not None and columns_of(node, source) is not None else None
-
-
 def _no_router(scores: Node, stops: list[Node], broadcast: list[Node]) -> Skip:
-    pairs = {source for stop in stops + broadcast if (source := _selection_behind(stop)) is not None}
-    if len(pairs) > 1:
-        names = ", ".join(sorted(pair.name for pair in pairs))
+    behind = {stop: source for stop in stops + broadcast if (source := _selection_behind(stop)) is not None}
+    if len(behind) > 1:
+        names = ", ".join(sorted({source.name for source in behind.values()}))
         return Skip(SkipReason.PRODUCT_KEYS, scores, names, evidence=1)
     computed = [stop for stop in stops if stop.op not in ("placeholder", "get_attr")] or stops
     at = f"stopped at {computed[0].name}, a {nodes.kind(computed[0])}" if computed else ""
@@ -111,11 +103,15 @@ def _no_router(scores: Node, stops: list[Node], broadcast: list[Node]) -> Skip:
 
 def _selection_behind(stop: Node) -> Node | None:
     """The top-k whose values the search stopped at, or a view of them."""
-    while nodes.kind(stop) in nodes.VALUE_PRESERVING and (viewed := nodes.operand(stop)) is not None:
-        stop = viewed
-    source = nodes.operand(stop)
-    taken = nodes.kind(stop) == "item" or nodes.raw_name(stop) == "getattr"
-    return source if taken and source is not None and nodes.kind(source) == "topk" else None
+    seen = stop
+    while True:
+        source = nodes.operand(seen)
+        if source is None or nodes.kind(seen) not in nodes.VALUE_PRESERVING | {"slice", "select", "item", "unbind"}:
+            taken = nodes.raw_name(seen) == "getattr"
+            return source if taken and source is not None and nodes.kind(source) == "topk" else None
+        if nodes.kind(source) == "topk":
+            return source
+        seen = source
 
 
 def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | None:

@@ -12,6 +12,17 @@ from . import nodes
 from .gate import Skip, SkipReason, Use, UseKind
 
 _ELEMENTWISE = nodes.VALUE_PRESERVING | {"softmax", "sigmoid", "exp", "mul", "div", "add", "sub"}
+_BENDING = frozenset({"softmax", "log_softmax", "sigmoid", "tanh", "exp", "sqrt", "softplus", "log", "pow"})
+_MOVES_ROWS = nodes.VALUE_PRESERVING | {
+    "index",
+    "repeat",
+    "repeat_interleave",
+    "transpose",
+    "permute",
+    "slice",
+    "select",
+}
+_PRODUCTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm"})
 _REDUCTIONS = frozenset({"sum", "amax", "max", "mean", "norm"})
 
 
@@ -30,7 +41,55 @@ def find_routing_weights(ids: Node, values: list[Node], uses: list[Use], project
         return Skip(SkipReason.NO_WEIGHTS, ids, evidence=4)
     if len(consumed) > 1:
         return Skip(SkipReason.AMBIGUOUS_WEIGHTS, ids, ", ".join(n.name for n in consumed), evidence=4)
-    return consumed[0]
+    return _refused(consumed[0], ids, projection) or consumed[0]
+
+
+def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:
+    """A refusal where the sum of two slots' weights would not give the sum of two experts' outputs."""
+    columns = nodes.last_size(projection)
+    hidden = {source for source in nodes.operands(projection) if not _is_weight(source)}
+    pending, seen = outer_consumers(weights, ids), {weights}
+    while pending:
+        node = pending.pop()
+        if node in seen or node.op == "output":
+            continue
+        seen.add(node)
+        if nodes.kind(node) in _BENDING:
+            return Skip(SkipReason.BENT_WEIGHTS, node, f"{node.name} at {nodes.source_line(node)}", evidence=4)
+        others = [source for source in nodes.operands(node) if source not in seen]
+        if nodes.kind(node) == "mul" and any(_rows_of(o, hidden) for o in others) and _enters_product(node):
+            return Skip(SkipReason.SCALED_INPUT, node, f"{node.name} at {nodes.source_line(node)}", evidence=4)
+        moved = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute", "slice", "select", "index"}
+        if moved or nodes.last_size(node) == columns:
+            pending.extend(nodes.followers(node))
+    return None
+
+
+def _rows_of(node: Node, hidden: set[Node]) -> bool:
+    """Whether a tensor holds rows of the hidden states that were routed, however arranged."""
+    known = {root for source in hidden for root in _rearranged_from(source)}
+    return any(source in known for source in _rearranged_from(node))
+
+
+def _rearranged_from(node: Node) -> list[Node]:
+    """The node and what it is a view, copy, repetition or choice of rows of."""
+    chain = [node]
+    while nodes.kind(chain[-1]) in _MOVES_ROWS and (source := nodes.operand(chain[-1])) is not None:
+        chain.append(source)
+    return chain
+
+
+def _enters_product(node: Node) -> bool:
+    """Whether a tensor is multiplied by a matrix before anything else is done to it."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if nodes.kind(user) in _PRODUCTS:
+                return True
+            if nodes.kind(user) in _MOVES_ROWS and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | None:

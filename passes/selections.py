@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from . import nodes
 from .columns import columns_of, constant
+from .expert_evidence import drops_tokens
 from .gate import Skip, SkipReason
 
 # What computes logits: nothing of one router's selection lies behind it.
@@ -218,10 +219,16 @@ def _join_steps(found: list[Selection | Skip]) -> list[Selection | Skip]:
         before = next((s for s in earlier if _depends(later.scores, s.ids)), None)
         if later.node not in taken and before is not None:
             for step in (before, later):
-                joined[step.node] = Skip(SkipReason.STEPS, step.node, f"{before.node.name}, {later.node.name}", 3)
+                joined[step.node] = _apart(step, f"{before.node.name}, {later.node.name}")
             taken |= {before.node, later.node}
     kept = (joined.get(s.node, s) for s in found if s.node in joined or s.node not in taken)
     return list(kept)
+
+
+def _apart(step: Selection, names: str) -> Skip:
+    """A step whose id is never put together with those of the others."""
+    dropping = any(drops_tokens(user) for view in _views(step.ids) for user in view.users)
+    return Skip(SkipReason.CAPACITY if dropping else SkipReason.STEPS, step.node, names, evidence=4)
 
 
 def _steps(steps: list[Selection], cat: Node) -> Selection | Skip:

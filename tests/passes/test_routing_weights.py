@@ -7,7 +7,7 @@ from torch import nn
 
 from sere_compile.passes import SkipReason, nodes
 
-from .moe_modules import EXPERTS, TRACERS, Indexed, ScatterCombine, from_dynamo, from_export, one_gate, rows
+from .moe_modules import EXPERTS, TRACERS, Block, Indexed, ScatterCombine, from_dynamo, from_export, one_gate, rows
 
 
 class Weighted(ScatterCombine):
@@ -137,3 +137,42 @@ def test_not_needed_for_summing_dispatch():
     gate = one_gate(from_export(Unweighted(), rows()))
     assert not gate.needs_merge
     assert gate.weights is None
+
+
+class BentLater(Block):
+    """makeMoE and Llama 4: the selected logits are scattered among -inf and made weights there."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        values, ids = F.linear(x, self.router).topk(self.top_k)
+        weights = self.function(torch.full((len(x), self.num_experts), float("-inf")).scatter(-1, ids, values))
+        return torch.einsum("te,eth->th", weights, self.all_experts((weights.T > 0)[..., None] * x))
+
+
+class ScaledInput(Block):
+    """Weights scale what goes into the experts, whose activation is not linear."""
+
+    def dispatch(self, x, ids, weights):
+        combine = x.new_zeros(x.shape[0], self.num_experts).scatter(1, ids, weights)
+        inputs = x.repeat(self.num_experts, 1) * combine.transpose(0, 1).reshape(-1, 1)
+        return self.all_experts(inputs.view(self.num_experts, *x.shape)).sum(0)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+class TestWhereSumsAreWrong:
+    """Merging adds the weights of two slots: where that is not the sum of two outputs the gate is refused."""
+
+    @pytest.mark.parametrize("function", [lambda w: w.softmax(-1), torch.sigmoid], ids=["softmax", "sigmoid"])
+    def test_bent_later(self, function, tracer):
+        """The function behind the scatter is named."""
+        gate = one_gate(TRACERS[tracer](BentLater(function), rows()))
+        assert gate.weights_skip.reason in (SkipReason.BENT_WEIGHTS, SkipReason.SCORES_BY_ID)
+
+    def test_scaled_input(self, tracer):
+        """The product with the hidden states is named."""
+        gate = one_gate(TRACERS[tracer](ScaledInput(), rows()))
+        assert gate.weights_skip.reason is SkipReason.SCALED_INPUT
+        assert nodes.kind(gate.weights_skip.node) == "mul"
