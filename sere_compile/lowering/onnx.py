@@ -210,8 +210,15 @@ class _Functions:
             model.functions[function.identifier()] = function
 
     def _reroute(
-        self, ids: Tensor, similarity: Tensor, select_top_k: int, threshold: float = 0.0, min_active: int = 0
+        self,
+        ids: Tensor,
+        similarity: Tensor,
+        select_top_k: int,
+        threshold: float = 0.0,
+        min_active: int = 0,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
+        _check_no_mask(token_mask)
         numbers = (select_top_k, threshold, min_active)
         name = self._name(torch.ops.sere.reroute.default, numbers, ids, similarity)
         return torch.onnx.ops.symbolic(name, (ids, similarity), dtype=ids.dtype, shape=ids.shape, version=1)
@@ -224,7 +231,9 @@ class _Functions:
         select_top_k: int,
         threshold: float = 0.0,
         min_active: int = 0,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        _check_no_mask(token_mask)
         numbers = (select_top_k, threshold, min_active)
         name = self._name(torch.ops.sere.reroute_merged.default, numbers, ids, weights, similarity)
         both = torch.onnx.ops.symbolic_multi_out(
@@ -269,6 +278,11 @@ class _Functions:
             f"min_active={body.numbers[2]}, {experts} experts"
         )
         return function
+
+
+def _check_no_mask(token_mask: Tensor | None) -> None:
+    if token_mask is not None:
+        raise LoweringError("a function of the file takes no token_mask; export without as_function")
 
 
 class _Reference(nn.Module):

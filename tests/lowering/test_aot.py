@@ -4,16 +4,13 @@ A package costs half a minute of C++ compilation, so tests share them; what need
 """
 
 import logging
-import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.cpp_extension import include_paths, library_paths
 
 import sere_compile
 from sere_compile import GateNotFoundError, ProfileError, SereConfig, SimilarityProfile
@@ -22,8 +19,9 @@ from sere_compile.lowering import aot
 from sere_compile.testing import oracle_routing
 
 from ..tiny_models import build, gate_names, random_profile, tokens
+from .cpp_runner import run_cpp
+from .models import SmallMoE, hidden_states, small_profile
 
-SOURCE = Path(__file__).parent / "cpp" / "run_package.cpp"
 BATCHES = (1, 5, 40)
 BATCH = torch.export.Dim("batch", min=1, max=64)
 INPUTS = {"args": (tokens(),), "kwargs": {"use_cache": False}}
@@ -77,16 +75,18 @@ class TestExportRewritten:
 
 class TestPackage:
     def test_save_and_load_in_another_process(self, tmp_path):
-        """A saved program needs only `import sere_compile.ops` to load; packaged there, it equals the oracle."""
-        model = build("mixtral", "batched_mm")
-        profile = random_profile(model)
-        with torch.no_grad():
-            program = torch.export.export(Logits(model), (tokens(),), dynamic_shapes=({0: BATCH},))
-        rewritten = sere_compile.rewrite(program, profile=prefixed(profile), config=S1).run_decompositions()
-        assert reroutes(rewritten) == len(gate_names()), "decomposition keeps the operator whole"
+        """A saved program needs only `import sere_compile.ops` to load; packaged there, it is the same function."""
+        free = ({0: torch.export.Dim("tokens", min=1, max=64)},)
+        program = torch.export.export(SmallMoE().eval(), (hidden_states(5),), dynamic_shapes=free)
+        rewritten = sere_compile.rewrite(program, profile=small_profile(), config=S1).run_decompositions()
+        assert reroutes(rewritten) == 1, "decomposition keeps the operator whole"
         torch.export.save(rewritten, tmp_path / "rewritten.pt2")
         subprocess.run([sys.executable, "-c", LOAD_AND_PACKAGE, tmp_path], check=True)
-        assert_equals_oracle(torch._inductor.aoti_load_package(str(tmp_path / "package.pt2")), model, profile)
+        run = torch._inductor.aoti_load_package(str(tmp_path / "package.pt2"))
+        for count in (1, 2, 33):
+            hidden = hidden_states(count, seed=count)
+            torch.testing.assert_close(run(hidden), rewritten.module()(hidden), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(run(hidden_states(2)), program.module()(hidden_states(2)), atol=1e-2)
 
     def test_python_and_cpp(self, tmp_path):
         """A model packaged in one call gives the oracle's logits for every batch size, in Python and without it."""
@@ -230,11 +230,6 @@ class Routed(nn.Module):
         return (outputs * weights[..., None]).sum(1)
 
 
-def prefixed(profile):
-    """The profile of a model for the program of `Logits(model)`."""
-    return SimilarityProfile({f"model.{name}": matrix for name, matrix in profile.items()})
-
-
 def routed_profile():
     half = torch.rand(8, 8, generator=torch.Generator().manual_seed(1))
     return SimilarityProfile({"gate": half + half.T})
@@ -245,42 +240,22 @@ def reroutes(program):
 
 
 def check_package_of_model(folder, device):
-    """Package a tiny Qwen3-MoE, compare it with the oracle from Python and from C++, and return its path."""
+    """Package a layer of a tiny Qwen3-MoE, compare it with the oracle from Python and from C++, and return its path."""
     model = build("qwen3_moe", "batched_mm", device=device)
-    profile = random_profile(model)
+    matrices = random_profile(model)
+    # Half of the C++ to compile; two layers of each model are in test_agreement.py.
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    profile = SimilarityProfile({gate: matrices[gate] for gate in gate_names(1)})
     inputs = {"kwargs": INPUTS["kwargs"], "dynamic_shapes": DYNAMIC}
     path = aot.package(model, folder / "m.pt2", (tokens(device=device),), **inputs, profile=profile, config=S1)
     assert path == str(folder / "m.pt2")
     compiled = torch._inductor.aoti_load_package(path)
     assert_equals_oracle(lambda ids: compiled(ids, use_cache=False).logits, model, profile, device)
 
-    torch.save([[tokens(batch)] for batch in BATCHES], folder / "calls.pt")
-    program = build_cpp(folder, device)
-    files = [path, folder / "calls.pt", folder / "results.pt"]
-    done = subprocess.run([program, *files, device], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = {len(logits): logits.to(device) for (logits,) in torch.load(folder / "results.pt")}
+    outputs = run_cpp(folder, path, [[tokens(batch)] for batch in BATCHES], device)
+    results = {len(logits): logits.to(device) for (logits,) in outputs}
     assert_equals_oracle(lambda ids: results[len(ids)], model, profile, device)
     return path
-
-
-def build_cpp(folder, device):
-    """Build the C++ program against this torch; skips only where there is no g++."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ to build the C++ program")
-    headers = [flag for path in include_paths() for flag in ("-isystem", path)]
-    folders = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
-    if device == "cuda":
-        # Nothing in the program names a symbol of these; they register the CUDA runner when they are loaded.
-        libraries += ["-Wl,--no-as-needed,--allow-shlib-undefined", "-ltorch_cuda", "-lc10_cuda"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    output = folder / "run_package"
-    command = [compiler, "-std=c++20", abi, str(SOURCE), "-o", str(output), *headers, *folders, *libraries]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return output
 
 
 def holds_kernel(entry):

@@ -1,4 +1,7 @@
-"""The ONNX file routes as SERE does: ids exactly, logits to 1e-4, for batch sizes that it was not traced with."""
+"""ONNX files: settings, functions, the decoding step as a user exports it, bad input.
+
+That every model's ids and logits are the oracle's is in test_agreement.py.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from sere_compile.errors import ConfigError, GateNotFoundError, LoweringError, M
 from sere_compile.lowering.aot import export_rewritten
 from sere_compile.lowering.decode_step import DecodeStep
 from sere_compile.lowering.standard_operators import experts_computed_by
+from sere_compile.testing import oracle_routing
 
 from .. import tiny_models
-from .models import SmallMoE, hidden_states, oracle_ids, small_profile, with_ids_as_outputs
+from .models import SmallMoE, hidden_states, small_profile
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -41,9 +45,6 @@ def export_small(tmp_path, model=None, **options):
     return lowering.export(model or SmallMoE().eval(), (hidden_states(5),), tmp_path / "small.onnx", **settings)
 
 
-# Real models: torch.onnx takes five seconds a layer, so most have one
-
-
 def real_model(name, layers=1):
     model = tiny_models.build(name)
     matrices = tiny_models.random_profile(model)
@@ -52,40 +53,9 @@ def real_model(name, layers=1):
     return model, SimilarityProfile({gate: matrices[gate] for gate in tiny_models.gate_names(layers)})
 
 
-@pytest.mark.parametrize(("name", "layers"), [("mixtral", 1), ("qwen2_moe", 1), ("qwen3_moe", 2)])
-def test_prefill(tmp_path, name, layers):
-    """Any batch size and length; the ids of every layer and the logits are the oracle's."""
-    model, matrices = real_model(name, layers)
-    model.set_experts_implementation("batched_mm")
-    program = export_rewritten(
-        model,
-        (tiny_models.tokens(4, 6),),
-        kwargs={"use_cache": False},
-        profile=matrices,
-        config=SereConfig(select_top_k=1, min_active=0),
-        dynamic_shapes={"input_ids": {0: FREE, 1: FREE}, "use_cache": None},
-    )
-    done = lowering.export(with_ids_as_outputs(program), None, tmp_path / "model.onnx")
-    onnx.checker.check_model(str(done.path), full_check=True)
-    assert done.gates == layers
-    changed = False
-    for batch, length in ((1, 1), (3, 5), (8, 2)):
-        ids = tiny_models.tokens(batch, length, seed=batch)
-        logits, *routed = run(done.path, ids)
-        with torch.no_grad(), oracle_ids(model, matrices, 1, min_active=0) as expected:
-            want = model(ids, use_cache=False).logits
-        assert len(routed) == len(expected) == layers
-        for got, layer in zip(routed, expected, strict=True):
-            np.testing.assert_array_equal(got, layer.numpy())
-        np.testing.assert_allclose(logits, want.numpy(), rtol=0, atol=TOLERANCE)
-        changed |= not torch.allclose(want, model(ids, use_cache=False).logits, atol=0.1)
-    assert changed, "re-routing changed nothing that this test could see"
-
-
-@pytest.mark.parametrize("name", tiny_models.MODELS)
-def test_decode_step(tmp_path, name):
+def test_decode_step(tmp_path):
     """Batches of any size decode token by token from an empty cache as the eager model does with the oracle's ids."""
-    model, matrices = real_model(name)
+    model, matrices = real_model("qwen3_moe")
     sere_compile.attach(model, matrices)
     step = DecodeStep(model, cache_length=6).eval()
     inputs, outputs = step.names()
@@ -104,7 +74,7 @@ def test_decode_step(tmp_path, name):
         ids = tiny_models.tokens(batch, 4, seed=batch)
         keys, values = step.empty_cache(batch)
         caches = [*keys, *values]
-        with torch.no_grad(), oracle_ids(model, matrices, 1):
+        with torch.no_grad(), oracle_routing(model, matrices, 1):
             cache = None
             for position in range(ids.shape[1]):
                 token = ids[:, position : position + 1]
@@ -188,6 +158,24 @@ new_ids = Where(%23, %26, %0)
 """,
     )
     assert done.operators_in_functions == sum(node.op_type != "Constant" for node in function.node)
+
+
+class Padded(nn.Module):
+    """Calls the operator itself, with padding."""
+
+    def forward(self, ids, similarity, real):
+        return torch.ops.sere.reroute(ids, similarity, 1, 0.0, 0, real)
+
+
+def test_token_mask(tmp_path):
+    """An operator that marks padding is written out, and refused as a function."""
+    ids, real = torch.tensor([[0, 1], [2, 3], [1, 4]]), torch.tensor([True, False, True])
+    inputs = (ids, small_profile()["gate.weight"], real)
+    program = torch.export.export(Padded(), inputs)
+    done = lowering.export(program, None, tmp_path / "m.onnx")
+    np.testing.assert_array_equal(run(done.path, *inputs)[0], Padded()(*inputs).numpy())
+    with pytest.raises(LoweringError, match="takes no token_mask; export without as_function"):
+        lowering.export(program, None, tmp_path / "m.onnx", as_function=True)
 
 
 def test_each_setting_has_its_function(tmp_path):

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 
 from sere_compile import SereConfig
 from sere_compile.errors import GateNotFoundError, LoweringError, MissingExtraError
@@ -73,6 +74,67 @@ def test_every_added_operator_has_a_converter(operator, numbers):
     for tokens in (2, 9):
         inputs = routing(operator, tokens)
         torch.testing.assert_close(program.module()(*inputs), operator(*numbers)(*inputs), rtol=0, atol=0)
+
+
+def test_reroute_in_aten():
+    """What re-routing is in the program handed over: no operator of ours, no shape that depends on data."""
+    assert_expected_inline(
+        aten_region(tensorrt.convertible(traced(Reroute, (1, 0.3, 0)))),
+        """\
+%0 = view(ids, [-1, 4]) -> int64[T, 4]
+%1 = slice.Tensor(%0, 0, 0, 9223372036854775807) -> int64[T, 4]
+%2 = slice.Tensor(%1, 1, 0, 1) -> int64[T, 1]
+%3 = ge.Scalar(%2, 0) -> bool[T, 1]
+%4 = lt.Scalar(%2, 12) -> bool[T, 1]
+%5 = __and__.Tensor(%3, %4) -> bool[T, 1]
+%6 = where.ScalarOther(%5, %2, 12) -> int64[T, 1]
+%7 = permute(%6, [1, 0]) -> int64[1, T]
+%8 = zeros([1, 13],) -> int32[1, 13]
+%9 = scatter.value(%8, 1, %7, 1) -> int32[1, 13]
+%10 = slice.Tensor(%9, 1, 0, 12) -> int32[1, 12]
+%11 = amax(%10, [0]) -> int32[12]
+%12 = gt.Scalar(%11, 0) -> bool[12]
+%13 = arange(12,) -> int64[12]
+%14 = gt.Scalar(similarity, -inf) -> bool[12, 12]
+%15 = __and__.Tensor(%12, %14) -> bool[12, 12]
+%16 = where.ScalarOther(%15, similarity, -inf) -> float32[12, 12]
+%17 = amax(%16, [1]) -> float32[12]
+%18 = argmax(%16, 1) -> int64[12]
+%19 = eq.Scalar(%17, -inf) -> bool[12]
+%20 = __or__.Tensor(%12, %19) -> bool[12]
+%21 = lt.Scalar(%17, 0.3) -> bool[12]
+%22 = __or__.Tensor(%20, %21) -> bool[12]
+%23 = where.self(%22, %13, %18) -> int64[12]
+%24 = ge.Scalar(%0, 0) -> bool[T, 4]
+%25 = lt.Scalar(%0, 12) -> bool[T, 4]
+%26 = __and__.Tensor(%24, %25) -> bool[T, 4]
+%27 = where.ScalarOther(%26, %0, 0) -> int64[T, 4]
+%28 = index.Tensor(%23, [%27]) -> int64[T, 4]
+%29 = where.self(%26, %28, %0) -> int64[T, 4]
+%30 = view(%29, [T, 4]) -> int64[T, 4]
+""",
+    )
+
+
+def aten_region(program):
+    """The operations of a program, values numbered anew, with types."""
+    names, lines = {}, []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            names[node] = "similarity" if "similarity" in node.name else node.name
+        elif node.op == "call_function" and "_assert" not in str(node.target) and "sym_" not in str(node.target):
+            names[node] = f"%{len(lines)}"
+            arguments = torch.fx.node.map_arg(node.args, lambda n: Name(names.get(n, "T")))
+            value = node.meta["val"]
+            sizes = ", ".join(str(size) if isinstance(size, int) else "T" for size in value.shape)
+            kind = str(node.target).removeprefix("aten.").removesuffix(".default")
+            lines.append(f"{names[node]} = {kind}{arguments} -> {str(value.dtype).removeprefix('torch.')}[{sizes}]")
+    return "\n".join(lines) + "\n"
+
+
+class Name(str):
+    def __repr__(self):
+        return str(self)
 
 
 def test_gather_needs_its_own_decomposition():
