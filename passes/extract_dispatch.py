@@ -30,6 +30,8 @@ class DispatchRegion:
         inputs: graph inputs and attributes (expert weights, sizes) that the region reads, as nodes of the graph.
         activations: other tensors it reads; their rows are tokens, or slots in token-major order.
         ids, weights: the nodes of the graph whose place the arguments take.
+        output: the node of the graph that the region computes.
+        inside: the nodes of the graph that the region consists of, `output` among them, in graph order.
     """
 
     module: GraphModule
@@ -37,6 +39,8 @@ class DispatchRegion:
     activations: tuple[Node, ...]
     ids: Node
     weights: Node
+    output: Node
+    inside: tuple[Node, ...]
 
 
 def extract_dispatch(gate: Gate) -> DispatchRegion | str:
@@ -151,8 +155,9 @@ def _build(gate: Gate, exit_node: Node, roles: Mapping[Node, str]) -> DispatchRe
     activations = tuple(n for n in source.nodes if roles.get(n) == "activation")
     mapped = {n: graph.placeholder(f"arg_{n.name}") for n in (gate.ids, gate.weights, *inputs, *activations)}
     mapped.update(dict.fromkeys(gate.all_ids, mapped[gate.ids]))
-    for node in source.nodes:
-        if roles.get(node) == "inside":
-            mapped[node] = graph.node_copy(node, mapped.__getitem__)
+    inside = tuple(node for node in source.nodes if roles.get(node) == "inside")
+    for node in inside:
+        mapped[node] = graph.node_copy(node, mapped.__getitem__)
     graph.output(mapped[exit_node])
-    return DispatchRegion(GraphModule(torch.nn.Module(), graph), inputs, activations, gate.ids, gate.weights)
+    module = GraphModule(torch.nn.Module(), graph)
+    return DispatchRegion(module, inputs, activations, gate.ids, gate.weights, exit_node, inside)

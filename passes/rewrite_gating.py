@@ -174,7 +174,7 @@ def _cannot_move(late: list[Node], first: Node, consumers: list[Node], order: di
     crossed = [n for n in first.graph.nodes if order[first] <= order[n] < order[late[-1]] and n not in late]
     for writers, others in ((late, crossed), (crossed, late)):
         for writer in writers:
-            memory = {alias for written in nodes.writes(writer) for alias in _aliases(written)}
+            memory = {alias for written in nodes.writes(writer) for alias in aliases(written)}
             if any(source in memory for other in others for source in other.all_input_nodes):
                 return writer
     return None
@@ -183,16 +183,16 @@ def _cannot_move(late: list[Node], first: Node, consumers: list[Node], order: di
 def _changed_after(first: Node, watched: list[Node], order: dict[Node, int], ignoring: list[Node]) -> Node | None:
     """The first node at or after `first` that writes to memory of a watched tensor."""
     for tensor in watched:
-        aliases = _aliases(tensor)
+        shared = aliases(tensor)
         for node in tensor.graph.nodes:
             if order[node] < order[first] or node in ignoring:
                 continue
-            if any(written in aliases for written in nodes.writes(node)):
+            if any(written in shared for written in nodes.writes(node)):
                 return node
     return None
 
 
-def _aliases(tensor: Node) -> set[Node]:
+def aliases(tensor: Node) -> set[Node]:
     """Every node that may share memory with the tensor, forward and backward through views and in-place results."""
     found, pending = {tensor}, [tensor]
     while pending:

@@ -29,6 +29,8 @@ class SereConfig:
         strict: raise `GateNotFoundError` where a warning would tell that nothing was re-routed.
         capture: "default", or "auto": try Dynamo's dynamic-shape capture first. Only `sere_compile.compile` and
             `explain` can do so; a backend gets graphs that are captured already.
+        lower_experts: replace dispatches of up to 256 tokens by kernels that read only the active experts, where the
+            graph is on CUDA and needs no gradients. They round like any fusing compiler. "always": on a CPU as well.
         collect_stats: count tokens, changed slots and active experts on the device; `sere_compile.stats` reads them.
 
     Raises:
@@ -42,6 +44,7 @@ class SereConfig:
     inner: str | Callable[..., Any] = "inductor"
     strict: bool = False
     collect_stats: bool = False
+    lower_experts: bool | str = True
     capture: str = "default"
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class SereConfig:
         for name in ("strict", "collect_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.lower_experts not in (True, False, "always"):
+            raise ConfigError(f'lower_experts must be True, False or "always", got {self.lower_experts!r}')
         if self.capture not in ("default", "auto"):
             raise ConfigError(f'capture must be "default" or "auto", got {self.capture!r}')
         if not (isinstance(self.inner, str) or callable(self.inner)):

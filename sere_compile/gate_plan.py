@@ -16,12 +16,14 @@ from .errors import GateNotFoundError
 from .module_tree import experts_stand_beside
 from .passes import (
     COUNTED,
+    MAX_TOKENS,
     DispatchRegion,
     Gate,
     RoutingSettings,
     Skip,
     extract_dispatch,
     insert_count,
+    lower_experts,
     nodes,
     rewrite_gate,
 )
@@ -115,13 +117,13 @@ def routing_settings(gate: Gate, config: SereConfig) -> RoutingSettings:
 
 def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, example_inputs: Sequence[Any]) -> None:
     """Rewrite one gate; what its calls need beyond the graph's own inputs is recorded in `appended`."""
-    gate = plan.gate
     if plan.status == SKIPPED:
         return
+    gate = lower(plan, config, example_inputs)
     if plan.select_top_k >= gate.top_k:
         plan.reason = f"S = {plan.select_top_k}: nothing to re-route"
         return
-    if _too_many_tokens(gate, config.max_tokens):
+    if too_many_tokens(gate, config.max_tokens):
         plan.reason = f"more than max_tokens = {config.max_tokens} tokens"
         return
     weight = plan.weight(example_inputs)
@@ -141,6 +143,32 @@ def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, exa
         insert_count(done, appended.input_for(plan, buffer, counts=True))
 
 
+def lower(plan: GatePlan, config: SereConfig, example_inputs: Sequence[Any]) -> Gate:
+    """Apply the speed passes that are on to a gate, re-routed or not; the gate as it is then."""
+    gate, device = plan.gate, plan.weight(example_inputs).device
+    reason: str | None = None
+    if not config.lower_experts or (config.lower_experts is True and device.type != "cuda"):
+        return gate
+    if isinstance(plan.region, str):
+        reason = plan.region
+    elif torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs):
+        reason = "gradients are on"
+    elif too_many_tokens(gate, MAX_TOKENS):
+        reason = f"more than {MAX_TOKENS} tokens"
+    else:
+        sizes = {
+            node: value.node.hint if isinstance(value, torch.SymInt) else value
+            for node, value in zip(plan.inputs, example_inputs, strict=False)
+            if isinstance(value, (int, torch.SymInt))
+        }
+        lowered = lower_experts(gate, plan.region, sizes, device)
+        if isinstance(lowered, Gate):
+            return lowered
+        reason = lowered
+    log.debug("the experts of %s stay as they are: %s", plan.fallback_name, reason)
+    return gate
+
+
 def refuse_shared_routers(plans: list[GatePlan]) -> None:
     """Skip gates that share a router weight but not their experts: one matrix cannot describe both."""
     experts: dict[Node, set[tuple[Node, ...]]] = {}
@@ -153,7 +181,7 @@ def refuse_shared_routers(plans: list[GatePlan]) -> None:
             log.warning("%s is not re-routed: %s", plan.fallback_name, plan.reason)
 
 
-def _too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
+def too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
     """Compares the batch with the limit. A symbolic batch makes Dynamo guard on the answer: two graphs at most."""
     if max_tokens is None:
         return False

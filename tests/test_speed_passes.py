@@ -1,0 +1,79 @@
+"""The speed passes in the backend, on real models: same numbers up to rounding, and a switch for each."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import sere_compile
+from sere_compile.passes.nodes import kind
+
+from . import tiny_models
+
+
+def compiled(model, seen, **options):
+    """The model through the backend, without an inner compiler; the kinds of its operations go to `seen`."""
+
+    def inner(graph, _):
+        seen.append([kind(node) for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    backend = sere_compile.sere_backend.with_options(inner=inner, min_active=0, **options)
+    return torch.compile(model, backend=backend, dynamic=options.pop("dynamic", None))
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", list(tiny_models.MODELS))
+def test_lowered_experts_give_the_stock_logits(name, experts):
+    """float32 logits of whole models, re-routed and not, to 1e-5; every layer has one operator."""
+    model = tiny_models.build(name, experts)
+    sere_compile.attach(model, tiny_models.random_profile(model))
+    for select_top_k in (1, tiny_models.TOP_K[name]):
+        logits, seen = [], []
+        for lower_experts in (False, "always"):
+            with torch.no_grad():
+                run = compiled(model, seen, select_top_k=select_top_k, lower_experts=lower_experts)
+                logits.append(run(tiny_models.tokens(), use_cache=False).logits)
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5 * float(logits[0].abs().max()))
+        assert [kinds.count("sere.expert_mlp") for kinds in seen] == [0, tiny_models.LAYERS]
+        assert not {"bmm", "transformers.grouped_mm_fallback", "sort"} & set(seen[1])
+
+
+def test_more_than_256_tokens_stay():
+    """Beyond the operator's reach the stock dispatch is kept, in the same model."""
+    model, seen = tiny_models.build("mixtral", "batched_mm"), []
+    with torch.no_grad():
+        run = compiled(model, seen, select_top_k=2, lower_experts="always")
+        run(tiny_models.tokens(2, 5), use_cache=False)
+        run(tiny_models.tokens(3, 6), use_cache=False)
+        run(tiny_models.tokens(3, 90), use_cache=False)
+    lowered = ["sere.expert_mlp" in kinds for kinds in seen]
+    assert lowered[-1] is False
+    assert all(lowered[:-1])
+    assert len(lowered) == 3  # static, dynamic, and dynamic beyond 256 tokens
+
+
+def test_gradients_keep_the_stock_dispatch(caplog):
+    """The operator has no gradient."""
+    model, seen = tiny_models.build("mixtral", "batched_mm"), []
+    with caplog.at_level(logging.DEBUG, logger="sere_compile.gate_plan"):
+        compiled(model, seen, select_top_k=2, lower_experts="always")(tiny_models.tokens(), use_cache=False)
+    assert "sere.expert_mlp" not in seen[0]
+    assert "gradients are on" in caplog.text
+
+
+def test_a_cpu_keeps_the_stock_dispatch_by_default():
+    """The kernels are for GPUs."""
+    model, seen = tiny_models.build("mixtral", "batched_mm"), []
+    with torch.no_grad():
+        compiled(model, seen, select_top_k=2)(tiny_models.tokens(), use_cache=False)
+    assert "sere.expert_mlp" not in seen[0]
+
+
+def test_options_are_checked():
+    """A misspelt value is an error."""
+    with pytest.raises(sere_compile.SereError, match='True, False or "always"'):
+        sere_compile.SereConfig(lower_experts="sometimes")
