@@ -8,5 +8,6 @@ the two. Importing this module registers `torch.ops.sere.*`; it does not import 
 from .expert_mlp import expert_mlp
 from .reroute import reroute
 from .reroute_merged import reroute_merged
+from .route import route
 
-__all__ = ["expert_mlp", "reroute", "reroute_merged"]
+__all__ = ["expert_mlp", "reroute", "reroute_merged", "route"]

@@ -1,0 +1,127 @@
+"""`sere::route`: reference and kernel against a straightforward oracle, order, ties, NaN, and opcheck."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sere_compile.ops import route
+
+from .cases import poisoned_memory
+
+# E, K, scoring, bias, renormalize, epsilon, scale, dtype of logits, dtype of weights
+CASES = [
+    (128, 8, "softmax", False, True, 0.0, 1.0, torch.bfloat16, torch.bfloat16),
+    (8, 2, "softmax", False, False, 0.0, 1.0, torch.float32, torch.float32),
+    (60, 4, "softmax_after", False, False, 0.0, 1.0, torch.float16, torch.float32),
+    (37, 5, "sigmoid", True, True, 1e-20, 2.5, torch.float32, torch.bfloat16),
+    (6, 6, "none", False, False, 0.0, 1.0, torch.float32, torch.float32),
+    (1, 1, "softmax", False, True, 0.0, 1.0, torch.float32, torch.float32),
+]
+
+
+def draw(case, rows=5, device="cpu"):
+    experts, top_k, scoring, has_bias, renormalize, epsilon, scale, dtype, out = case
+    generator = torch.Generator().manual_seed(experts + top_k)
+    logits = (torch.randn(rows, experts, generator=generator) * 2).to(device, dtype)
+    bias = torch.randn(experts, generator=generator).to(device) if has_bias else None
+    return logits, bias, top_k, scoring, renormalize, epsilon, scale, out
+
+
+def oracle(logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype):
+    """Row by row in Python floats; shares no code with the operator."""
+    all_ids, all_weights = [], []
+    for row in logits.double().tolist():
+        scores = row
+        if scoring == "softmax":
+            scores = [math.exp(x - max(row)) / sum(math.exp(y - max(row)) for y in row) for x in row]
+        elif scoring == "sigmoid":
+            scores = [1 / (1 + math.exp(-x)) for x in row]
+        chosen = [s + (bias[i].item() if bias is not None else 0.0) for i, s in enumerate(scores)]
+        ids = sorted(range(len(row)), key=lambda i, chosen=chosen: (-chosen[i], i))[:top_k]
+        weights = [scores[i] for i in ids]
+        if scoring == "softmax_after":
+            top = max(weights)
+            weights = [math.exp(w - top) / sum(math.exp(v - top) for v in weights) for w in weights]
+        if renormalize:
+            weights = [w / (sum(weights) + epsilon) for w in weights]
+        all_ids.append(ids)
+        all_weights.append([w * scale for w in weights])
+    return torch.tensor(all_weights, dtype=torch.float64).to(dtype), torch.tensor(all_ids)
+
+
+def launch(arguments, tokens=None):
+    from sere_compile.ops.route.kernel import launch_route
+
+    with poisoned_memory():
+        return launch_route(*arguments, tokens)
+
+
+def check(result, want):
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[want[0].dtype]
+    torch.testing.assert_close(result[0].cpu(), want[0], rtol=tolerance, atol=1e-7)
+    torch.testing.assert_close(result[1].cpu(), want[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator_equals_oracle(case, device):
+    """The operator (on CPU its ATen reference) gives the oracle's ids and weights."""
+    arguments = draw(case, device=device)
+    check(route(*arguments), oracle(*arguments))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_equals_oracle(case, tokens, kernel_device):
+    """The kernel does, with rows that do not fill the last program."""
+    arguments = draw(case, device=kernel_device)
+    check(launch(arguments, tokens), oracle(*arguments))
+
+
+@pytest.mark.parametrize("run", [route, lambda *a: launch(a)], ids=["operator", "kernel"])
+def test_order_of_equals_and_nan(run, kernel_device):
+    """Equal scores: the lowest expert first, whatever the sign of zero. NaN is above everything."""
+    rows = [[1.0, 3.0, 3.0, 1.0], [0.0, -0.0, 0.0, -1.0], [1.0, math.nan, math.inf, 0.0], [-math.inf, 0.0, 1.0, 2.0]]
+    logits = torch.tensor(rows, device=kernel_device)
+    weights, ids = run(logits, None, 4, "none", False, 0.0, 1.0, torch.float32)
+    assert ids.tolist() == [[1, 2, 0, 3], [0, 1, 2, 3], [1, 2, 0, 3], [3, 2, 1, 0]]
+    assert weights[2, 0].isnan()
+    assert weights[3, 3] == -math.inf
+
+
+@pytest.mark.parametrize("run", [route, lambda *a: launch(a)], ids=["operator", "kernel"])
+def test_any_shape_and_strides(run, kernel_device):
+    """Leading dimensions, none at all, no tokens, and logits whose experts are not next to each other."""
+    options = (None, 3, "softmax", False, 0.0, 1.0, torch.float32)
+    logits = torch.randn(2, 10, 4, device=kernel_device).transpose(1, 2)
+    want = torch.topk(logits.softmax(-1), 3)
+    weights, ids = run(logits, *options)
+    torch.testing.assert_close(weights, want.values)
+    assert torch.equal(ids, want.indices)
+    assert [x.shape for x in run(logits[0, 0], *options)] == [(3,), (3,)]
+    assert [x.shape for x in run(logits[:0], *options)] == [(0, 4, 3), (0, 4, 3)]
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_opcheck(case):
+    """Schema, fake implementation and tracing agree with the operator."""
+    torch.library.opcheck(torch.ops.sere.route.default, draw(case))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, "logits: expected dtype"),
+        ({"top_k": 5}, ValueError, "top_k: expected 1 to E"),
+        ({"scoring": "tanh"}, ValueError, "scoring: expected one of"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \[4\], got \[3\]"),
+        ({"dtype": torch.int32}, TypeError, "dtype: expected a floating point"),
+    ],
+)
+def test_refusals(change, error, message):
+    """Each wrong argument is named, with what was expected."""
+    arguments = {"logits": torch.zeros(2, 4), "bias": None, "top_k": 2, "scoring": "softmax", **change}
+    with pytest.raises(error, match=message):
+        route(**arguments)
