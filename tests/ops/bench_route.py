@@ -60,7 +60,7 @@ def main() -> None:
             torch.testing.assert_close(ours(inputs[0])[0], stock(inputs[0], *options)[0], rtol=2e-2, atol=1e-3)
             functions = {
                 "eager": lambda x, options=options: stock(x, *options),
-                "inductor": lambda x, options=options: compiled(x, *options),
+                "inductor": lambda x, options=options, compiled=compiled: compiled(x, *options),
                 "route": ours,
                 "both": both,
             }
