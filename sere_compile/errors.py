@@ -29,3 +29,7 @@ class MissingExtraError(SereError, ImportError):
 
 class LoweringError(SereError, RuntimeError):
     """A model cannot be exported or lowered to the target that was asked for."""
+
+
+class ModelNotFoundError(SereError, OSError):
+    """A checkpoint cannot be loaded: no such folder or name, files missing, or no connection."""

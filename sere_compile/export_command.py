@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -48,6 +49,8 @@ def export_command(
     """
     try:
         config = SereConfig(select_top_k=select_top_k, threshold=threshold, min_active=min_active)
+        if not Path(out).absolute().parent.is_dir():
+            raise click.UsageError(f"--out: there is no folder {Path(out).absolute().parent}")
         if as_function and target != "onnx":
             raise click.UsageError("--as-function is for --to onnx")
         matrices = None if profile is None else SimilarityProfile.load(profile)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, ModelNotFoundError
 
 
 def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -22,14 +22,18 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
 
     Raises:
         MissingExtraError: transformers is not installed.
+        ModelNotFoundError: transformers cannot load what is under that name.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:
         raise MissingExtraError("loading a checkpoint needs transformers: pip install 'sere-compile[hf]'") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except OSError as error:
+        raise ModelNotFoundError(f"no causal language model could be loaded from {name_or_path!r}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     return model.to(device).eval(), tokenizer

@@ -95,4 +95,9 @@ def test_bad_options(checkpoint, tmp_path):
     _, folder, _, _ = checkpoint
     out = ("--model", folder, "--out", tmp_path / "m")
     assert "select_top_k must be" in export("--to", "onnx", *out, "--select-top-k", 0).output
+    nowhere = export("--to", "onnx", "--model", folder, "--out", tmp_path / "missing" / "m.onnx")
+    assert "--out: there is no folder" in nowhere.output
+    unknown = export("--to", "onnx", "--model", tmp_path / "nothing", "--out", tmp_path / "m")
+    assert unknown.exit_code == 1
+    assert "no causal language model could be loaded from" in unknown.output
     assert "--as-function is for --to onnx" in export("--to", "aot", *out, "--as-function").output
