@@ -169,7 +169,7 @@ def drops_tokens(consumer: Node) -> bool:
     if nodes.kind(consumer) not in ("one_hot", "scatter", "eq"):
         return False
     pending: list[tuple[Node, bool]] = [(node, False) for node in [consumer, *nodes.followers(consumer)]]
-    seen = set()
+    seen: set[tuple[Node, bool]] = set()
     while pending and len(seen) < _HORIZON:
         node, numbered = pending.pop()
         if (node, numbered) in seen:

@@ -134,8 +134,8 @@ def _experts_behind(
             attempt = classify_uses(selection, router.projection, fewer, router.columns, leaves)
             if attempt.reach:
                 return attempt, fewer
-    leaves = any(use.kind is UseKind.LEAVES for use in uses.all)
-    outside = experts_outside(router.weight, router.columns) if leaves else 0
+    ids_leave = any(use.kind is UseKind.LEAVES for use in uses.all)
+    outside = experts_outside(router.weight, router.columns) if ids_leave else 0
     return uses, router.columns if outside is True else int(outside)
 
 
