@@ -91,9 +91,11 @@ def _check_options(config: SereConfig) -> None:
         )
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
-        if option.name not in _USED | _OF_THE_COMPILER and value != option.default:
+        # A word in the place of a number asks for something to be measured while the model runs or is compiled.
+        unresolved = option.name in _USED and isinstance(value, str)
+        if unresolved or (option.name not in _USED | _OF_THE_COMPILER and value != option.default):
             raise ConfigError(
-                f"{option.name}={value!r} is for backend='sere'; a program traced ahead of time takes "
+                f"{option.name}={value!r} is for backend='sere'; a program traced ahead of time takes numbers for "
                 f"{', '.join(sorted(_USED))}"
             )
 

@@ -312,9 +312,13 @@ class TestErrors:
 
         sere_compile.rewrite(torch.export.export(_Indexed(), (torch.randn(4, 6),)), config=Newer(inner="eager"))
         with pytest.raises(
-            ConfigError, match=r"flavour='odd' is for backend='sere'; .* takes max_tokens, min_active, sel"
+            ConfigError, match=r"flavour='odd' is for backend='sere'; .* takes numbers for max_tokens, min"
         ):
             sere_compile.rewrite(symbolic_trace(_Indexed()), config=Newer(flavour="odd"))
+        measured = SereConfig()
+        object.__setattr__(measured, "select_top_k", "auto")
+        with pytest.raises(ConfigError, match="select_top_k='auto' is for"):
+            sere_compile.rewrite(symbolic_trace(_Indexed()), config=measured)
 
     def test_no_selection(self):
         """A program without any top-k says so."""
