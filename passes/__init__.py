@@ -5,8 +5,9 @@ A rewrite of one graph is, in this order:
 1. `find_gates`: which selections are gates, what each use of their ids does, what was refused and why.
 2. `extract_dispatch`: a gate's dispatch as a function, where its experts have to be probed.
 3. `lower_experts`: the dispatch becomes one operator of ours, where a GPU gains by it.
-4. `rewrite_gate`: the dispatch uses read re-routed ids.
-5. `insert_count`: statistics, when asked for.
+4. `fuse_router`: scoring, selection and weighing become one operator of ours, likewise.
+5. `rewrite_gate`: the dispatch uses read re-routed ids.
+6. `insert_count`: statistics, when asked for.
 
 Passes know graphs only: no model, no file format, no tracer's own objects. `passes/README.md` has the invariants.
 """
@@ -14,6 +15,7 @@ Passes know graphs only: no model, no file format, no tracer's own objects. `pas
 from .count_routing import COUNTED, insert_count
 from .extract_dispatch import DispatchRegion, extract_dispatch
 from .find_gates import Findings, find_gates
+from .fuse_router import fuse_router
 from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .lower_experts import MAX_TOKENS, ExpertLayer, lower_experts
 from .rewrite_gating import Rewrite, RoutingSettings, rewrite_gate
@@ -33,6 +35,7 @@ __all__ = [
     "UseKind",
     "extract_dispatch",
     "find_gates",
+    "fuse_router",
     "insert_count",
     "lower_experts",
     "rewrite_gate",

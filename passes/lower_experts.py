@@ -268,7 +268,7 @@ def _replace(gate: Gate, region: DispatchRegion, layer: ExpertLayer, hidden: Nod
         # Some may serve others too; what writes has its effect inside the region only (see `_exposed`).
         if not node.users:
             graph.erase_node(node)
-    kept = tuple(use for use in gate.uses if not use.kind.dispatches and not use.consumer._erased)
+    kept = tuple(use for use in gate.uses if not use.consumer._erased)
     return dataclasses.replace(gate, uses=(*kept, Use(new, gate.ids, UseKind.EXPERT_INDEX)))
 
 

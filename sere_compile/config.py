@@ -29,6 +29,8 @@ class SereConfig:
         strict: raise `GateNotFoundError` where a warning would tell that nothing was re-routed.
         capture: "default", or "auto": try Dynamo's dynamic-shape capture first. Only `sere_compile.compile` and
             `explain` can do so; a backend gets graphs that are captured already.
+        fuse_router: replace scoring, top-k and normalising of up to 256 tokens by one kernel, where the graph is on
+            CUDA and needs no gradients. "always": on a CPU as well.
         lower_experts: replace dispatches of up to 256 tokens by kernels that read only the active experts, where the
             graph is on CUDA and needs no gradients. They round like any fusing compiler. "always": on a CPU as well.
         collect_stats: count tokens, changed slots and active experts on the device; `sere_compile.stats` reads them.
@@ -44,6 +46,7 @@ class SereConfig:
     inner: str | Callable[..., Any] = "inductor"
     strict: bool = False
     collect_stats: bool = False
+    fuse_router: bool | str = True
     lower_experts: bool | str = True
     capture: str = "default"
 
@@ -57,8 +60,9 @@ class SereConfig:
         for name in ("strict", "collect_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.lower_experts not in (True, False, "always"):
-            raise ConfigError(f'lower_experts must be True, False or "always", got {self.lower_experts!r}')
+        for name in ("fuse_router", "lower_experts"):
+            if getattr(self, name) not in (True, False, "always"):
+                raise ConfigError(f'{name} must be True, False or "always", got {getattr(self, name)!r}')
         if self.capture not in ("default", "auto"):
             raise ConfigError(f'capture must be "default" or "auto", got {self.capture!r}')
         if not (isinstance(self.inner, str) or callable(self.inner)):

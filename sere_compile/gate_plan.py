@@ -22,6 +22,7 @@ from .passes import (
     RoutingSettings,
     Skip,
     extract_dispatch,
+    fuse_router,
     insert_count,
     lower_experts,
     nodes,
@@ -146,26 +147,34 @@ def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, exa
 def lower(plan: GatePlan, config: SereConfig, example_inputs: Sequence[Any]) -> Gate:
     """Apply the speed passes that are on to a gate, re-routed or not; the gate as it is then."""
     gate, device = plan.gate, plan.weight(example_inputs).device
-    reason: str | None = None
-    if not config.lower_experts or (config.lower_experts is True and device.type != "cuda"):
+    wanted = {
+        name: option == "always" or (option and device.type == "cuda")
+        for name, option in (("experts", config.lower_experts), ("routing", config.fuse_router))
+    }
+    if not any(wanted.values()):
         return gate
-    if isinstance(plan.region, str):
-        reason = plan.region
-    elif torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs):
-        reason = "gradients are on"
-    elif too_many_tokens(gate, MAX_TOKENS):
-        reason = f"more than {MAX_TOKENS} tokens"
-    else:
-        sizes = {
-            node: value.node.hint if isinstance(value, torch.SymInt) else value
-            for node, value in zip(plan.inputs, example_inputs, strict=False)
-            if isinstance(value, (int, torch.SymInt))
-        }
-        lowered = lower_experts(gate, plan.region, sizes, device)
-        if isinstance(lowered, Gate):
-            return lowered
-        reason = lowered
-    log.debug("the experts of %s stay as they are: %s", plan.fallback_name, reason)
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs):
+        log.debug("%s keeps its experts and routing: gradients are on", plan.fallback_name)
+        return gate
+    if too_many_tokens(gate, MAX_TOKENS):
+        log.debug("%s keeps its experts and routing: more than %d tokens", plan.fallback_name, MAX_TOKENS)
+        return gate
+    sizes = {
+        node: value.node.hint if isinstance(value, torch.SymInt) else value
+        for node, value in zip(plan.inputs, example_inputs, strict=False)
+        if isinstance(value, (int, torch.SymInt))
+    }
+    for part, is_wanted in wanted.items():
+        if not is_wanted:
+            continue
+        if part == "routing":
+            done = fuse_router(gate, sizes, device)
+        else:
+            done = plan.region if isinstance(plan.region, str) else lower_experts(gate, plan.region, sizes, device)
+        if isinstance(done, str):
+            log.debug("%s keeps its %s: %s", plan.fallback_name, part, done)
+        else:
+            gate = done
     return gate
 
 

@@ -1,0 +1,149 @@
+"""Chains from logits to ids and weights become `sere.route` where it computes them, and only there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sere_compile.passes import Gate, fuse_router
+from sere_compile.passes.nodes import kind
+
+from .test_lower_experts import E, H, K, Layer, T, trace
+
+
+class Routed(Layer):
+    """Experts behind a router that a subclass of this test's choice computes."""
+
+    def __init__(self, route):
+        super().__init__()
+        self.route = route
+        self.bias = nn.Parameter(torch.rand(E) * 0.2)
+
+    def forward(self, hidden):
+        weights, ids, extra = self.route(self, F.linear(hidden, self.gate.weight))
+        x = hidden.repeat_interleave(K, 0)
+        act = self._activate(self._project(x, self.up, None, ids.reshape(-1)))
+        out = self._project(act, self.down, None, ids.reshape(-1)) * weights.reshape(-1, 1)
+        return out.view(-1, K, H).sum(1), extra
+
+
+def softmax(layer, logits):
+    weights, ids = torch.topk(F.softmax(logits, -1, dtype=torch.float32), K)
+    return weights, ids, logits
+
+
+def renormalised(layer, logits):
+    weights, ids = torch.topk(F.softmax(logits, -1, dtype=torch.float32), K)
+    weights /= weights.sum(-1, keepdim=True)
+    return weights.to(logits.dtype), ids, logits
+
+
+def softmax_after(layer, logits):
+    weights, ids = torch.topk(logits, K)
+    return F.softmax(weights, -1), ids, logits
+
+
+def biased(layer, logits):
+    scores = logits.sigmoid()
+    ids = torch.topk(scores + layer.bias, K, sorted=False)[1]
+    weights = scores.gather(1, ids)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5, ids, logits
+
+
+def grouped(layer, logits, groups=4, chosen=2):
+    scores = logits.softmax(-1)
+    best = scores.view(-1, groups, E // groups).max(-1).values
+    mask = torch.zeros_like(best).scatter_(1, torch.topk(best, chosen)[1], 1)
+    mask = mask.unsqueeze(-1).expand(-1, groups, E // groups).reshape(-1, E)
+    weights, ids = torch.topk(scores.masked_fill(~mask.bool(), 0.0), K)
+    return weights, ids, logits
+
+
+def one_group(layer, logits):
+    best = logits.view(-1, 1, E).topk(2)[0].sum(-1)
+    mask = torch.zeros_like(best).scatter_(1, torch.topk(best, 1)[1], 1)
+    mask = mask.unsqueeze(-1).expand(-1, 1, E).reshape(-1, E)
+    weights, ids = torch.topk(logits.masked_fill(~mask.bool(), float("-inf")), K)
+    return F.softmax(weights, -1), ids, logits
+
+
+def scores_read(layer, logits):
+    scores = F.softmax(logits, -1)
+    weights, ids = torch.topk(scores, K)
+    return weights, ids, scores.mean(0)
+
+
+def squared(layer, logits):
+    weights, ids = torch.topk(F.softmax(logits, -1), K)
+    return weights * weights, ids, logits
+
+
+def logits_written(layer, logits):
+    weights, ids = torch.topk(F.softmax(logits, -1), K)
+    logits.mul_(2)
+    return weights / weights.sum(-1, keepdim=True), ids, logits
+
+
+@pytest.mark.parametrize("tokens", [1, T])
+@pytest.mark.parametrize(
+    ("route", "options"),
+    [
+        (softmax, ("softmax", False, 0.0, 1.0)),
+        (renormalised, ("softmax", True, 0.0, 1.0)),
+        (softmax_after, ("softmax_after", False, 0.0, 1.0)),
+        (biased, ("sigmoid", True, 0.0, 2.5)),
+        (one_group, ("softmax_after", False, 0.0, 1.0)),
+    ],
+)
+def test_one_operator_routes(route, options, tokens):
+    """The operator has the chain's arguments, the outputs (returned logits too) stay, nothing of the chain is left."""
+    hidden = torch.randn(tokens, H, generator=torch.Generator().manual_seed(1)) * 3
+    graph, _, gate = trace(Routed(route), hidden)
+    with torch.no_grad():
+        layer = Routed(route)
+        expected = layer(hidden)
+        fused = fuse_router(gate, {}, torch.device("cpu"))
+        assert isinstance(fused, Gate), fused
+        graph.graph.lint()
+        graph.recompile()
+        (call,) = [node for node in graph.graph.nodes if kind(node) == "sere.route"]
+        assert call.args[3:7] == options
+        assert (call.args[1] is not None) == (route is biased)
+        assert not {"topk", "softmax", "sigmoid", "gather"} & {kind(node) for node in graph.graph.nodes}
+        again = torch.compile(layer, backend=_fusing, dynamic=False)
+        torch._dynamo.reset()
+        actual = again(hidden)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual[1], expected[1])
+    assert fused.is_sorted
+    assert not any(use.consumer._erased or use.read._erased for use in fused.uses)
+
+
+def _fusing(graph, _):
+    from sere_compile.passes import find_gates
+
+    fused = fuse_router(find_gates(graph).gates[0], {}, torch.device("cpu"))
+    assert isinstance(fused, Gate)
+    graph.recompile()
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("route", "reason"),
+    [
+        (grouped, "operations of its own"),
+        (scores_read, "reads its scores as well"),
+        (squared, "no routing of ours"),
+        (logits_written, "changes its logits"),
+    ],
+)
+def test_what_it_does_not_compute_stays(route, reason):
+    """Each refusal has its reason, and leaves the graph alone."""
+    graph, _, gate = trace(Routed(route), torch.randn(T, H))
+    before = [node.name for node in graph.graph.nodes]
+    found = fuse_router(gate, {}, torch.device("cpu"))
+    assert isinstance(found, str)
+    assert reason in found
+    assert [node.name for node in graph.graph.nodes] == before
