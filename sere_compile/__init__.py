@@ -8,6 +8,7 @@ from .capture import compile
 from .config import SereConfig
 from .errors import (
     ConfigError,
+    EvaluationError,
     GateNotFoundError,
     LoweringError,
     MissingExtraError,
@@ -16,6 +17,7 @@ from .errors import (
     ProfileError,
     SereError,
 )
+from .evaluation import Evaluation, evaluate
 from .explain import explain
 from .report import GateReport, GateRow
 from .rewrite import rewrite
@@ -24,6 +26,8 @@ from .statistics import GateStats, reset_stats, stats
 
 __all__ = [
     "ConfigError",
+    "Evaluation",
+    "EvaluationError",
     "GateNotFoundError",
     "GateReport",
     "GateRow",
@@ -40,6 +44,7 @@ __all__ = [
     "attach",
     "compile",
     "detach",
+    "evaluate",
     "explain",
     "reset_stats",
     "rewrite",

@@ -33,3 +33,7 @@ class LoweringError(SereError, RuntimeError):
 
 class ModelNotFoundError(SereError, OSError):
     """A checkpoint cannot be loaded: no such folder or name, files missing, or no connection."""
+
+
+class EvaluationError(SereError, ValueError):
+    """A model or its tokens cannot be evaluated."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sere_compile.export_command import export_command
+from sere_compile.commands.export import export_command
 from sere_compile.lowering.standard_operators import sere_nodes
 from sere_compile.testing import oracle_routing
 

@@ -8,10 +8,10 @@ from typing import Any
 import click
 import torch
 
-from .config import SereConfig
-from .errors import SereError
-from .integrations.transformers import load_causal_lm
-from .similarity import SimilarityProfile, attach
+from ..config import SereConfig
+from ..errors import SereError
+from ..integrations.transformers import load_causal_lm
+from ..similarity import SimilarityProfile, attach
 
 
 @click.command("export")
@@ -72,13 +72,13 @@ def _write(target: str, out: str, graph: dict[str, Any], as_function: bool) -> s
     names = graph.pop("names")
     module, args = graph.pop("module"), graph.pop("args")
     if target == "onnx":
-        from .lowering import onnx
+        from ..lowering import onnx
 
         done = onnx.export(
             module, args, out, as_function=as_function, input_names=names[0], output_names=names[1], **graph
         )
         return f"{out}: {done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators"
-    from .lowering import aot
+    from ..lowering import aot
 
     if target == "aot":
         return f"{aot.package(module, out, args, **graph)}: AOTInductor package"
@@ -101,7 +101,7 @@ def _prefill(model: Any) -> dict[str, Any]:
 
 def _decode(model: Any, cache_length: int) -> dict[str, Any]:
     """One step with a cache that comes in and goes out, for any number of rows."""
-    from .lowering.decode_step import DecodeStep
+    from ..lowering.decode_step import DecodeStep
 
     step = DecodeStep(model, cache_length).eval()
     return {

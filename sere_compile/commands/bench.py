@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .benchmark.geometries import GEOMETRIES
-from .errors import SereError
+from ..benchmark.geometries import GEOMETRIES
+from ..errors import SereError
 
 
 class _Numbers(click.ParamType):
@@ -50,9 +50,9 @@ def bench_command(
     Every compiled variant is a CUDA graph, all variants take turns in one process. Outputs are compared first: where
     one disagrees no speed-up is printed, and the exit status is 1.
     """
-    from .benchmark.run import KINDS, require_device, run_bench
-    from .benchmark.subject import loaded_model, random_model
-    from .similarity import SimilarityProfile
+    from ..benchmark.run import KINDS, require_device, run_bench
+    from ..benchmark.subject import loaded_model, random_model
+    from ..similarity import SimilarityProfile
 
     kinds = what.split(",")
     if (geometry is None) == (name is None):
@@ -74,7 +74,7 @@ def bench_command(
     if json_path is not None:
         results.save(json_path)
     if plot_path is not None:
-        from .benchmark.plot import plot
+        from ..benchmark.plot import plot
 
         plot(results, plot_path)
     click.echo(results.table())

@@ -1,0 +1,34 @@
+"""The `sere` command: one file per sub-command, imported when that sub-command is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+# Name, and the line that `sere --help` prints: known without importing the file.
+COMMANDS = {
+    "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this GPU.",
+    "explain": "Print every gate of a model, what re-routing would do to it, and why not.",
+    "export": "Write a model with its gates re-routed.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports `commands/NAME.py` for its `NAME_command` when NAME is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The sub-command, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"{__name__}.{cmd_name}")
+        return getattr(module, f"{cmd_name}_command")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Names with their lines; imports nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))

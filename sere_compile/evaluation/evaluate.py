@@ -1,0 +1,287 @@
+"""Quality under re-routing, as decoding would see it.
+
+One teacher-forced forward over many tokens is one huge routing batch: its primary set saturates, and re-routing looks
+lossless. Here every position of B aligned sequences is a routing batch of its own, as in a lockstep decode, and all of
+them go through the model in one forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import binding
+from ..config import SereConfig
+from ..errors import EvaluationError
+from ..similarity import SimilarityProfile
+from .routing import GateCall, RoutedModel
+from .rules import Reroute, RoutingBatch, Rule, active_experts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model with another routing predicts held-out tokens.
+
+    Attributes:
+        perplexity: of the re-routed model.
+        original_perplexity: of the model as it is, on the same tokens.
+        kl: mean Kullback-Leibler divergence of its predictions from the original's, in nats a token.
+        top1_agreement: how often the most likely next token is the original's, in [0, 1].
+        active_before: mean number of experts that a decoding batch touches in each gate, by its own routing.
+        active_after: the same under the rule; the hidden states are those of the re-routed model.
+        tokens: how many predictions were compared.
+        decode_batch: B.
+    """
+
+    perplexity: float
+    original_perplexity: float
+    kl: float
+    top1_agreement: float
+    active_before: Mapping[str, float]
+    active_after: Mapping[str, float]
+    tokens: int
+    decode_batch: int
+
+    @property
+    def perplexity_change(self) -> float:
+        """Relative: 0.01 is one percent worse."""
+        return self.perplexity / self.original_perplexity - 1
+
+    @property
+    def mean_active_before(self) -> float:
+        """Over gates."""
+        return sum(self.active_before.values()) / len(self.active_before)
+
+    @property
+    def mean_active_after(self) -> float:
+        """Over gates."""
+        return sum(self.active_after.values()) / len(self.active_after)
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.3f} ({self.perplexity_change:+.1%} of {self.original_perplexity:.3f}), "
+            f"KL {self.kl:.4f}, top-1 agreement {self.top1_agreement:.1%}, active experts "
+            f"{self.mean_active_before:.1f} -> {self.mean_active_after:.1f} at decode batch {self.decode_batch}"
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    *,
+    profile: SimilarityProfile | None = None,
+    decode_batch: int = 16,
+    attention_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Compare a model decoding with re-routing with itself, on held-out tokens.
+
+    Sequences i*B .. i*B + B - 1 decode together, and every position of them is a routing batch of its own.
+
+    Example:
+        >>> sere_compile.evaluate(model, tokens, profile=profile, decode_batch=16, select_top_k=1)
+
+    Args:
+        model: as for `evaluate_rules`.
+        tokens: int64 [N, L], N a multiple of `decode_batch`.
+        profile: similarity; None: the one attached to the model.
+        decode_batch: B.
+        attention_mask: [N, L], 0 at padding.
+        **options: of `SereConfig`, as for the backend.
+
+    Raises:
+        ConfigError: an unknown option or a bad value.
+        EvaluationError: no profile, or what `evaluate_rules` raises.
+    """
+    rule = ConfiguredRule(SereConfig().replace(**options), profile or _attached_matrices(model))
+    results = evaluate_rules(model, tokens, {"sere": rule}, decode_batch=decode_batch, attention_mask=attention_mask)
+    return results["sere"]
+
+
+@dataclass(frozen=True)
+class ConfiguredRule:
+    """What the backend does with these options, as a rule."""
+
+    config: SereConfig
+    similarity: Mapping[str, torch.Tensor]
+
+    def __call__(self, batch: RoutingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Rule`."""
+        if batch.name not in self.similarity:
+            raise EvaluationError(f"the profile has no matrix for the gate {batch.name}")
+        config, top_k = self.config, batch.ids.shape[-1]
+        if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
+            return batch.ids, batch.weights
+        select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
+        return Reroute(self.similarity, select, config.threshold, least)(batch)
+
+
+def _attached_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
+    entries = {name: binding.lookup(parameter) for name, parameter in model.named_parameters()}
+    found = {name: entry.matrix for name, entry in entries.items() if entry is not None and entry.matrix is not None}
+    if not found:
+        raise EvaluationError("no similarity profile: pass profile=, or attach one with sere_compile.attach")
+    return found
+
+
+def evaluate_rules(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    rules: Mapping[str, Rule],
+    *,
+    decode_batch: int = 16,
+    attention_mask: torch.Tensor | None = None,
+) -> dict[str, Evaluation]:
+    """Compare a model under each of several routing rules with the model as it is.
+
+    Sequences i*B .. i*B + B - 1 decode together: order them as they would be served, mixed or by domain.
+
+    Args:
+        model: a causal language model that takes `input_ids` and gives `.logits`; its forward must see the tokens
+            in the order [batch, position].
+        tokens: int64 [N, L], N a multiple of `decode_batch`.
+        rules: by name; see `sere_compile.evaluation.rules`.
+        decode_batch: B.
+        attention_mask: [N, L], 0 at padding: such tokens make no expert active and predictions of them or from them
+            do not count.
+
+    Raises:
+        EvaluationError: wrong shapes, nothing to predict, no gate, or a gate that cannot be re-routed.
+    """
+    mask = _checked_mask(tokens, attention_mask, decode_batch)
+    routed = RoutedModel(model)
+    totals = {name: _Totals() for name in rules}
+    training = model.training
+    model.eval()
+    try:
+        for part, real in _batches(tokens.to(_device(model)), mask.to(_device(model)), decode_batch):
+            inputs = _inputs(part, real, padded=attention_mask is not None)
+            before = _Recorder(None, real)
+            routed.decide = before
+            original = _log_probabilities(routed(**inputs))
+            for name, rule in rules.items():
+                after = _Recorder(rule, real)
+                routed.decide = after
+                totals[name].add(original, _log_probabilities(routed(**inputs)), part, real, before, after)
+    finally:
+        model.train(training)
+    return {name: total.result(decode_batch) for name, total in totals.items()}
+
+
+class _Recorder:
+    """Applies a rule position by position and keeps the mean number of active experts."""
+
+    def __init__(self, rule: Rule | None, real: torch.Tensor) -> None:
+        self._rule = rule
+        self._real = real
+        self.active: dict[str, float] = {}
+
+    def __call__(self, call: GateCall) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = self._by_position(call)
+        ids, weights = (batch.ids, batch.weights) if self._rule is None else self._rule(batch)
+        steps = self._real.any(0)
+        self.active[call.name] = active_experts(batch, ids, weights)[steps].float().sum().item()
+        return ids.transpose(0, 1).reshape(call.ids.shape), weights.transpose(0, 1).reshape(call.ids.shape)
+
+    def _by_position(self, call: GateCall) -> RoutingBatch:
+        rows, length = self._real.shape
+        if len(call.ids) != rows * length:
+            raise EvaluationError(
+                f"{call.name} routed {len(call.ids)} tokens in a forward over {rows} sequences of {length}"
+            )
+        ids, weights, scores = (
+            tensor.view(rows, length, -1).transpose(0, 1) for tensor in (call.ids, call.weights, call.scores)
+        )
+        return RoutingBatch(call.name, ids, weights, scores, self._real.T)
+
+
+@dataclass
+class _Totals:
+    """Sums over batches."""
+
+    tokens: int = 0
+    steps: int = 0
+    loss: float = 0.0
+    original_loss: float = 0.0
+    kl: float = 0.0
+    agree: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        original: torch.Tensor,
+        changed: torch.Tensor,
+        tokens: torch.Tensor,
+        real: torch.Tensor,
+        before: _Recorder,
+        after: _Recorder,
+    ) -> None:
+        counted = real[:, :-1] & real[:, 1:]
+        p, q = original[:, :-1][counted], changed[:, :-1][counted]
+        targets = tokens[:, 1:][counted]
+        self.tokens += len(targets)
+        self.original_loss += F.nll_loss(p, targets, reduction="sum").item()
+        self.loss += F.nll_loss(q, targets, reduction="sum").item()
+        self.kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
+        self.agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        self.steps += int(real.any(0).sum())
+        for mine, theirs in ((self.before, before), (self.after, after)):
+            for name, active in theirs.active.items():
+                mine[name] = mine.get(name, 0.0) + active
+
+    def result(self, decode_batch: int) -> Evaluation:
+        return Evaluation(
+            perplexity=math.exp(self.loss / self.tokens),
+            original_perplexity=math.exp(self.original_loss / self.tokens),
+            kl=self.kl / self.tokens,
+            top1_agreement=self.agree / self.tokens,
+            active_before={name: value / self.steps for name, value in self.before.items()},
+            active_after={name: value / self.steps for name, value in self.after.items()},
+            tokens=self.tokens,
+            decode_batch=decode_batch,
+        )
+
+
+def _checked_mask(tokens: torch.Tensor, attention_mask: torch.Tensor | None, decode_batch: int) -> torch.Tensor:
+    shape = tuple(tokens.shape)
+    if len(shape) != 2 or shape[1] < 2 or tokens.is_floating_point():
+        raise EvaluationError(f"tokens must be integers [sequences, length] with length >= 2, got {shape}")
+    if decode_batch < 1 or not shape[0] or shape[0] % decode_batch:
+        raise EvaluationError(f"{shape[0]} sequences do not make decoding batches of decode_batch={decode_batch}")
+    if attention_mask is None:
+        return torch.ones(shape, dtype=torch.bool)
+    mask = attention_mask.bool()
+    if tuple(mask.shape) != shape:
+        raise EvaluationError(f"attention_mask is {tuple(mask.shape)}, tokens are {shape}")
+    if not (mask[:, :-1] & mask[:, 1:]).any():
+        raise EvaluationError("attention_mask leaves no token to predict")
+    return mask
+
+
+def _batches(
+    tokens: torch.Tensor, mask: torch.Tensor, decode_batch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield from zip(tokens.split(decode_batch), mask.split(decode_batch), strict=True)
+
+
+def _inputs(tokens: torch.Tensor, real: torch.Tensor, padded: bool) -> dict[str, Any]:
+    inputs = {"input_ids": tokens, "use_cache": False}
+    if padded:
+        inputs["attention_mask"] = real.long()
+        inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0)
+    return inputs
+
+
+def _log_probabilities(output: Any) -> torch.Tensor:
+    return output.logits.float().log_softmax(-1)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,154 @@
+"""Put any routing rule into a model: the gates are found in Dynamo's graphs, each calls back with what it decided.
+
+The graphs run eagerly, so that a rule is ordinary PyTorch on concrete tensors and may keep what it sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from .. import dynamo
+from ..errors import EvaluationError
+from ..gate_plan import experts_are_live
+from ..passes import Gate, RoutingSettings, Skip, UseKind, find_gates, nodes, rewrite_gate
+
+
+@dataclass(frozen=True)
+class GateCall:
+    """What one gate decided in one forward, tokens in the model's order.
+
+    Attributes:
+        name: of the router's weight, fully qualified.
+        router_weight: the parameter.
+        hidden: [T, H], what the router was given.
+        scores: [T, E], what it selected from; probabilities, whatever the model selects by.
+        ids: [T, K], its experts in descending order.
+        weights: [T, K], their weights as the dispatch uses them.
+    """
+
+    name: str
+    router_weight: torch.Tensor
+    hidden: torch.Tensor
+    scores: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+# Gets what a gate decided and gives ids [T, K] and weights [T, K] in its place; a token may name an expert twice.
+Decide = Callable[[GateCall], tuple[torch.Tensor, torch.Tensor]]
+
+
+class RoutedModel:
+    """A model whose gates ask `decide`, an attribute to set before every call.
+
+    Raises:
+        EvaluationError: at the first call, where there is no gate or one that cannot be re-routed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.decide: Decide = lambda call: (call.ids, call.weights)
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._compiled = torch.compile(model, backend=self._compile, dynamic=False)
+        self._calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, without gradients."""
+        self._calls = 0
+        # A compile of its own must not run into the limit that other compiles of the same code count against.
+        limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+        with limits, torch.no_grad():
+            output = self._compiled(*args, **kwargs)
+        if not self._calls:
+            raise EvaluationError("no MoE gate ran in a graph of this model: see sere_compile.explain(model, ...)")
+        return output
+
+    def _compile(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = dynamo.copy_graph(module)
+        for gate in find_gates(graph, experts_are_live(graph, inputs)).gates:
+            self._insert(gate)
+        graph.graph.lint()
+        graph.recompile()
+        return graph.forward
+
+    def _insert(self, gate: Gate) -> None:
+        """Both ids and weights have to change hands, as in a merged rewrite; its operator makes room for the call."""
+        unproven = tuple(
+            dataclasses.replace(use, kind=UseKind.UNKNOWN) if use.kind.dispatches else use for use in gate.uses
+        )
+        done = rewrite_gate(dataclasses.replace(gate, uses=unproven), gate.ids, RoutingSettings(select_top_k=1))
+        scores = nodes.operand(gate.selection)
+        if isinstance(done, Skip) or scores is None:
+            raise EvaluationError(f"the gate at {nodes.source_line(gate.selection)} cannot be re-routed: {done}")
+        both = done.new_ids.args[0]
+        assert isinstance(both, Node)
+        both.target = _Call(self, probabilities=_bounded(gate.scoring), merge=gate.needs_merge)
+        both.args = (gate.ids, done.gate.weights, scores, gate.router_input, gate.router_weight)
+
+    def answer(self, call: GateCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask the rule of the day."""
+        self._calls += 1
+        return self.decide(call)
+
+
+def _bounded(scoring: str) -> bool:
+    return "softmax" in scoring or "sigmoid" in scoring
+
+
+class _Call:
+    """The function that a rewritten graph calls at one gate."""
+
+    def __init__(self, routed: RoutedModel, probabilities: bool, merge: bool) -> None:
+        self.__name__ = self.__qualname__ = "ask_routing_rule"
+        self._routed, self._probabilities, self._merge = routed, probabilities, merge
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        scores: torch.Tensor,
+        hidden: torch.Tensor,
+        router_weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        name = self._routed._names.get(id(router_weight), "?")
+        scores = scores.reshape(-1, scores.shape[-1]).float()
+        call = GateCall(
+            name,
+            router_weight,
+            hidden.reshape(-1, hidden.shape[-1]),
+            scores if self._probabilities else scores.softmax(-1),
+            ids.reshape(-1, ids.shape[-1]),
+            weights.reshape(-1, weights.shape[-1]),
+        )
+        new_ids, new_weights = self._routed.answer(call)
+        if self._merge:
+            new_ids, new_weights = merge_slots(new_ids, new_weights, call.scores.shape[-1])
+        return new_ids.to(ids.dtype).view(ids.shape), new_weights.to(weights.dtype).view(weights.shape)
+
+
+def merge_slots(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same sum with distinct experts in a token, for dispatches that are wrong when one is named twice.
+
+    Args:
+        ids: [T, K] in [0, E).
+        weights: [T, K].
+        num_experts: E, at least K.
+
+    Returns:
+        ids and weights [T, K]: weights summed in an expert's first slot; other slots get experts that the token does
+        not name, at weight 0.
+    """
+    same = ids[:, :, None] == ids[:, None, :]
+    repeated = same.tril(-1).any(-1)
+    weights = (same.to(weights.dtype) @ weights[:, :, None])[:, :, 0].masked_fill(repeated, 0.0)
+    named = torch.zeros(len(ids), num_experts, device=ids.device).scatter_(1, ids.long(), 1.0)
+    others = named.argsort(dim=1, stable=True)[:, : ids.shape[1]]  # experts not named come first
+    place = repeated.long().cumsum(1) - 1
+    return torch.where(repeated, others.gather(1, place.clamp_min(0)).to(ids.dtype), ids), weights
