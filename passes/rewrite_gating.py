@@ -32,11 +32,12 @@ from .routing_weights import outer_consumers
 
 @dataclass(frozen=True)
 class RoutingSettings:
-    """The numbers of one gate's re-routing: S, rho and the least number of primary experts (0: no minimum)."""
+    """The numbers of one gate's re-routing: S, rho and the least and greatest number of primary experts (0: none)."""
 
     select_top_k: int
     threshold: float = 0.0
     min_active: int = 0
+    max_active: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rew
     merged = gate.needs_merge
     if merged and gate.weights is None:
         return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
+    if merged and settings.max_active:
+        return Skip(SkipReason.BUDGET, gate.ids, evidence=5)
     graph = gate.selection.graph
     order = {node: position for position, node in enumerate(graph.nodes)}
     weight_consumers = outer_consumers(gate.weights, gate.ids) if merged and gate.weights is not None else []
@@ -98,7 +101,8 @@ def _insert(
 ) -> tuple[Node, Node | None]:
     numbers = (settings.select_top_k, settings.threshold, settings.min_active)
     if not merged:
-        new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers))
+        options = {"max_active": settings.max_active} if settings.max_active else {}
+        new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers), options)
         _describe(new_ids, gate.ids, nodes.value(gate.ids))
         return new_ids, None
     weights = gate.weights

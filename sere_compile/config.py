@@ -18,7 +18,9 @@ class SereConfig:
 
     Attributes:
         select_top_k: S, how many of a token's K experts, best first, always stay and are open as targets to the
-            rest of the batch. None means min(2, K - 1). S >= K changes nothing.
+            rest of the batch. None means min(2, K - 1). S >= K changes nothing. "auto": per forward, the largest S
+            whose primary experts are at most `max_active`, at least 1.
+        max_active: with select_top_k="auto", a gate's budget of primary experts.
         threshold: rho in the similarity's own unit. An expert less similar than this to its substitute stays
             ("critical"). 0.0 means that no expert is critical.
         min_active: with fewer primary experts than this in a batch, S grows until they are reached. None means K,
@@ -39,19 +41,26 @@ class SereConfig:
         ConfigError: a value of the wrong type or out of range; the message names option, value and what is allowed.
     """
 
-    select_top_k: int | None = None
+    select_top_k: int | str | None = None
     threshold: float = 0.0
     min_active: int | None = None
     max_tokens: int | None = None
     inner: str | Callable[..., Any] = "inductor"
     strict: bool = False
     collect_stats: bool = False
+    max_active: int | None = None
     fuse_router: bool | str = True
     lower_experts: bool | str = True
     capture: str = "default"
 
     def __post_init__(self) -> None:
-        _check_count("select_top_k", self.select_top_k, least=1)
+        automatic = self.select_top_k == "auto"
+        if not automatic:
+            _check_count("select_top_k", self.select_top_k, least=1)
+        _check_count("max_active", self.max_active, least=1)
+        if automatic != (self.max_active is not None):
+            given = f"select_top_k={self.select_top_k!r}, max_active={self.max_active!r}"
+            raise ConfigError(f'select_top_k="auto" and max_active go together, got {given}')
         _check_count("min_active", self.min_active, least=0)
         _check_count("max_tokens", self.max_tokens, least=1)
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
@@ -78,7 +87,9 @@ class SereConfig:
         return dataclasses.replace(self, **options)
 
     def resolved_top_k(self, top_k: int) -> int:
-        """S for a gate that selects K = `top_k` experts: at most K; K is the identity."""
+        """S for a gate that selects K = `top_k` experts, at most K (the identity); the least one with "auto"."""
+        if isinstance(self.select_top_k, str):
+            return 1  # "auto": the least S
         wanted = min(2, top_k - 1) if self.select_top_k is None else self.select_top_k
         # S = 0 only comes from K = 1, where there is nothing to re-route either.
         return top_k if wanted == 0 else min(wanted, top_k)

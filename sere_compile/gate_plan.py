@@ -113,7 +113,7 @@ def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule) -> GatePlan:
 def routing_settings(gate: Gate, config: SereConfig) -> RoutingSettings:
     """What the options come to for one gate."""
     top_k = config.resolved_top_k(gate.top_k)
-    return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k))
+    return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k), config.max_active or 0)
 
 
 def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, example_inputs: Sequence[Any]) -> None:

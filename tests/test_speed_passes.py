@@ -77,6 +77,30 @@ def test_a_cpu_keeps_the_stock_dispatch_by_default():
     assert not {"sere.expert_mlp", "sere.route"} & set(seen[0])
 
 
+def test_a_budget_bounds_the_active_experts():
+    """select_top_k="auto": the primary experts of a forward fit the budget, and a wide one changes nothing."""
+    model = tiny_models.build("qwen3_moe", "batched_mm")
+    sere_compile.attach(model, tiny_models.random_profile(model))
+    active = []
+    for max_active in (5, 16):
+        with torch.no_grad():
+            run = compiled(model, [], select_top_k="auto", max_active=max_active, collect_stats=True)
+            run(tiny_models.tokens(1, 5), use_cache=False)
+        active.append([row.mean_active_after for row in sere_compile.stats(model).values()])
+        before = [row.mean_active_before for row in sere_compile.stats(model).values()]
+        sere_compile.reset_stats(model)
+    # Top-1 of 5 tokens always fits 5; all 16 experts always fit 16.
+    assert all(count <= 5 < start for count, start in zip(active[0], before, strict=True))
+    assert active[1] == before
+
+
+def test_a_budget_goes_with_auto():
+    """Neither option means anything without the other."""
+    for options in ({"select_top_k": "auto"}, {"max_active": 8}, {"select_top_k": 2, "max_active": 8}):
+        with pytest.raises(sere_compile.SereError, match="go together"):
+            sere_compile.SereConfig(**options)
+
+
 @pytest.mark.parametrize("option", ["lower_experts", "fuse_router"])
 def test_options_are_checked(option):
     """A misspelt value is an error."""

@@ -81,16 +81,20 @@ def primary_bits(
     stride_k,
     stride_m,
     min_active,
+    max_active,
     K: tl.constexpr,
     SELECT: tl.constexpr,
     E: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """The primary experts as 0 or 1 [NUM_WORDS, 32]; all 1 when `min_active` cannot be reached below K."""
-    if HAS_MIN:
+    if HAS_MAX:
+        width = tl.full([], SELECT, tl.int32)
+    elif HAS_MIN:
         # T tokens name at most T * S' experts, so no smaller width can be enough: no need to try it. With
         # one token and min_active = K (what the compiler backend asks for) the search ends here.
         width = tl.minimum(tl.maximum(SELECT, (min_active + num_tokens - 1) // num_tokens), K)
@@ -100,6 +104,17 @@ def primary_bits(
         ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, 0, width, E, HAS_MASK, NUM_WORDS, CHUNK
     )
     bits = word_bits(words)
+    if HAS_MAX:
+        fits = 1
+        while (fits != 0) & (width < K):
+            wider = words | slot_words(
+                ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, width, 1, E, HAS_MASK, NUM_WORDS,
+                CHUNK,
+            )  # fmt: skip
+            fits = (tl.sum(word_bits(wider)) <= max_active).to(tl.int32)
+            words = tl.where(fits != 0, wider, words)
+            width += fits
+        bits = word_bits(words)
     if HAS_MIN:
         active = tl.sum(bits)
         while (active < min_active) & (width < K - 1):
@@ -111,6 +126,8 @@ def primary_bits(
             active = tl.sum(bits)
             width += 1
         bits = tl.where((active >= min_active) & (width < K), bits, 1)
+    elif HAS_MAX:
+        bits = tl.where(width < K, bits, 1)
     return bits
 
 
@@ -147,7 +164,7 @@ def most_similar(expert, sim, bits, threshold, E_BLOCK: tl.constexpr):
     return tl.where((best == -0x80000000) | critical, expert, target)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "threshold", "min_active"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold", "min_active", "max_active"])
 def reroute_kernel(
     ids_ptr,
     sim_ptr,
@@ -159,12 +176,14 @@ def reroute_kernel(
     stride_m,
     threshold,
     min_active,
+    max_active,
     K: tl.constexpr,
     SELECT: tl.constexpr,
     E: tl.constexpr,
     E_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -177,14 +196,14 @@ def reroute_kernel(
     # Asked for before the set is built: the two waits for memory overlap.
     sim = similarity_rows(expert, is_expert, sim_ptr, E, E_BLOCK)
     bits = primary_bits(
-        ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, min_active,
-        K, SELECT, E, HAS_MASK, HAS_MIN, E_BLOCK // 32, CHUNK,
+        ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, min_active, max_active,
+        K, SELECT, E, HAS_MASK, HAS_MIN, HAS_MAX, E_BLOCK // 32, CHUNK,
     )  # fmt: skip
     target = most_similar(expert, sim, bits, threshold, E_BLOCK)
     tl.store(out_ptr + index, tl.where(is_expert, target.to(ids.dtype), ids), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "threshold", "min_active"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold", "min_active", "max_active"])
 def expert_map_kernel(
     ids_ptr,
     sim_ptr,
@@ -196,12 +215,14 @@ def expert_map_kernel(
     stride_m,
     threshold,
     min_active,
+    max_active,
     K: tl.constexpr,
     SELECT: tl.constexpr,
     E: tl.constexpr,
     E_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_MIN: tl.constexpr,
+    HAS_MAX: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -209,8 +230,8 @@ def expert_map_kernel(
     expert = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     sim = similarity_rows(expert, expert < E, sim_ptr, E, E_BLOCK)
     bits = primary_bits(
-        ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, min_active,
-        K, SELECT, E, HAS_MASK, HAS_MIN, E_BLOCK // 32, CHUNK,
+        ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, min_active, max_active,
+        K, SELECT, E, HAS_MASK, HAS_MIN, HAS_MAX, E_BLOCK // 32, CHUNK,
     )  # fmt: skip
     target = most_similar(expert, sim, bits, threshold, E_BLOCK)
     tl.store(map_ptr + expert, target, mask=expert < E)
@@ -298,13 +319,14 @@ def launch_expert_map(
     min_active: int,
     token_mask: Tensor | None,
     config: LaunchConfig | None = None,
+    max_active: int = 0,
 ) -> Tensor:
     """Where each expert's slots go: int32 [E]. ids [T, K], similarity [E, E], both checked; T >= 1."""
     num_experts = int(similarity.shape[0])
     config = config or launch_config(ids.shape[0], expert_block(num_experts))
     mapping = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
     grid = (triton.cdiv(num_experts, config.slots),)
-    options = (select_top_k, threshold, min_active, token_mask, config)
+    options = (select_top_k, threshold, min_active, token_mask, config, max_active)
     launchable(expert_map_kernel)[grid](**_set_arguments(ids, similarity, *options), map_ptr=mapping)
     return mapping
 
@@ -317,6 +339,7 @@ def launch_reroute(
     min_active: int,
     token_mask: Tensor | None,
     config: LaunchConfig | None = None,
+    max_active: int = 0,
 ) -> Tensor:
     """`sere::reroute` for 0 < select_top_k < K on checked arguments; `config` replaces the heuristics."""
     num_slots, num_experts = int(topk_ids.shape[-1]), int(similarity.shape[0])
@@ -329,10 +352,10 @@ def launch_reroute(
     if guard_or_false(num_tokens <= SINGLE_LAUNCH_TOKENS):
         config = config or launch_config(num_tokens, expert_block(num_experts))
         grid = (triton.cdiv(num_tokens * num_slots, config.slots),)
-        arguments = _set_arguments(ids, similarity, *options, config)
+        arguments = _set_arguments(ids, similarity, *options, config, max_active)
         launchable(reroute_kernel)[grid](**arguments, out_ptr=out)
         return out
-    mapping = launch_expert_map(ids, similarity, *options, config)
+    mapping = launch_expert_map(ids, similarity, *options, config, max_active)
     grid = (triton.cdiv(num_tokens * num_slots, GATHER_BLOCK),)
     launchable(apply_map_kernel)[grid](
         ids, mapping, out, num_tokens * num_slots, ids.stride(0), ids.stride(1),
@@ -349,6 +372,7 @@ def _set_arguments(
     min_active: int,
     token_mask: Tensor | None,
     config: LaunchConfig,
+    max_active: int,
 ) -> dict:
     """The arguments that `reroute_kernel` and `expert_map_kernel` share."""
     mask = None if token_mask is None else token_mask.reshape(-1)
@@ -364,12 +388,14 @@ def _set_arguments(
         "stride_m": 0 if mask is None else mask.stride(0),
         "threshold": threshold,
         "min_active": min_active,
+        "max_active": max_active,
         "K": int(ids.shape[1]),
         "SELECT": select_top_k,
         "E": num_experts,
         "E_BLOCK": expert_block(num_experts),
         "HAS_MASK": mask is not None,
         "HAS_MIN": min_active > 0,
+        "HAS_MAX": max_active > 0,
         "SLOTS": config.slots,
         "CHUNK": config.chunk,
         "num_warps": config.num_warps,

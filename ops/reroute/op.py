@@ -47,6 +47,12 @@ def check_same_device(topk_ids: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {topk_ids.device} (of topk_ids), got {tensor.device}")
 
 
+def check_budget(max_active: int) -> None:
+    """Raise ValueError for a number of experts that is none."""
+    if max_active < 0:
+        raise ValueError(f"max_active: expected 0 (off) or a number of experts, got {max_active}")
+
+
 def kernel_supports(topk_ids: Tensor, similarity: Tensor, select_top_k: int) -> bool:
     """Whether the Triton kernels can run: on CUDA, something to re-route, and within their size limits."""
     num_slots = topk_ids.shape[-1]
@@ -64,24 +70,27 @@ def _reroute(
     threshold: float = 0.0,
     min_active: int = 0,
     token_mask: Tensor | None = None,
+    max_active: int = 0,
 ) -> Tensor:
     check_arguments(topk_ids, similarity, min_active, token_mask)
+    check_budget(max_active)
     # Under torch.compile(dynamic=True) these can be symbolic; the generated code depends on their value.
     options = int(select_top_k), float(threshold), int(min_active)
     if kernel_supports(topk_ids, similarity, options[0]):
         from .kernel import device_guard, launch_reroute
 
         with device_guard(topk_ids):
-            return launch_reroute(topk_ids, similarity, *options, token_mask)
-    return reroute_reference(topk_ids, similarity, *options, token_mask)
+            return launch_reroute(topk_ids, similarity, *options, token_mask, max_active=int(max_active))
+    return reroute_reference(topk_ids, similarity, *options, token_mask, int(max_active))
 
 
 _reroute_op = register_triton_op("sere::reroute", _reroute)
 
 
 @_reroute_op.register_fake
-def _reroute_fake(topk_ids, similarity, select_top_k, threshold=0.0, min_active=0, token_mask=None):
+def _reroute_fake(topk_ids, similarity, select_top_k, threshold=0.0, min_active=0, token_mask=None, max_active=0):
     check_arguments(topk_ids, similarity, min_active, token_mask)
+    check_budget(max_active)
     return topk_ids.new_empty(topk_ids.shape)
 
 
@@ -92,6 +101,7 @@ def reroute(
     threshold: float = 0.0,
     min_active: int = 0,
     token_mask: Tensor | None = None,
+    max_active: int = 0,
 ) -> Tensor:
     """Re-route expert ids to the most similar primary expert (SERE, arXiv 2602.07616).
 
@@ -111,15 +121,19 @@ def reroute(
             is used; when that S is K or does not exist, nothing changes. 0 switches it off.
         token_mask: bool, shape of `topk_ids` without K; True marks a real token. The others (padding of a
             static batch) are re-routed like the rest but make no expert primary.
+        max_active: a budget of experts. Above 0 the largest S from `select_top_k` to K is used whose primary experts
+            are at most that many, or `select_top_k` when none is; `min_active` may still ask for more. 0 is off.
 
     Returns:
         A new contiguous tensor of the shape, dtype and device of `topk_ids`; never a view of it.
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: a shape, a device or `min_active` does not fit.
+        ValueError: a shape, a device, `min_active` or `max_active` does not fit.
 
     On CUDA one kernel is launched for up to 1024 tokens and two above; no synchronisation with the host, so
     CUDA graphs can capture it. Integer output: no gradient.
     """
-    return torch.ops.sere.reroute.default(topk_ids, similarity, select_top_k, threshold, min_active, token_mask)
+    return torch.ops.sere.reroute.default(
+        topk_ids, similarity, select_top_k, threshold, min_active, token_mask, max_active
+    )

@@ -16,7 +16,12 @@ def in_range(ids: Tensor, num_experts: int) -> Tensor:
 
 
 def primary_experts(
-    ids: Tensor, num_experts: int, select_top_k: int, min_active: int, token_mask: Tensor | None
+    ids: Tensor,
+    num_experts: int,
+    select_top_k: int,
+    min_active: int,
+    token_mask: Tensor | None,
+    max_active: int = 0,
 ) -> Tensor:
     """The experts that no slot may leave: a bool mask [E].
 
@@ -27,7 +32,10 @@ def primary_experts(
         min_active: widen S to the smallest S' whose union holds that many experts; with none below K every
             expert is primary, which makes the map the identity.
         token_mask: bool [T] or None; False rows contribute nothing.
+        max_active: widen S, up to K, while the union holds at most that many experts; 0 does not.
     """
+    if max_active > 0:
+        return _primary_within(ids, num_experts, select_top_k, min_active, token_mask, max_active)
     if min_active <= 0:
         return _named(ids[:, :select_top_k], num_experts, token_mask).amax(0) > 0
     # unions[i]: the experts named in the first S + i slots; S' = K is the same as "none".
@@ -39,6 +47,21 @@ def primary_experts(
     too_few = (unions.sum(1) < min_active).sum(0, keepdim=True)
     every = torch.ones(1, num_experts, dtype=torch.bool, device=ids.device)
     return torch.cat([unions, every]).index_select(0, too_few)[0]
+
+
+def _primary_within(
+    ids: Tensor, num_experts: int, select_top_k: int, min_active: int, token_mask: Tensor | None, max_active: int
+) -> Tensor:
+    """`primary_experts` with a budget: the union of the first max(S, widest that fits, narrowest with enough) slots."""
+    per_slot = _named(ids, num_experts, token_mask)
+    slots = torch.arange(per_slot.shape[0], device=ids.device)
+    # unions[i]: the experts named in the first i + 1 slots.
+    unions = torch.where((slots[:, None] >= slots)[:, :, None], per_slot, 0).amax(1) > 0
+    sizes = unions.sum(1)
+    last = torch.maximum((sizes <= max_active).sum(0) - 1, (sizes < min_active).sum(0))
+    last = last.clamp(select_top_k - 1, per_slot.shape[0] - 1)
+    every = slots[-1:] == last
+    return unions.index_select(0, last[None])[0] | every
 
 
 def _named(ids: Tensor, num_experts: int, token_mask: Tensor | None) -> Tensor:
@@ -88,6 +111,7 @@ def reroute_reference(
     threshold: float = 0.0,
     min_active: int = 0,
     token_mask: Tensor | None = None,
+    max_active: int = 0,
 ) -> Tensor:
     """See `sere_compile.ops.reroute`. Returns a fresh contiguous tensor."""
     num_slots = topk_ids.shape[-1]
@@ -95,6 +119,6 @@ def reroute_reference(
         return topk_ids.clone(memory_format=torch.contiguous_format)
     ids = topk_ids.contiguous().view(-1, num_slots)
     mask = None if token_mask is None else token_mask.reshape(-1)
-    primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, mask)
+    primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, mask, max_active)
     mapping = expert_map(similarity, primary, threshold)
     return apply_map(ids, mapping).view(topk_ids.shape)

@@ -124,10 +124,12 @@ def test_kernels_compile_for_sm90(tmp_path):
             apply_map_kernel, expert_block, expert_map_kernel, launch_config, reroute_kernel,
         )
         from sere_compile.ops.reroute_merged.kernel import merge_launch_config, merge_slots_kernel
+        from sere_compile.ops.route.kernel import route_kernel
 
         if not os.path.exists(triton.knobs.nvidia.ptxas.path):
             print("no ptxas"); sys.exit()
-        SCALARS = dict(threshold="fp32", num_tokens="i32", num_slots="i32", min_active="i32", stride_k="i32",
+        SCALARS = dict(threshold="fp32", num_tokens="i32", num_slots="i32", min_active="i32", max_active="i32",
+                       stride_k="i32", epsilon="fp32", scale="fp32",
                        stride_t="i32", stride_m="i32", weight_stride_t="i32", weight_stride_k="i32")
 
         def compile_for_sm90(kernel, num_warps, constants, **pointers):
@@ -143,7 +145,7 @@ def test_kernels_compile_for_sm90(tmp_path):
             for experts, num_tokens in ((128, 32), (60, 1000), (128, 5000)):
                 config = launch_config(num_tokens, expert_block(experts))
                 constants = dict(K=8, SELECT=2, E=experts, E_BLOCK=expert_block(experts), HAS_MASK=flags,
-                                 HAS_MIN=flags, SLOTS=config.slots, CHUNK=config.chunk, BLOCK=1024)
+                                 HAS_MIN=flags, HAS_MAX=flags, SLOTS=config.slots, CHUNK=config.chunk, BLOCK=1024)
                 kernel = reroute_kernel if num_tokens <= 1024 else expert_map_kernel
                 compile_for_sm90(kernel, config.num_warps, constants, ids_ptr=ids, sim_ptr="*bf16",
                                  mask_ptr="*i1", out_ptr=ids, map_ptr="*i32")
@@ -152,6 +154,11 @@ def test_kernels_compile_for_sm90(tmp_path):
             constants.update(TOKENS=config.slots, CHUNK=config.chunk)
             compile_for_sm90(merge_slots_kernel, config.num_warps, constants, ids_ptr=ids, weights_ptr="*bf16",
                              map_ptr="*i32", mask_ptr="*i1", out_ids_ptr=ids, out_weights_ptr="*bf16")
+        for scoring in ("softmax", "sigmoid", "softmax_after"):
+            constants = dict(K=6, K_BLOCK=8, E=60, E_BLOCK=64, SCORING=scoring, RENORMALIZE=True, TOKENS=1,
+                             HAS_BIAS=scoring == "sigmoid")
+            compile_for_sm90(route_kernel, 1, constants, logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16",
+                             ids_ptr="*i64")
         """,
         TRITON_CACHE_DIR=str(tmp_path),
     )

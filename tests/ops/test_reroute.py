@@ -399,3 +399,26 @@ def test_tensors_on_another_gpu():
         pytest.skip("needs two CUDA devices")
     case = draw_case(TYPICAL, 0, 6).to("cuda:1")
     assert_is(reroute(case.ids, case.similarity, *case.options), expected(case), case)
+
+
+@pytest.mark.parametrize("run", ["operator", "kernel"])
+@pytest.mark.parametrize("min_active", [0, 5])
+@pytest.mark.parametrize("max_active", [1, 6, 9, 14, 16, 40])
+def test_budget_of_active_experts(run, min_active, max_active, kernel_device):
+    """The largest S whose union fits the budget, at least the given one; min_active may ask for more."""
+    from sere_compile.ops.reroute.kernel import LaunchConfig, launch_reroute
+
+    generator = torch.Generator().manual_seed(max_active)
+    ids = torch.stack([torch.randperm(16, generator=generator)[:5] for _ in range(4)])
+    similarity = torch.rand(16, 16, generator=generator)
+    unions = [len(ids[:, :width].unique()) for width in range(1, 6)]
+    width = max([1, *(w for w in range(1, 6) if unions[w - 1] <= max_active)])
+    width = max(width, next((w for w in range(1, 6) if unions[w - 1] >= min_active), 5))
+    rows = reroute_rows(ids.tolist(), as_fp32_rows(similarity), width)
+    arguments = (ids.to(kernel_device), similarity.to(kernel_device), 1, 0.0, min_active)
+    if run == "operator":
+        result = OP(*arguments, max_active=max_active)
+    else:
+        config = LaunchConfig(slots=8, chunk=16, num_warps=1)
+        result = launch_reroute(*arguments, None, config, max_active)
+    assert result.tolist() == rows
