@@ -217,8 +217,9 @@ class _Functions:
         threshold: float = 0.0,
         min_active: int = 0,
         token_mask: Tensor | None = None,
+        max_active: int = 0,
     ) -> Tensor:
-        _check_no_mask(token_mask)
+        _check_no_more(token_mask=token_mask, max_active=max_active)
         numbers = (select_top_k, threshold, min_active)
         name = self._name(torch.ops.sere.reroute.default, numbers, ids, similarity)
         return torch.onnx.ops.symbolic(name, (ids, similarity), dtype=ids.dtype, shape=ids.shape, version=1)
@@ -232,8 +233,9 @@ class _Functions:
         threshold: float = 0.0,
         min_active: int = 0,
         token_mask: Tensor | None = None,
+        max_active: int = 0,
     ) -> tuple[Tensor, ...]:
-        _check_no_mask(token_mask)
+        _check_no_more(token_mask=token_mask, max_active=max_active)
         numbers = (select_top_k, threshold, min_active)
         name = self._name(torch.ops.sere.reroute_merged.default, numbers, ids, weights, similarity)
         both = torch.onnx.ops.symbolic_multi_out(
@@ -280,9 +282,13 @@ class _Functions:
         return function
 
 
-def _check_no_mask(token_mask: Tensor | None) -> None:
-    if token_mask is not None:
-        raise LoweringError("a function of the file takes no token_mask; export without as_function")
+def _check_no_more(**arguments: Any) -> None:
+    """Raise for an argument of an operator that functions do not have."""
+    given = [
+        name for name, value in arguments.items() if not (value is None or (isinstance(value, int) and value == 0))
+    ]
+    if given:
+        raise LoweringError(f"a function of the file takes no {given[0]}; export without as_function")
 
 
 class _Reference(nn.Module):
