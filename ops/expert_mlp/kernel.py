@@ -378,9 +378,7 @@ def launch_config(dtype: torch.dtype, hidden: int, inner: int, transposed: bool)
         return LaunchConfig(tile, tile)
     if transposed:
         # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
-        return LaunchConfig(
-            TileConfig(64, depth(hidden), 4, 4, 2, swap=True), TileConfig(64, depth(inner), 4, 4, 3, swap=True)
-        )
+        return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
     return LaunchConfig(TileConfig(32, depth(hidden), 4, 4, 3), TileConfig(64, depth(inner), 4, 4, 3))
 
 
