@@ -28,7 +28,7 @@ Traced = TypeVar("Traced", GraphModule, ExportedProgram)
 
 
 # The options that say what re-routing is in a program, and those that only say how a graph is captured and compiled.
-_USED = frozenset({"select_top_k", "threshold", "min_active", "max_tokens", "strict"})
+_USED = frozenset({"select_top_k", "threshold", "min_active", "max_active", "max_tokens", "strict"})
 _OF_THE_COMPILER = frozenset({"inner", "capture", "fuse_router", "lower_experts"})
 
 _NO_SHAPES = (
@@ -44,7 +44,8 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         traced: an `ExportedProgram`, or a `GraphModule` whose nodes carry shapes. It is not changed.
         profile: a matrix for every gate, by the name of its router weight. Without one the experts are probed: in
             the graph where its batch size is fixed, else in the model it was traced from, which has to be there still.
-        config: S, threshold, min_active and max_tokens; the backend's defaults otherwise. `inner` has no meaning here.
+        config: S, threshold, min_active, max_active and max_tokens; the backend's defaults otherwise. `inner` has no
+            meaning here.
 
     Returns:
         A rewritten copy that shares the weights.
@@ -91,8 +92,8 @@ def _check_options(config: SereConfig) -> None:
         )
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
-        # A word in the place of a number asks for something to be measured while the model runs or is compiled.
-        unresolved = option.name in _USED and isinstance(value, str)
+        # A word in the place of a number asks for something that is measured elsewhere; "auto" is part of the operator.
+        unresolved = option.name in _USED and isinstance(value, str) and value != "auto"
         if unresolved or (option.name not in _USED | _OF_THE_COMPILER and value != option.default):
             raise ConfigError(
                 f"{option.name}={value!r} is for backend='sere'; a program traced ahead of time takes numbers for "

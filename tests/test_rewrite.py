@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import sere_compile
 from sere_compile import ConfigError, GateNotFoundError, ProbeError, ProfileError, SereConfig, SimilarityProfile
+from sere_compile.ops.reroute import reroute
 from sere_compile.passes import SkipReason, find_gates, nodes
 from sere_compile.testing import oracle_routing, reroute_oracle
 
@@ -312,12 +313,12 @@ class TestErrors:
 
         sere_compile.rewrite(torch.export.export(_Indexed(), (torch.randn(4, 6),)), config=Newer(inner="eager"))
         with pytest.raises(
-            ConfigError, match=r"flavour='odd' is for backend='sere'; .* takes numbers for max_tokens, min"
+            ConfigError, match=r"flavour='odd' is for backend='sere'; .* takes numbers for max_active, max"
         ):
             sere_compile.rewrite(symbolic_trace(_Indexed()), config=Newer(flavour="odd"))
         measured = SereConfig()
-        object.__setattr__(measured, "select_top_k", "auto")
-        with pytest.raises(ConfigError, match="select_top_k='auto' is for"):
+        object.__setattr__(measured, "threshold", "q0.2")
+        with pytest.raises(ConfigError, match=r"threshold='q0\.2' is for"):
             sere_compile.rewrite(symbolic_trace(_Indexed()), config=measured)
 
     def test_no_selection(self):
@@ -485,3 +486,18 @@ def test_hand_written_module(trace, probed):
         close(run(x), wanted_of(module, x, matrix))
         if trace is from_make_fx_with_symbols:
             close(run(x[:7]), wanted_of(module, x[:7], matrix))
+
+
+def test_budget_of_active_experts():
+    """select_top_k="auto" is decided by the operator, batch by batch, in a program as in a compiled model."""
+    module, x, matrix = _Indexed(), torch.randn(12, 6), symmetric(5)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=1, max=64)},))
+    config = SereConfig(select_top_k="auto", max_active=3, min_active=0)
+    done = sere_compile.rewrite(program, profile=SimilarityProfile({"router": matrix}), config=config)
+    with torch.no_grad():
+        for tokens_of in (x[:1], x[:2], x):
+            weights, ids = torch.topk((tokens_of @ module.router.T).softmax(-1), 3)
+            new_ids = reroute(ids, matrix, 1, max_active=3)
+            outputs = torch.einsum("th,ehd->ted", tokens_of, module.experts)
+            wanted = (outputs.gather(1, new_ids[..., None].expand(-1, -1, 6)) * weights[..., None]).sum(1)
+            close(done.module()(tokens_of), wanted)

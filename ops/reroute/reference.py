@@ -59,7 +59,8 @@ def _primary_within(
     unions = torch.where((slots[:, None] >= slots)[:, :, None], per_slot, 0).amax(1) > 0
     sizes = unions.sum(1)
     last = torch.maximum((sizes <= max_active).sum(0) - 1, (sizes < min_active).sum(0))
-    last = last.clamp(select_top_k - 1, per_slot.shape[0] - 1)
+    # Not clamp: TensorRT's takes no integers.
+    last = torch.where(last < select_top_k - 1, select_top_k - 1, torch.where(last > slots[-1], slots[-1], last))
     every = slots[-1:] == last
     return unions.index_select(0, last[None])[0] | every
 

@@ -178,6 +178,19 @@ def test_token_mask(tmp_path):
         lowering.export(program, None, tmp_path / "m.onnx", as_function=True)
 
 
+def test_budget_of_active_experts(tmp_path):
+    """The number of primary slots that a batch gets is part of the graph; a function does not have it."""
+    config = SereConfig(select_top_k="auto", max_active=5, min_active=0)
+    model, free = SmallMoE().eval(), ({0: FREE},)
+    done = export_small(tmp_path, model, config=config)
+    program = export_rewritten(model, (hidden_states(5),), profile=small_profile(), config=config, dynamic_shapes=free)
+    for tokens in (1, 2, 7, 40):
+        hidden = hidden_states(tokens, seed=tokens)
+        np.testing.assert_allclose(run(done.path, hidden)[0], program.module()(hidden).detach(), rtol=0, atol=1e-5)
+    with pytest.raises(LoweringError, match="takes no max_active"):
+        export_small(tmp_path, model, config=config, as_function=True)
+
+
 def test_each_setting_has_its_function(tmp_path):
     """Gates that differ in their number of experts cannot share a body; equal ones do."""
 

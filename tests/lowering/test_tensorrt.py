@@ -20,6 +20,7 @@ from .models import EXPERTS, TOP_K, SmallMoE, hidden_states, small_profile
 
 FREE = {0: torch.export.Dim.DYNAMIC}
 SETTINGS = [(1, 0.0, 0), (2, 0.3, 0), (1, 0.0, 5), (2, 0.3, 5)]
+BUDGET = (1, 0.3, 5, None, 6)
 
 
 def runtime_is_missing():
@@ -65,8 +66,10 @@ def traced(operator, numbers):
 # The tables
 
 
-@pytest.mark.parametrize("numbers", SETTINGS, ids=str)
-@pytest.mark.parametrize("operator", [Reroute, RerouteMerged])
+CASES = [(operator, numbers) for operator in (Reroute, RerouteMerged) for numbers in SETTINGS] + [(Reroute, BUDGET)]
+
+
+@pytest.mark.parametrize(("operator", "numbers"), CASES, ids=str)
 def test_every_added_operator_has_a_converter(operator, numbers):
     """With dynamic shapes, in any setting; and the program handed over still computes the same."""
     program = tensorrt.convertible(traced(operator, numbers))
@@ -161,8 +164,7 @@ def test_unknown_operators_are_named():
     assert tensorrt.operators_without_converter(program) == {"aten.special_bessel_j0.default"}
 
 
-@pytest.mark.parametrize("operator", [Reroute, RerouteMerged])
-@pytest.mark.parametrize("numbers", [SETTINGS[0], SETTINGS[-1]], ids=str)
+@pytest.mark.parametrize(("operator", "numbers"), [CASES[i] for i in (0, 3, 4, 7, 8)], ids=str)
 def test_every_onnx_operator_is_listed(tmp_path, operator, numbers):
     """By name, and by the type of its first input."""
     onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
