@@ -17,7 +17,7 @@ import torch
 
 from . import binding
 from .errors import ProfileError
-from .module_tree import Owner
+from .module_tree import Owner, experts_stand_beside
 from .profile_file import RESERVED_METADATA, read_profile, some, write_profile
 from .reference_import import DEFAULT_NAME, parameters_by_plain_name, plain_name, read_reference
 
@@ -314,13 +314,18 @@ def _check_distinct(gates: Iterable[str], parameters: Mapping[str, torch.nn.Para
 
 
 def _check_router_shape(name: str, weight: torch.nn.Parameter, matrix: torch.Tensor) -> None:
-    if weight.ndim == 2 and len(matrix) in weight.shape:
+    if weight.ndim == 2 and (len(matrix) in weight.shape or _has_further_columns(weight, len(matrix))):
         return
     raise ProfileError(
         f"{name}: the similarity matrix of shape {tuple(matrix.shape)} does not fit the router weight of "
         f"shape {tuple(weight.shape)}, which must be 2-D with one row (or column) for each of {len(matrix)} "
         "experts; the profile was made for another model, or the router scores more than real experts"
     )
+
+
+def _has_further_columns(weight: torch.nn.Parameter, num_experts: int) -> bool:
+    """Whether a router scores more than its experts: a shared expert, or a choice of none."""
+    return weight.shape[0] > num_experts and experts_stand_beside(weight, num_experts)
 
 
 def _check_complete(gates: Iterable[str], parameters: Mapping[str, torch.nn.Parameter]) -> None:

@@ -510,12 +510,14 @@ def test_another_number_of_experts_gives_both_shapes(mixtral):
     refused(mixtral, profile, message)
 
 
-def test_a_router_with_zero_compute_experts_is_refused():
-    """LongCat-Flash scores E + 2 columns; a matrix over the E real experts says nothing about the others."""
+def test_a_router_with_further_columns():
+    """LongCat-Flash scores E + 2 columns; a matrix over the E experts beside it fits, one of another size does not."""
     model = build("LongcatFlash")
     names = ["model.layers.0.mlp.router.classifier.weight"]
-    message = r"\(8, 8\) does not fit .*shape \(10, 16\).*scores more than real experts"
-    refused(model, SimilarityProfile(matrices(names)), message)
+    other = SimilarityProfile({names[0]: matrix(experts=6)})
+    refused(model, other, r"\(6, 6\) does not fit .*shape \(10, 16\).*scores more than real experts")
+    attach(model, SimilarityProfile(matrices(names)))
+    assert list(bound(model)) == names
 
 
 def test_a_parameter_that_is_not_a_matrix_is_refused(mixtral):

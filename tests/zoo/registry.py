@@ -34,7 +34,8 @@ class Entry:
         identity: K is 1, so that every gate is an identity.
         interface: whether transformers can run its experts in several ways; else it has a dispatch of its own.
         selecting: end of the class name of the modules that select, where experts do not take `top_k_index`.
-        columns: columns of the router, more than the experts where some compute nothing.
+        columns: columns of the router, which may be more than the experts selected from.
+        experts: size of the similarity matrices.
         unselected: how many calls of experts a forward makes without a selection (hash routing).
         skipped: why no gate of the architecture is re-routed, or empty: a word of the reason in the report.
     """
@@ -46,6 +47,7 @@ class Entry:
     interface: bool = True
     selecting: str = ""
     columns: int = EXPERTS
+    experts: int = EXPERTS
     unselected: int = 0
     skipped: str = ""
 
@@ -89,7 +91,12 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
     # The first layer routes by token id, through a table.
     "deepseek_v4": Entry({"mlp_layer_types": ["hash_moe", "moe", "moe"]}, unselected=1),
     "doge": Entry(
-        {"is_moe": True, "num_experts": 16}, selecting="CDMoE", columns=8, skipped="product keys", interface=False
+        {"is_moe": True, "num_experts": 16},
+        selecting="CDMoE",
+        columns=8,
+        experts=8,
+        skipped="product keys",
+        interface=False,
     ),
     "dots3_note": Entry(_LATENT | {"head_dim": 16, "index_n_heads": 2, "index_head_dim": 16}),
     "ernie4_5_vl_moe": Entry({"moe_intermediate_size": [16, 16]} | _rope_sections(1, 1, 2)),
@@ -121,6 +128,7 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
     "longcat_flash": Entry(
         _LATENT | {"zero_expert_num": 4, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
         columns=16,
+        experts=16,
         interface=False,
     ),
     "mistral4": Entry(_LATENT),

@@ -21,7 +21,6 @@ from sere_compile.bound_graph import _skip_row, observer
 
 from .oracle import counting, rerouted, router_weights
 from .registry import ENTRIES, build, inputs
-from .shrink import EXPERTS
 
 _ROUTING = {torch.ops.sere.reroute.default, torch.ops.sere.reroute_merged.default}
 
@@ -78,7 +77,7 @@ class _Ids(TorchDispatchMode):
 class _Variants:
     """A backend that compiles each graph as it is, explained, with S = K and with S = 1."""
 
-    def __init__(self, model: nn.Module, profile: SimilarityProfile) -> None:
+    def __init__(self, model: nn.Module, profile: SimilarityProfile | None) -> None:
         self.model, self.profile = model, profile
         self.current = "plain"
         self.graphs = 0
@@ -89,7 +88,8 @@ class _Variants:
         # Before a profile is attached: it would be evidence of its own for ids that leave a graph.
         sere_compile.detach(self.model)
         explained = SereBackend(SereConfig(inner="eager"), explaining=True)(module, example_inputs)
-        sere_compile.attach(self.model, self.profile)
+        if self.profile is not None:
+            sere_compile.attach(self.model, self.profile)
         made = {
             "plain": module.forward,
             "explain": explained,
@@ -106,13 +106,16 @@ class _Variants:
         return run
 
 
-def random_profile(model: nn.Module, columns: int = EXPERTS) -> SimilarityProfile:
-    """A random symmetric matrix for whatever could be a router's weight."""
+def random_profile(name: str, model: nn.Module) -> SimilarityProfile | None:
+    """A random symmetric matrix for whatever could be a router's weight; None where K = 1 needs none."""
+    if ENTRIES[name].identity:
+        return None
+    columns, experts = ENTRIES[name].columns, ENTRIES[name].experts
     generator = torch.Generator().manual_seed(1)
     matrices = {}
-    for name in router_weights(model, columns):
-        half = torch.rand(columns, columns, generator=generator)
-        matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)
+    for weight in router_weights(model, columns):
+        half = torch.rand(experts, experts, generator=generator)
+        matrices[weight] = ((half + half.T) / 2).fill_diagonal_(1.0)
     return SimilarityProfile(matrices)
 
 
@@ -125,7 +128,7 @@ def survey_dynamo(
         What the backend raises, wrapped by Dynamo: a bug of the library.
     """
     model, call = build(name, experts, dtype), inputs(name)
-    profile = random_profile(model, ENTRIES[name].columns)
+    profile = random_profile(name, model)
     result = Survey()
     with torch.no_grad(), counting(name, model) as calls:
         eager = model(**call)[0]
@@ -156,7 +159,7 @@ def survey_dynamo(
     result.identity_differs = not torch.equal(plain, identity)
     if not torch.allclose(plain, eager, rtol=1e-4, atol=1e-4):
         result.notes.append("the traced model differs from the eager one by itself")
-    matrices = {row.name: profile[row.name] for row in result.gates if row.status == "rewritten"}
+    matrices = {row.name: profile[row.name] for row in result.gates if profile and row.status == "rewritten"}
     for layer in _layers(model) if by_layer else ():
         layer._compiled_call_impl = None
     _compare(result, name, model, call, matrices, rerouted_output, backend.ids.seen)
@@ -192,7 +195,7 @@ def _compare(
 def survey_export(name: str, experts: str) -> Survey:
     """One architecture through torch.export."""
     model, call = build(name, experts), inputs(name)
-    profile = random_profile(model, ENTRIES[name].columns)
+    profile = random_profile(name, model)
     result = Survey(graphs=1)
     with torch.no_grad(), counting(name, model) as calls:
         model(**call)
@@ -215,7 +218,7 @@ def survey_export(name: str, experts: str) -> Survey:
         changed = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=1)).module()
         with ids:
             got = changed(**call)[0]
-    matrices = {row.name: profile[row.name] for row in result.gates if row.top_k and row.top_k > 1}
+    matrices = {row.name: profile[row.name] for row in result.gates if profile}
     _compare(result, name, model, call, matrices, got, ids.seen)
     result.effect = float((got - plain).abs().max())
     return result
