@@ -26,7 +26,7 @@ _HEADER = """\
 What `sere-compile` makes of every Mixture-of-Experts architecture of transformers {transformers}, with torch {torch}:
 small models with random weights, on a CPU. `n/m` are gates found of selections that ran in eager mode. A rewritten
 gate was compared: S = K changes no bit, S = 1 equals an eager oracle. "own" experts have no implementation to choose.
-Written by `python -m tests.zoo.table`.
+`--missing` measures what is not measured yet. Written by `python -m tests.zoo.table`.
 
 | architecture | experts | Dynamo | graphs | torch.export |
 | --- | --- | --- | --- | --- |
@@ -80,9 +80,8 @@ def read() -> tuple[str, dict[tuple[str, str], Row]]:
 def write(rows: dict[tuple[str, str], Row]) -> None:
     """The table in order of architectures, of this machine's versions."""
     header = _HEADER.format(transformers=transformers.__version__, torch=torch.__version__.partition("+")[0])
-    lines = [
-        rows[key] for name in sorted(ENTRIES) for key in ((name, way) for way in implementations(name)) if key in rows
-    ]
+    keys = [(name, experts) for name in sorted(ENTRIES) for experts in implementations(name)]
+    lines = [rows.get(key, (*key, UNMEASURED, "", UNMEASURED)) for key in keys]
     FILE.write_text(header + "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
