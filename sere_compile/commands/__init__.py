@@ -9,8 +9,11 @@ import click
 # Name, and the line that `sere --help` prints: known without importing the file.
 COMMANDS = {
     "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this GPU.",
+    "eval": "Perplexity, divergence from the original and active experts under re-routing, as decoding sees them.",
     "explain": "Print every gate of a model, what re-routing would do to it, and why not.",
     "export": "Write a model with its gates re-routed.",
+    "plot": "Draw a similarity profile, or the table of a sweep.",
+    "sweep": "S x threshold x batch as a table, and the setting that a quality budget allows.",
 }
 
 

@@ -1,0 +1,27 @@
+"""`sere plot`: a similarity profile, or the table of a sweep, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import SereError
+from ..evaluation.plots import plot_profile, plot_sweep
+from ..evaluation.sweep import read_csv
+from ..similarity import SimilarityProfile
+
+
+@click.command("plot")
+@click.argument("source", type=click.Path(exists=True, dir_okay=False))
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="Picture to write: .png, .svg, .pdf.")
+@click.option("--threshold", type=float, default=0.0, show_default=True, help="Mark experts that are always critical.")
+def plot_command(source: str, out: str, threshold: float) -> None:
+    """Draw SOURCE: heat maps of a profile (.safetensors), or quality against active experts (.csv of `sere sweep`)."""
+    try:
+        if Path(source).suffix == ".csv":
+            plot_sweep(read_csv(source), out)
+        else:
+            plot_profile(SimilarityProfile.load(source), out, threshold)
+    except SereError as error:
+        raise click.ClickException(str(error)) from error

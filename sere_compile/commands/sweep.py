@@ -1,0 +1,92 @@
+"""`sere sweep`: choose S and threshold by what they cost on one's own text at one's own batch size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+import torch
+
+from ..config import SereConfig
+from ..errors import SereError
+from ..evaluation.plots import plot_sweep
+from ..evaluation.sweep import GateSettings, format_table, recommend, spend_budget, sweep, write_csv
+from ..similarity import SimilarityProfile
+from .options import Numbers, data_options, load_subject
+
+
+@click.command("sweep")
+@data_options
+@click.option("--select-top-k", type=Numbers(int), default="1,2,3", show_default=True, help="Values of S.")
+@click.option("--threshold", type=Numbers(float), default="0", show_default=True, help="Values of rho.")
+@click.option("--batch", type=Numbers(int), default="4,16,64", show_default=True, help="Sequences decoded together.")
+@click.option("--budget", type=float, default=1.0, show_default=True, help="Growth of perplexity allowed, in percent.")
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for the Pareto plot.")
+@click.option("--per-layer", is_flag=True, help="Spend the budget gate by gate, at the first batch size.")
+def sweep_command(
+    select_top_k: list[int],
+    threshold: list[float],
+    batch: list[int],
+    budget: float,
+    csv_path: str | None,
+    plot_path: str | None,
+    per_layer: bool,
+    min_active: int | None,
+    **subject: Any,
+) -> None:
+    """S x threshold x batch as a table, and the setting that a quality budget allows."""
+    if per_layer and (len(threshold) > 1 or csv_path or plot_path):
+        raise click.UsageError("--per-layer takes one --threshold, and neither --csv nor --plot")
+    try:
+        model, profile, tokens = load_subject(**subject)
+        config = SereConfig(min_active=min_active)
+        if per_layer:
+            _per_layer(model, profile, tokens, select_top_k, batch[0], budget, config.replace(threshold=threshold[0]))
+            return
+        rows = sweep(
+            model, tokens, profile,
+            select_top_k=select_top_k, thresholds=threshold, decode_batches=batch, config=config,
+        )  # fmt: skip
+        click.echo(format_table(rows))
+        if csv_path is not None:
+            write_csv(rows, csv_path)
+        if plot_path is not None:
+            plot_sweep(rows, plot_path)
+    except SereError as error:
+        raise click.ClickException(str(error)) from error
+    for size, row in recommend(rows, budget / 100).items():
+        if row is None:
+            click.echo(f"decode batch {size}: no setting stays within {budget:g} % perplexity")
+            continue
+        options = {"select_top_k": row.select_top_k, "threshold": float(row.threshold)}
+        click.echo(
+            f"decode batch {size}: options={options} for at most {budget:g} % perplexity "
+            f"({row.perplexity_change:+.2%}, active experts {row.active_before:.1f} -> {row.active_after:.1f})"
+        )
+
+
+def _per_layer(
+    model: Any,
+    profile: SimilarityProfile,
+    tokens: torch.Tensor,
+    select_top_k: list[int],
+    batch: int,
+    budget: float,
+    config: SereConfig,
+) -> None:
+    def say(settings: GateSettings) -> None:
+        click.echo(
+            f"{settings.result.perplexity_change:+.2%}  {settings.result.mean_active_after:.1f} active", err=True
+        )
+
+    done = spend_budget(
+        model, tokens, profile,
+        budget=budget / 100, select_top_k=select_top_k, decode_batch=batch, config=config, progress=say,
+    )  # fmt: skip
+    click.echo(str(done.result))
+    click.echo(json.dumps({name: {"select_top_k": s} for name, s in done.select_top_k.items()}, indent=1))
+    untouched = [name for name in profile if name not in done.select_top_k]
+    if untouched:
+        click.echo(f"left as they are: {', '.join(untouched)}")

@@ -1,0 +1,75 @@
+"""Heat maps of similarity profiles, and quality against active experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MissingExtraError
+from ..similarity import SimilarityProfile
+from .sweep import SweepRow
+
+
+def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float = 0.0) -> None:
+    """One heat map a gate; experts less similar than `threshold` to all others, always critical, have a red mark."""
+    figure_of = _figures()
+    columns = min(4, len(profile))
+    rows = -(-len(profile) // columns)
+    figure = figure_of(figsize=(3.6 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(profile) :]:
+        axis.set_axis_off()
+    for axis, (name, matrix) in zip(axes.flat, profile.items(), strict=False):
+        shown = matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool), float("nan"))
+        image = axis.imshow(shown.numpy(), cmap="viridis")
+        figure.colorbar(image, ax=axis, shrink=0.8)
+        nearest = matrix.fill_diagonal_(-torch.inf).amax(1)
+        critical = (nearest < threshold).nonzero().flatten().tolist() if threshold > 0 else []
+        axis.scatter(critical, critical, marker="s", color="red", s=14)
+        axis.set_title(f"{name}\nnearest: median {nearest.median():.2f}, {len(critical)} critical", fontsize=7)
+        axis.tick_params(labelsize=6)
+    figure.savefig(path, dpi=150)
+
+
+def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
+    """Growth of perplexity against active experts, one line of colour a decode batch; the Pareto front is joined."""
+    figure = _figures()(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    rows = list(rows)
+    for batch in sorted({row.decode_batch for row in rows}):
+        here = [row for row in rows if row.decode_batch == batch]
+        points = axis.scatter([r.active_after for r in here], [100 * r.perplexity_change for r in here], s=18)
+        front = pareto_front(here)
+        axis.plot(
+            [r.active_after for r in front],
+            [100 * r.perplexity_change for r in front],
+            color=points.get_facecolor()[0],
+            label=f"decode batch {batch} ({here[0].active_before:.1f} active without)",
+        )
+        for row in front:
+            label = f"S={row.select_top_k}" + ("" if row.threshold in ("0", "0.0") else f", {row.threshold}")
+            axis.annotate(label, (row.active_after, 100 * row.perplexity_change), fontsize=6)
+    axis.set_xlabel("active experts a layer")
+    axis.set_ylabel("perplexity, % above the original")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def pareto_front(rows: Iterable[SweepRow]) -> list[SweepRow]:
+    """The rows that no other beats in both active experts and perplexity, fewest experts first."""
+    front: list[SweepRow] = []
+    for row in sorted(rows, key=lambda row: (row.active_after, row.perplexity_change)):
+        if not front or row.perplexity_change < front[-1].perplexity_change:
+            front.append(row)
+    return front
+
+
+def _figures() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("plots need matplotlib: pip install 'sere-compile[plot]'") from error
+    return Figure

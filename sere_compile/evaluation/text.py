@@ -1,0 +1,89 @@
+"""Text files as token windows, for evaluation and calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import EvaluationError, MissingExtraError
+
+
+def read_texts(path: str | Path, field: str = "text") -> list[str]:
+    """The documents of a .jsonl or .parquet file by `field`, or any other file as one text.
+
+    Raises:
+        EvaluationError: no such file, not what its name says, no such field, or no text.
+        MissingExtraError: a .parquet file, and pyarrow is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EvaluationError(f"no such file: {path}")
+    readers = {".jsonl": _json_lines, ".parquet": _parquet}
+    texts = list(readers[path.suffix](path, field)) if path.suffix in readers else [_plain(path)]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise EvaluationError(f"{path} holds no text")
+    return texts
+
+
+def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | None = None) -> torch.Tensor:
+    """Windows [N, length] of the texts' tokens, documents one behind the other with the end-of-text token between.
+
+    Args:
+        tokenizer: of transformers.
+        texts: documents.
+        length: tokens in a window.
+        count: take so many windows, spread evenly over all of them; None: all.
+
+    Raises:
+        EvaluationError: fewer tokens than one window or than `count` windows hold.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor([token for row in rows for token in (*row, *end)], dtype=torch.int64)
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    wanted = 1 if count is None else count
+    if len(windows) < wanted:
+        raise EvaluationError(f"{len(tokens)} tokens are too few for {wanted} windows of {length}")
+    if count is None:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def _plain(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _json_lines(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_plain(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise EvaluationError(f"{path}:{number} has no text in the field {field!r}")
+        yield record[field]
+
+
+def _parquet(path: Path, field: str) -> list[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("reading .parquet needs pyarrow: pip install 'sere-compile[parquet]'") from error
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise EvaluationError(f"{path} is not a parquet file: {error}") from error
+    if field not in table.column_names:
+        raise EvaluationError(f"{path} has no column {field!r}; it has {', '.join(table.column_names)}")
+    return [str(text) for text in table.column(field).to_pylist() if text is not None]
