@@ -119,7 +119,7 @@ class ConfiguredRule:
         if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
             return batch.ids, batch.weights
         select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
-        return Reroute(self.similarity, select, config.threshold, least)(batch)
+        return Reroute(self.similarity, select, config.threshold, least, config.max_active)(batch)
 
 
 def _attached_matrices(model: nn.Module) -> dict[str, torch.Tensor]:

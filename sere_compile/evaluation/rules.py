@@ -41,22 +41,25 @@ Rule = Callable[[RoutingBatch], tuple[Tensor, Tensor]]
 Matrices = Mapping[str, Tensor]
 
 
-def primary_experts(batch: RoutingBatch, select_top_k: int, min_active: int | None = None) -> Tensor:
+def primary_experts(
+    batch: RoutingBatch, select_top_k: int, min_active: int | None = None, max_active: int | None = None
+) -> Tensor:
     """The experts that stay in each routing batch: bool [P, E].
 
-    Padding rows make none. With fewer than `min_active` (None: K) S grows; where even S = K - 1 has too few, every
-    expert is primary, which is the identity. S >= K too.
+    Padding rows make none. S grows while the union holds at most `max_active`, and until it holds `min_active` (None:
+    K). Where S reaches K, every expert is primary, which is the identity.
     """
     top_k = batch.ids.shape[-1]
     if not 0 < select_top_k < top_k:
         return batch.scores.new_ones(batch.ids.shape[0], batch.num_experts, dtype=torch.bool)
-    wanted = top_k if min_active is None else min_active
-    unions = _named(batch).cumsum(1)[:, select_top_k - 1 : -1] > 0
-    unions = torch.cat([unions, torch.ones_like(unions[:, :1])], dim=1)
-    enough = unions.sum(-1) >= wanted
-    enough[:, -1] = True
-    first = enough.long().argmax(1)
-    return unions[torch.arange(len(unions), device=unions.device), first]
+    unions = _named(batch).cumsum(1) > 0  # [P, K, E]: named in the first i + 1 slots
+    sizes = unions.sum(-1)
+    last = (sizes < (top_k if min_active is None else min_active)).sum(1)
+    if max_active is not None:
+        last = torch.maximum(last, (sizes <= max_active).sum(1) - 1)
+    last = last.clamp(select_top_k - 1, top_k - 1)
+    chosen = unions[torch.arange(len(unions), device=unions.device), last]
+    return chosen | (last == top_k - 1)[:, None]
 
 
 def active_experts(batch: RoutingBatch, ids: Tensor, weights: Tensor) -> Tensor:
@@ -103,6 +106,7 @@ class Reroute:
         select_top_k: S.
         threshold: rho; experts less similar than this to their substitute stay.
         min_active: as in `SereConfig`.
+        max_active: as in `SereConfig`, with S = 1 the least.
         scale: [E, E] for each gate: a moved slot's weight is multiplied by scale[old, new] ("projection"); None: the
             paper's rule, weights unchanged.
     """
@@ -111,11 +115,12 @@ class Reroute:
     select_top_k: int
     threshold: float = 0.0
     min_active: int | None = None
+    max_active: int | None = None
     scale: Matrices | None = None
 
     def __call__(self, batch: RoutingBatch) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
-        primary = primary_experts(batch, self.select_top_k, self.min_active)
+        primary = primary_experts(batch, self.select_top_k, self.min_active, self.max_active)
         matrix = self.similarity[batch.name].to(batch.scores)
         mapping = expert_maps(matrix, primary, self.threshold)
         new_ids = _look_up(mapping, batch.ids, default=batch.ids)

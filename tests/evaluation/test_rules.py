@@ -42,6 +42,16 @@ def test_reroute_is_sere_position_by_position(select, threshold, min_active):
     assert torch.equal(weights, batch.weights)
 
 
+@pytest.mark.parametrize("max_active", [1, 7, 10])
+def test_a_budget_of_experts_is_the_operators(max_active):
+    """`select_top_k="auto"`, against the operator on every routing batch alone."""
+    batch = decisions()
+    ids, _ = Reroute(matrices(), 1, 0.0, 0, max_active)(batch)
+    for position in range(P):
+        expected = torch.ops.sere.reroute(batch.ids[position], matrices()["gate"], 1, 0.0, 0, max_active=max_active)
+        assert torch.equal(ids[position], expected)
+
+
 def test_padding_rows_make_no_expert_active():
     batch = decisions()
     real = torch.ones(P, B, dtype=torch.bool)
