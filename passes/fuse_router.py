@@ -182,7 +182,7 @@ def _confirmed(
     with torch.inference_mode(False), torch.no_grad():
         for _ in range(_DRAWS):
             logits = _logits(shape, generator).to(nodes.value(chain.logits).dtype)
-            values = {
+            values: dict[Node, Any] = {
                 node: torch.rand(nodes.shape(node) or (), generator=generator, device=device).to(
                     nodes.value(node).dtype
                 )

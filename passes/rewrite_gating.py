@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -101,7 +102,7 @@ def _insert(
 ) -> tuple[Node, Node | None]:
     numbers = (settings.select_top_k, settings.threshold, settings.min_active)
     if not merged:
-        options = {"max_active": settings.max_active} if settings.max_active else {}
+        options: dict[str, Any] = {"max_active": settings.max_active} if settings.max_active else {}
         new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers), options)
         _describe(new_ids, gate.ids, nodes.value(gate.ids))
         return new_ids, None
