@@ -66,7 +66,7 @@ def test_padding_rows_make_no_expert_active():
 
 def test_projection_scales_moved_slots_only():
     batch = decisions()
-    scale = {"gate": torch.rand(E, E)}
+    scale = {"gate": torch.rand(E, E, generator=torch.Generator().manual_seed(5))}
     ids, weights = Reroute(matrices(), 1, scale=scale, min_active=0)(batch)
     moved = ids != batch.ids
     assert moved.any()
@@ -74,7 +74,15 @@ def test_projection_scales_moved_slots_only():
     torch.testing.assert_close(weights[moved], (batch.weights * scale["gate"][batch.ids, ids])[moved])
 
 
-@pytest.mark.parametrize("rule", [Drop(1), Drop(1, True), Fill(1), Recombine(gram_of(torch.rand(E, 20)), 1)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Drop(1),
+        Drop(1, True),
+        Fill(1),
+        Recombine(gram_of(torch.rand(E, 20, generator=torch.Generator().manual_seed(4))), 1),
+    ],
+)
 def test_rules_keep_to_the_primary_set(rule):
     """Equal active experts is what makes rows of the table comparable."""
     batch = decisions()
@@ -91,7 +99,10 @@ def test_renormalised_rules_keep_the_sum_of_weights(rule):
     torch.testing.assert_close(rule(batch)[1].sum(-1), batch.weights.sum(-1))
 
 
-@pytest.mark.parametrize("rule", [TopS(K), Drop(K), Fill(K), Recombine(gram_of(torch.rand(E, 20)), K)])
+@pytest.mark.parametrize(
+    "rule",
+    [TopS(K), Drop(K), Fill(K), Recombine(gram_of(torch.rand(E, 20, generator=torch.Generator().manual_seed(4))), K)],
+)
 def test_all_slots_primary_is_the_identity(rule):
     batch = decisions()
     ids, weights = rule(batch)
@@ -101,7 +112,7 @@ def test_all_slots_primary_is_the_identity(rule):
 
 def test_substitutes_are_least_squares():
     """Without ridge they are numpy's answer for every expert outside of the primary set."""
-    outputs = torch.randn(E, 40, dtype=torch.float64)
+    outputs = torch.randn(E, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     primary = primary_experts(decisions(), 1, 0)
     found = substitutes(outputs @ outputs.T, primary, 0.0)
     for position in range(P):
@@ -113,16 +124,17 @@ def test_substitutes_are_least_squares():
 
 def test_recombine_of_a_twin_moves_its_weight_to_the_twin():
     """Experts 2i and 2i + 1 are equal: nothing is lost wherever one of them is primary."""
-    outputs = torch.randn(E // 2, 40).repeat_interleave(2, 0)
+    outputs = torch.randn(E // 2, 40, generator=torch.Generator().manual_seed(2)).repeat_interleave(2, 0)
     batch = decisions()
-    ids, weights = Recombine(gram_of(outputs), 2, ridge=0.0, min_active=0)(batch)
+    ids, weights = Recombine(gram_of(outputs), 2, ridge=1e-4, min_active=0)(batch)
     primary = primary_experts(batch, 2, 0)
     pairs = primary.view(P, -1, 2).any(-1).repeat_interleave(2, -1)
     covered = pairs.gather(1, batch.ids.flatten(1)).view(P, B, K).all(-1)
     before = (batch.weights[..., None] * outputs[batch.ids]).sum(2)
     after = (weights[..., None] * outputs[ids]).sum(2)
     assert covered.any()
-    torch.testing.assert_close(after[covered], before[covered], atol=1e-3, rtol=1e-3)
+    # Two twins that are both primary make the system singular but for the ridge.
+    torch.testing.assert_close(after[covered], before[covered], atol=1e-2, rtol=0)
 
 
 def test_merged_slots_give_the_same_sum_without_repeats():
