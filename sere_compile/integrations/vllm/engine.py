@@ -1,0 +1,88 @@
+"""Which vLLM this plug-in fits, and what of the engine it relies on.
+
+Everything used of vLLM's internals is listed here and checked before a model is loaded: a release that changed
+one of them gives one error at start, never an engine that quietly serves without re-routing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from ...errors import ConfigError, SereError
+
+# Releases that the tests have run with; others are tried where every internal below is still there.
+SUPPORTED = "0.32"
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+# (module, attribute, parameters it must take)
+INTERNALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("vllm.forward_context", "create_forward_context", ("attn_metadata", "vllm_config", "is_padding")),
+    ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens")),
+    ("vllm.distributed", "tensor_model_parallel_all_reduce", ("input_",)),
+    (f"{_MOE}.router.base_router", "BaseRouter._compute_routing",
+     ("hidden_states", "router_logits", "indices_type", "input_ids")),
+    (f"{_MOE}.router.base_router", "BaseRouter._select_experts", ("hidden_states", "router_logits")),
+    (f"{_MOE}.router.base_router", "BaseRouter._apply_eplb_mapping", ("topk_ids",)),
+    (f"{_MOE}.routed_experts", "RoutedExperts.forward_modular", ("x", "topk_weights", "topk_ids")),
+    (f"{_MOE}.runner.moe_runner", "MoERunner._fused_output_is_reduced", ()),
+    (f"{_MOE}.runner.moe_runner", "MoERunner.do_naive_dispatch_combine", ()),
+)  # fmt: skip
+
+
+class EngineMismatchError(SereError, RuntimeError):
+    """The installed vLLM differs from what this plug-in relies on, or serves this model past its router."""
+
+
+def version() -> str:
+    """The version of the installed vLLM."""
+    return str(importlib.import_module("vllm").__version__)
+
+
+def check_internals() -> None:
+    """Raise `EngineMismatchError`, listing everything that is missing or has other parameters."""
+    wrong = [text for entry in INTERNALS if (text := _difference(*entry))]
+    # Without this call in the middle the hook would be installed and never run.
+    source = "" if wrong else inspect.getsource(_resolve(f"{_MOE}.router.base_router", "BaseRouter._select_experts"))
+    before, called, after = source.partition("self._compute_routing(")
+    if not wrong and (not called or "_apply_eplb_mapping" in before or "_apply_eplb_mapping" not in after):
+        wrong = ["BaseRouter._select_experts no longer routes first and maps logical to physical experts after"]
+    if wrong:
+        raise EngineMismatchError(
+            f"vLLM {version()} cannot be re-routed: {'; '.join(wrong)}. This plug-in was tested with vLLM "
+            f"{SUPPORTED}.x. Install that release or a newer sere-compile, or take 'sere' out of additional_config"
+        )
+
+
+def _resolve(module: str, path: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = inspect.getattr_static(found, name) if inspect.isclass(found) else getattr(found, name)
+    return found
+
+
+def _difference(module: str, path: str, parameters: tuple[str, ...]) -> str:
+    """What is wrong with one internal, or nothing."""
+    try:
+        found = _resolve(module, path)
+    except (ImportError, AttributeError):
+        return f"{module} has no {path}"
+    missing = set(parameters) - set(inspect.signature(found).parameters) if parameters else set()
+    return f"{path} has no parameter {', '.join(sorted(missing))}" if missing else ""
+
+
+def check_modes(vllm_config: Any) -> None:
+    """Refuse what cannot be combined with batch-aware routing.
+
+    Raises:
+        ConfigError: the engine's batch-invariant mode, or two micro-batches at once (DBO).
+    """
+    envs = importlib.import_module("vllm.envs")
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        raise ConfigError(
+            "SERE makes a token's experts depend on the batch it is in, and VLLM_BATCH_INVARIANT promises that "
+            "nothing does: unset it, or take 'sere' out of additional_config"
+        )
+    if getattr(vllm_config.parallel_config, "enable_dbo", False):
+        raise ConfigError("SERE does not support dual batch overlap (enable_dbo): two batches would share one state")

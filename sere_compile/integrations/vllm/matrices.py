@@ -1,0 +1,138 @@
+"""Which similarity matrix belongs to which MoE layer of an engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calibration.probe import PROBE_TOKENS, module_dispatch, probe_similarity
+from ...errors import ConfigError, ProbeError, ProfileError
+from ...profile_file import is_torch_file, open_safetensors, some
+from ...similarity import SimilarityProfile
+
+log = logging.getLogger(__name__)
+
+
+def find_profile(path: str | None, model: str) -> SimilarityProfile | None:
+    """The profile at `path`, or the matrices that the reference implementation left in the model's folder.
+
+    Raises:
+        ProfileError: no such file, or one that holds no usable matrices.
+    """
+    if path is not None:
+        file = Path(path)
+        return SimilarityProfile.from_reference(file) if file.is_dir() or is_torch_file(file) else _load(file)
+    folder = Path(model)
+    if not folder.is_dir() or not _is_calibrated(folder):
+        return None
+    log.info("SERE: the checkpoint %s brings its own similarity matrices", folder)
+    return SimilarityProfile.from_reference(folder)
+
+
+def _load(file: Path) -> SimilarityProfile:
+    with open_safetensors(file) as opened:
+        calibrated = any(name.endswith(".similarity_matrix") for name in opened.keys())  # noqa: SIM118
+    return SimilarityProfile.from_reference(file) if calibrated else SimilarityProfile.load(file)
+
+
+def _is_calibrated(folder: Path) -> bool:
+    if (folder / "similarity_matrices.pt").exists():
+        return True
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        return ".similarity_matrix" in index.read_text(encoding="utf-8")
+    if not single.exists():
+        return False
+    with open_safetensors(single) as opened:
+        return any(name.endswith(".similarity_matrix") for name in opened.keys())  # noqa: SIM118
+
+
+def match_layers(profile: SimilarityProfile, experts: Mapping[str, int], complete: bool) -> dict[str, Tensor]:
+    """The matrix of each MoE layer, by the layer's name in vLLM.
+
+    vLLM names a layer by its experts (`model.layers.3.block_sparse_moe.experts`), a profile by its router's weight in
+    transformers (`model.layers.3.mlp.gate.weight`): the numbers in both names tell the layer.
+
+    Args:
+        profile: to take matrices from.
+        experts: for each MoE layer how many experts it has.
+        complete: whether `experts` are all layers of the model (no pipeline stages).
+
+    Raises:
+        ProfileError: a layer without a matrix, with several, or with one of another size; a matrix without a layer.
+    """
+    by_numbers: dict[tuple[int, ...], list[str]] = {}
+    for gate in profile:
+        by_numbers.setdefault(_numbers(gate), []).append(gate)
+    matched: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for layer, num_experts in experts.items():
+        gates = by_numbers.get(_numbers(layer), [])
+        if len(gates) != 1:
+            raise ProfileError(
+                f"the similarity profile has {len(gates) or 'no'} matrices for vLLM's MoE layer {layer}; "
+                f"it holds {some(gates or profile)}"
+            )
+        matrix = profile[gates[0]]
+        if matrix.shape[0] != num_experts:
+            raise ProfileError(
+                f"{gates[0]}: the similarity matrix of shape {tuple(matrix.shape)} does not fit {layer}, "
+                f"which has {num_experts} experts"
+            )
+        matched[layer] = matrix
+        used.add(gates[0])
+    if complete and (extra := [gate for gate in profile if gate not in used]):
+        raise ProfileError(
+            f"the similarity profile has matrices for gates that this model does not have: {some(extra)}"
+        )
+    return matched
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name.split(".") if part.isdecimal())
+
+
+def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Tensor:
+    """Data-free similarity of a layer's experts, [E, E] float32, through the layer's own kernel.
+
+    Each expert runs on the same random hidden states as the only one with weight. That needs no knowledge of how the
+    weights are packed or quantised, and under tensor parallelism the summed outputs are the same on every rank.
+
+    Raises:
+        ConfigError: the engine balances experts over ranks; their logical weights cannot be told apart then.
+        ProbeError: the layer's kernel gives no plain tensor, or not finite ones.
+    """
+    from vllm.distributed import tensor_model_parallel_all_reduce
+    from vllm.forward_context import set_forward_context
+
+    if runner.router.eplb_state is not None:
+        raise ConfigError("with expert load balancing (EPLB) experts are not probed: give a profile")
+    moe = runner.moe_config
+    rows = max(1, min(8 * PROBE_TOKENS, int(vllm_config.scheduler_config.max_num_batched_tokens)))
+    ids_dtype = runner._quant_method.topk_indices_dtype or torch.int32
+    runner.routed_experts._ensure_moe_quant_config_init()
+
+    def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        output = runner.routed_experts.forward_modular(
+            x=hidden, topk_weights=weights.float().contiguous(), topk_ids=ids.to(ids_dtype).contiguous()
+        )
+        if not isinstance(output, Tensor):
+            raise ProbeError(f"{runner.layer_name}: the kernel defers its output and cannot be probed; give a profile")
+        return output if runner._fused_output_is_reduced else tensor_model_parallel_all_reduce(output)
+
+    with set_forward_context(None, vllm_config, num_tokens=rows):
+        dispatch = module_dispatch(experts, moe.hidden_dim, moe.in_dtype, device)
+        return probe_similarity(dispatch, rows, moe.num_logical_experts, moe.experts_per_token, device)
+
+
+def agree(matrix: Tensor) -> Tensor:
+    """The matrix of the first rank of the tensor-parallel group, on all of its ranks."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    return group.broadcast(matrix.contiguous(), src=0) if group.world_size > 1 else matrix

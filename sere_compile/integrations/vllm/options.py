@@ -1,0 +1,71 @@
+"""What a user wrote about SERE in vLLM's own configuration, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...config import SereConfig
+from ...errors import ConfigError
+
+# The options of `SereConfig` that mean something inside a serving engine, which does its own compiling.
+ROUTING = ("select_top_k", "threshold", "min_active", "max_tokens", "strict", "collect_stats")
+PHASES = ("decode", "all")
+# How the reference implementation is switched on: `hf_overrides={"select_top_k": 1, "threshold": 0.1}`.
+OVERRIDES = ("select_top_k", "threshold")
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """How experts are re-routed in an engine.
+
+    Attributes:
+        config: the routing options, with the meaning they have everywhere in sere-compile.
+        profile: a file of `SimilarityProfile.save`, or a file or folder that the reference implementation calibrated.
+            None: the checkpoint's own matrices where it has them, else the experts are probed at start.
+        phase: "decode" leaves every batch alone that holds a prompt's tokens; "all" re-routes every batch.
+    """
+
+    config: SereConfig
+    profile: str | None = None
+    phase: str = "decode"
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ConfigError(f"phase must be one of {', '.join(map(repr, PHASES))}, got {self.phase!r}")
+        if self.profile is not None and not isinstance(self.profile, str):
+            raise ConfigError(f"profile must be the path of a file or folder, got {self.profile!r}")
+
+
+def read_options(vllm_config: Any) -> VllmOptions | None:
+    """The options in `additional_config["sere"]` or in `hf_overrides`; None where SERE is not switched on.
+
+    Raises:
+        ConfigError: an unknown or misspelt option, a wrong value, or one option in both places.
+    """
+    additional = getattr(vllm_config, "additional_config", None)
+    ours = additional.get("sere") if isinstance(additional, Mapping) else None
+    overrides = getattr(getattr(vllm_config, "model_config", None), "hf_overrides", None)
+    theirs = {k: overrides[k] for k in OVERRIDES if k in overrides} if isinstance(overrides, Mapping) else {}
+    if ours is None and "select_top_k" not in theirs:
+        return None
+    if ours is not None and not isinstance(ours, Mapping):
+        raise ConfigError(f'additional_config["sere"] must be a dict of options, got {ours!r}')
+    ours = dict(ours or {})
+    if both := [name for name in theirs if name in ours]:
+        raise ConfigError(f'{both[0]} stands in additional_config["sere"] and in hf_overrides; keep one')
+    return _checked({**theirs, **ours})
+
+
+def _checked(options: dict[str, Any]) -> VllmOptions:
+    known = (*ROUTING, *(f.name for f in dataclasses.fields(VllmOptions) if f.name != "config"))
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"unknown option {name!r} of sere; {hint}Options in vLLM: {', '.join(known)}")
+    routing = {name: options.pop(name) for name in ROUTING if name in options}
+    return VllmOptions(SereConfig(**routing), **options)

@@ -1,0 +1,280 @@
+"""The plug-in: what runs when vLLM starts in a process, when a worker has loaded its model, and before a forward."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError, GateNotFoundError, SereError
+from ...statistics import GateStats
+from .engine import EngineMismatchError, check_internals, check_modes
+from .matrices import agree, find_profile, match_layers, probe_layer
+from .options import VllmOptions, read_options
+from .routing import BatchState, RoutingHook
+
+log = logging.getLogger("vllm.sere_compile")
+
+# Forwards after which a hook that never ran is reported, and seconds between two lines of statistics.
+FORWARDS_BEFORE_WARNING = 8
+LOG_SECONDS = 10.0
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: called in every process of vLLM, possibly several times.
+
+    Engines that do not ask for SERE are left as they are: options are read when a configuration is made, and
+    everything else happens when a worker has loaded its model.
+    """
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    _wrap_once(VllmConfig, "__post_init__", _check_configuration)
+    _wrap_once(WorkerBase, "__init__", _prepare_worker)
+
+
+def _wrap_once(owner: Any, name: str, after: Callable[[Any], None]) -> None:
+    original = getattr(owner, name, None)
+    if original is None:
+        raise EngineMismatchError(
+            f"this vLLM has no {owner.__name__}.{name}; see sere_compile.integrations.vllm.SUPPORTED"
+        )
+    if getattr(original, "_sere", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        after(self)
+
+    wrapped._sere = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _check_configuration(vllm_config: Any) -> None:
+    """A misspelt option is an error where the engine is made, not in a worker."""
+    if read_options(vllm_config) is not None:
+        check_modes(vllm_config)
+
+
+def _prepare_worker(worker: Any) -> None:
+    options = read_options(worker.vllm_config)
+    if options is None:
+        return
+    check_modes(worker.vllm_config)
+    check_internals()
+    load_model = worker.load_model
+
+    def load_and_hook(*args: Any, **kwargs: Any) -> Any:
+        result = load_model(*args, **kwargs)
+        worker.sere = WorkerHooks(worker, options)
+        # By these names `collective_rpc` reaches them.
+        worker.sere_stats = worker.sere.stats
+        worker.sere_digest = worker.sere.digest
+        return result
+
+    worker.load_model = load_and_hook
+
+
+# Of all engines of this process.
+_workers: weakref.WeakSet[WorkerHooks] = weakref.WeakSet()
+
+
+def _follow_forwards() -> None:
+    """Every forward makes its context by this function of the module, whoever imported what calls it."""
+    from vllm import forward_context
+
+    original = forward_context.create_forward_context
+    if getattr(original, "_sere", False):
+        return
+
+    @functools.wraps(original)
+    def create_forward_context(*args: Any, **kwargs: Any) -> Any:
+        context = original(*args, **kwargs)
+        for worker in list(_workers):
+            worker.before_forward(context)
+        return context
+
+    create_forward_context._sere = True  # type: ignore[attr-defined]
+    forward_context.create_forward_context = create_forward_context
+
+
+class WorkerHooks:
+    """The hooks of one worker, by MoE layer.
+
+    Raises:
+        EngineMismatchError: a layer is served past its router, or none has one.
+        ConfigError, ProfileError, ProbeError: see `matrices`.
+    """
+
+    def __init__(self, worker: Any, options: VllmOptions) -> None:
+        self.options = options
+        config = worker.vllm_config
+        device = torch.device(worker.device or config.device_config.device)
+        runners = find_runners(config)
+        speculative = config.speculative_config
+        decode_tokens = 1 + int(getattr(speculative, "num_speculative_tokens", 0) or 0)
+        self.state = BatchState(device, options.phase, options.config.max_tokens, decode_tokens)
+        # A later profile run of a hook needs its matrix; probing runs the experts, so it comes before the hooks.
+        with torch.inference_mode(False), torch.no_grad():
+            matrices, source = _matrices(runners, options, config, device)
+            self.hooks = {
+                name: hook
+                for name, runner in runners.items()
+                if (hook := _hook(runner, matrices.get(name), options, self.state)) is not None
+            }
+        for hook in self.hooks.values():
+            hook.install()
+        self._layers = config.compilation_config.static_forward_context
+        _workers.add(self)
+        _follow_forwards()
+        self._checked = not self.hooks
+        self._logged = time.monotonic()
+        log.warning(
+            "SERE re-routes %d of %d MoE layers (similarity: %s; phase %r). A token's experts now depend on the batch "
+            "it is in: outputs are not batch-invariant.",
+            len(self.hooks), len(runners), source, options.phase,
+        )  # fmt: skip
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Counters by layer, as plain numbers that cross process boundaries."""
+        if not self.options.config.collect_stats:
+            raise SereError('no routing statistics: set additional_config={"sere": {"collect_stats": True, ...}}')
+        return {name: vars(hook.stats()) for name, hook in self.hooks.items()}
+
+    def digest(self) -> str:
+        """Of all matrices: equal on ranks that agree."""
+        content = b"".join(hook.matrix.cpu().numpy().tobytes() for hook in self.hooks.values())
+        return hashlib.sha256(content).hexdigest()
+
+    def before_forward(self, context: Any) -> None:
+        """Write what the hooks read; called for every forward of this process, also for those of other engines."""
+        if context.no_compile_layers is not self._layers:
+            return
+        self.state.begin(context.attn_metadata, getattr(context, "is_padding", None))
+        self._watch()
+
+    def _watch(self) -> None:
+        """Once, whether the hooks run at all; now and then, a line of statistics."""
+        if not self._checked and self.state.forwards > FORWARDS_BEFORE_WARNING:
+            self._checked = True
+            warn_if_idle(self.hooks, self.state, self.options.config.strict)
+        if self.options.config.collect_stats and time.monotonic() - self._logged > LOG_SECONDS:
+            self._logged = time.monotonic()
+            log.info("%s", summary({name: hook.stats() for name, hook in self.hooks.items()}, self.state))
+
+
+def find_runners(vllm_config: Any) -> dict[str, Any]:
+    """The MoE layers of this worker by name.
+
+    Raises:
+        EngineMismatchError: there is none, or one whose kernel routes by itself.
+        ConfigError: a parallel layout in which ranks would not agree on the mapping.
+    """
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    layers = vllm_config.compilation_config.static_forward_context
+    runners = {name: layer for name, layer in layers.items() if isinstance(layer, MoERunner)}
+    if not runners:
+        raise EngineMismatchError(
+            f"{vllm_config.model_config.model} has no MoE layer that goes through vLLM's router "
+            f"(architecture {vllm_config.model_config.architecture}); take 'sere' out of additional_config"
+        )
+    for name, runner in runners.items():
+        if runner.is_monolithic:
+            kernel = type(runner._quant_method).__name__
+            raise EngineMismatchError(
+                f"{name}: the expert kernel of {kernel} routes by itself and never asks vLLM's router; choose another "
+                "one, for example --moe-backend triton"
+            )
+        if not isinstance(runner.router, BaseRouter):
+            raise EngineMismatchError(f"{name}: a router of the kind {type(runner.router).__name__} cannot be hooked")
+        if runner.do_naive_dispatch_combine or runner.moe_config.pcp_size > 1:
+            raise ConfigError(
+                f"{name}: in this parallel layout every rank routes the gathered tokens of all ranks, and ranks would "
+                "disagree on the phase of the batch; use tensor or expert parallelism, or an all-to-all backend"
+            )
+    return runners
+
+
+def _matrices(runners: dict, options: VllmOptions, config: Any, device: torch.device) -> tuple[dict, str]:
+    """Matrices by layer, for the layers that re-route, and where they come from."""
+    profile = find_profile(options.profile, config.model_config.model)
+    experts = {name: int(runner.moe_config.num_logical_experts) for name, runner in runners.items()}
+    if profile is not None:
+        complete = config.parallel_config.pipeline_parallel_size == 1
+        return match_layers(profile, experts, complete), profile._source()
+    log.info("SERE: no similarity profile given; the experts are probed on random hidden states")
+    wanted = {name: r for name, r in runners.items() if _select_top_k(r, options) < r.router.top_k}
+    return {name: agree(probe_layer(runner, config, device)) for name, runner in wanted.items()}, "probed at start"
+
+
+def _select_top_k(runner: Any, options: VllmOptions) -> int:
+    return options.config.resolved_top_k(int(runner.router.top_k))
+
+
+def _hook(runner: Any, matrix: torch.Tensor | None, options: VllmOptions, state: BatchState) -> RoutingHook | None:
+    """None where S = K: the router stays as it is, and the model bit for bit."""
+    select_top_k, top_k = _select_top_k(runner, options), int(runner.router.top_k)
+    if select_top_k >= top_k or matrix is None:
+        log.info("SERE: %s is not re-routed: S = K = %d", runner.layer_name, top_k)
+        return None
+    return RoutingHook(
+        runner.router,
+        matrix.to(state.active.device),
+        select_top_k,
+        options.config.threshold,
+        options.config.resolved_min_active(top_k),
+        state,
+        mask_padding=not runner.moe_config.is_sequence_parallel,
+        collect_stats=options.config.collect_stats,
+    )
+
+
+def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool) -> None:
+    """Say, or with `strict` raise, that something was installed and does nothing."""
+    idle = [name for name, hook in hooks.items() if not hook.has_run]
+    text = ""
+    if idle:
+        text = (
+            f"SERE is installed and {len(idle)} of {len(hooks)} hooks never ran, first {idle[0]}: the engine routes "
+            "this layer without asking the router that was hooked"
+        )
+    elif state.unknown:
+        text = (
+            f"SERE re-routes nothing: the attention metadata of this model ({state.unknown}) does not tell decoding "
+            'from prefill; set "phase": "all"'
+        )
+    if text and strict:
+        raise GateNotFoundError(text)
+    if text:
+        log.warning("%s", text)
+
+
+def summary(stats: dict[str, GateStats], state: BatchState) -> str:
+    """One line for the log: means over layers."""
+    before = sum(s.mean_active_before for s in stats.values()) / max(1, len(stats))
+    after = sum(s.mean_active_after for s in stats.values()) / max(1, len(stats))
+    return (
+        f"SERE: active experts {before:.1f} -> {after:.1f} per layer and re-routed batch, "
+        f"{state.active_forwards} of {state.forwards} batches re-routed"
+    )
+
+
+def stats(llm: Any, rank: int = 0) -> dict[str, GateStats]:
+    """What an engine's worker counted, by MoE layer; `llm` is a `vllm.LLM` with collect_stats switched on.
+
+    Raises:
+        SereError: statistics are not collected, or SERE is not switched on.
+    """
+    if not (read_options(llm.llm_engine.vllm_config)):
+        raise SereError('no routing statistics: this engine runs without additional_config={"sere": ...}')
+    counted = llm.collective_rpc("sere_stats")[rank]
+    return {name: GateStats(**numbers) for name, numbers in counted.items()}

@@ -1,0 +1,188 @@
+"""The hook behind a router: re-routes the logical expert ids that it has chosen.
+
+Everything that changes from one forward to the next is a tensor at a fixed address, written before the forward, so
+that a recorded CUDA graph and a compiled graph follow it: no branch depends on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import reroute
+from ...passes import COUNTED
+from ...passes.count_routing import count_routing
+from ...statistics import GateStats
+
+NO_PADDING = torch.iinfo(torch.int64).max
+
+
+class BatchState:
+    """What the hooks of one worker know of the batch: set by `begin`, read on the device.
+
+    Attributes:
+        active: bool [1], whether this forward is re-routed.
+        real_tokens: int64 [1], rows before the padding.
+    """
+
+    def __init__(self, device: torch.device, phase: str, max_tokens: int | None, decode_tokens: int) -> None:
+        self.active = torch.zeros(1, dtype=torch.bool, device=device)
+        self.real_tokens = torch.full((1,), NO_PADDING, dtype=torch.int64, device=device)
+        self.phase = phase
+        self.max_tokens = max_tokens
+        # A request that decodes has one new token, and what speculative decoding proposes.
+        self.decode_tokens = decode_tokens
+        self.forwards = 0
+        self.active_forwards = 0
+        self.unknown = ""
+
+    def begin(self, attn_metadata: Any, is_padding: Tensor | None) -> None:
+        """Before each forward: `attn_metadata` by layer or None (a dummy run), `is_padding` bool [T] or None."""
+        active = attn_metadata is not None and self._wanted(attn_metadata)
+        self.forwards += attn_metadata is not None
+        self.active_forwards += active
+        self.active.fill_(active)
+        if is_padding is None:
+            self.real_tokens.fill_(NO_PADDING)
+        else:
+            # Counted on the device: asking for the number would wait for it.
+            self.real_tokens.copy_((~is_padding).sum())
+
+    def _wanted(self, attn_metadata: Any) -> bool:
+        layers = attn_metadata.values() if isinstance(attn_metadata, dict) else [attn_metadata]
+        distinct = list({id(m): m for m in layers if m is not None}.values())
+        if self.max_tokens is not None:
+            counts = [m.num_actual_tokens for m in distinct if hasattr(m, "num_actual_tokens")]
+            if not counts or max(counts) > self.max_tokens:
+                return False
+        if self.phase == "all":
+            return True
+        longest = [int(m.max_query_len) for m in distinct if hasattr(m, "max_query_len")]
+        prefills = [int(m.num_prefills) for m in distinct if hasattr(m, "num_prefills")]
+        if not longest and not prefills:
+            self.unknown = ", ".join(sorted({type(m).__name__ for m in distinct})) or "no attention metadata"
+            return False
+        return max(longest, default=0) <= self.decode_tokens and not any(prefills)
+
+
+class RoutingHook:
+    """Stands in for one router's `_compute_routing`: the router's own choice, then re-routing.
+
+    Args:
+        router: vLLM's router; its own top-k, whatever kind, runs first.
+        matrix: float32 [E, E] on the router's device.
+        select_top_k: S, below K.
+        threshold: rho.
+        min_active: see `sere_compile.ops.reroute`.
+        state: of this worker.
+        mask_padding: whether rows of this router are rows of the batch, so that the padding is known.
+        collect_stats: count on the device.
+    """
+
+    def __init__(
+        self,
+        router: Any,
+        matrix: Tensor,
+        select_top_k: int,
+        threshold: float,
+        min_active: int,
+        state: BatchState,
+        mask_padding: bool,
+        collect_stats: bool,
+    ) -> None:
+        self.router = router
+        self.original: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
+        self.matrix = matrix
+        self.options = (select_top_k, threshold, min_active)
+        self.state = state
+        self.mask_padding = mask_padding
+        self.num_experts = matrix.shape[0]
+        self.calls = 0
+        self.traced_calls = torch.zeros(1, dtype=torch.int64, device=matrix.device)
+        self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=matrix.device) if collect_stats else None
+        self.ordered = _is_ordered(router, matrix.device)
+
+    def install(self) -> None:
+        """On the instance: whoever holds the router, or a bound `select_experts` of it, comes through here."""
+        self.router._compute_routing = self.compute_routing
+
+    def compute_routing(
+        self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, *, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [T, K] as the router gave them, and ids [T, K] re-routed."""
+        weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
+        if torch.compiler.is_compiling():
+            # Counts runs of the compiled code, which may come from a cache and never pass here.
+            self.traced_calls.add_(1)
+        else:
+            self.calls += 1
+        mask = None
+        if self.mask_padding:
+            mask = torch.arange(ids.shape[0], device=ids.device) < self.state.real_tokens
+        new_ids = torch.where(self.state.active, self._reroute(ids, weights, router_logits, mask), ids)
+        if self.counts is not None:
+            self._count(ids, new_ids, mask)
+        return weights, new_ids
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the hook ran, in Python or inside compiled code. Waits for the device."""
+        return self.calls > 0 or int(self.traced_calls) > 0
+
+    def stats(self) -> GateStats:
+        """What was counted. Waits for the device."""
+        assert self.counts is not None, "statistics are not collected"
+        return GateStats(**dict(zip(COUNTED, self.counts.tolist(), strict=True)))
+
+    def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+        select_top_k, threshold, min_active = self.options
+        routable = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
+        if self.ordered:
+            new_ids = reroute(routable, self.matrix, select_top_k, threshold, min_active, mask)
+            return new_ids.to(ids.dtype)
+        # vLLM asks for an unsorted top-k; slots are put in order, re-routed, and put back.
+        order = selection_scores(self.router, routable, weights, logits).argsort(dim=-1, descending=True, stable=True)
+        best_first = routable.gather(1, order)
+        new_ids = reroute(best_first, self.matrix, select_top_k, threshold, min_active, mask)
+        return torch.zeros_like(new_ids).scatter(1, order, new_ids).to(ids.dtype)
+
+    def _count(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+        if mask is not None:
+            before, after = (torch.where(mask[:, None], ids, -1) for ids in (before, after))
+        batch = torch.zeros_like(self.counts)
+        count_routing(before, after, self.num_experts, batch)
+        self.counts.add_(batch * self.state.active)
+
+
+def selection_scores(router: Any, ids: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
+    """By what a router ranked the experts it chose: float32 [T, K] in the order of `ids`.
+
+    A correction bias takes part in the choice and not in the weights. Where the choice is not a function of logits
+    and bias (a custom function, a table of hashes), the weights are the order.
+    """
+    opaque = ("custom_routing_function", "_hash_indices_table", "hash_indices_table", "zero_expert_type")
+    if any(getattr(router, name, None) is not None for name in opaque):
+        return weights.float()
+    # Fused shared experts stand behind the routed ones; they have no logit and come last.
+    known = (ids >= 0) & (ids < logits.shape[-1])
+    index = torch.where(known, ids, 0).long()
+    bias = getattr(router, "e_score_correction_bias", None)
+    scores = logits.float()
+    if bias is not None:
+        scores = _SCORING[getattr(router, "scoring_func", "softmax")](scores) + bias.float()
+    return torch.where(known, scores.gather(1, index), float("-inf"))
+
+
+_SCORING: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
+
+
+def _is_ordered(router: Any, device: torch.device) -> bool:
+    """Whether ids come best first: vLLM's fused top-k kernel finds them one after the other."""
+    return type(router).__name__ == "FusedTopKRouter" and device.type == "cuda"

@@ -1,0 +1,13 @@
+"""These tests run in vLLM's own environment, `.ci/vllm`. Without vLLM none of their files is imported."""
+
+import importlib.util
+import os
+
+collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("vllm") is None else []
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}

@@ -1,0 +1,104 @@
+"""Small models of the real transformers classes, with routing that differs from token to token, saved to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+VOCABULARY = 128
+# vLLM's CPU kernels want heads of 32 and widths that 32 divides.
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    # No token ends a generation.
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_DEEPSEEK = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    # The one size of head that latent attention takes.
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+
+def config(name: str) -> PretrainedConfig:
+    """The configuration of one of `NAMES`."""
+    if name == "mixtral":
+        return MixtralConfig(num_local_experts=8, num_experts_per_tok=2, **_SIZES)
+    if name == "qwen2_moe":
+        return Qwen2MoeConfig(
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            num_experts=16,
+            num_experts_per_tok=4,
+            **_SIZES,
+        )
+    if name == "qwen3_moe":
+        return Qwen3MoeConfig(
+            moe_intermediate_size=32, head_dim=32, num_experts=16, num_experts_per_tok=4, norm_topk_prob=True, **_SIZES
+        )
+    if name == "deepseek_v2":
+        return DeepseekV2Config(topk_method="group_limited_greedy", n_group=4, topk_group=2, **_DEEPSEEK, **_SIZES)
+    if name == "deepseek_v3":
+        return DeepseekV3Config(topk_method="noaux_tc", n_group=4, topk_group=2, **_DEEPSEEK, **_SIZES)
+    return GptOssConfig(num_local_experts=16, num_experts_per_tok=4, head_dim=32, sliding_window=32, **_SIZES)
+
+
+# Name, and the kind of its router.
+KINDS = {
+    "mixtral": "softmax top-2 of 8",
+    "qwen2_moe": "softmax top-4 of 16",
+    "qwen3_moe": "softmax top-4 of 16, normalised",
+    "deepseek_v2": "softmax, 2 of 4 groups, top-4 of 16",
+    "deepseek_v3": "sigmoid with bias, 2 of 4 groups, top-4 of 16",
+    "gpt_oss": "top-4 of 16, then softmax",
+}
+NAMES = tuple(KINDS)
+
+
+def save(name: str, folder: Path) -> Path:
+    """A model with seeded random weights in `folder`; the folder."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(name)).float().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+            elif "bias" in key:
+                parameter.normal_(0, 0.05)
+        for key, buffer in model.named_buffers():
+            if "e_score_correction_bias" in key:
+                buffer.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def prompts(batch: int, length: int = 6, seed: int = 0) -> list[list[int]]:
+    """Random token ids, rows of equal length, no two alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=generator).tolist()

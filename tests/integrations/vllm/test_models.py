@@ -1,0 +1,80 @@
+"""Every kind of router, in the real engine: the hook runs, S = K changes nothing, S < K does what transformers does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import sere_compile
+from sere_compile import SimilarityProfile
+from sere_compile.integrations.vllm import stats
+
+from . import models
+from .engine import TOKENS, engine, generate, hooks
+
+pytestmark = pytest.mark.vllm
+
+BATCH = 8
+SETTINGS = {"select_top_k": 1, "min_active": 0}
+ROWS: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", params=models.NAMES)
+def model(request, tmp_path_factory):
+    """Name, folder and profile file of a saved model with a random similarity matrix for each gate."""
+    folder = models.save(request.param, tmp_path_factory.mktemp(request.param))
+    generator = torch.Generator().manual_seed(1)
+    matrices = {}
+    for name, weight in AutoModelForCausalLM.from_pretrained(folder).named_parameters():
+        if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
+            half = torch.rand(len(weight), len(weight), generator=generator)
+            matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)
+    assert len(matrices) == 2
+    # Not in the model's folder: vLLM takes every safetensors file there for weights.
+    profile = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    SimilarityProfile(matrices, {"method": "random"}).save(profile)
+    return request.param, folder, str(profile)
+
+
+def in_transformers(folder, profile):
+    """The same continuations by transformers and the backend `sere`; prompts are above max_tokens."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    sere_compile.attach(network, SimilarityProfile.load(profile))
+    torch._dynamo.reset()
+    step = torch.compile(network, backend="sere", options={**SETTINGS, "max_tokens": BATCH, "inner": "eager"})
+    ids, cache, tokens = torch.tensor(models.prompts(BATCH)), None, []
+    with torch.no_grad():
+        for _ in range(TOKENS):
+            output = step(ids, past_key_values=cache, use_cache=True)
+            ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            tokens.append(ids)
+    return torch.cat(tokens, 1).tolist()
+
+
+def test_router(model):
+    """S = K: the tokens of vLLM alone. S < K: those of transformers with our backend, and fewer active experts."""
+    name, folder, profile = model
+    prompts = models.prompts(BATCH)
+    with engine(folder) as llm:
+        alone = generate(llm, prompts)
+    with engine(folder, {"select_top_k": 99, "profile": profile}) as llm:
+        assert not hooks(llm).hooks
+        identity = generate(llm, prompts)
+    with engine(folder, {**SETTINGS, "profile": profile, "collect_stats": True}) as llm:
+        rerouted = generate(llm, prompts)
+        installed = hooks(llm)
+        counted = stats(llm)
+    assert identity == alone
+    assert len(installed.hooks) == 2
+    assert all(hook.has_run for hook in installed.hooks.values())
+    # The prompts in one forward, and one forward for each further token.
+    assert (installed.state.forwards, installed.state.active_forwards) == (TOKENS, TOKENS - 1)
+    assert {gate.calls for gate in counted.values()} == {TOKENS - 1}
+    before = sum(gate.mean_active_before for gate in counted.values()) / 2
+    after = sum(gate.mean_active_after for gate in counted.values()) / 2
+    assert after < before
+    assert rerouted != alone
+    ROWS[name] = f"| {name} | {models.KINDS[name]} | 2 of 2 | yes | {before:.1f} | {after:.1f} |"
+    print(ROWS[name])
+    assert rerouted == in_transformers(folder, profile)

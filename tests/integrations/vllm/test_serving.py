@@ -1,0 +1,198 @@
+"""What surrounds the router: configuration errors, batches that change, processes, HTTP."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from sere_compile import ProfileError, SereError, SimilarityProfile
+from sere_compile.integrations.vllm import EngineMismatchError, plugin, stats
+from sere_compile.integrations.vllm import engine as internals
+
+from . import models
+from .engine import engine, generate, hooks
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return models.save("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
+
+
+def profile_file(folder, experts=16, layers=2):
+    matrix = torch.rand(experts, experts, generator=torch.Generator().manual_seed(0))
+    matrix = ((matrix + matrix.T) / 2).fill_diagonal_(1.0)
+    path = folder / "profile.safetensors"
+    SimilarityProfile({f"model.layers.{i}.mlp.gate.weight": matrix for i in range(layers)}).save(path)
+    return str(path)
+
+
+def test_an_unknown_option_is_an_error_at_the_start(folder):
+    with (
+        pytest.raises(Exception, match="unknown option 'select_topk' of sere; did you mean 'select_top_k'"),
+        engine(folder, {"select_topk": 2}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("experts", "layers", "message"), [
+    (8, 2, "does not fit model.layers.0.mlp.experts, which has 16 experts"),
+    (16, 1, "no matrices for vLLM's MoE layer model.layers.1.mlp.experts"),
+    (16, 3, "gates that this model does not have: model.layers.2.mlp.gate.weight"),
+])  # fmt: skip
+def test_a_wrong_profile_is_an_error_at_the_start(folder, tmp_path, experts, layers, message):
+    with (
+        pytest.raises(ProfileError, match=message),
+        engine(folder, {"profile": profile_file(tmp_path, experts, layers)}),
+    ):
+        pass
+
+
+def test_batch_invariance_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.raises(Exception, match="VLLM_BATCH_INVARIANT promises"), engine(folder, {}):
+        pass
+
+
+def test_a_changed_internal_is_one_error_at_the_start(folder, monkeypatch):
+    changed = ("vllm.forward_context", "create_forward_context", ("attn_metadata", "renamed"))
+    monkeypatch.setattr(internals, "INTERNALS", (*internals.INTERNALS, changed, ("vllm.forward_context", "gone", ())))
+    with (
+        pytest.raises(EngineMismatchError, match=r"has no parameter renamed; vllm.forward_context has no gone\. "),
+        engine(folder, {}),
+    ):
+        pass
+
+
+def test_the_reference_switch_is_honoured_and_batches_grow_and_shrink(folder):
+    """`hf_overrides` alone; requests leave at different times; a batch of one is never changed."""
+    lengths = [2, 3, 5, 8, 8, 12]
+    with engine(folder) as llm:
+        alone = generate(llm, models.prompts(1), 6)
+    with engine(folder, hf_overrides={"select_top_k": 1, "threshold": 0.1}, max_num_seqs=4) as llm:
+        outputs = generate(llm, models.prompts(6), lengths)
+        state = hooks(llm).state
+        assert 0 < state.active_forwards < state.forwards
+        assert generate(llm, models.prompts(1), 6) == alone
+        hook = next(iter(hooks(llm).hooks.values()))
+        assert hook.options[:2] == (1, 0.1)
+    assert [len(o) for o in outputs] == lengths
+
+
+def test_every_batch_with_phase_all(folder):
+    with engine(folder, {"select_top_k": 1, "phase": "all", "collect_stats": True}) as llm:
+        generate(llm, models.prompts(4), 3)
+        assert hooks(llm).state.active_forwards == hooks(llm).state.forwards == 3
+        assert {gate.calls for gate in stats(llm).values()} == {3}
+
+
+def test_no_statistics_is_an_error(folder):
+    with engine(folder, {"select_top_k": 1}) as llm, pytest.raises(SereError, match="collect_stats"):
+        stats(llm)
+
+
+def test_a_hook_that_never_runs_is_reported(folder, monkeypatch, caplog):
+    """As when somebody replaced the router after the hook was installed."""
+    monkeypatch.setattr("sere_compile.integrations.vllm.routing.RoutingHook.install", lambda self: None)
+    with caplog.at_level(logging.WARNING, "vllm.sere_compile"):
+        logging.getLogger("vllm").propagate = True
+        with engine(folder, {"select_top_k": 1}) as llm:
+            generate(llm, models.prompts(2), plugin.FORWARDS_BEFORE_WARNING + 2)
+    assert "2 of 2 hooks never ran, first model.layers.0.mlp.experts" in caplog.text
+
+
+def test_a_compiled_engine_says_the_same(folder):
+    """Dynamo traces the hook on a CPU: nothing about the batch may be baked in."""
+    sere = {"select_top_k": 1, "min_active": 0}
+    with engine(folder, sere) as llm:
+        eager = [generate(llm, models.prompts(n), 6) for n in (8, 3)]
+    with engine(folder, sere, enforce_eager=False) as llm:
+        compiled = [generate(llm, models.prompts(n), 6) for n in (8, 3)]
+        assert all(int(hook.traced_calls) > 0 for hook in hooks(llm).hooks.values())
+    assert compiled == eager
+
+
+PARALLEL = """
+import json, sys
+from tests.integrations.vllm import models
+from tests.integrations.vllm.engine import engine, generate
+if __name__ == "__main__":
+    sere = {"select_top_k": 1, "min_active": 0}
+    from pathlib import Path
+    with engine(Path(sys.argv[1]), sere, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        tokens = generate(llm, models.prompts(8), 6)
+        matrices = llm.collective_rpc("sere_digest")
+    print("RESULT" + json.dumps([tokens, matrices]))
+"""
+
+
+def test_two_tensor_parallel_ranks_agree(folder):
+    """Probed on each rank from half of every expert, the matrices are the same, and so are the tokens of one rank."""
+    with engine(folder, {"select_top_k": 1, "min_active": 0}) as llm:
+        alone = generate(llm, models.prompts(8), 6)
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", PARALLEL, str(folder)],
+        cwd=root, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    tokens, digests = json.loads(done.stdout.rpartition("RESULT")[2].splitlines()[0])
+    assert digests[0] == digests[1]
+    assert tokens == alone
+
+
+def test_vllm_serve_answers_http(folder):
+    """With the one line on the command line, and the engine in a process of its own."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    sere = json.dumps({"sere": {"select_top_k": 1}})
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--additional-config", sere, "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "64", "--max-num-seqs", "8", "--skip-tokenizer-init"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = folder.parent / "serve.log"
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        answer = _post_when_ready(server, port, {
+            "model": str(folder), "prompt": models.prompts(4), "max_tokens": 6, "temperature": 0,
+            "return_token_ids": True, "ignore_eos": True, "detokenize": False,
+        })  # fmt: skip
+    finally:
+        server.terminate()
+        server.wait(30)
+    text = log.read_text()
+    assert answer is not None, text[-4000:]
+    assert len(answer["choices"]) == 4
+    assert answer["usage"]["completion_tokens"] == 24
+    assert "SERE re-routes 2 of 2 MoE layers" in text
+
+
+def _post_when_ready(server, port, body, seconds=180):
+    for _ in range(seconds):
+        time.sleep(1)
+        if server.poll() is not None:
+            return None
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            break
+        except OSError:
+            continue
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
