@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import sere_compile
 from sere_compile import SimilarityProfile
 from sere_compile.integrations.vllm import stats
+from sere_compile.testing import reroute_oracle
 
 from . import models
 from .engine import TOKENS, engine, generate, hooks
@@ -52,8 +53,33 @@ def in_transformers(folder, profile):
     return torch.cat(tokens, 1).tolist()
 
 
+def check_every_choice(hook, wrong: list[str], seen: list[int]) -> None:
+    """Compare what a hook gives with an oracle, one token after the other, whenever the engine routes."""
+
+    def compute_routing(hidden, logits, indices_type, *, input_ids=None):
+        _, ids = hook.original(hidden, logits, indices_type, input_ids=input_ids)
+        weights, new_ids = hook.compute_routing(hidden, logits, indices_type, input_ids=input_ids)
+        bias = hook.router.e_score_correction_bias
+        scores = logits.float() if bias is None else logits.float().sigmoid() + bias
+        expected = ids
+        if hook.state.active:
+            order = [sorted(range(ids.shape[1]), key=lambda k, t=t: -scores[t, ids[t, k]]) for t in range(len(ids))]
+            order = torch.tensor(order)
+            rerouted = reroute_oracle(ids.gather(1, order), hook.matrix, 1)
+            expected = torch.zeros_like(ids).scatter(1, order, rerouted)
+        seen.append(len(ids))
+        if not torch.equal(new_ids, expected):
+            wrong.append(f"{new_ids.tolist()} instead of {expected.tolist()}")
+        return weights, new_ids
+
+    hook.router._compute_routing = compute_routing
+
+
 def test_router(model):
-    """S = K: the tokens of vLLM alone. S < K: those of transformers with our backend, and fewer active experts."""
+    """S = K: the tokens of vLLM alone. S < K: an oracle's ids in every forward, and fewer active experts.
+
+    Where transformers runs the same model to the same tokens, also those of transformers with our backend.
+    """
     name, folder, profile = model
     prompts = models.prompts(BATCH)
     with engine(folder) as llm:
@@ -62,10 +88,16 @@ def test_router(model):
         assert not hooks(llm).hooks
         identity = generate(llm, prompts)
     with engine(folder, {**SETTINGS, "profile": profile, "collect_stats": True}) as llm:
-        rerouted = generate(llm, prompts)
         installed = hooks(llm)
+        wrong: list[str] = []
+        seen: list[int] = []
+        for hook in installed.hooks.values():
+            check_every_choice(hook, wrong, seen)
+        rerouted = generate(llm, prompts)
         counted = stats(llm)
     assert identity == alone
+    assert not wrong, wrong[0]
+    assert len(seen) == 2 * TOKENS
     assert len(installed.hooks) == 2
     assert all(hook.has_run for hook in installed.hooks.values())
     # The prompts in one forward, and one forward for each further token.
@@ -77,4 +109,5 @@ def test_router(model):
     assert rerouted != alone
     ROWS[name] = f"| {name} | {models.KINDS[name]} | 2 of 2 | yes | {before:.1f} | {after:.1f} |"
     print(ROWS[name])
-    assert rerouted == in_transformers(folder, profile)
+    if not name.startswith("deepseek"):
+        assert rerouted == in_transformers(folder, profile)
