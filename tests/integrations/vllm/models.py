@@ -65,7 +65,9 @@ def config(name: str) -> PretrainedConfig:
     if name == "deepseek_v2":
         return DeepseekV2Config(topk_method="group_limited_greedy", n_group=4, topk_group=2, **_DEEPSEEK, **_SIZES)
     if name == "deepseek_v3":
-        return DeepseekV3Config(topk_method="noaux_tc", n_group=4, topk_group=2, **_DEEPSEEK, **_SIZES)
+        return DeepseekV3Config(
+            topk_method="noaux_tc", scoring_func="sigmoid", n_group=4, topk_group=2, **_DEEPSEEK, **_SIZES
+        )
     return GptOssConfig(num_local_experts=16, num_experts_per_tok=4, head_dim=32, sliding_window=32, **_SIZES)
 
 
