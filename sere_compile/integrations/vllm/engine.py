@@ -21,6 +21,7 @@ INTERNALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.forward_context", "create_forward_context", ("attn_metadata", "vllm_config", "is_padding")),
     ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens")),
     ("vllm.distributed", "tensor_model_parallel_all_reduce", ("input_",)),
+    ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights", ("model",)),
     (f"{_MOE}.router.base_router", "BaseRouter._compute_routing",
      ("hidden_states", "router_logits", "indices_type", "input_ids")),
     (f"{_MOE}.router.base_router", "BaseRouter._select_experts", ("hidden_states", "router_logits")),

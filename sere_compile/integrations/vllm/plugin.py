@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ def _prepare_worker(worker: Any) -> None:
         return
     check_modes(worker.vllm_config)
     check_internals()
+    _skip_matrices_among_weights()
     load_model = worker.load_model
 
     def load_and_hook(*args: Any, **kwargs: Any) -> Any:
@@ -80,6 +81,22 @@ def _prepare_worker(worker: Any) -> None:
         return result
 
     worker.load_model = load_and_hook
+
+
+def _skip_matrices_among_weights() -> None:
+    """A checkpoint that the reference calibrated holds matrices that vLLM's model has no parameters for."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    original = DefaultModelLoader.get_all_weights
+    if getattr(original, "_sere", False):
+        return
+
+    @functools.wraps(original)
+    def get_all_weights(*args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, w) for name, w in original(*args, **kwargs) if not name.endswith(".similarity_matrix"))
+
+    get_all_weights._sere = True  # type: ignore[attr-defined]
+    DefaultModelLoader.get_all_weights = get_all_weights
 
 
 # Of all engines of this process.

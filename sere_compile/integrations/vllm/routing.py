@@ -124,7 +124,7 @@ class RoutingHook:
             mask = torch.arange(ids.shape[0], device=ids.device) < self.state.real_tokens
         new_ids = torch.where(self.state.active, self._reroute(ids, weights, router_logits, mask), ids)
         if self.counts is not None:
-            self._count(ids, new_ids, mask)
+            self._count(self.counts, ids, new_ids, mask)
         return weights, new_ids
 
     @property
@@ -149,12 +149,12 @@ class RoutingHook:
         new_ids = reroute(best_first, self.matrix, select_top_k, threshold, min_active, mask)
         return torch.zeros_like(new_ids).scatter(1, order, new_ids).to(ids.dtype)
 
-    def _count(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+    def _count(self, counts: Tensor, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
         if mask is not None:
             before, after = (torch.where(mask[:, None], ids, -1) for ids in (before, after))
-        batch = torch.zeros_like(self.counts)
+        batch = torch.zeros_like(counts)
         count_routing(before, after, self.num_experts, batch)
-        self.counts.add_(batch * self.state.active)
+        counts.add_(batch * self.state.active)
 
 
 def selection_scores(router: Any, ids: Tensor, weights: Tensor, logits: Tensor) -> Tensor:

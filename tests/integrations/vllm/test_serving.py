@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sere_compile import ProfileError, SereError, SimilarityProfile
 from sere_compile.integrations.vllm import EngineMismatchError, plugin, stats
@@ -95,6 +97,19 @@ def test_every_batch_with_phase_all(folder):
         generate(llm, models.prompts(4), 3)
         assert hooks(llm).state.active_forwards == hooks(llm).state.forwards == 3
         assert {gate.calls for gate in stats(llm).values()} == {3}
+
+
+def test_a_checkpoint_that_the_reference_calibrated_brings_its_matrices(folder, tmp_path):
+    """They stand among the weights, where vLLM's own loader stumbles over them."""
+    calibrated = shutil.copytree(folder, tmp_path / "calibrated")
+    weights = load_file(calibrated / "model.safetensors")
+    matrices = [torch.rand(16, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    matrices = [((m + m.T) / 2).fill_diagonal_(1.0) for m in matrices]
+    weights |= {f"model.layers.{i}.mlp.similarity_matrix": m for i, m in enumerate(matrices)}
+    save_file(weights, calibrated / "model.safetensors", metadata={"format": "pt"})
+    with engine(calibrated, {"select_top_k": 1}) as llm:
+        used = [hook.matrix for hook in hooks(llm).hooks.values()]
+    assert all(torch.equal(*pair) for pair in zip(used, matrices, strict=True))
 
 
 def test_no_statistics_is_an_error(folder):
