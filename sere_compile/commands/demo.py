@@ -1,0 +1,72 @@
+"""`sere demo`: re-routing in a small trained model that comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..backend import SereBackend
+from ..config import SereConfig
+from ..errors import MissingExtraError, SereError
+from ..integrations.transformers import load_causal_lm
+from ..statistics import stats
+
+SHIPPED = Path(__file__).resolve().parent.parent / "models"
+KINDS = ("qwen3", "mixtral", "upcycled")
+PROMPTS = (
+    "def __init__(self,",
+    "She had been",
+    "for name in",
+    "Mr. Elliot was",
+    "import os\nimport",
+    "The captain",
+    "    if not isinstance(",
+    "It was a",
+)
+
+
+@click.command("demo")
+@click.option("--kind", type=click.Choice(KINDS), default="qwen3", show_default=True, help="Which shipped model.")
+@click.option("--select-top-k", type=int, default=1, show_default=True, help="S.")
+@click.option("--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="Tokens to decode.")
+def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
+    """Decode a batch of prompts with a small trained model, as it is and re-routed, and count its active experts."""
+    try:
+        # The graph is small: on a CPU, compiling it would take longer than the demo.
+        inner = "inductor" if torch.cuda.is_available() else "eager"
+        config = SereConfig(select_top_k=select_top_k, collect_stats=True, inner=inner)
+        model, tokenizer = load_causal_lm(str(SHIPPED / kind), dtype=torch.float32)
+        original = _continuations(model, tokenizer, new_tokens, None)
+        rerouted = _continuations(model, tokenizer, new_tokens, SereBackend(config))
+        counted = stats(model)
+    except SereError as error:
+        raise click.ClickException(str(error)) from error
+    for prompt, before, after in zip(PROMPTS, original, rerouted, strict=True):
+        click.echo(f"{prompt!r}\n    as it is   {before!r}\n    re-routed  {after!r}")
+    click.echo(f"\nactive experts a step, decode batch {len(PROMPTS)}, S = {select_top_k}")
+    for name, gate in counted.items():
+        click.echo(f"{name}: {gate.mean_active_before:.1f} -> {gate.mean_active_after:.1f}")
+
+
+def _continuations(model: Any, tokenizer: Any, new_tokens: int, backend: SereBackend | None) -> list[str]:
+    """Greedy continuations of the prompts; `backend` compiles the decode step, None leaves it eager."""
+    try:
+        from transformers import CompileConfig
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("the demo needs transformers: pip install 'sere-compile[hf]'") from error
+    compile_config = CompileConfig(backend=backend or "eager", mode=None, fullgraph=False)
+    compile_config._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(model.device)
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=compile_config,
+        disable_compile=backend is None,
+    )
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

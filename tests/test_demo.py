@@ -1,0 +1,28 @@
+"""`sere demo` on the model that comes with the package, as a user runs it."""
+
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from sere_compile.cli import main
+from sere_compile.commands.demo import KINDS, PROMPTS, SHIPPED
+
+
+def test_demo_decodes_with_fewer_active_experts():
+    """Every gate of the trained model is re-routed, and at S = 1 a decode batch activates fewer experts."""
+    result = CliRunner().invoke(main, ["demo", "--new-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    counts = [tuple(map(float, pair)) for pair in re.findall(r"gate\.weight: ([\d.]+) -> ([\d.]+)", result.output)]
+    assert len(counts) == 4
+    assert all(0 < after < before for before, after in counts)
+    assert result.output.count("re-routed  ") == len(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shipped_models_stay_small(kind):
+    """A trained model of the package is at most 12 MB, with its tokenizer and its record of training."""
+    folder = SHIPPED / kind
+    assert (folder / "model.safetensors").stat().st_size <= 12e6
+    assert (folder / "tokenizer.json").is_file()
+    assert (folder / "training.json").is_file()
