@@ -19,6 +19,7 @@ from .fuse_router import fuse_router
 from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .lower_experts import MAX_TOKENS, ExpertLayer, lower_experts
 from .rewrite_gating import Rewrite, RoutingSettings, rewrite_gate
+from .verify_rewrite import verify_rewrite
 
 __all__ = [
     "COUNTED",
@@ -39,4 +40,5 @@ __all__ = [
     "insert_count",
     "lower_experts",
     "rewrite_gate",
+    "verify_rewrite",
 ]

@@ -50,15 +50,27 @@ def extract_dispatch(gate: Gate) -> DispatchRegion | str:
     inside = [use.consumer for use in gate.dispatch_uses if use.kind is not UseKind.LEAVES]
     if not inside:
         return "its dispatch is outside the graph"
-    starts = [use.consumer for use in gate.dispatch_uses] + outer_consumers(gate.weights, gate.ids)
-    behind = _closure(starts)
-    exit_node = _post_dominator(gate, starts, behind)
+    exit_node = find_exit(gate)
+    behind = _closure(_starts(gate))
     if exit_node is None:
         return "no single tensor with one row a token follows from its dispatch"
     needed = _needed(exit_node, gate, behind)
     if isinstance(needed, str):
         return needed
     return _build(gate, exit_node, needed)
+
+
+def find_exit(gate: Gate) -> Node | None:
+    """The first node with one row a token that every path from the gate's dispatched ids and weights passes through."""
+    if gate.weights is None or all(use.kind is UseKind.LEAVES for use in gate.dispatch_uses):
+        return None
+    starts = _starts(gate)
+    return _post_dominator(gate, starts, _closure(starts))
+
+
+def _starts(gate: Gate) -> list[Node]:
+    weights = [] if gate.weights is None else outer_consumers(gate.weights, gate.ids)
+    return [use.consumer for use in gate.dispatch_uses] + weights
 
 
 def _closure(starts: list[Node]) -> set[Node]:
