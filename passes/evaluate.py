@@ -100,6 +100,10 @@ def plain_number(size: Any) -> Any:
 
 
 def _copied(found: Any) -> Any:
+    """A copy that in-place operations of the graph may write to."""
+    if isinstance(found, tuple):
+        parts = [_copied(part) for part in found]
+        return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
     return found.clone() if isinstance(found, torch.Tensor) else found
 
 

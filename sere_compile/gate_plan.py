@@ -27,6 +27,7 @@ from .passes import (
     lower_experts,
     nodes,
     rewrite_gate,
+    verify_rewrite,
 )
 from .report import IDENTITY, REWRITTEN, SKIPPED
 
@@ -120,6 +121,11 @@ def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, exa
     """Rewrite one gate; what its calls need beyond the graph's own inputs is recorded in `appended`."""
     if plan.status == SKIPPED:
         return
+    if config.strict and plan.select_top_k < plan.gate.top_k:
+        # Before the speed passes: they replace what the check runs.
+        refusal = verify_rewrite(plan.gate, _known_values(plan, example_inputs))
+        if refusal is not None:
+            _skip(plan, refusal, config)
     gate = lower(plan, config, example_inputs)
     if plan.select_top_k >= gate.top_k:
         plan.reason = f"S = {plan.select_top_k}: nothing to re-route"
@@ -133,15 +139,29 @@ def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, exa
     done = rewrite_gate(gate, node, routing_settings(gate, config))
     if isinstance(done, Skip):
         appended.drop_unused(plan)
-        plan.status, plan.reason = SKIPPED, str(done)
-        if config.strict:
-            raise GateNotFoundError(f"strict=True, and {plan.fallback_name} cannot be re-routed: {done}")
-        log.warning("%s is not re-routed: %s", plan.fallback_name, done)
+        _skip(plan, done, config)
         return
     plan.status = REWRITTEN
     if config.collect_stats:
         buffer = torch.zeros(len(COUNTED), dtype=torch.int64, device=weight.device)
         insert_count(done, appended.input_for(plan, buffer, counts=True))
+
+
+def _skip(plan: GatePlan, refusal: Skip, config: SereConfig) -> None:
+    plan.status, plan.reason = SKIPPED, str(refusal)
+    if config.strict:
+        raise GateNotFoundError(f"strict=True, and {plan.fallback_name} cannot be re-routed: {refusal}")
+    log.warning("%s is not re-routed: %s", plan.fallback_name, refusal)
+
+
+def _known_values(plan: GatePlan, example_inputs: Sequence[Any]) -> Callable[[Node], Any]:
+    """What the graph's inputs hold at compile time, and its attributes."""
+    held = dict(zip(plan.inputs, example_inputs, strict=False))
+
+    def value_of(node: Node) -> Any:
+        return attribute(plan.graph, node) if node.op == "get_attr" else held.get(node)
+
+    return value_of
 
 
 def lower(plan: GatePlan, config: SereConfig, example_inputs: Sequence[Any]) -> Gate:

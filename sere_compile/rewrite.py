@@ -19,7 +19,7 @@ from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
 from .gate_plan import routing_settings
 from .missing_gates import describe_nearest_miss
 from .module_tree import find_experts
-from .passes import Gate, RoutingSettings, Skip, extract_dispatch, find_gates, nodes, rewrite_gate
+from .passes import Gate, RoutingSettings, Skip, extract_dispatch, find_gates, nodes, rewrite_gate, verify_rewrite
 from .similarity import SimilarityProfile
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         if matrix is None:
             continue
         node = program.add_buffer(matrix)
-        done = rewrite_gate(gate, node, settings)
+        unverified = verify_rewrite(gate, program.value_if_held) if config.strict else None
+        done = unverified or rewrite_gate(gate, node, settings)
         if isinstance(done, Skip):
             log.warning("%s is not re-routed: %s", program.weight_name(gate), done)
             program.remove_buffer(node)
@@ -203,6 +204,10 @@ class _Program:
         return node.op == "get_attr" or (
             self._exported is not None and node.name in _lifted(self._exported.graph_signature)
         )
+
+    def value_if_held(self, node: Node) -> Any:
+        """`value`, or None for what only a call has."""
+        return self.value(node) if self.holds(node) else None
 
     def add_buffer(self, matrix: torch.Tensor) -> Node:
         """A graph input or attribute that holds the matrix, ahead of every computation."""

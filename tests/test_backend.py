@@ -71,6 +71,35 @@ class TestModels:
         assert all(row.top_k == TOP_K[name] and row.scoring == "softmax" for row in report.rewritten)
 
 
+class TestVerification:
+    """strict=True runs each gate at compile time, as traced and re-routed."""
+
+    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("name", MODELS)
+    def test_right_rewrites_are_proven(self, name, experts):
+        """Every experts implementation passes, and computes what it computes without the proof."""
+        model, ids = build(name, experts), tokens()
+        sere_compile.attach(model, random_profile(model))
+        results = []
+        for strict in (True, False):
+            torch._dynamo.reset()
+            backend = sere_backend.with_options(select_top_k=1, inner="eager", strict=strict)
+            results.append(logits(torch.compile(model, backend=backend), ids))
+        assert torch.equal(*results)
+
+    def test_a_wrong_rule_is_refused(self, monkeypatch):
+        """A dispatch that loses a slot is taken for one that sums both, as a wrong rule would have it."""
+        from .passes.moe_modules import ScatterCombine, rows, similarity
+
+        monkeypatch.setattr("sere_compile.passes.gate.UseKind.sums_duplicates", property(lambda kind: True))
+        block = ScatterCombine()
+        matrix = similarity()
+        sere_compile.attach(block, sere_compile.SimilarityProfile({"router": (matrix + matrix.T) / 2}))
+        options = {"select_top_k": 1, "inner": "eager", "strict": True}
+        with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="from the sum over slots"):
+            torch.compile(block, backend="sere", options=options)(rows())
+
+
 class TestBinding:
     def test_one_graph_serves_layers_with_a_matrix_each(self):
         """Layers compiled one by one share one graph, and each still gets its own matrix."""

@@ -31,11 +31,21 @@ def verified(graph, gate=None):
     return verify_rewrite(gate or one_gate(graph), weights_of(graph))
 
 
+class NormalisedInPlace(Indexed):
+    """`values /= values.sum()`, as the routers of transformers do: the chosen values must not change between runs."""
+
+    def route(self, x):
+        values, ids = torch.topk(self.scores(x), self.top_k)
+        values /= values.sum(-1, keepdim=True)
+        return ids, values
+
+
 @pytest.mark.parametrize("tracer", TRACERS)
 class TestRight:
     @pytest.mark.parametrize(
         "module",
-        [m for m in SUMS_DUPLICATES + DUPLICATE_UNSAFE if m.__name__ != "IndexPut"] + [BiasCorrected, SkipSlots],
+        [m for m in SUMS_DUPLICATES + DUPLICATE_UNSAFE if m.__name__ != "IndexPut"]
+        + [BiasCorrected, SkipSlots, NormalisedInPlace],
         ids=lambda m: m.__name__,
     )
     def test_dispatches(self, module, tracer):
