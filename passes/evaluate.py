@@ -83,15 +83,15 @@ class Part:
         if known is not None and not isinstance(known, torch._subclasses.FakeTensor):
             return known.detach() if isinstance(known, torch.Tensor) else plain_number(known)
         like = nodes.value(node)
-        if not isinstance(like, torch.Tensor):
+        if not hasattr(like, "shape"):
             return plain_number(like)
         sizes = [plain_number(size) for size in like.shape]
         if not like.dtype.is_floating_point:
-            return torch.zeros(sizes, dtype=like.dtype, device=like.device)
+            return torch.zeros(sizes, dtype=like.dtype, device=nodes.device(node))
         generator = torch.Generator().manual_seed(len(self._drawn))
         # Positive: what is drawn may be scores, and a dispatch may take weights above 0 for its mask.
         drawn = torch.rand(sizes, generator=generator) + 0.05
-        return drawn.to(device=like.device, dtype=like.dtype)
+        return drawn.to(device=nodes.device(node), dtype=like.dtype)
 
 
 def plain_number(size: Any) -> Any:

@@ -223,10 +223,14 @@ def operand(node: Node) -> Node | None:
     return found if isinstance(found, Node) else None
 
 
+_MASKS = frozenset({"masked_fill", "clamp", "clamp_min", "clamp_max", "remainder"})
+
+
 def slot_source(node: Node) -> Node | None:
     """The ids whose numbers a view, cast, copy or mask of ids passes on, slot by slot, or None.
 
-    A mask puts constants in place of some ids: `where(real, ids, -1)`, `masked_fill(ids, padding, 0)`, `clamp`.
+    A mask puts constants in place of some ids: `where(real, ids, -1)`, `masked_fill(ids, padding, 0)`, `clamp`, and
+    the `ids % E` that `take_along_dim` is traced with.
     """
     name = kind(node)
     if name in VALUE_PRESERVING:
@@ -236,7 +240,7 @@ def slot_source(node: Node) -> Node | None:
     if name == "where":
         source = argument(node, 1, "self", node.kwargs.get("input"))
     else:
-        source = operand(node) if name in ("masked_fill", "clamp", "clamp_min", "clamp_max") else None
+        source = operand(node) if name in _MASKS else None
     return source if isinstance(source, Node) and same_shape(node, source) else None
 
 
@@ -265,6 +269,11 @@ def shape(node: Node) -> tuple[Any, ...] | None:
     """Sizes (int or SymInt), or None where the tracer recorded no tensor."""
     found = value(node)
     return tuple(found.shape) if hasattr(found, "shape") else None
+
+
+def device(node: Node) -> torch.device:
+    """Where the node's value lies; symbolic_trace records that of parameters only, the CPU is taken for the others."""
+    return getattr(value(node), "device", torch.device("cpu"))
 
 
 def last_size(node: Node) -> int | None:

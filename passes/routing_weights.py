@@ -51,7 +51,8 @@ def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:
     pending, seen = outer_consumers(weights, ids), {weights}
     while pending:
         node = pending.pop()
-        if node in seen or node.op == "output":
+        # A mask made of the weights (`weights > 0`) scales nothing.
+        if node in seen or not nodes.is_floating(node):
             continue
         seen.add(node)
         if nodes.kind(node) in _BENDING:

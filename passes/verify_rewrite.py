@@ -160,7 +160,8 @@ def _choice(gate: Gate) -> dict[Node, Any]:
 
 
 def _device(gate: Gate) -> torch.device:
-    return nodes.value(gate.ids).device
+    recorded = getattr(nodes.value(gate.ids), "device", None)
+    return recorded if recorded is not None else nodes.device(gate.router_weight)
 
 
 def _returned(gate: Gate) -> list[Node]:
