@@ -8,6 +8,7 @@ for the same tokens, without any knowledge of the model's code.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,10 +52,9 @@ def extract_dispatch(gate: Gate) -> DispatchRegion | str:
     if not inside:
         return "its dispatch is outside the graph"
     exit_node = find_exit(gate)
-    behind = _closure(_starts(gate))
     if exit_node is None:
         return "no single tensor with one row a token follows from its dispatch"
-    needed = _needed(exit_node, gate, behind)
+    needed = _needed(exit_node, gate, _closure(_starts(gate), exit_node))
     if isinstance(needed, str):
         return needed
     return _build(gate, exit_node, needed)
@@ -65,7 +65,18 @@ def find_exit(gate: Gate) -> Node | None:
     if gate.weights is None or all(use.kind is UseKind.LEAVES for use in gate.dispatch_uses):
         return None
     starts = _starts(gate)
-    return _post_dominator(gate, starts, _closure(starts))
+    # In graph order, so that the search ends at the exit: the rest of a deep model is never walked.
+    ahead, seen = list(dict.fromkeys(starts)), set(starts)
+    heapq.heapify(ahead)
+    while ahead:
+        node = heapq.heappop(ahead)
+        if not ahead and _one_row_a_token(node, gate.ids) and _runs_experts(node, gate):
+            return node
+        for follower in nodes.followers(node):
+            if follower not in seen:
+                seen.add(follower)
+                heapq.heappush(ahead, follower)
+    return None
 
 
 def _starts(gate: Gate) -> list[Node]:
@@ -73,26 +84,14 @@ def _starts(gate: Gate) -> list[Node]:
     return [use.consumer for use in gate.dispatch_uses] + weights
 
 
-def _closure(starts: list[Node]) -> set[Node]:
-    """Everything computed from `starts`, themselves included."""
+def _closure(starts: list[Node], last: Node) -> set[Node]:
+    """Everything computed from `starts`, themselves included, up to `last`."""
     found, pending = set(starts), list(starts)
     while pending:
-        fresh = [node for node in nodes.followers(pending.pop()) if node not in found]
+        fresh = [node for node in nodes.followers(pending.pop()) if node not in found and not last < node]
         found.update(fresh)
         pending.extend(fresh)
     return found
-
-
-def _post_dominator(gate: Gate, starts: list[Node], behind: set[Node]) -> Node | None:
-    order = {node: position for position, node in enumerate(gate.selection.graph.nodes)}
-    last_start = max(order[start] for start in starts)
-    reach = 0
-    for node in sorted(behind, key=order.__getitem__):
-        closes = reach <= order[node] and order[node] >= last_start
-        if closes and _one_row_a_token(node, gate.ids) and _runs_experts(node, gate):
-            return node
-        reach = max([reach, *(order[follower] for follower in nodes.followers(node))])
-    return None
 
 
 def _runs_experts(node: Node, gate: Gate) -> bool:
@@ -125,7 +124,7 @@ def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] |
     while nodes.kind(hidden) in _REARRANGING and (source := nodes.operand(hidden)) is not None:
         hidden = source
     # Experts that run for every token do not wait for the ids; they belong to the dispatch all the same.
-    behind = behind | _closure([hidden]) - {hidden}
+    behind = behind | _closure([hidden], exit_node) - {hidden}
     pending = [exit_node]
     while pending:
         node = pending.pop()
@@ -160,14 +159,13 @@ def _varies_by_token(node: Node, ids: Node) -> bool:
 
 
 def _build(gate: Gate, exit_node: Node, roles: Mapping[Node, str]) -> DispatchRegion:
-    source = gate.selection.graph
     graph = Graph()
     assert gate.weights is not None
-    inputs = tuple(n for n in source.nodes if roles.get(n) == "input")
-    activations = tuple(n for n in source.nodes if roles.get(n) == "activation")
+    inputs = tuple(sorted(node for node, role in roles.items() if role == "input"))
+    activations = tuple(sorted(node for node, role in roles.items() if role == "activation"))
     mapped = {n: graph.placeholder(f"arg_{n.name}") for n in (gate.ids, gate.weights, *inputs, *activations)}
     mapped.update(dict.fromkeys(gate.all_ids, mapped[gate.ids]))
-    inside = tuple(node for node in source.nodes if roles.get(node) == "inside")
+    inside = tuple(sorted(node for node, role in roles.items() if role == "inside"))
     for node in inside:
         mapped[node] = graph.node_copy(node, mapped.__getitem__)
     graph.output(mapped[exit_node])

@@ -67,16 +67,15 @@ def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rew
     if merged and settings.max_active:
         return Skip(SkipReason.BUDGET, gate.ids, evidence=5)
     graph = gate.selection.graph
-    order = {node: position for position, node in enumerate(graph.nodes)}
     weight_consumers = outer_consumers(gate.weights, gate.ids) if merged and gate.weights is not None else []
     consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
-    first = min(consumers, key=order.__getitem__)
-    late = _late_part(gate.weights, first, order) if merged and gate.weights is not None else []
-    stuck = _cannot_move(late, first, consumers, order)
+    first = min(consumers)
+    late = _late_part(gate.weights, first) if merged and gate.weights is not None else []
+    stuck = _cannot_move(late, first, consumers)
     if stuck is not None:
         return Skip(SkipReason.WEIGHTS_LATE, stuck, f"{stuck.name} at {nodes.source_line(stuck)}", evidence=5)
     watched = list(gate.all_ids) + ([gate.weights] if merged and gate.weights is not None else [])
-    changed = _changed_after(first, watched, order, ignoring=late)
+    changed = _changed_after(first, watched, ignoring=late)
     if changed is not None:
         return Skip(SkipReason.MUTATED, changed, f"{changed.name} at {nodes.source_line(changed)}", evidence=5)
 
@@ -158,25 +157,29 @@ def _erase_unused_views(gate: Gate) -> None:
             node = parent
 
 
-def _late_part(weights: Node, first: Node, order: dict[Node, int]) -> list[Node]:
+def _late_part(weights: Node, first: Node) -> list[Node]:
     """What the weights are computed by at or after `first`, in graph order: it has to move in front of it."""
     late, pending = set(), [weights]
     while pending:
         node = pending.pop()
-        if order[node] >= order[first] and node not in late:
+        if not node < first and node not in late:
             late.add(node)
             pending.extend(node.all_input_nodes)
-    return sorted(late, key=order.__getitem__)
+    return sorted(late)
 
 
-def _cannot_move(late: list[Node], first: Node, consumers: list[Node], order: dict[Node, int]) -> Node | None:
+def _cannot_move(late: list[Node], first: Node, consumers: list[Node]) -> Node | None:
     """The dispatch among the nodes that should move before it, or a write that one of them would cross, or None."""
     if not late:
         return None
     blocked = next((node for node in late if node in consumers), None)
     if blocked is not None:
         return blocked
-    crossed = [n for n in first.graph.nodes if order[first] <= order[n] < order[late[-1]] and n not in late]
+    crossed, node = [], first
+    while node is not late[-1]:
+        if node not in late:
+            crossed.append(node)
+        node = node.next
     for writers, others in ((late, crossed), (crossed, late)):
         for writer in writers:
             memory = {alias for written in nodes.writes(writer) for alias in aliases(written)}
@@ -185,15 +188,13 @@ def _cannot_move(late: list[Node], first: Node, consumers: list[Node], order: di
     return None
 
 
-def _changed_after(first: Node, watched: list[Node], order: dict[Node, int], ignoring: list[Node]) -> Node | None:
+def _changed_after(first: Node, watched: list[Node], ignoring: list[Node]) -> Node | None:
     """The first node at or after `first` that writes to memory of a watched tensor."""
     for tensor in watched:
-        shared = aliases(tensor)
-        for node in tensor.graph.nodes:
-            if order[node] < order[first] or node in ignoring:
-                continue
-            if any(written in shared for written in nodes.writes(node)):
-                return node
+        writing = {user for alias in aliases(tensor) for user in alias.users if alias in nodes.writes(user)}
+        late = [node for node in writing if not node < first and node not in ignoring]
+        if late:
+            return min(late)
     return None
 
 

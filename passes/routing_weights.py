@@ -99,7 +99,6 @@ def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | N
     There the weights of a token depend on the ids themselves (`probs * mask`), so new ids would choose new
     weights. Uses that keep slots apart cannot; the others are followed up to the first weight that they meet.
     """
-    order = {node: position for position, node in enumerate(ids.graph.nodes)}
     look_ups = {use.consumer for use in uses if use.kind is UseKind.LOOK_UP}
     scores, pending = {projection}, [projection]
     while pending:
@@ -111,11 +110,13 @@ def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | N
                 scores.add(user)
                 pending.append(user)
     unsafe = [use.consumer for use in uses if use.kind.dispatches and not use.kind.sums_duplicates]
+    # Behind the last reader of the scores nothing can meet them: the rest of a deep model is not walked.
+    last = max((user for node in scores for user in node.users if user.op != "output"), default=projection)
     seen, pending = set(unsafe), list(unsafe)
     met: list[Node] = []
     while pending:
         node = pending.pop()
-        if node.op == "output":
+        if node.op == "output" or last < node:
             continue
         if any(source in scores and source not in seen for source in node.all_input_nodes):
             met.append(node)
@@ -123,7 +124,7 @@ def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | N
             fresh = [follower for follower in nodes.followers(node) if follower not in seen]
             seen.update(fresh)
             pending.extend(fresh)
-    return min(met, key=order.__getitem__, default=None)
+    return min(met, default=None)
 
 
 def _is_weight(node: Node) -> bool:

@@ -1,5 +1,7 @@
 """`classify_uses`: what each consumer of the ids does, and whether it reaches experts."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,14 @@ from .moe_modules import (
     ExpertLoop,
     Grouped,
     Indexed,
+    expected,
     from_dynamo,
     from_export,
     one_gate,
+    reroute,
     rows,
+    run,
+    similarity,
 )
 
 
@@ -251,3 +257,74 @@ class TestExpertModules:
         [skip] = find_gates(TRACERS[tracer](HalfLoop(), rows())).skips
         assert skip.reason is SkipReason.NO_DISPATCH
         assert skip.detail == "ids are used by eq: leaves the graph"
+
+
+def sorted_outside(b, x):
+    """DeepSeek's reference: rows sorted in the graph, split by their counts outside of it."""
+    values, ids = b.scores(x).topk(TOP_K)
+    counts = torch.bincount(ids.flatten(), minlength=EXPERTS)
+    return x[ids.flatten().argsort() // TOP_K], counts, values
+
+
+class Outside(Block):
+    def forward(self, x):
+        return sorted_outside(self, x)
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "export"])
+class TestCountsThatLeave:
+    """Rows and counts that leave a graph together belong together: both follow the new ids."""
+
+    def test_beside_a_dispatch_that_leaves(self, tracer):
+        """Counts of the old ids would split rows in the order of the new ones at wrong places."""
+        found = find_gates(TRACERS[tracer](Outside(), rows()), lambda weight, columns: columns)
+        [gate] = found.gates
+        assert {nodes.kind(use.consumer): use.kind.dispatches for use in gate.uses} == {
+            "bincount": True,
+            "argsort": True,
+        }
+
+    def test_beside_experts_in_the_graph(self, tracer):
+        """There they are a statistic."""
+        gate = one_gate(TRACERS[tracer](Used(lambda b, x, ids, s: torch.bincount(ids.flatten())), rows()))
+        assert UseKind.STATISTIC in {use.kind for use in gate.uses}
+
+
+@torch.library.custom_op("sere_tests::opaque_experts", mutates_args=())
+def opaque_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """An operator that no pass looks into; of two equal slots it keeps the last."""
+    combine = x.new_zeros(x.shape[0], experts.shape[0]).scatter(1, ids, weights)
+    return torch.einsum("te,eth->th", combine, torch.tanh(torch.einsum("th,ehg->etg", x, experts)))
+
+
+@opaque_experts.register_fake
+def _(x, ids, weights, experts):
+    return torch.empty_like(x)
+
+
+class Opaque(Block):
+    def dispatch(self, x, ids, weights):
+        return torch.ops.sere_tests.opaque_experts(x, ids, weights, self.experts)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+class TestOpaqueOperator:
+    def test_merged(self, tracer):
+        """A custom operator on the ids may do anything to duplicates: slots are merged, and the sum is right."""
+        module, matrix = Opaque(), similarity()
+        graph = TRACERS[tracer](module, rows())
+        assert reroute(graph, matrix).merged
+        with torch.no_grad():
+            want = expected(module, rows(), matrix, 1)
+        torch.testing.assert_close(run(graph, rows()), want, rtol=1e-5, atol=1e-5)
+
+    def test_the_other_way_is_wrong(self, tracer):
+        """Treated as one that sums, the operator loses slots."""
+        module, matrix = Opaque(), similarity()
+        graph = TRACERS[tracer](module, rows())
+        gate = one_gate(graph)
+        uses = tuple(dataclasses.replace(use, kind=UseKind.GROUPED) for use in gate.uses)
+        reroute(graph, matrix, gate=dataclasses.replace(gate, uses=uses))
+        with torch.no_grad():
+            want = expected(module, rows(), matrix, 1)
+        assert not torch.allclose(run(graph, rows()), want, atol=1e-3)

@@ -1,0 +1,89 @@
+"""The passes' work grows with the graph, not with its square; a figure in milliseconds comes from the command below.
+
+python -m tests.passes.test_match_time
+"""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from sere_compile.passes import RoutingSettings, extract_dispatch, find_gates, nodes, rewrite_gate
+
+from .moe_modules import BiasCorrected, Grouped, Indexed, ScatterCombine, from_dynamo, from_make_fx, rows
+
+
+class Layers(nn.Module):
+    """Blocks of several kinds, one after the other, each with a residual."""
+
+    def __init__(self, count):
+        super().__init__()
+        kinds = (Indexed, Grouped, ScatterCombine, BiasCorrected)
+        self.blocks = nn.ModuleList(kinds[i % len(kinds)]() for i in range(count))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def find_and_cut(graph):
+    """Everything that happens before a graph is changed."""
+    gates = find_gates(graph).gates
+    assert all(not isinstance(extract_dispatch(gate), str) for gate in gates)
+    return gates
+
+
+def rewrite_all(graph, gates):
+    graph.register_buffer("similarity", torch.eye(gates[0].num_experts))
+    with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+        matrix = graph.graph.get_attr("similarity")
+    for gate in gates:
+        rewrite_gate(gate, matrix, RoutingSettings(1))
+
+
+def visits(count, trace, monkeypatch):
+    """How often a node is looked at for each node of a model of `count` layers."""
+    graph = trace(Layers(count), rows())
+    seen = [0]
+    original = nodes.raw_name
+
+    def counted(node):
+        seen[0] += 1
+        return original(node)
+
+    size = len(graph.graph.nodes)
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes, "raw_name", counted)
+        gates = find_and_cut(graph)
+        rewrite_all(graph, gates)
+    assert len(gates) == count
+    return seen[0] / size
+
+
+@pytest.mark.parametrize("trace", [from_make_fx, from_dynamo])
+def test_work_is_linear_in_the_graph(trace, monkeypatch):
+    """Four times the layers: as many looks at each node as before."""
+    few, many = (visits(count, trace, monkeypatch) for count in (4, 16))
+    assert many < 1.2 * few, (few, many)
+
+
+def main():
+    """Prints milliseconds for 1,000 nodes, best of five."""
+    for count in (8, 64):
+        graph = from_make_fx(Layers(count), rows())
+        size, best = len(graph.graph.nodes), [float("inf")] * 2
+        for _ in range(5):
+            for i, work in enumerate((find_gates, find_and_cut)):
+                start = time.perf_counter()
+                work(graph)
+                best[i] = min(best[i], time.perf_counter() - start)
+        found, cut = (1e6 * seconds / size for seconds in best)
+        print(
+            f"{size} nodes, {count} gates: find_gates {found:.1f} ms, with extract_dispatch {cut:.1f} ms / 1,000 nodes"
+        )
+
+
+if __name__ == "__main__":
+    main()
