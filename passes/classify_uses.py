@@ -65,8 +65,8 @@ def classify_uses(
         classified = [(use, reaches or bool(numbers_named(use.consumer))) for use, reaches in classified]
     inside = any(reaches for _, reaches in classified)
     uses = [_inside(use) if inside else use for use, _ in classified]
-    if not inside and any(use.kind is UseKind.LEAVES for use in uses):
-        # Counts leave together with the ids: experts outside the graph may split their rows by them.
+    if not inside and any(use.kind.dispatches for use in uses):
+        # Sorted rows leave together with counts: experts outside the graph may split the ones by the others.
         uses = [_outside(use, leaves) for use in uses]
     early = [pair for ids in (*selection.unnarrowed, *selection.steps) for pair in consumers(ids, selection.ids)]
     before = [_classify(consumer, ids, projection, num_experts, leaves)[0] for consumer, ids in early]
@@ -91,7 +91,7 @@ def _inside(use: Use) -> Use:
 
 
 def _outside(use: Use, leaves: Callable[[Node], bool]) -> Use:
-    if use.kind is UseKind.STATISTIC and leaves(use.consumer):
+    if use.kind in (UseKind.STATISTIC, UseKind.GROUPED) and leaves(use.consumer):
         return Use(use.consumer, use.read, UseKind.LEAVES)
     return use
 

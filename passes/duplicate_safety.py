@@ -11,13 +11,16 @@ from . import nodes
 COUNTS = frozenset({"histc", "bincount"})
 
 
-def consumers(ids: Node, stop: tuple[Node, ...] = ()) -> Iterator[tuple[Node, Node]]:
-    """Pairs (consumer, the view, copy or mask of the ids that it reads) in graph order, none behind `stop`."""
+def consumers(ids: Node, stop: tuple[Node, ...] = (), masks: bool = True) -> Iterator[tuple[Node, Node]]:
+    """Pairs (consumer, the view, copy or mask of the ids that it reads) in graph order, none behind `stop`.
+
+    Without `masks` only views, casts and copies are followed: a masked permutation is none.
+    """
     for user in ids.users:
         if user in stop:
             continue
-        if nodes.slot_source(user) is ids:
-            yield from consumers(user, stop)
+        if nodes.slot_source(user) is ids and (masks or nodes.kind(user) in nodes.VALUE_PRESERVING):
+            yield from consumers(user, stop, masks)
         elif nodes.reads_numbers(user, ids):
             yield user, ids
 
@@ -40,7 +43,7 @@ def slots_stay_apart(sort: Node) -> bool:
 
 def _counts_only(sorted_ids: Node) -> bool:
     """Whether sorted ids are only counted, or index per-expert parameters row by row."""
-    for consumer, read in consumers(sorted_ids):
+    for consumer, read in consumers(sorted_ids, masks=False):
         name = nodes.kind(consumer)
         by_row = name == "index" and read in nodes.index_tensors(consumer)
         if not (name in COUNTS or by_row):
@@ -49,7 +52,7 @@ def _counts_only(sorted_ids: Node) -> bool:
 
 
 def _permutation_is_safe(order: Node) -> bool:
-    for consumer, read in consumers(order):
+    for consumer, read in consumers(order, masks=False):
         name = nodes.kind(consumer)
         if name == "argsort" and _permutation_is_safe(consumer):
             continue
@@ -62,7 +65,7 @@ def _permutation_is_safe(order: Node) -> bool:
 
 
 def _tokens_are_safe(tokens: Node) -> bool:
-    for consumer, read in consumers(tokens):
+    for consumer, read in consumers(tokens, masks=False):
         name = nodes.kind(consumer)
         reads = name == "index" and read in nodes.index_tensors(consumer)
         adds = name in ("index_add", "scatter_add") or (
