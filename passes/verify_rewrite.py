@@ -115,8 +115,9 @@ def _sum_of_slots(
     A slot's expert stands first, at the slot's weight; distinct others stand behind it at weight 0. What the exit
     holds besides the experts (a residual) is counted once.
     """
-    assert gate.weights is not None
-    ids, weights = part.run([gate.ids, gate.weights], start)
+    routing_weights = gate.weights
+    assert routing_weights is not None
+    ids, weights = part.run([gate.ids, routing_weights], start)
     new = torch.ops.sere.reroute.default(ids, matrix, 1, 0.0, 0)
     others = torch.arange(gate.top_k, device=ids.device)
 
@@ -127,7 +128,7 @@ def _sum_of_slots(
         table = torch.zeros_like(weights)
         table[..., 0] = weight
         chosen = dict.fromkeys(gate.all_ids, inside.to(ids.dtype))
-        [result] = part.run([exit_node], start | chosen | {gate.weights: table})
+        [result] = part.run([exit_node], start | chosen | {routing_weights: table})
         return result.double()
 
     nothing = alone(new[..., 0], torch.zeros_like(weights[..., 0]))

@@ -57,7 +57,8 @@ def _continuations(model: Any, tokenizer: Any, new_tokens: int, backend: SereBac
         from transformers import CompileConfig
     except ModuleNotFoundError as error:
         raise MissingExtraError("the demo needs transformers: pip install 'sere-compile[hf]'") from error
-    compile_config = CompileConfig(backend=backend or "eager", mode=None, fullgraph=False)
+    settings: dict[str, Any] = {"mode": None, "fullgraph": False}
+    compile_config: Any = CompileConfig(backend=backend or "eager", **settings)
     compile_config._compile_all_devices = True  # transformers compiles on a CPU only when told so
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(model.device)
     output = model.generate(
