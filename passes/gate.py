@@ -51,6 +51,7 @@ class SkipReason(enum.Enum):
     NO_DISPATCH = "its indices reach no expert weights"
     NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
     AMBIGUOUS_WEIGHTS = "its dispatch needs merged duplicates, but several tensors could be the routing weights"
+    NO_SCALE = "its routing weights, which projection coefficients would scale, could not be told"
     SCORES_BY_ID = "its dispatch reads the scores again at the ids, so that re-routing would change its weights"
     REWRITTEN = "it is re-routed already"
     WEIGHTS_LATE = "its dispatch begins before the routing weights that would have to be merged are known"

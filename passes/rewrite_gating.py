@@ -12,23 +12,36 @@ Some dispatch is not proven to (case 2): ids and the final routing weights chang
     return hidden, ids, weights                    ->    merged = sere.reroute_merged(ids, weights, similarity, ..)
                                                          return hidden, merged[0], merged[1]
 
+With projection coefficients (case 6) weights change with the ids in both cases, ahead of merging:
+
+    weights = ..                                           factor = projection[ids, rerouted]    1 where ids stay
+    y = expert_outputs * weights                   ->      y = expert_outputs * (weights * factor)
+
+A gather and a product in plain ATen, not a third result of the operator: Inductor fuses them into what reads the
+weights, exporters know them, and an operator with several results can become no TensorRT plug-in.
+
 Uses that look scores up by the ids keep the original ids (case 3). `topk(sorted=False)` becomes sorted, because
 re-routing ranks by score (case 4). What an in-place operation changes after the dispatch began is skipped (case 5).
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from . import nodes
 from .gate import Gate, Skip, SkipReason
 from .routing_weights import outer_consumers
+
+# Where tracers keep a node's value.
+_VALUES = ("example_value", "val", "tensor_meta")
 
 
 @dataclass(frozen=True)
@@ -50,31 +63,38 @@ class Rewrite:
     merged: bool
 
 
-def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rewrite | Skip:
+def rewrite_gate(
+    gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None = None
+) -> Rewrite | Skip:
     """Insert the re-routing operator behind a gate and point its dispatch uses to it.
 
     Args:
         gate: a gate of the graph that `similarity` belongs to.
         similarity: graph input or attribute holding the gate's [E, E] matrix; it must precede the gate's uses.
         settings: with 0 < S < K; identities are the caller's to leave out.
+        projection: graph input or attribute like `similarity`, float32 [E, E] with ones on the diagonal: a slot that
+            goes from u to v has its weight multiplied by projection[u, v]. None leaves weights unchanged.
 
     Returns:
         What was done, or why nothing was changed.
     """
     merged = gate.needs_merge
+    weighing = merged or projection is not None
+    if projection is not None and gate.weights is None:
+        return Skip(SkipReason.NO_SCALE, gate.ids, str(gate.weights_skip or ""), evidence=5)
     if merged and gate.weights is None:
         return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
     if merged and settings.max_active:
         return Skip(SkipReason.BUDGET, gate.ids, evidence=5)
     graph = gate.selection.graph
-    weight_consumers = outer_consumers(gate.weights, gate.ids) if merged and gate.weights is not None else []
+    weight_consumers = outer_consumers(gate.weights, gate.ids) if weighing and gate.weights is not None else []
     consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
     first = min(consumers)
-    late = _late_part(gate.weights, first) if merged and gate.weights is not None else []
+    late = _late_part(gate.weights, first) if weighing and gate.weights is not None else []
     stuck = _cannot_move(late, first, consumers)
     if stuck is not None:
         return Skip(SkipReason.WEIGHTS_LATE, stuck, f"{stuck.name} at {nodes.source_line(stuck)}", evidence=5)
-    watched = list(gate.all_ids) + ([gate.weights] if merged and gate.weights is not None else [])
+    watched = list(gate.all_ids) + ([gate.weights] if weighing and gate.weights is not None else [])
     changed = _changed_after(first, watched, ignoring=late)
     if changed is not None:
         return Skip(SkipReason.MUTATED, changed, f"{changed.name} at {nodes.source_line(changed)}", evidence=5)
@@ -84,7 +104,7 @@ def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rew
     if not gate.is_sorted:  # only a top-k makes no promise
         _make_sorted(gate.selection)
     with graph.inserting_before(first):
-        new_ids, new_weights = _insert(graph, gate, similarity, settings, merged)
+        new_ids, new_weights = _insert(graph, gate, similarity, settings, projection)
     copies = dict.fromkeys(gate.all_ids, new_ids)
     for use in gate.dispatch_uses:
         use.consumer.replace_input_with(use.read, _rebased(use.read, copies))
@@ -97,15 +117,20 @@ def rewrite_gate(gate: Gate, similarity: Node, settings: RoutingSettings) -> Rew
 
 
 def _insert(
-    graph: Graph, gate: Gate, similarity: Node, settings: RoutingSettings, merged: bool
+    graph: Graph, gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None
 ) -> tuple[Node, Node | None]:
     numbers = (settings.select_top_k, settings.threshold, settings.min_active)
-    if not merged:
+    weights = gate.weights
+    new_ids: Node | None = None
+    if projection is not None or not gate.needs_merge:
         options: dict[str, Any] = {"max_active": settings.max_active} if settings.max_active else {}
         new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers), options)
         _describe(new_ids, gate.ids, nodes.value(gate.ids))
-        return new_ids, None
-    weights = gate.weights
+        if projection is not None:
+            assert weights is not None
+            weights = _projected(graph, gate.ids, new_ids, weights, projection)
+        if not gate.needs_merge:
+            return new_ids, weights if projection is not None else None
     assert weights is not None
     both = graph.call_function(torch.ops.sere.reroute_merged.default, (gate.ids, weights, similarity, *numbers))
     _describe(both, gate.ids, (nodes.value(gate.ids), nodes.value(weights)))
@@ -116,10 +141,40 @@ def _insert(
     return new_ids, new_weights
 
 
+def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection: Node) -> Node:
+    """The weights [..., K] times projection[old, new]; slots that stay, also out of range, read the 1 at [0, 0]."""
+    aten = torch.ops.aten
+    metadata = {key: value for key, value in weights.meta.items() if key not in _VALUES}
+    key = next((key for key in _VALUES[:2] if key in weights.meta), None)
+    shape = nodes.shape(projection) or ()
+    fake = next((v for v in (nodes.value(ids), nodes.value(weights)) if isinstance(v, FakeTensor)), None)
+
+    def value(node: Node) -> Any:
+        # The matrix may be real, or come from another fake mode than the graph's.
+        foreign = fake is not None and node is projection
+        return fake.new_empty(shape, dtype=torch.float32) if foreign else nodes.value(node)
+
+    def call(target: torch._ops.OpOverload, *arguments: Any, **options: Any) -> Node:
+        node = graph.call_function(target, arguments, options)
+        node.meta = dict(metadata)
+        if key is not None:
+            with fake.fake_mode if fake is not None else contextlib.nullcontext():
+                node.meta[key] = target(*torch.fx.node.map_arg(arguments, value), **options)
+        return node
+
+    moved = call(aten.ne.Tensor, new_ids, ids)
+    places = [
+        call(aten._to_copy.default, call(aten.where.ScalarOther, moved, chosen, 0), dtype=torch.int64)
+        for chosen in (ids, new_ids)
+    ]
+    product = call(aten.mul.Tensor, weights, call(aten.index.Tensor, projection, places))
+    return call(aten._to_copy.default, product, dtype=nodes.value(weights).dtype)
+
+
 def _describe(new: Node, like: Node, value: object) -> None:
     """Give a new node the metadata of the node it stands for, and its value under the tracer's own key."""
     new.meta = dict(like.meta)
-    key = next((k for k in ("example_value", "val", "tensor_meta") if k in like.meta), None)
+    key = next((k for k in _VALUES if k in like.meta), None)
     new.meta.pop("tensor_meta", None)
     if key is not None:
         new.meta[key] = value

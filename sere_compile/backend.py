@@ -73,11 +73,11 @@ class SereBackend:
             raise ConfigError('capture="auto" acts before a backend is called: use sere_compile.compile(model, ...)')
         graph = dynamo.copy_graph(module)
         findings = find_gates(graph, experts_are_live(graph, example_inputs))
-        plans = [plan_gate(gate, config, graph) for gate in findings.gates]
+        plans = [plan_gate(gate, config, graph, example_inputs) for gate in findings.gates]
         refuse_shared_routers(plans)
         appended = AppendedInputs(graph, list(example_inputs))
         for plan in plans:
-            apply_plan(plan, config, appended, example_inputs)
+            apply_plan(plan, appended, example_inputs)
         graph.graph.lint()
         graph.recompile()
         if self._explaining:

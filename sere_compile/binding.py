@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .errors import ProfileError
 from .passes import COUNTED
+from .threshold import ranked, resolve_threshold
 
 
 @dataclass
@@ -23,6 +25,7 @@ class GateEntry:
         matrix: [E, E] float32 on the weight's device when it was bound, or None before.
         source: where the matrix comes from, in words.
         from_profile: whether the user attached it.
+        projection: [E, E] float32 with ones on the diagonal, or None where nothing is known of it.
         counts: int64 buffer of `passes.COUNTED`, or None where nothing is counted.
     """
 
@@ -31,14 +34,33 @@ class GateEntry:
     source: str = ""
     from_profile: bool = False
     counts: torch.Tensor | None = field(default=None, repr=False)
+    projection: torch.Tensor | None = field(default=None, repr=False)
+    # Matrices of ranks by the threshold that they were counted from.
+    ranks: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def matrix_on(self, device: torch.device) -> torch.Tensor:
-        """The matrix on a device; moved once, then kept there, at one address."""
+    def matrix_on(self, device: torch.device, threshold: float | str = 0.0) -> torch.Tensor:
+        """What a graph reads with this threshold, on a device; made once, then kept there, at one address."""
         assert self.matrix is not None, f"no matrix bound for {self.name}"
-        if self.matrix.device != device:
-            with torch.inference_mode(False):
+        with torch.inference_mode(False):
+            if self.matrix.device != device:
                 self.matrix = self.matrix.to(device)
-        return self.matrix
+            if not isinstance(threshold, str):
+                return self.matrix
+            if threshold not in self.ranks or self.ranks[threshold].device != device:
+                self.ranks[threshold] = ranked(self.matrix, resolve_threshold(threshold, self.matrix))
+        return self.ranks[threshold]
+
+    def projection_on(self, device: torch.device) -> torch.Tensor:
+        """The projection coefficients on a device; moved once."""
+        if self.projection is None:
+            raise ProfileError(
+                f'substitution="projection" needs projection coefficients, and the profile attached for {self.name} '
+                f"has none: make one with sere_compile.calibrate(model, batches), whose profiles have them"
+            )
+        if self.projection.device != device:
+            with torch.inference_mode(False):
+                self.projection = self.projection.to(device)
+        return self.projection
 
     def counts_on(self, device: torch.device) -> torch.Tensor:
         """The counters on a device, made at first use."""
@@ -61,8 +83,16 @@ def version() -> int:
     return _version
 
 
-def assign(weight: torch.Tensor, name: str, matrix: torch.Tensor, source: str, *, from_profile: bool = True) -> None:
-    """Bind a matrix [E, E] to a router weight, in place of an earlier one."""
+def assign(
+    weight: torch.Tensor,
+    name: str,
+    matrix: torch.Tensor,
+    source: str,
+    *,
+    from_profile: bool = True,
+    projection: torch.Tensor | None = None,
+) -> None:
+    """Bind a matrix [E, E], and projection coefficients [E, E], to a router weight, in place of earlier ones."""
     global _version
     _version += 1
     previous = _entries.get(weight)
@@ -72,7 +102,10 @@ def assign(weight: torch.Tensor, name: str, matrix: torch.Tensor, source: str, *
     # a matrix bound there must also serve calls that record gradients.
     with torch.inference_mode(False), torch.no_grad():
         matrix = matrix.to(device=device, dtype=torch.float32, copy=True).contiguous()
-    _entries[weight] = GateEntry(name, matrix, source, from_profile, counts)
+        if projection is not None:
+            # An expert that stays keeps its weight, also one whose output was always zero.
+            projection = projection.to(device=device, dtype=torch.float32, copy=True).contiguous().fill_diagonal_(1.0)
+    _entries[weight] = GateEntry(name, matrix, source, from_profile, counts, projection)
 
 
 def name(weight: torch.Tensor, full_name: str) -> GateEntry:

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from . import binding, missing_gates
-from .calibration.probe import MODULE_ROWS, PROBE_TOKENS, module_dispatch, probe_similarity, region_dispatch
+from . import binding, gate_options, missing_gates
+from .calibration.probe import MODULE_ROWS, PROBE_TOKENS, Probed, module_dispatch, probe_experts, region_dispatch
 from .errors import ProbeError, ProfileError
 from .gate_plan import AppendedInput, GatePlan, attribute
 from .module_tree import find_experts, find_owner
 from .passes import DispatchRegion, Skip, nodes
 from .report import REWRITTEN, SKIPPED, GateRow
 from .similarity import attach_from_owner
+from .threshold import resolve_threshold
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,11 @@ on_whole_call: ContextVar[Callable[[], None]] = ContextVar("on_whole_call", defa
 def _value(item: AppendedInput, weight: torch.Tensor) -> torch.Tensor:
     entry = binding.lookup(weight)
     assert entry is not None
-    return entry.counts_on(weight.device) if item.counts else entry.matrix_on(weight.device)
+    if item.kind == "counts":
+        return entry.counts_on(weight.device)
+    if item.kind == "projection":
+        return entry.projection_on(weight.device)
+    return entry.matrix_on(weight.device, item.plan.config.threshold)
 
 
 def _named_entry(plan: GatePlan, weight: torch.Tensor) -> binding.GateEntry:
@@ -108,16 +113,19 @@ def _named_entry(plan: GatePlan, weight: torch.Tensor) -> binding.GateEntry:
 
 def _resolve(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any]) -> None:
     """Find or measure the matrix of the weight that a call passes."""
+    gate_options.check(plan.given, plan.config, weight, plan.fallback_name)
     # A gate that is not rewritten never gets a matrix: looking for its owner would scan the heap on each call.
     if plan.status != REWRITTEN:
         return
     entry = _named_entry(plan, weight)
     if entry.matrix is None:
-        matrix = _probe(plan, weight, arguments, entry.name)
-        binding.assign(weight, entry.name, matrix, "probed", from_profile=False)
+        probed = _probe(plan, weight, arguments, entry.name)
+        binding.assign(
+            weight, entry.name, probed.similarity, "probed", from_profile=False, projection=probed.projection
+        )
 
 
-def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name: str) -> torch.Tensor:
+def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name: str) -> Probed:
     """Measure the similarity of a gate's experts, in the graph where its dispatch is there, else beside its router."""
     gate = plan.gate
     log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, gate.num_experts)
@@ -131,7 +139,7 @@ def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name:
         dispatch, rows = region_dispatch(plan.region, values)
         # A graph for a small batch takes one run for every few (expert, token) pairs: thousands.
         if experts is None or rows >= PROBE_TOKENS:
-            return probe_similarity(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
+            return probe_experts(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
     if experts is None:
         raise ProbeError(
             f"no similarity is attached for the gate {name}, and its experts cannot be probed: {plan.region}, and no "
@@ -139,7 +147,7 @@ def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name:
         )
     hidden = weight.shape[1] if weight.shape[0] == gate.num_experts else weight.shape[0]
     dispatch = module_dispatch(experts, hidden, weight.dtype, weight.device)
-    return probe_similarity(dispatch, MODULE_ROWS, gate.num_experts, gate.top_k, weight.device)
+    return probe_experts(dispatch, MODULE_ROWS, gate.num_experts, gate.top_k, weight.device)
 
 
 def _number(value: Any) -> Any:
@@ -185,7 +193,15 @@ def _row(plan: GatePlan, entry: binding.GateEntry) -> GateRow:
         status=plan.status,
         reason=plan.reason,
         similarity=(entry.source or "none attached: probed at compile time") if rewritten else "",
+        threshold=_threshold(plan, entry) if rewritten else 0.0,
+        substitution=plan.config.substitution if rewritten else "reroute",
     )
+
+
+def _threshold(plan: GatePlan, entry: binding.GateEntry) -> float | str:
+    """The threshold of a gate, as a number where its matrix is known."""
+    threshold = plan.config.threshold
+    return threshold if entry.matrix is None else resolve_threshold(threshold, entry.matrix)
 
 
 def _skip_row(skip: Skip) -> GateRow:

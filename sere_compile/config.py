@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import ConfigError
+from .threshold import quantile
+
+SUBSTITUTIONS = ("reroute", "projection")
+# The options that may differ from gate to gate.
+PER_GATE = ("select_top_k", "threshold", "min_active", "max_active", "max_tokens", "substitution")
+# {pattern: {option: value}} as a value that can be hashed, order of patterns kept.
+PerGate = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,8 @@ class SereConfig:
             whose primary experts are at most `max_active`, at least 1.
         max_active: with select_top_k="auto", a gate's budget of primary experts.
         threshold: rho in the similarity's own unit. An expert less similar than this to its substitute stays
-            ("critical"). 0.0 means that no expert is critical.
+            ("critical"). 0.0 means that no expert is critical. "q0.2": what makes the least similar 20 % of each
+            gate's experts critical, see `sere_compile.threshold`.
         min_active: with fewer primary experts than this in a batch, S grows until they are reached. None means K,
             so that a batch of one token is never changed; 0 switches the rule off (the paper's behaviour).
         max_tokens: forwards with more tokens than this are left alone (prefill gains nothing). None: no limit.
@@ -36,6 +45,11 @@ class SereConfig:
             CUDA and needs no gradients. "always": on a CPU as well.
         lower_experts: replace dispatches of up to 256 tokens by kernels that read only the active experts, where the
             graph is on CUDA and needs no gradients. They round like any fusing compiler. "always": on a CPU as well.
+        substitution: "reroute" is the paper's rule, weights unchanged. "projection" multiplies a re-routed slot's
+            weight by a(u, v) = <A_u, A_v> / <A_v, A_v>, how much of expert u its substitute v gives; needs a profile
+            with projections.
+        per_gate: {pattern: {option: value}} for gates whose name (of the router's weight) matches the pattern, a glob
+            such as "model.layers.0.*"; the options are those of `PER_GATE`. Of several that match, later ones win.
         collect_stats: count tokens, changed slots and active experts on the device; `sere_compile.stats` reads them.
 
     Raises:
@@ -43,7 +57,7 @@ class SereConfig:
     """
 
     select_top_k: int | str | None = None
-    threshold: float = 0.0
+    threshold: float | str = 0.0
     min_active: int | None = None
     max_tokens: int | None = None
     inner: str | Callable[..., Any] = "inductor"
@@ -53,6 +67,8 @@ class SereConfig:
     fuse_router: bool | str = True
     lower_experts: bool | str = True
     capture: str = "default"
+    substitution: str = "reroute"
+    per_gate: Mapping[str, Mapping[str, Any]] | PerGate = ()
 
     def __post_init__(self) -> None:
         automatic = self.select_top_k == "auto"
@@ -64,9 +80,9 @@ class SereConfig:
             raise ConfigError(f'select_top_k="auto" and max_active go together, got {given}')
         _check_count("min_active", self.min_active, least=0)
         _check_count("max_tokens", self.max_tokens, least=1)
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not math.isfinite(self.threshold):
-            raise ConfigError(f"threshold must be a finite number, got {self.threshold!r}")
+        _check_threshold(self.threshold)
+        if self.substitution not in SUBSTITUTIONS:
+            raise ConfigError(f'substitution must be "reroute" or "projection", got {self.substitution!r}')
         for name in ("strict", "collect_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -79,6 +95,9 @@ class SereConfig:
             raise ConfigError(f"inner must be the name of a backend or a callable, got {self.inner!r}")
         if self.inner == "sere":
             raise ConfigError('inner="sere" would compile with itself; name the backend to compile with after it')
+        object.__setattr__(self, "per_gate", _hashable(self.per_gate))
+        for pattern, options in self.per_gate:
+            _check_per_gate(self, pattern, dict(options))
 
     def replace(self, **options: Any) -> SereConfig:
         """A copy with some options changed. Unknown names raise `ConfigError` with the nearest known name."""
@@ -86,6 +105,19 @@ class SereConfig:
         if unknown:
             raise unknown_option(unknown[0], option_names())
         return dataclasses.replace(self, **options)
+
+    def for_gate(self, name: str) -> SereConfig:
+        """The options of the gate whose router weight has this name."""
+        options: dict[str, Any] = {}
+        for pattern, own in self.per_gate:
+            if fnmatch.fnmatchcase(name, pattern):  # type: ignore[type-var]
+                options.update(own)
+        return self._without_gates(options)
+
+    def _without_gates(self, options: Mapping[str, Any]) -> SereConfig:
+        if options.get("select_top_k", "auto") != "auto":
+            options = {"max_active": None, **options}
+        return dataclasses.replace(self, per_gate=(), **options)
 
     def resolved_top_k(self, top_k: int) -> int:
         """S for a gate that selects K = `top_k` experts, at most K (the identity); the least one with "auto"."""
@@ -138,3 +170,37 @@ def _check_count(name: str, value: Any, least: int) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be None or an integer of at least {least}, got {value!r}")
+
+
+def _check_threshold(value: Any) -> None:
+    if isinstance(value, str):
+        quantile(value)
+    elif not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f'threshold must be a finite number, or a share of experts such as "q0.2", got {value!r}')
+
+
+def _hashable(per_gate: Any) -> PerGate:
+    """Per-gate options from a mapping, or from what this made before."""
+    pairs = per_gate.items() if isinstance(per_gate, Mapping) else per_gate
+    if not isinstance(per_gate, (Mapping, tuple)):
+        raise ConfigError(f"per_gate must be {{pattern: {{option: value}}}}, got {per_gate!r}")
+    found = []
+    for pattern, options in pairs:
+        if not isinstance(pattern, str) or not isinstance(options, (Mapping, tuple)):
+            raise ConfigError(f"per_gate must be {{pattern: {{option: value}}}}, got {pattern!r}: {options!r}")
+        found.append((pattern, tuple(sorted(dict(options).items()))))
+    return tuple(found)
+
+
+def _check_per_gate(config: SereConfig, pattern: str, options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in PER_GATE:
+            near = difflib.get_close_matches(name, PER_GATE, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(
+                f"per_gate[{pattern!r}]: {name!r} is no option of a gate{hint} Those are {', '.join(PER_GATE)}"
+            )
+    try:
+        config._without_gates(options)
+    except ConfigError as error:
+        raise ConfigError(f"per_gate[{pattern!r}]: {error}") from error

@@ -6,12 +6,12 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
+from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch.fx import GraphModule, Node
 
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
@@ -75,6 +75,28 @@ def input_name(node: Node) -> str:
     text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", text)
     text = re.sub(r"^[LG]\[['\"](self|\w+)['\"]\]\.?", "", text)
     return re.sub(r"\[['\"]?([\w]+)['\"]?\]", r".\1", text)
+
+
+def guard_input(node: Node, holds: Callable[[object], bool], text: str) -> bool:
+    """Let the graph that is being compiled serve only calls where `holds` is true of one of its inputs.
+
+    Args:
+        node: placeholder of a copy made by `copy_graph`.
+        holds: asked of the object behind it at every call of the compiled code; it must not raise.
+        text: what Dynamo's logs call the guard.
+
+    Returns:
+        Whether there is such a guard now.
+    """
+    source, context = getattr(node, "_dynamo_source", None), TracingContext.try_get()
+    if source is None or context is None:
+        return False
+
+    def create(builder: Any, guard: Guard) -> None:
+        builder.get_guard_manager(guard).add_lambda_guard(holds, [text], guard.user_stack)
+
+    context.guards_context.dynamo_guards.add(Guard(source, create))
+    return True
 
 
 def has_graph_break() -> bool:

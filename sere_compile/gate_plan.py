@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import binding, dynamo
+from . import binding, dynamo, gate_options
 from .config import SereConfig
 from .errors import GateNotFoundError
 from .module_tree import experts_stand_beside
@@ -30,6 +30,7 @@ from .passes import (
     verify_rewrite,
 )
 from .report import IDENTITY, REWRITTEN, SKIPPED
+from .threshold import RANKED_THRESHOLD
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,18 @@ class GatePlan:
     position: int | None  # of the weight among the graph's inputs; None where it is an attribute of the graph
     attribute: torch.Tensor | None
     fallback_name: str
-    select_top_k: int
+    config: SereConfig  # of this gate
+    given: SereConfig  # of all gates
     region: DispatchRegion | str
     graph: GraphModule
     inputs: list[Node]  # the graph's own inputs, in order
     status: str = IDENTITY
     reason: str = ""
+
+    @property
+    def select_top_k(self) -> int:
+        """S."""
+        return self.config.resolved_top_k(self.gate.top_k)
 
     def weight(self, arguments: Sequence[Any]) -> torch.Tensor:
         """The router weight that a call with these graph inputs uses."""
@@ -56,10 +63,10 @@ class GatePlan:
 
 @dataclass(frozen=True)
 class AppendedInput:
-    """One input appended to the graph: a gate's matrix or its counters."""
+    """One input appended to the graph: what a gate reads or writes beside the graph's own inputs."""
 
     plan: GatePlan
-    counts: bool
+    kind: str  # "similarity", "projection" or "counts"
 
 
 class AppendedInputs:
@@ -73,38 +80,48 @@ class AppendedInputs:
         self._graph = graph
         self.inputs = list(inputs)
         self.items: list[AppendedInput] = []
-        self._nodes: dict[tuple[Node, bool], Node] = {}
+        self._nodes: dict[tuple[Node, str], Node] = {}
 
-    def input_for(self, plan: GatePlan, value: torch.Tensor, counts: bool) -> Node:
+    def input_for(self, plan: GatePlan, value: torch.Tensor, kind: str) -> Node:
         """The placeholder for a gate's matrix or counters, where calls will pass tensors like `value`."""
-        key = (plan.gate.router_weight, counts)
+        key = (plan.gate.router_weight, kind)
         if key not in self._nodes:
-            name = f"sere_{'counts' if counts else 'similarity'}_{len(self.inputs)}"
+            name = f"sere_{kind}_{len(self.inputs)}"
             self._nodes[key], fake = dynamo.append_input(self._graph, name, value, self.inputs)
             self.inputs.append(fake)
-            self.items.append(AppendedInput(plan, counts))
+            self.items.append(AppendedInput(plan, kind))
         return self._nodes[key]
 
     def drop_unused(self, plan: GatePlan) -> None:
-        """Take back the matrix that was appended last for a gate, unless another gate reads it."""
-        key = (plan.gate.router_weight, False)
-        if not self._nodes[key].users:
-            node = self._nodes.pop(key)
-            node.graph.erase_node(node)
-            self.inputs.pop()
-            self.items.pop()
+        """Take back the matrices that were appended last for a gate, unless another gate reads them."""
+        for kind in ("projection", "similarity"):
+            key = (plan.gate.router_weight, kind)
+            if key in self._nodes and not self._nodes[key].users:
+                node = self._nodes.pop(key)
+                node.graph.erase_node(node)
+                self.inputs.pop()
+                self.items.pop()
 
 
-def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule) -> GatePlan:
+def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule, example_inputs: Sequence[Any] = ()) -> GatePlan:
     """A plan before anything is done: identity until `apply_plan` rewrites the gate."""
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     lifted = gate.router_weight.op == "placeholder"
+    position = placeholders.index(gate.router_weight) if lifted else None
+    constant = None if lifted else attribute(graph, gate.router_weight)
+    name, own = dynamo.input_name(gate.router_weight), config
+    if config.per_gate:
+        weight = example_inputs[position] if position is not None else constant
+        gate_options.tell_unknown_of_model(config, weight, gate.num_experts)
+        own = gate_options.config_of(config, weight, name)
+        gate_options.guard(config, own, gate.router_weight, name)
     return GatePlan(
         gate=gate,
-        position=placeholders.index(gate.router_weight) if lifted else None,
-        attribute=None if lifted else attribute(graph, gate.router_weight),
-        fallback_name=dynamo.input_name(gate.router_weight),
-        select_top_k=config.resolved_top_k(gate.top_k),
+        position=position,
+        attribute=constant,
+        fallback_name=name,
+        config=own,
+        given=config,
         region=extract_dispatch(gate),
         graph=graph,
         inputs=placeholders,
@@ -113,12 +130,14 @@ def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule) -> GatePlan:
 
 def routing_settings(gate: Gate, config: SereConfig) -> RoutingSettings:
     """What the options come to for one gate."""
-    top_k = config.resolved_top_k(gate.top_k)
-    return RoutingSettings(top_k, config.threshold, config.resolved_min_active(gate.top_k), config.max_active or 0)
+    top_k, threshold = config.resolved_top_k(gate.top_k), config.threshold
+    rho = RANKED_THRESHOLD if isinstance(threshold, str) else float(threshold)
+    return RoutingSettings(top_k, rho, config.resolved_min_active(gate.top_k), config.max_active or 0)
 
 
-def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, example_inputs: Sequence[Any]) -> None:
+def apply_plan(plan: GatePlan, appended: AppendedInputs, example_inputs: Sequence[Any]) -> None:
     """Rewrite one gate; what its calls need beyond the graph's own inputs is recorded in `appended`."""
+    config = plan.config
     if plan.status == SKIPPED:
         return
     if config.strict and plan.select_top_k < plan.gate.top_k:
@@ -135,8 +154,9 @@ def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, exa
         return
     weight = plan.weight(example_inputs)
     matrix = torch.empty(gate.num_experts, gate.num_experts, dtype=torch.float32, device=weight.device)
-    node = appended.input_for(plan, matrix, counts=False)
-    done = rewrite_gate(gate, node, routing_settings(gate, config))
+    node = appended.input_for(plan, matrix, "similarity")
+    scale = appended.input_for(plan, matrix, "projection") if config.substitution == "projection" else None
+    done = rewrite_gate(gate, node, routing_settings(gate, config), scale)
     if isinstance(done, Skip):
         appended.drop_unused(plan)
         _skip(plan, done, config)
@@ -144,7 +164,7 @@ def apply_plan(plan: GatePlan, config: SereConfig, appended: AppendedInputs, exa
     plan.status = REWRITTEN
     if config.collect_stats:
         buffer = torch.zeros(len(COUNTED), dtype=torch.int64, device=weight.device)
-        insert_count(done, appended.input_for(plan, buffer, counts=True))
+        insert_count(done, appended.input_for(plan, buffer, "counts"))
 
 
 def _skip(plan: GatePlan, refusal: Skip, config: SereConfig) -> None:

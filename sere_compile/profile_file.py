@@ -17,20 +17,33 @@ from safetensors.torch import save as safetensors_bytes
 from .errors import ProfileError
 
 FORMAT = "sere_compile.similarity"
-FORMAT_VERSION = 1
+# 2: with projections. A profile without any is written as 1, which earlier versions of this library read.
+FORMAT_VERSION = 2
+_PROJECTION = "projection/"
 
 # `write_profile` writes these keys itself; a caller's entry of the same name would be lost or would spoil the file.
 RESERVED_METADATA = ("format", "format_version", "library_version")
 
 
-def write_profile(path: Path, matrices: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write matrices [E, E] by gate name, all of them or nothing: beside the destination, then renamed.
+def write_profile(
+    path: Path,
+    matrices: dict[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    projections: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write matrices [E, E] by gate name, all of them or nothing.
 
     Raises:
         OSError: the folder is missing or not writable.
     """
-    version = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "library_version": _library_version()}
-    data = safetensors_bytes(matrices, metadata={**metadata, **version})
+    number = "1" if projections is None else "2"
+    version = {"format": FORMAT, "format_version": number, "library_version": library_version()}
+    tensors = matrices | {_PROJECTION + name: matrix for name, matrix in (projections or {}).items()}
+    write_whole(path, safetensors_bytes(tensors, metadata={**metadata, **version}))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, all of it or nothing: beside the destination, then renamed."""
     # A rename replaces a link, not what it points to; and only within one folder is it atomic for certain.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -44,8 +57,10 @@ def write_profile(path: Path, matrices: dict[str, torch.Tensor], metadata: Mappi
         temporary.unlink(missing_ok=True)
 
 
-def read_profile(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read what `write_profile` wrote: matrices by gate name, unchecked, and metadata.
+def read_profile(
+    path: Path,
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, torch.Tensor] | None]:
+    """Read what `write_profile` wrote: matrices by gate name, unchecked, metadata, and projections.
 
     Raises:
         ProfileError: no such file, another kind of file, or a format newer than this library's.
@@ -58,8 +73,15 @@ def read_profile(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with open_safetensors(path) as file:
         header, names = dict(file.metadata() or {}), list(file.keys())
         _check_header(path, header, names)
-        matrices = {name: file.get_tensor(name) for name in names}
-    return matrices, {key: value for key, value in header.items() if key not in RESERVED_METADATA}
+        tensors = {name: file.get_tensor(name) for name in names}
+    metadata = {key: value for key, value in header.items() if key not in RESERVED_METADATA}
+    if header["format_version"] == "1":
+        return tensors, metadata, None
+    matrices = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PROJECTION)}
+    projections = {
+        name.removeprefix(_PROJECTION): tensor for name, tensor in tensors.items() if name.startswith(_PROJECTION)
+    }
+    return matrices, metadata, projections
 
 
 def _check_header(path: Path, header: Mapping[str, str], tensors: list[str]) -> None:
@@ -75,7 +97,7 @@ def _check_header(path: Path, header: Mapping[str, str], tensors: list[str]) -> 
     if int(version) > FORMAT_VERSION:
         raise ProfileError(
             f"{path} has format version {version}, written by sere-compile "
-            f"{header.get('library_version', 'unknown')}; this one ({_library_version()}) reads up to "
+            f"{header.get('library_version', 'unknown')}; this one ({library_version()}) reads up to "
             f"{FORMAT_VERSION}: upgrade sere-compile"
         )
 
@@ -118,7 +140,8 @@ def some(names: Iterable[Any], limit: int = 5) -> str:
     return (", ".join(listed[:limit]) or "none") + more
 
 
-def _library_version() -> str:
+def library_version() -> str:
+    """Of sere-compile, as installed."""
     try:
         return importlib.metadata.version("sere-compile")
     except importlib.metadata.PackageNotFoundError:

@@ -23,6 +23,8 @@ class GateRow:
         status: "rewritten", "identity" (nothing to re-route, by S >= K) or "skipped".
         reason: why it was not rewritten, empty where it was.
         similarity: where the similarity matrix comes from.
+        threshold: rho in force; "q0.2" as the number that it is for this gate, once its matrix is known.
+        substitution: "reroute" or "projection".
     """
 
     name: str
@@ -35,6 +37,8 @@ class GateRow:
     status: str
     reason: str = ""
     similarity: str = ""
+    threshold: float | str = 0.0
+    substitution: str = "reroute"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class GateReport:
         return "\n".join([*lines, self.hint] if self.hint else lines)
 
 
-_COLUMNS = ("gate", "E", "K", "S", "scoring", "sorted", "dispatch", "status", "similarity", "reason")
+_COLUMNS = ("gate", "E", "K", "S", "rho", "weights", "scoring", "sorted", "dispatch", "status", "similarity", "reason")
 
 
 def _table(rows: Sequence[GateRow]) -> list[str]:
@@ -84,5 +88,8 @@ def _table(rows: Sequence[GateRow]) -> list[str]:
 
 def _cells(row: GateRow) -> tuple[str, ...]:
     numbers = ("" if n is None else str(n) for n in (row.num_experts, row.top_k, row.select_top_k))
+    rho = row.threshold if isinstance(row.threshold, str) else (f"{row.threshold:.4g}" if row.threshold else "")
+    weights = "" if row.substitution == "reroute" else row.substitution
     ordered = "" if row.is_sorted is None else ("yes" if row.is_sorted else "no")
-    return (row.name, *numbers, row.scoring, ordered, row.dispatch, row.status, row.similarity, row.reason)
+    texts = (row.scoring, ordered, row.dispatch, row.status, row.similarity, row.reason)
+    return (row.name, *numbers, rho, weights, *texts)

@@ -13,14 +13,16 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
-from .calibration.probe import MODULE_ROWS, Dispatch, module_dispatch, probe_similarity, region_dispatch
+from . import gate_options
+from .calibration.probe import MODULE_ROWS, Dispatch, Probed, module_dispatch, probe_experts, region_dispatch
 from .config import SereConfig
 from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
 from .gate_plan import routing_settings
 from .missing_gates import describe_nearest_miss
 from .module_tree import find_experts
-from .passes import Gate, RoutingSettings, Skip, extract_dispatch, find_gates, nodes, rewrite_gate, verify_rewrite
+from .passes import Gate, Skip, extract_dispatch, find_gates, nodes, rewrite_gate, verify_rewrite
 from .similarity import SimilarityProfile
+from .threshold import ranked, resolve_threshold
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ Traced = TypeVar("Traced", GraphModule, ExportedProgram)
 
 
 # The options that say what re-routing is in a program, and those that only say how a graph is captured and compiled.
-_USED = frozenset({"select_top_k", "threshold", "min_active", "max_active", "max_tokens", "strict"})
+_USED = frozenset(
+    {"select_top_k", "threshold", "min_active", "max_active", "max_tokens", "substitution", "per_gate", "strict"}
+)
 _OF_THE_COMPILER = frozenset({"inner", "capture", "fuse_router", "lower_experts"})
 
 _NO_SHAPES = (
@@ -44,7 +48,8 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         traced: an `ExportedProgram`, or a `GraphModule` whose nodes carry shapes. It is not changed.
         profile: a matrix for every gate, by the name of its router weight. Without one the experts are probed: in
             the graph where its batch size is fixed, else in the model it was traced from, which has to be there still.
-        config: S, threshold, min_active, max_active and max_tokens; the backend's defaults otherwise. `inner` has no
+        config: S, threshold, min_active, max_active, max_tokens, substitution and per_gate; the backend's defaults
+            otherwise. `inner` has no
             meaning here.
 
     Returns:
@@ -53,7 +58,8 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
     Raises:
         GateNotFoundError: no gate was found or every gate was refused; the message says why.
         ConfigError: max_tokens is given, and the program takes batches on both sides of it; or collect_stats is.
-        ProfileError: the profile has no matrix for a gate, or one of another size.
+        ProfileError: the profile has no matrix for a gate, or one of another size, or lacks projections that are
+            asked for.
         ProbeError: without a profile, an expert could not be run.
     """
     program = _Program(traced)
@@ -63,21 +69,24 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
     if not findings.gates:
         why = describe_nearest_miss(findings.nearest_miss) if program.has_shapes() else _NO_SHAPES
         raise GateNotFoundError(f"no MoE gate in the traced graph. {why}")
-    plans = [(gate, routing_settings(gate, config)) for gate in findings.gates]
+    if config.per_gate:
+        gate_options.tell_unknown(config, [program.weight_name(gate) for gate in findings.gates], "the program")
+    plans = [(gate, config.for_gate(program.weight_name(gate))) for gate in findings.gates]
     matrices = [
-        None if _too_many_tokens(gate, config.max_tokens) else _matrix(gate, settings, profile, program)
-        for gate, settings in plans
+        None if _too_many_tokens(gate, own.max_tokens) else _matrices(gate, own, profile, program)
+        for gate, own in plans
     ]
     refused: list[Skip] = []
-    for (gate, settings), matrix in zip(plans, matrices, strict=True):
-        if matrix is None:
+    for (gate, own), found in zip(plans, matrices, strict=True):
+        if found is None:
             continue
-        node = program.add_buffer(matrix)
-        unverified = verify_rewrite(gate, program.value_if_held) if config.strict else None
-        done = unverified or rewrite_gate(gate, node, settings)
+        buffers = [program.add_buffer(matrix, kind) for kind, matrix in found.items()]
+        unverified = verify_rewrite(gate, program.value_if_held) if own.strict else None
+        done = unverified or rewrite_gate(gate, buffers[0], routing_settings(gate, own), *buffers[1:])
         if isinstance(done, Skip):
             log.warning("%s is not re-routed: %s", program.weight_name(gate), done)
-            program.remove_buffer(node)
+            for node in reversed(buffers):
+                program.remove_buffer(node)
             refused.append(done)
     if refused and (config.strict or len(refused) == len(findings.gates)):
         raise GateNotFoundError(f"{len(refused)} of {len(findings.gates)} gates were refused: {refused[0]}")
@@ -93,11 +102,9 @@ def _check_options(config: SereConfig) -> None:
         )
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
-        # A word in the place of a number asks for something that is measured elsewhere; "auto" is part of the operator.
-        unresolved = option.name in _USED and isinstance(value, str) and value != "auto"
-        if unresolved or (option.name not in _USED | _OF_THE_COMPILER and value != option.default):
+        if option.name not in _USED | _OF_THE_COMPILER and value != option.default:
             raise ConfigError(
-                f"{option.name}={value!r} is for backend='sere'; a program traced ahead of time takes numbers for "
+                f"{option.name}={value!r} is for backend='sere'; a program traced ahead of time takes "
                 f"{', '.join(sorted(_USED))}"
             )
 
@@ -119,25 +126,45 @@ def _too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
     )
 
 
-def _matrix(
-    gate: Gate, settings: RoutingSettings, profile: SimilarityProfile | None, program: _Program
-) -> torch.Tensor | None:
-    """The gate's similarity on its weight's device, or None where there is nothing to re-route."""
-    if settings.select_top_k >= gate.top_k:
+def _matrices(
+    gate: Gate, config: SereConfig, profile: SimilarityProfile | None, program: _Program
+) -> dict[str, torch.Tensor] | None:
+    """What the gate's re-routing reads, on its weight's device, or None where there is nothing to re-route."""
+    if config.resolved_top_k(gate.top_k) >= gate.top_k:
         return None
     name, weight = program.weight_name(gate), program.value(gate.router_weight)
     if profile is None:
-        return _probe(gate, name, weight, program)
+        probed = _probe(gate, name, weight, program)
+        matrix, projection = probed.similarity, probed.projection
+    else:
+        matrix, projection = _of_profile(gate, name, config, profile)
+    if isinstance(config.threshold, str):
+        matrix = ranked(matrix, resolve_threshold(config.threshold, matrix))
+    found = {"similarity": matrix}
+    if config.substitution == "projection":
+        found["projection"] = projection.fill_diagonal_(1.0)
+    return {kind: value.to(device=weight.device, dtype=torch.float32, copy=True) for kind, value in found.items()}
+
+
+def _of_profile(
+    gate: Gate, name: str, config: SereConfig, profile: SimilarityProfile
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarity and, where it is asked for, projection coefficients of a gate."""
     if name not in profile:
         raise ProfileError(f"the profile has no matrix for the gate {name}; it has {', '.join(profile)}")
-    matrix = profile[name]
+    matrix, projection = profile[name], profile.projection(name)
     if matrix.shape[0] != gate.num_experts:
         raise ProfileError(f"the matrix for {name} is {list(matrix.shape)}, its gate has {gate.num_experts} experts")
-    return matrix.to(device=weight.device, dtype=torch.float32, copy=True)
+    if projection is None and config.substitution == "projection":
+        raise ProfileError(
+            'substitution="projection" needs projection coefficients, and this profile has none: make one with '
+            "sere_compile.calibrate(model, batches), whose profiles have them"
+        )
+    return matrix, matrix if projection is None else projection
 
 
-def _probe(gate: Gate, name: str, weight: torch.Tensor, program: _Program) -> torch.Tensor:
-    """The similarity of a gate's experts: run in the graph, else in the live model that owns the router weight."""
+def _probe(gate: Gate, name: str, weight: torch.Tensor, program: _Program) -> Probed:
+    """How alike a gate's experts are: run in the graph, else in the live model that owns the router weight."""
     log.info("no profile is given: probing the experts of %s on random hidden states", name)
     found = _dispatch_of_graph(gate, program)
     if isinstance(found, str):
@@ -151,7 +178,7 @@ def _probe(gate: Gate, name: str, weight: torch.Tensor, program: _Program) -> to
         hidden = weight.shape[1] if weight.shape[0] == gate.num_experts else weight.shape[0]
         found = module_dispatch(experts, hidden, weight.dtype, weight.device), MODULE_ROWS
     dispatch, rows = found
-    return probe_similarity(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
+    return probe_experts(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
 
 
 def _dispatch_of_graph(gate: Gate, program: _Program) -> tuple[Dispatch, int] | str:
@@ -209,10 +236,10 @@ class _Program:
         """`value`, or None for what only a call has."""
         return self.value(node) if self.holds(node) else None
 
-    def add_buffer(self, matrix: torch.Tensor) -> Node:
+    def add_buffer(self, matrix: torch.Tensor, kind: str) -> Node:
         """A graph input or attribute that holds the matrix, ahead of every computation."""
         graph = self.module.graph
-        name = f"sere_similarity_{len(self._buffers)}"
+        name = f"sere_{kind}_{len(self._buffers)}"
         if self._exported is None:
             self.module.register_buffer(name, matrix)
             with graph.inserting_before(next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))):

@@ -41,17 +41,37 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
     Args:
         matrices: for each gate a symmetric, finite, floating-point `[E, E]` tensor of any device and dtype.
         metadata: strings about the origin; `method`, `tokens` and `model_type` are the usual keys.
+        projections: None, or for each gate a finite, floating-point `[E, E]` tensor a with
+            `a[u, v] = <A_u, A_v> / <A_v, A_v>`, for `substitution="projection"`.
 
     Raises:
         ProfileError: a matrix is not a tensor, not square, not floating point, not finite or not symmetric;
-            there is no matrix at all; a name or the metadata is not made of strings.
+            there is no matrix at all; a name or the metadata is not made of strings; projections of other gates
+            or sizes.
     """
 
-    def __init__(self, matrices: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        matrices: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str] | None = None,
+        projections: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         _check_gate_names(matrices)
         names = sorted(matrices, key=_natural)
         self._matrices = {name: _checked_copy(name, matrices[name]) for name in names}
         self._metadata = _checked_metadata(metadata or {})
+        self._projections = None if projections is None else _checked_projections(self._matrices, projections)
+
+    @property
+    def projections(self) -> Mapping[str, torch.Tensor] | None:
+        """For each gate a copy of its projection coefficients `[E, E]`, or None where the profile has none."""
+        if self._projections is None:
+            return None
+        return MappingProxyType({name: _copy(matrix) for name, matrix in self._projections.items()})
+
+    def projection(self, name: str) -> torch.Tensor | None:
+        """A copy of one gate's projection coefficients `[E, E]`, or None where the profile has none."""
+        return None if self._projections is None else _copy(self._projections[name])
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -73,10 +93,8 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SimilarityProfile):
             return NotImplemented
-        return self.keys() == other.keys() and all(
-            torch.equal(matrix.view(torch.int32), other._matrices[name].view(torch.int32))
-            for name, matrix in self._matrices.items()
-        )
+        mine, theirs = self._projections or {}, other._projections or {}
+        return _same(self._matrices, other._matrices) and _same(mine, theirs)
 
     def __repr__(self) -> str:
         sizes = sorted({matrix.shape[0] for matrix in self._matrices.values()})
@@ -84,6 +102,7 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
             f"{len(self)} gate{'s' if len(self) > 1 else ''}",
             f"{'/'.join(map(str, sizes))} expert{'s' if sizes != [1] else ''}",
             self._origin(),
+            "with projections" if self._projections is not None else "",
         ]
         return f"<SimilarityProfile: {', '.join(filter(None, parts))}>"
 
@@ -96,7 +115,7 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
         Raises:
             OSError: the folder is missing or not writable.
         """
-        write_profile(Path(path), self._matrices, self._metadata)
+        write_profile(Path(path), self._matrices, self._metadata, self._projections)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SimilarityProfile:
@@ -182,7 +201,7 @@ def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
     _check_complete(gates.values(), parameters)
     setattr(_plain_module(model), _PROFILE_ATTRIBUTE, profile)
     for gate, name in gates.items():
-        binding.assign(parameters[name], name, profile[gate], profile._source())
+        binding.assign(parameters[name], name, profile[gate], profile._source(), projection=profile.projection(gate))
 
 
 def attach_from_owner(weight: torch.Tensor, owner: Owner) -> None:
@@ -203,7 +222,7 @@ def attach_from_owner(weight: torch.Tensor, owner: Owner) -> None:
                 f"a similarity profile is attached to this model, but it has no matrix for the gate {name}. "
                 f"Calibrate the whole model again, or call sere_compile.detach(model) to probe every gate"
             )
-        binding.assign(weight, owner.name, profile[gate], profile._source())
+        binding.assign(weight, owner.name, profile[gate], profile._source(), projection=profile.projection(gate))
         return
 
 
@@ -228,6 +247,12 @@ def _copy(matrix: torch.Tensor) -> torch.Tensor:
         return matrix.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
+def _same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(matrix.view(torch.int32), right[name].view(torch.int32)) for name, matrix in left.items()
+    )
+
+
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     """A sort key that puts layer 2 before layer 10."""
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
@@ -247,6 +272,30 @@ def _check_gate_names(matrices: object) -> None:
 
 
 def _checked_copy(name: str, matrix: object) -> torch.Tensor:
+    copy = _checked_square(name, matrix)
+    _check_symmetric(name, copy)
+    return copy
+
+
+def _checked_projections(
+    matrices: Mapping[str, torch.Tensor], projections: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    if not isinstance(projections, Mapping):
+        raise ProfileError(f"projections map gate names to matrices, got {type(projections).__name__}")
+    if projections.keys() != matrices.keys():
+        odd = sorted(map(str, matrices.keys() ^ projections.keys()))
+        raise ProfileError(f"projections and matrices are of different gates: {some(odd)}")
+    checked = {name: _checked_square(f"{name} (projection)", projections[name]) for name in matrices}
+    for name, matrix in checked.items():
+        if matrix.shape != matrices[name].shape:
+            raise ProfileError(
+                f"{name}: projections of shape {tuple(matrix.shape)} beside a matrix of shape "
+                f"{tuple(matrices[name].shape)}"
+            )
+    return checked
+
+
+def _checked_square(name: str, matrix: object) -> torch.Tensor:
     if not isinstance(matrix, torch.Tensor):
         raise ProfileError(f"{name}: expected a tensor of shape [E, E], got {type(matrix).__name__}")
     shape = tuple(matrix.shape)
@@ -259,7 +308,6 @@ def _checked_copy(name: str, matrix: object) -> torch.Tensor:
         raise ProfileError(f"{name}: expected a dense matrix with data, got shape {shape} {kind}")
     copy = _copy(matrix)
     _check_finite(name, copy)
-    _check_symmetric(name, copy)
     return copy
 
 

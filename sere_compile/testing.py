@@ -15,7 +15,7 @@ from torch import nn
 
 
 def reroute_oracle(
-    ids: torch.Tensor, similarity: torch.Tensor, select_top_k: int, threshold: float = 0.0, min_active: int = 0
+    ids: torch.Tensor, similarity: torch.Tensor, select_top_k: int, threshold: float | str = 0.0, min_active: int = 0
 ) -> torch.Tensor:
     """Re-routed ids, one Python loop a sentence of SERE (arXiv 2602.07616); slow on purpose.
 
@@ -23,7 +23,7 @@ def reroute_oracle(
         ids: int [..., K], in descending order of router score.
         similarity: [E, E].
         select_top_k: S.
-        threshold: rho.
+        threshold: rho; "q0.2": so that the least similar 20 % of experts are critical.
         min_active: least number of primary experts, 0 for none.
 
     Returns:
@@ -32,6 +32,7 @@ def reroute_oracle(
     top_k, num_experts = ids.shape[-1], similarity.shape[0]
     tokens = ids.reshape(-1, top_k).tolist()
     matrix = similarity.float().tolist()
+    critical_below = _critical_below(threshold, matrix)
     if not 0 < select_top_k < top_k:
         return ids.clone()
     while True:
@@ -47,9 +48,35 @@ def reroute_oracle(
         for candidate in sorted(primary):
             if matrix[expert][candidate] > best:
                 best, chosen = matrix[expert][candidate], candidate
-        target[expert] = expert if threshold > 0 and best < threshold else chosen
+        target[expert] = expert if best < critical_below else chosen
     rerouted = [[target.get(u, u) for u in token] for token in tokens]
     return torch.tensor(rerouted, dtype=ids.dtype, device=ids.device).reshape(ids.shape)
+
+
+def _critical_below(threshold: float | str, matrix: list[list[float]]) -> float:
+    """The similarity below which an expert stays."""
+    if not isinstance(threshold, str):
+        return threshold if threshold > 0 else -math.inf
+    best = sorted(max(row[:u] + row[u + 1 :]) for u, row in enumerate(matrix))
+    return best[min(round(float(threshold[1:]) * len(best)), len(best) - 1)]
+
+
+def projection_oracle(
+    weights: torch.Tensor, ids: torch.Tensor, new_ids: torch.Tensor, projection: torch.Tensor
+) -> torch.Tensor:
+    """Routing weights under `substitution="projection"`: those of slots that moved, times projection[old, new].
+
+    Args:
+        weights: [..., K].
+        ids: int [..., K], before re-routing.
+        new_ids: the same after it.
+        projection: [E, E].
+    """
+    scaled = weights.clone().reshape(-1)
+    for slot, (old, new) in enumerate(zip(ids.reshape(-1).tolist(), new_ids.reshape(-1).tolist(), strict=True)):
+        if old != new:
+            scaled[slot] = (scaled[slot].float() * projection[old, new]).to(weights.dtype)
+    return scaled.reshape(weights.shape)
 
 
 @contextlib.contextmanager
@@ -57,8 +84,9 @@ def oracle_routing(
     model: nn.Module,
     matrices: Mapping[str, torch.Tensor],
     select_top_k: int,
-    threshold: float = 0.0,
+    threshold: float | str = 0.0,
     min_active: int | None = None,
+    projections: Mapping[str, torch.Tensor] | None = None,
     active: dict[str, list[tuple[int, int]]] | None = None,
 ) -> Iterator[nn.Module]:
     """Let an eager model route as SERE would, by hooks on its routers.
@@ -70,7 +98,9 @@ def oracle_routing(
         model: run it eagerly inside the context.
         matrices: similarity by the name of each router's weight.
         select_top_k: S.
-        threshold: rho.
+        threshold: rho, a number or "q0.2".
+        projections: coefficients by the name of each router's weight, for substitution="projection"; then the router
+            has to return the weights [T, K] beside the ids, in the form in which they are used.
         min_active: least number of primary experts; None means K, the backend's default.
         active: collects (experts before, experts after) for each call of each gate.
     """
@@ -82,7 +112,11 @@ def oracle_routing(
             new = reroute_oracle(ids, matrices[name], select_top_k, threshold, least)
             if active is not None:
                 active.setdefault(name, []).append((len(ids.unique()), len(new.unique())))
-            return tuple(new if output is ids else output for output in outputs)
+            replaced = {id(ids): new}
+            if projections is not None:
+                weights = next(o for o in outputs if o.is_floating_point() and o.shape == ids.shape)
+                replaced[id(weights)] = projection_oracle(weights, ids, new, projections[name])
+            return tuple(replaced.get(id(output), output) for output in outputs)
 
         return hook
 

@@ -506,7 +506,11 @@ class TestOptions:
         [
             ("select_top_k", 0, "select_top_k must be None or an integer of at least 1, got 0"),
             ("select_top_k", 1.5, "select_top_k must be"),
-            ("threshold", float("nan"), "threshold must be a finite number, got nan"),
+            (
+                "threshold",
+                float("nan"),
+                'threshold must be a finite number, or a share of experts such as "q0.2", got nan',
+            ),
             ("threshold", "0.3", "threshold must be a finite number"),
             ("min_active", -1, "min_active must be None or an integer of at least 0"),
             ("max_tokens", 0, "max_tokens must be None or an integer of at least 1"),

@@ -312,14 +312,8 @@ class TestErrors:
             flavour: str = "plain"
 
         sere_compile.rewrite(torch.export.export(_Indexed(), (torch.randn(4, 6),)), config=Newer(inner="eager"))
-        with pytest.raises(
-            ConfigError, match=r"flavour='odd' is for backend='sere'; .* takes numbers for max_active, max"
-        ):
+        with pytest.raises(ConfigError, match=r"flavour='odd' is for backend='sere'; .* takes max_active, max"):
             sere_compile.rewrite(symbolic_trace(_Indexed()), config=Newer(flavour="odd"))
-        measured = SereConfig()
-        object.__setattr__(measured, "threshold", "q0.2")
-        with pytest.raises(ConfigError, match=r"threshold='q0\.2' is for"):
-            sere_compile.rewrite(symbolic_trace(_Indexed()), config=measured)
 
     def test_no_selection(self):
         """A program without any top-k says so."""

@@ -359,8 +359,8 @@ def test_load_of_a_torch_file_names_from_reference(tmp_path, suffix, zipped):
 
 def test_load_of_a_newer_format(tmp_path):
     """A later library's file is refused with the version that wrote it, not misread."""
-    write_profile(tmp_path / "p", format_version="2")
-    with pytest.raises(ProfileError, match=r"version 2, written by sere-compile 9\.9.*reads up to 1: upgrade"):
+    write_profile(tmp_path / "p", format_version="3")
+    with pytest.raises(ProfileError, match=r"version 3, written by sere-compile 9\.9.*reads up to 2: upgrade"):
         SimilarityProfile.load(tmp_path / "p")
 
 
@@ -461,7 +461,7 @@ def test_attach_sees_through_torch_compile(mixtral, compiled, prefix):
 def test_attach_takes_a_model_on_the_meta_device(monkeypatch):
     """Profiles are checked against models that are not loaded yet; the matrix itself has data."""
     given_ = []
-    monkeypatch.setattr(binding, "assign", lambda weight, name, value, source: given_.append(value))
+    monkeypatch.setattr(binding, "assign", lambda weight, name, value, source, projection: given_.append(value))
     profile = SimilarityProfile(matrices())
     with torch.device("meta"):
         model = build("Mixtral", device="meta")
@@ -566,4 +566,4 @@ def test_library_version_has_a_fallback(monkeypatch):
         raise profile_file.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(profile_file.importlib.metadata, "version", missing)
-    assert profile_file._library_version() == "unknown"
+    assert profile_file.library_version() == "unknown"

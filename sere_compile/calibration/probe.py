@@ -7,6 +7,7 @@ of a token at weight 1 and other experts behind it at weight 0, which leaves e's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,26 @@ MODULE_ROWS = 512
 Dispatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Probed:
+    """How alike a gate's experts are, float32 [E, E] each.
+
+    Attributes:
+        similarity: 1 - d / max d with d the Frobenius distance of the outputs, SERE (arXiv 2602.07616).
+        projection: <A_u, A_v> / <A_v, A_v>, the scale of expert v that comes closest to u.
+    """
+
+    similarity: torch.Tensor
+    projection: torch.Tensor
+
+
 def probe_similarity(dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device) -> torch.Tensor:
-    """Frobenius similarity of a gate's experts on `PROBE_TOKENS` random tokens.
+    """The similarity alone, see `probe_experts`."""
+    return probe_experts(dispatch, rows, num_experts, top_k, device).similarity
+
+
+def probe_experts(dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device) -> Probed:
+    """Compare a gate's experts on `PROBE_TOKENS` random tokens.
 
     Args:
         dispatch: runs `rows` rows at once, each with ids and weights of its own.
@@ -35,9 +54,6 @@ def probe_similarity(dispatch: Dispatch, rows: int, num_experts: int, top_k: int
         num_experts: E.
         top_k: K, at most E.
         device: of ids and weights.
-
-    Returns:
-        float32 [E, E]: 1 - d / max d with d the Frobenius distance of the outputs, SERE (arXiv 2602.07616).
 
     Raises:
         ProbeError: an expert gives NaN or infinity on normally distributed hidden states.
@@ -61,7 +77,7 @@ def probe_similarity(dispatch: Dispatch, rows: int, num_experts: int, top_k: int
         accumulator = FrobeniusAccumulator(num_experts)
         assert outputs is not None
         accumulator.update(outputs)
-        return accumulator.similarity().to(torch.float32)
+        return Probed(accumulator.similarity(), accumulator.projection())
 
 
 def module_dispatch(experts: Experts, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Dispatch:

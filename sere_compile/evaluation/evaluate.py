@@ -20,6 +20,7 @@ from .. import binding
 from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity import SimilarityProfile
+from ..threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 from .routing import GateCall, RoutedModel
 from .rules import Reroute, RoutingBatch, Rule, active_experts
 
@@ -99,35 +100,47 @@ def evaluate(
         ConfigError: an unknown option or a bad value.
         EvaluationError: no profile, or what `evaluate_rules` raises.
     """
-    rule = ConfiguredRule(SereConfig().replace(**options), profile or _attached_matrices(model))
+    matrices, scale = (profile, profile.projections) if profile is not None else _attached_matrices(model)
+    rule = ConfiguredRule(SereConfig().replace(**options), matrices, scale)
     results = evaluate_rules(model, tokens, {"sere": rule}, decode_batch=decode_batch, attention_mask=attention_mask)
     return results["sere"]
 
 
 @dataclass(frozen=True)
 class ConfiguredRule:
-    """What the backend does with these options, as a rule."""
+    """What the backend does with these options, as a rule; `projections` for `substitution="projection"`."""
 
     config: SereConfig
     similarity: Mapping[str, torch.Tensor]
+    projections: Mapping[str, torch.Tensor] | None = None
 
     def __call__(self, batch: RoutingBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule`."""
         if batch.name not in self.similarity:
             raise EvaluationError(f"the profile has no matrix for the gate {batch.name}")
-        config, top_k = self.config, batch.ids.shape[-1]
+        config, top_k = self.config.for_gate(batch.name), batch.ids.shape[-1]
         if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
             return batch.ids, batch.weights
         select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
-        return Reroute(self.similarity, select, config.threshold, least, config.max_active)(batch)
+        matrix, threshold = self.similarity[batch.name], config.threshold
+        if isinstance(threshold, str):
+            matrix, threshold = ranked(matrix, resolve_threshold(threshold, matrix)), RANKED_THRESHOLD
+        scale = self.projections if config.substitution == "projection" else None
+        if config.substitution == "projection" and batch.name not in (scale or {}):
+            raise EvaluationError(
+                f'substitution="projection": the profile has no projection coefficients for {batch.name}; profiles of '
+                "sere_compile.calibrate have them"
+            )
+        return Reroute({batch.name: matrix}, select, threshold, least, config.max_active, scale)(batch)
 
 
-def _attached_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
+def _attached_matrices(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     entries = {name: binding.lookup(parameter) for name, parameter in model.named_parameters()}
-    found = {name: entry.matrix for name, entry in entries.items() if entry is not None and entry.matrix is not None}
-    if not found:
+    bound = {name: entry for name, entry in entries.items() if entry is not None and entry.matrix is not None}
+    if not bound:
         raise EvaluationError("no similarity profile: pass profile=, or attach one with sere_compile.attach")
-    return found
+    matrices = {name: entry.matrix for name, entry in bound.items() if entry.matrix is not None}
+    return matrices, {name: entry.projection for name, entry in bound.items() if entry.projection is not None}
 
 
 def evaluate_rules(

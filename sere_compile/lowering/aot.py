@@ -189,12 +189,10 @@ def _export_hint(model: torch.nn.Module) -> str:
 def _attached_profile(model: torch.nn.Module) -> SimilarityProfile | None:
     """What `sere_compile.attach` gave the model, under the names the parameters have in `model`."""
     entries = {name: binding.lookup(parameter) for name, parameter in model.named_parameters()}
-    matrices = {
-        name: entry.matrix
-        for name, entry in entries.items()
-        if entry is not None and entry.from_profile and entry.matrix is not None
-    }
-    return SimilarityProfile(matrices) if matrices else None
+    attached = {name: e for name, e in entries.items() if e is not None and e.from_profile and e.matrix is not None}
+    matrices = {name: entry.matrix for name, entry in attached.items() if entry.matrix is not None}
+    projections = {name: entry.projection for name, entry in attached.items() if entry.projection is not None}
+    return SimilarityProfile(matrices, None, projections or None) if matrices else None
 
 
 def _check_profile(profile: SimilarityProfile, program: ExportedProgram) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sere_compile.passes import RoutingSettings, Skip, find_gates, rewrite_gate
-from sere_compile.testing import reroute_oracle
+from sere_compile.testing import projection_oracle, reroute_oracle
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 10, 6, 8, 3
 
@@ -185,12 +185,18 @@ def weighted_sum(block, x, ids, weights):
     return y
 
 
-def expected(block, x, matrix, select_top_k):
-    """What SERE defines: new ids, the old weights. A block that asks for no order is asked for one."""
+def expected(block, x, matrix, select_top_k, coefficients=None):
+    """What SERE defines: new ids, the old weights. A block that asks for no order is asked for one.
+
+    With projection coefficients the weights of slots that moved are scaled by them.
+    """
     block.ranked, before = True, getattr(block, "ranked", None)
     ids, weights = block.route(x)
     block.ranked = before
-    return weighted_sum(block, x, reroute_oracle(ids, matrix, select_top_k), weights)
+    new_ids = reroute_oracle(ids, matrix, select_top_k)
+    if coefficients is not None:
+        weights = projection_oracle(weights, ids, new_ids, coefficients)
+    return weighted_sum(block, x, new_ids, weights)
 
 
 def from_dynamo(module, *inputs, **options):
@@ -230,19 +236,25 @@ def one_gate(graph):
     return found.gates[0]
 
 
-def add_matrix(graph, matrix):
+def add_matrix(graph, matrix, name="similarity"):
     """The matrix as an attribute ahead of everything."""
-    graph.register_buffer("similarity", matrix)
+    graph.register_buffer(name, matrix)
     first = next(node for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr"))
     with graph.graph.inserting_before(first):
-        return graph.graph.get_attr("similarity")
+        return graph.graph.get_attr(name)
 
 
-def reroute(graph, matrix=None, select_top_k=1, gate=None):
+def projection(experts: int = EXPERTS, seed: int = 3) -> torch.Tensor:
+    """Random coefficients [E, E] with ones on the diagonal."""
+    return similarity(experts, seed).fill_diagonal_(1.0)
+
+
+def reroute(graph, matrix=None, select_top_k=1, gate=None, coefficients=None):
     """Rewrite the only gate; the graph is checked and ready to run."""
     gate = gate or one_gate(graph)
     matrix = similarity(gate.num_experts) if matrix is None else matrix
-    done = rewrite_gate(gate, add_matrix(graph, matrix), RoutingSettings(select_top_k))
+    scale = None if coefficients is None else add_matrix(graph, coefficients, "projection")
+    done = rewrite_gate(gate, add_matrix(graph, matrix), RoutingSettings(select_top_k), scale)
     assert not isinstance(done, Skip), f"{done.node}: {done}"
     graph.graph.lint()
     graph.recompile()

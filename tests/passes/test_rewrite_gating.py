@@ -28,6 +28,7 @@ from .moe_modules import (
     from_dynamo,
     from_export,
     one_gate,
+    projection,
     reroute,
     rows,
     run,
@@ -61,6 +62,24 @@ class TestNumbers:
         done = reroute(graph, select_top_k=select_top_k)
         assert done.merged == (block in DUPLICATE_UNSAFE)
         torch.testing.assert_close(run(graph, x), expected(module, x, similarity(), select_top_k), rtol=1e-5, atol=1e-5)
+
+    def test_projection_scales_what_moved(self, block, tracer):
+        """With coefficients the weight of a slot that goes from u to v is w * a[u, v], merged or not."""
+        module, x, coefficients = block(), rows(), projection()
+        graph = TRACERS[tracer](module, x)
+        reroute(graph, coefficients=coefficients)
+        answer = expected(module, x, similarity(), 1, coefficients)
+        torch.testing.assert_close(run(graph, x), answer, rtol=1e-5, atol=1e-5)
+        plain = expected(module, x, similarity(), 1)
+        assert not torch.allclose(plain, answer, atol=1e-3), "the coefficients change nothing"
+
+    def test_projection_onto_itself_changes_no_bit(self, block, tracer):
+        """Where every expert stays, operator and coefficients leave the original bits."""
+        module, x = block(), rows()
+        graph = TRACERS[tracer](module, x)
+        before = run(graph, x)
+        reroute(graph, select_top_k=TOP_K, coefficients=projection())
+        assert torch.equal(run(graph, x), before)
 
     def test_s_equal_k_changes_no_bit(self, block, tracer):
         """With S = K the rewritten graph, operator included, gives the original bits."""

@@ -14,6 +14,7 @@ import torch
 
 from ...errors import ConfigError, GateNotFoundError, SereError
 from ...statistics import GateStats
+from ...threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 from .engine import EngineMismatchError, check_internals, check_modes
 from .matrices import agree, find_profile, match_layers, probe_layer
 from .options import VllmOptions, read_options
@@ -243,11 +244,14 @@ def _hook(runner: Any, matrix: torch.Tensor | None, options: VllmOptions, state:
     if select_top_k >= top_k or matrix is None:
         log.info("SERE: %s is not re-routed: S = K = %d", runner.layer_name, top_k)
         return None
+    threshold = options.config.threshold
+    if isinstance(threshold, str):
+        matrix, threshold = ranked(matrix, resolve_threshold(threshold, matrix)), RANKED_THRESHOLD
     return RoutingHook(
         runner.router,
         matrix.to(state.active.device),
         select_top_k,
-        options.config.threshold,
+        threshold,
         options.config.resolved_min_active(top_k),
         state,
         mask_padding=not runner.moe_config.is_sequence_parallel,
