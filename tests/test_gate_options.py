@@ -31,6 +31,7 @@ def fresh_dynamo():
 def qwen():
     """A model of two layers, its profile with random projections, and token ids."""
     model = build("qwen3_moe")
+    model.config.use_cache = False  # caches cannot be exported
     plain = random_profile(model)
     generator = torch.Generator().manual_seed(5)
     projections = {name: torch.randn(matrix.shape, generator=generator) for name, matrix in plain.items()}
@@ -202,7 +203,6 @@ class TestProjection:
         """An exported program has both matrices as buffers and the numbers of the backend."""
         model, profile, ids = qwen
         shapes = {"input_ids": {0: torch.export.Dim("batch", min=2)}} if dynamic else None
-        model.config.use_cache = False
         with torch.no_grad():
             program = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=shapes)
         config = SereConfig(select_top_k=1, substitution="projection", threshold="q0.4")
