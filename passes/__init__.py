@@ -18,6 +18,7 @@ from .find_gates import Findings, find_gates
 from .fuse_router import fuse_router
 from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .lower_experts import MAX_TOKENS, ExpertLayer, lower_experts
+from .norm_scale import NormScale, find_norm_scale
 from .rewrite_gating import Rewrite, RoutingSettings, rewrite_gate
 from .verify_rewrite import verify_rewrite
 
@@ -28,6 +29,7 @@ __all__ = [
     "ExpertLayer",
     "Findings",
     "Gate",
+    "NormScale",
     "Rewrite",
     "RoutingSettings",
     "Skip",
@@ -36,6 +38,7 @@ __all__ = [
     "UseKind",
     "extract_dispatch",
     "find_gates",
+    "find_norm_scale",
     "fuse_router",
     "insert_count",
     "lower_experts",

@@ -4,9 +4,11 @@ compiled = torch.compile(model, backend="sere", options={"select_top_k": 2})
 """
 
 from .backend import SereBackend, sere_backend
+from .calibration.calibrate import calibrate
 from .capture import compile
 from .config import SereConfig
 from .errors import (
+    CalibrationError,
     ConfigError,
     EvaluationError,
     GateNotFoundError,
@@ -25,6 +27,7 @@ from .similarity import SimilarityProfile, attach, detach
 from .statistics import GateStats, reset_stats, stats
 
 __all__ = [
+    "CalibrationError",
     "ConfigError",
     "Evaluation",
     "EvaluationError",
@@ -42,6 +45,7 @@ __all__ = [
     "SereError",
     "SimilarityProfile",
     "attach",
+    "calibrate",
     "compile",
     "detach",
     "evaluate",

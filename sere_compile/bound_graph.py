@@ -10,8 +10,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from . import binding, gate_options, missing_gates
+from .calibration.hidden_states import scale_at
 from .calibration.probe import MODULE_ROWS, PROBE_TOKENS, Probed, module_dispatch, probe_experts, region_dispatch
 from .errors import ProbeError, ProfileError
 from .gate_plan import AppendedInput, GatePlan, attribute
@@ -131,12 +133,15 @@ def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name:
     log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, gate.num_experts)
     warn_of_probing()
     experts = find_experts(weight, gate.num_experts)
+    values = {node: _number(value) for node, value in zip(plan.inputs, arguments, strict=False)}
+
+    def value(node: Node) -> Any:
+        return attribute(plan.graph, node) if node.op == "get_attr" else values[node]
+
     if isinstance(plan.region, DispatchRegion):
-        values = {node: _number(value) for node, value in zip(plan.inputs, arguments, strict=False)}
-        for node in plan.region.inputs:
-            if node.op == "get_attr":
-                values[node] = attribute(plan.graph, node)
-        dispatch, rows = region_dispatch(plan.region, values)
+        values |= {node: value(node) for node in plan.region.inputs if node.op == "get_attr"}
+        scales = [scale_at(node, gate.router_input, name) for node in plan.region.activations]
+        dispatch, rows = region_dispatch(plan.region, values, scales, value)
         # A graph for a small batch takes one run for every few (expert, token) pairs: thousands.
         if experts is None or rows >= PROBE_TOKENS:
             return probe_experts(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
@@ -146,7 +151,8 @@ def _probe(plan: GatePlan, weight: torch.Tensor, arguments: Sequence[Any], name:
             f"experts module stands beside the router. Attach a profile: sere_compile.attach(model, profile)"
         )
     hidden = weight.shape[1] if weight.shape[0] == gate.num_experts else weight.shape[0]
-    dispatch = module_dispatch(experts, hidden, weight.dtype, weight.device)
+    scale = scale_at(gate.router_input, gate.router_input, name)
+    dispatch = module_dispatch(experts, hidden, weight.dtype, weight.device, scale, value)
     return probe_experts(dispatch, MODULE_ROWS, gate.num_experts, gate.top_k, weight.device)
 
 

@@ -99,6 +99,20 @@ def guard_input(node: Node, holds: Callable[[object], bool], text: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def without_own_compile(model: Any) -> Iterator[None]:
+    """Calls of a module that was compiled in place (`model.compile()`) run its own code meanwhile."""
+    own = getattr(model, "_compiled_call_impl", None)
+    if own is None:
+        yield
+        return
+    model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = own
+
+
 def has_graph_break() -> bool:
     """Whether the graph being compiled ends at a graph break; True where Dynamo does not tell."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

@@ -23,6 +23,10 @@ class ProbeError(SereError, RuntimeError):
     """The experts behind a gate could not be run to measure their similarity."""
 
 
+class CalibrationError(SereError, RuntimeError):
+    """Similarity cannot be measured: wrong data, no gate, or experts that cannot be run or give no finite numbers."""
+
+
 class MissingExtraError(SereError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""
 

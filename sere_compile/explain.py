@@ -51,7 +51,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     whole_calls: list[bool] = []
     tokens = observer.set(observe), on_whole_call.set(lambda: whole_calls.append(True))
     try:
-        with limits, capture, torch.no_grad(), _without_own_compile(original):
+        with limits, capture, torch.no_grad(), dynamo.without_own_compile(original):
             torch.compile(original, backend=backend)(*args, **kwargs)
             if not whole_calls and again is not None:
                 for row in _rows_outside(original, *again, seen=tuple(rows.values())):
@@ -99,17 +99,3 @@ def _hint(rows: tuple[GateRow, ...]) -> str:
     if rows:
         return "No selection above is an MoE gate that a graph shows."
     return "No graph held a top-k selection. Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"
-
-
-@contextlib.contextmanager
-def _without_own_compile(model: Any) -> Iterator[None]:
-    """Calls of a module that was compiled in place (`model.compile()`) run its own code meanwhile."""
-    own = getattr(model, "_compiled_call_impl", None)
-    if own is None:
-        yield
-        return
-    model._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = own

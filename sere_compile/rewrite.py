@@ -14,13 +14,14 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import GraphModule, Node
 
 from . import gate_options
+from .calibration.hidden_states import scale_at
 from .calibration.probe import MODULE_ROWS, Dispatch, Probed, module_dispatch, probe_experts, region_dispatch
 from .config import SereConfig
 from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
 from .gate_plan import routing_settings
 from .missing_gates import describe_nearest_miss
 from .module_tree import find_experts
-from .passes import Gate, Skip, extract_dispatch, find_gates, nodes, rewrite_gate, verify_rewrite
+from .passes import Gate, NormScale, Skip, extract_dispatch, find_gates, nodes, rewrite_gate, verify_rewrite
 from .similarity import SimilarityProfile
 from .threshold import ranked, resolve_threshold
 
@@ -176,7 +177,8 @@ def _probe(gate: Gate, name: str, weight: torch.Tensor, program: _Program) -> Pr
                 "there"
             )
         hidden = weight.shape[1] if weight.shape[0] == gate.num_experts else weight.shape[0]
-        found = module_dispatch(experts, hidden, weight.dtype, weight.device), MODULE_ROWS
+        scale = _scale(gate.router_input, gate, program)
+        found = module_dispatch(experts, hidden, weight.dtype, weight.device, scale, program.value), MODULE_ROWS
     dispatch, rows = found
     return probe_experts(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
 
@@ -192,7 +194,14 @@ def _dispatch_of_graph(gate: Gate, program: _Program) -> tuple[Dispatch, int] | 
     sizes = [size for node in (region.ids, *region.activations) for size in nodes.shape(node) or ()]
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return "their dispatch is traced for any number of tokens"
-    return region_dispatch(region, {node: program.value(node) for node in region.inputs})
+    scales = [_scale(node, gate, program) for node in region.activations]
+    return region_dispatch(region, {node: program.value(node) for node in region.inputs}, scales, program.value)
+
+
+def _scale(read: Node, gate: Gate, program: _Program) -> NormScale:
+    """The scale of the hidden states that a gate's experts read, as far as the program holds it."""
+    found = scale_at(read, gate.router_input, program.weight_name(gate))
+    return found if all(program.holds(node) for node in found.parameters) else NormScale()
 
 
 class _Program:

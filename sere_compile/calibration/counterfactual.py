@@ -10,6 +10,7 @@ number of rows; it is used where it is all there is, or where it gives what the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -68,7 +69,12 @@ class CounterfactualExperts:
 
 
 def of_region(
-    region: DispatchRegion, ids: torch.Tensor, weights_dtype: torch.dtype, inputs: Sequence, activations: Sequence
+    region: DispatchRegion,
+    ids: torch.Tensor,
+    weights_dtype: torch.dtype,
+    inputs: Sequence[Any],
+    activations: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor] | None = None,
 ) -> CounterfactualExperts:
     """The region on the tensors of one forward.
 
@@ -78,15 +84,17 @@ def of_region(
         weights_dtype: of the routing weights.
         inputs: the tensors and sizes behind `region.inputs`.
         activations: the tensors behind `region.activations`; their rows are tokens, or K equal ones a token.
+        tables: rows [N, H] for each activation to choose from in their place.
     """
     rows, slots = ids.numel() // ids.shape[-1], ids.shape[-1]
     copies = [_rows_a_token(tensor, rows, region) for tensor in activations]
-    tables = [a.reshape(rows, c, -1)[:, 0] for a, c in zip(activations, copies, strict=True)]
+    own = [a.reshape(rows, count, -1)[:, 0] for a, count in zip(activations, copies, strict=True)]
+    chosen_from = own if tables is None else tables
 
     def dispatch(token: torch.Tensor, new_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         chosen = [
             table[token].repeat_interleave(count, dim=0).reshape(tensor.shape)
-            for table, count, tensor in zip(tables, copies, activations, strict=True)
+            for table, count, tensor in zip(chosen_from, copies, activations, strict=True)
         ]
         new_ids = new_ids.to(ids.dtype).reshape(ids.shape)
         result = region.module(new_ids, weights.to(weights_dtype).reshape(ids.shape), *inputs, *chosen)

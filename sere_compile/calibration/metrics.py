@@ -37,6 +37,12 @@ class SimilarityAccumulator(Protocol):
     def similarity(self) -> torch.Tensor:
         """The `[E, E]` float32 similarity over all tokens so far: symmetric, ones on the diagonal."""
 
+    def sums(self) -> torch.Tensor | None:
+        """The `[E, E]` float64 sums that it keeps, None before the first outputs; with `num_tokens` all it knows."""
+
+    def restore(self, sums: torch.Tensor | None, num_tokens: int) -> None:
+        """Go on from what `sums` and `num_tokens` were."""
+
 
 class _GramAccumulator:
     """Sums `sum_t <A_p[t], A_q[t]>` over tokens into an `[E, E]` float64 Gram matrix.
@@ -68,8 +74,16 @@ class _GramAccumulator:
         for chunk in self._chunks(outputs.detach()):
             rows = self._prepare(chunk.double()).flatten(1)
             # Not in place: batches may come from inside and from outside inference mode.
-            self._gram = self._gram + (rows @ rows.T).to(self._gram.device)
+            self._gram = self._gram.to(rows.device) + rows @ rows.T
         self.num_tokens += outputs.shape[1]
+
+    def sums(self) -> torch.Tensor | None:
+        """See `SimilarityAccumulator`. The tensor is never written to: an update makes a new one."""
+        return self._gram
+
+    def restore(self, sums: torch.Tensor | None, num_tokens: int) -> None:
+        """See `SimilarityAccumulator`."""
+        self._gram, self.num_tokens = sums, num_tokens
 
     def _chunks(self, outputs: torch.Tensor) -> Iterator[torch.Tensor]:
         experts, _, width = outputs.shape
@@ -195,7 +209,7 @@ class CkaAccumulator:
         if tokens < 2:
             return
         hsic = self._batch_hsic(outputs.detach()) * (tokens / (tokens - 1) ** 2)
-        self._hsic = hsic if self._hsic is None else self._hsic + hsic.to(self._hsic.device)
+        self._hsic = hsic if self._hsic is None else self._hsic.to(hsic.device) + hsic
         self.num_tokens += tokens
 
     def similarity(self) -> torch.Tensor:
@@ -208,6 +222,14 @@ class CkaAccumulator:
             raise ProbeError("CkaAccumulator has seen no batch of two or more tokens; call update() first")
         roots = self._hsic.diagonal().sqrt()
         return _finished((self._hsic / _or_one(roots[:, None] * roots[None, :])).clamp(0, 1))
+
+    def sums(self) -> torch.Tensor | None:
+        """See `SimilarityAccumulator`. The tensor is never written to: an update makes a new one."""
+        return self._hsic
+
+    def restore(self, sums: torch.Tensor | None, num_tokens: int) -> None:
+        """See `SimilarityAccumulator`."""
+        self._hsic, self.num_tokens = sums, num_tokens
 
     def _batch_hsic(self, outputs: torch.Tensor) -> torch.Tensor:
         """`tr(K_p C K_q C)` for all pairs, [E, E], from a block of rows of every kernel matrix at a time."""

@@ -6,7 +6,7 @@ of a token at weight 1 and other experts behind it at weight 0, which leaves e's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,15 @@ from torch.fx import Node
 
 from ..errors import ProbeError
 from ..module_tree import Experts
-from ..passes import DispatchRegion, nodes
+from ..passes import DispatchRegion, NormScale, nodes
+from .counterfactual import CounterfactualExperts, Dispatch
+from .hidden_states import draw
 from .metrics import FrobeniusAccumulator
 
 PROBE_TOKENS = 64
 PROBE_SEED = 0
 # Rows of one run of an experts module; each gathers K copies of expert weights under "batched_mm".
 MODULE_ROWS = 512
-
-# (token number of each row [R], ids [R, K], weights [R, K] float32) -> outputs [R, H]
-Dispatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,38 +59,42 @@ def probe_experts(dispatch: Dispatch, rows: int, num_experts: int, top_k: int, d
     """
     if top_k > num_experts:
         raise ProbeError(f"a gate that selects {top_k} of {num_experts} experts cannot be probed")
-    outputs: torch.Tensor | None = None
     with torch.inference_mode(False), torch.no_grad():
-        weights = torch.zeros(rows, top_k, device=device)
-        weights[:, 0] = 1
-        slots = torch.arange(top_k, device=device)
-        pairs = num_experts * PROBE_TOKENS
-        for start in range(0, pairs, rows):
-            pair = torch.arange(start, start + rows, device=device) % pairs
-            expert, token = pair // PROBE_TOKENS, pair % PROBE_TOKENS
-            # Distinct experts in a token: some dispatches lose a slot when one is named twice.
-            result = dispatch(token, (expert[:, None] + slots) % num_experts, weights)
-            if outputs is None:
-                outputs = result.new_empty(num_experts, PROBE_TOKENS, result.shape[-1])
-            outputs[expert, token] = result.to(outputs.dtype)
+        experts = CounterfactualExperts(dispatch, rows, top_k)
         accumulator = FrobeniusAccumulator(num_experts)
-        assert outputs is not None
-        accumulator.update(outputs)
+        accumulator.update(experts.outputs(torch.arange(PROBE_TOKENS, device=device), num_experts))
         return Probed(accumulator.similarity(), accumulator.projection())
 
 
-def module_dispatch(experts: Experts, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Dispatch:
-    """The dispatch of an experts module that takes (hidden [T, H], ids [T, K], weights [T, K])."""
-    table = _hidden_states(hidden_size, 0, dtype, device)
+def module_dispatch(
+    experts: Experts,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: NormScale | None = None,
+    value: Callable[[Node], Any] = lambda node: None,
+) -> Dispatch:
+    """The dispatch of an experts module that takes (hidden [T, H], ids [T, K], weights [T, K]).
+
+    `scale` and `value` are those of `hidden_states.draw`.
+    """
+    table = draw(PROBE_TOKENS, hidden_size, PROBE_SEED, dtype, device, scale, value)
     return lambda token, ids, weights: experts(table[token], ids, weights.to(dtype))
 
 
-def region_dispatch(region: DispatchRegion, values: Mapping[Node, Any]) -> tuple[Dispatch, int]:
+def region_dispatch(
+    region: DispatchRegion,
+    values: Mapping[Node, Any],
+    scales: Sequence[NormScale] | None = None,
+    value: Callable[[Node], Any] = lambda node: None,
+) -> tuple[Dispatch, int]:
     """The dispatch of a traced region, and how many rows one run of it takes.
 
     Args:
         region: from `passes.extract_dispatch`.
         values: what a call of the graph passed, for each graph input: tensors, and ints for symbolic sizes.
+        scales: for each of the region's activations, see `hidden_states.draw`.
+        value: see there.
     """
     symbols = {_fake(node).node.expr: int(v) for node, v in values.items() if isinstance(_fake(node), torch.SymInt)}
     inputs = [values[node] for node in region.inputs]
@@ -103,7 +106,7 @@ def region_dispatch(region: DispatchRegion, values: Mapping[Node, Any]) -> tuple
     rows = int(torch.Size(ids_shape[:-1]).numel())
     shapes = [_concrete_shape(node, symbols) for node in region.activations]
     tables = [
-        _hidden_states(shape[-1], i, _fake(node).dtype, device)
+        draw(PROBE_TOKENS, shape[-1], PROBE_SEED + i, _fake(node).dtype, device, scales[i] if scales else None, value)
         for i, (node, shape) in enumerate(zip(region.activations, shapes, strict=True))
     ]
 
@@ -125,12 +128,6 @@ def _concrete_shape(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...]:
     """Sizes as numbers, without asking the tracer's symbols: that would specialise the graph being compiled."""
     sizes = _fake(node).shape
     return tuple(int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size for size in sizes)
-
-
-def _hidden_states(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[PROBE_TOKENS, size] standard normal: what a normalisation layer without gain hands to its experts."""
-    generator = torch.Generator().manual_seed(PROBE_SEED + seed)
-    return torch.randn(PROBE_TOKENS, size, generator=generator).to(device=device, dtype=dtype)
 
 
 def _spread(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,206 @@
+"""Run a model and see, at each of its gates, what every expert would give for the tokens that arrive there.
+
+The model is compiled with a backend that leaves Dynamo's graphs as they are, but for one call in front of each gate's
+dispatch. Where the experts run outside the graph (loops that Dynamo does not capture), the module beside the router
+stands in for them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from .. import dynamo
+from ..config import SereConfig
+from ..errors import CalibrationError
+from ..gate_plan import GatePlan, experts_are_live, plan_gate, refuse_shared_routers
+from ..module_tree import Experts, find_experts
+from ..passes import DispatchRegion, NormScale, UseKind, find_gates, nodes
+from ..report import SKIPPED
+from .counterfactual import CounterfactualExperts, agree, of_module, of_region
+from .hidden_states import draw, scale_at
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What arrived at one gate in one forward.
+
+    Attributes:
+        name: of the router's weight.
+        num_experts: E.
+        tokens: T.
+        device: where it runs.
+        experts: gives the outputs of all experts for chosen tokens.
+    """
+
+    name: str
+    num_experts: int
+    tokens: int
+    device: torch.device
+    experts: CounterfactualExperts
+
+
+class ObservedModel:
+    """A model that reports to `see` what arrives at its gates.
+
+    Args:
+        model: an nn.Module, compiled or not.
+        see: called at each gate that runs.
+        drawn: None; or how many hidden states to put in the place of those that arrive, at the scale of the norm in
+            front of the gate, and the seed to draw them with.
+    """
+
+    def __init__(self, model: nn.Module, see: Callable[[Arrival], None], drawn: tuple[int, int] | None = None) -> None:
+        self.model = getattr(model, "_orig_mod", model)
+        self.see, self.drawn = see, drawn
+        self.refused: list[str] = []
+        self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self._compiled = torch.compile(self.model, backend=self._compile)
+        self._fast: dict[int, bool] = {}
+        self._modules: dict[int, Experts | None] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Run the model, without gradients."""
+        # A compile of its own must not run into the limit that other compiles of the same code count against.
+        limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+        with limits, torch.no_grad(), dynamo.without_own_compile(self.model):
+            self._compiled(*args, **kwargs)
+
+    def _compile(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = dynamo.copy_graph(module)
+        findings = find_gates(graph, experts_are_live(graph, inputs))
+        plans = [plan_gate(gate, SereConfig(), graph) for gate in findings.gates]
+        refuse_shared_routers(plans)
+        for plan in plans:
+            if plan.status == SKIPPED:
+                self.refused.append(f"{plan.fallback_name}: {plan.reason}")
+            else:
+                self._insert(plan)
+        graph.graph.lint()
+        graph.recompile()
+        return graph.forward
+
+    def _insert(self, plan: GatePlan) -> None:
+        region = plan.region if isinstance(plan.region, DispatchRegion) else None
+        inputs, activations = (region.inputs, region.activations) if region is not None else ((), ())
+        read = (*activations, plan.gate.router_input) if self.drawn is not None else ()
+        scales = tuple(scale_at(node, plan.gate.router_input, plan.fallback_name) for node in read)
+        norms = tuple(dict.fromkeys(node for scale in scales for node in scale.parameters))
+        arguments = (plan.gate.router_weight, plan.gate.router_input, plan.gate.ids, inputs, activations, norms)
+        call = _Arrive(self, plan, region, scales, norms)
+        with plan.graph.graph.inserting_after(max(plan.gate.ids, plan.gate.router_input, *activations, *norms)):
+            plan.graph.graph.call_function(call, arguments)
+
+    def name(self, weight: torch.Tensor, fallback: str) -> str:
+        """The name of a router's weight in the model."""
+        return self._names.get(id(weight), fallback)
+
+    def module_beside(self, weight: torch.Tensor, num_experts: int) -> Experts | None:
+        """The experts module beside a router; looked for once, which scans the heap."""
+        if id(weight) not in self._modules:
+            self._modules[id(weight)] = find_experts(weight, num_experts)
+        return self._modules[id(weight)]
+
+    def is_fast(self, weight: torch.Tensor, decide: Callable[[], bool]) -> bool:
+        """Whether a gate's experts run with one slot a row; decided at its first tokens."""
+        if id(weight) not in self._fast:
+            self._fast[id(weight)] = decide()
+        return self._fast[id(weight)]
+
+
+class _Arrive:
+    """The function that a graph calls at one gate."""
+
+    def __init__(
+        self,
+        observed: ObservedModel,
+        plan: GatePlan,
+        region: DispatchRegion | None,
+        scales: tuple[NormScale, ...],
+        norms: tuple[Node, ...],
+    ) -> None:
+        self.__name__ = self.__qualname__ = "tokens_arrive"
+        self.observed, self.plan, self.region, self.scales, self.norms = observed, plan, region, scales, norms
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        inputs: Sequence[Any],
+        activations: Sequence[torch.Tensor],
+        norms: Sequence[torch.Tensor],
+    ) -> None:
+        gate = self.plan.gate
+        name = self.observed.name(weight, self.plan.fallback_name)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        tables: list[torch.Tensor] | None = None
+        if self.observed.drawn is not None:
+            value = dict(zip(self.norms, norms, strict=True)).__getitem__
+            count, seed = self.observed.drawn
+            drawn = [
+                draw(count, tensor.shape[-1], seed + i, tensor.dtype, tensor.device, scale, value)
+                for i, (scale, tensor) in enumerate(zip(self.scales, (*activations, hidden), strict=True))
+            ]
+            tables, rows = drawn[:-1], drawn[-1]
+        experts = self._experts(name, weight, rows, ids, inputs, activations, tables)
+        self.observed.see(Arrival(name, gate.num_experts, len(rows), ids.device, experts))
+
+    def _experts(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        inputs: Sequence[Any],
+        activations: Sequence[torch.Tensor],
+        tables: Sequence[torch.Tensor] | None,
+    ) -> CounterfactualExperts:
+        """The quickest dispatch that gives the right numbers."""
+        gate, top_k = self.plan.gate, self.plan.gate.top_k
+        sure: CounterfactualExperts | None = None
+        if self.region is not None:
+            dtype = nodes.value(self.region.weights).dtype
+            sure = of_region(self.region, ids, dtype, inputs, activations, tables)
+        module = self.observed.module_beside(weight, gate.num_experts)
+        if module is None:
+            if sure is None:
+                raise CalibrationError(
+                    f"the experts of {name} cannot be run: {self.plan.region}, and no experts module stands beside the "
+                    "router"
+                )
+            return sure
+        # Only weights that are gathered by slot are copied for each row.
+        size = _expert_bytes(module, gate.num_experts)
+        copied = size if any(use.kind is UseKind.EXPERT_INDEX for use in gate.dispatch_uses) else 0
+        one_slot = of_module(module, rows, 1, copied)
+        sure = sure or of_module(module, rows, top_k, copied)
+        tokens = torch.arange(min(2, len(rows)), device=rows.device)
+        reference = sure
+
+        def decide() -> bool:
+            try:
+                return agree(reference, one_slot, tokens, gate.num_experts)
+            except (RuntimeError, IndexError, TypeError) as error:
+                log.debug("%s: its experts take no single slot: %s", name, error)
+                return False
+
+        fast = self.observed.is_fast(weight, decide)
+        log.debug("%s: experts run by %s", name, "module, one slot a row" if fast else "its own dispatch")
+        return one_slot if fast else sure
+
+
+def _expert_bytes(module: Any, num_experts: int) -> int:
+    """Size of one expert's weights."""
+    owner = module if isinstance(module, nn.Module) else getattr(module, "experts", None)
+    if owner is None:
+        return 0
+    return sum(p.numel() * p.element_size() for p in owner.parameters()) // num_experts
