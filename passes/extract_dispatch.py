@@ -146,7 +146,7 @@ def _role(node: Node, gate: Gate, behind: set[Node]) -> str:
         return "activation" if _varies_by_token(node, gate.ids) else "input"
     # What repeats or reshapes rows belongs to the dispatch; the rows themselves come from outside.
     rearranges = nodes.kind(node) in _REARRANGING
-    if node in behind or rearranges or not nodes.is_tensor(node) or not node.all_input_nodes:
+    if node in behind or rearranges or not nodes.is_tensor(node) or not any(map(nodes.is_tensor, node.all_input_nodes)):
         return "inside"
     return "activation"
 

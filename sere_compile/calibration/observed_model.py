@@ -146,9 +146,10 @@ class _Arrive:
         if self.observed.drawn is not None:
             value = dict(zip(self.norms, norms, strict=True)).__getitem__
             count, seed = self.observed.drawn
+            # One seed for all: what the dispatch and the router read are mostly casts of the same hidden states.
             drawn = [
-                draw(count, tensor.shape[-1], seed + i, tensor.dtype, tensor.device, scale, value)
-                for i, (scale, tensor) in enumerate(zip(self.scales, (*activations, hidden), strict=True))
+                draw(count, tensor.shape[-1], seed, tensor.dtype, tensor.device, scale, value)
+                for scale, tensor in zip(self.scales, (*activations, hidden), strict=True)
             ]
             tables, rows = drawn[:-1], drawn[-1]
         experts = self._experts(name, weight, rows, ids, inputs, activations, tables)

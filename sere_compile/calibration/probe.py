@@ -106,8 +106,8 @@ def region_dispatch(
     rows = int(torch.Size(ids_shape[:-1]).numel())
     shapes = [_concrete_shape(node, symbols) for node in region.activations]
     tables = [
-        draw(PROBE_TOKENS, shape[-1], PROBE_SEED + i, _fake(node).dtype, device, scales[i] if scales else None, value)
-        for i, (node, shape) in enumerate(zip(region.activations, shapes, strict=True))
+        draw(PROBE_TOKENS, shape[-1], PROBE_SEED, _fake(node).dtype, device, scale, value)
+        for node, shape, scale in zip(region.activations, shapes, scales or [None] * len(shapes), strict=True)
     ]
 
     def dispatch(token: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
