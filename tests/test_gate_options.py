@@ -148,16 +148,17 @@ class TestProjection:
         finally:
             model.set_experts_implementation("grouped_mm")
 
-    def test_inductor_equals_the_oracle(self):
-        """The gather and the product fuse into the compiled graph."""
-        model = build("mixtral", "batched_mm")
+    def test_compiled_equals_the_oracle(self, device):
+        """Gather and product behind AOTAutograd; on a GPU in Inductor's kernels."""
+        model = build("mixtral", "batched_mm", device=device)
         plain = random_profile(model)
         projections = {name: matrix / 2 for name, matrix in plain.items()}
-        profile, ids = SimilarityProfile(dict(plain), None, projections), tokens()
+        profile, ids = SimilarityProfile(dict(plain), None, projections), tokens(device=device)
         sere_compile.attach(model, profile)
         options = {"projections": projections}
         expected = oracle_logits(model, profile, ids, dict.fromkeys(gate_names(), (1, options)))
-        got = compiled_logits(model, ids, select_top_k=1, substitution="projection", inner="aot_eager")
+        inner = "inductor" if device == "cuda" else "aot_eager"
+        got = compiled_logits(model, ids, select_top_k=1, substitution="projection", inner=inner)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
     def test_s_equal_k_changes_no_bit(self, qwen):
