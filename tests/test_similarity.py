@@ -567,3 +567,58 @@ def test_library_version_has_a_fallback(monkeypatch):
 
     monkeypatch.setattr(profile_file.importlib.metadata, "version", missing)
     assert profile_file.library_version() == "unknown"
+
+
+# Projections
+
+
+def coefficients(names=GATES, experts=E):
+    generator = torch.Generator().manual_seed(9)
+    return {name: torch.randn(experts, experts, generator=generator) for name in names}
+
+
+def test_projections_travel_with_the_profile(tmp_path):
+    """Saved, loaded, compared and attached; they need not be symmetric."""
+    given_ = coefficients()
+    profile = SimilarityProfile(matrices(), {"method": "frobenius"}, given_)
+    profile.save(tmp_path / "p.safetensors")
+    loaded = SimilarityProfile.load(tmp_path / "p.safetensors")
+    assert loaded == profile != SimilarityProfile(matrices())
+    assert list(loaded) == list(loaded.projections) == GATES
+    for name in GATES:
+        assert torch.equal(loaded.projections[name], given_[name])
+        loaded.projections[name].zero_()
+        assert torch.equal(loaded.projection(name), given_[name]), "copies are handed out"
+    assert "with projections" in repr(loaded)
+    model = build("Mixtral")
+    attach(model, loaded)
+    bound = binding.lookup(model.get_parameter(GATES[1])).projection
+    assert torch.equal(bound, given_[GATES[1]].clone().fill_diagonal_(1.0)), "an expert that stays keeps its weight"
+
+
+def test_a_profile_without_projections_is_read_by_earlier_versions(tmp_path):
+    """Only a file that they would misread has the newer format."""
+    SimilarityProfile(matrices()).save(tmp_path / "plain")
+    SimilarityProfile(matrices(), None, coefficients()).save(tmp_path / "both")
+    versions = []
+    for name in ("plain", "both"):
+        with safe_open(tmp_path / name, framework="pt") as file:
+            versions.append(file.metadata()["format_version"])
+    assert versions == ["1", "2"]
+    assert SimilarityProfile.load(tmp_path / "plain").projections is None
+
+
+@pytest.mark.parametrize(
+    ("projections", "message"),
+    [
+        (coefficients(GATES[:2]), "are of different gates: model.layers.2.mlp.gate.weight"),
+        (coefficients(experts=E + 1), r"projections of shape \(9, 9\) beside a matrix of shape \(8, 8\)"),
+        ({name: torch.full((E, E), float("nan")) for name in GATES}, r"\(projection\): .* not finite"),
+        ({name: torch.ones(E, E, dtype=torch.int64) for name in GATES}, "expected a floating-point matrix"),
+        (3, "projections map gate names to matrices, got int"),
+    ],
+)
+def test_projections_are_checked(projections, message):
+    """One for each gate, of its size, finite."""
+    with pytest.raises(ProfileError, match=message):
+        SimilarityProfile(matrices(), None, projections)

@@ -9,6 +9,7 @@ import click
 # Name, and the line that `sere --help` prints: known without importing the file.
 COMMANDS = {
     "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this GPU.",
+    "calibrate": "Measure how alike the experts of every gate are, on text or without any.",
     "demo": "Decode with a small trained model that comes with the package, as it is and re-routed.",
     "eval": "Perplexity, divergence from the original and active experts under re-routing, as decoding sees them.",
     "explain": "Print every gate of a model, what re-routing would do to it, and why not.",

@@ -1,0 +1,60 @@
+"""`sere calibrate`: a similarity profile of a model from text, or from none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..calibration.calibrate import calibrate
+from ..calibration.metrics import CkaAccumulator
+from ..errors import SereError
+from ..evaluation.text import read_texts, token_windows
+from ..integrations.transformers import load_causal_lm
+
+
+@click.command("calibrate")
+@click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
+@click.option("--data", type=click.Path(dir_okay=False), help="Text: .txt, .jsonl, .parquet. Without: data-free.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="File to write, .safetensors.")
+@click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")
+@click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a sequence.")
+@click.option("--sequences", type=click.IntRange(min=1), default=400, show_default=True, help="How many.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences a forward.")
+@click.option("--method", type=click.Choice(["frobenius", "cosine", "cka"]), default="frobenius", show_default=True)
+@click.option(
+    "--kernel", type=click.Choice(CkaAccumulator.KERNELS), default="linear", show_default=True, help="Of CKA."
+)
+@click.option("--chunk", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens compared at once.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn without data.")
+@click.option("--resume", type=click.Path(dir_okay=False), help="File that keeps what was done; goes on from it.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
+def calibrate_command(
+    name: str,
+    data: str | None,
+    out: str,
+    field: str,
+    length: int,
+    sequences: int,
+    batch: int,
+    dtype: str,
+    **options: Any,
+) -> None:
+    """Measure how alike the experts of every gate are, on the same tokens, in one pass."""
+    if not Path(out).absolute().parent.is_dir():
+        raise click.UsageError(f"--out: there is no folder {Path(out).absolute().parent}")
+    if data is None and options["resume"] is not None:
+        raise click.UsageError("--resume is for calibration on --data")
+    try:
+        texts = None if data is None else read_texts(data, field)
+        model, tokenizer = load_causal_lm(name, dtype=dtype)
+        batches = None
+        if texts is not None:
+            rows = token_windows(tokenizer, texts, length, sequences)
+            batches = [{"input_ids": part} for part in rows.split(batch)]
+        profile = calibrate(model, batches, max_tokens=None if texts is None else length * sequences, **options)
+        profile.save(out)
+    except SereError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{out}: {profile!r}")
