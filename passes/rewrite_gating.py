@@ -151,8 +151,9 @@ def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection
 
     def value(node: Node) -> Any:
         # The matrix may be real, or come from another fake mode than the graph's.
-        foreign = fake is not None and node is projection
-        return fake.new_empty(shape, dtype=torch.float32) if foreign else nodes.value(node)
+        if fake is not None and node is projection:
+            return fake.new_empty(shape, dtype=torch.float32)
+        return nodes.value(node)
 
     def call(target: torch._ops.OpOverload, *arguments: Any, **options: Any) -> Node:
         node = graph.call_function(target, arguments, options)

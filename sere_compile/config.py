@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from .errors import ConfigError
 from .threshold import quantile
@@ -96,7 +96,7 @@ class SereConfig:
         if self.inner == "sere":
             raise ConfigError('inner="sere" would compile with itself; name the backend to compile with after it')
         object.__setattr__(self, "per_gate", _hashable(self.per_gate))
-        for pattern, options in self.per_gate:
+        for pattern, options in self.gates:
             _check_per_gate(self, pattern, dict(options))
 
     def replace(self, **options: Any) -> SereConfig:
@@ -106,11 +106,16 @@ class SereConfig:
             raise unknown_option(unknown[0], option_names())
         return dataclasses.replace(self, **options)
 
+    @property
+    def gates(self) -> PerGate:
+        """`per_gate` in the form in which it is kept."""
+        return cast(PerGate, self.per_gate)
+
     def for_gate(self, name: str) -> SereConfig:
         """The options of the gate whose router weight has this name."""
         options: dict[str, Any] = {}
-        for pattern, own in self.per_gate:
-            if fnmatch.fnmatchcase(name, pattern):  # type: ignore[type-var]
+        for pattern, own in self.gates:
+            if fnmatch.fnmatchcase(name, pattern):
                 options.update(own)
         return self._without_gates(options)
 

@@ -68,7 +68,7 @@ def tell_unknown(config: SereConfig, names: Iterable[str], where: str) -> None:
         ConfigError: with strict=True.
     """
     names = list(names)
-    unknown = [p for p, _ in config.per_gate if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+    unknown = [p for p, _ in config.gates if not any(fnmatch.fnmatchcase(name, p) for name in names)]
     if not unknown:
         return
     text = f"per_gate: no gate of {where} matches {', '.join(map(repr, unknown))}; gates are named like {names[0]}"

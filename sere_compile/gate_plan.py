@@ -111,7 +111,7 @@ def plan_gate(gate: Gate, config: SereConfig, graph: GraphModule, example_inputs
     constant = None if lifted else attribute(graph, gate.router_weight)
     name, own = dynamo.input_name(gate.router_weight), config
     if config.per_gate:
-        weight = example_inputs[position] if position is not None else constant
+        weight: torch.Tensor = example_inputs[position] if position is not None else constant  # type: ignore[assignment]
         gate_options.tell_unknown_of_model(config, weight, gate.num_experts)
         own = gate_options.config_of(config, weight, name)
         gate_options.guard(config, own, gate.router_weight, name)

@@ -248,7 +248,7 @@ class _Program:
     def add_buffer(self, matrix: torch.Tensor, kind: str) -> Node:
         """A graph input or attribute that holds the matrix, ahead of every computation."""
         graph = self.module.graph
-        name = f"sere_{kind}_{len(self._buffers)}"
+        name = f"sere_{kind}_{sum(known.startswith(f'sere_{kind}_') for known, _ in self._buffers.values())}"
         if self._exported is None:
             self.module.register_buffer(name, matrix)
             with graph.inserting_before(next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))):

@@ -197,8 +197,8 @@ class _Calibration:
             raise CalibrationError(
                 f"no MoE gate ran in a graph of this model{refused}: see sere_compile.explain(model, ...)"
             )
-        sums = {n: (a.sums(), a.num_tokens) for n, a in self._accumulators.items()}
-        known = {name: (value, count) for name, (value, count) in sums.items() if value is not None}
+        now = {n: (a.sums(), a.num_tokens) for n, a in self._accumulators.items()}
+        known = {name: (value, number) for name, (value, number) in now.items() if value is not None}
         self.done = Progress(self.done.batches + 1, self.done.tokens + self._largest, known)
 
     def profile(self, metadata: Mapping[str, str]) -> SimilarityProfile:

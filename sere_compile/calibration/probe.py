@@ -105,9 +105,10 @@ def region_dispatch(
     device = next((value.device for value in on if hasattr(value, "device")), torch.device("cpu"))
     rows = int(torch.Size(ids_shape[:-1]).numel())
     shapes = [_concrete_shape(node, symbols) for node in region.activations]
+    given: Sequence[NormScale | None] = scales or [None] * len(shapes)
     tables = [
         draw(PROBE_TOKENS, shape[-1], PROBE_SEED, _fake(node).dtype, device, scale, value)
-        for node, shape, scale in zip(region.activations, shapes, scales or [None] * len(shapes), strict=True)
+        for node, shape, scale in zip(region.activations, shapes, given, strict=True)
     ]
 
     def dispatch(token: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
