@@ -358,7 +358,7 @@ def test_experts_of_every_model_inside():
 
 
 def test_projection_is_a_gather_and_a_product(tmp_path):
-    """Coefficients are an initializer beside the matrix; the file gives what the oracle gives, for any batch size."""
+    """The file gives what the oracle gives, for any batch size."""
     from sere_compile.testing import projection_oracle, reroute_oracle
 
     plain = small_profile()
@@ -367,8 +367,6 @@ def test_projection_is_a_gather_and_a_product(tmp_path):
     model = SmallMoE().eval()
     config = SereConfig(select_top_k=1, substitution="projection", threshold="q0.25")
     export_small(tmp_path, model, profile=profile, config=config)
-    names = {tensor.name for tensor in onnx.load(tmp_path / "small.onnx").graph.initializer}
-    assert {"sere_similarity_0", "sere_projection_0"} <= names
     for tokens in (5, 9):
         x = hidden_states(tokens, seed=2)
         with torch.no_grad():
