@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from . import binding, dynamo, gate_options
 from .config import SereConfig
 from .errors import GateNotFoundError
-from .module_tree import experts_stand_beside
+from .module_tree import count_experts_beside
 from .passes import (
     COUNTED,
     MAX_TOKENS,
@@ -237,17 +237,18 @@ def too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
     return bool(nodes.value(gate.ids).numel() > max_tokens * gate.top_k)
 
 
-def experts_are_live(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[Node, int], bool]:
+def experts_are_live(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[Node, int], int]:
     """Evidence for ids that leave the graph: experts stand beside the module that owns the router weight."""
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
 
-    def evidence(weight: Node, num_experts: int) -> bool:
+    def evidence(weight: Node, columns: int) -> int:
         tensor = attribute(graph, weight) if weight.op == "get_attr" else inputs[placeholders.index(weight)]
         if not isinstance(tensor, torch.Tensor):
-            return False
+            return 0
         entry = binding.lookup(tensor)
-        attached = entry is not None and entry.from_profile
-        return attached or experts_stand_beside(tensor, num_experts)
+        if entry is not None and entry.from_profile and entry.matrix is not None:
+            return min(entry.matrix.shape[0], columns)
+        return count_experts_beside(tensor, columns)
 
     return evidence
 

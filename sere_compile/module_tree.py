@@ -98,6 +98,23 @@ def experts_stand_beside(weight: torch.Tensor, num_experts: int) -> bool:
     )
 
 
+def count_experts_beside(weight: torch.Tensor, columns: int) -> int:
+    """How many experts compute something around a router with `columns` columns; 0 where none are seen.
+
+    Some experts of a router may compute nothing and still have a row in one of two stacks of weights: the smaller
+    stack tells.
+    """
+    if not experts_stand_beside(weight, columns):
+        return 0
+    owner = find_owner(weight)
+    for around in owner.chain[:3] if owner is not None else ():
+        for module in _beside(around, weight):
+            stacks = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() >= 3}
+            if columns in stacks:
+                return min(size for size in stacks if 1 < size <= columns)
+    return columns
+
+
 def _beside(module: nn.Module, weight: torch.Tensor) -> Iterator[nn.Module]:
     for child in module.modules():
         if child is not module and all(p is not weight for p in child.parameters(recurse=False)):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sere_compile.module_tree import experts_stand_beside, find_experts, find_owner
+from sere_compile.module_tree import count_experts_beside, experts_stand_beside, find_experts, find_owner
 
 from .tiny_models import build, gate_names, tokens
 
@@ -108,3 +108,21 @@ def test_experts_that_cannot_be_called_with_ids_are_evidence():
     assert experts_stand_beside(block.router.weight, 5)
     assert not experts_stand_beside(block.router.weight, 4)
     assert not experts_stand_beside(build("mixtral").lm_head.weight, 96)
+
+
+def test_experts_that_compute_nothing_are_not_counted():
+    """LongCat's identity experts have a row in the first stack of weights and none in the second."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.rand(6, 4, 4)), nn.Parameter(torch.rand(4, 4, 4))
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(4, 6), Experts()
+
+    layer = Layer()
+    assert count_experts_beside(layer.gate.weight, 6) == 4
+    assert count_experts_beside(layer.gate.weight, 5) == 0

@@ -126,9 +126,8 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
     # The published models take one expert a token.
     "llama4": Entry({"num_experts_per_tok": 1}, selecting="Router", identity=True, interface=False),
     "longcat_flash": Entry(
-        _LATENT | {"zero_expert_num": 4, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
-        columns=16,
-        experts=16,
+        _LATENT | {"zero_expert_num": 5, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
+        columns=17,
         interface=False,
     ),
     "mistral4": Entry(_LATENT),
