@@ -111,11 +111,11 @@ class SereConfig:
         """`per_gate` in the form in which it is kept."""
         return cast(PerGate, self.per_gate)
 
-    def for_gate(self, name: str) -> SereConfig:
-        """The options of the gate whose router weight has this name."""
+    def for_gate(self, *names: str) -> SereConfig:
+        """The options of the gate whose router weight has this name; of several names any may match."""
         options: dict[str, Any] = {}
         for pattern, own in self.gates:
-            if fnmatch.fnmatchcase(name, pattern):
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 options.update(own)
         return self._without_gates(options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -42,12 +43,18 @@ class GateStats:
         return self.active_after / self.calls if self.calls else 0.0
 
 
-def stats(model: nn.Module) -> dict[str, GateStats]:
+def stats(model: Any) -> dict[str, GateStats]:
     """What was counted for each gate of a model, by the name of its router weight. Waits for the device.
+
+    `model` may be a `vllm.LLM` as well, whose gates are named as vLLM names its MoE layers.
 
     Raises:
         SereError: nothing was counted, because the model was not compiled with collect_stats=True or did not run.
     """
+    if hasattr(model, "llm_engine"):
+        from .integrations.vllm import stats as engine_stats
+
+        return engine_stats(model)
     found: dict[str, GateStats] = {}
     for parameter in model.parameters():
         entry = binding.lookup(parameter)

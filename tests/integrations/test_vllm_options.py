@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sere_compile import ConfigError, ProfileError, SimilarityProfile
+from sere_compile import ConfigError, ProfileError, SereConfig, SimilarityProfile
 from sere_compile.integrations.vllm import read_options
 from sere_compile.integrations.vllm.matrices import find_profile, match_layers
 from sere_compile.integrations.vllm.routing import BatchState, RoutingHook, selection_scores
 from sere_compile.ops import reroute
+from sere_compile.testing import projection_oracle, reroute_oracle
 
 
 def vllm_config(sere=None, overrides=None):
@@ -38,6 +39,11 @@ def test_both_ways_to_switch_it_on():
     ({"select_top_k": 0}, {}, "select_top_k must be"),
     ({"phase": "prefill"}, {}, "phase must be one of 'decode', 'all'"),
     ({"profile": 3}, {}, "profile must be the path"),
+    ({"substitution": "projected"}, {}, 'substitution must be "reroute" or "projection"'),
+    ({"select_top_k": "auto"}, {}, "max_active go together"),
+    ({"threshold": "0.2"}, {}, 'such as "q0.2"'),
+    ({"per_gate": {"*.0.*": {"phase": "all"}}}, {}, "phase"),
+    ({"per_gate": {"*.0.*": {"max_tokens": 3}}}, {}, "one limit for all layers"),
     (True, {}, "must be a dict"),
     ({"threshold": 0.2}, {"select_top_k": 1, "threshold": 0.1}, "threshold stands in"),
 ])  # fmt: skip
@@ -86,10 +92,14 @@ class Router:
         return router_logits.sigmoid().gather(1, ids), ids.to(torch.int32)
 
 
-def hooked(router, state, experts=8, **options):
+def hooked(router, state, experts=8, projection=None, mask_padding=True, **options):
     matrix = torch.rand(experts, experts, generator=torch.Generator().manual_seed(0))
-    settings = {"select_top_k": 1, "threshold": 0.0, "min_active": 0, "mask_padding": True, "collect_stats": True}
-    return RoutingHook(router, matrix, state=state, **{**settings, **options})
+    config = SereConfig(**{"select_top_k": 1, "min_active": 0, "collect_stats": True, **options})
+    return RoutingHook(router, matrix, config, state, projection, mask_padding)
+
+
+def random_logits(tokens, seed=1):
+    return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def decoding(tokens):
@@ -101,7 +111,7 @@ def test_an_unsorted_choice_is_rerouted_in_the_order_it_was_chosen(bias):
     """With a correction bias the order of the weights is another one."""
     router, state = Router(bias=bias), BatchState(torch.device("cpu"), "decode", None, 1)
     hook = hooked(router, state)
-    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    logits = random_logits(5)
     weights, ids = router._compute_routing(logits, logits, None)
     scores = selection_scores(router, ids, weights, logits)
     assert torch.equal(scores.flip(1).sort(descending=True).indices, torch.arange(3).expand(5, 3))
@@ -129,6 +139,70 @@ def test_padding_makes_no_expert_primary():
     state.begin(decoding(2), None)
     assert torch.equal(padded, hook.compute_routing(logits[:2], logits[:2])[1])
     assert hook.stats().slots_changed > 0
+
+
+@pytest.mark.parametrize("options", [
+    {"threshold": "q0.4"},
+    {"threshold": 0.7},
+    {"select_top_k": 2, "min_active": None},
+    {"substitution": "projection"},
+])  # fmt: skip
+def test_options_come_to_what_the_oracles_say(options):
+    """By the oracle, whose ids are best first; `min_active` None is K."""
+    projection = torch.rand(8, 8, generator=torch.Generator().manual_seed(2))
+    state = BatchState(torch.device("cpu"), "all", None, 1)
+    hook = hooked(Router(), state, projection=projection if "substitution" in options else None, **options)
+    state.begin(decoding(6), None)
+    logits = random_logits(6)
+    matrix = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    weights, ids = (t.flip(1) for t in Router()._compute_routing(logits, logits, None))
+    least = options.get("min_active", 0)
+    settings = (options.get("select_top_k", 1), options.get("threshold", 0.0), 3 if least is None else least)
+    expected = reroute_oracle(ids, matrix, *settings)
+    new_weights, new_ids = (t.flip(1) for t in hook.compute_routing(logits, logits))
+    assert torch.equal(new_ids, expected)
+    assert not torch.equal(new_ids, ids)
+    scaled = projection_oracle(weights, ids, expected, projection) if "substitution" in options else weights
+    torch.testing.assert_close(new_weights, scaled)
+
+
+def test_a_budget_chooses_the_largest_s_that_keeps_it():
+    """All of K where all fit, S = 1 where not even that does."""
+    state = BatchState(torch.device("cpu"), "all", None, 1)
+    logits = random_logits(3)
+    ids = Router()._compute_routing(logits, logits, None)[1].flip(1)
+    sizes = [len(ids[:, :s].unique()) for s in (1, 2, 3)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    matrix = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    for budget, s in ((1, 1), (sizes[0], 1), (sizes[1], 2)):
+        hook = hooked(Router(), state, select_top_k="auto", max_active=budget)
+        state.begin(decoding(3), None)
+        new_ids = hook.compute_routing(logits, logits)[1].flip(1)
+        assert torch.equal(new_ids, reroute_oracle(ids, matrix, s)), (budget, s)
+
+
+def test_projection_leaves_other_batches_and_sentinels_alone():
+    """Weights of slots that stay are the router's, bit for bit."""
+
+    class Sentinels(Router):
+        def _compute_routing(self, *args, **kwargs):
+            weights, ids = super()._compute_routing(*args, **kwargs)
+            return weights, torch.where(ids == ids[0, 0], 8, torch.where(ids == ids[1, 1], -1, ids)).to(torch.int32)
+
+    router, state = Sentinels(), BatchState(torch.device("cpu"), "decode", None, 1)
+    hook = hooked(router, state, projection=torch.full((8, 8), 0.5), substitution="projection")
+    logits = random_logits(5)
+    weights, ids = router._compute_routing(logits, logits, None)
+    assert {-1, 8} <= set(ids.flatten().tolist())
+    state.begin({"layer": SimpleNamespace(max_query_len=2)}, None)
+    assert torch.equal(hook.compute_routing(logits, logits)[0], weights)
+    state.begin(decoding(5), None)
+    new_weights, new_ids = hook.compute_routing(logits, logits)
+    outside = (ids < 0) | (ids >= 8)
+    assert torch.equal(new_ids[outside], ids[outside])
+    assert torch.equal(new_weights, torch.where(new_ids != ids, weights * 0.5, weights))
+    assert (new_ids != ids).any()
+    assert new_ids.dtype == torch.int32
 
 
 @pytest.mark.parametrize(("options", "metadata", "active"), [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calibration.probe import PROBE_TOKENS, module_dispatch, probe_similarity
+from ...calibration.probe import PROBE_TOKENS, Probed, module_dispatch, probe_experts
 from ...errors import ConfigError, ProbeError, ProfileError
 from ...profile_file import is_torch_file, open_safetensors, some
 from ...similarity import SimilarityProfile
@@ -52,8 +52,8 @@ def _is_calibrated(folder: Path) -> bool:
         return any(name.endswith(".similarity_matrix") for name in opened.keys())  # noqa: SIM118
 
 
-def match_layers(profile: SimilarityProfile, experts: Mapping[str, int], complete: bool) -> dict[str, Tensor]:
-    """The matrix of each MoE layer, by the layer's name in vLLM.
+def match_layers(profile: SimilarityProfile, experts: Mapping[str, int], complete: bool) -> dict[str, str]:
+    """The gate in the profile of each MoE layer, by the layer's name in vLLM.
 
     vLLM names a layer by its experts (`model.layers.3.block_sparse_moe.experts`), a profile by its router's weight in
     transformers (`model.layers.3.mlp.gate.weight`): the numbers in both names tell the layer.
@@ -69,8 +69,7 @@ def match_layers(profile: SimilarityProfile, experts: Mapping[str, int], complet
     by_numbers: dict[tuple[int, ...], list[str]] = {}
     for gate in profile:
         by_numbers.setdefault(_numbers(gate), []).append(gate)
-    matched: dict[str, Tensor] = {}
-    used: set[str] = set()
+    matched: dict[str, str] = {}
     for layer, num_experts in experts.items():
         gates = by_numbers.get(_numbers(layer), [])
         if len(gates) != 1:
@@ -78,14 +77,14 @@ def match_layers(profile: SimilarityProfile, experts: Mapping[str, int], complet
                 f"the similarity profile has {len(gates) or 'no'} matrices for vLLM's MoE layer {layer}; "
                 f"it holds {some(gates or profile)}"
             )
-        matrix = profile[gates[0]]
-        if matrix.shape[0] != num_experts:
+        shape = tuple(profile[gates[0]].shape)
+        if shape[0] != num_experts:
             raise ProfileError(
-                f"{gates[0]}: the similarity matrix of shape {tuple(matrix.shape)} does not fit {layer}, "
+                f"{gates[0]}: the similarity matrix of shape {shape} does not fit {layer}, "
                 f"which has {num_experts} experts"
             )
-        matched[layer] = matrix
-        used.add(gates[0])
+        matched[layer] = gates[0]
+    used = set(matched.values())
     if complete and (extra := [gate for gate in profile if gate not in used]):
         raise ProfileError(
             f"the similarity profile has matrices for gates that this model does not have: {some(extra)}"
@@ -97,8 +96,8 @@ def _numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdecimal())
 
 
-def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Tensor:
-    """Data-free similarity of a layer's experts, [E, E] float32, through the layer's own kernel.
+def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
+    """How alike a layer's experts are, without data, through the layer's own kernel.
 
     Each expert runs on the same random hidden states as the only one with weight. That needs no knowledge of how the
     weights are packed or quantised, and under tensor parallelism the summed outputs are the same on every rank.
@@ -127,7 +126,7 @@ def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Tensor:
 
     with set_forward_context(None, vllm_config, num_tokens=rows):
         dispatch = module_dispatch(experts, moe.hidden_dim, moe.in_dtype, device)
-        return probe_similarity(dispatch, rows, moe.num_logical_experts, moe.experts_per_token, device)
+        return probe_experts(dispatch, rows, moe.num_logical_experts, moe.experts_per_token, device)
 
 
 def agree(matrix: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ from ...config import SereConfig
 from ...errors import ConfigError
 
 # The options of `SereConfig` that mean something inside a serving engine, which does its own compiling.
-ROUTING = ("select_top_k", "threshold", "min_active", "max_tokens", "strict", "collect_stats")
+ROUTING = (
+    "select_top_k", "max_active", "threshold", "substitution", "per_gate", "min_active", "max_tokens", "strict",
+    "collect_stats",
+)  # fmt: skip
 PHASES = ("decode", "all")
 # How the reference implementation is switched on: `hf_overrides={"select_top_k": 1, "threshold": 0.1}`.
 OVERRIDES = ("select_top_k", "threshold")
@@ -38,6 +41,10 @@ class VllmOptions:
             raise ConfigError(f"phase must be one of {', '.join(map(repr, PHASES))}, got {self.phase!r}")
         if self.profile is not None and not isinstance(self.profile, str):
             raise ConfigError(f"profile must be the path of a file or folder, got {self.profile!r}")
+        if limited := [pattern for pattern, options in self.config.gates if "max_tokens" in dict(options)]:
+            raise ConfigError(
+                f"per_gate[{limited[0]!r}] has max_tokens, which in vLLM is one limit for all layers of a batch"
+            )
 
 
 def read_options(vllm_config: Any) -> VllmOptions | None:

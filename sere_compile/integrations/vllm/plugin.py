@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError, GateNotFoundError, SereError
+from ...errors import GateNotFoundError, SereError
 from ...statistics import GateStats
-from ...threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 from .engine import EngineMismatchError, check_internals, check_modes
-from .matrices import agree, find_profile, match_layers, probe_layer
+from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options
 from .routing import BatchState, RoutingHook
 
@@ -135,18 +134,14 @@ class WorkerHooks:
         self.options = options
         config = worker.vllm_config
         device = torch.device(worker.device or config.device_config.device)
-        runners = find_runners(config)
+        runners = find_runners(config, worker.get_model())
         speculative = config.speculative_config
         decode_tokens = 1 + int(getattr(speculative, "num_speculative_tokens", 0) or 0)
         self.state = BatchState(device, options.phase, options.config.max_tokens, decode_tokens)
         # A later profile run of a hook needs its matrix; probing runs the experts, so it comes before the hooks.
         with torch.inference_mode(False), torch.no_grad():
-            matrices, source = _matrices(runners, options, config, device)
-            self.hooks = {
-                name: hook
-                for name, runner in runners.items()
-                if (hook := _hook(runner, matrices.get(name), options, self.state)) is not None
-            }
+            plans, source = plan_layers(runners, options, config, device)
+            self.hooks = {name: _hook(plan, self.state) for name, plan in plans.items()}
         for hook in self.hooks.values():
             hook.install()
         self._layers = config.compilation_config.static_forward_context
@@ -168,7 +163,8 @@ class WorkerHooks:
 
     def digest(self) -> str:
         """Of all matrices: equal on ranks that agree."""
-        content = b"".join(hook.matrix.cpu().numpy().tobytes() for hook in self.hooks.values())
+        held = [m for hook in self.hooks.values() for m in (hook.matrix, hook.projection) if m is not None]
+        content = b"".join(matrix.cpu().numpy().tobytes() for matrix in held)
         return hashlib.sha256(content).hexdigest()
 
     def before_forward(self, context: Any) -> None:
@@ -188,75 +184,10 @@ class WorkerHooks:
             log.info("%s", summary({name: hook.stats() for name, hook in self.hooks.items()}, self.state))
 
 
-def find_runners(vllm_config: Any) -> dict[str, Any]:
-    """The MoE layers of this worker by name.
-
-    Raises:
-        EngineMismatchError: there is none, or one whose kernel routes by itself.
-        ConfigError: a parallel layout in which ranks would not agree on the mapping.
-    """
-    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-
-    layers = vllm_config.compilation_config.static_forward_context
-    runners = {name: layer for name, layer in layers.items() if isinstance(layer, MoERunner)}
-    if not runners:
-        raise EngineMismatchError(
-            f"{vllm_config.model_config.model} has no MoE layer that goes through vLLM's router "
-            f"(architecture {vllm_config.model_config.architecture}); take 'sere' out of additional_config"
-        )
-    for name, runner in runners.items():
-        if runner.is_monolithic:
-            kernel = type(runner._quant_method).__name__
-            raise EngineMismatchError(
-                f"{name}: the expert kernel of {kernel} routes by itself and never asks vLLM's router; choose another "
-                "one, for example --moe-backend triton"
-            )
-        if not isinstance(runner.router, BaseRouter):
-            raise EngineMismatchError(f"{name}: a router of the kind {type(runner.router).__name__} cannot be hooked")
-        if runner.do_naive_dispatch_combine or runner.moe_config.pcp_size > 1:
-            raise ConfigError(
-                f"{name}: in this parallel layout every rank routes the gathered tokens of all ranks, and ranks would "
-                "disagree on the phase of the batch; use tensor or expert parallelism, or an all-to-all backend"
-            )
-    return runners
-
-
-def _matrices(runners: dict, options: VllmOptions, config: Any, device: torch.device) -> tuple[dict, str]:
-    """Matrices by layer, for the layers that re-route, and where they come from."""
-    profile = find_profile(options.profile, config.model_config.model)
-    experts = {name: int(runner.moe_config.num_logical_experts) for name, runner in runners.items()}
-    if profile is not None:
-        complete = config.parallel_config.pipeline_parallel_size == 1
-        return match_layers(profile, experts, complete), profile._source()
-    log.info("SERE: no similarity profile given; the experts are probed on random hidden states")
-    wanted = {name: r for name, r in runners.items() if _select_top_k(r, options) < r.router.top_k}
-    return {name: agree(probe_layer(runner, config, device)) for name, runner in wanted.items()}, "probed at start"
-
-
-def _select_top_k(runner: Any, options: VllmOptions) -> int:
-    return options.config.resolved_top_k(int(runner.router.top_k))
-
-
-def _hook(runner: Any, matrix: torch.Tensor | None, options: VllmOptions, state: BatchState) -> RoutingHook | None:
-    """None where S = K: the router stays as it is, and the model bit for bit."""
-    select_top_k, top_k = _select_top_k(runner, options), int(runner.router.top_k)
-    if select_top_k >= top_k or matrix is None:
-        log.info("SERE: %s is not re-routed: S = K = %d", runner.layer_name, top_k)
-        return None
-    threshold = options.config.threshold
-    if isinstance(threshold, str):
-        matrix, threshold = ranked(matrix, resolve_threshold(threshold, matrix)), RANKED_THRESHOLD
-    return RoutingHook(
-        runner.router,
-        matrix.to(state.active.device),
-        select_top_k,
-        threshold,
-        options.config.resolved_min_active(top_k),
-        state,
-        mask_padding=not runner.moe_config.is_sequence_parallel,
-        collect_stats=options.config.collect_stats,
-    )
+def _hook(plan: LayerPlan, state: BatchState) -> RoutingHook:
+    # Sequence parallelism gives each rank a part of the rows, and the padding is counted over all of them.
+    masked = not plan.runner.moe_config.is_sequence_parallel
+    return RoutingHook(plan.runner.router, plan.similarity, plan.config, state, plan.projection, masked)
 
 
 def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool) -> None:

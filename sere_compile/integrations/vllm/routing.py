@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config import SereConfig
 from ...ops import reroute
 from ...passes import COUNTED
 from ...passes.count_routing import count_routing
 from ...statistics import GateStats
+from ...threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 
 NO_PADDING = torch.iinfo(torch.int64).max
 
@@ -73,37 +75,40 @@ class RoutingHook:
 
     Args:
         router: vLLM's router; its own top-k, whatever kind, runs first.
-        matrix: float32 [E, E] on the router's device.
-        select_top_k: S, below K.
-        threshold: rho.
-        min_active: see `sere_compile.ops.reroute`.
-        state: of this worker.
+        similarity: float32 [E, E].
+        config: the options of this layer, with S < K.
+        state: of this worker; the hook's tensors are made on its device.
+        projection: float32 [E, E], what a slot's weight is multiplied by where its expert changes; None: by nothing.
         mask_padding: whether rows of this router are rows of the batch, so that the padding is known.
-        collect_stats: count on the device.
     """
 
     def __init__(
         self,
         router: Any,
-        matrix: Tensor,
-        select_top_k: int,
-        threshold: float,
-        min_active: int,
+        similarity: Tensor,
+        config: SereConfig,
         state: BatchState,
-        mask_padding: bool,
-        collect_stats: bool,
+        projection: Tensor | None = None,
+        mask_padding: bool = True,
     ) -> None:
         self.router = router
         self.original: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
-        self.matrix = matrix
-        self.options = (select_top_k, threshold, min_active)
+        device, threshold = state.active.device, config.threshold
+        if isinstance(threshold, str):
+            rho = resolve_threshold(threshold, similarity)
+            similarity, threshold = ranked(similarity, rho), RANKED_THRESHOLD
+        self.matrix = similarity.to(device)
+        self.projection = None if projection is None else projection.to(device)
+        top_k = int(router.top_k)
+        self.options = (config.resolved_top_k(top_k), float(threshold), config.resolved_min_active(top_k))
+        self.max_active = config.max_active or 0
         self.state = state
         self.mask_padding = mask_padding
-        self.num_experts = matrix.shape[0]
+        self.num_experts = similarity.shape[0]
         self.calls = 0
-        self.traced_calls = torch.zeros(1, dtype=torch.int64, device=matrix.device)
-        self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=matrix.device) if collect_stats else None
-        self.ordered = _is_ordered(router, matrix.device)
+        self.traced_calls = torch.zeros(1, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device) if config.collect_stats else None
+        self.ordered = _is_ordered(router, device)
 
     def install(self) -> None:
         """On the instance: whoever holds the router, or a bound `select_experts` of it, comes through here."""
@@ -112,7 +117,7 @@ class RoutingHook:
     def compute_routing(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, *, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Weights [T, K] as the router gave them, and ids [T, K] re-routed."""
+        """Weights [T, K] as the router gave them, or projected, and ids [T, K] re-routed."""
         weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         if torch.compiler.is_compiling():
             # Counts runs of the compiled code, which may come from a cache and never pass here.
@@ -125,6 +130,8 @@ class RoutingHook:
         new_ids = torch.where(self.state.active, self._reroute(ids, weights, router_logits, mask), ids)
         if self.counts is not None:
             self._count(self.counts, ids, new_ids, mask)
+        if self.projection is not None:
+            weights = self._projected(self.projection, weights, ids, new_ids)
         return weights, new_ids
 
     @property
@@ -138,16 +145,22 @@ class RoutingHook:
         return GateStats(**dict(zip(COUNTED, self.counts.tolist(), strict=True)))
 
     def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
-        select_top_k, threshold, min_active = self.options
         routable = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
         if self.ordered:
-            new_ids = reroute(routable, self.matrix, select_top_k, threshold, min_active, mask)
+            new_ids = reroute(routable, self.matrix, *self.options, mask, self.max_active)
             return new_ids.to(ids.dtype)
         # vLLM asks for an unsorted top-k; slots are put in order, re-routed, and put back.
         order = selection_scores(self.router, routable, weights, logits).argsort(dim=-1, descending=True, stable=True)
         best_first = routable.gather(1, order)
-        new_ids = reroute(best_first, self.matrix, select_top_k, threshold, min_active, mask)
+        new_ids = reroute(best_first, self.matrix, *self.options, mask, self.max_active)
         return torch.zeros_like(new_ids).scatter(1, order, new_ids).to(ids.dtype)
+
+    @staticmethod
+    def _projected(projection: Tensor, weights: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        moved = old != new
+        # A slot that stays may be a sentinel, which no row belongs to.
+        at = [torch.where(moved, ids, 0).long() for ids in (old, new)]
+        return (weights * torch.where(moved, projection[at[0], at[1]], 1.0)).to(weights.dtype)
 
     def _count(self, counts: Tensor, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
         if mask is not None:

@@ -38,12 +38,13 @@ def model(request, tmp_path_factory):
     return request.param, folder, str(profile)
 
 
-def in_transformers(folder, profile):
+def in_transformers(folder, profile, **options):
     """The same continuations by transformers and the backend `sere`; prompts are above max_tokens."""
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     sere_compile.attach(network, SimilarityProfile.load(profile))
     torch._dynamo.reset()
-    step = torch.compile(network, backend="sere", options={**SETTINGS, "max_tokens": BATCH, "inner": "eager"})
+    settings = {**SETTINGS, "max_tokens": BATCH, "inner": "eager", **options}
+    step = torch.compile(network, backend="sere", options=settings)
     ids, cache, tokens = torch.tensor(models.prompts(BATCH)), None, []
     with torch.no_grad():
         for _ in range(TOKENS):
@@ -75,12 +76,25 @@ def check_every_choice(hook, wrong: list[str], seen: list[int]) -> None:
     hook.router._compute_routing = compute_routing
 
 
-def test_router(model):
+def rotate_heads_correctly(monkeypatch):
+    """The CPU kernel of vLLM 0.32.0 rotates queries [T, heads, D] of two heads wrongly, [T, heads * D] rightly.
+
+    Latent attention passes the former, so without this DeepSeek's tokens differ from those of transformers with SERE
+    or without. To go when vLLM's kernel takes three dimensions.
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
+
+
+def test_router(model, monkeypatch):
     """S = K: the tokens of vLLM alone. S < K: an oracle's ids in every forward, and fewer active experts.
 
-    Where transformers runs the same model to the same tokens, also those of transformers with our backend.
+    The tokens of both are those of transformers, alone and with our backend.
     """
     name, folder, profile = model
+    if name.startswith("deepseek"):
+        rotate_heads_correctly(monkeypatch)
     prompts = models.prompts(BATCH)
     with engine(folder) as llm:
         alone = generate(llm, prompts)
@@ -109,5 +123,5 @@ def test_router(model):
     assert rerouted != alone
     ROWS[name] = f"| {name} | {models.KINDS[name]} | 2 of 2 | yes | {before:.1f} | {after:.1f} |"
     print(ROWS[name])
-    if not name.startswith("deepseek"):
-        assert rerouted == in_transformers(folder, profile)
+    assert alone == in_transformers(folder, profile, select_top_k=99)
+    assert rerouted == in_transformers(folder, profile)
