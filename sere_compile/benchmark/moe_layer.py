@@ -13,7 +13,7 @@ from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
 from .timing import Timing, capture, time_in_turn
-from .variant import Variant, all_variants, token_error
+from .variant import Variant, all_variants, token_error, without_effect
 
 # Each call of a graph has its own tokens, so that no expert stays in the L2 cache by always being the same.
 CALLS = 6
@@ -31,7 +31,7 @@ def bench_moe_layer(
     runs: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     keep: list[Any] = []
-    variants = all_variants(selects, block.top_k, stock)
+    variants = [*all_variants(selects, block.top_k, stock), without_effect(block.top_k)]
     for variant in variants:
         torch._dynamo.reset()
         subject.model.set_experts_implementation(variant.experts)

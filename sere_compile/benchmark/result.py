@@ -55,6 +55,7 @@ class Results:
         machine: device and versions.
         copy_bandwidth: bytes per second, measured in the same run.
         routing: where ids come from.
+        notes: what a reader of the figures has to know, such as gates whose experts could not be lowered.
     """
 
     subject: str
@@ -62,6 +63,7 @@ class Results:
     copy_bandwidth: float
     routing: str
     rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def speedup(self, row: Row, over: str | None = None) -> float | None:
         """Over the fastest stock variant at this batch size, or over the one named; None if an output disagrees.
@@ -80,6 +82,7 @@ class Results:
         for what in dict.fromkeys(row.what for row in self.rows):
             lines += ["", f"### {what}", "", "| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
             lines += ["| " + " | ".join(self._cells(row)) + " |" for row in self.rows if row.what == what]
+        lines += ["", *(f"Note: {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
     def _cells(self, row: Row) -> list[str]:

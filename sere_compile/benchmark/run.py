@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -53,10 +56,32 @@ def run_bench(
     device = torch.cuda.get_device_name()
     machine = f"{device}, torch {torch.__version__}, triton {triton.__version__}"
     results = Results(subject.name, machine, copy_bandwidth(), subject.routing)
-    with torch.no_grad():
+    with torch.no_grad(), _refusals_to(results.notes):
         for kind in kinds:
             for batch in batches:
                 tell(f"{kind}, batch {batch}")
                 results.rows += KINDS[kind](subject, batch, selects, stock, results.copy_bandwidth)
     torch._dynamo.reset()
     return results
+
+
+@contextlib.contextmanager
+def _refusals_to(notes: list[str]) -> Iterator[None]:
+    """Add what the speed passes left as it was, and why: a figure without them is not what it seems."""
+    refused: collections.Counter[str] = collections.Counter()
+
+    class Refusals(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if " keeps its " in str(record.msg):
+                refused["gates keep their " + record.getMessage().partition(" keeps its ")[2]] += 1
+
+    log, handler = logging.getLogger("sere_compile.gate_plan"), Refusals(logging.DEBUG)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        notes += [f"{count} compiled {reason}" for reason, count in refused.items()]

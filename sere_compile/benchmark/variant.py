@@ -12,6 +12,8 @@ from ..backend import sere_backend
 
 # Compiles stock modules, and ours after the passes.
 INNER = "inductor"
+# Above the similarity of any two experts.
+NEVER_SIMILAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Variant:
         name: in the table.
         experts: implementation of transformers.
         backend: of torch.compile; None runs eagerly.
-        select_top_k: S that the backend re-routes with; None for stock.
+        select_top_k: S whose output it gives, K where that is the model's own; None for stock.
     """
 
     name: str
@@ -49,6 +51,12 @@ def all_variants(
         name = "sere S=K" if select >= top_k else f"sere S={select}"
         found.append(Variant(name, "grouped_mm", backend, min(select, top_k)))
     return found
+
+
+def without_effect(top_k: int) -> Variant:
+    """Re-routing at full cost that changes nothing: S=1, and no expert is similar enough to stand in for another."""
+    backend = sere_backend.with_options(select_top_k=1, threshold=NEVER_SIMILAR, strict=True, inner=INNER)
+    return Variant("sere, re-routes nothing", "grouped_mm", backend, top_k)
 
 
 def token_error(result: torch.Tensor, want: torch.Tensor) -> float:
