@@ -39,8 +39,8 @@ def without_gpu(monkeypatch):
         return types.SimpleNamespace(replay=lambda: [call(i) for i in range(count)])
 
     def time_in_turn(runs, calls, rounds, warmup=3):
-        for run in runs.values():
-            run()
+        for call in runs.values():
+            call()
         return {name: Timing(5.0 if "sere" in name else 10.0, 1.0, 20.0) for name in runs}
 
     monkeypatch.setattr(variant, "INNER", "eager")
