@@ -313,6 +313,10 @@ def _copy_module(source: GraphModule) -> GraphModule:
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(source.graph, mapping)
     graph.output(output).meta.update(source.graph.output_node().meta)
+    for original, node in mapping.items():
+        # A copy renames what is called like a builtin, `input` for one; signatures go by the name.
+        if node.name != original.name:
+            node.name = original.name
     graph._codegen = copy.deepcopy(source.graph._codegen)
     copied = GraphModule(source, graph)
     copied.meta = dict(source.meta)

@@ -495,3 +495,13 @@ def test_budget_of_active_experts():
             outputs = torch.einsum("th,ehd->ted", tokens_of, module.experts)
             wanted = (outputs.gather(1, new_ids[..., None].expand(-1, -1, 6)) * weights[..., None]).sum(1)
             close(done.module()(tokens_of), wanted)
+
+
+def test_argument_called_like_a_builtin():
+    """nn.Sequential calls its argument `input`, which fx would rename in a copy; the program's signature goes by it."""
+    module, x, matrix = nn.Sequential(_Indexed()), torch.randn(12, 6), symmetric(5)
+    done = sere_compile.rewrite(torch.export.export(module, (x,)), profile=SimilarityProfile({"0.router": matrix}))
+    assert done.graph_signature.user_inputs == ("input",)
+    alone = torch.export.export(module[0], (x,))
+    alone = sere_compile.rewrite(alone, profile=SimilarityProfile({"router": matrix}))
+    close(done.module()(x), alone.module()(x))

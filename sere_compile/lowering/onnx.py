@@ -19,7 +19,7 @@ from ..errors import ConfigError, LoweringError
 from ..passes import nodes
 from ..similarity import SimilarityProfile
 from .aot import export_rewritten
-from .standard_operators import REFERENCES, decompose, require, sere_nodes
+from .standard_operators import REFERENCES, decompose, require, rerouted_gates
 
 # What torch.onnx translates to; below it torch has to convert the finished graph, which can fail.
 LOWEST_OPSET = 18
@@ -103,7 +103,7 @@ def export(
         experts=experts,
         allow_no_gates=allow_no_gates,
     )
-    gates = len(sere_nodes(program))
+    gates = rerouted_gates(program)
     _check_translatable(program)
     functions = _Functions(opset)
     program = decompose(program, functions.table() if as_function else None)
@@ -179,12 +179,16 @@ def _checked(path: Path, opset: int, gates: int) -> OnnxExport:
     return OnnxExport(path, opset, gates, operators, inside)
 
 
+# S, threshold, min_active, max_active.
+Numbers = tuple[int, float, int, int]
+
+
 @dataclass(frozen=True)
 class _Body:
     """One function: an operator with its numbers, and what its body depends on besides."""
 
     operator: torch._ops.OpOverload
-    numbers: tuple[int, float, int]
+    numbers: Numbers
     sizes: tuple[tuple[int | None, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -219,8 +223,8 @@ class _Functions:
         token_mask: Tensor | None = None,
         max_active: int = 0,
     ) -> Tensor:
-        _check_no_more(token_mask=token_mask, max_active=max_active)
-        numbers = (select_top_k, threshold, min_active)
+        _check_unmasked(token_mask)
+        numbers = (select_top_k, threshold, min_active, max_active)
         name = self._name(torch.ops.sere.reroute.default, numbers, ids, similarity)
         return torch.onnx.ops.symbolic(name, (ids, similarity), dtype=ids.dtype, shape=ids.shape, version=1)
 
@@ -233,10 +237,9 @@ class _Functions:
         threshold: float = 0.0,
         min_active: int = 0,
         token_mask: Tensor | None = None,
-        max_active: int = 0,
     ) -> tuple[Tensor, ...]:
-        _check_no_more(token_mask=token_mask, max_active=max_active)
-        numbers = (select_top_k, threshold, min_active)
+        _check_unmasked(token_mask)
+        numbers = (select_top_k, threshold, min_active, 0)
         name = self._name(torch.ops.sere.reroute_merged.default, numbers, ids, weights, similarity)
         both = torch.onnx.ops.symbolic_multi_out(
             name,
@@ -247,7 +250,7 @@ class _Functions:
         )
         return tuple(both)
 
-    def _name(self, operator: torch._ops.OpOverload, numbers: tuple[int, float, int], *tensors: Tensor) -> str:
+    def _name(self, operator: torch._ops.OpOverload, numbers: Numbers, *tensors: Tensor) -> str:
         """The name of the function for a call, `sere::reroute`, `sere::reroute_2` and so on."""
         *routing, similarity = tensors
         free: tuple[int | None, ...] = (None,) * (routing[0].dim() - 1)
@@ -275,20 +278,19 @@ class _Functions:
         _initializers_to_constants(graph)
         function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
         experts, slots = body.sizes[-1][0], body.sizes[0][-1]
+        select_top_k, threshold, min_active, max_active = body.numbers
+        budget = f", max_active={max_active}" if max_active else ""
         function.doc_string = (
-            f"SERE: select_top_k={body.numbers[0]} of {slots} slots, threshold={body.numbers[1]}, "
-            f"min_active={body.numbers[2]}, {experts} experts"
+            f"SERE: select_top_k={select_top_k} of {slots} slots{budget}, threshold={threshold}, "
+            f"min_active={min_active}, {experts} experts"
         )
         return function
 
 
-def _check_no_more(**arguments: Any) -> None:
-    """Raise for an argument of an operator that functions do not have."""
-    given = [
-        name for name, value in arguments.items() if not (value is None or (isinstance(value, int) and value == 0))
-    ]
-    if given:
-        raise LoweringError(f"a function of the file takes no {given[0]}; export without as_function")
+def _check_unmasked(token_mask: Tensor | None) -> None:
+    """Raise for the one argument of an operator that functions do not have."""
+    if token_mask is not None:
+        raise LoweringError("a function of the file takes no token_mask; export without as_function")
 
 
 class _Reference(nn.Module):
@@ -299,7 +301,10 @@ class _Reference(nn.Module):
         self._body = body
 
     def forward(self, *tensors: Tensor) -> Any:
-        return REFERENCES[self._body.operator](*tensors, *self._body.numbers)
+        *numbers, max_active = self._body.numbers
+        # Merging has no budget.
+        options = {"max_active": max_active} if max_active else {}
+        return REFERENCES[self._body.operator](*tensors, *numbers, **options)
 
 
 def _initializers_to_constants(graph: Any) -> None:

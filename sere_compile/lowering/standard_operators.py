@@ -64,8 +64,13 @@ def experts_computed_by(implementation: str | None, model: nn.Module | ExportedP
 
 
 def sere_nodes(program: ExportedProgram) -> list[torch.fx.Node]:
-    """The `sere::` operators of a traced program, one for each gate that is re-routed."""
+    """The `sere::` operators of a traced program."""
     return [node for node in program.graph.nodes if getattr(node.target, "namespace", None) == "sere"]
+
+
+def rerouted_gates(program: ExportedProgram) -> int:
+    """How many gates of a traced program are re-routed: merging after a projection takes two operators for one."""
+    return len({node.args[0] for node in sere_nodes(program)})
 
 
 def decompose(

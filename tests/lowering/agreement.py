@@ -25,7 +25,7 @@ import sere_compile
 from sere_compile import SereConfig, SimilarityProfile
 from sere_compile.lowering import aot, onnx, tensorrt
 from sere_compile.lowering.decode_step import DecodeStep
-from sere_compile.lowering.standard_operators import sere_nodes
+from sere_compile.lowering.standard_operators import rerouted_gates
 
 from ..tiny_models import LAYERS, MODELS, build, random_profile, tokens
 from .cpp_runner import run_cpp
@@ -105,7 +105,7 @@ class Case:
         with torch.no_grad():
             self.original = torch.export.export(module, examples, dynamic_shapes=dynamic)
         self.program = sere_compile.rewrite(self.original, profile=inside, config=CONFIG)
-        self.gates = len(sere_nodes(self.program))
+        self.gates = rerouted_gates(self.program)
         self.observed = with_ids_as_outputs(sere_compile.rewrite(self.original, profile=inside, config=CONFIG))
         self.calls: list[Call] = []
         self.expected: list[list[Tensor]] = []

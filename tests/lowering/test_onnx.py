@@ -23,7 +23,7 @@ from sere_compile.lowering.standard_operators import experts_computed_by
 from sere_compile.testing import oracle_routing
 
 from .. import tiny_models
-from .models import TOP_K, SmallMoE, hidden_states, small_profile
+from .models import SmallMoE, hidden_states, small_profile
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -176,19 +176,6 @@ def test_token_mask(tmp_path):
     np.testing.assert_array_equal(run(done.path, *inputs)[0], Padded()(*inputs).numpy())
     with pytest.raises(LoweringError, match="takes no token_mask; export without as_function"):
         lowering.export(program, None, tmp_path / "m.onnx", as_function=True)
-
-
-def test_budget_of_active_experts(tmp_path):
-    """The number of primary slots that a batch gets is part of the graph; a function does not have it."""
-    config = SereConfig(select_top_k="auto", max_active=5, min_active=0)
-    model, free = SmallMoE().eval(), ({0: FREE},)
-    done = export_small(tmp_path, model, config=config)
-    program = export_rewritten(model, (hidden_states(5),), profile=small_profile(), config=config, dynamic_shapes=free)
-    for tokens in (1, 2, 7, 40):
-        hidden = hidden_states(tokens, seed=tokens)
-        np.testing.assert_allclose(run(done.path, hidden)[0], program.module()(hidden).detach(), rtol=0, atol=1e-5)
-    with pytest.raises(LoweringError, match="takes no max_active"):
-        export_small(tmp_path, model, config=config, as_function=True)
 
 
 def test_each_setting_has_its_function(tmp_path):
@@ -355,25 +342,3 @@ def test_experts_of_every_model_inside():
     with pytest.raises(KeyError), experts_computed_by("batched_mm", wrapper):
         fail()
     assert calls == ["batched_mm", "grouped_mm"]
-
-
-def test_projection_is_a_gather_and_a_product(tmp_path):
-    """The file gives what the oracle gives, for any batch size."""
-    from sere_compile.testing import projection_oracle, reroute_oracle
-
-    plain = small_profile()
-    coefficients = torch.rand(plain["gate.weight"].shape, generator=torch.Generator().manual_seed(1))
-    profile = SimilarityProfile(dict(plain), None, {"gate.weight": coefficients})
-    model = SmallMoE().eval()
-    config = SereConfig(select_top_k=1, substitution="projection", threshold="q0.25")
-    export_small(tmp_path, model, profile=profile, config=config)
-    for tokens in (5, 9):
-        x = hidden_states(tokens, seed=2)
-        with torch.no_grad():
-            weights, ids = model.gate(x).softmax(-1).topk(TOP_K, dim=-1)
-            new = reroute_oracle(ids, plain["gate.weight"], 1, "q0.25", min_active=TOP_K)
-            weights = projection_oracle(weights, ids, new, coefficients)
-            each = torch.einsum("th,tkhw->tkw", x, model.experts[new])
-            expected = (each * weights[..., None]).sum(1)
-        assert not torch.equal(new, ids)
-        np.testing.assert_allclose(run(tmp_path / "small.onnx", x)[0], expected.numpy(), atol=TOLERANCE)

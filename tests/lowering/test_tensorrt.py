@@ -243,7 +243,7 @@ def test_refresh(tmp_path):
 
 def test_tables_name_their_sources():
     tables = json.loads(refresh_operator_tables.TABLES.read_text(encoding="utf-8"))
-    assert tables["torch_tensorrt"]["version"] == "2.13.0"
+    assert tables["torch_tensorrt"]["version"] == "2.14.0"
     assert tables["onnx"]["version"] == "10.15"
     assert tables["onnx"]["source"].endswith("onnx-tensorrt")
     assert len(tables["torch_tensorrt"]["converters"]) > 200
