@@ -93,6 +93,7 @@ class Results:
         return [
             str(row.batch), row.variant, str(row.timing), "" if row.active is None else f"{row.active:.1f}",
             "" if row.bytes_read is None else f"{row.bytes_read / 1e6:.0f}",
+            "" if row.bytes_read is None else f"{row.bytes_read / self.copy_bandwidth * 1e6:.0f}",
             "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}",
             factor(None), factor("inductor batched_mm"),
             f"{row.error:.1e}" + ("" if row.agrees else f" DISAGREES (at most {row.tolerance:.0e}), no speed-up given"),
@@ -111,7 +112,7 @@ class Results:
 
 
 HEADINGS = (
-    "batch", "variant", "us, median [p20 .. p80]", "active experts", "MB read", "of copy bandwidth",
+    "batch", "variant", "us, median [p20 .. p80]", "active experts", "MB read", "floor", "of copy bandwidth",
     "speed-up over best stock", "over batched_mm", "error",
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """`sere bench` without a GPU: tiny model, real variants and comparison of outputs, no clock and no CUDA graph."""
 
+import functools
 import types
 
 import pytest
@@ -141,6 +142,36 @@ def test_gates_that_keep_their_experts_are_noted(subject, without_gpu, monkeypat
     assert results.table().endswith("\nNote: " + results.notes[0])
 
 
+@pytest.mark.parametrize("agrees", [True, False])
+def test_the_command_on_a_checkpoint(subject, without_gpu, monkeypatch, tmp_path, agrees):
+    """--model: table, JSON and plot; exit status 1 and no speed-up anywhere when an output of ours is wrong."""
+    pytest.importorskip("matplotlib")
+    from sere_compile.benchmark import subject as subjects
+
+    subject.model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(subjects, "loaded_model", functools.partial(subjects.loaded_model, device="cpu"))
+    monkeypatch.setattr(run, "require_device", lambda: None)
+    monkeypatch.setattr(run, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "no machine")
+    compiled = variant.Variant.compiled
+
+    def perhaps_wrong(self, function):
+        function = compiled(self, function)
+        return function if agrees or self.name != "sere S=1" else lambda x: function(x) * 1.2
+
+    monkeypatch.setattr(variant.Variant, "compiled", perhaps_wrong)
+    paths = [str(tmp_path / name) for name in ("bench.json", "bench.png")]
+    options = ["--what", "layer", "--batch", "5", "--select-top-k", "K,1", "--stock", "grouped_mm"]
+    options += ["--model", str(tmp_path / "model"), "--json", paths[0], "--plot", paths[1]]
+    done = CliRunner().invoke(main, ["bench", *options])
+    assert done.exit_code == (0 if agrees else 1), done.output
+    results = Results.load(paths[0])
+    speedups = {results.speedup(row) for row in results.rows if row.ours}
+    assert speedups == ({2.0} if agrees else {None})
+    assert ("| 2.00 |" in done.output, "DISAGREES" in done.output) == (agrees, not agrees)
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
 def results_row(**changes):
     from sere_compile.benchmark.result import Row
 
@@ -149,6 +180,12 @@ def results_row(**changes):
         "error": 0.001, "tolerance": 0.01,
     }  # fmt: skip
     return Row(**fields | changes)
+
+
+def test_the_table_has_the_floor():
+    """Bytes at the copy bandwidth of the same run."""
+    table = results_of([results_row(active=3.5, bytes_read=2e9, bandwidth_share=0.5)]).table()
+    assert "| 3.5 | 2000 | 2000 | 50% |" in table
 
 
 def test_results_survive_json(tmp_path):
