@@ -21,11 +21,11 @@ def test_example(name):
 
 
 def test_export_onnx(tmp_path):
-    """The main path of the ONNX lowering: exported, run for other sizes than traced, equal, and the file kept."""
+    """The main path of the ONNX lowering, on a trained model: run for other sizes than traced, equal, the file kept."""
     command = [sys.executable, EXAMPLES / "export_onnx.py", "--as-function", "--out", tmp_path / "model.onnx"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 gates re-routed, opset 18" in done.stdout
+    assert "4 gates re-routed, opset 18" in done.stdout
     assert done.stdout.rstrip().endswith("equal")
     assert (tmp_path / "model.onnx").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,11 +10,9 @@ import torch
 from ..backend import SereBackend
 from ..config import SereConfig
 from ..errors import MissingExtraError, SereError
-from ..integrations.transformers import load_causal_lm
+from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
 from ..statistics import stats
 
-SHIPPED = Path(__file__).resolve().parent.parent / "models"
-KINDS = ("qwen3", "mixtral", "upcycled")
 PROMPTS = (
     "def __init__(self,",
     "She had been",

@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from ..config import SereConfig
+from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import SereError
-from ..integrations.transformers import load_causal_lm
+from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
 from ..similarity import SimilarityProfile, attach
+
+
+def count_or_auto(text: str) -> int | str:
+    """`--select-top-k`."""
+    return text if text == "auto" else int(text)
+
+
+def number_or_share(text: str) -> float | str:
+    """`--threshold`; `SereConfig` says what a share is."""
+    return text if text.startswith("q") else float(text)
+
+
+def per_gate_options(text: str) -> Any:
+    """`--per-gate`; `SereConfig` says what may be in it."""
+    return json.loads(text)  # its errors are ValueErrors, which click reports
 
 
 @click.command("export")
 @click.option("--to", "target", type=click.Choice(["aot", "onnx", "exported"]), required=True, help="What to write.")
-@click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
+@click.option(
+    "--model",
+    "name",
+    default=KINDS[0],
+    show_default=True,
+    help=f"Folder or Hugging Face name of a causal language model, or {', '.join(KINDS)}, which come with the package.",
+)
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="File to write.")
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile.")
-@click.option("--select-top-k", type=int, help="S; min(2, K-1) by default.")
-@click.option("--threshold", type=float, default=0.0, show_default=True, help="rho.")
+@click.option("--select-top-k", type=count_or_auto, help="S, or auto; min(2, K-1) by default.")
+@click.option("--max-active", type=int, help="With --select-top-k auto: a gate's budget of primary experts.")
+@click.option("--threshold", type=number_or_share, default="0", show_default=True, help="rho, or a share such as q0.2.")
 @click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
+@click.option("--substitution", type=click.Choice(SUBSTITUTIONS), default="reroute", show_default=True)
+@click.option("--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}.")
 @click.option("--decode", "cache_length", type=int, help="One decoding step with a static cache of so many tokens.")
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
 @click.option("--experts", type=click.Choice(["grouped_mm", "batched_mm"]), help="How the graph computes experts.")
 @click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
+@click.option("--dtype", help="Of the weights; the checkpoint's by default, float32 for models of the package.")
 def export_command(
     target: str,
     name: str,
     out: str,
     profile: str | None,
-    select_top_k: int | None,
-    threshold: float,
-    min_active: int | None,
     cache_length: int | None,
     as_function: bool,
     experts: str | None,
     allow_no_gates: bool,
-    dtype: str,
+    dtype: str | None,
+    **options: Any,
 ) -> None:
     """Write a model with its gates re-routed.
 
@@ -48,13 +71,13 @@ def export_command(
     is no gate. ONNX files use batched_mm, the other targets what the model is set to, unless --experts says otherwise.
     """
     try:
-        config = SereConfig(select_top_k=select_top_k, threshold=threshold, min_active=min_active)
+        config = SereConfig(**options)
         if not Path(out).absolute().parent.is_dir():
             raise click.UsageError(f"--out: there is no folder {Path(out).absolute().parent}")
         if as_function and target != "onnx":
             raise click.UsageError("--as-function is for --to onnx")
         matrices = None if profile is None else SimilarityProfile.load(profile)
-        model, _ = load_causal_lm(name, dtype=dtype)
+        model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
         if matrices is not None:
             attach(model, matrices)
         graph = _prefill(model) if cache_length is None else _decode(model, cache_length)
@@ -79,12 +102,13 @@ def _write(target: str, out: str, graph: dict[str, Any], as_function: bool) -> s
         )
         return f"{out}: {done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators"
     from ..lowering import aot
+    from ..lowering.standard_operators import rerouted_gates
 
     if target == "aot":
         return f"{aot.package(module, out, args, **graph)}: AOTInductor package"
     program = aot.export_rewritten(module, args, **graph)
     torch.export.save(program, out)
-    return f"{out}: exported program; `import sere_compile.ops` before torch.export.load"
+    return f"{out}: {rerouted_gates(program)} gates re-routed; `import sere_compile.ops` before torch.export.load"
 
 
 def _prefill(model: Any) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import MissingExtraError, ModelNotFoundError
 
+# Small trained models that come with the package (models/README.md); their weights are bfloat16.
+SHIPPED = Path(__file__).resolve().parent.parent / "models"
+KINDS = ("qwen3", "mixtral", "upcycled")
+
 
 def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device: str | None = None) -> tuple[Any, Any]:
     """A causal language model with its tokenizer, ready for batched generation.
 
     Args:
-        name_or_path: a folder written by `save_pretrained`, or a name on the Hugging Face hub.
+        name_or_path: a folder written by `save_pretrained`, a name on the Hugging Face hub, or one of `KINDS`.
         dtype: as transformers takes it; "auto" keeps the checkpoint's.
         device: "cuda" where there is one, else "cpu".
 
@@ -28,6 +33,8 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:
         raise MissingExtraError("loading a checkpoint needs transformers: pip install 'sere-compile[hf]'") from error
+    if is_shipped(name_or_path):
+        name_or_path = str(SHIPPED / name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
@@ -37,3 +44,8 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def is_shipped(name_or_path: str) -> bool:
+    """Whether a model comes with the package; a folder of the same name goes first."""
+    return name_or_path in KINDS and not Path(name_or_path).is_dir()

@@ -8,11 +8,15 @@ import torch
 from click.testing import CliRunner
 
 from sere_compile.commands.export import export_command
+from sere_compile.integrations.transformers import load_causal_lm
 from sere_compile.lowering.standard_operators import sere_nodes
 from sere_compile.testing import oracle_routing
+from sere_compile.threshold import RANKED_THRESHOLD
 
 from ..test_cli import save, save_dense
 from .test_onnx import TOLERANCE, real_model, run
+
+KINDS_OF_BUFFERS = ("similarity", "projection")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,27 @@ def test_onnx(checkpoint, tmp_path):
     with torch.no_grad(), oracle_routing(model, matrices, 1, min_active=0):
         want = model(ids, use_cache=False).logits
     np.testing.assert_allclose(run(out, ids)[0], want.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_model_of_the_package(tmp_path):
+    """Without --model the trained one, in float32; with a projection and a share for rho it equals the oracle."""
+    out = tmp_path / "model.pt2"
+    result = export("--to", "exported", "--out", out, "--select-top-k", 1, "--min-active", 0, "--threshold", "q0.25",
+                    "--substitution", "projection")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "4 gates re-routed" in result.output
+    program = torch.export.load(out)
+    model, tokenizer = load_causal_lm("qwen3", dtype=torch.float32, device="cpu")
+    names = [f"model.layers.{i}.mlp.gate.weight" for i in range(4)]
+    buffers = [{n: program.state_dict[f"sere_{kind}_{i}"] for i, n in enumerate(names)} for kind in KINDS_OF_BUFFERS]
+    ids = tokenizer("def __init__(self, name):", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        with oracle_routing(model, buffers[0], 1, RANKED_THRESHOLD, min_active=0, projections=buffers[1]):
+            expected = model(ids, use_cache=False).logits
+    got = program.module()(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+    assert not torch.allclose(got, plain, atol=0.1)
 
 
 def test_exported_decode_step(checkpoint, tmp_path):
@@ -101,3 +126,40 @@ def test_bad_options(checkpoint, tmp_path):
     assert unknown.exit_code == 1
     assert "no causal language model could be loaded from" in unknown.output
     assert "--as-function is for --to onnx" in export("--to", "aot", *out, "--as-function").output
+
+
+def test_options_by_gate(checkpoint, tmp_path):
+    """A budget for all, numbers for one gate: what reaches the operator is the gate's own."""
+    _, folder, _, profile = checkpoint
+    out = tmp_path / "m.pt2"
+    command = ["--to", "exported", "--model", folder, "--out", out, "--profile", profile]
+    budget = ["--select-top-k", "auto", "--max-active", 5]
+    assert export(*command, *budget).exit_code == 0
+    [node] = sere_nodes(torch.export.load(out))
+    assert node.kwargs == {"max_active": 5}
+    assert export(*command, *budget, "--per-gate", '{"*.0.*": {"select_top_k": 1, "threshold": 0.25}}').exit_code == 0
+    [node] = sere_nodes(torch.export.load(out))
+    assert node.args[2:4] == (1, 0.25)
+    assert not node.kwargs
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--threshold", "qq"], "threshold must be a finite number, or a share of a gate's experts"),
+        (["--threshold", "low"], "Invalid value for '--threshold'"),
+        (["--select-top-k", "most"], "Invalid value for '--select-top-k'"),
+        (["--select-top-k", "auto"], "max_active go together"),
+        (["--per-gate", "{"], "Invalid value for '--per-gate'"),
+        (["--per-gate", '{"*": {"inner": "eager"}}'], "'inner' is no option of a gate"),
+        (["--max-tokens", "8"], "No such option"),
+        (["--substitution", "projection"], "needs projection coefficients, and this profile has none"),
+    ],
+)
+def test_options_out_of_range(checkpoint, tmp_path, options, told):
+    _, folder, _, profile = checkpoint
+    command = ["--to", "exported", "--model", folder, "--out", tmp_path / "m.pt2", "--profile", profile]
+    result = export(*command, *options)
+    assert result.exit_code != 0
+    assert told in result.output
+    assert not (tmp_path / "m.pt2").exists()
