@@ -366,20 +366,16 @@ class LaunchConfig:
     chunk: int = 4096
 
 
-def launch_config(dtype: torch.dtype, hidden: int, inner: int, transposed: bool) -> LaunchConfig:
+def launch_config(dtype: torch.dtype, hidden: int, transposed: bool) -> LaunchConfig:
     """The tiles for one layer's shape."""
-
-    def depth(size: int) -> int:
-        largest = 128 if dtype.itemsize == 2 else 32
-        return largest if size % largest == 0 else largest // 2
-
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)
         return LaunchConfig(tile, tile)
     if transposed:
         # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
         return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
-    return LaunchConfig(TileConfig(32, depth(hidden), 4, 4, 3), TileConfig(64, depth(inner), 4, 4, 3))
+    first = TileConfig(32, 128, 2, 3, 4) if hidden % 128 == 0 else TileConfig(32, 64, 2, 3, 6)
+    return LaunchConfig(first, TileConfig(64, 64, 4, 5, 3))
 
 
 def device_guard(tensor: Tensor):
@@ -433,7 +429,7 @@ def launch_expert_mlp(
     inner = int(down.shape[1 if transposed else 2])
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    config = config or launch_config(hidden.dtype, width, inner, transposed)
+    config = config or launch_config(hidden.dtype, width, transposed)
     order, active, first = launch_plan(topk_ids, num_experts, config.chunk)
     act = torch.empty((num_tokens * num_slots, inner), dtype=hidden.dtype, device=hidden.device)
     out = torch.empty((num_tokens * num_slots, width), dtype=torch.float32, device=hidden.device)

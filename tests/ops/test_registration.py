@@ -231,7 +231,7 @@ def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
         ]
         for element, dtype, transposed, shape, flags in LAYERS:
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
-            config = launch_config(dtype, shape["HIDDEN"], shape["INNER"], transposed)
+            config = launch_config(dtype, shape["HIDDEN"], transposed)
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
             for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
                 compiled = compile_for_sm90(kernel, element, ones, {**shape, **tile.arguments()})
