@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from . import nodes
@@ -22,17 +23,25 @@ def reaches_experts(start: Node, num_experts: int | None) -> bool:
         start: a consumer of the ids.
         num_experts: E; None for any number.
     """
-    pending, seen = [start], {start}
-    while pending and len(seen) < _HORIZON:
+    pending, seen, steps = [start], {start}, 0
+    while pending and steps < _HORIZON:
         node = pending.pop(0)
+        # One for each expert, where counts become the sizes of a split: they are no distance.
+        steps += nodes.kind(node) != "item"
         if any(_is_stacked(source, num_experts) for source in nodes.operands(node)) and not _convolves(node):
             return True
         if _projects_all_tokens(node):
             continue
-        fresh = [user for user in nodes.followers(node) if user not in seen]
+        fresh = [user for user in nodes.followers(node) if user not in seen and not _asserts(user)]
         seen.update(fresh)
         pending.extend(fresh)
     return False
+
+
+def _asserts(node: Node) -> bool:
+    """Whether a node only checks a size: torch.export guards each count that becomes one."""
+    names = ("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+    return isinstance(nodes.value(node), torch.SymBool) or nodes.raw_name(node) in names
 
 
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "grouped_mm"})
@@ -161,24 +170,33 @@ def same_for_every_expert(consumer: Node, num_experts: int) -> bool:
     return limit <= 0 or limit >= num_experts
 
 
-_KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "cat"}
+_MASKING = frozenset({"one_hot", "scatter", "eq"})
+_REORDERS = nodes.VALUE_PRESERVING | {"transpose", "permute", "select", "slice", "unbind", "item"}
+_KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "select", "cat", "pad"}
 
 
 def drops_tokens(consumer: Node) -> bool:
-    """Whether an expert's tokens are numbered (the running sum of a mask) and compared with how many it takes."""
-    if nodes.kind(consumer) not in ("one_hot", "scatter", "eq"):
-        return False
-    pending: list[tuple[Node, bool]] = [(node, False) for node in [consumer, *nodes.followers(consumer)]]
-    seen: set[tuple[Node, bool]] = set()
+    """Whether an expert's tokens are numbered (the running sum of a mask) and compared with how many it takes.
+
+    The mask may be made of the ids in another order: slots in front, or one rank at a time.
+    """
+    pending: list[tuple[Node, str]] = [(consumer, "ids")]
+    seen: set[tuple[Node, str]] = set()
     while pending and len(seen) < _HORIZON:
-        node, numbered = pending.pop()
-        if (node, numbered) in seen:
+        node, held = pending.pop()
+        if (node, held) in seen:
             continue
-        seen.add((node, numbered))
+        seen.add((node, held))
         name = nodes.kind(node)
-        if numbered and name in ("lt", "le", "gt", "ge"):
+        if held == "numbers" and name in ("lt", "le", "gt", "ge"):
             return True
-        numbered = numbered or name == "cumsum"
-        if node is consumer or name == "cumsum" or name in _KEEPS_MASK:
-            pending.extend((user, numbered) for user in nodes.followers(node))
+        if held == "ids":
+            if name not in _MASKING | _REORDERS:
+                continue
+            held = "mask" if name in _MASKING else held
+        elif name == "cumsum":
+            held = "numbers"
+        elif name not in _KEEPS_MASK:
+            continue
+        pending.extend((user, held) for user in nodes.followers(node))
     return False

@@ -72,9 +72,9 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
 
 
 def _is_ordinary_maximum(selection: Selection | Skip, skip: Skip) -> bool:
-    """Whether a refused argmax is one of the many that have nothing to do with experts."""
+    """Whether a refused argmax is one of the many that do not select from what a weight projected."""
     single = isinstance(selection, Selection) and selection.form == "max"
-    return single and skip.reason is not SkipReason.REWRITTEN and skip.evidence < 4
+    return single and skip.reason is not SkipReason.REWRITTEN and skip.evidence < 3
 
 
 def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Leaving) -> Gate | Skip:
@@ -165,13 +165,15 @@ def _dispatches(ids: Node) -> bool:
 
 
 def _nested(module: GraphModule) -> list[Skip]:
-    """Selections inside graphs that this one calls: what is found there is reported, not rewritten."""
+    """Selections inside graphs that this one calls: gates there are refused, the others keep their reasons."""
     found = []
     for node in module.graph.find_nodes(op="get_attr"):
         inner = getattr(module, str(node.target), None) if "." not in str(node.target) else None
         if isinstance(inner, GraphModule):
+            caller = next(iter(node.users), node)
             inside = find_gates(inner)
-            if inside.gates:
-                caller = next(iter(node.users), node)
-                found.append(Skip(SkipReason.NESTED, inside.gates[0].selection, f"called by {caller.name}", evidence=4))
+            found += [
+                Skip(SkipReason.NESTED, g.selection, f"called by {caller.name}", evidence=4) for g in inside.gates
+            ]
+            found += inside.skips
     return found

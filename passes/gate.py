@@ -43,7 +43,10 @@ class SkipReason(enum.Enum):
     CAPACITY = "capacity-based dispatch: with other ids it would drop other tokens"
     PRODUCT_KEYS = "product keys: its candidates are pairs of other selections"
     HASH = "hash routing: its experts come from a table, not from scores"
-    NESTED = "it is inside a nested graph, which is not rewritten"
+    NESTED = (
+        "it is inside a nested graph, as activation checkpointing makes, which is not rewritten: switch checkpointing "
+        "off (model.gradient_checkpointing_disable(), or call the layer without torch.utils.checkpoint)"
+    )
     BENT_WEIGHTS = "its weights pass another function behind the dispatch, where those of two slots cannot be added"
     SCALED_INPUT = "its weights scale what goes into the experts, where the weights of two slots cannot be added"
     UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"

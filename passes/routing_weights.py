@@ -9,10 +9,15 @@ from __future__ import annotations
 from torch.fx import Node
 
 from . import nodes
+from .columns import columns_of
 from .gate import Skip, SkipReason, Use, UseKind
 
-_ELEMENTWISE = nodes.VALUE_PRESERVING | {"softmax", "sigmoid", "exp", "mul", "div", "add", "sub"}
-_BENDING = frozenset({"softmax", "log_softmax", "sigmoid", "tanh", "exp", "sqrt", "softplus", "log", "pow"})
+_BENDING = frozenset({"softmax", "log_softmax", "sigmoid", "tanh", "exp", "sqrt", "softplus", "log", "pow"}) | {
+    "logsigmoid",
+    "log_sigmoid",
+}
+_ELEMENTWISE = nodes.VALUE_PRESERVING | _BENDING | {"mul", "div", "add", "sub"}
+_JOINS = frozenset({"cat", "concat", "concatenate"})
 _MOVES_ROWS = nodes.VALUE_PRESERVING | {
     "index",
     "repeat",
@@ -60,7 +65,13 @@ def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:
         others = [source for source in nodes.operands(node) if source not in seen]
         if nodes.kind(node) == "mul" and any(_rows_of(o, hidden) for o in others) and _enters_product(node):
             return Skip(SkipReason.SCALED_INPUT, node, f"{node.name} at {nodes.source_line(node)}", evidence=4)
-        moved = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute", "slice", "select", "index"}
+        moved = nodes.kind(node) in nodes.VALUE_PRESERVING | _JOINS | {
+            "transpose",
+            "permute",
+            "slice",
+            "select",
+            "index",
+        }
         if moved or nodes.last_size(node) == columns:
             pending.extend(nodes.followers(node))
     return None
@@ -139,14 +150,27 @@ def _slot_shaped(starts: list[Node], ids: Node) -> dict[Node, None]:
     # More scores than ids: columns are cut off later.
     wide = [s for s in starts if (nodes.last_size(s) or 0) > (nodes.last_size(ids) or 0)]
     while pending:
-        for user in pending.pop().users:
+        node = pending.pop()
+        for user in node.users:
+            if _appends_columns(user, node):
+                wide.append(user)
             keeps = _keeps_slots(user, ids) or (
-                nodes.kind(user) in _ELEMENTWISE and any(nodes.same_shape(user, start) for start in wide)
+                (nodes.kind(user) in _ELEMENTWISE or user in wide)
+                and any(nodes.same_shape(user, start) for start in wide)
             )
+            keeps = keeps and (columns_of(user, node) or (0, 0))[0] == 0
             if user not in chain and user.op != "output" and keeps:
                 chain[user] = None
                 pending.append(user)
     return chain
+
+
+def _appends_columns(node: Node, slots: Node) -> bool:
+    """Whether further columns (a shared expert's score) are put behind those of the slots."""
+    parts = node.args[0] if nodes.kind(node) in _JOINS and node.args else ()
+    if not isinstance(parts, (list, tuple)) or not parts or parts[0] is not slots or slots in parts[1:]:
+        return False
+    return nodes.argument(node, 1, "dim", 0) in (-1, len(nodes.shape(node) or ()) - 1)
 
 
 def _keeps_slots(node: Node, ids: Node) -> bool:

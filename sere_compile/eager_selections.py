@@ -15,12 +15,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .module_tree import experts_stand_beside
+from .module_tree import count_experts_beside
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm: 1, _aten.addmm: 2, _aten.bmm: 1, _aten.baddbmm: 2, _aten.matmul: 1, _aten.linear: 1}
 # Selections and how many experts each takes; None: all of them, in order.
 _SELECTIONS = {_aten.topk: lambda args: args[1], _aten.argmax: lambda args: 1, _aten.max: lambda args: 1}
+# Columns of a router that are no experts' are cut off before the selection.
+_CUTS = (_aten.slice, _aten.narrow)
 _SORTS = {_aten.sort: lambda args: None, _aten.argsort: lambda args: None}
 
 
@@ -30,7 +32,7 @@ class EagerSelection:
 
     Attributes:
         weight: the router's parameter, [E, H] or [H, E].
-        num_experts: E, the number of scores selected from.
+        num_experts: E, how many of the scores selected from are experts'.
         top_k: K, None where a sort puts all scores in order.
         place: `file.py:123` of the user's code.
     """
@@ -71,7 +73,7 @@ class WatchSelections(TorchDispatchMode):
         sources = [arg for arg in args if isinstance(arg, torch.Tensor)]
         known = next((self._scores[source] for source in sources if source in self._scores), None)
         if known is not None and result.is_floating_point() and result.dim():
-            if result.shape[-1] == next(s for s in sources if s in self._scores).shape[-1]:
+            if result.shape[-1] == next(s for s in sources if s in self._scores).shape[-1] or packet in _CUTS:
                 self._scores[result] = known
             return
         weight = self._weight_of(first)
@@ -92,8 +94,8 @@ class WatchSelections(TorchDispatchMode):
         if weight is None or not over_last or any(seen.weight is weight for seen in self.found):
             return
         top_k = {**_SELECTIONS, **_SORTS}[packet](args)
-        num_experts = scores.shape[-1]
-        if experts_stand_beside(weight, num_experts):
+        num_experts = count_experts_beside(weight, scores.shape[-1])
+        if num_experts:
             self.found.append(EagerSelection(weight, num_experts, top_k, _users_line(sys._getframe(2))))
 
 

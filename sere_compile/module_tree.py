@@ -71,7 +71,7 @@ def find_experts(weight: torch.Tensor, num_experts: int) -> Experts | None:
 
 
 def _experts_around(owner: Owner, weight: torch.Tensor, num_experts: int) -> Experts | None:
-    for around in owner.chain[:3]:
+    for around in _surroundings(owner):
         for module in _beside(around, weight):
             if _takes_routing(module) and (_holds_experts(module, num_experts) or _counts_experts(module, num_experts)):
                 return module
@@ -93,26 +93,40 @@ def experts_stand_beside(weight: torch.Tensor, num_experts: int) -> bool:
         return True
     return any(
         _holds_experts(around, num_experts)
-        or any(isinstance(child, nn.ModuleDict) and len(child) == num_experts for child in around.modules())
-        for around in owner.chain[:3]
+        or any(isinstance(child, nn.ModuleDict) and _counts(child) == num_experts for child in around.modules())
+        for around in _surroundings(owner)
     )
 
 
 def count_experts_beside(weight: torch.Tensor, columns: int) -> int:
     """How many experts compute something around a router with `columns` columns; 0 where none are seen.
 
-    Some experts of a router may compute nothing and still have a row in one of two stacks of weights: the smaller
-    stack tells.
+    Some experts of a router may compute nothing. They may still have a row in one of two stacks of weights, where the
+    smaller stack tells, or none at all, where experts that take routing beside the router tell.
     """
-    if not experts_stand_beside(weight, columns):
-        return 0
     owner = find_owner(weight)
-    for around in owner.chain[:3] if owner is not None else ():
+    if owner is None:
+        return 0
+    as_many = experts_stand_beside(weight, columns)
+    for around in _surroundings(owner):
         for module in _beside(around, weight):
             stacks = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() >= 3}
-            if columns in stacks:
-                return min(size for size in stacks if 1 < size <= columns)
-    return columns
+            fewer = [size for size in stacks if 1 < size <= columns]
+            if fewer and (columns in stacks if as_many else _takes_routing(module)):
+                return min(fewer)
+    return columns if as_many else 0
+
+
+def _counts(experts: nn.ModuleDict) -> int:
+    """How many experts a dictionary holds, which may hold a dropout besides and say so."""
+    told = getattr(experts, "num_experts", None)
+    return told if isinstance(told, int) and told <= len(experts) else len(experts)
+
+
+def _surroundings(owner: Owner) -> tuple[nn.Module, ...]:
+    """The modules in which experts of a router may be, innermost first: up to the layer, none that holds layers."""
+    around = owner.chain[:4]
+    return owner.chain[:3] if any(isinstance(module, nn.ModuleList) for module in around[1:]) else around
 
 
 def _beside(module: nn.Module, weight: torch.Tensor) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ import sere_compile
 from sere_compile.eager_selections import WatchSelections
 
 from .tiny_models import build, gate_names, tokens
+from .zoo import registry as zoo
 from .zoo.outside.loops import EXPERTS, HIDDEN, TOP_K, Loop, MaskLoop
 
 
@@ -138,3 +139,17 @@ def test_second_run_leaves_the_arguments_alone():
     cache = []
     sere_compile.explain(Appending().eval(), rows(), cache)
     assert len(cache) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "top_k"),
+    [("zaya", "eager", 1), ("inkling", "eager", 3), ("longcat_flash", "own", 3), ("nllb_moe", "own", 1)],
+)
+def test_routers_with_further_columns_and_experts_of_their_own(name, experts, top_k):
+    """E counts experts that compute: no skip slot, no shared expert's column, none that return their input."""
+    model = zoo.build(name, experts)
+    with torch.no_grad(), WatchSelections() as watch:
+        model(**zoo.inputs(name))
+    assert len(watch.found) >= 3
+    assert {(selection.num_experts, selection.top_k) for selection in watch.found} == {(12, top_k)}
+    assert all(selection.place.startswith(f"modeling_{name}.py:") for selection in watch.found)

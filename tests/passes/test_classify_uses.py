@@ -328,3 +328,52 @@ class TestOpaqueOperator:
         with torch.no_grad():
             want = expected(module, rows(), matrix, 1)
         assert not torch.allclose(run(graph, rows()), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("module", DUPLICATE_UNSAFE, ids=lambda module: module.__name__)
+def test_unsafe_dispatch_the_other_way_is_wrong(module, tracer):
+    """Re-routed as one that sums duplicates, every dispatch that does not gives another result than SERE defines."""
+    block, matrix = module(), similarity()
+    graph = TRACERS[tracer](block, rows())
+    gate = one_gate(graph)
+    uses = tuple(dataclasses.replace(use, kind=UseKind.GROUPED) for use in gate.uses)
+    reroute(graph, matrix, gate=dataclasses.replace(gate, uses=uses))
+    with torch.no_grad():
+        want = expected(block, rows(), matrix, 1)
+    assert not torch.allclose(run(graph, rows()), want, atol=1e-3)
+
+
+class SplitByCounts(Block):
+    """As JetMoE: rows sorted by expert are split by counts of a [T, E] table, where a duplicate counts once."""
+
+    def dispatch(self, x, ids, weights):
+        sizes = torch.zeros(x.shape[0], self.num_experts).scatter(1, ids, 1).long().sum(0).tolist()
+        order = ids.flatten().sort(0)[1]
+        token = order.div(self.top_k, rounding_mode="trunc")
+        parts = x[token].split(sizes, dim=0)
+        y = torch.cat([torch.tanh(part @ self.experts[number]) for number, part in enumerate(parts)])
+        return torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order, None])
+
+
+class TestSplitByCounts:
+    """Counts of a table become the sizes of a split: experts are seen behind them, however many there are."""
+
+    @pytest.mark.parametrize("experts", [EXPERTS, 64])
+    def test_merged(self, experts):
+        block, matrix = SplitByCounts(experts), similarity(experts)
+        graph = from_export(block, rows())
+        assert reroute(graph, matrix).merged
+        with torch.no_grad():
+            want = expected(block, rows(), matrix, 1)
+            assert not torch.allclose(block(rows()), want, atol=1e-2), "the case re-routes nothing"
+        torch.testing.assert_close(run(graph, rows()), want, rtol=1e-5, atol=1e-5)
+
+    def test_the_other_way_raises(self):
+        """Not merged, the counts no longer sum to the rows."""
+        graph = from_export(SplitByCounts(), rows())
+        gate = one_gate(graph)
+        uses = tuple(dataclasses.replace(use, kind=UseKind.GROUPED) for use in gate.uses)
+        reroute(graph, gate=dataclasses.replace(gate, uses=uses))
+        with pytest.raises(RuntimeError):
+            run(graph, rows())

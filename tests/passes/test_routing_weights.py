@@ -40,6 +40,10 @@ CHAINS = {
     "looked up": (lambda b, v, ids, s: s.gather(1, ids), "gather"),
     "looked up and normalised": (lambda b, v, ids, s: F.normalize(s.gather(1, ids), p=1.0, dim=-1), "div"),
     "scaled by expert": (lambda b, v, ids, s: v * b.scale[ids], "mul"),
+    "joined with a shared expert's score": (
+        lambda b, v, ids, s: torch.cat([v, s[:, :1]], -1).sigmoid().exp()[:, :3] * 1.0,
+        "mul",
+    ),
     "cast": (lambda b, v, ids, s: v.double().float() * 1.0, "mul"),
 }
 

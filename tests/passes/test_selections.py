@@ -297,8 +297,9 @@ class TestRefusals:
         }
 
     def test_ordinary_maximum(self, tracer):
-        """An argmax that is no gate is one of many: it is not reported."""
-        assert only_reason(lambda b, x: F.linear(x, b.router).argmax(-1) + x.max(-1)[1], TRACERS[tracer]) == set()
+        """An argmax over projected scores is told like a top-k; one over anything else is one of many, and is not."""
+        assert only_reason(lambda b, x: F.linear(x, b.router).argmax(-1), TRACERS[tracer]) == {SkipReason.NO_DISPATCH}
+        assert only_reason(lambda b, x: x.max(-1)[1] + x.relu().argmax(-1), TRACERS[tracer]) == set()
 
     def test_whole_ids_and_a_part(self, tracer):
         """A part of the ids beside the whole: the whole is dispatched."""
@@ -326,3 +327,5 @@ def test_nested_graph(trace):
     if any(nodes.kind(node) == "topk" for node in graph.graph.nodes):
         pytest.skip("the tracer inlines checkpoints")
     assert [skip.reason for skip in skips] == [SkipReason.NESTED]
+    assert "gradient_checkpointing_disable()" in str(skips[0])
+    assert nodes.source_line(skips[0].node).startswith("moe_modules.py:")

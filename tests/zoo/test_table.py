@@ -1,8 +1,13 @@
 """docs/support.md has a row for everything in the registry; the lane of the zoo compares what the rows say."""
 
+import pytest
+
+from sere_compile import GateRow
+
 from .registry import ENTRIES, implementations
 from .survey import Survey
-from .table import cell, read
+from .table import DYNAMO, EXPORT, UNMEASURED, cell, read
+from .test_zoo import checked_in
 
 
 def test_rows_are_those_of_the_registry():
@@ -10,6 +15,28 @@ def test_rows_are_those_of_the_registry():
     _, rows = read()
     wanted = {(name, experts) for name in ENTRIES for experts in implementations(name)}
     assert set(rows) == wanted
+
+
+def test_every_cell_is_measured_and_right():
+    """Found, with what became of it, or the reason; never "not measured" and never a difference from the oracle."""
+    _, rows = read()
+    for row in rows.values():
+        for text in (row[DYNAMO], row[EXPORT]):
+            assert text != UNMEASURED, row
+            assert "differs" not in text, row
+            assert any(word in text for word in ("rewritten", "identity", "; ", "does not trace: ")), row
+
+
+def test_a_stale_cell_turns_the_comparison_red():
+    """What the lane of the zoo compares: another number of gates, or of graphs, than the table says."""
+    _, rows = read()
+    graphs = int(rows["olmoe", "grouped_mm"][3])
+    gate = GateRow("gate.weight", 12, 3, 1, "softmax", True, "grouped by expert", "rewritten")
+    right = Survey(run=3, rows=(gate,) * 3, graphs=graphs)
+    checked_in("olmoe", "grouped_mm", DYNAMO, right)
+    for wrong in (Survey(run=3, rows=(gate,) * 2, graphs=graphs), Survey(run=3, rows=(gate,) * 3, graphs=graphs + 1)):
+        with pytest.raises(AssertionError, match=r"stale: python -m tests\.zoo\.table olmoe"):
+            checked_in("olmoe", "grouped_mm", DYNAMO, wrong)
 
 
 def test_cell_says_what_is_wrong():

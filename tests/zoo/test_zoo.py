@@ -7,7 +7,7 @@ import transformers
 from .discover import moe_architectures
 from .registry import ENTRIES, implementations
 from .survey import survey_dynamo, survey_export
-from .table import UNMEASURED, cell, read
+from .table import DYNAMO, EXPORT, GRAPHS, accept, cell, read
 from .test_registry import REPRESENTATIVES
 
 # What is not right yet, by architecture: an entry goes when it is, and the test insists on it.
@@ -55,10 +55,13 @@ def check(name, survey, dtype=torch.float32):
 
 def checked_in(name, experts, column, survey):
     """docs/support.md says the same, where it was written with the installed versions."""
+    if accept(name, experts, column, survey):
+        return
     header, rows = read()
     if transformers.__version__ in header and torch.__version__.partition("+")[0] in header:
         row = rows[name, experts]
-        assert row[column] in (cell(survey), UNMEASURED), f"stale: python -m tests.zoo.table {name}"
+        assert row[column] == cell(survey), f"stale: python -m tests.zoo.table {name}"
+        assert column != DYNAMO or row[GRAPHS] == str(survey.graphs), f"stale: python -m tests.zoo.table {name}"
 
 
 def default(name):
@@ -72,7 +75,7 @@ def default(name):
 def test_dynamo(name):
     """The whole model through Dynamo, whatever the number of graphs."""
     survey = survey_dynamo(name, default(name))
-    checked_in(name, default(name), 2, survey)
+    checked_in(name, default(name), DYNAMO, survey)
     check(name, survey)
 
 
@@ -82,7 +85,7 @@ def test_dynamo_with_indexed_weights(name):
     """The other implementation that makes one graph."""
     default(name)
     survey = survey_dynamo(name, "batched_mm")
-    checked_in(name, "batched_mm", 2, survey)
+    checked_in(name, "batched_mm", DYNAMO, survey)
     check(name, survey)
 
 
@@ -91,7 +94,7 @@ def test_dynamo_with_indexed_weights(name):
 def test_dynamo_with_a_loop(name):
     """Experts in a Python loop: ids leave the graph, and one graph serves several layers."""
     survey = survey_dynamo(name, "eager")
-    checked_in(name, "eager", 2, survey)
+    checked_in(name, "eager", DYNAMO, survey)
     check(name, survey)
     assert survey.graphs > 1
 
@@ -100,10 +103,8 @@ def test_dynamo_with_a_loop(name):
 @pytest.mark.parametrize("name", cases(sorted(set(ENTRIES) - set(NOT_EXPORTED))))
 def test_export(name):
     """torch.export, then `rewrite`."""
-    if name == "jetmoe":
-        pytest.xfail("ids go into a split by counts: no expert weights are seen behind it in a program")
     survey = survey_export(name, default(name))
-    checked_in(name, default(name), 4, survey)
+    checked_in(name, default(name), EXPORT, survey)
     check(name, survey)
 
 
