@@ -104,7 +104,7 @@ def plan_layers(
     gates = {} if profile is None else match_layers(profile, experts, complete)
     if complete:
         tell_unknown(options.config, [*runners, *gates.values()], "this model")
-    plans = {}
+    plans: dict[str, LayerPlan] = {}
     for name, runner in runners.items():
         config, top_k = options.config.for_gate(name, gates.get(name, name)), int(runner.router.top_k)
         if config.resolved_top_k(top_k) >= top_k:
