@@ -31,6 +31,10 @@ small models with random weights, on a CPU. `n/m` are gates found of selections 
 gate was compared: S = K changes no bit, S = 1 equals an eager oracle. "own" experts have no implementation to choose.
 `--missing` measures what is not measured yet. Written by `python -m tests.zoo.table`.
 
+Matching, on one core of a 2-core x86 machine (`python -m tests.zoo.match_time`): `find_gates` takes 5.1 ms for 1,000
+nodes in the median over these architectures and 30.6 ms in the worst (zaya); all that the backend does to a graph
+before it hands it over takes 96 ms in the median and 181 ms in the worst (longcat_flash).
+
 | architecture | experts | Dynamo | graphs | torch.export |
 | --- | --- | --- | --- | --- |
 """
