@@ -81,7 +81,11 @@ def compile(
 
 def convertible(program: ExportedProgram) -> ExportedProgram:
     """A re-routed program in operators that torch_tensorrt converts with dynamic shapes."""
-    return decompose(program, {**REFERENCES, torch.ops.aten.gather.default: _gather_by_index})
+    aten = torch.ops.aten
+    # Caches: from 2.14 on torch_tensorrt has a converter for index_copy, for static shapes only, and no longer
+    # decomposes it itself.
+    index_copy = torch._decomp.get_decompositions([aten.index_copy.default])
+    return decompose(program, {**REFERENCES, **index_copy, aten.gather.default: _gather_by_index})
 
 
 def _gather_by_index(tensor: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:

@@ -140,11 +140,30 @@ class Name(str):
         return str(self)
 
 
-def test_gather_needs_its_own_decomposition():
-    """The reason for it: torch_tensorrt converts gather for static shapes only."""
+def test_what_needs_a_decomposition_of_ours():
+    """The reason for it: torch_tensorrt converts these for static shapes only."""
     converters = tensorrt.operator_tables()["torch_tensorrt"]["converters"]
     assert converters["aten.gather.default"] is False
+    assert converters["aten.index_copy.default"] is False
     assert converters["aten.index.Tensor"] is True
+
+
+class Cached(SmallMoE):
+    """A layer behind a write into a cache, as a decoding step has it."""
+
+    def forward(self, hidden, cache, position):
+        return super().forward(hidden), cache.index_copy(1, position, hidden[:, None])
+
+
+def test_writing_to_a_cache_of_any_batch_size():
+    """Past torch_tensorrt's static index_copy; and the program handed over still writes the same."""
+    inputs = (hidden_states(5), torch.zeros(5, 6, 8), torch.tensor([2]))
+    program = torch.export.export(Cached().eval(), inputs, dynamic_shapes=(FREE, FREE, None))
+    program = tensorrt.convertible(export_rewritten(program, profile=small_profile()))
+    assert tensorrt.operators_without_converter(program) == set()
+    hidden, cache = hidden_states(9), torch.rand(9, 6, 8)
+    written = cache.index_copy(1, torch.tensor([3]), hidden[:, None])
+    torch.testing.assert_close(program.module()(hidden, cache, torch.tensor([3]))[1], written, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
