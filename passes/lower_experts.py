@@ -37,7 +37,7 @@ _ROUTINE = (
     | MATMULS
     | {"transpose", "permute", "slice", "select", "chunk", "split", "unbind", "item", "index", "index_put"}
     | {"sort", "argsort", "histc", "bincount", "cumsum", "arange", "empty_like", "floor_divide"}
-    | {"repeat_interleave", "repeat", "size", "sym_size", "mul", "add", "sum", "getattr"}
+    | {"repeat_interleave", "repeat", "size", "sym_size", "mul", "add", "sum", "getattr", "masked_fill"}
 )
 # What an activation is made of; `gpt_oss` is told by its constants as well.
 _ACTIVATING: Mapping[str, tuple[frozenset[str], ...]] = {
@@ -153,7 +153,7 @@ def _candidates(region: DispatchRegion, hidden: Node) -> Iterator[ExpertLayer]:
 
 def _activations(region: DispatchRegion) -> list[str]:
     """The activations that the region's operations allow."""
-    computing = [node for node in region.inside if node.op in ("call_function", "call_method")]
+    computing = _computing(region)
     kinds = {nodes.kind(node) for node in computing}
     if not kinds & MATMULS:
         return []
@@ -170,9 +170,14 @@ def _activations(region: DispatchRegion) -> list[str]:
     return [name + suffix for name in found for suffix in ("_glu", "")]
 
 
+def _computing(region: DispatchRegion) -> list[Node]:
+    """What could be part of an activation: operations, but none on ids (a clamp of sentinels, a mask of their rows)."""
+    computing = (node for node in region.inside if node.op in ("call_function", "call_method"))
+    return [node for node in computing if not nodes.is_tensor(node) or nodes.value(node).is_floating_point()]
+
+
 def _why_no_candidate(region: DispatchRegion) -> str:
-    computing = [node for node in region.inside if node.op in ("call_function", "call_method")]
-    kinds = {nodes.kind(node) for node in computing}
+    kinds = {nodes.kind(node) for node in _computing(region)}
     if not kinds & MATMULS:
         return "its experts do not run as batched or grouped matmuls"
     other = sorted(kinds - _ROUTINE)
@@ -222,14 +227,16 @@ def _confirmed(
                 node: random(node, matrix=len(nodes.shape(node) or ()) == 3) if nodes.is_tensor(node) else sizes[node]
                 for node in region.inputs
             }
+            dtype = nodes.value(candidates[0].down).dtype
             hidden = random(region.activations[0]) * 4  # far enough out for clamps to act
             experts = int((nodes.shape(candidates[0].down) or ())[0])
             shape = _numbers(region.ids, symbols)
             ids = torch.randint(experts, shape, generator=generator, device=device).to(nodes.value(region.ids).dtype)
             weights = torch.rand(shape, generator=generator, device=device).to(nodes.value(region.weights).dtype)
-            expected = region.module(ids, weights, *values.values(), hidden).double()
-            flat = hidden.reshape(expected.shape)
-            tolerance = _TOLERANCE[hidden.dtype] * expected.square().mean().sqrt()
+            result = region.module(ids, weights, *values.values(), hidden)
+            # The region may begin before the cast that makes the hidden states.
+            flat, expected = hidden.to(dtype).reshape(result.shape), result.double()
+            tolerance = _TOLERANCE[dtype] * expected.square().mean().sqrt()
             nearest = torch.tensor(float("inf"))
             for layer in candidates:
                 actual = expert_mlp_reference(*layer.call(flat, ids, weights, values.__getitem__)).double()

@@ -118,6 +118,43 @@ def test_one_operator_computes_the_layer(options):
     assert not {"bmm", "index", "repeat_interleave"} & {kind(node) for node in graph.graph.nodes}
 
 
+class Sentinels(Layer):
+    """Ids of no expert are clamped and their rows masked, before and after each projection (transformers 5.17)."""
+
+    def _project(self, x, weight, bias, ids):
+        nowhere = (ids >= E).unsqueeze(-1)
+        x = x.clone().masked_fill_(nowhere, 0.0)
+        return super()._project(x, weight, bias, ids.clone().clamp_(max=E - 1)).masked_fill(nowhere, 0.0)
+
+
+class Casts(Layer):
+    """The hidden states are cast before router and experts read them."""
+
+    def forward(self, hidden):
+        return super().forward(hidden.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("layer", "tolerance"),
+    [
+        (Sentinels(), 1e-4),
+        (Sentinels("gpt_oss", interleaved=True, transposed=True, bias=True), 1e-4),
+        (Casts().bfloat16(), 0.1),
+    ],
+    ids=["sentinels", "sentinels-gpt_oss", "cast"],
+)
+def test_what_is_no_part_of_the_activation(layer, tolerance):
+    """Masks of ids, and a cast of the hidden states that the region takes in."""
+    graph, run, gate = trace(layer, torch.randn(T, H, generator=torch.Generator().manual_seed(1)) * 3)
+    with torch.no_grad():
+        expected = run()
+        assert isinstance(lower(gate), Gate)
+        graph.graph.lint()
+        graph.recompile()
+        torch.testing.assert_close(run(), expected, rtol=tolerance, atol=tolerance)
+    assert not {"bmm", "index", "masked_fill"} & {kind(node) for node in graph.graph.nodes}
+
+
 def test_numbers_decide():
     """A factor between the projections is made of permitted operations, but no operator has it."""
     _, _, gate = trace(Layer(extra="scale"), torch.randn(T, H))
