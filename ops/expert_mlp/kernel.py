@@ -5,10 +5,10 @@ Imported only when a CUDA tensor arrives, and by the interpreter tests.
 Decoding streams the weights of the active experts; everything else is small beside them. So a program owns a few
 output columns of one expert and reads their weights from end to end, for all slots of that expert at once:
 
-1. `plan_kernel` groups the slots by expert (a stable counting sort, one program an expert) and lists active experts.
-2. `gate_up_kernel`: first projection and activation, one row for each slot, in the plan's order.
-3. `down_kernel`: second projection, bias and router weight, fp32, one row for each slot, in the caller's order.
-4. The sum over a token's K rows is ATen, in slot order, so that Inductor fuses it with what follows the layer.
+1. `gate_up_kernel`: first projection and activation, one row for each slot, in the order of experts. Each program finds
+   out by itself which experts are active and which slots are its expert's, and leaves that behind for
+2. `down_kernel`: second projection, bias and router weight, fp32, one row for each slot, in the caller's order.
+3. The sum over a token's K rows is ATen, in slot order, so that Inductor fuses it with what follows the layer.
 
 The projections' programs stay on the GPU and walk over (active expert, columns): how many there are is known on the
 device alone, and a program for each possible one would spend more time on starting than on S = 1's weights. No float
@@ -32,49 +32,36 @@ from .reference import gate_width
 ROWS = 16
 
 
+# A kernel loads ids itself: torch's analysis of what a kernel writes takes every pointer that a function is given for
+# the origin of its result, and ids that "are written" through an address made of them would be copied before each call.
+
+
 @triton.jit
-def load_groups(ids_ptr, slot, num_slots, stride_t, stride_k, K: tl.constexpr, E: tl.constexpr):
-    """The expert that each slot names; E where it names none, E + 1 beyond the last slot."""
-    inside = slot < num_slots
-    ids = tl.load(ids_ptr + (slot // K).to(tl.int64) * stride_t + (slot % K) * stride_k, mask=inside, other=-1)
+def place_of(slot, stride_t, stride_k, K: tl.constexpr):
+    """Offsets of slots in [T, K]."""
+    return (slot // K).to(tl.int64) * stride_t + (slot % K) * stride_k
+
+
+@triton.jit
+def group_of(ids, inside, E: tl.constexpr):
+    """The expert that each slot names; E where it names none, E + 1 where inside is false."""
     group = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
     return tl.where(inside, group, E + 1)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def plan_kernel(
-    ids_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_t, stride_k, K: tl.constexpr, E: tl.constexpr,
-    WORDS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Write order [T * K], the slots grouped by expert, then those that name none; and the lists of groups.
+@triton.jit
+def used_words(group, E: tl.constexpr, WORDS: tl.constexpr):
+    """[WORDS, slots]: the word that holds the bit of each slot's expert has that bit."""
+    bit = tl.where(group < E, 1 << (group & 31), 0)
+    return tl.where((group >> 5)[None, :] == tl.arange(0, WORDS)[:, None], bit[None, :], 0)
 
-    active [E + 1]: the active experts, ascending; their number A is at [E]. first [E + 1]: where the group of each
-    active expert begins in order; at [A] where the last one ends. One program an expert, and one for "none".
-    """
-    own = tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
-    word = tl.arange(0, WORDS)[:, None]
-    before = tl.zeros([CHUNK], tl.int32)
-    seen = tl.zeros([WORDS, CHUNK], tl.int32)
-    for start in range(0, num_slots, CHUNK):
-        group = load_groups(ids_ptr, start + lane, num_slots, stride_t, stride_k, K, E)
-        before += (group < own).to(tl.int32)
-        bit = tl.where(group < own, 1 << (group & 31), 0)
-        seen |= tl.where((group >> 5)[None, :] == word, bit[None, :], 0)
-    first = tl.sum(before)
-    bits = (tl.reduce(seen, 1, _or)[:, None] >> tl.arange(0, 32)[None, :]) & 1
-    rank = tl.sum(bits)
-    position = first
-    for start in range(0, num_slots, CHUNK):
-        mine = (load_groups(ids_ptr, start + lane, num_slots, stride_t, stride_k, K, E) == own).to(tl.int32)
-        tl.store(order_ptr + position + tl.cumsum(mine, axis=0) - 1, start + lane, mask=mine != 0)
-        position += tl.sum(mine)
-    if own == E:
-        tl.store(active_ptr + E, rank)
-        tl.store(first_ptr + rank, first)
-    elif position > first:
-        tl.store(active_ptr + rank, own)
-        tl.store(first_ptr + rank, first)
+
+@triton.jit
+def ranks(words, WORDS: tl.constexpr):
+    """[WORDS * 32]: the place of every used expert in the ascending list of them, -1 for others; and their number."""
+    bits = (tl.reduce(words, 1, _or)[:, None] >> tl.arange(0, 32)[None, :]) & 1
+    used = tl.reshape(bits, (WORDS * 32,))
+    return tl.where(used != 0, tl.cumsum(used, axis=0) - 1, -1), tl.sum(used)
 
 
 @triton.jit
@@ -249,24 +236,58 @@ def gate_up_tile(
     tl.store(out_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside[:, None] & (n < INNER)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def gate_up_kernel(
-    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, active_ptr, first_ptr, stride_e, stride_n, stride_d,
+    x_ptr, w_ptr, b_ptr, ids_ptr, act_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_t, stride_k, stride_e,
+    stride_n, stride_d,
     K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, SMALL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+    SMALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """Write act [T * K, INNER] in the plan's order: BLOCK_N columns of one expert at a time."""
+    """Write act [T * K, INNER], rows grouped by expert: BLOCK_N columns of one expert at a time. And what rows are:
+
+    order [T * K]: the slots grouped by expert, then those that name none. active [E + 1]: the active experts,
+    ascending; their number A is at [E]. first [E + 1]: where the group of each active expert begins in order; at [A]
+    where the last one ends.
+    """
     TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     COLUMNS: tl.constexpr = 2 * INNER if GATED else INNER
-    for item in range(tl.program_id(0), tl.load(active_ptr + E) * TILES, tl.num_programs(0)):
+    lane = tl.arange(0, CHUNK)
+    words = tl.zeros([WORDS, CHUNK], tl.int32)
+    for start in range(0, num_slots, CHUNK):
+        inside = start + lane < num_slots
+        ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+        words |= used_words(group_of(ids, inside, E), E, WORDS)
+    rank, num_active = ranks(words, WORDS)
+    # The last item is the group of slots that name no expert.
+    for item in range(tl.program_id(0), num_active * TILES + 1, tl.num_programs(0)):
+        which = item // TILES
         column = item % TILES * BLOCK_N
-        expert = tl.load(active_ptr + item // TILES)
-        first = tl.load(first_ptr + item // TILES)
-        last = tl.load(first_ptr + item // TILES + 1)
+        expert = tl.sum(tl.where(rank == which, tl.arange(0, WORDS * 32), 0))
+        expert = tl.where(which < num_active, expert, E)
+        before = tl.zeros([CHUNK], tl.int32)
+        for start in range(0, num_slots, CHUNK):
+            inside = start + lane < num_slots
+            ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+            before += (group_of(ids, inside, E) < expert).to(tl.int32)
+        first = tl.sum(before)
+        last = first
+        for start in range(0, num_slots, CHUNK):
+            inside = start + lane < num_slots
+            ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+            mine = (group_of(ids, inside, E) == expert).to(tl.int32)
+            # All programs of an expert write the same; each waits for its own.
+            tl.store(order_ptr + last + tl.cumsum(mine, axis=0) - 1, start + lane, mask=mine != 0)
+            last += tl.sum(mine)
+        tl.debug_barrier()
+        if column == 0:
+            tl.store(active_ptr + which, expert)
+            tl.store(first_ptr + which, first)
         w = w_ptr + expert.to(tl.int64) * stride_e
         b = b_ptr + expert * COLUMNS
-        if last - first <= SMALL:
+        if which == num_active:
+            tl.store(active_ptr + E, num_active)
+        elif last - first <= SMALL:
             gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, first, last, column, stride_n, stride_d, K, HIDDEN, INNER,
                          ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
         else:
@@ -359,7 +380,7 @@ class TileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
-    """Meta-parameters of a call."""
+    """Meta-parameters of a call. `chunk` bounds the words that a program looks at together: 4096 fit its registers."""
 
     gate_up: TileConfig
     down: TileConfig
@@ -394,20 +415,39 @@ def launchable(kernel):
     return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
-def launch_plan(topk_ids: Tensor, num_experts: int, chunk: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
-    """(order int32 [T * K], active int32 [E + 1], first int32 [E + 1]) of ids [T, K]; T >= 1.
+def chunk_of(num_slots: int | torch.SymInt, num_experts: int, most: int) -> dict[str, int]:
+    """How the slots are looked at: `WORDS` of 32 experts, `CHUNK` slots at a time, at most `most` words in all."""
+    words = triton.next_power_of_2(triton.cdiv(num_experts, 32))
+    chunk = triton.next_power_of_2(num_slots) if isinstance(num_slots, int) else 512
+    return {"WORDS": words, "CHUNK": max(16, min(chunk, most // words))}
 
-    `chunk` bounds the bits that a program sets at once, in words: 4096 of them fit its registers.
-    """
-    num_slots = topk_ids.shape[0] * topk_ids.shape[1]
-    order = torch.empty(num_slots, dtype=torch.int32, device=topk_ids.device)
-    active, first = (torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device) for _ in range(2))
-    words = triton.next_power_of_2(triton.cdiv(num_experts + 1, 32))
-    launchable(plan_kernel)[(num_experts + 1,)](
-        topk_ids, order, active, first, num_slots, topk_ids.stride(0), topk_ids.stride(1),
-        K=int(topk_ids.shape[1]), E=num_experts, WORDS=words, CHUNK=min(512, max(16, chunk // words)),
+
+def launch_gate_up(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    transposed: bool,
+    config: LaunchConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(act [T * K, I], order, active, first) of `gate_up_kernel`; T * K >= 1."""
+    num_slots, top_k = topk_ids.shape[0] * topk_ids.shape[1], int(topk_ids.shape[1])
+    num_experts, width = int(gate_up.shape[0]), int(hidden.shape[1])
+    inner = int(gate_up.shape[2 if transposed else 1]) // gate_width(activation)
+    act = torch.empty((num_slots, inner), dtype=hidden.dtype, device=hidden.device)
+    order = torch.empty(num_slots, dtype=torch.int32, device=hidden.device)
+    active, first = (torch.empty(num_experts + 1, dtype=torch.int32, device=hidden.device) for _ in range(2))
+    # Where a bias is missing its pointer is not read; any tensor will do.
+    launchable(gate_up_kernel)[(config.gate_up.programs(hidden.device),)](
+        hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(), topk_ids, act,
+        order, active, first, num_slots, topk_ids.stride(0), topk_ids.stride(1), *_strides(gate_up, transposed),
+        K=top_k, E=num_experts, HIDDEN=width, INNER=inner, ACTIVATION=activation.removesuffix("_glu"),
+        GATED=gate_width(activation) == 2, INTERLEAVED=interleaved, HAS_BIAS=gate_up_bias is not None,
+        **chunk_of(num_slots, num_experts, config.chunk), **config.gate_up.arguments(),
     )  # fmt: skip
-    return order, active, first
+    return act, order, active, first
 
 
 def launch_expert_mlp(
@@ -430,18 +470,12 @@ def launch_expert_mlp(
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     config = config or launch_config(hidden.dtype, width, transposed)
-    order, active, first = launch_plan(topk_ids, num_experts, config.chunk)
-    act = torch.empty((num_tokens * num_slots, inner), dtype=hidden.dtype, device=hidden.device)
-    out = torch.empty((num_tokens * num_slots, width), dtype=torch.float32, device=hidden.device)
-    # Where a bias is missing its pointer is not read; any tensor will do.
-    launchable(gate_up_kernel)[(config.gate_up.programs(hidden.device),)](
-        hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(), act, order, active,
-        first, *_strides(gate_up, transposed), K=num_slots, E=num_experts, HIDDEN=width, INNER=inner,
-        ACTIVATION=activation.removesuffix("_glu"), GATED=gate_width(activation) == 2, INTERLEAVED=interleaved,
-        HAS_BIAS=gate_up_bias is not None, **config.gate_up.arguments(),
+    act, *plan = launch_gate_up(
+        hidden, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config
     )  # fmt: skip
+    out = torch.empty((num_tokens * num_slots, width), dtype=torch.float32, device=hidden.device)
     launchable(down_kernel)[(config.down.programs(hidden.device),)](
-        act, down, act if down_bias is None else down_bias.contiguous(), topk_weights, out, order, active, first,
+        act, down, act if down_bias is None else down_bias.contiguous(), topk_weights, out, *plan,
         num_tokens * num_slots, *_strides(down, transposed), topk_weights.stride(0), topk_weights.stride(1),
         K=num_slots, E=num_experts, HIDDEN=width, INNER=inner, HAS_BIAS=down_bias is not None,
         **config.down.arguments(),

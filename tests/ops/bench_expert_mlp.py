@@ -80,10 +80,12 @@ def gate_up_launch(geometry, tensors, config):
     """Kernel, grid, arguments of the first projection; tensors may be dtypes, to compile alone."""
     g = geometry
     strides = (2 * g.inner * g.hidden, *((1, 2 * g.inner) if g.transposed else (g.hidden, 1)))
-    args = [tensors[n] for n in ("hidden", "gate_up", "gate_up_bias", "act", "order", "active", "first")]
+    names = ("hidden", "gate_up", "gate_up_bias", "ids", "act", "order", "active", "first", "num_slots")
+    args = [*(tensors[n] for n in names), g.top_k, 1]
     kwargs = dict(
         K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, ACTIVATION=g.activation.removesuffix("_glu"),
-        GATED=True, INTERLEAVED=g.interleaved, HAS_BIAS=g.bias, **config.arguments(),
+        GATED=True, INTERLEAVED=g.interleaved, HAS_BIAS=g.bias,
+        **K.chunk_of(tensors["num_slots"], g.experts, 4096), **config.arguments(),
     )  # fmt: skip
     return K.gate_up_kernel, (config.per_sm * SMS,), (*args, *strides), kwargs
 
@@ -118,13 +120,14 @@ def candidates(geometry, which):
         yield K.TileConfig(n, k, warps, stages, per_sm, m, swap)
 
 
-def compile_alone(name, which, configs):
+def compile_alone(name, which, configs, tokens_of):
     """In a process of its own: fill Triton's cache."""
     geometry = GEOMETRIES[name]
     dtypes = dict.fromkeys(("hidden", "gate_up", "gate_up_bias", "act", "down", "down_bias", "weights"), torch.bfloat16)
-    dtypes |= dict.fromkeys(("order", "active", "first"), torch.int32) | {"out": torch.float32, "num_slots": 256}
-    for config in configs:
-        kernel, grid, args, kwargs = LAUNCHES[which](geometry, dtypes, config)
+    dtypes |= dict.fromkeys(("order", "active", "first"), torch.int32) | {"out": torch.float32, "ids": torch.int64}
+    for config, tokens in itertools.product(configs, tokens_of if which == "gate_up" else tokens_of[:1]):
+        slots = tokens * geometry.top_k
+        kernel, grid, args, kwargs = LAUNCHES[which](geometry, dtypes | {"num_slots": slots}, config)
         try:
             kernel.warmup(*args, grid=grid, **kwargs)
         except Exception as error:  # noqa: BLE001 - reported where it is timed
@@ -139,7 +142,8 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(14, mp_context=context) as pool:
         work = [(which, configs[which][i::14]) for which in LAUNCHES for i in range(14)]
-        list(pool.map(compile_alone, [name] * len(work), *zip(*work, strict=True)))
+        tokens_of = [sorted({tokens for tokens, _ in cases})] * len(work)
+        list(pool.map(compile_alone, [name] * len(work), *zip(*work, strict=True), tokens_of))
     print(f"compiled in {time.time() - begin:.0f} s")
     for which in LAUNCHES:
         results = []
@@ -173,10 +177,10 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
 
 def case_tensors(geometry, layer, tokens, select, seed):
     hidden, ids, weights = make_routing(geometry, tokens, select, seed)
-    order, active, first = K.launch_plan(ids, geometry.experts)
     slots = ids.numel()
-    gate_up, down, gate_up_bias, down_bias, *_ = layer
-    act = torch.randn(slots, geometry.inner, dtype=torch.bfloat16, device="cuda")
+    gate_up, down, gate_up_bias, down_bias, *options = layer
+    tiles = K.launch_config(torch.bfloat16, geometry.hidden, geometry.transposed)
+    act, order, active, first = K.launch_gate_up(hidden, ids, gate_up, gate_up_bias, *options, tiles)
     return {
         "hidden": hidden, "ids": ids, "weights": weights, "order": order, "active": active, "first": first,
         "num_slots": slots,

@@ -269,14 +269,22 @@ def test_kernels_with_their_own_tiles(kernel_device):
     assert_close_to_oracle(launch(arguments), arguments)
 
 
+def plan_of(ids, experts, chunk):
+    """(order, active, first) that the first projection leaves for the second."""
+    from sere_compile.ops.expert_mlp.kernel import launch_gate_up
+
+    hidden = torch.zeros(len(ids), 16, device=ids.device)
+    weight = torch.zeros(experts, 16, 16, device=ids.device)
+    config = dataclasses.replace(small_tiles(), chunk=chunk)
+    with poisoned_memory():
+        return launch_gate_up(hidden, ids, weight, None, "silu", False, False, config)[1:]
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_plan_groups_slots_by_expert_in_order(dtype, kernel_device):
     """A stable sort by expert, slots of no expert last."""
-    from sere_compile.ops.expert_mlp.kernel import launch_plan
-
     ids = torch.randint(-2, 9, (37, 3), generator=torch.Generator().manual_seed(0)).to(dtype).to(kernel_device)
-    with poisoned_memory():
-        order, active, first = launch_plan(ids[:, :2], 7, chunk=16)
+    order, active, first = plan_of(ids[:, :2], 7, chunk=16)
     groups = torch.where((ids >= 0) & (ids < 7), ids, 7)[:, :2].flatten()
     assert order.tolist() == groups.argsort(stable=True).tolist()
     experts = sorted(set(groups.tolist()) - {7})
@@ -289,16 +297,19 @@ def test_plan_groups_slots_by_expert_in_order(dtype, kernel_device):
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_plan_lists_active_experts(experts, tokens, kernel_device):
     """Any number of bit words, one or several chunks of slots, experts without slots in between."""
-    from sere_compile.ops.expert_mlp.kernel import launch_plan
-
     # The interpreter reduces one element at a time.
     chunk = 4096 if kernel_device == "cuda" else 64
     ids = torch.randint(-1, experts + 1, (tokens, 1), generator=torch.Generator().manual_seed(tokens))
     ids = torch.where(ids % 3 == 1, ids - 1, ids).to(kernel_device)
-    with poisoned_memory():
-        _, active, first = launch_plan(ids, experts, chunk)
+    _, active, first = plan_of(ids, experts, chunk)
     named = sorted({e for e in ids.flatten().tolist() if 0 <= e < experts})
     assert active[experts] == len(named)
     assert active[: len(named)].tolist() == named
     counts = [(ids == e).sum().item() for e in named]
     assert first[: len(named) + 1].diff().tolist() == counts
+
+
+def test_no_slot_of_an_expert(kernel_device):
+    """Nothing is active: zeros, and no weight is read."""
+    arguments = drawn_for_kernel(Layer(), kernel_device, ids=torch.full((5, 2), -1))
+    assert launch(arguments, small_tiles()).abs().max() == 0
