@@ -63,7 +63,7 @@ def test_a_wrong_profile_is_an_error_at_the_start(folder, tmp_path, experts, lay
 
 
 def test_batch_invariance_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(Exception, match="VLLM_BATCH_INVARIANT promises"), engine(folder, {}):
         pass
 
@@ -91,6 +91,15 @@ def test_the_reference_switch_is_honoured_and_batches_grow_and_shrink(folder):
         hook = next(iter(hooks(llm).hooks.values()))
         assert hook.options[:2] == (1, 0.1)
     assert [len(o) for o in outputs] == lengths
+
+
+def test_weights_that_vllm_makes_up(folder):
+    """`load_format="dummy"`, as one tries out a deployment: nothing is read but the configuration, probing works."""
+    with engine(folder, {"select_top_k": 1, "collect_stats": True}, load_format="dummy") as llm:
+        outputs = generate(llm, models.prompts(8), 6)
+        assert all(hook.has_run for hook in hooks(llm).hooks.values())
+        assert all(gate.calls == 5 for gate in stats(llm).values())
+    assert [len(tokens) for tokens in outputs] == [6] * 8
 
 
 def test_every_batch_with_phase_all(folder, monkeypatch, caplog):
