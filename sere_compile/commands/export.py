@@ -47,7 +47,12 @@ def per_gate_options(text: str) -> Any:
 @click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
 @click.option("--substitution", type=click.Choice(SUBSTITUTIONS), default="reroute", show_default=True)
 @click.option("--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}.")
-@click.option("--decode", "cache_length", type=int, help="One decoding step with a static cache of so many tokens.")
+@click.option(
+    "--decode",
+    "cache_length",
+    type=click.IntRange(min=1),
+    help="One decoding step with a static cache of so many tokens.",
+)
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
 @click.option("--experts", type=click.Choice(["grouped_mm", "batched_mm"]), help="How the graph computes experts.")
 @click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")

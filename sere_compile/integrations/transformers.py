@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingExtraError, ModelNotFoundError
+from ..errors import ConfigError, MissingExtraError, ModelNotFoundError
 
 # Small trained models that come with the package (models/README.md); their weights are bfloat16.
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
@@ -27,8 +27,12 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
 
     Raises:
         MissingExtraError: transformers is not installed.
+        ConfigError: there is no such dtype.
         ModelNotFoundError: transformers cannot load what is under that name.
     """
+    kind = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ConfigError(f"dtype must be auto or a floating-point type of torch such as bfloat16, got {dtype!r}")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:

@@ -25,11 +25,13 @@ class DecodeStep(nn.Module):
         cache_length: M, tokens that the cache holds; at most the window of a model with sliding attention.
 
     Raises:
-        LoweringError: a layer keeps something else than the last M keys and values.
+        LoweringError: a layer keeps something else than the last M keys and values, or M is below 1.
     """
 
     def __init__(self, model: Any, cache_length: int) -> None:
         super().__init__()
+        if cache_length < 1:
+            raise LoweringError(f"cache_length must be at least 1, got {cache_length}")
         self.model = model
         self.cache_length = cache_length
         for i, layer in enumerate(self._new_cache().layers):

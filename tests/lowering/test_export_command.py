@@ -153,6 +153,9 @@ def test_options_by_gate(checkpoint, tmp_path):
         (["--per-gate", "{"], "Invalid value for '--per-gate'"),
         (["--per-gate", '{"*": {"inner": "eager"}}'], "'inner' is no option of a gate"),
         (["--max-tokens", "8"], "No such option"),
+        (["--decode", 0], "Invalid value for '--decode'"),
+        (["--dtype", "bfloat"], "dtype must be auto or a floating-point type of torch such as bfloat16, got 'bfloat'"),
+        (["--dtype", "int8"], "dtype must be auto or a floating-point type of torch"),
         (["--substitution", "projection"], "needs projection coefficients, and this profile has none"),
     ],
 )

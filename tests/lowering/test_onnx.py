@@ -92,6 +92,8 @@ def test_decode_step_beyond_the_window():
     with pytest.raises(LoweringError, match=r"layer 0 of MixtralForCausalLM keeps 4 keys and values .* cache_length=6"):
         DecodeStep(model, cache_length=6)
     DecodeStep(model, cache_length=4)
+    with pytest.raises(LoweringError, match="cache_length must be at least 1, got 0"):
+        DecodeStep(model, cache_length=0)
 
 
 # One layer, every setting
