@@ -256,7 +256,7 @@ class Packaged(NamedTuple):
 
 
 def package_model(folder, device):
-    """A package of one layer of a tiny Qwen3-MoE: half of the C++ to compile; test_agreement.py has two of each model."""
+    """A package of one layer of a tiny Qwen3-MoE (half of the C++); test_agreement.py has two of each model."""
     model = build("qwen3_moe", "batched_mm", device=device)
     matrices = random_profile(model)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
