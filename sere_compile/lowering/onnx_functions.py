@@ -1,0 +1,166 @@
+"""ONNX functions of the domain `sere`, one for each kind of re-routing in a file: viewers show it as one node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..errors import LoweringError
+from .standard_operators import REFERENCES
+
+DOMAIN = "sere"
+
+# S, threshold, min_active, max_active.
+Numbers = tuple[int, float, int, int]
+
+
+@dataclass(frozen=True)
+class _Body:
+    """One function: an operator with its numbers, and what its body depends on besides."""
+
+    operator: torch._ops.OpOverload
+    numbers: Numbers
+    sizes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Functions:
+    """The functions of a file: one for each operator, setting and number of experts that occurs in it."""
+
+    def __init__(self, opset: int) -> None:
+        self._opset = opset
+        self._names: dict[_Body, str] = {}
+
+    def table(self) -> dict[torch._ops.OpOverload, Any]:
+        """Decompositions of the `sere::` operators into calls of functions."""
+        return {
+            torch.ops.sere.reroute.default: self._reroute,
+            torch.ops.sere.reroute_merged.default: self._reroute_merged,
+        }
+
+    def add_to(self, model: Any) -> None:
+        """Give a translated model the functions that it calls."""
+        for body, name in self._names.items():
+            function = self._function(body, name)
+            model.functions[function.identifier()] = function
+
+    def _reroute(
+        self,
+        ids: Tensor,
+        similarity: Tensor,
+        select_top_k: int,
+        threshold: float = 0.0,
+        min_active: int = 0,
+        token_mask: Tensor | None = None,
+        max_active: int = 0,
+    ) -> Tensor:
+        _check_unmasked(token_mask)
+        numbers = (select_top_k, threshold, min_active, max_active)
+        name = self._name(torch.ops.sere.reroute.default, numbers, ids, similarity)
+        return torch.onnx.ops.symbolic(name, (ids, similarity), dtype=ids.dtype, shape=ids.shape, version=1)
+
+    def _reroute_merged(
+        self,
+        ids: Tensor,
+        weights: Tensor,
+        similarity: Tensor,
+        select_top_k: int,
+        threshold: float = 0.0,
+        min_active: int = 0,
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        _check_unmasked(token_mask)
+        numbers = (select_top_k, threshold, min_active, 0)
+        name = self._name(torch.ops.sere.reroute_merged.default, numbers, ids, weights, similarity)
+        both = torch.onnx.ops.symbolic_multi_out(
+            name,
+            (ids, weights, similarity),
+            dtypes=(ids.dtype, weights.dtype),
+            shapes=(ids.shape, weights.shape),
+            version=1,
+        )
+        return tuple(both)
+
+    def _name(self, operator: torch._ops.OpOverload, numbers: Numbers, *tensors: Tensor) -> str:
+        """The name of the function for a call, `sere::reroute`, `sere::reroute_2` and so on."""
+        *routing, similarity = tensors
+        free: tuple[int | None, ...] = (None,) * (routing[0].dim() - 1)
+        sizes = [(*free, int(tensor.shape[-1])) for tensor in routing] + [tuple(map(int, similarity.shape))]
+        body = _Body(operator, numbers, tuple(sizes), tuple(tensor.dtype for tensor in tensors))
+        same = [known for known in self._names if known.operator is operator]
+        base = operator._schema.name.partition("::")[2]
+        self._names.setdefault(body, f"{base}_{len(same) + 1}" if same else base)
+        return f"{DOMAIN}::{self._names[body]}"
+
+    def _function(self, body: _Body, name: str) -> Any:
+        """The operator's reference, translated with free leading sizes, as a function of the file."""
+        from onnxscript import ir
+
+        examples = tuple(
+            torch.zeros([2 + i if size is None else size for i, size in enumerate(sizes)], dtype=dtype)
+            for sizes, dtype in zip(body.sizes, body.dtypes, strict=True)
+        )
+        free = tuple({i: Dim.DYNAMIC for i, size in enumerate(sizes) if size is None} for sizes in body.sizes)
+        with torch.no_grad():
+            program = torch.export.export(_Reference(body), examples, dynamic_shapes=(free,), strict=False)
+        results = ["new_ids", "new_weights"][: len(body.sizes) - 1]
+        inputs = ["topk_ids", "topk_weights"][: len(body.sizes) - 1] + ["similarity"]
+        graph = translate(program, self._opset, inputs, results).model.graph
+        _initializers_to_constants(graph)
+        function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
+        experts, slots = body.sizes[-1][0], body.sizes[0][-1]
+        select_top_k, threshold, min_active, max_active = body.numbers
+        budget = f", max_active={max_active}" if max_active else ""
+        function.doc_string = (
+            f"SERE: select_top_k={select_top_k} of {slots} slots{budget}, threshold={threshold}, "
+            f"min_active={min_active}, {experts} experts"
+        )
+        return function
+
+
+def _check_unmasked(token_mask: Tensor | None) -> None:
+    """Raise for the one argument of an operator that functions do not have."""
+    if token_mask is not None:
+        raise LoweringError("a function of the file takes no token_mask; export without as_function")
+
+
+class _Reference(nn.Module):
+    """The ATen reference of an operator with its numbers filled in, as a module to trace."""
+
+    def __init__(self, body: _Body) -> None:
+        super().__init__()
+        self._body = body
+
+    def forward(self, *tensors: Tensor) -> Any:
+        *numbers, max_active = self._body.numbers
+        # Merging has no budget.
+        options = {"max_active": max_active} if max_active else {}
+        return REFERENCES[self._body.operator](*tensors, *numbers, **options)
+
+
+def _initializers_to_constants(graph: Any) -> None:
+    """A function has no initializers: make them constants at its beginning."""
+    from onnxscript import ir
+
+    for value in list(graph.initializers.values()):
+        constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)])
+        constant.outputs[0].name = value.name
+        ir.convenience.replace_all_uses_with(value, constant.outputs[0])
+        graph.initializers.pop(value.name)
+        graph.insert_before(graph[0], constant)
+
+
+def translate(
+    program: ExportedProgram, opset: int, inputs: Sequence[str] | None, outputs: Sequence[str] | None
+) -> torch.onnx.ONNXProgram:
+    """A program in standard operators; calls of functions stay calls."""
+    translated = torch.onnx.export(
+        program, dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
+    )
+    assert translated is not None
+    return translated
