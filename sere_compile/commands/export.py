@@ -40,7 +40,9 @@ def per_gate_options(text: str) -> Any:
     help=f"Folder or Hugging Face name of a causal language model, or {', '.join(KINDS)}, which come with the package.",
 )
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="File to write.")
-@click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile.")
+@click.option(
+    "--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; without it experts are probed."
+)
 @click.option("--select-top-k", type=count_or_auto, help="S, or auto; min(2, K-1) by default.")
 @click.option("--max-active", type=int, help="With --select-top-k auto: a gate's budget of primary experts.")
 @click.option("--threshold", type=number_or_share, default="0", show_default=True, help="rho, or a share such as q0.2.")
@@ -83,7 +85,9 @@ def export_command(
             raise click.UsageError("--as-function is for --to onnx")
         matrices = None if profile is None else SimilarityProfile.load(profile)
         model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
-        if matrices is not None:
+        if matrices is None:
+            click.echo("no --profile: similarity is that of the experts on random hidden states", err=True)
+        else:
             attach(model, matrices)
         graph = _prefill(model) if cache_length is None else _decode(model, cache_length)
         graph |= {"config": config, "allow_no_gates": allow_no_gates} | (

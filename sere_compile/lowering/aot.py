@@ -178,11 +178,14 @@ def _export(
 
 def _export_hint(model: torch.nn.Module) -> str:
     """One line on why torch.export may have failed."""
-    used = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    using = f'; this model uses "{used}" (model.set_experts_implementation changes it)' if used else ""
+    failed = f"torch.export cannot trace {type(model).__name__}"
+    configs = (getattr(module, "config", None) for module in model.modules())
+    used = next(filter(None, (getattr(config, "_experts_implementation", None) for config in configs)), None)
+    if used is None:
+        return f"{failed}. Experts that index stacked weights export, a Python loop over those that were hit does not."
     return (
-        f"torch.export cannot trace {type(model).__name__}. Of transformers' experts implementations "
-        f'"grouped_mm" and "batched_mm" export, "eager" does not{using}.'
+        f'{failed}. Of transformers\' experts implementations "grouped_mm" and "batched_mm" export, "eager" does not; '
+        f'this model uses "{used}" (model.set_experts_implementation changes it).'
     )
 
 

@@ -141,18 +141,23 @@ with torch.no_grad():
 
 
 class TestBadInput:
-    def test_untraceable_model_names_the_implementations(self):
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_untraceable_model_names_the_implementations(self, wrapped):
         """One line of ours on top, torch's own text below it and its error as the cause."""
         model = build("qwen3_moe", "eager")
         with pytest.raises(LoweringError) as caught:
-            aot.export_rewritten(model, **INPUTS, dynamic_shapes=DYNAMIC)
+            aot.export_rewritten(Logits(model), INPUTS["args"]) if wrapped else aot.export_rewritten(model, **INPUTS)
         first, rest = str(caught.value).split("\n", 1)
         assert first == (
-            "torch.export cannot trace Qwen3MoeForCausalLM. Of transformers' experts implementations "
-            '"grouped_mm" and "batched_mm" export, "eager" does not; this model uses "eager" '
+            f"torch.export cannot trace {'Logits' if wrapped else 'Qwen3MoeForCausalLM'}. Of transformers' experts "
+            'implementations "grouped_mm" and "batched_mm" export, "eager" does not; this model uses "eager" '
             "(model.set_experts_implementation changes it)."
         )
         assert str(caught.value.__cause__) in rest
+
+    def test_untraceable_model_of_ones_own(self):
+        with pytest.raises(LoweringError, match=r"cannot trace Linear\. Experts that index stacked weights"):
+            aot.export_rewritten(nn.Linear(4, 4), ("not a tensor",))
 
     def test_no_gate(self, caplog):
         """An error, or with `allow_no_gates` a warning and the program as it was."""

@@ -40,6 +40,7 @@ def test_onnx(checkpoint, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "1 gates re-routed, opset 18" in result.output
+    assert "no --profile" not in result.output
     ids = torch.randint(0, 90, (3, 4))
     with torch.no_grad(), oracle_routing(model, matrices, 1, min_active=0):
         want = model(ids, use_cache=False).logits
@@ -73,6 +74,7 @@ def test_exported_decode_step(checkpoint, tmp_path):
     out = tmp_path / "model.pt2"
     result = export("--to", "exported", "--model", folder, "--out", out, "--decode", 8)
     assert result.exit_code == 0, result.output
+    assert "no --profile: similarity is that of the experts on random" in result.stderr
     program = torch.export.load(out)
     assert "torch.ops.sere.reroute.default" in str(program.graph_module.code)
     layer = [torch.zeros(3, 2, 8, 8)]
