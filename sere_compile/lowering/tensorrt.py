@@ -84,7 +84,7 @@ def convertible(program: ExportedProgram) -> ExportedProgram:
     aten = torch.ops.aten
     # Caches: from 2.14 on torch_tensorrt has a converter for index_copy, for static shapes only, and no longer
     # decomposes it itself.
-    index_copy = torch._decomp.get_decompositions([aten.index_copy.default])
+    index_copy: dict[Any, Any] = torch._decomp.get_decompositions([aten.index_copy.default])
     return decompose(program, {**REFERENCES, **index_copy, aten.gather.default: _gather_by_index})
 
 
