@@ -109,7 +109,7 @@ class TestPackage:
     def test_cuda_in_python(self, tmp_path):
         plain = subprocess.run([sys.executable, "-c", PLAIN_PACKAGE, tmp_path / "plain.pt2"], capture_output=True)
         if plain.returncode:
-            # Seen on an H200 with torch 2.11.0+cu130: SIGSEGV in the std::regex of a libstdc++ inside the package.
+            # Seen on an H200 with torch 2.11.0+cu130: SIGSEGV in std::regex within the package.
             pytest.skip(f"torch {torch.__version__} cannot load a package of one nn.Linear on this machine")
         check_in_python(*package_model(tmp_path, "cuda"))
 
