@@ -10,6 +10,7 @@ import torch
 
 import sere_compile
 from sere_compile import ConfigError, ProfileError, SereConfig, SimilarityProfile, gate_options, sere_backend
+from sere_compile.evaluation import ConfiguredRule
 from sere_compile.evaluation.evaluate import _Recorder
 from sere_compile.evaluation.routing import RoutedModel
 from sere_compile.testing import oracle_routing, reroute_oracle
@@ -356,8 +357,6 @@ class TestPerGate:
 def test_evaluator_does_what_the_backend_does(qwen):
     """Options of all kinds at once: one forward with every position as a batch of its own, here of one position."""
     model, profile, _ = qwen
-    from sere_compile.evaluation.evaluate import ConfiguredRule
-
     ids = tokens(batch=5, length=1)
     options = {"select_top_k": 1, "substitution": "projection", "per_gate": {SECOND: {"threshold": "q0.4"}}}
     expected = compiled_logits(model, ids, **options)

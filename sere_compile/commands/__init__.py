@@ -10,12 +10,13 @@ import click
 COMMANDS = {
     "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this GPU.",
     "calibrate": "Measure how alike the experts of every gate are, on text or without any.",
+    "compare": "Quality and active experts of re-routing beside every other rule, on one's own model and text.",
     "demo": "Decode with a small trained model that comes with the package, as it is and re-routed.",
     "eval": "Perplexity, divergence from the original and active experts under re-routing, as decoding sees them.",
     "explain": "Print every gate of a model, what re-routing would do to it, and why not.",
     "export": "Write a model with its gates re-routed.",
     "plot": "Draw a similarity profile, or the table of a sweep.",
-    "sweep": "S x threshold x batch as a table, and the setting that a quality budget allows.",
+    "sweep": "S x threshold x substitution x batch as a table, and the setting that a quality budget allows.",
 }
 
 

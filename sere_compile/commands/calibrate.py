@@ -10,13 +10,18 @@ import click
 from ..calibration.calibrate import calibrate
 from ..calibration.metrics import CkaAccumulator
 from ..errors import SereError
-from ..evaluation.text import read_texts, token_windows
+from ..evaluation.text import mixed_windows
 from ..integrations.transformers import load_causal_lm
 
 
 @click.command("calibrate")
 @click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
-@click.option("--data", type=click.Path(dir_okay=False), help="Text: .txt, .jsonl, .parquet. Without: data-free.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="Text: .txt, .jsonl, .parquet; any number of files, in equal shares. Without: data-free.",
+)
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="File to write, .safetensors.")
 @click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")
 @click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a sequence.")
@@ -32,7 +37,7 @@ from ..integrations.transformers import load_causal_lm
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
 def calibrate_command(
     name: str,
-    data: str | None,
+    data: tuple[str, ...],
     out: str,
     field: str,
     length: int,
@@ -44,16 +49,15 @@ def calibrate_command(
     """Measure how alike the experts of every gate are, on the same tokens, in one pass."""
     if not Path(out).absolute().parent.is_dir():
         raise click.UsageError(f"--out: there is no folder {Path(out).absolute().parent}")
-    if data is None and options["resume"] is not None:
+    if not data and options["resume"] is not None:
         raise click.UsageError("--resume is for calibration on --data")
     try:
-        texts = None if data is None else read_texts(data, field)
         model, tokenizer = load_causal_lm(name, dtype=dtype)
         batches = None
-        if texts is not None:
-            rows = token_windows(tokenizer, texts, length, sequences)
+        if data:
+            rows = mixed_windows(tokenizer, data, field, length, sequences)
             batches = [{"input_ids": part} for part in rows.split(batch)]
-        profile = calibrate(model, batches, max_tokens=None if texts is None else length * sequences, **options)
+        profile = calibrate(model, batches, max_tokens=length * sequences if data else None, **options)
         profile.save(out)
     except SereError as error:
         raise click.ClickException(str(error)) from error

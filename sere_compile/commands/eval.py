@@ -6,26 +6,29 @@ from typing import Any
 
 import click
 
+from ..config import SereConfig
 from ..errors import SereError
 from ..evaluation import evaluate
-from .options import data_options, load_subject
+from ..similarity import SimilarityProfile, attach
+from .options import data_options, load_subject, routing_options
 
 
 @click.command("eval")
 @data_options
-@click.option("--select-top-k", type=int, help="S; min(2, K-1) by default.")
-@click.option("--threshold", type=float, default=0.0, show_default=True, help="rho.")
+@click.option("--profile", required=True, type=click.Path(dir_okay=False), help="Similarity profile.")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences decoded together.")
+@routing_options
 def eval_command(
-    select_top_k: int | None, threshold: float, batch: int, min_active: int | None, **subject: Any
-) -> None:
+    name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str,
+    profile: str, batch: int, **options: Any,
+) -> None:  # fmt: skip
     """Perplexity, divergence from the original and active experts; every position of a batch is routed by itself."""
     try:
-        model, profile, tokens = load_subject(**subject)
-        result = evaluate(
-            model, tokens, profile=profile, decode_batch=batch,
-            select_top_k=select_top_k, threshold=threshold, min_active=min_active,
-        )  # fmt: skip
+        SereConfig(**options)  # before a model is loaded
+        matrices = SimilarityProfile.load(profile)
+        model, tokens = load_subject(name, data, field, length, sequences, dtype)
+        attach(model, matrices)  # it fits the model, or this says why not
+        result = evaluate(model, tokens, profile=matrices, decode_batch=batch, **options)
     except SereError as error:
         raise click.ClickException(str(error)) from error
     click.echo(str(result))

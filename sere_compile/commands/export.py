@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from ..config import SUBSTITUTIONS, SereConfig
+from ..config import SereConfig
 from ..errors import SereError
 from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
 from ..similarity import SimilarityProfile, attach
-
-
-def count_or_auto(text: str) -> int | str:
-    """`--select-top-k`."""
-    return text if text == "auto" else int(text)
-
-
-def number_or_share(text: str) -> float | str:
-    """`--threshold`; `SereConfig` says what a share is."""
-    return text if text.startswith("q") else float(text)
-
-
-def per_gate_options(text: str) -> Any:
-    """`--per-gate`; `SereConfig` says what may be in it."""
-    return json.loads(text)  # its errors are ValueErrors, which click reports
+from .options import routing_options
 
 
 @click.command("export")
@@ -43,12 +28,7 @@ def per_gate_options(text: str) -> Any:
 @click.option(
     "--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; without it experts are probed."
 )
-@click.option("--select-top-k", type=count_or_auto, help="S, or auto; min(2, K-1) by default.")
-@click.option("--max-active", type=int, help="With --select-top-k auto: a gate's budget of primary experts.")
-@click.option("--threshold", type=number_or_share, default="0", show_default=True, help="rho, or a share such as q0.2.")
-@click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
-@click.option("--substitution", type=click.Choice(SUBSTITUTIONS), default="reroute", show_default=True)
-@click.option("--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}.")
+@routing_options
 @click.option(
     "--decode",
     "cache_length",

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 import torch
 
-from ..evaluation.text import read_texts, token_windows
+from ..config import SUBSTITUTIONS
+from ..evaluation.text import mixed_windows
 from ..integrations.transformers import load_causal_lm
-from ..similarity import SimilarityProfile, attach
+
+
+def count_or_auto(text: str) -> int | str:
+    """`--select-top-k`."""
+    return text if text == "auto" else int(text)
+
+
+def number_or_share(text: str) -> float | str:
+    """`--threshold`; `SereConfig` says what a share is."""
+    return text if text.startswith("q") else float(text)
+
+
+def per_gate_options(text: str) -> Any:
+    """`--per-gate`; `SereConfig` says what may be in it."""
+    return json.loads(text)  # its errors are ValueErrors, which click reports
 
 
 class Numbers(click.ParamType):
@@ -18,13 +34,15 @@ class Numbers(click.ParamType):
 
     name = "numbers"
 
-    def __init__(self, kind: Callable[[str], float]) -> None:
+    def __init__(self, kind: Callable[[str], Any]) -> None:
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
         """`"1,2"` as [1, 2]."""
         if not isinstance(value, str):
             return value
+        if not value:
+            return []
         try:
             return [self.kind(part) for part in value.split(",")]
         except ValueError:
@@ -33,29 +51,48 @@ class Numbers(click.ParamType):
 
 _DATA_OPTIONS = [
     click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model."),
-    click.option("--profile", required=True, type=click.Path(dir_okay=False), help="Similarity profile."),
-    click.option("--data", required=True, type=click.Path(dir_okay=False), help="Text: .txt, .jsonl, .parquet."),
+    click.option(
+        "--data", required=True, multiple=True, type=click.Path(dir_okay=False),
+        help="Text: .txt, .jsonl, .parquet; given several times, decoding batches are mixed.",
+    ),
     click.option("--field", default="text", show_default=True, help="Field or column that holds the text."),
     click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a sequence."),
     click.option("--sequences", type=click.IntRange(min=1), default=64, show_default=True, help="How many."),
     click.option("--dtype", default="float32", show_default=True, help="Of the weights; auto keeps the checkpoint's."),
-    click.option("--min-active", type=click.IntRange(min=0), help="Least number of primary experts; K by default."),
 ]  # fmt: skip
 
 
+_ROUTING_OPTIONS = [
+    click.option("--select-top-k", type=count_or_auto, help="S, or auto; min(2, K-1) by default."),
+    click.option("--max-active", type=int, help="With --select-top-k auto: a gate's budget of primary experts."),
+    click.option(
+        "--threshold", type=number_or_share, default="0", show_default=True, help="rho, or a share such as q0.2."
+    ),
+    click.option("--min-active", type=int, help="Least number of primary experts; K by default."),
+    click.option("--substitution", type=click.Choice(SUBSTITUTIONS), default="reroute", show_default=True),
+    click.option("--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}."),
+]
+
+
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Model, profile and text."""
-    for option in reversed(_DATA_OPTIONS):
+    """Model and text."""
+    return _with(_DATA_OPTIONS, command)
+
+
+def routing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `SereConfig` says about re-routing itself, under the names of its options."""
+    return _with(_ROUTING_OPTIONS, command)
+
+
+def _with(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
         command = option(command)
     return command
 
 
 def load_subject(
-    name: str, profile: str, data: str, field: str, length: int, sequences: int, dtype: str
-) -> tuple[Any, SimilarityProfile, torch.Tensor]:
-    """The model with its profile attached, the profile, and tokens [sequences, length]."""
-    matrices = SimilarityProfile.load(profile)
-    texts = read_texts(data, field)
+    name: str, data: Sequence[str], field: str, length: int, sequences: int, dtype: str
+) -> tuple[Any, torch.Tensor]:
+    """The model, and tokens [sequences, length]."""
     model, tokenizer = load_causal_lm(name, dtype=dtype)
-    attach(model, matrices)
-    return model, matrices, token_windows(tokenizer, texts, length, sequences)
+    return model, mixed_windows(tokenizer, data, field, length, sequences)

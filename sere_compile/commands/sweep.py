@@ -1,4 +1,4 @@
-"""`sere sweep`: choose S and threshold by what they cost on one's own text at one's own batch size."""
+"""`sere sweep`: choose the options by what they cost on one's own text at one's own batch size."""
 
 from __future__ import annotations
 
@@ -8,47 +8,57 @@ from typing import Any
 import click
 import torch
 
-from ..config import SereConfig
+from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import SereError
 from ..evaluation.plots import plot_sweep
-from ..evaluation.sweep import GateSettings, format_table, recommend, spend_budget, sweep, write_csv
-from ..similarity import SimilarityProfile
-from .options import Numbers, data_options, load_subject
+from ..evaluation.sweep import GateSettings, format_table, recommend, settings, spend_budget, sweep, write_csv
+from ..similarity import SimilarityProfile, attach
+from .options import Numbers, data_options, load_subject, number_or_share, per_gate_options
 
 
 @click.command("sweep")
 @data_options
+@click.option("--profile", required=True, type=click.Path(dir_okay=False), help="Similarity profile.")
 @click.option("--select-top-k", type=Numbers(int), default="1,2,3", show_default=True, help="Values of S.")
-@click.option("--threshold", type=Numbers(float), default="0", show_default=True, help="Values of rho.")
+@click.option("--max-active", type=Numbers(int), default="", help="Budgets of primary experts (S = auto), beside them.")
+@click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
+@click.option(
+    "--substitution",
+    type=click.Choice([*SUBSTITUTIONS, "both"]),
+    default="reroute",
+    show_default=True,
+    help="What becomes of a re-routed slot's weight.",
+)
+@click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
+@click.option("--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}.")
 @click.option("--batch", type=Numbers(int), default="4,16,64", show_default=True, help="Sequences decoded together.")
 @click.option("--budget", type=float, default=1.0, show_default=True, help="Growth of perplexity allowed, in percent.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for the Pareto plot.")
 @click.option("--per-layer", is_flag=True, help="Spend the budget gate by gate, at the first batch size.")
 def sweep_command(
-    select_top_k: list[int],
-    threshold: list[float],
-    batch: list[int],
-    budget: float,
-    csv_path: str | None,
-    plot_path: str | None,
-    per_layer: bool,
-    min_active: int | None,
-    **subject: Any,
-) -> None:
-    """S x threshold x batch as a table, and the setting that a quality budget allows."""
-    if per_layer and (len(threshold) > 1 or csv_path or plot_path):
-        raise click.UsageError("--per-layer takes one --threshold, and neither --csv nor --plot")
+    name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str, profile: str,
+    select_top_k: list[int], max_active: list[int], threshold: list[float | str], substitution: str,
+    min_active: int | None, per_gate: Any, batch: list[int], budget: float,
+    csv_path: str | None, plot_path: str | None, per_layer: bool,
+) -> None:  # fmt: skip
+    """S x threshold x substitution x batch as a table, and the setting that a quality budget allows."""
+    substitutions = SUBSTITUTIONS if substitution == "both" else (substitution,)
+    if per_layer and (len(threshold) > 1 or len(substitutions) > 1 or max_active or csv_path or plot_path):
+        raise click.UsageError(
+            "--per-layer takes one --threshold and one --substitution, and neither --max-active, --csv nor --plot"
+        )
     try:
-        model, profile, tokens = load_subject(**subject)
-        config = SereConfig(min_active=min_active)
+        config = SereConfig(min_active=min_active, per_gate=per_gate)
+        configs = settings(select_top_k, max_active, threshold, substitutions, config)
+        matrices = SimilarityProfile.load(profile)
+        model, tokens = load_subject(name, data, field, length, sequences, dtype)
+        attach(model, matrices)  # it fits the model, or this says why not
         if per_layer:
-            _per_layer(model, profile, tokens, select_top_k, batch[0], budget, config.replace(threshold=threshold[0]))
+            config = config.replace(threshold=threshold[0], substitution=substitution)
+            _per_layer(model, matrices, tokens, select_top_k, batch[0], budget, config)
             return
-        rows = sweep(
-            model, tokens, profile,
-            select_top_k=select_top_k, thresholds=threshold, decode_batches=batch, config=config,
-        )  # fmt: skip
+        rows = sweep(model, tokens, matrices, configs, batch)
         click.echo(format_table(rows))
         if csv_path is not None:
             write_csv(rows, csv_path)
@@ -60,9 +70,8 @@ def sweep_command(
         if row is None:
             click.echo(f"decode batch {size}: no setting stays within {budget:g} % perplexity")
             continue
-        options = {"select_top_k": row.select_top_k, "threshold": float(row.threshold)}
         click.echo(
-            f"decode batch {size}: options={options} for at most {budget:g} % perplexity "
+            f"decode batch {size}: options={row.options} for at most {budget:g} % perplexity "
             f"({row.perplexity_change:+.2%}, active experts {row.active_before:.1f} -> {row.active_after:.1f})"
         )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from .configured import ConfiguredRule
 from .evaluate import Evaluation, evaluate, evaluate_rules
-from .rules import Drop, Fill, Recombine, Reroute, RoutingBatch, Rule, TopS
+from .recombine import Recombine
+from .rules import Drop, Fill, Reroute, RoutingBatch, Rule, TopS
 
 __all__ = [
+    "ConfiguredRule",
     "Drop",
     "Evaluation",
     "Fill",

@@ -8,7 +8,7 @@ them go through the model in one forward.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,12 @@ from .. import binding
 from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity import SimilarityProfile
-from ..threshold import RANKED_THRESHOLD, ranked, resolve_threshold
+from .configured import ConfiguredRule
 from .routing import GateCall, RoutedModel
-from .rules import Reroute, RoutingBatch, Rule, active_experts
+from .rules import RoutingBatch, Rule, active_experts
+
+# Logits of one forward, unless a single decoding batch makes more.
+_MOST_LOGITS = 2**25
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Evaluation:
         active_after: the same under the rule; the hidden states are those of the re-routed model.
         tokens: how many predictions were compared.
         decode_batch: B.
+        losses: mean loss of the re-routed model on each decoding batch, in nats a token.
+        original_losses: the same of the model as it is.
     """
 
     perplexity: float
@@ -48,6 +53,16 @@ class Evaluation:
     active_after: Mapping[str, float]
     tokens: int
     decode_batch: int
+    losses: tuple[float, ...] = ()
+    original_losses: tuple[float, ...] = ()
+
+    @property
+    def standard_error(self) -> float:
+        """Of `perplexity_change`, from how it differs between decoding batches; NaN with fewer than two."""
+        growth = torch.tensor(self.losses, dtype=torch.float64) - torch.tensor(self.original_losses).double()
+        if len(growth) < 2:
+            return math.nan
+        return (1 + self.perplexity_change) * (growth.std() / len(growth) ** 0.5).item()
 
     @property
     def perplexity_change(self) -> float:
@@ -100,38 +115,10 @@ def evaluate(
         ConfigError: an unknown option or a bad value.
         EvaluationError: no profile, or what `evaluate_rules` raises.
     """
-    matrices, scale = (profile, profile.projections) if profile is not None else _attached_matrices(model)
-    rule = ConfiguredRule(SereConfig().replace(**options), matrices, scale)
-    results = evaluate_rules(model, tokens, {"sere": rule}, decode_batch=decode_batch, attention_mask=attention_mask)
-    return results["sere"]
-
-
-@dataclass(frozen=True)
-class ConfiguredRule:
-    """What the backend does with these options, as a rule; `projections` for `substitution="projection"`."""
-
-    config: SereConfig
-    similarity: Mapping[str, torch.Tensor]
-    projections: Mapping[str, torch.Tensor] | None = None
-
-    def __call__(self, batch: RoutingBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Rule`."""
-        if batch.name not in self.similarity:
-            raise EvaluationError(f"the profile has no matrix for the gate {batch.name}")
-        config, top_k = self.config.for_gate(batch.name), batch.ids.shape[-1]
-        if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
-            return batch.ids, batch.weights
-        select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
-        matrix, threshold = self.similarity[batch.name], config.threshold
-        if isinstance(threshold, str):
-            matrix, threshold = ranked(matrix, resolve_threshold(threshold, matrix)), RANKED_THRESHOLD
-        scale = self.projections if config.substitution == "projection" else None
-        if config.substitution == "projection" and batch.name not in (scale or {}):
-            raise EvaluationError(
-                f'substitution="projection": the profile has no projection coefficients for {batch.name}; profiles of '
-                "sere_compile.calibrate have them"
-            )
-        return Reroute({batch.name: matrix}, select, threshold, least, config.max_active, scale)(batch)
+    config = SereConfig().replace(**options)
+    rule = ConfiguredRule(config, *_attached_matrices(model)) if profile is None else ConfiguredRule.of(config, profile)
+    results = evaluate_rules(model, tokens, {"": rule}, decode_batch=decode_batch, attention_mask=attention_mask)
+    return results[""]
 
 
 def _attached_matrices(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -173,45 +160,59 @@ def evaluate_rules(
     training = model.training
     model.eval()
     try:
-        for part, real in _batches(tokens.to(_device(model)), mask.to(_device(model)), decode_batch):
+        rows = decode_batch * _batches_a_forward(model, tokens.shape[1], decode_batch)
+        for part, real in zip(tokens.to(_device(model)).split(rows), mask.to(_device(model)).split(rows), strict=True):
             inputs = _inputs(part, real, padded=attention_mask is not None)
-            before = _Recorder(None, real)
+            before = _Recorder(None, real, decode_batch)
             routed.decide = before
             original = _log_probabilities(routed(**inputs))
             for name, rule in rules.items():
-                after = _Recorder(rule, real)
+                after = _Recorder(rule, real, decode_batch)
                 routed.decide = after
-                totals[name].add(original, _log_probabilities(routed(**inputs)), part, real, before, after)
+                changed = _log_probabilities(routed(**inputs))
+                totals[name].add(original, changed, part, real, before, after, decode_batch)
     finally:
         model.train(training)
     return {name: total.result(decode_batch) for name, total in totals.items()}
 
 
 class _Recorder:
-    """Applies a rule position by position and keeps the mean number of active experts."""
+    """Applies a rule to every position of every decoding batch, and keeps the number of active experts.
 
-    def __init__(self, rule: Rule | None, real: torch.Tensor) -> None:
+    Args:
+        rule: None leaves routing as it is.
+        real: bool [rows, length], False at padding.
+        decode_batch: B, divides rows; None: all rows are one decoding batch.
+    """
+
+    def __init__(self, rule: Rule | None, real: torch.Tensor, decode_batch: int | None = None) -> None:
         self._rule = rule
-        self._real = real
+        self._batch = decode_batch or len(real)
+        self._length = real.shape[1]
+        self._real = self._by_position(real.flatten()[:, None])[..., 0]
         self.active: dict[str, float] = {}
 
     def __call__(self, call: GateCall) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self._by_position(call)
-        ids, weights = (batch.ids, batch.weights) if self._rule is None else self._rule(batch)
-        steps = self._real.any(0)
-        self.active[call.name] = active_experts(batch, ids, weights)[steps].float().sum().item()
-        return ids.transpose(0, 1).reshape(call.ids.shape), weights.transpose(0, 1).reshape(call.ids.shape)
-
-    def _by_position(self, call: GateCall) -> RoutingBatch:
-        rows, length = self._real.shape
-        if len(call.ids) != rows * length:
+        if len(call.ids) != self._real.numel():
             raise EvaluationError(
-                f"{call.name} routed {len(call.ids)} tokens in a forward over {rows} sequences of {length}"
+                f"{call.name} routed {len(call.ids)} tokens in a forward over {self._real.numel()}: its tokens cannot "
+                "be told apart by position"
             )
-        ids, weights, scores = (
-            tensor.view(rows, length, -1).transpose(0, 1) for tensor in (call.ids, call.weights, call.scores)
-        )
-        return RoutingBatch(call.name, ids, weights, scores, self._real.T)
+        ids, weights, scores = map(self._by_position, (call.ids, call.weights, call.scores))
+        batch = RoutingBatch(call.name, ids, weights, scores, self._real)
+        ids, weights = (batch.ids, batch.weights) if self._rule is None else self._rule(batch)
+        steps = self._real.any(1)
+        self.active[call.name] = active_experts(batch, ids, weights)[steps].float().sum().item()
+        return self._in_order(ids), self._in_order(weights)
+
+    def _by_position(self, rows: torch.Tensor) -> torch.Tensor:
+        """[tokens, n] in the model's order as [decoding batches x positions, B, n]."""
+        apart = rows.view(-1, self._batch, self._length, rows.shape[-1])
+        return apart.transpose(1, 2).flatten(0, 1)
+
+    def _in_order(self, values: torch.Tensor) -> torch.Tensor:
+        apart = values.view(-1, self._length, self._batch, values.shape[-1])
+        return apart.transpose(1, 2).reshape(-1, values.shape[-1])
 
 
 @dataclass
@@ -220,8 +221,7 @@ class _Totals:
 
     tokens: int = 0
     steps: int = 0
-    loss: float = 0.0
-    original_loss: float = 0.0
+    losses: list[tuple[float, float, int]] = field(default_factory=list)
     kl: float = 0.0
     agree: float = 0.0
     before: dict[str, float] = field(default_factory=dict)
@@ -235,30 +235,33 @@ class _Totals:
         real: torch.Tensor,
         before: _Recorder,
         after: _Recorder,
+        decode_batch: int,
     ) -> None:
         counted = real[:, :-1] & real[:, 1:]
         p, q = original[:, :-1][counted], changed[:, :-1][counted]
-        targets = tokens[:, 1:][counted]
-        self.tokens += len(targets)
-        self.original_loss += F.nll_loss(p, targets, reduction="sum").item()
-        self.loss += F.nll_loss(q, targets, reduction="sum").item()
+        self.tokens += len(p)
         self.kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
         self.agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        self.steps += int(real.any(0).sum())
+        numbers = counted.view(-1, decode_batch * counted.shape[1]).sum(1)
+        sums = [_loss(values, tokens, counted).view(len(numbers), -1).sum(1) for values in (changed, original)]
+        self.losses += zip(*(value.tolist() for value in (*sums, numbers)), strict=True)
+        self.steps += int(real.view(-1, decode_batch, real.shape[1]).any(1).sum())
         for mine, theirs in ((self.before, before), (self.after, after)):
             for name, active in theirs.active.items():
                 mine[name] = mine.get(name, 0.0) + active
 
     def result(self, decode_batch: int) -> Evaluation:
         return Evaluation(
-            perplexity=math.exp(self.loss / self.tokens),
-            original_perplexity=math.exp(self.original_loss / self.tokens),
+            perplexity=math.exp(sum(loss for loss, _, _ in self.losses) / self.tokens),
+            original_perplexity=math.exp(sum(loss for _, loss, _ in self.losses) / self.tokens),
             kl=self.kl / self.tokens,
             top1_agreement=self.agree / self.tokens,
             active_before={name: value / self.steps for name, value in self.before.items()},
             active_after={name: value / self.steps for name, value in self.after.items()},
             tokens=self.tokens,
             decode_batch=decode_batch,
+            losses=tuple(loss / number for loss, _, number in self.losses if number),
+            original_losses=tuple(loss / number for _, loss, number in self.losses if number),
         )
 
 
@@ -278,10 +281,12 @@ def _checked_mask(tokens: torch.Tensor, attention_mask: torch.Tensor | None, dec
     return mask
 
 
-def _batches(
-    tokens: torch.Tensor, mask: torch.Tensor, decode_batch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    yield from zip(tokens.split(decode_batch), mask.split(decode_batch), strict=True)
+def _batches_a_forward(model: nn.Module, length: int, decode_batch: int) -> int:
+    """How many decoding batches go through the model at once: they do not touch each other."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        return 1
+    return max(1, _MOST_LOGITS // (decode_batch * length * vocabulary))
 
 
 def _inputs(tokens: torch.Tensor, real: torch.Tensor, padded: bool) -> dict[str, Any]:
@@ -294,6 +299,12 @@ def _inputs(tokens: torch.Tensor, real: torch.Tensor, padded: bool) -> dict[str,
 
 def _log_probabilities(output: Any) -> torch.Tensor:
     return output.logits.float().log_softmax(-1)
+
+
+def _loss(log_probabilities: torch.Tensor, tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Of each prediction that counts, 0 elsewhere: float64 [rows, length - 1]."""
+    own = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double()
+    return torch.where(counted, -own, 0.0)
 
 
 def _device(model: nn.Module) -> torch.device:

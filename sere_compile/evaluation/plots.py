@@ -50,8 +50,7 @@ def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
             label=f"decode batch {batch} ({here[0].active_before:.1f} active without)",
         )
         for row in front:
-            label = f"S={row.select_top_k}" + ("" if row.threshold in ("0", "0.0") else f", {row.threshold}")
-            axis.annotate(label, (row.active_after, 100 * row.perplexity_change), fontsize=6)
+            axis.annotate(row.label, (row.active_after, 100 * row.perplexity_change), fontsize=6)
     axis.set_xlabel("active experts a layer")
     axis.set_ylabel("perplexity, % above the original")
     axis.legend(fontsize=8)

@@ -150,59 +150,6 @@ class Fill:
         return torch.where(same, batch.ids, ids.to(batch.ids.dtype)), weights
 
 
-@dataclass(frozen=True)
-class Recombine:
-    """The token's sum over its K experts, approximated by the best K experts inside of the primary set.
-
-    The least-squares coefficients of an expert u on the primary set P are C = (G_PP + r diag G_PP)^-1 G_Pu with the
-    Gram matrix G of expert outputs. The token's new weights are its old ones on P plus the dropped ones times C; the K
-    of the largest contribution |w_v| |A_v| remain.
-
-    Attributes:
-        gram: [E, E] for each gate, inner products of expert outputs over calibration tokens.
-        select_top_k: S.
-        ridge: r.
-        fill: experts of P that the token did not choose get their own router's share as well, at the scale of the
-            token's weights times this number.
-    """
-
-    gram: Matrices
-    select_top_k: int
-    ridge: float = 0.1
-    fill: float = 0.0
-    min_active: int | None = None
-
-    def __call__(self, batch: RoutingBatch) -> tuple[Tensor, Tensor]:
-        """See `Rule`."""
-        primary = primary_experts(batch, self.select_top_k, self.min_active)
-        gram = self.gram[batch.name].to(batch.scores)
-        coefficients = substitutes(gram, primary, self.ridge)
-        weights = batch.weights.float()
-        spread = torch.zeros_like(batch.scores).scatter_(2, batch.ids.long(), weights)
-        if self.fill:
-            chosen = batch.scores.gather(2, batch.ids.long()).sum(-1, keepdim=True)
-            share = batch.scores * (weights.sum(-1, keepdim=True) / chosen) * self.fill
-            unchosen = primary[:, None, :] & (spread == 0)
-            spread = spread + torch.where(unchosen, share, 0.0)
-        mixed = spread @ coefficients
-        size = gram.diagonal().clamp_min(0).sqrt()
-        ids = (mixed.abs() * size).topk(batch.ids.shape[-1], dim=-1).indices
-        same = primary.all(-1)[:, None, None]
-        return torch.where(same, batch.ids, ids.to(batch.ids.dtype)), torch.where(same, weights, mixed.gather(2, ids))
-
-
-def substitutes(gram: Tensor, primary: Tensor, ridge: float) -> Tensor:
-    """Row u holds the coefficients of expert u on the primary experts: [P, E, E], the identity for primary ones."""
-    kept = primary[:, :, None] & primary[:, None, :]
-    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    scale = gram.diagonal().mean()
-    system = torch.where(kept, gram / scale, 0.0) + identity * (ridge * gram.diagonal() / scale + 1e-6)
-    # Outside of the primary set the system is diagonal and the right side zero.
-    system = torch.where(primary[:, :, None] | primary[:, None, :], system, identity)
-    solved = torch.linalg.solve(system, torch.where(primary[:, :, None], gram / scale, 0.0)).transpose(1, 2)
-    return torch.where(primary[:, :, None], identity, solved)
-
-
 def expert_maps(similarity: Tensor, primary: Tensor, threshold: float) -> Tensor:
     """Where each expert's slots go in each routing batch: int64 [P, E], itself for those that stay."""
     masked = torch.where(primary[:, None, :] & ~similarity.isnan(), similarity, float("-inf"))

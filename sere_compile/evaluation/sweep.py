@@ -3,82 +3,138 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import SereConfig
 from ..errors import EvaluationError
-from .evaluate import ConfiguredRule, Evaluation, evaluate_rules
+from ..similarity import SimilarityProfile
+from .configured import ConfiguredRule
+from .evaluate import Evaluation, evaluate_rules
 from .rules import RoutingBatch, Rule
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One setting's result; the columns of the CSV file."""
+    """One setting's result; the columns of the CSV file.
+
+    Attributes:
+        rule: the substitution, or the name of another rule.
+        similarity: what the profile measures, where the rule has one.
+        select_top_k: S, or "auto".
+        max_active: the budget of primary experts with "auto", else "".
+        threshold: as in `SereConfig`.
+        standard_error: of `perplexity_change`.
+    """
 
     rule: str
-    select_top_k: int
+    similarity: str
+    select_top_k: str
+    max_active: str
     threshold: str
     decode_batch: int
     perplexity: float
     perplexity_change: float
+    standard_error: float
     kl: float
     top1_agreement: float
     active_before: float
     active_after: float
 
     @classmethod
-    def of(cls, rule: str, select_top_k: int, threshold: object, result: Evaluation) -> SweepRow:
-        """A row from an evaluation."""
+    def of(cls, config: SereConfig, result: Evaluation, rule: str | None = None, similarity: str = "") -> SweepRow:
+        """A row from an evaluation; `rule` where it is not the substitution of `config`."""
         return cls(
-            rule,
-            select_top_k,
-            str(threshold),
+            rule or config.substitution,
+            similarity,
+            "default" if config.select_top_k is None else str(config.select_top_k),
+            "" if config.max_active is None else str(config.max_active),
+            f"{config.threshold:g}" if isinstance(config.threshold, (int, float)) else config.threshold,
             result.decode_batch,
             result.perplexity,
             result.perplexity_change,
+            result.standard_error,
             result.kl,
             result.top1_agreement,
             result.mean_active_before,
             result.mean_active_after,
         )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What to give the backend for this row, where its rule is one of the backend's."""
+        automatic = self.select_top_k == "auto"
+        options: dict[str, Any] = {"select_top_k": "auto" if automatic else int(self.select_top_k)}
+        if automatic:
+            options["max_active"] = int(self.max_active)
+        if self.threshold != "0":
+            options["threshold"] = self.threshold if self.threshold.startswith("q") else float(self.threshold)
+        if self.rule != "reroute":
+            options["substitution"] = self.rule
+        return options
+
+    @property
+    def label(self) -> str:
+        """The setting in a few characters, for a plot."""
+        size = f"auto {self.max_active}" if self.max_active else f"S={self.select_top_k}"
+        rule = "" if self.rule == "reroute" else self.rule
+        return ", ".join(filter(None, [size, rule, "" if self.threshold == "0" else self.threshold]))
+
+
+def settings(
+    select_top_k: Iterable[int],
+    max_active: Iterable[int] = (),
+    thresholds: Iterable[float | str] = (0.0,),
+    substitutions: Iterable[str] = ("reroute",),
+    config: SereConfig | None = None,
+) -> list[SereConfig]:
+    """Every combination; budgets of `max_active` stand beside the values of S.
+
+    Args:
+        select_top_k: values of S.
+        max_active: budgets of primary experts, each as `select_top_k="auto"`.
+        thresholds: values of rho, numbers or shares.
+        substitutions: of `SereConfig`.
+        config: the other options.
+    """
+    config = config or SereConfig()
+    sizes: list[dict[str, Any]] = [{"select_top_k": s, "max_active": None} for s in select_top_k]
+    sizes += [{"select_top_k": "auto", "max_active": budget} for budget in max_active]
+    return [
+        config.replace(threshold=rho, substitution=substitution, **size)
+        for substitution, size, rho in itertools.product(substitutions, sizes, thresholds)
+    ]
+
 
 def sweep(
     model: nn.Module,
     tokens: torch.Tensor,
     similarity: Mapping[str, torch.Tensor],
-    *,
-    select_top_k: Iterable[int],
-    thresholds: Iterable[float] = (0.0,),
+    configs: Iterable[SereConfig],
     decode_batches: Iterable[int] = (4, 16, 64),
-    config: SereConfig | None = None,
 ) -> list[SweepRow]:
-    """Evaluate every combination; the original model runs once for each decode batch.
+    """Evaluate every setting at every decode batch; the original model runs once for each decode batch.
 
     Args:
         model: a causal language model.
         tokens: int64 [N, L]; of each decode batch B the first N - N % B sequences are used.
-        similarity: [E, E] for each gate.
-        select_top_k: values of S.
-        thresholds: values of rho.
+        similarity: [E, E] for each gate; a profile brings its projections.
+        configs: the settings.
         decode_batches: values of B.
-        config: the other options.
     """
-    config = config or SereConfig()
-    settings = [(s, rho) for s in select_top_k for rho in thresholds]
-    rules = {(s, rho): ConfiguredRule(config.replace(select_top_k=s, threshold=rho), similarity) for s, rho in settings}
+    rules: dict[SereConfig, Rule] = {config: ConfiguredRule.of(config, similarity) for config in configs}
+    measured = similarity.metadata.get("method", "") if isinstance(similarity, SimilarityProfile) else ""
     rows = []
     for batch in decode_batches:
-        results = evaluate_rules(
-            model, whole_batches(tokens, batch), {f"{s} {rho}": rule for (s, rho), rule in rules.items()},
-            decode_batch=batch,
-        )  # fmt: skip
-        rows += [SweepRow.of("sere", s, rho, results[f"{s} {rho}"]) for s, rho in settings]
+        results = evaluate_rules(model, whole_batches(tokens, batch), rules, decode_batch=batch)
+        rows += [SweepRow.of(config, result, similarity=measured) for config, result in results.items()]
     return rows
 
 
@@ -131,7 +187,7 @@ def spend_budget(
     Args:
         model: a causal language model.
         tokens: int64 [N, L].
-        similarity: [E, E] for each gate.
+        similarity: [E, E] for each gate; a profile brings its projections.
         budget: relative growth of perplexity, 0.01 for one percent.
         select_top_k: values of S to go through; each gate begins unchanged, then takes them from the largest down.
         decode_batch: B.
@@ -150,7 +206,7 @@ def spend_budget(
 
     def rule(levels: Mapping[str, int]) -> PerGate:
         chosen = {name: steps[index] for name, index in levels.items() if index >= 0}
-        return PerGate({n: ConfiguredRule(config.replace(select_top_k=s), similarity) for n, s in chosen.items()})
+        return PerGate({n: ConfiguredRule.of(config.replace(select_top_k=s), similarity) for n, s in chosen.items()})
 
     state = GateSettings({}, evaluate_rules(model, tokens, {"": rule(level)}, decode_batch=decode_batch)[""])
     while True:
@@ -185,7 +241,10 @@ def whole_batches(tokens: torch.Tensor, decode_batch: int) -> torch.Tensor:
     return tokens[:usable]
 
 
-_COLUMNS = tuple(SweepRow.__dataclass_fields__)
+# Columns with what reads them.
+_COLUMNS: dict[str, Callable[[str], Any]] = {
+    field.name: {"str": str, "int": int, "float": float}[str(field.type)] for field in dataclasses.fields(SweepRow)
+}
 
 
 def write_csv(rows: Iterable[SweepRow], path: str | Path) -> None:
@@ -202,22 +261,33 @@ def read_csv(path: str | Path) -> list[SweepRow]:
     Raises:
         EvaluationError: another kind of file.
     """
-    kinds = {"rule": str, "threshold": str, "select_top_k": int, "decode_batch": int}
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
-            return [SweepRow(**{n: kinds.get(n, float)(line[n]) for n in _COLUMNS}) for line in csv.DictReader(file)]
+            return [SweepRow(**{n: read(line[n]) for n, read in _COLUMNS.items()}) for line in csv.DictReader(file)]
     except (KeyError, ValueError, TypeError) as error:
         raise EvaluationError(f"{path} is not a table that `sere sweep` wrote: {error!r}") from error
 
 
 def format_table(rows: Sequence[SweepRow]) -> str:
     """Rows as a table in Markdown."""
-    lines = ["| rule | S | threshold | decode batch | perplexity | change | KL | top-1 same | active experts |"]
-    lines.append("| --- " * 9 + "|")
+    head = (
+        "rule",
+        "similarity",
+        "S",
+        "threshold",
+        "decode batch",
+        "perplexity",
+        "change",
+        "KL",
+        "top-1 same",
+        "active",
+    )
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in rows:
+        size = f"auto, {row.max_active} active" if row.max_active else row.select_top_k
         lines.append(
-            f"| {row.rule} | {row.select_top_k} | {row.threshold} | {row.decode_batch} | {row.perplexity:.3f} | "
-            f"{row.perplexity_change:+.2%} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
+            f"| {row.rule} | {row.similarity} | {size} | {row.threshold} | {row.decode_batch} | {row.perplexity:.3f} | "
+            f"{row.perplexity_change:+.2%} ± {row.standard_error:.2%} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
             f"{row.active_before:.1f} -> {row.active_after:.1f} |"
         )
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,19 @@ def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | No
     if count is None:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def mixed_windows(tokenizer: Any, paths: Sequence[str], field: str, length: int, count: int) -> torch.Tensor:
+    """Windows [count, length], those of several files in turn, so that sequences which decode together are mixed.
+
+    Raises:
+        EvaluationError: `count` is no multiple of the number of files, or what the functions above raise.
+    """
+    share, left = divmod(count, len(paths))
+    if left:
+        raise EvaluationError(f"{count} sequences cannot be shared evenly by {len(paths)} files")
+    rows = [token_windows(tokenizer, read_texts(path, field), length, share) for path in paths]
+    return torch.stack(rows, 1).flatten(0, 1)
 
 
 def _plain(path: Path) -> str:

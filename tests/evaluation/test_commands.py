@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sere_compile import EvaluationError, MissingExtraError
+from sere_compile import EvaluationError, MissingExtraError, SereConfig, SimilarityProfile
 from sere_compile.cli import main
 from sere_compile.evaluation.plots import pareto_front
 from sere_compile.evaluation.sweep import SweepRow, read_csv, recommend
-from sere_compile.evaluation.text import read_texts, token_windows
+from sere_compile.evaluation.text import mixed_windows, read_texts, token_windows
 
 from ..tiny_models import build, gate_names, random_profile
 
@@ -31,7 +33,9 @@ def subject(tmp_path_factory):
     model = build("qwen3_moe")
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    random_profile(model).save(folder / "profile.safetensors")
+    profile = random_profile(model)
+    coefficients = {name: matrix / 2 for name, matrix in profile.items()}
+    SimilarityProfile(profile, {"method": "chance"}, coefficients).save(folder / "profile.safetensors")
     lines = [json.dumps({"text": " ".join("abcdefghij"[i % 7 :] * 3)}) for i in range(20)]
     (folder / "text.jsonl").write_text("\n".join(lines))
     return folder
@@ -50,15 +54,84 @@ def test_eval_prints_quality_and_active_experts(subject):
     assert all(f"{gate}: active experts" in result.output for gate in gate_names())
 
 
+def test_eval_takes_every_option_of_re_routing(subject):
+    """A bad one is an error before anything is loaded."""
+    first, second = gate_names()
+    options = ["--select-top-k", "auto", "--max-active", 6, "--threshold", "q0.4", "--substitution", "projection"]
+    options += ["--min-active", 0, "--per-gate", json.dumps({first: {"select_top_k": 4}})]
+    result = sere(subject, "eval", "--batch", 4, *options)
+    assert result.exit_code == 0, result.output
+    changes = dict(line.strip().split(": active experts ") for line in result.stdout.splitlines()[1:])
+    before, after = changes[first].split(" -> ")
+    assert before == after
+    before, after = map(float, changes[second].split(" -> "))
+    assert after < before
+    for bad, message in ((["--threshold", "q2"], "q2"), (["--select-top-k", "auto"], "max_active go together")):
+        refused = sere(subject, "eval", *bad)
+        assert refused.exit_code == 1
+        assert message in refused.output
+
+
+def test_decoding_batches_of_several_files_are_mixed(subject):
+    """Sequences of the files stand in turn; a share that does not come out is an error."""
+    paths = [subject / "text.jsonl", subject / "text.jsonl"]
+    both = mixed_windows(tokenizer(), paths, "text", 6, 8)
+    assert torch.equal(both[::2], both[1::2])
+    assert torch.equal(both[::2], mixed_windows(tokenizer(), paths[:1], "text", 6, 4))
+    result = sere(subject, "eval", "--data", paths[0], "--batch", 4, "--sequences", 7)
+    assert "7 sequences cannot be shared evenly by 2 files" in result.output
+
+
 def test_sweep_writes_a_table_and_recommends(subject, tmp_path):
     out = tmp_path / "sweep.csv"
-    result = sere(subject, "sweep", "--batch", "2,4", "--select-top-k", "1,4", "--budget", 0.5, "--csv", out)
+    arguments = ["--select-top-k", "1,4", "--max-active", 6, "--threshold", "0,q0.4", "--substitution", "both"]
+    result = sere(subject, "sweep", "--batch", "2,4", "--budget", 1e9, "--csv", out, *arguments)
     assert result.exit_code == 0, result.output
     rows = read_csv(out)
-    assert [(row.decode_batch, row.select_top_k) for row in rows] == [(2, 1), (2, 4), (4, 1), (4, 4)]
-    same = rows[1]
-    assert (same.perplexity_change, same.kl) == (0, 0)
-    assert "decode batch 2: options={'select_top_k': " in result.output
+    assert len(rows) == 2 * 2 * 3 * 2
+    assert {(row.select_top_k, row.max_active) for row in rows} == {("1", ""), ("4", ""), ("auto", "6")}
+    assert {(row.rule, row.similarity) for row in rows} == {("reroute", "chance"), ("projection", "chance")}
+    assert {row.threshold for row in rows} == {"0", "q0.4"}
+    assert all((row.perplexity_change, row.kl) == (0, 0) for row in rows if row.select_top_k == "4")
+    assert "decode batch 2: options={'select_top_k': 1" in result.output
+    assert "decode batch 4: options={'select_top_k': 1" in result.output
+
+
+def test_compare_runs_every_rule(subject, tmp_path, monkeypatch):
+    """Those of docs/quality.md, and one of the user's own; nothing is lost at S = K."""
+    (tmp_path / "own.py").write_text(
+        "from sere_compile.evaluation import TopS\ndef last_resort(profile, s): return TopS(s)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "rows.csv"
+    options = ["--batch", 4, "--select-top-k", "1,4", "--fill", "1", "--csv", out, "--rule", "own:last_resort"]
+    result = sere(subject, "compare", *options)
+    assert result.exit_code == 0, result.output
+    rows = {(row.rule, row.similarity, row.select_top_k): row for row in read_csv(out)}
+    assert {"naive top-S", "drop", "drop, renormalised", "fill", "reroute", "projection"} < {
+        rule for rule, _, _ in rows
+    }
+    assert rows["own:last_resort", "profile", "1"].kl == rows["naive top-S", "", "1"].kl > 0
+    assert ("reroute", "random 2", "1") in rows
+    assert all(row.kl == 0 for (_, _, select), row in rows.items() if select == "4")
+    unknown = sere(subject, "compare", "--rule", "nowhere:rule")
+    assert "'nowhere:rule' is not MODULE:FUNCTION" in unknown.output
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        ({}, {"select_top_k": 1}),
+        ({"threshold": "0.5"}, {"select_top_k": 1, "threshold": 0.5}),
+        ({"threshold": "q0.2", "rule": "projection"},
+         {"select_top_k": 1, "threshold": "q0.2", "substitution": "projection"}),
+        ({"select_top_k": "auto", "max_active": "7"}, {"select_top_k": "auto", "max_active": 7}),
+    ],
+)  # fmt: skip
+def test_a_row_says_what_to_give_the_backend(columns, options):
+    found = replace(row(4, 5.0, 0.02), **columns).options
+    assert found == options
+    SereConfig(**found)
 
 
 def test_per_layer_spends_no_more_than_the_budget(subject):
@@ -81,7 +154,7 @@ def test_plots_are_written(subject, tmp_path):
 
 
 def row(batch, active, change):
-    return SweepRow("sere", 1, "0.0", batch, 1.0, change, 0.0, 1.0, 9.0, active)
+    return SweepRow("reroute", "", "1", "", "0", batch, 1.0, change, 0.0, 0.0, 1.0, 9.0, active)
 
 
 def test_the_recommendation_is_the_fewest_experts_within_the_budget():

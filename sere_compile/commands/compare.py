@@ -1,0 +1,63 @@
+"""`sere compare`: re-routing beside every other rule, on one's own model and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..config import SereConfig
+from ..errors import SereError
+from ..evaluation import evaluate_rules
+from ..evaluation.comparison import comparison_rules, named_rule
+from ..evaluation.plots import plot_sweep
+from ..evaluation.sweep import SweepRow, format_table, whole_batches, write_csv
+from ..similarity import SimilarityProfile, attach
+from .options import Numbers, data_options, load_subject, number_or_share
+
+
+@click.command("compare")
+@data_options
+@click.option(
+    "--profile",
+    "profiles",
+    required=True,
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="Similarity profile, any number of them; rows have their files' names, the first serves random matrices too.",
+)
+@click.option("--select-top-k", type=Numbers(int), default="1,2", show_default=True, help="Values of S.")
+@click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
+@click.option("--batch", type=Numbers(int), default="16", show_default=True, help="Sequences decoded together.")
+@click.option("--fill", type=Numbers(float), default="0.5,1", show_default=True, help="Of the rule `recombine`.")
+@click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION, (profile, S) to a rule of your own.")
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for the Pareto plot.")
+def compare_command(
+    name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str,
+    profiles: tuple[str, ...], select_top_k: list[int], threshold: list[float | str], batch: list[int],
+    fill: list[float], others: tuple[str, ...], csv_path: str | None, plot_path: str | None,
+) -> None:  # fmt: skip
+    """Quality and active experts of naive top-S, drop, fill, re-routing by profiles and by chance, and recombining."""
+    try:
+        loaded = {Path(path).stem: SimilarityProfile.load(path) for path in profiles}
+        first = next(iter(loaded))
+        rules = comparison_rules(
+            loaded, reference=first, select_top_k=select_top_k, thresholds=threshold, fills=fill,
+            others={spec: named_rule(spec) for spec in others},
+        )  # fmt: skip
+        model, tokens = load_subject(name, data, field, length, sequences, dtype)
+        for profile in loaded.values():
+            attach(model, profile)  # it fits the model, or this says why not
+        rows = []
+        for size in batch:
+            for setting, result in evaluate_rules(model, whole_batches(tokens, size), rules, decode_batch=size).items():
+                config = SereConfig(select_top_k=setting.select_top_k, threshold=setting.threshold)
+                rows.append(SweepRow.of(config, result, setting.rule, setting.similarity_name))
+        click.echo(format_table(rows))
+        if csv_path is not None:
+            write_csv(rows, csv_path)
+        if plot_path is not None:
+            plot_sweep(rows, plot_path)
+    except SereError as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,48 @@
+"""What the backend does with its options, as a rule for the evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..config import SereConfig
+from ..errors import EvaluationError
+from ..similarity import SimilarityProfile
+from ..threshold import RANKED_THRESHOLD, ranked, resolve_threshold
+from .rules import Reroute, RoutingBatch
+
+
+@dataclass(frozen=True)
+class ConfiguredRule:
+    """What the backend does with these options, as a rule; `projections` for `substitution="projection"`."""
+
+    config: SereConfig
+    similarity: Mapping[str, torch.Tensor]
+    projections: Mapping[str, torch.Tensor] | None = None
+
+    def __call__(self, batch: RoutingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Rule`."""
+        if batch.name not in self.similarity:
+            raise EvaluationError(f"the profile has no matrix for the gate {batch.name}")
+        config, top_k = self.config.for_gate(batch.name), batch.ids.shape[-1]
+        if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
+            return batch.ids, batch.weights
+        select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
+        matrix, threshold = self.similarity[batch.name], config.threshold
+        if isinstance(threshold, str):
+            matrix, threshold = ranked(matrix, resolve_threshold(threshold, matrix)), RANKED_THRESHOLD
+        scale = self.projections if config.substitution == "projection" else None
+        if config.substitution == "projection" and batch.name not in (scale or {}):
+            raise EvaluationError(
+                f'substitution="projection": the profile has no projection coefficients for {batch.name}; profiles of '
+                "sere_compile.calibrate have them"
+            )
+        return Reroute({batch.name: matrix}, select, threshold, least, config.max_active, scale)(batch)
+
+    @classmethod
+    def of(cls, config: SereConfig, similarity: Mapping[str, torch.Tensor]) -> ConfiguredRule:
+        """With the projections of a profile, where it is one."""
+        projections = similarity.projections if isinstance(similarity, SimilarityProfile) else None
+        return cls(config, dict(similarity), projections)

@@ -1,0 +1,143 @@
+"""Rules that approximate a token's lost experts inside of the primary set, from inner products of expert outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import EvaluationError
+from ..similarity import SimilarityProfile
+from .rules import Matrices, RoutingBatch, expert_maps, primary_experts
+
+SUBSTITUTES = ("none", "one", "all")
+
+
+@dataclass(frozen=True)
+class Recombine:
+    """Substitutes at the weight that serves best, the token's own next choices, and the largest K of the sum.
+
+    Experts that are kept keep their weights. To them come, for each slot of another expert u, its weight times
+
+    - "one": <A_u, A_v> / <A_v, A_v> for the v that explains most of u, the largest <A_u, A_v> / (|A_u| |A_v|);
+    - "all": the least-squares coefficients of u on all kept experts, (G_PP + r diag G_PP)^-1 G_Pu;
+
+    and, for each kept expert that the token did not choose, what its own score is worth times `fill`. The K of the
+    largest contribution |w_v| |A_v| remain.
+
+    Attributes:
+        gram: G, [E, E] for each gate: inner products of expert outputs over calibration tokens, at any scale.
+        select_top_k: S.
+        substitutes: "one", "all", or "none" (slots of other experts are dropped).
+        fill: see above; a score is worth what the token's weights are of its chosen experts' scores.
+        ridge: r.
+        heaviest: keep not the primary experts but as many of the largest sum of weights in the batch.
+        min_active: as in `SereConfig`.
+
+    Raises:
+        EvaluationError: `substitutes` is none of these.
+    """
+
+    gram: Matrices
+    select_top_k: int
+    substitutes: str = "one"
+    fill: float = 0.5
+    ridge: float = 0.5
+    heaviest: bool = False
+    min_active: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.substitutes not in SUBSTITUTES:
+            raise EvaluationError(f"substitutes must be one of {', '.join(SUBSTITUTES)}, got {self.substitutes!r}")
+
+    def __call__(self, batch: RoutingBatch) -> tuple[Tensor, Tensor]:
+        """See `Rule`."""
+        weights = batch.weights.float()
+        spread = torch.zeros_like(batch.scores).scatter_(2, batch.ids.long(), weights)
+        kept = primary_experts(batch, self.select_top_k, self.min_active)
+        if self.heaviest:
+            kept = heaviest_experts(spread * batch.real[:, :, None], kept)
+        if self.fill:
+            worth = weights.sum(-1, keepdim=True) / batch.scores.gather(2, batch.ids.long()).sum(-1, keepdim=True)
+            unchosen = kept[:, None, :] & (spread == 0)
+            spread = spread + torch.where(unchosen, batch.scores * worth * self.fill, 0.0)
+        gram = self.gram[batch.name].to(batch.scores)
+        mixed = spread @ self._coefficients(gram, kept)
+        size = gram.diagonal().clamp_min(0).sqrt()
+        ids = (mixed.abs() * size).topk(batch.ids.shape[-1], dim=-1).indices
+        same = kept.all(-1)[:, None, None]  # the identity, bit for bit
+        return torch.where(same, batch.ids, ids.to(batch.ids.dtype)), torch.where(same, weights, mixed.gather(2, ids))
+
+    def _coefficients(self, gram: Tensor, kept: Tensor) -> Tensor:
+        """What each expert gives to each kept one: [P, E, E]."""
+        if self.substitutes == "all":
+            return least_squares(gram, kept, self.ridge)
+        identity = torch.diag_embed(kept.to(gram))
+        if self.substitutes == "none":
+            return identity
+        target = expert_maps(explained(gram), kept, 0.0)[:, :, None]
+        one = torch.zeros_like(identity).scatter_(2, target, 1.0) * coefficient(gram)
+        return torch.where(kept[:, :, None], identity, one)
+
+
+def heaviest_experts(spread: Tensor, primary: Tensor) -> Tensor:
+    """As many experts as are primary, those of most weight in each routing batch: bool [P, E].
+
+    Args:
+        spread: weights by expert, [P, B, E].
+        primary: bool [P, E].
+    """
+    rank = spread.sum(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return rank < primary.sum(1, keepdim=True)
+
+
+def least_squares(gram: Tensor, primary: Tensor, ridge: float) -> Tensor:
+    """Row u holds the coefficients of expert u on the primary experts: [P, E, E], the identity for primary ones."""
+    kept = primary[:, :, None] & primary[:, None, :]
+    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    scale = gram.diagonal().mean()
+    system = torch.where(kept, gram / scale, 0.0) + identity * (ridge * gram.diagonal() / scale + 1e-6)
+    # Outside of the primary set the system is diagonal and the right side zero.
+    system = torch.where(primary[:, :, None] | primary[:, None, :], system, identity)
+    solved = torch.linalg.solve(system, torch.where(primary[:, :, None], gram / scale, 0.0)).transpose(1, 2)
+    return torch.where(primary[:, :, None], identity, solved)
+
+
+def coefficient(gram: Tensor) -> Tensor:
+    """a[u, v] = <A_u, A_v> / <A_v, A_v>; 0 where v gives nothing."""
+    squares = gram.diagonal()
+    return torch.where(squares > 0, gram / squares, 0.0)
+
+
+def explained(gram: Tensor) -> Tensor:
+    """The cosine of two experts' outputs over all tokens together; its square is the share of u that v explains."""
+    roots = gram.diagonal().clamp_min(0).sqrt()
+    product = roots[:, None] * roots
+    return torch.where(product > 0, gram / product, 0.0)
+
+
+def gram_matrices(profile: SimilarityProfile) -> dict[str, Tensor]:
+    """The inner products of expert outputs behind a profile's projections, each gate's at a scale of its own.
+
+    a[u, v] / a[v, u] is |A_u|^2 / |A_v|^2, so the mean of its logarithm over v tells |A_u|^2 but for a common factor.
+
+    Raises:
+        EvaluationError: the profile has no projections.
+    """
+    if profile.projections is None:
+        raise EvaluationError(
+            "the profile has no projection coefficients; profiles of sere_compile.calibrate have them"
+        )
+    return {name: _gram(matrix.double()) for name, matrix in profile.projections.items()}
+
+
+def _gram(projection: Tensor) -> Tensor:
+    alive = projection.diagonal() > 0
+    known = alive[:, None] & alive & (projection != 0) & (projection.T != 0)
+    ratio = torch.where(known, projection / torch.where(known, projection.T, 1.0), 1.0).log()
+    # Where two experts are orthogonal their ratio is not known: solve for the logarithms over the known pairs.
+    laplacian = torch.diag(known.sum(1).double()) - known.double()
+    logarithm = torch.linalg.lstsq(laplacian, ratio.sum(1)[:, None], driver="gelsd").solution[:, 0]
+    gram = projection * torch.where(alive, (logarithm - logarithm[alive].mean()).exp(), 0.0)
+    return ((gram + gram.T) / 2).float()
