@@ -85,7 +85,8 @@ def export(
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
         ConfigError: `opset` is too low.
-        LoweringError: torch.export cannot trace the model, or the traced program does what ONNX cannot say.
+        LoweringError: torch.export cannot trace the model, the traced program does what ONNX cannot say, or `opset` is
+            too high for the installed torch and onnx.
         GateNotFoundError: nothing can be re-routed.
         ProfileError: the profile lacks a gate of the model; the message names the first.
     """

@@ -158,9 +158,16 @@ def _initializers_to_constants(graph: Any) -> None:
 def translate(
     program: ExportedProgram, opset: int, inputs: Sequence[str] | None, outputs: Sequence[str] | None
 ) -> torch.onnx.ONNXProgram:
-    """A program in standard operators; calls of functions stay calls."""
+    """A program in standard operators; calls of functions stay calls.
+
+    Raises:
+        LoweringError: torch.onnx does not reach that opset; it logs why, and leaves the model at a lower one.
+    """
     translated = torch.onnx.export(
         program, dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
     )
     assert translated is not None
+    written = translated.model.opset_imports[""]
+    if written != opset:
+        raise LoweringError(f"torch.onnx wrote opset {written} where {opset} was asked for")
     return translated

@@ -243,9 +243,18 @@ def test_missing_extra(tmp_path, monkeypatch, missing):
         export_small(tmp_path)
 
 
-def test_opset_too_low(tmp_path):
+def test_opset_out_of_range(tmp_path):
     with pytest.raises(ConfigError, match="opset must be at least 18, got 17"):
         export_small(tmp_path, opset=17)
+    with pytest.raises(LoweringError, match=r"torch\.onnx wrote opset 18 where 99 was asked for"):
+        export_small(tmp_path, nn.Linear(8, 8), profile=None, allow_no_gates=True, opset=99)
+
+
+def test_higher_opset(tmp_path):
+    done = export_small(tmp_path, opset=23, as_function=True)
+    assert done.opset == 23
+    assert {entry.domain: entry.version for entry in onnx.load(done.path).opset_import} == {"": 23, "sere": 1}
+    run(done.path, hidden_states(3))
 
 
 def test_untraceable_model(tmp_path):
