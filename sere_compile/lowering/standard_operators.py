@@ -81,7 +81,7 @@ def decompose(
     Raises:
         LoweringError: an operator is left, because nothing says what it is.
     """
-    if not sere_nodes(program):
+    if table is None and not sere_nodes(program):
         return program
     with torch.no_grad():
         program = program.run_decompositions(dict(REFERENCES if table is None else table))

@@ -80,7 +80,7 @@ def compile(
 
 
 def convertible(program: ExportedProgram) -> ExportedProgram:
-    """A re-routed program in operators that torch_tensorrt converts with dynamic shapes."""
+    """A program, re-routed or not, in operators that torch_tensorrt converts with dynamic shapes."""
     aten = torch.ops.aten
     # Caches: from 2.14 on torch_tensorrt has a converter for index_copy, for static shapes only, and no longer
     # decomposes it itself.
