@@ -109,10 +109,13 @@ def _recorded(call, device: str):
 def test_ids_keep_their_type(device, indices_type):
     """Kernels ask for a type of ids; some for one in which PyTorch can do little."""
     router = FusedTopKRouter()
-    hook(router, device).state.begin(DECODE, None)
+    made = hook(router, device, collect_stats=True)
+    made.projection = similarity().to(device)
+    made.state.begin(DECODE, None)
     hidden, logits = inputs(device)
     _, ids = router._compute_routing(hidden, logits, indices_type)
     assert ids.dtype is indices_type
+    assert made.stats().slots_changed
     expected = reroute_oracle(logits.softmax(-1).topk(TOP_K, dim=-1).indices.cpu(), similarity(), 1)
     assert torch.equal(ids.cpu().long(), expected)
 

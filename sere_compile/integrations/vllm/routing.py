@@ -129,12 +129,14 @@ class RoutingHook:
         mask = None
         if self.mask_padding:
             mask = torch.arange(ids.shape[0], device=ids.device) < self.state.real_tokens
-        new_ids = torch.where(self.state.active, self._reroute(ids, weights, router_logits, mask), ids)
+        # Kernels may ask for a type of ids, uint32, with which CUDA can do next to nothing.
+        old = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
+        new = torch.where(self.state.active, self._reroute(old, weights, router_logits, mask), old)
         if self.counts is not None:
-            self._count(self.counts, ids, new_ids, mask)
+            self._count(self.counts, old, new, mask)
         if self.projection is not None:
-            weights = self._projected(self.projection, weights, ids, new_ids)
-        return weights, new_ids
+            weights = self._projected(self.projection, weights, old, new)
+        return weights, new.to(ids.dtype)
 
     @property
     def has_run(self) -> bool:
@@ -147,15 +149,12 @@ class RoutingHook:
         return GateStats(**dict(zip(COUNTED, self.counts.tolist(), strict=True)))
 
     def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
-        routable = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
         if self.ordered:
-            new_ids = reroute(routable, self.matrix, *self.options, mask, self.max_active)
-            return new_ids.to(ids.dtype)
+            return reroute(ids, self.matrix, *self.options, mask, self.max_active)
         # vLLM asks for an unsorted top-k; slots are put in order, re-routed, and put back.
-        order = selection_scores(self.router, routable, weights, logits).argsort(dim=-1, descending=True, stable=True)
-        best_first = routable.gather(1, order)
-        new_ids = reroute(best_first, self.matrix, *self.options, mask, self.max_active)
-        return torch.zeros_like(new_ids).scatter(1, order, new_ids).to(ids.dtype)
+        order = selection_scores(self.router, ids, weights, logits).argsort(dim=-1, descending=True, stable=True)
+        new_ids = reroute(ids.gather(1, order), self.matrix, *self.options, mask, self.max_active)
+        return torch.zeros_like(new_ids).scatter(1, order, new_ids)
 
     @staticmethod
     def _projected(projection: Tensor, weights: Tensor, old: Tensor, new: Tensor) -> Tensor:
