@@ -6,7 +6,8 @@ A rewrite of one graph is, in this order:
 2. `extract_dispatch`: a gate's dispatch as a function, where its experts have to be probed.
 3. `lower_experts`: the dispatch becomes one operator of ours, where a GPU gains by it.
 4. `fuse_router`: scoring, selection and weighing become one operator of ours, likewise.
-5. `rewrite_gate`: the dispatch uses read re-routed ids.
+5. `fuse_reroute`: that operator re-routes too, where nobody else reads its ids; or
+   `rewrite_gate`: the dispatch uses read re-routed ids.
 6. `insert_count`: statistics, when asked for.
 
 Passes know graphs only: no model, no file format, no tracer's own objects. `passes/README.md` has the invariants.
@@ -15,6 +16,7 @@ Passes know graphs only: no model, no file format, no tracer's own objects. `pas
 from .count_routing import COUNTED, insert_count
 from .extract_dispatch import DispatchRegion, extract_dispatch
 from .find_gates import Findings, find_gates
+from .fuse_reroute import fuse_reroute
 from .fuse_router import fuse_router
 from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .lower_experts import MAX_TOKENS, ExpertLayer, lower_experts
@@ -39,6 +41,7 @@ __all__ = [
     "extract_dispatch",
     "find_gates",
     "find_norm_scale",
+    "fuse_reroute",
     "fuse_router",
     "insert_count",
     "lower_experts",

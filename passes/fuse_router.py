@@ -6,9 +6,10 @@
     weights = (values / values.sum(-1)).to(dtype)
 
 Like the experts (`lower_experts.py`), the chain is not read off its nodes: its operations leave a few candidates, and
-the one that gives the chain's own ids and weights on made-up logits is taken (case 1). A chain with an operation that
-no candidate has, such as a mask over groups (case 2), whose inner results others read (case 3), or whose numbers no
-candidate gives (case 4) stays as it is, with a reason. Logits that the model returns do not matter: they stay.
+the one that gives the chain's own ids and weights on made-up logits is taken (case 1), limited to groups of experts
+too (case 2). A chain with an operation that no candidate has (case 3), whose inner results others read (case 4), or
+whose numbers no candidate gives (case 5) stays as it is, with a reason. Logits that the model returns do not matter:
+they stay.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..ops.route.op import KERNEL_MAX_EXPERTS, KERNEL_MAX_SLOTS
-from ..ops.route.reference import route_reference
+from ..ops.route.reference import Rerouting, Scoring, route_reference
 from . import nodes
 from .gate import Gate
 from .rewrite_gating import aliases
@@ -43,8 +44,9 @@ _ROUTINE = nodes.VALUE_PRESERVING | {
     "size",
     "sym_size",
 }
-# A mask over groups of experts; with one group, or as many selected as there are, it masks nothing.
+# A mask over groups of experts, and what groups are ranked by.
 _MASKING = frozenset({"bool", "invert", "logical_not", "bitwise_not", "masked_fill", "scatter", "zeros_like", "where"})
+_RANKING = frozenset({"max", "amax"})
 # Draws of made-up logits; a difference that shows in one token of ten is missed once in 10 ** 7 then, with one token.
 _DRAWS = 16
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -113,7 +115,7 @@ def _sources(node: Node) -> list[Node]:
 def _refusal(gate: Gate, logits: Node, inside: tuple[Node, ...]) -> str | None:
     """Why a chain cannot be replaced, from its nodes alone."""
     kinds = {nodes.kind(node) for node in inside}
-    other = sorted(kinds - _ROUTINE - set(_SCORING) - (_MASKING if _keeps_every_group(gate, inside) else set()))
+    other = sorted(kinds - _ROUTINE - set(_SCORING) - (_MASKING | _RANKING if _groups(gate, inside) else set()))
     if other:
         return f"its routing has operations of its own ({', '.join(other)})"
     sizes, ids = nodes.shape(logits), nodes.shape(gate.ids)
@@ -136,14 +138,23 @@ def _refusal(gate: Gate, logits: Node, inside: tuple[Node, ...]) -> str | None:
     return f"{late[0].name} changes its logits" if late else None
 
 
-def _keeps_every_group(gate: Gate, inside: tuple[Node, ...]) -> bool:
-    """Whether every selection ahead of the gate's own whose indices are used selects all there is."""
-    choosing = (n for n in inside if nodes.kind(n) == "topk" and n is not gate.selection and nodes.picked(n, 1))
-    for node in choosing:
+def _groups(gate: Gate, inside: tuple[Node, ...]) -> list[tuple[Any, ...]]:
+    """The limits to groups that the selections ahead of the gate's own allow, as arguments of `sere.route`."""
+    limiting = []
+    for node in inside:
         scores = nodes.operand(node)
-        if scores is None or nodes.argument(node, 1, "k") != nodes.last_size(scores):
-            return False
-    return True
+        if nodes.kind(node) != "topk" or node is gate.selection or scores is None or not nodes.picked(node, 1):
+            continue
+        count, chosen = nodes.last_size(scores), nodes.argument(node, 1, "k")
+        if chosen != count:
+            limiting.append((count, chosen))
+    if not limiting:
+        return [(1, 1, "max", True)]
+    count, chosen = limiting[0]
+    fits = len(limiting) == 1 and isinstance(count, int) and gate.num_experts % count == 0 and isinstance(chosen, int)
+    if not fits or count == gate.num_experts:
+        return []
+    return [(count, chosen, score, zero) for score in ("max", "top2") for zero in (True, False)]
 
 
 def _candidates(gate: Gate, chain: _Chain) -> Iterator[tuple[Any, ...]]:
@@ -162,9 +173,9 @@ def _candidates(gate: Gate, chain: _Chain) -> Iterator[tuple[Any, ...]]:
     scales = dict.fromkeys([1.0, *(float(value) for value in numbers if value > 0 and not isinstance(value, bool))])
     epsilons = dict.fromkeys([0.0, *(value for value in numbers if isinstance(value, float) and 0 < value < 1e-3)])
     dtype = nodes.value(gate.weights).dtype
-    for scale, renormalize in itertools.product(scales, (False, True)):
+    for groups, scale, renormalize in itertools.product(_groups(gate, chain.inside), scales, (False, True)):
         for epsilon in epsilons if renormalize else (0.0,):
-            yield (bias, gate.top_k, scoring, renormalize, epsilon, scale, dtype)
+            yield (bias, gate.top_k, scoring, renormalize, epsilon, scale, dtype, *groups)
 
 
 def _confirmed(
@@ -180,13 +191,16 @@ def _confirmed(
     module = _module(gate, chain)
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
-        for _ in range(_DRAWS):
+        for draw in range(_DRAWS):
+            # Below 0, where it matters what stands outside the groups; sums with a bias of 16 bits would tie there.
+            shift = 2 * (draw % 2) if candidates and candidates[0][7] > 1 else 0
             logits = _logits(shape, generator).to(nodes.value(chain.logits).dtype)
             values: dict[Node, Any] = {
                 node: torch.rand(nodes.shape(node) or (), generator=generator, device=device).to(
                     nodes.value(node).dtype
                 )
                 / 8
+                - shift
                 if nodes.is_tensor(node)
                 else sizes[node]
                 for node in chain.inputs
@@ -196,11 +210,15 @@ def _confirmed(
             candidates = [
                 options
                 for options in candidates
-                if _agree((weights, ids), order, route_reference(logits, values.get(options[0]), *options[1:]))
+                if _agree((weights, ids), order, _routed(logits, values.get(options[0]), options))
             ]
             if not candidates:
                 return "no routing of ours gives its ids and weights"
     return candidates[0]
+
+
+def _routed(logits: torch.Tensor, bias: torch.Tensor | None, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    return route_reference(logits, bias, Scoring(*options[1:]), Rerouting())
 
 
 def _agree(theirs: tuple[torch.Tensor, ...], order: torch.Tensor, ours: tuple[torch.Tensor, ...]) -> bool:

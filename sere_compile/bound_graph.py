@@ -201,6 +201,7 @@ def _row(plan: GatePlan, entry: binding.GateEntry) -> GateRow:
         similarity=(entry.source or "none attached: probed at compile time") if rewritten else "",
         threshold=_threshold(plan, entry) if rewritten else 0.0,
         substitution=plan.config.substitution if rewritten else "reroute",
+        kernels=plan.kernels,
     )
 
 

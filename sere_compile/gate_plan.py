@@ -22,6 +22,7 @@ from .passes import (
     RoutingSettings,
     Skip,
     extract_dispatch,
+    fuse_reroute,
     fuse_router,
     insert_count,
     lower_experts,
@@ -33,6 +34,9 @@ from .report import IDENTITY, REWRITTEN, SKIPPED
 from .threshold import RANKED_THRESHOLD
 
 log = logging.getLogger(__name__)
+
+# Slots an expert, on average, up to which the expert kernels were never measured slower than stock (docs/kernels.md).
+MAX_SLOTS_PER_EXPERT = 24
 
 
 @dataclass
@@ -50,6 +54,7 @@ class GatePlan:
     inputs: list[Node]  # the graph's own inputs, in order
     status: str = IDENTITY
     reason: str = ""
+    kernels: str = ""  # what the speed passes did, and why not more; empty where they are off
 
     @property
     def select_top_k(self) -> int:
@@ -156,7 +161,11 @@ def apply_plan(plan: GatePlan, appended: AppendedInputs, example_inputs: Sequenc
     matrix = torch.empty(gate.num_experts, gate.num_experts, dtype=torch.float32, device=weight.device)
     node = appended.input_for(plan, matrix, "similarity")
     scale = appended.input_for(plan, matrix, "projection") if config.substitution == "projection" else None
-    done = rewrite_gate(gate, node, routing_settings(gate, config), scale)
+    # A count of what changed reads the ids as they were.
+    settings = routing_settings(gate, config)
+    done = "they are counted" if config.collect_stats else fuse_reroute(gate, node, settings, scale)
+    if isinstance(done, str):
+        done = rewrite_gate(gate, node, settings, scale)
     if isinstance(done, Skip):
         appended.drop_unused(plan)
         _skip(plan, done, config)
@@ -185,37 +194,43 @@ def _known_values(plan: GatePlan, example_inputs: Sequence[Any]) -> Callable[[No
 
 
 def lower(plan: GatePlan, config: SereConfig, example_inputs: Sequence[Any]) -> Gate:
-    """Apply the speed passes that are on to a gate, re-routed or not; the gate as it is then."""
+    """Apply the speed passes that are on to a gate, re-routed or not; the gate as it is then. The plan says why not."""
     gate, device = plan.gate, plan.weight(example_inputs).device
-    wanted = {
-        name: option == "always" or (option and device.type == "cuda")
-        for name, option in (("experts", config.lower_experts), ("routing", config.fuse_router))
-    }
-    if not any(wanted.values()):
-        return gate
-    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs):
-        log.debug("%s keeps its experts and routing: gradients are on", plan.fallback_name)
-        return gate
-    if too_many_tokens(gate, MAX_TOKENS):
-        log.debug("%s keeps its experts and routing: more than %d tokens", plan.fallback_name, MAX_TOKENS)
-        return gate
+    options = {"experts": config.lower_experts, "routing": config.fuse_router}
+    wanted = [part for part, option in options.items() if option == "always" or (option and device.type == "cuda")]
     sizes = {
         node: value.node.hint if isinstance(value, torch.SymInt) else value
         for node, value in zip(plan.inputs, example_inputs, strict=False)
         if isinstance(value, (int, torch.SymInt))
     }
-    for part, is_wanted in wanted.items():
-        if not is_wanted:
-            continue
-        if part == "routing":
+    replaced, kept = [], []
+    for part in wanted:
+        done: Gate | str | None = _stays(gate, part, example_inputs)
+        if done is None and part == "routing":
             done = fuse_router(gate, sizes, device)
-        else:
+        elif done is None:
             done = plan.region if isinstance(plan.region, str) else lower_experts(gate, plan.region, sizes, device)
         if isinstance(done, str):
-            log.debug("%s keeps its %s: %s", plan.fallback_name, part, done)
-        else:
+            log.info("%s keeps its %s: %s", plan.fallback_name, part, done)
+            kept.append(f"stock {part}: {done}")
+        elif done is not None:
             gate = done
+            replaced.append(part)
+    plan.kernels = "; ".join([*([" and ".join(replaced)] if replaced else []), *kept])
     return gate
+
+
+def _stays(gate: Gate, part: str, example_inputs: Sequence[Any]) -> str | None:
+    """Why a part of a gate is left alone without looking at it."""
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs):
+        return "gradients are on"
+    if too_many_tokens(gate, MAX_TOKENS):
+        return f"more than {MAX_TOKENS} tokens"
+    if part == "experts" and nodes.value(gate.ids).numel() > MAX_SLOTS_PER_EXPERT * gate.num_experts:
+        return (
+            f"more than {MAX_SLOTS_PER_EXPERT} slots for each of its {gate.num_experts} experts, where stock is as fast"
+        )
+    return None
 
 
 def refuse_shared_routers(plans: list[GatePlan]) -> None:

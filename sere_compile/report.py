@@ -25,6 +25,8 @@ class GateRow:
         similarity: where the similarity matrix comes from.
         threshold: rho in force; "q0.2" as the number that it is for this gate, once its matrix is known.
         substitution: "reroute" or "projection".
+        kernels: what of "experts" and "routing" our kernels compute, and for the rest why stock operations stay; empty
+            where both are switched off, as by default on a CPU.
     """
 
     name: str
@@ -39,6 +41,7 @@ class GateRow:
     similarity: str = ""
     threshold: float | str = 0.0
     substitution: str = "reroute"
+    kernels: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,21 @@ class GateReport:
         return "\n".join([*lines, self.hint] if self.hint else lines)
 
 
-_COLUMNS = ("gate", "E", "K", "S", "rho", "weights", "scoring", "sorted", "dispatch", "status", "similarity", "reason")
+_COLUMNS = (
+    "gate",
+    "E",
+    "K",
+    "S",
+    "rho",
+    "weights",
+    "scoring",
+    "sorted",
+    "dispatch",
+    "status",
+    "similarity",
+    "reason",
+    "kernels",
+)
 
 
 def _table(rows: Sequence[GateRow]) -> list[str]:
@@ -91,5 +108,5 @@ def _cells(row: GateRow) -> tuple[str, ...]:
     rho = row.threshold if isinstance(row.threshold, str) else (f"{row.threshold:.4g}" if row.threshold else "")
     weights = "" if row.substitution == "reroute" else row.substitution
     ordered = "" if row.is_sorted is None else ("yes" if row.is_sorted else "no")
-    texts = (row.scoring, ordered, row.dispatch, row.status, row.similarity, row.reason)
+    texts = (row.scoring, ordered, row.dispatch, row.status, row.similarity, row.reason, row.kernels)
     return (row.name, *numbers, rho, weights, *texts)

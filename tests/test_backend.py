@@ -39,15 +39,17 @@ class TestModels:
     def test_s_equal_k_changes_no_bit(self, name, experts, device):
         """With S = K the compiled model equals the original bit for bit.
 
-        The inner compiler "eager" rules fusion out. The original is traced too: transformers takes other attention and
-        grouped_mm kernels under Dynamo on CUDA.
+        The inner compiler "eager" rules fusion out, the options our kernels on a GPU, which round in another order. The
+        original is traced too: transformers takes other attention and grouped_mm kernels under Dynamo on CUDA.
         """
         model, ids = build(name, experts, device=device), tokens(device=device)
         expected = logits(torch.compile(model, backend="eager"), ids)
         if device == "cpu":
             assert torch.equal(expected, logits(model, ids))
-        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=TOP_K[name], inner="eager"))
-        assert torch.equal(logits(compiled, ids), expected)
+        exact = sere_backend.with_options(
+            select_top_k=TOP_K[name], inner="eager", fuse_router=False, lower_experts=False
+        )
+        assert torch.equal(logits(torch.compile(model, backend=exact), ids), expected)
 
     def test_s_below_k_equals_the_oracle(self, name, experts, device):
         """With S < K logits equal those of an eager model whose routers return re-routed ids."""
@@ -682,11 +684,14 @@ class TestCuda:
     def test_cuda_graphs(self, name, experts):
         """mode="reduce-overhead" records and replays re-routing, with other tokens in every replay."""
         # transformers' grouped_mm waits for the device with anything but bf16, which no CUDA graph can record.
-        dtype, tolerance = (torch.bfloat16, 3e-2) if experts == "grouped_mm" else (torch.float32, 1e-4)
+        bf16 = experts == "grouped_mm"
+        dtype, tolerance = (torch.bfloat16, 3e-2) if bf16 else (torch.float32, 1e-4)
         model = build(name, experts, dtype, device="cuda")
         profile = random_profile(model)
         sere_compile.attach(model, profile)
-        backend = sere_backend.with_options(select_top_k=1, collect_stats=True)
+        # Logits in bf16 are equal now and then. Which of two equal experts comes first is torch.topk's affair on one
+        # side and defined on the other; with S = 1 it decides who is primary, and so a whole batch.
+        backend = sere_backend.with_options(select_top_k=1, collect_stats=not bf16, fuse_router=not bf16)
         compiled = torch.compile(model, backend=backend, mode="reduce-overhead")
         active = {}
         for step in range(6):
@@ -696,7 +701,7 @@ class TestCuda:
             got = logits(compiled, ids)
             assert relative_error(got, expected) < tolerance
             assert relative_error(logits(model, ids), expected) > 3 * tolerance, "the case re-routes too little"
-        if dtype == torch.bfloat16:
+        if bf16:
             return  # rounding may tip a near tie of two experts and so an exact count
         for gate, counted in sere_compile.stats(model).items():
             before, after = (sum(column) for column in zip(*active[gate], strict=True))

@@ -40,7 +40,8 @@ def test_speed_passes_give_the_stock_logits(name, experts):
         torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5 * float(logits[0].abs().max()))
         assert [kinds.count("sere.expert_mlp") for kinds in seen] == [0, tiny_models.LAYERS]
         assert [kinds.count("sere.route") for kinds in seen] == [0, tiny_models.LAYERS]
-        assert seen[1].count("sere.reroute") == (tiny_models.LAYERS if select_top_k == 1 else 0)
+        # Re-routing is part of the routing.
+        assert [kinds.count("sere.reroute") for kinds in seen] == [tiny_models.LAYERS if select_top_k == 1 else 0, 0]
         assert "topk" not in seen[1]
         assert not {"bmm", "transformers.grouped_mm_fallback", "sort"} & set(seen[1])
 
@@ -62,11 +63,31 @@ def test_more_than_256_tokens_stay():
 def test_gradients_keep_the_stock_dispatch(caplog):
     """The operator has no gradient."""
     model, seen = tiny_models.build("mixtral", "batched_mm"), []
-    with caplog.at_level(logging.DEBUG, logger="sere_compile.gate_plan"):
+    with caplog.at_level(logging.INFO, logger="sere_compile.gate_plan"):
         run = compiled(model, seen, select_top_k=2, lower_experts="always", fuse_router="always")
         run(tiny_models.tokens(), use_cache=False)
     assert not {"sere.expert_mlp", "sere.route"} & set(seen[0])
     assert "gradients are on" in caplog.text
+
+
+def test_many_slots_an_expert_keep_the_stock_dispatch(caplog):
+    """Where grouped matmuls are as fast they stay, and the user can see why: in the log and in `explain`."""
+    model, seen = tiny_models.build("mixtral", "grouped_mm"), []
+    experts, top_k = model.config.num_local_experts, tiny_models.TOP_K["mixtral"]
+    few = 24 * experts // top_k
+    for tokens, is_lowered in ((few, True), (few + 1, False)):
+        with torch.no_grad(), caplog.at_level(logging.INFO, logger="sere_compile.gate_plan"):
+            compiled(model, seen, select_top_k=1, lower_experts="always")(
+                tiny_models.tokens(1, tokens), use_cache=False
+            )
+        assert ("sere.expert_mlp" in seen[-1]) == is_lowered
+        assert ("keeps its experts: more than 24 slots" in caplog.text) == (not is_lowered)
+    config = sere_compile.SereConfig(select_top_k=1, lower_experts="always", fuse_router="always")
+    report = sere_compile.explain(model, tiny_models.tokens(1, few + 1), use_cache=False, config=config)
+    assert all(row.kernels.startswith("routing; stock experts: more than 24 slots") for row in report)
+    assert "stock experts: more than 24 slots" in str(report)
+    report = sere_compile.explain(model, tiny_models.tokens(1, few), use_cache=False, config=config)
+    assert [row.kernels for row in report] == ["experts and routing"] * tiny_models.LAYERS
 
 
 def test_a_cpu_keeps_the_stock_dispatch_by_default():

@@ -21,14 +21,7 @@ def check_arguments(topk_ids: Tensor, similarity: Tensor, min_active: int, token
         raise TypeError(f"topk_ids: expected dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
     if topk_ids.dim() == 0:
         raise ValueError("topk_ids: expected shape [..., K], got a 0-dimensional tensor")
-    if similarity.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"similarity: expected dtype torch.float32, torch.bfloat16 or torch.float16, got {similarity.dtype}"
-        )
-    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1] or similarity.shape[0] == 0:
-        raise ValueError(f"similarity: expected shape [E, E] with E >= 1, got {list(similarity.shape)}")
-    if min_active < 0:
-        raise ValueError(f"min_active: expected 0 (off) or a number of experts, got {min_active}")
+    check_similarity(similarity, min_active)
     if token_mask is not None:
         if token_mask.dtype != torch.bool:
             raise TypeError(f"token_mask: expected dtype torch.bool, got {token_mask.dtype}")
@@ -38,6 +31,18 @@ def check_arguments(topk_ids: Tensor, similarity: Tensor, min_active: int, token
                 f"dimension), got {list(token_mask.shape)}"
             )
     check_same_device(topk_ids, similarity=similarity, token_mask=token_mask)
+
+
+def check_similarity(similarity: Tensor, min_active: int) -> None:
+    """Raise TypeError or ValueError for a matrix that is none, and for a number of experts."""
+    if similarity.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"similarity: expected dtype torch.float32, torch.bfloat16 or torch.float16, got {similarity.dtype}"
+        )
+    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1] or similarity.shape[0] == 0:
+        raise ValueError(f"similarity: expected shape [E, E] with E >= 1, got {list(similarity.shape)}")
+    if min_active < 0:
+        raise ValueError(f"min_active: expected 0 (off) or a number of experts, got {min_active}")
 
 
 def check_same_device(topk_ids: Tensor, **others: Tensor | None) -> None:

@@ -1,19 +1,19 @@
-"""The Triton kernel of `sere::route` and its launcher. Imported when a CUDA tensor arrives, and by interpreter tests.
+"""The Triton kernels of `sere::route`. Imported when a CUDA tensor arrives, and by interpreter tests.
 
-A program holds the scores of a few tokens in registers and takes their maximum K times. Scores are compared as
-integers that sort like the floats, with the expert's number in the low half, so that one maximum gives score and
-number and equal scores have an order.
+Scores are compared as integers that sort like the floats, with the expert's number in the low bits, so that one
+maximum gives score and number and equal scores have an order. 16-bit logits leave room for the number in 32 bits, for
+which a warp has an instruction.
+
+Re-routing needs the best S experts of all tokens. Programs cannot wait for each other without memory that something
+has to clear, which would be a launch more; so each program finds them for all tokens by itself, from logits in L2.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from ..reroute.kernel import device_guard, launchable
+from ..reroute.kernel import device_guard, launchable, most_similar, similarity_rows
 
-__all__ = ["device_guard", "launch_route", "route_kernel"]
+__all__ = ["device_guard", "launchable", "route_kernel", "route_reroute_kernel"]
 
 
 @triton.jit
@@ -31,92 +31,259 @@ def softmax_rows(x):
     return numerator / tl.sum(numerator, axis=1)[:, None]
 
 
-@triton.jit(do_not_specialize=["num_tokens", "epsilon", "scale"])
-def route_kernel(
-    logits_ptr,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    num_tokens,
-    stride_t,
-    epsilon,
-    scale,
-    K: tl.constexpr,
-    E: tl.constexpr,
-    SCORING: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    E_BLOCK: tl.constexpr,
-):
-    """Weights and ids [T, K] of TOKENS consecutive rows of logits [T, E] per program."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.arange(0, E_BLOCK)[None, :]
-    inside = (token < num_tokens)[:, None] & (column < E)
-    scores = tl.load(logits_ptr + token[:, None] * stride_t + column, mask=inside, other=float("-inf")).to(tl.float32)
+@triton.jit
+def scores_of(logits, SCORING: tl.constexpr):
+    """fp32 [N, E_BLOCK] of logits with -inf outside."""
     if SCORING == "softmax":
-        scores = softmax_rows(scores)
+        return softmax_rows(logits)
     elif SCORING == "sigmoid":
-        scores = 1 / (1 + tl.exp(-scores))
-    choice = scores
+        return 1 / (1 + tl.exp(-logits))
+    else:
+        return logits
+
+
+@triton.jit
+def selection_keys(choice, E: tl.constexpr, E_BLOCK: tl.constexpr, NARROW: tl.constexpr):
+    """Integers [N, E_BLOCK] that sort like scores, among equals the lowest expert first; the least number outside.
+
+    int64, or with NARROW int32: of an fp32 that a 16-bit float became the low 13 bits say nothing.
+    """
+    column = tl.arange(0, E_BLOCK)[None, :]
+    if NARROW:
+        keys = (sortable(choice) & -8192) | (E_BLOCK - 1 - column)
+        return tl.where(column < E, keys, -0x80000000)
+    else:
+        keys = (sortable(choice).to(tl.int64) << 32) | (E_BLOCK - 1 - column)
+        # Below every real candidate: -inf is -0x7F800001 as a key.
+        return tl.where(column < E, keys, -0x8000000000000000)
+
+
+@triton.jit
+def without(keys, winner, NARROW: tl.constexpr):
+    """Keys [N, E_BLOCK] with the least number for each row's winner [N, 1]."""
+    if NARROW:
+        return tl.where(keys == winner, -0x80000000, keys)
+    else:
+        return tl.where(keys == winner, -0x8000000000000000, keys)
+
+
+@triton.jit
+def expert_of(winner, E_BLOCK: tl.constexpr, NARROW: tl.constexpr):
+    """The expert that a key stands for."""
+    if NARROW:
+        return E_BLOCK - 1 - (winner & 8191)
+    else:
+        return E_BLOCK - 1 - (winner & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def limited_to_groups(
+    choice, E: tl.constexpr, E_BLOCK: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr, G_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Scores [ROWS, E_BLOCK] with 0 or -inf outside the best groups."""
+    column = tl.arange(0, E_BLOCK)[None, :]
+    group = column // (E // GROUPS)
+    place = tl.arange(0, G_BLOCK)[None, :]
+    best = tl.full([ROWS, G_BLOCK], float("-inf"), tl.float32)
+    for g in tl.static_range(GROUPS):
+        mine = tl.where((group == g) & (column < E), choice, float("-inf"))
+        score = tl.max(mine, axis=1)[:, None]
+        if TOP2:
+            first = tl.min(tl.where(mine == score, column, E_BLOCK), axis=1)[:, None]
+            score += tl.max(tl.where(column == first, float("-inf"), mine), axis=1)[:, None]
+        best = tl.where(place == g, score, best)
+    keys = selection_keys(best, GROUPS, G_BLOCK, False)
+    is_kept = tl.zeros([ROWS, E_BLOCK], tl.int1)
+    for _ in tl.static_range(TOP_GROUPS):
+        winner = tl.max(keys, axis=1)[:, None]
+        is_kept = is_kept | (group == expert_of(winner, G_BLOCK, False))
+        keys = without(keys, winner, False)
+    return tl.where(is_kept, choice, 0.0 if OUTSIDE_ZERO else float("-inf"))
+
+
+@triton.jit
+def choice_keys(
+    logits, scores, bias_ptr, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr, G_BLOCK: tl.constexpr,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`selection_keys` of what decides: the logits where scoring keeps their order, else scores, bias and groups."""
     if HAS_BIAS:
-        choice += tl.load(bias_ptr + column, mask=column < E, other=0.0).to(tl.float32)
-    ranked = (sortable(choice).to(tl.int64) << 32) | (E_BLOCK - 1 - column)
-    # Below every real candidate: -inf is -0x7F800001 as a key.
-    taken = tl.full([TOKENS, E_BLOCK], -0x8000000000000000, tl.int64)
-    ranked = tl.where(column < E, ranked, taken)
+        column = tl.arange(0, E_BLOCK)[None, :]
+        choice = scores + tl.load(bias_ptr + column, mask=column < E, other=0.0).to(tl.float32)
+    elif TOP_GROUPS < GROUPS:
+        choice = scores
+    else:
+        choice = logits
+    if TOP_GROUPS < GROUPS:
+        choice = limited_to_groups(choice, E, E_BLOCK, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, ROWS)
+    return selection_keys(choice, E, E_BLOCK, NARROW)
+
+
+@triton.jit
+def score_of(winner, NARROW: tl.constexpr):
+    """The fp32 that a key was made of."""
+    key = tl.where(winner < 0, winner | 8191, winner & -8192) if NARROW else (winner >> 32).to(tl.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def select(
+    logits, bias_ptr, epsilon, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr,
+    G_BLOCK: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Weights in fp32, before the scale, and ids [ROWS, K_BLOCK] of logits [ROWS, E_BLOCK]."""
+    LOGITS_DECIDE: tl.constexpr = not HAS_BIAS and TOP_GROUPS == GROUPS
+    column = tl.arange(0, E_BLOCK)[None, :]
     slot = tl.arange(0, K_BLOCK)[None, :]
-    ids = tl.zeros([TOKENS, K_BLOCK], tl.int32)
-    weights = tl.full([TOKENS, K_BLOCK], float("-inf"), tl.float32)
+    scores = logits if LOGITS_DECIDE else scores_of(logits, SCORING)
+    keys = choice_keys(logits, scores, bias_ptr, SCORING, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK,
+                       E, E_BLOCK, NARROW, ROWS)  # fmt: skip
+    ids = tl.zeros([ROWS, K_BLOCK], tl.int32)
+    weights = tl.full([ROWS, K_BLOCK], float("-inf"), tl.float32)
     for k in tl.static_range(K):
-        winner = tl.max(ranked, axis=1)[:, None]
-        expert = E_BLOCK - 1 - (winner & 0xFFFFFFFF).to(tl.int32)
-        if HAS_BIAS:
-            weight = tl.sum(tl.where(column == expert, scores, 0.0), axis=1)[:, None]
+        winner = tl.max(keys, axis=1)[:, None]
+        expert = expert_of(winner, E_BLOCK, NARROW)
+        if LOGITS_DECIDE:
+            weight = score_of(winner, NARROW)
         else:
-            key = (winner >> 32).to(tl.int32)
-            weight = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            weight = tl.sum(tl.where(column == expert, scores, 0.0), axis=1)[:, None]
         ids = tl.where(slot == k, expert, ids)
         weights = tl.where(slot == k, weight, weights)
-        ranked = tl.where(column == expert, taken, ranked)
+        keys = without(keys, winner, NARROW)
+    if LOGITS_DECIDE:
+        if SCORING == "softmax":
+            greatest = tl.max(logits, axis=1)[:, None]
+            weights = tl.exp(weights - greatest) / tl.sum(tl.exp(logits - greatest), axis=1)[:, None]
+        elif SCORING == "sigmoid":
+            weights = scores_of(weights, SCORING)
     if SCORING == "softmax_after":
         weights = softmax_rows(weights)
     if RENORMALIZE:
         weights = weights / (tl.sum(tl.where(slot < K, weights, 0.0), axis=1)[:, None] + epsilon)
-    offset = token[:, None] * K + slot
+    return weights, ids
+
+
+@triton.jit
+def load_rows(logits_ptr, token, num_tokens, stride_t, E: tl.constexpr, E_BLOCK: tl.constexpr):
+    """Logits of some tokens as they are stored, -inf outside."""
+    column = tl.arange(0, E_BLOCK)[None, :]
+    inside = (token < num_tokens)[:, None] & (column < E)
+    return tl.load(logits_ptr + token.to(tl.int64)[:, None] * stride_t + column, mask=inside, other=float("-inf"))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "epsilon", "scale"])
+def route_kernel(
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, stride_t, epsilon, scale,
+    K: tl.constexpr, E: tl.constexpr, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr,
+    G_BLOCK: tl.constexpr, NARROW: tl.constexpr, TOKENS: tl.constexpr, K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights and ids [T, K] of TOKENS consecutive rows of logits [T, E] per program."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    logits = load_rows(logits_ptr, token, num_tokens, stride_t, E, E_BLOCK).to(tl.float32)
+    weights, ids = select(logits, bias_ptr, epsilon, SCORING, RENORMALIZE, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2,
+                          OUTSIDE_ZERO, G_BLOCK, K, K_BLOCK, E, E_BLOCK, NARROW, TOKENS)  # fmt: skip
+    slot = tl.arange(0, K_BLOCK)[None, :]
+    offset = token.to(tl.int64)[:, None] * K + slot
     stored = (token < num_tokens)[:, None] & (slot < K)
     tl.store(weights_ptr + offset, (weights * scale).to(weights_ptr.dtype.element_ty), mask=stored)
     tl.store(ids_ptr + offset, ids.to(tl.int64), mask=stored)
 
 
-def launch_route(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    scoring: str,
-    renormalize: bool,
-    epsilon: float,
-    scale: float,
-    dtype: torch.dtype,
-    tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`sere::route` on checked arguments; `tokens` (per program) replaces the heuristic."""
-    num_experts = int(logits.shape[-1])
-    rows = logits.reshape(-1, num_experts)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    shape = (*logits.shape[:-1], top_k)
-    weights = torch.empty(shape, dtype=dtype, device=logits.device)
-    ids = torch.empty(shape, dtype=torch.int64, device=logits.device)
-    if guard_or_false(rows.shape[0] == 0):
-        return weights, ids
-    e_block = triton.next_power_of_2(num_experts)
-    # One token in one warp at 128 experts: four scores a lane, K short reductions without a barrier.
-    tokens = tokens or 1
-    launchable(route_kernel)[(triton.cdiv(rows.shape[0], tokens),)](
-        rows, logits if bias is None else bias.contiguous(), weights, ids, rows.shape[0], rows.stride(0),
-        epsilon=epsilon, scale=scale,
-        K=top_k, E=num_experts, SCORING=scoring, RENORMALIZE=renormalize, HAS_BIAS=bias is not None, TOKENS=tokens,
-        K_BLOCK=triton.next_power_of_2(top_k), E_BLOCK=e_block, num_warps=1 if e_block <= 256 else 4,
-    )  # fmt: skip
-    return weights, ids
+@triton.jit
+def chosen_experts(
+    logits_ptr, bias_ptr, num_tokens, stride_t, width, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr,
+    G_BLOCK: tl.constexpr, E: tl.constexpr, E_BLOCK: tl.constexpr, NARROW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """0 or 1 [E_BLOCK]: the experts that some token has among its `width` best."""
+    column = tl.arange(0, E_BLOCK)[None, :]
+    row = tl.arange(0, CHUNK)
+    found = tl.zeros([CHUNK, E_BLOCK], tl.int32)
+    coming = load_rows(logits_ptr, row, num_tokens, stride_t, E, E_BLOCK)
+    for start in range(0, num_tokens, CHUNK):
+        logits = coming.to(tl.float32)
+        # Asked for before this chunk is worked on: L2 is hundreds of cycles away.
+        coming = load_rows(logits_ptr, start + CHUNK + row, num_tokens, stride_t, E, E_BLOCK)
+        scores = scores_of(logits, SCORING) if HAS_BIAS or TOP_GROUPS < GROUPS else logits
+        keys = choice_keys(logits, scores, bias_ptr, SCORING, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO,
+                           G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
+        left = keys
+        for _ in range(width):
+            left = without(left, tl.max(left, axis=1)[:, None], NARROW)
+        found = found | ((left != keys) & (start + row < num_tokens)[:, None] & (column < E)).to(tl.int32)
+    return tl.max(found, axis=0)
+
+
+@triton.jit
+def primary_experts(
+    logits_ptr, bias_ptr, num_tokens, stride_t, min_active, max_active, SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    OUTSIDE_ZERO: tl.constexpr, G_BLOCK: tl.constexpr, K: tl.constexpr, SELECT: tl.constexpr, E: tl.constexpr,
+    E_BLOCK: tl.constexpr, NARROW: tl.constexpr, HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """0 or 1 [E_BLOCK], by the rules of `primary_bits` in ops/reroute/kernel.py."""
+    if HAS_MIN and not HAS_MAX:
+        # T tokens name at most T * S' experts: no smaller width can be enough.
+        width = tl.minimum(tl.maximum(SELECT, (min_active + num_tokens - 1) // num_tokens), K)
+    else:
+        width = tl.full([], SELECT, tl.int32)
+    bits = chosen_experts(logits_ptr, bias_ptr, num_tokens, stride_t, width, SCORING, HAS_BIAS, GROUPS, TOP_GROUPS,
+                          TOP2, OUTSIDE_ZERO, G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
+    if HAS_MAX:
+        fits = 1
+        while (fits != 0) & (width < K):
+            wider = chosen_experts(logits_ptr, bias_ptr, num_tokens, stride_t, width + 1, SCORING, HAS_BIAS, GROUPS,
+                                   TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
+            fits = (tl.sum(wider) <= max_active).to(tl.int32)
+            bits = tl.where(fits != 0, wider, bits)
+            width += fits
+    if HAS_MIN:
+        active = tl.sum(bits)
+        while (active < min_active) & (width < K - 1):
+            width += 1
+            bits = chosen_experts(logits_ptr, bias_ptr, num_tokens, stride_t, width, SCORING, HAS_BIAS, GROUPS,
+                                  TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
+            active = tl.sum(bits)
+        bits = tl.where((active >= min_active) & (width < K), bits, 1)
+    elif HAS_MAX:
+        bits = tl.where(width < K, bits, 1)
+    return bits
+
+
+@triton.jit(do_not_specialize=["num_tokens", "epsilon", "scale", "threshold", "min_active", "max_active"])
+def route_reroute_kernel(
+    logits_ptr, bias_ptr, sim_ptr, projection_ptr, weights_ptr, ids_ptr, num_tokens, stride_t, epsilon, scale,
+    threshold, min_active, max_active,
+    K: tl.constexpr, SELECT: tl.constexpr, E: tl.constexpr, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    OUTSIDE_ZERO: tl.constexpr, G_BLOCK: tl.constexpr, HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr, NARROW: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`route_kernel`, with ids re-routed to the primary experts of all rows and weights projected."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    logits = load_rows(logits_ptr, token, num_tokens, stride_t, E, E_BLOCK).to(tl.float32)
+    weights, ids = select(logits, bias_ptr, epsilon, SCORING, RENORMALIZE, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2,
+                          OUTSIDE_ZERO, G_BLOCK, K, K_BLOCK, E, E_BLOCK, NARROW, TOKENS)  # fmt: skip
+    slot = tl.arange(0, K_BLOCK)[None, :]
+    stored = (token < num_tokens)[:, None] & (slot < K)
+    expert = tl.reshape(ids, (TOKENS * K_BLOCK,))
+    # Asked for before the primary experts are known: the two waits for memory overlap.
+    similarity = similarity_rows(expert, tl.reshape(stored, (TOKENS * K_BLOCK,)), sim_ptr, E, E_BLOCK)
+    bits = primary_experts(logits_ptr, bias_ptr, num_tokens, stride_t, min_active, max_active, SCORING, HAS_BIAS,
+                           GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, K, SELECT, E, E_BLOCK, NARROW, HAS_MIN,
+                           HAS_MAX, CHUNK)  # fmt: skip
+    target = tl.reshape(most_similar(expert, similarity, bits, threshold, E_BLOCK), (TOKENS, K_BLOCK))
+    weights = (weights * scale).to(weights_ptr.dtype.element_ty)
+    if HAS_PROJECTION:
+        moved = stored & (target != ids)
+        factor = tl.load(projection_ptr + ids.to(tl.int64) * E + target, mask=moved, other=1.0)
+        weights = tl.where(moved, (weights.to(tl.float32) * factor).to(weights.dtype), weights)
+    offset = token.to(tl.int64)[:, None] * K + slot
+    tl.store(weights_ptr + offset, weights, mask=stored)
+    tl.store(ids_ptr + offset, target.to(tl.int64), mask=stored)

@@ -1,31 +1,59 @@
-"""The operator `sere::route`: argument checks, shape rule, choice between kernel and reference."""
+"""The operator `sere::route`: argument checks, shape rule, choice between kernels and reference."""
 
 import torch
 from torch import Tensor
 
 from ..registration import register_triton_op
-from .reference import SCORINGS, route_reference
+from ..reroute.op import check_budget, check_similarity
+from .reference import GROUP_SCORES, SCORINGS, Rerouting, Scoring, route_reference
 
 # The K maxima are unrolled, and a token's scores stay in registers.
 KERNEL_MAX_SLOTS = 32
 KERNEL_MAX_EXPERTS = 1024
 
 
-def check_arguments(logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, dtype: torch.dtype) -> None:
+def check_arguments(logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"logits: expected dtype float32, bfloat16 or float16, got {logits.dtype}")
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
-    if logits.dim() == 0 or not 1 <= top_k <= logits.shape[-1]:
-        raise ValueError(f"top_k: expected 1 to E of logits {list(logits.shape)}, got {top_k}")
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring!r}")
+    if not scoring.dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating point dtype, got {scoring.dtype}")
+    if logits.dim() == 0 or not 1 <= scoring.top_k <= logits.shape[-1]:
+        raise ValueError(f"top_k: expected 1 to E of logits {list(logits.shape)}, got {scoring.top_k}")
+    if scoring.scoring not in SCORINGS:
+        raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring.scoring!r}")
     if bias is not None:
         if bias.shape != logits.shape[-1:]:
             raise ValueError(f"bias: expected shape {list(logits.shape[-1:])}, got {list(bias.shape)}")
         if bias.device != logits.device:
             raise ValueError(f"bias: expected device {logits.device} (of logits), got {bias.device}")
+    _check_groups(int(logits.shape[-1]), scoring)
+    _check_rerouting(logits, rerouting)
+
+
+def _check_groups(num_experts: int, scoring: Scoring) -> None:
+    if scoring.group_score not in GROUP_SCORES:
+        raise ValueError(f"group_score: expected one of {', '.join(GROUP_SCORES)}, got {scoring.group_score!r}")
+    if scoring.num_groups < 1 or num_experts % scoring.num_groups:
+        raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {scoring.num_groups}")
+    if not 1 <= scoring.top_groups <= scoring.num_groups:
+        raise ValueError(f"top_groups: expected 1 to {scoring.num_groups} groups, got {scoring.top_groups}")
+    if scoring.is_grouped and scoring.group_score == "top2" and num_experts // scoring.num_groups < 2:
+        raise ValueError(f"group_score: top2 needs groups of two experts, got {scoring.num_groups} of {num_experts}")
+
+
+def _check_rerouting(logits: Tensor, rerouting: Rerouting) -> None:
+    check_budget(rerouting.max_active)
+    if rerouting.similarity is None:
+        return
+    check_similarity(rerouting.similarity, rerouting.min_active)
+    for name, matrix in (("similarity", rerouting.similarity), ("projection", rerouting.projection)):
+        if matrix is not None and matrix.shape != (logits.shape[-1], logits.shape[-1]):
+            raise ValueError(f"{name}: expected shape {[int(logits.shape[-1])] * 2}, got {list(matrix.shape)}")
+        if matrix is not None and matrix.device != logits.device:
+            raise ValueError(f"{name}: expected device {logits.device} (of logits), got {matrix.device}")
+    if rerouting.projection is not None and rerouting.projection.dtype != torch.float32:
+        raise TypeError(f"projection: expected dtype torch.float32, got {rerouting.projection.dtype}")
 
 
 def _route(
@@ -37,15 +65,32 @@ def _route(
     epsilon: float = 0.0,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    outside_zero: bool = True,
+    similarity: Tensor | None = None,
+    select_top_k: int = 0,
+    threshold: float = 0.0,
+    min_active: int = 0,
+    max_active: int = 0,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments(logits, bias, top_k, scoring, dtype)
-    options = int(top_k), scoring, bool(renormalize), float(epsilon), float(scale), dtype
-    if logits.is_cuda and options[0] <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
-        from .kernel import device_guard, launch_route
+    # Under torch.compile(dynamic=True) numbers can be symbolic; the generated code depends on their value.
+    settings = Scoring(
+        int(top_k), scoring, bool(renormalize), float(epsilon), float(scale), dtype,
+        int(num_groups), int(top_groups), group_score, bool(outside_zero),
+    )  # fmt: skip
+    numbers = int(select_top_k), float(threshold), int(min_active), int(max_active)
+    rerouting = Rerouting(similarity, *numbers, projection)
+    check_arguments(logits, bias, settings, rerouting)
+    if logits.is_cuda and settings.top_k <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
+        from .kernel import device_guard
+        from .launch import launch_route
 
         with device_guard(logits):
-            return launch_route(logits, bias, *options)
-    return route_reference(logits, bias, *options)
+            return launch_route(logits, bias, settings, rerouting)
+    return route_reference(logits, bias, settings, rerouting)
 
 
 _route_op = register_triton_op("sere::route", _route)
@@ -53,9 +98,15 @@ _route_op = register_triton_op("sere::route", _route)
 
 @_route_op.register_fake
 def _route_fake(
-    logits, bias, top_k, scoring, renormalize=False, epsilon=0.0, scale=1.0, dtype=torch.float32
+    logits, bias, top_k, scoring, renormalize=False, epsilon=0.0, scale=1.0, dtype=torch.float32, num_groups=1,
+    top_groups=1, group_score="max", outside_zero=True, similarity=None, select_top_k=0, threshold=0.0, min_active=0,
+    max_active=0, projection=None,
 ):  # fmt: skip
-    check_arguments(logits, bias, top_k, scoring, dtype)
+    settings = Scoring(
+        top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score, outside_zero
+    )
+    rerouting = Rerouting(similarity, select_top_k, threshold, min_active, max_active, projection)
+    check_arguments(logits, bias, settings, rerouting)
     shape = (*logits.shape[:-1], top_k)
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
 
@@ -69,8 +120,18 @@ def route(
     epsilon: float = 0.0,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+    outside_zero: bool = True,
+    similarity: Tensor | None = None,
+    select_top_k: int = 0,
+    threshold: float = 0.0,
+    min_active: int = 0,
+    max_active: int = 0,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score router logits, select the top K experts of each token, and weigh them, in one launch on CUDA.
+    """Score router logits, select the top K experts of each token, weigh and re-route them.
 
     Args:
         logits: fp32, bf16 or fp16 [..., E], any strides; everything is computed in fp32.
@@ -82,15 +143,30 @@ def route(
         epsilon: see renormalize.
         scale: a factor on the weights, last.
         dtype: of the weights.
+        num_groups: G; the experts are G groups of consecutive ones, of which `top_groups` are open to a token.
+        top_groups: how many groups. All of them, as by default, is no limit.
+        group_score: what ranks groups: "max", their best score plus bias, or "top2", the sum of their two best.
+        outside_zero: experts of other groups are selected as if their score were 0; False: -inf.
+        similarity: fp32, bf16 or fp16 [E, E]. With one, and 0 < select_top_k < K, ids are re-routed as `sere::reroute`
+            does; the other arguments of that operator follow.
+        select_top_k: S.
+        threshold: rho.
+        min_active: the least number of primary experts; 0 is off.
+        max_active: a budget of primary experts; 0 is off.
+        projection: fp32 [E, E]: the weight of a slot that goes from u to v is multiplied by projection[u, v].
 
     Returns:
-        (weights, ids), both new and contiguous [..., K], ids int64, in descending order of score plus bias; the
-        lowest expert first among equals, NaN above everything.
+        (weights, ids), both new and contiguous [..., K], ids int64, in descending order of score plus bias before
+        re-routing. Among equals the lowest expert comes first, NaN is above everything (with groups it has no defined
+        place). Without bias and groups the order is that of the logits, which scores that round to the same keep.
 
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: a shape, a device, `top_k` or the name of the scoring does not fit.
+        ValueError: a shape, a device, a number, the name of the scoring or of the groups' score does not fit.
 
-    No gradient.
+    On CUDA one launch, with or without re-routing, up to what `one_launch` in launch.py says; two beyond. No gradient.
     """
-    return torch.ops.sere.route.default(logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype)
+    return torch.ops.sere.route.default(
+        logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score,
+        outside_zero, similarity, select_top_k, threshold, min_active, max_active, projection,
+    )  # fmt: skip

@@ -1,34 +1,96 @@
 """What `sere::route` computes, in plain ATen. This file defines the operator and is its implementation off CUDA."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..reroute.reference import reroute_reference
+
 # How logits become weights: over all experts before the selection, or over the selected ones after it.
 SCORINGS = ("softmax", "sigmoid", "softmax_after", "none")
+# What a group of experts is ranked by: its best score, or the sum of its two best.
+GROUP_SCORES = ("max", "top2")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The numbers that make weights and ids of logits, as in `sere_compile.ops.route`."""
+
+    top_k: int
+    scoring: str
+    renormalize: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float32
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    outside_zero: bool = True
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a mask over groups can change a selection."""
+        return self.top_groups < self.num_groups
+
+
+@dataclass(frozen=True)
+class Rerouting:
+    """How ids are re-routed, as in `sere_compile.ops.route`; without a similarity they are not."""
+
+    similarity: Tensor | None = None
+    select_top_k: int = 0
+    threshold: float = 0.0
+    min_active: int = 0
+    max_active: int = 0
+    projection: Tensor | None = None
+
+    def acts_on(self, top_k: int) -> bool:
+        """Whether any id can change."""
+        return self.similarity is not None and 0 < self.select_top_k < top_k
 
 
 def route_reference(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    scoring: str,
-    renormalize: bool = False,
-    epsilon: float = 0.0,
-    scale: float = 1.0,
-    dtype: torch.dtype = torch.float32,
+    logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting
 ) -> tuple[Tensor, Tensor]:
     """See `sere_compile.ops.route`. Returns fresh contiguous tensors (weights, ids)."""
     scores = logits.float()
-    if scoring == "softmax":
+    if scoring.scoring == "softmax":
         scores = scores.softmax(-1)
-    elif scoring == "sigmoid":
+    elif scoring.scoring == "sigmoid":
         scores = scores.sigmoid()
-    choice = scores if bias is None else scores + bias.float()
+    # Softmax and sigmoid keep the order of logits, which rounding cannot make equal.
+    choice = logits.float() if bias is None and not scoring.is_grouped else scores
+    choice = choice if bias is None else choice + bias.float()
+    choice = _limited_to_groups(choice, scoring) if scoring.is_grouped else choice
     # A stable sort, unlike topk, has an order among equals: the lowest index first.
-    ids = choice.sort(dim=-1, descending=True, stable=True).indices[..., :top_k].contiguous()
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[..., : scoring.top_k].contiguous()
     weights = scores.gather(-1, ids)
-    if scoring == "softmax_after":
+    if scoring.scoring == "softmax_after":
         weights = weights.softmax(-1)
-    if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
-    return (weights * scale).to(dtype), ids
+    if scoring.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + scoring.epsilon)
+    weights = (weights * scoring.scale).to(scoring.dtype)
+    if not rerouting.acts_on(scoring.top_k):
+        return weights, ids
+    assert rerouting.similarity is not None
+    numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, rerouting.max_active)
+    new_ids = reroute_reference(ids, rerouting.similarity, *numbers)
+    return projected(weights, ids, new_ids, rerouting.projection), new_ids
+
+
+def projected(weights: Tensor, ids: Tensor, new_ids: Tensor, projection: Tensor | None) -> Tensor:
+    """Weights [..., K] times projection[old, new] where an id has changed, in the dtype of weights."""
+    if projection is None:
+        return weights
+    factor = projection[ids, new_ids]
+    return torch.where(new_ids != ids, (weights * factor).to(weights.dtype), weights)
+
+
+def _limited_to_groups(choice: Tensor, scoring: Scoring) -> Tensor:
+    """Scores [..., E] with 0 or -inf outside the best groups of consecutive experts; the lowest group among equals."""
+    groups = choice.unflatten(-1, (scoring.num_groups, -1))
+    best = groups.sort(dim=-1, descending=True).values[..., : 1 if scoring.group_score == "max" else 2].sum(-1)
+    kept = best.sort(dim=-1, descending=True, stable=True).indices[..., : scoring.top_groups]
+    is_kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, kept, True)
+    return torch.where(is_kept.unsqueeze(-1), groups, 0.0 if scoring.outside_zero else float("-inf")).flatten(-2)

@@ -75,10 +75,10 @@ def _refusals_to(notes: list[str]) -> Iterator[None]:
             if " keeps its " in str(record.msg):
                 refused["gates keep their " + record.getMessage().partition(" keeps its ")[2]] += 1
 
-    log, handler = logging.getLogger("sere_compile.gate_plan"), Refusals(logging.DEBUG)
+    log, handler = logging.getLogger("sere_compile.gate_plan"), Refusals(logging.INFO)
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
+    log.setLevel(min(level or logging.INFO, logging.INFO))
     try:
         yield
     finally:

@@ -112,6 +112,41 @@ def test_tracing_for_cuda_reaches_the_kernels():
     """)
 
 
+def test_tracing_route_for_cuda_reaches_the_kernels():
+    """With symbolic T: re-routing is part of one launch up to 256 tokens; only the results are written to."""
+    run_alone("""
+        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as functional
+        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation as mutation
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+        from sere_compile.ops.route.launch import launch_route
+        from sere_compile.ops.route.reference import Rerouting, Scoring
+
+        def launches(num_tokens, budget=0):
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+            rows = mode.from_tensor(torch.empty(num_tokens, 128), symbolic_context=dynamic).shape
+            with mode:
+                logits = torch.empty(rows, dtype=torch.bfloat16, device="cuda")
+                similarity = torch.empty(128, 128, device="cuda")
+
+            def call(logits, similarity):
+                return launch_route(logits, None, Scoring(8, "softmax"), Rerouting(similarity, 1, 0.0, 8, budget))
+
+            graph = make_fx(call, tracing_mode="symbolic")
+            nodes = [n for n in graph(logits, similarity).graph.nodes if n.target in (functional, mutation)]
+            assert isinstance(logits.shape[0], torch.SymInt)
+            for node in nodes:
+                if node.target is functional:
+                    assert set(node.kwargs["tensors_to_clone"]) <= {"weights_ptr", "ids_ptr", "out_ptr"}, node.kwargs
+            return len(nodes)
+
+        counts = [launches(n) for n in (2, 32, 256, 257)] + [launches(n, 64) for n in (64, 65)]
+        assert counts == [1, 1, 1, 2, 1, 2], counts
+    """)
+
+
 def test_kernels_compile_for_sm90(tmp_path):
     """Every kernel compiles to machine code for Hopper with both id types; no GPU is needed for that."""
     output = run_alone(
@@ -124,7 +159,8 @@ def test_kernels_compile_for_sm90(tmp_path):
             apply_map_kernel, expert_block, expert_map_kernel, launch_config, reroute_kernel,
         )
         from sere_compile.ops.reroute_merged.kernel import merge_launch_config, merge_slots_kernel
-        from sere_compile.ops.route.kernel import route_kernel
+        from sere_compile.ops.route.kernel import route_kernel, route_reroute_kernel
+        from sere_compile.ops.route.launch import tile_for
 
         if not os.path.exists(triton.knobs.nvidia.ptxas.path):
             print("no ptxas"); sys.exit()
@@ -154,11 +190,18 @@ def test_kernels_compile_for_sm90(tmp_path):
             constants.update(TOKENS=config.slots, CHUNK=config.chunk)
             compile_for_sm90(merge_slots_kernel, config.num_warps, constants, ids_ptr=ids, weights_ptr="*bf16",
                              map_ptr="*i32", mask_ptr="*i1", out_ids_ptr=ids, out_weights_ptr="*bf16")
-        for scoring in ("softmax", "sigmoid", "softmax_after"):
+        for scoring, groups in (("softmax", 1), ("sigmoid", 4), ("softmax_after", 1)):
+            narrow = scoring == "softmax"
             constants = dict(K=6, K_BLOCK=8, E=60, E_BLOCK=64, SCORING=scoring, RENORMALIZE=True, TOKENS=1,
-                             HAS_BIAS=scoring == "sigmoid")
-            compile_for_sm90(route_kernel, 1, constants, logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16",
-                             ids_ptr="*i64")
+                             HAS_BIAS=scoring == "sigmoid", GROUPS=groups, TOP_GROUPS=(groups + 1) // 2, TOP2=True,
+                             OUTSIDE_ZERO=False, G_BLOCK=groups, NARROW=narrow, SELECT=2, HAS_MIN=narrow,
+                             HAS_MAX=not narrow, HAS_PROJECTION=narrow)
+            pointers = dict(logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16", ids_ptr="*i64",
+                            sim_ptr="*fp32", projection_ptr="*fp32")
+            compile_for_sm90(route_kernel, 1, constants, **pointers)
+            tile = tile_for(32, 64, narrow)
+            constants.update(TOKENS=tile.tokens, CHUNK=tile.chunk)
+            compile_for_sm90(route_reroute_kernel, tile.num_warps, constants, **pointers)
         """,
         TRITON_CACHE_DIR=str(tmp_path),
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sere_compile.ops import route
+from sere_compile.ops.route.reference import Rerouting, Scoring
 
 from .cases import poisoned_memory
 
@@ -53,10 +54,11 @@ def oracle(logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype):
 
 
 def launch(arguments, tokens=None):
-    from sere_compile.ops.route.kernel import launch_route
+    from sere_compile.ops.route.launch import Tile, launch_route
 
+    logits, bias, *numbers = arguments
     with poisoned_memory():
-        return launch_route(*arguments, tokens)
+        return launch_route(logits, bias, Scoring(*numbers), Rerouting(), Tile(tokens, tokens, 1) if tokens else None)
 
 
 def check(result, want):

@@ -61,6 +61,33 @@ def grouped(layer, logits, groups=4, chosen=2):
     return weights, ids, logits
 
 
+def grouped_biased(layer, logits, groups=4, chosen=2):
+    """DeepSeek-V3's."""
+    scores = logits.sigmoid()
+    choice = scores + layer.bias
+    best = choice.view(-1, groups, E // groups).topk(2, dim=-1)[0].sum(-1)
+    mask = torch.zeros_like(best).scatter_(1, torch.topk(best, chosen, sorted=False)[1], 1)
+    mask = mask.unsqueeze(-1).expand(-1, groups, E // groups).reshape(-1, E)
+    ids = torch.topk(choice.masked_fill(~mask.bool(), float("-inf")), K, sorted=False)[1]
+    weights = scores.gather(1, ids)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5, ids, logits
+
+
+def worst_groups(layer, logits, groups=4, chosen=2):
+    """Groups ranked by what no operator of ours ranks them by."""
+    scores = logits.softmax(-1)
+    best = scores.view(-1, groups, E // groups).max(-1).values * -1
+    mask = torch.zeros_like(best).scatter_(1, torch.topk(best, chosen)[1], 1)
+    mask = mask.unsqueeze(-1).expand(-1, groups, E // groups).reshape(-1, E)
+    weights, ids = torch.topk(scores.masked_fill(~mask.bool(), 0.0), K)
+    return weights, ids, logits
+
+
+def clipped(layer, logits):
+    weights, ids = torch.topk(logits.clamp(max=1).softmax(-1), K)
+    return weights, ids, logits
+
+
 def one_group(layer, logits):
     best = logits.view(-1, 1, E).topk(2)[0].sum(-1)
     mask = torch.zeros_like(best).scatter_(1, torch.topk(best, 1)[1], 1)
@@ -95,6 +122,8 @@ def logits_written(layer, logits):
         (softmax_after, ("softmax_after", False, 0.0, 1.0)),
         (biased, ("sigmoid", True, 0.0, 2.5)),
         (one_group, ("softmax_after", False, 0.0, 1.0)),
+        (grouped, ("softmax", False, 0.0, 1.0)),
+        (grouped_biased, ("sigmoid", True, 0.0, 2.5)),
     ],
 )
 def test_one_operator_routes(route, options, tokens):
@@ -110,7 +139,9 @@ def test_one_operator_routes(route, options, tokens):
         graph.recompile()
         (call,) = [node for node in graph.graph.nodes if kind(node) == "sere.route"]
         assert call.args[3:7] == options
-        assert (call.args[1] is not None) == (route is biased)
+        assert (call.args[1] is not None) == (route in (biased, grouped_biased))
+        groups = {grouped: (4, 2, "max", True), grouped_biased: (4, 2, "top2", False)}
+        assert call.args[8:] == groups.get(route, (1, 1, "max", True))
         assert not {"topk", "softmax", "sigmoid", "gather"} & {kind(node) for node in graph.graph.nodes}
         again = torch.compile(layer, backend=_fusing, dynamic=False)
         torch._dynamo.reset()
@@ -133,7 +164,8 @@ def _fusing(graph, _):
 @pytest.mark.parametrize(
     ("route", "reason"),
     [
-        (grouped, "operations of its own"),
+        (clipped, "operations of its own (clamp)"),
+        (worst_groups, "no routing of ours"),
         (scores_read, "reads its scores as well"),
         (squared, "no routing of ours"),
         (logits_written, "changes its logits"),

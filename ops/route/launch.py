@@ -1,0 +1,132 @@
+"""The launcher of `sere::route`: one kernel, or the selection and `sere::reroute` one after the other."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ..reroute.kernel import launch_reroute
+from .kernel import launchable, route_kernel, route_reroute_kernel
+from .reference import Rerouting, Scoring, projected
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens that a program routes, tokens that it looks at in one step for the primary experts, and its warps."""
+
+    tokens: int
+    chunk: int
+    num_warps: int
+
+
+def is_narrow(logits: Tensor, bias: Tensor | None, scoring: Scoring) -> bool:
+    """Whether the logits alone decide and have 16 bits."""
+    return logits.element_size() == 2 and bias is None and not scoring.is_grouped
+
+
+def one_launch(num_tokens: int, e_block: int, narrow: bool, scoring: Scoring, rerouting: Rerouting) -> bool:
+    """Whether re-routing in the same launch is faster than in one of its own.
+
+    Each program looks at all scores; a launch costs about as much as looking at 256 tokens of 128 experts. Wide keys
+    and scores that have to be computed cost four times as much, a budget tries several widths.
+    """
+    work = e_block * (1 if narrow else 4) * (4 if rerouting.max_active else 1) * (2 if scoring.is_grouped else 1)
+    return guard_or_false(num_tokens * work <= 256 * 128)
+
+
+def tile_for(num_tokens: int, e_block: int, narrow: bool) -> Tile:
+    """A row of 128 experts for each warp, so that no maximum leaves its warp; 32 scores a thread and step.
+
+    Two classes only: with a symbolic T each is one more compiled graph.
+    """
+    num_warps = 4 if guard_or_false(num_tokens <= 128) else 8
+    tokens = num_warps * max(1, 128 // e_block)
+    return Tile(tokens, max(tokens, num_warps * 32 * (32 if narrow else 16) // e_block), num_warps)
+
+
+def launch_route(
+    logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """`sere::route` on checked arguments; `tile` replaces the heuristics and asks for one launch."""
+    num_experts = int(logits.shape[-1])
+    rows = logits.reshape(-1, num_experts)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    shape = (*logits.shape[:-1], scoring.top_k)
+    weights = torch.empty(shape, dtype=scoring.dtype, device=logits.device)
+    ids = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    if guard_or_false(rows.shape[0] == 0):
+        return weights, ids
+    narrow, e_block = is_narrow(logits, bias, scoring), triton.next_power_of_2(num_experts)
+    arguments = _arguments(rows, bias, weights, ids, scoring, narrow, e_block)
+    if not rerouting.acts_on(scoring.top_k):
+        _launch_selection(arguments, rows.shape[0], e_block, tile)
+        return weights, ids
+    if tile is not None or one_launch(rows.shape[0], e_block, narrow, scoring, rerouting):
+        tile = tile or tile_for(rows.shape[0], e_block, narrow)
+        launchable(route_reroute_kernel)[(triton.cdiv(rows.shape[0], tile.tokens),)](
+            **arguments, **_rerouting_arguments(rerouting, rows), TOKENS=tile.tokens, CHUNK=tile.chunk,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+        return weights, ids
+    _launch_selection(arguments, rows.shape[0], e_block, None)
+    assert rerouting.similarity is not None
+    numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None)
+    new_ids = launch_reroute(ids, rerouting.similarity, *numbers, max_active=rerouting.max_active)
+    return projected(weights, ids, new_ids, rerouting.projection), new_ids
+
+
+def _launch_selection(arguments: dict, num_tokens: int, e_block: int, tile: Tile | None) -> None:
+    # One token in one warp at 128 experts: four scores a lane, K short reductions without a barrier.
+    tokens = tile.tokens if tile else 1
+    launchable(route_kernel)[(triton.cdiv(num_tokens, tokens),)](
+        **arguments, TOKENS=tokens, num_warps=1 if e_block <= 256 else 4
+    )
+
+
+def _arguments(
+    rows: Tensor, bias: Tensor | None, weights: Tensor, ids: Tensor, scoring: Scoring, narrow: bool, e_block: int
+) -> dict:
+    """What both kernels take."""
+    return {
+        "logits_ptr": rows,
+        # Without a bias the pointer is not read; any tensor will do.
+        "bias_ptr": rows if bias is None else bias.contiguous(),
+        "weights_ptr": weights,
+        "ids_ptr": ids,
+        "num_tokens": rows.shape[0],
+        "stride_t": rows.stride(0),
+        "epsilon": scoring.epsilon,
+        "scale": scoring.scale,
+        "K": scoring.top_k,
+        "E": int(rows.shape[1]),
+        "SCORING": scoring.scoring,
+        "RENORMALIZE": scoring.renormalize,
+        "HAS_BIAS": bias is not None,
+        "GROUPS": scoring.num_groups,
+        "TOP_GROUPS": scoring.top_groups,
+        "TOP2": scoring.group_score == "top2",
+        "OUTSIDE_ZERO": scoring.outside_zero,
+        "G_BLOCK": triton.next_power_of_2(scoring.num_groups),
+        "NARROW": narrow,
+        "K_BLOCK": triton.next_power_of_2(scoring.top_k),
+        "E_BLOCK": e_block,
+    }
+
+
+def _rerouting_arguments(rerouting: Rerouting, rows: Tensor) -> dict:
+    """What re-routing takes beside."""
+    assert rerouting.similarity is not None
+    projection = rerouting.projection
+    return {
+        "sim_ptr": rerouting.similarity.contiguous(),
+        "projection_ptr": rows if projection is None else projection.contiguous(),
+        "threshold": rerouting.threshold,
+        "min_active": rerouting.min_active,
+        "max_active": rerouting.max_active,
+        "SELECT": rerouting.select_top_k,
+        "HAS_MIN": rerouting.min_active > 0,
+        "HAS_MAX": rerouting.max_active > 0,
+        "HAS_PROJECTION": projection is not None,
+    }

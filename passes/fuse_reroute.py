@@ -1,0 +1,55 @@
+"""Let `sere.route` re-route what it selects, so that gating with re-routing is one launch.
+
+    routed = sere.route(logits, None, K, ..)          routed = sere.route(logits, None, K, .., similarity, S, rho, ..)
+    weights, ids = routed[0], routed[1]         ->    weights, ids = routed[0], routed[1]
+    y = experts(ids, weights)                         y = experts(ids, weights)
+
+Takes the place of `rewrite_gate` behind `fuse_router`. A gate whose ids are read by more than the dispatch (case 1),
+or whose dispatch needs slots merged (case 2), is left to `rewrite_gate`, with a reason.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from . import nodes
+from .gate import Gate
+from .rewrite_gating import Rewrite, RoutingSettings
+
+# The arguments of `sere.route` ahead of the similarity, from the fifth on, as the operator has them by default.
+_DEFAULTS = (False, 0.0, 1.0, None, 1, 1, "max", True)
+
+
+def fuse_reroute(
+    gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None = None
+) -> Rewrite | str:
+    """Re-route the ids of a gate within its `sere.route`.
+
+    Args:
+        gate: from `fuse_router`.
+        similarity: graph input or attribute holding the gate's [E, E] matrix.
+        settings: with 0 < S < K.
+        projection: like `similarity`, float32 [E, E], the coefficients of weights.
+
+    Returns:
+        What was done, or why the graph is unchanged.
+    """
+    routed = gate.selection
+    if nodes.kind(routed) != "sere.route":
+        return "its routing is not ours"
+    if gate.needs_merge:
+        return "its slots have to be merged"
+    others = [use for use in gate.uses if use not in gate.dispatch_uses]
+    if others:
+        return f"{others[0].consumer.name} reads its ids as well"
+    readers = [*gate.ids.users, *(gate.weights.users if gate.weights is not None else ())]
+    writing = next((user for user in readers if nodes.writes(user)), None)
+    if writing is not None:
+        return f"{writing.name} writes to its ids or weights"
+    matrices = [matrix for matrix in (similarity, projection) if matrix is not None]
+    if any(not matrix < routed for matrix in matrices):
+        return "its matrix comes after it"
+    routing = (*routed.args, *_DEFAULTS[len(routed.args) - 4 :])
+    numbers = (settings.select_top_k, settings.threshold, settings.min_active, settings.max_active)
+    routed.args = (*routing, similarity, *numbers, projection)
+    return Rewrite(gate, gate.ids, merged=False)
