@@ -1,0 +1,91 @@
+"""`sere.route` takes re-routing over where only the dispatch reads its ids, and only there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sere_compile.ops import reroute
+from sere_compile.passes import RoutingSettings, UseKind, fuse_reroute, fuse_router
+from sere_compile.passes.gate import Use
+from sere_compile.passes.nodes import kind
+from sere_compile.passes.rewrite_gating import Rewrite
+
+from .test_fuse_router import Routed, renormalised
+from .test_lower_experts import E, H, T, trace
+
+
+def routed_gate():
+    """The graph, its gate behind `fuse_router`, and two matrices as graph inputs."""
+    graph, _, gate = trace(Routed(renormalised), torch.randn(T, H))
+    gate = fuse_router(gate, {}, torch.device("cpu"))
+    first = next(iter(graph.graph.nodes))
+    with graph.graph.inserting_before(first):
+        matrices = [graph.graph.placeholder(name) for name in ("similarity", "projection")]
+    return graph, gate, matrices
+
+
+@pytest.mark.parametrize("projecting", [False, True])
+def test_one_operator_routes_and_re_routes(projecting):
+    """The operator gives what routing, re-routing and projecting one after the other give."""
+    graph, gate, (similarity, projection) = routed_gate()
+    before = dataclasses.replace(gate)
+    settings = RoutingSettings(1, 0.25, 2, 0)
+    done = fuse_reroute(gate, similarity, settings, projection if projecting else None)
+    assert isinstance(done, Rewrite)
+    graph.graph.lint()
+    assert (done.gate, done.new_ids, done.merged) == (before, gate.ids, False)
+    (call,) = [node for node in graph.graph.nodes if kind(node) == "sere.route"]
+    assert not [node for node in graph.graph.nodes if kind(node) == "sere.reroute"]
+    logits, matrix, factors = torch.randn(T, E), torch.rand(E, E), torch.rand(E, E)
+    values = {call.args[0]: logits, similarity: matrix, projection: factors}
+    arguments = [values.get(argument, argument) for argument in call.args]
+    weights, ids = torch.ops.sere.route.default(*arguments)
+    old_weights, old_ids = torch.ops.sere.route.default(*arguments[:8])
+    want = reroute(old_ids, matrix, 1, 0.25, 2)
+    assert torch.equal(ids, want)
+    assert not torch.equal(ids, old_ids)
+    factor = torch.where(old_ids == want, 1.0, factors[old_ids, want])
+    assert torch.equal(weights, old_weights * factor if projecting else old_weights)
+
+
+def unfused(graph, gate):
+    graph, _, gate = trace(Routed(renormalised), torch.randn(T, H))
+    return gate
+
+
+def merging(graph, gate):
+    uses = tuple(dataclasses.replace(use, kind=UseKind.UNKNOWN) for use in gate.uses)
+    return dataclasses.replace(gate, uses=uses)
+
+
+def looked_up(graph, gate):
+    with graph.graph.inserting_after(gate.ids):
+        node = graph.graph.call_method("clone", (gate.ids,))
+    return dataclasses.replace(gate, uses=(*gate.uses, Use(node, gate.ids, UseKind.LOOK_UP)))
+
+
+def written(graph, gate):
+    with graph.graph.inserting_after(gate.ids):
+        graph.graph.call_method("add_", (gate.ids, 0))
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (unfused, "its routing is not ours"),
+        (merging, "its slots have to be merged"),
+        (looked_up, "clone reads its ids as well"),
+        (written, "add_ writes to its ids or weights"),
+    ],
+)
+def test_what_it_cannot_take_over_stays(change, reason):
+    """Each refusal has its reason, and leaves the operator alone."""
+    graph, gate, (similarity, _) = routed_gate()
+    gate = change(graph, gate)
+    arguments = gate.selection.args
+    assert fuse_reroute(gate, similarity, RoutingSettings(1)) == reason
+    assert gate.selection.args == arguments
