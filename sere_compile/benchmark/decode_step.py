@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..integrations.transformers import cache_argument
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Subject
@@ -34,7 +35,8 @@ class Decoder:
         self.cache: Any = StaticCache(config=config, max_cache_len=prompt + steps)
         # Layers with a sliding window count in Python, which a CUDA graph cannot replay; they keep everything here.
         self.cache.layers = [StaticLayer(prompt + steps) for _ in self.cache.layers]
-        logits = subject.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self._cached = {cache_argument(subject.model): self.cache, "use_cache": True}
+        logits = subject.model(input_ids=tokens, logits_to_keep=1, **self._cached).logits
         self.first = logits[:, -1].argmax(-1, keepdim=True)
         self.token = self.first.clone()
         self.logits = logits[:, -1].clone()
@@ -47,7 +49,7 @@ class Decoder:
 
     def forward(self) -> torch.Tensor:
         """Logits [B, vocabulary] of the next token."""
-        return self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self.model(input_ids=self.token, **self._cached).logits[:, -1]
 
     def step(self, forward: Callable[[], torch.Tensor]) -> None:
         """One token: static buffers in, static buffers out."""

@@ -1,7 +1,8 @@
-"""Load Hugging Face checkpoints for the command line and the examples."""
+"""Hugging Face models: loading checkpoints for the command line and the examples, and what differs between versions."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,8 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
 def is_shipped(name_or_path: str) -> bool:
     """Whether a model comes with the package; a folder of the same name goes first."""
     return name_or_path in KINDS and not Path(name_or_path).is_dir()
+
+
+def cache_argument(model: Any) -> str:
+    """What a model's forward calls its key-value cache: `cache`, or `past_key_values` in older transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

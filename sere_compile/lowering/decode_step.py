@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoweringError
+from ..integrations.transformers import cache_argument
 
 
 class DecodeStep(nn.Module):
@@ -34,6 +35,7 @@ class DecodeStep(nn.Module):
             raise LoweringError(f"cache_length must be at least 1, got {cache_length}")
         self.model = model
         self.cache_length = cache_length
+        self._cache_argument = cache_argument(model)
         for i, layer in enumerate(self._new_cache().layers):
             if getattr(layer, "max_cache_len", None) != cache_length:
                 kept = getattr(layer, "max_cache_len", "no")
@@ -57,7 +59,7 @@ class DecodeStep(nn.Module):
             Logits [B, vocabulary], and new caches with this token in them.
         """
         cache = self._cache(position, keys, values)
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        output = self.model(input_ids=input_ids, use_cache=True, **{self._cache_argument: cache})
         return output.logits[:, -1], [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
     def empty_cache(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
