@@ -113,14 +113,17 @@ def test_tracing_for_cuda_reaches_the_kernels():
 
 
 def test_tracing_route_for_cuda_reaches_the_kernels():
-    """With symbolic T: re-routing is part of one launch up to 256 tokens; only the results are written to."""
+    """With symbolic T: re-routing is part of one launch up to a bound; only the results are written to."""
     run_alone("""
         from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as functional
         from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation as mutation
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+        from sere_compile.ops.route import launch
         from sere_compile.ops.route.launch import launch_route
+
+        launch.ONE_LAUNCH_SCORES = 256 * 128
         from sere_compile.ops.route.reference import Rerouting, Scoring
 
         def launches(num_tokens, budget=0):
