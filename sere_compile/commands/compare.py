@@ -29,21 +29,22 @@ from .options import Numbers, data_options, load_subject, number_or_share
 @click.option("--select-top-k", type=Numbers(int), default="1,2", show_default=True, help="Values of S.")
 @click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
 @click.option("--batch", type=Numbers(int), default="16", show_default=True, help="Sequences decoded together.")
-@click.option("--fill", type=Numbers(float), default="0.5,1", show_default=True, help="Of the rule `recombine`.")
+@click.option("--fill", type=Numbers(float), default="0.75", show_default=True, help="Of the rule `recombine`.")
+@click.option("--restore", type=Numbers(float), default="0.5", show_default=True, help="Of the rule `recombine`.")
 @click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION, (profile, S) to a rule of your own.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for the Pareto plot.")
 def compare_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str,
     profiles: tuple[str, ...], select_top_k: list[int], threshold: list[float | str], batch: list[int],
-    fill: list[float], others: tuple[str, ...], csv_path: str | None, plot_path: str | None,
+    fill: list[float], restore: list[float], others: tuple[str, ...], csv_path: str | None, plot_path: str | None,
 ) -> None:  # fmt: skip
     """Quality and active experts of naive top-S, drop, fill, re-routing by profiles and by chance, and recombining."""
     try:
         loaded = {Path(path).stem: SimilarityProfile.load(path) for path in profiles}
         first = next(iter(loaded))
         rules = comparison_rules(
-            loaded, reference=first, select_top_k=select_top_k, thresholds=threshold, fills=fill,
+            loaded, reference=first, select_top_k=select_top_k, thresholds=threshold, fills=fill, restores=restore,
             others={spec: named_rule(spec) for spec in others},
         )  # fmt: skip
         model, tokens = load_subject(name, data, field, length, sequences, dtype)

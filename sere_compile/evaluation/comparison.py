@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -14,10 +15,19 @@ from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import EvaluationError
 from ..similarity import SimilarityProfile
 from .configured import ConfiguredRule
-from .recombine import SUBSTITUTES, Recombine, gram_matrices
+from .recombine import Recombine, gram_matrices
 from .rules import Drop, Fill, Rule, TopS
 
 RANDOM = "random"
+# Variants of `Recombine` by name.
+RECOMBINED: dict[str, dict[str, Any]] = {
+    "recombine": {},
+    "recombine, one substitute": {"substitutes": "one"},
+    "recombine, all substitutes": {"substitutes": "all"},
+    "recombine, primary": {"heaviest": False},
+    "recombine, primary, one substitute": {"heaviest": False, "substitutes": "one"},
+    "recombine, primary, all substitutes": {"heaviest": False, "substitutes": "all"},
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ def comparison_rules(
     select_top_k: Iterable[int] = (1, 2),
     thresholds: Iterable[float | str] = (0.0, "q0.2"),
     random_draws: int = 3,
-    fills: Iterable[float] = (0.5,),
+    fills: Iterable[float] = (0.75,),
+    restores: Iterable[float] = (0.5,),
     others: Mapping[str, Callable[[SimilarityProfile, int], Rule]] = MappingProxyType({}),
 ) -> dict[Setting, Rule]:
     """Every rule for every S.
@@ -62,7 +73,8 @@ def comparison_rules(
         select_top_k: values of S.
         thresholds: for rules that a similarity guides.
         random_draws: how many random similarity matrices.
-        fills: of `Recombine`; with a fill of 0 as well.
+        fills: of `Recombine`.
+        restores: of `Recombine`.
         others: further rules by name: what makes one from the reference profile and S.
 
     Raises:
@@ -76,11 +88,11 @@ def comparison_rules(
         rules[Setting("drop", "", s)] = Drop(s)
         rules[Setting("drop, renormalised", "", s)] = Drop(s, renormalise=True)
         rules[Setting("fill", "", s)] = Fill(s)
-        for heaviest, substitutes, fill in itertools.product((False, True), SUBSTITUTES, (0.0, *fills)):
-            if substitutes == "none" and not fill and not heaviest:
-                continue  # "drop"
-            name = f"recombine, {substitutes}, {fill:g}" + (", heaviest" if heaviest else "")
-            rules[Setting(name, "inner products", s)] = Recombine(gram, s, substitutes, fill, heaviest=heaviest)
+        for (name, options), fill, restore in itertools.product(RECOMBINED.items(), fills, restores):
+            title = f"{name}, fill {fill:g}, restore {restore:g}"
+            rules[Setting(title, "inner products" if "substitutes" in options else "", s)] = Recombine(
+                gram if "substitutes" in options else None, s, fill=fill, restore=restore, **options
+            )
         for name, make in others.items():
             rules[Setting(name, reference, s)] = make(profiles[reference], s)
         for rho, substitution in itertools.product(thresholds, SUBSTITUTIONS):

@@ -16,58 +16,70 @@ SUBSTITUTES = ("none", "one", "all")
 
 @dataclass(frozen=True)
 class Recombine:
-    """Substitutes at the weight that serves best, the token's own next choices, and the largest K of the sum.
+    """Kept experts take over, at the weights that serve best on text: the rule that loses least in docs/quality.md.
 
-    Experts that are kept keep their weights. To them come, for each slot of another expert u, its weight times
+    Experts that are kept keep their weights. To them come
 
-    - "one": <A_u, A_v> / <A_v, A_v> for the v that explains most of u, the largest <A_u, A_v> / (|A_u| |A_v|);
-    - "all": the least-squares coefficients of u on all kept experts, (G_PP + r diag G_PP)^-1 G_Pu;
+    - for each kept expert that the token did not choose, what its own score is worth, times `fill`;
+    - for each slot of an expert u that is not kept, its weight times the coefficients of u on kept experts: with "one"
+      <A_u, A_v> / <A_v, A_v> on the v that explains most of u, the largest <A_u, A_v> / (|A_u| |A_v|); with "all"
+      those of least squares, (G_PP + r diag G_PP)^-1 G_Pu.
 
-    and, for each kept expert that the token did not choose, what its own score is worth times `fill`. The K of the
-    largest contribution |w_v| |A_v| remain.
+    The K of the largest contribution |w_v| |A_v| remain. Their sum differs from what the token's weights were; they are
+    multiplied by the quotient of the two to the power of `restore`.
 
     Attributes:
-        gram: G, [E, E] for each gate: inner products of expert outputs over calibration tokens, at any scale.
+        gram: G, [E, E] for each gate: inner products of expert outputs over calibration tokens, at any scale. None:
+            no substitutes, and the K of the largest weight remain.
         select_top_k: S.
-        substitutes: "one", "all", or "none" (slots of other experts are dropped).
-        fill: see above; a score is worth what the token's weights are of its chosen experts' scores.
+        substitutes: "none", "one" or "all".
+        fill: a score is worth what the token's weights are of its chosen experts' scores, times this.
+        restore: from 0, sums may change, to 1, they do not.
+        heaviest: keep not the primary experts but as many of the largest sum of squared weights in the batch.
         ridge: r.
-        heaviest: keep not the primary experts but as many of the largest sum of weights in the batch.
         min_active: as in `SereConfig`.
 
     Raises:
-        EvaluationError: `substitutes` is none of these.
+        EvaluationError: `substitutes` is none of these, or needs a `gram`.
     """
 
-    gram: Matrices
+    gram: Matrices | None
     select_top_k: int
-    substitutes: str = "one"
-    fill: float = 0.5
+    substitutes: str = "none"
+    fill: float = 0.75
+    restore: float = 0.5
+    heaviest: bool = True
     ridge: float = 0.5
-    heaviest: bool = False
     min_active: int | None = None
 
     def __post_init__(self) -> None:
         if self.substitutes not in SUBSTITUTES:
             raise EvaluationError(f"substitutes must be one of {', '.join(SUBSTITUTES)}, got {self.substitutes!r}")
 
+        if self.gram is None and self.substitutes != "none":
+            raise EvaluationError(f"substitutes={self.substitutes!r} needs inner products of expert outputs")
+
     def __call__(self, batch: RoutingBatch) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
         weights = batch.weights.float()
+        total = weights.sum(-1, keepdim=True)
         spread = torch.zeros_like(batch.scores).scatter_(2, batch.ids.long(), weights)
         kept = primary_experts(batch, self.select_top_k, self.min_active)
         if self.heaviest:
-            kept = heaviest_experts(spread * batch.real[:, :, None], kept)
+            kept = heaviest_experts(spread.square() * batch.real[:, :, None], kept)
         if self.fill:
-            worth = weights.sum(-1, keepdim=True) / batch.scores.gather(2, batch.ids.long()).sum(-1, keepdim=True)
+            worth = total / batch.scores.gather(2, batch.ids.long()).sum(-1, keepdim=True)
             unchosen = kept[:, None, :] & (spread == 0)
             spread = spread + torch.where(unchosen, batch.scores * worth * self.fill, 0.0)
-        gram = self.gram[batch.name].to(batch.scores)
-        mixed = spread @ self._coefficients(gram, kept)
-        size = gram.diagonal().clamp_min(0).sqrt()
+        gram = None if self.gram is None else self.gram[batch.name].to(batch.scores)
+        mixed = torch.where(kept[:, None, :], spread, 0.0) if gram is None else spread @ self._coefficients(gram, kept)
+        size = 1.0 if gram is None else gram.diagonal().clamp_min(0).sqrt()
         ids = (mixed.abs() * size).topk(batch.ids.shape[-1], dim=-1).indices
+        new = mixed.gather(2, ids)
+        sums = new.sum(-1, keepdim=True)
+        new = new * torch.where(sums > 0, total / sums, 1.0) ** self.restore
         same = kept.all(-1)[:, None, None]  # the identity, bit for bit
-        return torch.where(same, batch.ids, ids.to(batch.ids.dtype)), torch.where(same, weights, mixed.gather(2, ids))
+        return torch.where(same, batch.ids, ids.to(batch.ids.dtype)), torch.where(same, weights, new)
 
     def _coefficients(self, gram: Tensor, kept: Tensor) -> Tensor:
         """What each expert gives to each kept one: [P, E, E]."""
@@ -82,10 +94,10 @@ class Recombine:
 
 
 def heaviest_experts(spread: Tensor, primary: Tensor) -> Tensor:
-    """As many experts as are primary, those of most weight in each routing batch: bool [P, E].
+    """As many experts as are primary, the heaviest of each routing batch: bool [P, E].
 
     Args:
-        spread: weights by expert, [P, B, E].
+        spread: what each token gives each expert, [P, B, E].
         primary: bool [P, E].
     """
     rank = spread.sum(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)

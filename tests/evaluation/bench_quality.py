@@ -29,7 +29,7 @@ DOMAINS = ("code", "prose")
 LENGTH, CALIBRATION = 128, 400
 # Sequences of one draw, half of each domain; every decode batch divides it.
 DRAW = 64
-FILLS = (0.5, 0.75, 1.0)
+FILLS, RESTORES = (0.0, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)
 COLUMNS = (
     "model", "part", "data", "decode_batch", "rule", "similarity", "select_top_k", "threshold", "draw",
     "original", "perplexity_change", "kl", "top1_agreement", "active_before", "active_after", "growth_by_draw",
@@ -46,8 +46,8 @@ def measure(corpus: Path, name: str, draws: int, calibration: int, decode_batche
     profiles = calibrated(model, corpus, calibration)
     mixed = {kind: profile for kind, profile in profiles.items() if kind not in DOMAINS}
     select = [s for s in (1, 2) if s < model.config.num_experts_per_tok]
-    search = comparison_rules(mixed, select_top_k=select, thresholds=(0.0,), fills=FILLS)
-    everything = comparison_rules(mixed, select_top_k=select, fills=FILLS)
+    search = comparison_rules(mixed, select_top_k=select, thresholds=(0.0,), fills=FILLS, restores=RESTORES)
+    everything = comparison_rules(mixed, select_top_k=select)
     yield from rows(model, name, "validation", "mixed", sequences(corpus, "validation", DOMAINS, 3), search, (16,))
     test = sequences(corpus, "test", DOMAINS, draws)
     first, *others = decode_batches
@@ -125,7 +125,7 @@ def row(name: str, part: str, data: str, setting: Setting, result: Evaluation) -
         "top1_agreement": f"{result.top1_agreement:.4f}",
         "active_before": f"{result.mean_active_before:.2f}",
         "active_after": f"{result.mean_active_after:.2f}",
-        "growth_by_draw": " ".join(f"{value:.5f}" for value in by_draw),
+        "growth_by_draw": " ".join(f"{value:.4f}" for value in by_draw) if part == "test" else "",
     }
     place = {"model": name, "part": part, "data": data, "decode_batch": result.decode_batch}
     return {**place, **vars(setting), **numbers}

@@ -86,7 +86,7 @@ def test_projection_scales_moved_slots_only():
         Drop(1),
         Drop(1, True),
         Fill(1),
-        *(Recombine(OUTPUTS_GRAM, 1, substitutes, fill) for substitutes in SUBSTITUTES for fill in (0.0, 0.5)),
+        *(Recombine(OUTPUTS_GRAM, 1, how, fill, heaviest=False) for how in SUBSTITUTES for fill in (0.0, 0.5)),
     ],
 )
 def test_rules_keep_to_the_primary_set(rule):
@@ -138,7 +138,7 @@ def test_recombine_of_a_twin_moves_its_weight_to_the_twin(substitutes):
     """Experts 2i and 2i + 1 are equal: nothing is lost wherever one of them is primary."""
     outputs = torch.randn(E // 2, 40, generator=torch.Generator().manual_seed(2)).repeat_interleave(2, 0)
     batch = decisions()
-    ids, weights = Recombine(gram_of(outputs), 2, substitutes, fill=0.0, ridge=1e-4, min_active=0)(batch)
+    ids, weights = Recombine(gram_of(outputs), 2, substitutes, 0.0, 0.0, False, ridge=1e-4, min_active=0)(batch)
     primary = primary_experts(batch, 2, 0)
     pairs = primary.view(P, -1, 2).any(-1).repeat_interleave(2, -1)
     covered = pairs.gather(1, batch.ids.flatten(1)).view(P, B, K).all(-1)
@@ -149,12 +149,13 @@ def test_recombine_of_a_twin_moves_its_weight_to_the_twin(substitutes):
     torch.testing.assert_close(after[covered], before[covered], atol=1e-2, rtol=0)
 
 
-def test_recombine_without_substitutes_and_fill_drops():
+@pytest.mark.parametrize(("restore", "renormalise"), [(0.0, False), (1.0, True)])
+def test_recombine_without_substitutes_and_fill_drops(restore, renormalise):
     """As `Drop` does, slot by slot but in another order."""
     batch = decisions()
     sums = [
         torch.zeros(P, B, E).scatter_add_(2, ids, weights)
-        for ids, weights in (Recombine(OUTPUTS_GRAM, 1, "none", 0.0)(batch), Drop(1)(batch))
+        for ids, weights in (Recombine(None, 1, "none", 0.0, restore, False)(batch), Drop(1, renormalise)(batch))
     ]
     torch.testing.assert_close(*sums)
 
@@ -162,7 +163,7 @@ def test_recombine_without_substitutes_and_fill_drops():
 def test_fill_gives_the_token_its_next_choices():
     """At fill 1 an unchosen primary expert's weight is to the kept ones' as its score is to theirs."""
     batch = decisions()
-    ids, weights = Recombine(OUTPUTS_GRAM, 2, "none", 1.0, min_active=0)(batch)
+    ids, weights = Recombine(None, 2, "none", 1.0, 0.0, False, min_active=0)(batch)
     worth = (weights / batch.scores.gather(2, ids))[weights != 0]
     expected = (batch.weights / batch.scores.gather(2, batch.ids))[..., :1].expand_as(weights)[weights != 0]
     torch.testing.assert_close(worth, expected)
@@ -180,7 +181,7 @@ def test_padding_weighs_nothing():
     batch = decisions()
     real = torch.ones(P, B, dtype=torch.bool)
     real[:, 2:] = False
-    rule = Recombine(OUTPUTS_GRAM, 1, heaviest=True, min_active=0)
+    rule = Recombine(OUTPUTS_GRAM, 1, "one", min_active=0)
     padded = RoutingBatch("gate", batch.ids, batch.weights, batch.scores, real)
     alone = RoutingBatch("gate", batch.ids[:, :2], batch.weights[:, :2], batch.scores[:, :2], real[:, :2])
     for whole, part in zip(rule(padded), rule(alone), strict=True):
@@ -205,6 +206,17 @@ def test_inner_products_come_back_from_projections():
 def test_unknown_substitutes_are_an_error():
     with pytest.raises(EvaluationError, match="substitutes must be one of none, one, all, got 'two'"):
         Recombine(OUTPUTS_GRAM, 1, "two")
+    with pytest.raises(EvaluationError, match="needs inner products"):
+        Recombine(None, 1, "one")
+
+
+def test_the_square_root_restores_half_of_the_sum():
+    """Between sums as they come and sums as they were, on a logarithmic scale."""
+    batch = decisions()
+    free, half, full = (Recombine(None, 1, restore=r)(batch)[1].sum(-1) for r in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(full, batch.weights.sum(-1))
+    torch.testing.assert_close(half, (free * full).sqrt())
+    assert (free - full).abs().max() > 0.1
 
 
 def test_merged_slots_give_the_same_sum_without_repeats():
