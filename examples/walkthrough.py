@@ -14,37 +14,20 @@ from torch.fx import GraphModule
 from transformers import CompileConfig, PreTrainedModel
 
 import sere_compile
-from sere_compile.integrations.transformers import load_causal_lm
+from sere_compile.integrations.transformers import is_shipped, load_causal_lm
 from sere_compile.testing import oracle_routing
 
+# Of what the models of the package were trained on: Python's standard library, and novels of Jane Austen.
 PROMPTS = [
-    "The mixture of experts was",
-    "In the beginning there was a router, and",
-    "def reroute(topk_ids, similarity):",
-    "Decoding is memory-bound, because",
-    "It was a bright cold day in April,",
-    "To be, or not to be, that is",
-    "The capital of France is",
-    "Once upon a time",
+    "def __init__(self,",
+    "She had been",
+    "for name in",
+    "Mr. Elliot was",
+    "import os\nimport",
+    "The captain",
+    "    if not isinstance(",
+    "It was a",
 ]
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as tokens, padded on the left: enough for a model with random weights."""
-
-    pad_token_id = 0
-
-    def __call__(self, texts: list[str], return_tensors: str, padding: bool) -> dict[str, torch.Tensor]:
-        """Ids and attention mask, [batch, longest]."""
-        encoded = [list(text.encode()) for text in texts]
-        longest = max(map(len, encoded))
-        ids = [[self.pad_token_id] * (longest - len(line)) + line for line in encoded]
-        mask = [[0] * (longest - len(line)) + [1] * len(line) for line in encoded]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        """Texts of ids [batch, length]; padding is dropped."""
-        return [bytes(b for b in line if b).decode(errors="replace") for line in ids.tolist()]
 
 
 @dataclass
@@ -73,10 +56,10 @@ class Walk:
         return output[:, self.inputs["input_ids"].shape[1] :]
 
 
-def main(build_small: Callable[[], PreTrainedModel], description: str) -> None:
-    """Run the whole example on a checkpoint or on the small model that `build_small` makes; exit 1 on a difference."""
-    arguments = _parse(description)
-    walk = _prepare(arguments, build_small)
+def main(default: str, description: str) -> None:
+    """Run the whole example on a checkpoint, by default one of the package's models; exit 1 on a difference."""
+    arguments = _parse(default, description)
+    walk = _prepare(arguments)
 
     _title("Gates found")
     report = sere_compile.explain(walk.model, **walk.inputs, use_cache=False, config=walk.config)
@@ -104,29 +87,36 @@ def main(build_small: Callable[[], PreTrainedModel], description: str) -> None:
     _check(walk, report)
 
 
-def _parse(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", metavar="NAME_OR_PATH", help="a real checkpoint (default: small random weights)")
+def _parse(default: str, description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", metavar="NAME_OR_PATH", default=default, help="a checkpoint (default: %(default)s, of the package)"
+    )
     parser.add_argument("--select-top-k", type=int, metavar="S", help="default: min(2, K - 1)")
     parser.add_argument("--threshold", type=float, default=0.0, metavar="RHO")
     parser.add_argument("--profile", metavar="FILE", help="similarity profile (default: the experts are probed)")
     parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument(
+        "--inner",
+        metavar="BACKEND",
+        help="what compiles the rewritten graph (default: inductor on a GPU, eager on a CPU, where it saves a minute)",
+    )
     return parser.parse_args()
 
 
-def _prepare(arguments: argparse.Namespace, build_small: Callable[[], PreTrainedModel]) -> Walk:
-    if arguments.model:
-        model, tokenizer = load_causal_lm(arguments.model)
-    else:
-        torch.manual_seed(0)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = build_small().to(device).eval(), ByteTokenizer()
+def _prepare(arguments: argparse.Namespace) -> Walk:
+    # The package keeps its models in bfloat16; small ones are compared in float32.
+    dtype = torch.float32 if is_shipped(arguments.model) else "auto"
+    model, tokenizer = load_causal_lm(arguments.model, dtype=dtype)
     if arguments.profile:
         sere_compile.attach(model, sere_compile.SimilarityProfile.load(arguments.profile))
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
     config = sere_compile.SereConfig(
-        select_top_k=arguments.select_top_k, threshold=arguments.threshold, collect_stats=True
+        select_top_k=arguments.select_top_k,
+        threshold=arguments.threshold,
+        collect_stats=True,
+        inner=arguments.inner or ("inductor" if torch.cuda.is_available() else "eager"),
     )
     return Walk(model, tokenizer, inputs, config, arguments.new_tokens)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .configured import ConfiguredRule
-from .evaluate import Evaluation, evaluate, evaluate_rules
+from .evaluate import evaluate, evaluate_rules
 from .recombine import Recombine
+from .result import Evaluation
 from .rules import Drop, Fill, Reroute, RoutingBatch, Rule, TopS
 
 __all__ = [

@@ -7,84 +7,23 @@ them go through the model in one forward.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .. import binding
 from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity import SimilarityProfile
 from .configured import ConfiguredRule
+from .result import Evaluation, Totals
 from .routing import GateCall, RoutedModel
 from .rules import RoutingBatch, Rule, active_experts
 
 # Logits of one forward, unless a single decoding batch makes more.
 _MOST_LOGITS = 2**25
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How a model with another routing predicts held-out tokens.
-
-    Attributes:
-        perplexity: of the re-routed model.
-        original_perplexity: of the model as it is, on the same tokens.
-        kl: mean Kullback-Leibler divergence of its predictions from the original's, in nats a token.
-        top1_agreement: how often the most likely next token is the original's, in [0, 1].
-        active_before: mean number of experts that a decoding batch touches in each gate, by its own routing.
-        active_after: the same under the rule; the hidden states are those of the re-routed model.
-        tokens: how many predictions were compared.
-        decode_batch: B.
-        losses: mean loss of the re-routed model on each decoding batch, in nats a token.
-        original_losses: the same of the model as it is.
-    """
-
-    perplexity: float
-    original_perplexity: float
-    kl: float
-    top1_agreement: float
-    active_before: Mapping[str, float]
-    active_after: Mapping[str, float]
-    tokens: int
-    decode_batch: int
-    losses: tuple[float, ...] = ()
-    original_losses: tuple[float, ...] = ()
-
-    @property
-    def standard_error(self) -> float:
-        """Of `perplexity_change`, from how it differs between decoding batches; NaN with fewer than two."""
-        growth = torch.tensor(self.losses, dtype=torch.float64) - torch.tensor(self.original_losses).double()
-        if len(growth) < 2:
-            return math.nan
-        return (1 + self.perplexity_change) * (growth.std() / len(growth) ** 0.5).item()
-
-    @property
-    def perplexity_change(self) -> float:
-        """Relative: 0.01 is one percent worse."""
-        return self.perplexity / self.original_perplexity - 1
-
-    @property
-    def mean_active_before(self) -> float:
-        """Over gates."""
-        return sum(self.active_before.values()) / len(self.active_before)
-
-    @property
-    def mean_active_after(self) -> float:
-        """Over gates."""
-        return sum(self.active_after.values()) / len(self.active_after)
-
-    def __str__(self) -> str:
-        return (
-            f"perplexity {self.perplexity:.3f} ({self.perplexity_change:+.1%} of {self.original_perplexity:.3f}), "
-            f"KL {self.kl:.4f}, top-1 agreement {self.top1_agreement:.1%}, active experts "
-            f"{self.mean_active_before:.1f} -> {self.mean_active_after:.1f} at decode batch {self.decode_batch}"
-        )
 
 
 def evaluate(
@@ -156,7 +95,7 @@ def evaluate_rules(
     """
     mask = _checked_mask(tokens, attention_mask, decode_batch)
     routed = RoutedModel(model)
-    totals = {name: _Totals() for name in rules}
+    totals = {name: Totals() for name in rules}
     training = model.training
     model.eval()
     try:
@@ -170,7 +109,7 @@ def evaluate_rules(
                 after = _Recorder(rule, real, decode_batch)
                 routed.decide = after
                 changed = _log_probabilities(routed(**inputs))
-                totals[name].add(original, changed, part, real, before, after, decode_batch)
+                totals[name].add(original, changed, part, real, before.active, after.active, decode_batch)
     finally:
         model.train(training)
     return {name: total.result(decode_batch) for name, total in totals.items()}
@@ -215,56 +154,6 @@ class _Recorder:
         return apart.transpose(1, 2).reshape(-1, values.shape[-1])
 
 
-@dataclass
-class _Totals:
-    """Sums over batches."""
-
-    tokens: int = 0
-    steps: int = 0
-    losses: list[tuple[float, float, int]] = field(default_factory=list)
-    kl: float = 0.0
-    agree: float = 0.0
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-
-    def add(
-        self,
-        original: torch.Tensor,
-        changed: torch.Tensor,
-        tokens: torch.Tensor,
-        real: torch.Tensor,
-        before: _Recorder,
-        after: _Recorder,
-        decode_batch: int,
-    ) -> None:
-        counted = real[:, :-1] & real[:, 1:]
-        p, q = original[:, :-1][counted], changed[:, :-1][counted]
-        self.tokens += len(p)
-        self.kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
-        self.agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        numbers = counted.view(-1, decode_batch * counted.shape[1]).sum(1)
-        sums = [_loss(values, tokens, counted).view(len(numbers), -1).sum(1) for values in (changed, original)]
-        self.losses += zip(*(value.tolist() for value in (*sums, numbers)), strict=True)
-        self.steps += int(real.view(-1, decode_batch, real.shape[1]).any(1).sum())
-        for mine, theirs in ((self.before, before), (self.after, after)):
-            for name, active in theirs.active.items():
-                mine[name] = mine.get(name, 0.0) + active
-
-    def result(self, decode_batch: int) -> Evaluation:
-        return Evaluation(
-            perplexity=math.exp(sum(loss for loss, _, _ in self.losses) / self.tokens),
-            original_perplexity=math.exp(sum(loss for _, loss, _ in self.losses) / self.tokens),
-            kl=self.kl / self.tokens,
-            top1_agreement=self.agree / self.tokens,
-            active_before={name: value / self.steps for name, value in self.before.items()},
-            active_after={name: value / self.steps for name, value in self.after.items()},
-            tokens=self.tokens,
-            decode_batch=decode_batch,
-            losses=tuple(loss / number for loss, _, number in self.losses if number),
-            original_losses=tuple(loss / number for _, loss, number in self.losses if number),
-        )
-
-
 def _checked_mask(tokens: torch.Tensor, attention_mask: torch.Tensor | None, decode_batch: int) -> torch.Tensor:
     shape = tuple(tokens.shape)
     if len(shape) != 2 or shape[1] < 2 or tokens.is_floating_point():
@@ -299,12 +188,6 @@ def _inputs(tokens: torch.Tensor, real: torch.Tensor, padded: bool) -> dict[str,
 
 def _log_probabilities(output: Any) -> torch.Tensor:
     return output.logits.float().log_softmax(-1)
-
-
-def _loss(log_probabilities: torch.Tensor, tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Of each prediction that counts, 0 elsewhere: float64 [rows, length - 1]."""
-    own = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double()
-    return torch.where(counted, -own, 0.0)
 
 
 def _device(model: nn.Module) -> torch.device:

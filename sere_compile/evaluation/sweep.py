@@ -17,7 +17,8 @@ from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity import SimilarityProfile
 from .configured import ConfiguredRule
-from .evaluate import Evaluation, evaluate_rules
+from .evaluate import evaluate_rules
+from .result import Evaluation
 from .rules import RoutingBatch, Rule
 
 

@@ -2,8 +2,6 @@
 
     python tests/calibration/bench_calibrate.py layer      seconds and memory, one layer in the shape of Qwen3-30B-A3B
     python tests/calibration/bench_calibrate.py memory     memory of a process for 1x and 8x the data, shipped model
-    python tests/calibration/bench_calibrate.py quality --corpus DIR    perplexity by profile and rule, shipped models;
-                                                           DIR is what examples/tiny_moe_corpus.py wrote
 
 The plain computation keeps the outputs of all experts on all tokens and takes every pair of experts by itself. Both
 work on the same outputs and have to agree, or nothing is printed.
@@ -12,7 +10,6 @@ work on the same outputs and have to agree, or nothing is printed.
 from __future__ import annotations
 
 import argparse
-import itertools
 import resource
 import subprocess
 import sys
@@ -20,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import sere_compile
@@ -31,16 +27,13 @@ SEQUENCES, LENGTH = 400, 128
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["layer", "memory", "one", "quality"])
-    parser.add_argument("--corpus", type=Path, help="quality: folder of tokens")
+    parser.add_argument("what", choices=["layer", "memory", "one"])
     parser.add_argument("--times", type=int, default=1, help="one: multiples of the data")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--small", action="store_true", help="layer: a shape for a CPU")
     parsed = parser.parse_args()
     if parsed.what == "layer":
         layer(parsed.small, parsed.sequences)
-    elif parsed.what == "quality":
-        quality(parsed.corpus)
     elif parsed.what == "one":
         one(parsed.times, parsed.sequences)
     else:
@@ -151,52 +144,6 @@ def one(times: int, sequences: int) -> None:
     profile = sere_compile.calibrate(model, batches(), progress=False)
     seconds = time.perf_counter() - started
     print(f"| {profile.metadata['tokens']} | {seconds:.0f} | {_resident():.0f} | {before:.0f} |")
-
-
-def quality(corpus: Path) -> None:
-    """Every profile under both substitutions, decode batch 16, on half code and half prose."""
-    from transformers import AutoModelForCausalLM
-
-    from sere_compile import SereConfig, SimilarityProfile
-    from sere_compile.evaluation import evaluate_rules
-    from sere_compile.evaluation.evaluate import ConfiguredRule
-
-    train = torch.cat([_windows(corpus / f"train_{kind}.npy", SEQUENCES // 2) for kind in ("code", "prose")])
-    held = torch.cat([_windows(corpus / f"held_out_{kind}.npy", 32) for kind in ("code", "prose")])
-    for folder in ("qwen3", "upcycled", "mixtral"):
-        model = AutoModelForCausalLM.from_pretrained(MODEL.parent / folder, dtype=torch.float32).eval()
-        batches = [{"input_ids": part} for part in train.split(8)]
-        profiles = {
-            m: sere_compile.calibrate(model, batches, method=m, progress=False) for m in ("frobenius", "cosine")
-        }
-        profiles["frobenius, data-free"] = sere_compile.calibrate(model, None, progress=False)
-        generator, random = torch.Generator().manual_seed(0), {}
-        for name, matrix in profiles["frobenius"].items():
-            half = torch.rand(matrix.shape, generator=generator)
-            random[name] = ((half + half.T) / 2).fill_diagonal_(1.0)
-        projections = profiles["frobenius"].projections
-        profiles["random, coefficients of frobenius"] = SimilarityProfile(random, None, projections)
-        select = [s for s in (1, 2) if s < model.config.num_experts_per_tok]
-        rules: dict[str, Any] = {}
-        for (name, profile), s in itertools.product(profiles.items(), select):
-            for substitution in ("reroute", "projection"):
-                config = SereConfig(select_top_k=s, substitution=substitution)
-                rules[f"{name} | {substitution} | {s}"] = ConfiguredRule(config, profile, profile.projections)
-        for substitution in ("reroute", "projection"):
-            config = SereConfig(select_top_k=1, substitution=substitution, threshold="q0.2")
-            rules[f'frobenius | {substitution}, "q0.2" | 1'] = ConfiguredRule(
-                config, profiles["frobenius"], projections
-            )
-        print(f"\n{folder}\n\n| similarity | rule | S | perplexity | KL | active experts |\n" + "| --- " * 6 + "|")
-        for name, r in evaluate_rules(model, held, rules, decode_batch=16).items():
-            active = f"{r.mean_active_before:.1f} -> {r.mean_active_after:.1f}"
-            print(f"| {name} | {r.perplexity_change:+.1%} | {r.kl:.3f} | {active} |", flush=True)
-
-
-def _windows(path: Path, count: int) -> torch.Tensor:
-    tokens = torch.from_numpy(np.load(path).astype("int64")).flatten()
-    windows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 def _resident() -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import quality_page
 import torch
 
 import sere_compile
@@ -151,7 +152,14 @@ def main() -> None:
     one.add_argument("--draws", type=int, default=8, help=f"of {DRAW} sequences")
     one.add_argument("--calibration", type=int, default=CALIBRATION, help=f"sequences of {LENGTH} tokens")
     one.add_argument("--batches", type=int, nargs="+", default=[16, 64, 4])
+    other = commands.add_parser("page")
+    other.add_argument("tables", type=Path, nargs="*", help="of `measure`; none: docs/quality.csv stays as it is")
     parsed = parser.parse_args()
+    if parsed.what == "page":
+        if parsed.tables:
+            write((line for path in parsed.tables for line in quality_page.read(path)), quality_page.TABLE)
+        quality_page.PAGE.write_text(quality_page.page(quality_page.read()), "utf-8")
+        return
     write(measure(parsed.corpus, parsed.model, parsed.draws, parsed.calibration, parsed.batches), parsed.out)
 
 
