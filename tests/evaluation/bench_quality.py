@@ -1,8 +1,12 @@
 """Quality of every routing rule on the shipped models: measures docs/quality.csv and writes docs/quality.md from it.
 
     python examples/tiny_moe_corpus.py --austen austen --out data
+    python tests/evaluation/bench_quality.py all --corpus data
+
+On several devices at once, or to write the page anew:
+
     python tests/evaluation/bench_quality.py measure --corpus data --model qwen3 --out qwen3.csv
-    python tests/evaluation/bench_quality.py page qwen3.csv mixtral.csv upcycled.csv
+    python tests/evaluation/bench_quality.py page [qwen3.csv mixtral.csv upcycled.csv]
 
 `measure` calibrates on training text and evaluates on text of held-out documents: rules are chosen by the first third
 of it ("validation"), and reported on the rest ("test").
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +32,7 @@ from sere_compile.evaluation import ConfiguredRule, Evaluation, evaluate_rules
 from sere_compile.evaluation.comparison import Setting, comparison_rules
 
 DOMAINS = ("code", "prose")
+MODELS = ("qwen3", "mixtral", "upcycled")
 LENGTH, CALIBRATION = 128, 400
 # Sequences of one draw, half of each domain; every decode batch divides it.
 DRAW = 64
@@ -145,22 +151,26 @@ def write(rows: Iterable[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    one = commands.add_parser("measure")
-    one.add_argument("--corpus", type=Path, required=True, help="what examples/tiny_moe_corpus.py wrote")
-    one.add_argument("--model", required=True, help="qwen3, mixtral, upcycled")
+    every, one = commands.add_parser("all"), commands.add_parser("measure")
+    for command in (every, one):
+        command.add_argument("--corpus", type=Path, required=True, help="what examples/tiny_moe_corpus.py wrote")
+        command.add_argument("--draws", type=int, default=8, help=f"of {DRAW} sequences")
+        command.add_argument("--calibration", type=int, default=CALIBRATION, help=f"sequences of {LENGTH} tokens")
+        command.add_argument("--batches", type=int, nargs="+", default=[16, 64, 4])
+    one.add_argument("--model", required=True, choices=MODELS)
     one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--draws", type=int, default=8, help=f"of {DRAW} sequences")
-    one.add_argument("--calibration", type=int, default=CALIBRATION, help=f"sequences of {LENGTH} tokens")
-    one.add_argument("--batches", type=int, nargs="+", default=[16, 64, 4])
-    other = commands.add_parser("page")
-    other.add_argument("tables", type=Path, nargs="*", help="of `measure`; none: docs/quality.csv stays as it is")
+    page = commands.add_parser("page")
+    page.add_argument("tables", type=Path, nargs="*", help="of `measure`; none: docs/quality.csv stays as it is")
     parsed = parser.parse_args()
     if parsed.what == "page":
         if parsed.tables:
             write((line for path in parsed.tables for line in quality_page.read(path)), quality_page.TABLE)
+    else:
+        names, out = ([parsed.model], parsed.out) if parsed.what == "measure" else (MODELS, quality_page.TABLE)
+        each = (measure(parsed.corpus, name, parsed.draws, parsed.calibration, parsed.batches) for name in names)
+        write(itertools.chain.from_iterable(each), out)
+    if parsed.what != "measure":
         quality_page.PAGE.write_text(quality_page.page(quality_page.read()), "utf-8")
-        return
-    write(measure(parsed.corpus, parsed.model, parsed.draws, parsed.calibration, parsed.batches), parsed.out)
 
 
 if __name__ == "__main__":
