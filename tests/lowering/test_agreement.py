@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from ..tiny_models import MODELS
 from .agreement import (
@@ -31,8 +33,14 @@ CASES = [
 every_case = pytest.mark.parametrize(("model", "graph"), CASES)
 
 
+# "Constraints violated (length)" for these models; with Dim.DYNAMIC, as `sere export` has it, they trace.
+NAMED_LENGTHS = TorchVersion(torch.__version__) >= "2.13"
+
+
 @functools.cache
 def case(model, graph):
+    if graph == "prefill" and not NAMED_LENGTHS:
+        pytest.skip("torch.export before 2.13 refuses a length between bounds")
     return Case(model, graph)
 
 
