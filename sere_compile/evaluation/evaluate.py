@@ -7,8 +7,8 @@ them go through the model in one forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from .configured import ConfiguredRule
 from .result import Evaluation, Totals
 from .routing import GateCall, RoutedModel
 from .rules import RoutingBatch, Rule, active_experts
+
+# What rules are kept under: a string, a setting, a configuration.
+Name = TypeVar("Name", bound=Hashable)
 
 # Logits of one forward, unless a single decoding batch makes more.
 _MOST_LOGITS = 2**25
@@ -72,11 +75,11 @@ def _attached_matrices(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[
 def evaluate_rules(
     model: nn.Module,
     tokens: torch.Tensor,
-    rules: Mapping[str, Rule],
+    rules: Mapping[Name, Rule],
     *,
     decode_batch: int = 16,
     attention_mask: torch.Tensor | None = None,
-) -> dict[str, Evaluation]:
+) -> dict[Name, Evaluation]:
     """Compare a model under each of several routing rules with the model as it is.
 
     Sequences i*B .. i*B + B - 1 decode together: order them as they would be served, mixed or by domain.
