@@ -10,13 +10,20 @@ from ..errors import SereError
 from ..evaluation.plots import plot_profile, plot_sweep
 from ..evaluation.sweep import read_csv
 from ..similarity import SimilarityProfile
+from .options import number_or_share
 
 
 @click.command("plot")
 @click.argument("source", type=click.Path(exists=True, dir_okay=False))
 @click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="Picture to write: .png, .svg, .pdf.")
-@click.option("--threshold", type=float, default=0.0, show_default=True, help="Mark experts that are always critical.")
-def plot_command(source: str, out: str, threshold: float) -> None:
+@click.option(
+    "--threshold",
+    type=number_or_share,
+    default="q0.2",
+    show_default=True,
+    help="Mark experts that are always critical at this rho, a number or a share.",
+)
+def plot_command(source: str, out: str, threshold: float | str) -> None:
     """Draw SOURCE: heat maps of a profile (.safetensors), or quality against active experts (.csv of `sere sweep`)."""
     try:
         if Path(source).suffix == ".csv":

@@ -95,7 +95,9 @@ def _per_layer(
         budget=budget / 100, select_top_k=select_top_k, decode_batch=batch, config=config, progress=say,
     )  # fmt: skip
     click.echo(str(done.result))
-    click.echo(json.dumps({name: {"select_top_k": s} for name, s in done.select_top_k.items()}, indent=1))
+    given = {"threshold": config.threshold, "substitution": config.substitution}
+    others = {name: value for name, value in given.items() if value != getattr(SereConfig(), name)}
+    click.echo(json.dumps({**done.options(profile), **others}, indent=1))
     untouched = [name for name in profile if name not in done.select_top_k]
     if untouched:
         click.echo(f"left as they are: {', '.join(untouched)}")

@@ -10,11 +10,15 @@ import torch
 
 from ..errors import MissingExtraError
 from ..similarity import SimilarityProfile
+from ..threshold import resolve_threshold
 from .sweep import SweepRow
 
 
-def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float = 0.0) -> None:
-    """One heat map a gate; experts less similar than `threshold` to all others, always critical, have a red mark."""
+def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float | str = 0.0) -> None:
+    """One heat map a gate; experts less similar than `threshold` to all others, always critical, have a red mark.
+
+    A threshold such as "q0.2" is another number for each gate, see `sere_compile.threshold`.
+    """
     figure_of = _figures()
     columns = min(4, len(profile))
     rows = -(-len(profile) // columns)
@@ -27,9 +31,13 @@ def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float 
         image = axis.imshow(shown.numpy(), cmap="viridis")
         figure.colorbar(image, ax=axis, shrink=0.8)
         nearest = matrix.fill_diagonal_(-torch.inf).amax(1)
-        critical = (nearest < threshold).nonzero().flatten().tolist() if threshold > 0 else []
+        rho = resolve_threshold(threshold, matrix)
+        on = isinstance(threshold, str) or threshold > 0
+        critical = (nearest < rho).nonzero().flatten().tolist() if on else []
         axis.scatter(critical, critical, marker="s", color="red", s=14)
-        axis.set_title(f"{name}\nnearest: median {nearest.median():.2f}, {len(critical)} critical", fontsize=7)
+        axis.set_title(
+            f"{name}\nnearest: median {nearest.median():.2f}, {len(critical)} critical at {rho:.2f}", fontsize=7
+        )
         axis.tick_params(labelsize=6)
     figure.savefig(path, dpi=150)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,6 +170,11 @@ class GateSettings:
     select_top_k: Mapping[str, int]
     result: Evaluation
 
+    def options(self, similarity: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What to give the backend: gates without an S get one that no token's number of experts exceeds."""
+        per_gate = {name: {"select_top_k": s} for name, s in self.select_top_k.items()}
+        return {"select_top_k": max(len(matrix) for matrix in similarity.values()), "per_gate": per_gate}
+
 
 def spend_budget(
     model: nn.Module,
@@ -270,25 +276,15 @@ def read_csv(path: str | Path) -> list[SweepRow]:
 
 
 def format_table(rows: Sequence[SweepRow]) -> str:
-    """Rows as a table in Markdown."""
-    head = (
-        "rule",
-        "similarity",
-        "S",
-        "threshold",
-        "decode batch",
-        "perplexity",
-        "change",
-        "KL",
-        "top-1 same",
-        "active",
-    )
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    """Rows as a table in Markdown; changes with their standard error, where there are batches enough to tell."""
+    columns = "rule, similarity, S, threshold, decode batch, perplexity, change, KL, top-1 same, active experts"
+    lines = [f"| {columns.replace(', ', ' | ')} |", "| --- " * len(columns.split(", ")) + "|"]
     for row in rows:
         size = f"auto, {row.max_active} active" if row.max_active else row.select_top_k
+        noise = "" if math.isnan(row.standard_error) else f" ± {row.standard_error:.2%}"
         lines.append(
             f"| {row.rule} | {row.similarity} | {size} | {row.threshold} | {row.decode_batch} | {row.perplexity:.3f} | "
-            f"{row.perplexity_change:+.2%} ± {row.standard_error:.2%} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
+            f"{row.perplexity_change:+.2%}{noise} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
             f"{row.active_before:.1f} -> {row.active_after:.1f} |"
         )
     return "\n".join(lines)

@@ -139,7 +139,8 @@ def test_per_layer_spends_no_more_than_the_budget(subject):
     everything = sere(subject, "sweep", "--per-layer", "--batch", 4, "--select-top-k", "1,2", "--budget", 1e9)
     assert everything.exit_code == 0, everything.output
     settings = json.loads(everything.stdout[everything.stdout.index("{") :])
-    assert settings == {gate: {"select_top_k": 1} for gate in gate_names()}
+    assert settings["per_gate"] == {gate: {"select_top_k": 1} for gate in gate_names()}
+    assert SereConfig(**settings).for_gate("another").resolved_top_k(4) == 4
     nothing = sere(subject, "sweep", "--per-layer", "--batch", 4, "--select-top-k", "1", "--budget", -99)
     assert f"left as they are: {', '.join(gate_names())}" in nothing.output
 
@@ -147,7 +148,7 @@ def test_per_layer_spends_no_more_than_the_budget(subject):
 def test_plots_are_written(subject, tmp_path):
     pytest.importorskip("matplotlib")
     heat = tmp_path / "heat.png"
-    arguments = ["plot", subject / "profile.safetensors", "-o", heat, "--threshold", 0.8]
+    arguments = ["plot", subject / "profile.safetensors", "-o", heat, "--threshold", "q0.4"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert heat.read_bytes().startswith(b"\x89PNG")
