@@ -126,7 +126,8 @@ def build_onnx(
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
-        raise LoweringError(f"TensorRT cannot read {path}: {parser.get_error(0)}")
+        reasons = [str(parser.get_error(i)) for i in range(parser.num_errors)]
+        raise LoweringError(f"TensorRT cannot read {path}: {'; '.join(reasons)}")
     options = builder.create_builder_config()
     if shapes:
         sizes = builder.create_optimization_profile()

@@ -296,12 +296,14 @@ def test_build_onnx_reports_the_parser(monkeypatch, tmp_path):
         Logger=types.SimpleNamespace,
         Builder=lambda logger: types.SimpleNamespace(create_network=lambda flags: None),
         OnnxParser=lambda network, logger: types.SimpleNamespace(
-            parse_from_file=lambda path: False, get_error=lambda i: "no importer for Thing"
+            parse_from_file=lambda path: False,
+            num_errors=2,
+            get_error=["no importer for Thing", "nor Other"].__getitem__,
         ),
     )
     fake.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    with pytest.raises(LoweringError, match=r"cannot read .*m\.onnx: no importer for Thing"):
+    with pytest.raises(LoweringError, match=r"cannot read .*m\.onnx: no importer for Thing; nor Other"):
         tensorrt.build_onnx(tmp_path / "m.onnx")
 
 
