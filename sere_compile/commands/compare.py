@@ -10,7 +10,6 @@ from ..config import SereConfig
 from ..errors import SereError
 from ..evaluation import evaluate_rules
 from ..evaluation.comparison import comparison_rules, named_rule
-from ..evaluation.plots import plot_sweep
 from ..evaluation.sweep import SweepRow, format_table, whole_batches, write_csv
 from ..similarity import SimilarityProfile, attach
 from .options import Numbers, data_options, load_subject, number_or_share
@@ -33,11 +32,10 @@ from .options import Numbers, data_options, load_subject, number_or_share
 @click.option("--restore", type=Numbers(float), default="0.5", show_default=True, help="Of the rule `recombine`.")
 @click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION, (profile, S) to a rule of your own.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for the Pareto plot.")
 def compare_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str,
     profiles: tuple[str, ...], select_top_k: list[int], threshold: list[float | str], batch: list[int],
-    fill: list[float], restore: list[float], others: tuple[str, ...], csv_path: str | None, plot_path: str | None,
+    fill: list[float], restore: list[float], others: tuple[str, ...], csv_path: str | None,
 ) -> None:  # fmt: skip
     """Quality and active experts of naive top-S, drop, fill, re-routing by profiles and by chance, and recombining."""
     try:
@@ -58,7 +56,5 @@ def compare_command(
         click.echo(format_table(rows))
         if csv_path is not None:
             write_csv(rows, csv_path)
-        if plot_path is not None:
-            plot_sweep(rows, plot_path)
     except SereError as error:
         raise click.ClickException(str(error)) from error

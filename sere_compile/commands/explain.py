@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..config import SereConfig
@@ -9,17 +11,18 @@ from ..errors import SereError
 from ..explain import explain
 from ..integrations.transformers import load_causal_lm
 from ..similarity import SimilarityProfile, attach
+from .options import routing_options
 
 
 @click.command("explain")
 @click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
 @click.option("--prompt", default="The capital of France is", show_default=True, help="Text to trace the model with.")
-@click.option("--select-top-k", type=int, help="S; min(2, K-1) by default.")
+@routing_options
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile to attach.")
-def explain_command(name: str, prompt: str, select_top_k: int | None, profile: str | None) -> None:
+def explain_command(name: str, prompt: str, profile: str | None, **options: Any) -> None:
     """Print every gate of a model, what re-routing would do to it, and why not. Exits with 1 if none is found."""
     try:
-        config = SereConfig(select_top_k=select_top_k)
+        config = SereConfig(**options)
         model, tokenizer = load_causal_lm(name)
         if profile is not None:
             attach(model, SimilarityProfile.load(profile))

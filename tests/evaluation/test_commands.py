@@ -187,6 +187,19 @@ def test_texts_that_cannot_be_read_say_why(tmp_path):
         read_texts(tmp_path / "missing.txt")
 
 
+def test_parquet_columns_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a b", None, "c"], "n": [1, 2, 3]}), path)
+    assert read_texts(path) == ["a b", "c"]
+    with pytest.raises(EvaluationError, match="no column 'body'; it has text, n"):
+        read_texts(path, "body")
+    path.write_text("a b")
+    with pytest.raises(EvaluationError, match="is not a parquet file"):
+        read_texts(path)
+
+
 def test_parquet_needs_its_extra(tmp_path, monkeypatch):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"")
