@@ -22,7 +22,7 @@ from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .lower_experts import MAX_TOKENS, ExpertLayer, lower_experts
 from .norm_scale import NormScale, find_norm_scale
 from .rewrite_gating import Rewrite, RoutingSettings, rewrite_gate
-from .verify_rewrite import verify_rewrite
+from .verify_rewrite import Proof, verify_rewrite
 
 __all__ = [
     "COUNTED",
@@ -32,6 +32,7 @@ __all__ = [
     "Findings",
     "Gate",
     "NormScale",
+    "Proof",
     "Rewrite",
     "RoutingSettings",
     "Skip",

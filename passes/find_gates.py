@@ -11,6 +11,7 @@ Both sides are needed. Everything else that looks like a selection of experts is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from . import nodes
 from .classify_uses import Leaving, Uses, classify_uses
-from .expert_evidence import drops_tokens, reaches_experts
+from .expert_evidence import drops_tokens, reaches_experts, split_at_fixed_places
 from .gate import Gate, Skip, SkipReason, UseKind
 from .router import Router, trace_router
 from .routing_weights import find_routing_weights
@@ -91,15 +92,14 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
     done = next((use.consumer for use in uses.all if nodes.kind(use.consumer) in _REROUTING), None)
     if done is not None:
         return Skip(SkipReason.REWRITTEN, selection.node, f"by {done.name}", evidence=6)
-    dropping = next((use.consumer for use in uses.all if use.kind.dispatches and drops_tokens(use.consumer)), None)
-    if dropping is not None:
-        place = nodes.source_line(dropping)
-        return Skip(SkipReason.CAPACITY, selection.node, f"{dropping.name} at {place}", evidence=4)
+    refused = _refused_dispatch(selection, uses, evidence=5 if num_experts else 4)
+    if refused is not None:
+        return refused
     if num_experts == 0:
         seen = ", ".join(sorted({f"{nodes.kind(use.consumer)}: {use.kind.value}" for use in uses.all}))
         return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=3)
     if uses.entangled is not None:
-        return Skip(SkipReason.STEPS, selection.node, f"{uses.entangled.name} reads an incomplete choice", evidence=4)
+        return Skip(SkipReason.STEPS, selection.node, f"{uses.entangled.name} reads an incomplete choice", evidence=5)
     weights = find_routing_weights(selection.ids[0], list(selection.values), uses.all, router.projection)
     return Gate(
         selection=selection.node,
@@ -117,6 +117,21 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
         form=selection.form,
         all_ids=selection.ids,
     )
+
+
+def _refused_dispatch(selection: Selection, uses: Uses, evidence: int) -> Skip | None:
+    """A refusal where other ids would send other tokens to the experts."""
+    for use in uses.all:
+        if use.kind.dispatches and drops_tokens(use.consumer):
+            place = f"{use.consumer.name} at {nodes.source_line(use.consumer)}"
+            return Skip(SkipReason.CAPACITY, selection.node, place, evidence)
+    slots = math.prod(nodes.shape(selection.ids[0]) or ())
+    for use in uses.all:
+        fixed = split_at_fixed_places(use.consumer, slots)
+        if fixed is not None:
+            place = f"{fixed.name} at {nodes.source_line(fixed)}"
+            return Skip(SkipReason.FIXED_SIZES, selection.node, place, evidence)
+    return None
 
 
 def _experts_behind(
@@ -173,7 +188,7 @@ def _nested(module: GraphModule) -> list[Skip]:
             caller = next(iter(node.users), node)
             inside = find_gates(inner)
             found += [
-                Skip(SkipReason.NESTED, g.selection, f"called by {caller.name}", evidence=4) for g in inside.gates
+                Skip(SkipReason.NESTED, g.selection, f"called by {caller.name}", evidence=5) for g in inside.gates
             ]
             found += inside.skips
     return found

@@ -41,6 +41,9 @@ class SkipReason(enum.Enum):
     ROUTER_SIZE = "its projection has more columns than there are scores to select from"
     STEPS = "it selects experts one by one and uses each apart"
     CAPACITY = "capacity-based dispatch: with other ids it would drop other tokens"
+    FIXED_SIZES = (
+        "its tokens are split among the experts at places that tracing fixed, which hold for the traced call only"
+    )
     PRODUCT_KEYS = "product keys: its candidates are pairs of other selections"
     HASH = "hash routing: its experts come from a table, not from scores"
     NESTED = (
@@ -78,6 +81,11 @@ class Skip:
     node: Node
     detail: str = ""
     evidence: int = 0
+
+    @property
+    def is_refused_gate(self) -> bool:
+        """Whether a router was found behind it and experts ahead of it: what a user would call a gate."""
+        return self.evidence >= 5 and self.reason is not SkipReason.REWRITTEN
 
     def __str__(self) -> str:
         return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value

@@ -7,12 +7,18 @@ traced and once rewritten:
 - with S = 1 and only two primary experts, so that almost every token names an expert twice, the rewritten result is
   the sum over slots of what the *original* dispatch gives for that slot alone, at its original weight. There no
   token names an expert twice, so the original shows what the sum has to be.
+
+Where the tokens do not come together in the graph, because ids and weights leave it, the second comparison is with
+what the original makes of merged ids and weights: bit for bit, and no expert twice in a token. Where the weights are
+not known it is with what the original makes of the new ids. `Proof` says which it was. Uses that keep the original ids
+(look-ups) are held fixed in these two: that they are right to keep them only the sum over slots shows.
 """
 
 from __future__ import annotations
 
+import enum
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,8 +36,16 @@ _HALF_TOLERANCE = 5e-2
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
-def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None) -> Skip | None:
-    """None where the rewrite of a gate is right, else the refusal. The graph is not changed.
+class Proof(enum.Enum):
+    """What was shown of a gate's rewrite: with S = K no bit changes, and with S < K what the value says."""
+
+    SUM = "the sum over slots"  # of the original dispatch, each slot run alone
+    MERGED = "what the traced code makes of merged ids and weights; code outside the graph was not run"
+    KIND = "what the traced code makes of the new ids; duplicates by the kind of its dispatch"
+
+
+def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None) -> Proof | Skip:
+    """What is proven of a gate's rewrite, or the refusal where it is wrong. The graph is not changed.
 
     Args:
         gate: found, not yet rewritten.
@@ -55,56 +69,124 @@ def _unproven(gate: Gate, detail: str) -> Skip:
     return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=5)
 
 
+@dataclass(frozen=True)
+class _Twins:
+    """A gate as traced and as rewritten, with what both are run on and where they are compared."""
+
+    gate: Gate
+    done: Rewrite
+    original: Part
+    rewritten: Part
+    outputs: list[Node]
+    wanted: list[Node]  # the same in the rewritten graph
+    start: dict[Node, Any]
+    given: dict[Node, Any]
+    matrix: torch.Tensor
+
+    def run(self, changed: dict[Node, Any] | None = None) -> list[Any]:
+        """The outputs as traced, from what the selection chose and from values exchanged for others."""
+        return self.original.run(self.outputs, self.start | (changed or {}))
+
+    def run_rewritten(self, select_top_k: int) -> list[Any]:
+        """The outputs of the rewritten graph."""
+        routing = _routing_node(self.done)
+        one = routing.args
+        position = 3 if self.done.merged else 2
+        routing.args = (*one[:position], select_top_k, *one[position + 1 :])
+        results = self.rewritten.run(self.wanted, self.given)
+        routing.args = one
+        return results
+
+
 def _compare(
     gate: Gate, module: GraphModule, twin: Gate, copy: GraphModule, done: Rewrite, similarity: Node, value_of: ValueOf
-) -> Skip | None:
+) -> Proof | Skip:
     drawn: dict[str, Any] = {}
-    original = Part(module, gate.selection, value_of, drawn)
     names = {node.name: node for node in module.graph.nodes}
-    rewritten = Part(copy, twin.selection, lambda node: value_of(names[node.name]), drawn)
-    exit_node = find_exit(gate)
-    outputs = [exit_node] if exit_node is not None else _returned(gate)
     twins = {node.name: node for node in copy.graph.nodes}
+    exit_node = find_exit(gate)
     if exit_node is not None and exit_node.name not in twins:
         return _unproven(gate, f"{exit_node.name} is gone")
     start = _choice(gate)
     matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
     matrix = matrix.to(_device(gate))
-    given = {twins[node.name]: value for node, value in start.items()} | {similarity: matrix}
-    wanted = [twins[node.name] for node in outputs] if exit_node is not None else _returned(twin)
-
-    before = original.run(outputs, start)
-    routing = _routing_node(done)
-    one = routing.args
-    routing.args = tuple(
-        gate.top_k if argument is one[_position(done)] and i == _position(done) else argument
-        for i, argument in enumerate(one)
+    both = _Twins(
+        gate,
+        done,
+        original=Part(module, gate.selection, value_of, drawn),
+        rewritten=Part(copy, twin.selection, lambda node: value_of(names[node.name]), drawn),
+        outputs=[exit_node] if exit_node is not None else _returned(gate),
+        wanted=[twins[exit_node.name]] if exit_node is not None else _returned(twin),
+        start=start,
+        given={twins[node.name]: value for node, value in start.items()} | {similarity: matrix},
+        matrix=matrix,
     )
-    same = rewritten.run(wanted, given)
-    routing.args = one
-    if not all(_equal(a, b) for a, b in zip(before, same, strict=True)):
+    if not _all_equal(both.run(), both.run_rewritten(gate.top_k)):
         return _unproven(gate, "with S = K it differs from the original")
-    if exit_node is None or gate.weights is None:
-        return None  # what sums the slots is not in the graph, or proven by its kind alone
-    [got] = rewritten.run(wanted, given)
-    expected = _sum_of_slots(gate, original, exit_node, start, matrix)
+    return _prove_wiring(both) if exit_node is None else _prove_sum(both, exit_node)
+
+
+def _prove_sum(both: _Twins, exit_node: Node) -> Proof | Skip:
+    """S = 1 inside the graph."""
+    [got] = both.run_rewritten(1)
+    expected = _sum_of_slots(both.gate, both.original, exit_node, both.start, both.matrix)
     error = float((got.double() - expected).abs().max()) if got.numel() else 0.0
     scale = float(expected.abs().max()) if got.numel() else 1.0
     tolerance = _TOLERANCE.get(got.dtype, _HALF_TOLERANCE)
     if not error <= tolerance * max(scale, 1e-6):
-        return _unproven(gate, f"with S = 1 it is off by {error:.2g} of {scale:.2g} from the sum over slots")
-    return None
+        return _unproven(both.gate, f"with S = 1 it is off by {error:.2g} of {scale:.2g} from the sum over slots")
+    return Proof.SUM
+
+
+def _prove_wiring(both: _Twins) -> Proof | Skip:
+    """S = 1 where the slots are not summed in the graph, or with weights that are not known."""
+    gate = both.gate
+    kept = [use.consumer for use in gate.uses if not use.kind.dispatches and _reads(use.read, gate.all_ids)]
+    weights = gate.weights if both.done.merged else None
+    ids, *values = both.original.run([gate.ids, *kept], both.start)
+    new_ids = torch.ops.sere.reroute.default(ids, both.matrix, 1, 0.0, 0)
+    changed = dict(zip(kept, values, strict=True))
+    if weights is not None:
+        [old] = both.original.run([weights], both.start)
+        rerouted = new_ids
+        new_ids, changed[weights] = torch.ops.sere.reroute_merged.default(ids, old, both.matrix, 1, 0.0, 0)
+        if not _is_merged(new_ids, changed[weights], rerouted, old):
+            return _unproven(gate, "with S = 1 a token names an expert twice, or not with the sum of its weights")
+    if not _all_equal(both.run(changed | dict.fromkeys(gate.all_ids, new_ids)), both.run_rewritten(1)):
+        made_of = "the new ids" if weights is None else "merged ids and weights"
+        return _unproven(gate, f"with S = 1 what is returned is not made of {made_of}")
+    return Proof.KIND if weights is None else Proof.MERGED
+
+
+def _reads(read: Node, ids: tuple[Node, ...]) -> bool:
+    """Whether what a use reads is the ids, or a view, cast or mask of them."""
+    node: Node | None = read
+    while node is not None and node not in ids:
+        node = nodes.slot_source(node)
+    return node is not None
+
+
+def _is_merged(ids: torch.Tensor, weights: torch.Tensor, rerouted: torch.Tensor, original: torch.Tensor) -> bool:
+    """Whether no token names an expert twice, each with the weights of all slots that were re-routed to it."""
+    ordered = ids.sort(-1)[0]
+    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        return False
+    size = int(torch.maximum(ids.max(), rerouted.max())) + 1
+    table = torch.zeros(*ids.shape[:-1], size, dtype=torch.float64, device=ids.device)
+    got = table.scatter_add(-1, ids.long(), weights.double())
+    wanted = table.scatter_add(-1, rerouted.long(), original.double())
+    tolerance = _TOLERANCE.get(weights.dtype, _HALF_TOLERANCE)
+    return bool(((got - wanted).abs() <= tolerance * wanted.abs().max()).all())
+
+
+def _all_equal(left: list[Any], right: list[Any]) -> bool:
+    return all(_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def _routing_node(done: Rewrite) -> Node:
     source = nodes.operand(done.new_ids) if done.merged else done.new_ids
     assert source is not None
     return source
-
-
-def _position(done: Rewrite) -> int:
-    """Of S among the operator's arguments."""
-    return 3 if done.merged else 2
 
 
 def _sum_of_slots(

@@ -77,18 +77,19 @@ class SereBackend:
         refuse_shared_routers(plans)
         appended = AppendedInputs(graph, list(example_inputs))
         for plan in plans:
-            apply_plan(plan, appended, example_inputs)
+            apply_plan(plan, appended, example_inputs, reporting=self._explaining)
         graph.graph.lint()
         graph.recompile()
+        whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
         if self._explaining:
-            whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
             return ObservedGraph(module.forward, plans, findings.skips, whole_call=whole_call)
+        if plans or not whole_call:  # else the warning below names it
+            missing_gates.tell_refused(findings.skips, config)
         log.debug("rewritten graph:\n%s", _LazyCode(graph))
         compiled = _compile_inner(graph, appended.inputs, config, mode, inner_options)
         if not plans:
-            whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
             return missing_gates.watch(compiled, findings, config, whole_call=whole_call)
-        bound = BoundGraph(compiled, appended.items, plans)
+        bound = BoundGraph(compiled, appended.items, plans, None if whole_call else missing_gates.watch_others(config))
         bound.bind(example_inputs)
         return bound
 

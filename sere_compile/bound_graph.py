@@ -29,8 +29,15 @@ log = logging.getLogger(__name__)
 class BoundGraph:
     """A compiled graph that gets each gate's matrix by the identity of the weight that a call passes."""
 
-    def __init__(self, compiled: Callable[..., Any], appended: list[AppendedInput], plans: list[GatePlan]) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        appended: list[AppendedInput],
+        plans: list[GatePlan],
+        watch: Callable[[list[torch.Tensor]], bool] | None = None,
+    ) -> None:
         self._compiled = compiled
+        self._watch = watch  # told which gates run until it has nothing left to tell
         self._appended = appended
         self._plans = plans
         # What the last call bound: version of the registry, weights, extra inputs. One tuple, so that threads that
@@ -39,6 +46,8 @@ class BoundGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the compiled graph with what Dynamo passes and the gates' own inputs behind it."""
+        if self._watch is not None and self._watch([plan.weight(arguments) for plan in self._plans]):
+            self._watch = None
         missing_gates.gate_runs.count += 1
         return self._compiled(*arguments, *self.bind(arguments))
 
@@ -202,6 +211,7 @@ def _row(plan: GatePlan, entry: binding.GateEntry) -> GateRow:
         threshold=_threshold(plan, entry) if rewritten else 0.0,
         substitution=plan.config.substitution if rewritten else "reroute",
         kernels=plan.kernels,
+        proof=plan.proof if rewritten else "",
     )
 
 

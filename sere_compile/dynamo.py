@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -184,3 +184,12 @@ def forget_codes(model: Any) -> None:
         code = reference()
         if code is not None and code.co_filename in files:
             reset_code(code)
+
+
+def skipped_codes() -> set[CodeType]:
+    """The code that Dynamo looked at and gave up: it runs in eager mode, as a frame of its own."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.convert_frame import input_codes
+
+    codes = [code for code in (reference() for reference in list(input_codes.seen)) if code is not None]
+    return {code for code in codes if not _debug_get_cache_entry_list(code)}

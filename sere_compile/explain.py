@@ -30,7 +30,8 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     Args:
         model: an nn.Module or function, compiled or not.
         *args: passed to the model.
-        config: options to explain with; the defaults of the backend otherwise.
+        config: options to explain with; the defaults of the backend otherwise. With strict=True each gate is run, as
+            traced and re-routed, and the report says what that proved.
         **kwargs: passed to the model.
 
     Returns:
@@ -42,7 +43,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
         rows.setdefault(row.name, row)
 
     config = config or SereConfig()
-    backend = SereBackend(config.replace(strict=False, capture="default"), explaining=True)
+    backend = SereBackend(config.replace(capture="default"), explaining=True)
     capture = dynamo.dynamic_shape_capture() if config.capture == "auto" else contextlib.nullcontext()
     original = getattr(model, "_orig_mod", model)
     # A compile of its own must not run into the limit that the user's compiles of the same code count against.

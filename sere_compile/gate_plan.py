@@ -28,10 +28,10 @@ from .passes import (
     lower_experts,
     nodes,
     rewrite_gate,
-    verify_rewrite,
 )
 from .report import IDENTITY, REWRITTEN, SKIPPED
 from .threshold import RANKED_THRESHOLD
+from .verify_gate import verify_gate
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class GatePlan:
     status: str = IDENTITY
     reason: str = ""
     kernels: str = ""  # what the speed passes did, and why not more; empty where they are off
+    proof: str = ""  # what strict=True has shown of the rewrite
 
     @property
     def select_top_k(self) -> int:
@@ -140,16 +141,30 @@ def routing_settings(gate: Gate, config: SereConfig) -> RoutingSettings:
     return RoutingSettings(top_k, rho, config.resolved_min_active(gate.top_k), config.max_active or 0)
 
 
-def apply_plan(plan: GatePlan, appended: AppendedInputs, example_inputs: Sequence[Any]) -> None:
-    """Rewrite one gate; what its calls need beyond the graph's own inputs is recorded in `appended`."""
+def apply_plan(
+    plan: GatePlan, appended: AppendedInputs, example_inputs: Sequence[Any], *, reporting: bool = False
+) -> None:
+    """Rewrite one gate; what its calls need beyond the graph's own inputs is recorded in `appended`.
+
+    Args:
+        plan: changed to what was done.
+        appended: inputs of the graph so far.
+        example_inputs: the graph's own inputs.
+        reporting: refusals become rows of a report, also with strict=True.
+
+    Raises:
+        GateNotFoundError: with strict=True, the gate cannot be re-routed.
+    """
     config = plan.config
     if plan.status == SKIPPED:
         return
     if config.strict and plan.select_top_k < plan.gate.top_k:
         # Before the speed passes: they replace what the check runs.
-        refusal = verify_rewrite(plan.gate, _known_values(plan, example_inputs))
-        if refusal is not None:
-            _skip(plan, refusal, config)
+        shown = verify_gate(plan.gate, plan.weight(example_inputs), _known_values(plan, example_inputs))
+        if isinstance(shown, Skip):
+            _skip(plan, shown, raising=not reporting)
+            return
+        plan.proof = shown
     gate = lower(plan, config, example_inputs)
     if plan.select_top_k >= gate.top_k:
         plan.reason = f"S = {plan.select_top_k}: nothing to re-route"
@@ -168,7 +183,7 @@ def apply_plan(plan: GatePlan, appended: AppendedInputs, example_inputs: Sequenc
         done = rewrite_gate(gate, node, settings, scale)
     if isinstance(done, Skip):
         appended.drop_unused(plan)
-        _skip(plan, done, config)
+        _skip(plan, done, raising=config.strict and not reporting)
         return
     plan.status = REWRITTEN
     if config.collect_stats:
@@ -176,9 +191,9 @@ def apply_plan(plan: GatePlan, appended: AppendedInputs, example_inputs: Sequenc
         insert_count(done, appended.input_for(plan, buffer, "counts"))
 
 
-def _skip(plan: GatePlan, refusal: Skip, config: SereConfig) -> None:
+def _skip(plan: GatePlan, refusal: Skip, *, raising: bool) -> None:
     plan.status, plan.reason = SKIPPED, str(refusal)
-    if config.strict:
+    if raising:
         raise GateNotFoundError(f"strict=True, and {plan.fallback_name} cannot be re-routed: {refusal}")
     log.warning("%s is not re-routed: %s", plan.fallback_name, refusal)
 

@@ -1,18 +1,26 @@
-"""Tell the user when a compiled callable re-routes nothing, once, and as soon as it is certain."""
+"""Tell the user of gates that are not re-routed, once, and as soon as it is certain.
+
+That a compiled callable holds no gate at all, or that some of its gates run outside every graph, is certain when its
+second call begins: the first has compiled all that it runs.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import nn
+
 from .config import SereConfig
-from .dynamo import current_call
+from .dynamo import current_call, skipped_codes
 from .errors import GateNotFoundError
+from .module_tree import find_owner, routers_in
 from .passes import Findings, Skip
 from .passes.nodes import source_line
 
@@ -37,6 +45,7 @@ class _Call:
     gate_runs: int
     nearest: Skip | None = None
     settled: bool = False
+    routers: list[Callable[[], torch.Tensor | None]] = field(default_factory=list)  # weights of the gates that ran
 
 
 class _Calls(threading.local):
@@ -65,30 +74,92 @@ def watch(
         return compiled
 
     def watched(*arguments: Any) -> Any:
-        _note(findings.nearest_miss, config)
+        _note(config, findings.nearest_miss, [])
         return compiled(*arguments)
 
     return watched
 
 
-def _note(nearest: Skip | None, config: SereConfig) -> None:
-    """Record that a graph without gates runs, and tell if the callable's last call ran no gate at all."""
+def watch_others(config: SereConfig) -> Callable[[list[torch.Tensor]], bool]:
+    """What a graph with gates calls with their weights whenever it runs, until the answer is True.
+
+    Raises:
+        GateNotFoundError: with strict=True, other gates of the model run outside every graph.
+    """
+    return lambda weights: _note(config, None, weights)
+
+
+def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor]) -> bool:
+    """Record that a graph runs; tell what the callable's last call has shown; whether there is nothing left to tell."""
     frame = current_call()
     if frame is None:
-        return
+        return False
     # The wrapper's code is shared by all compiled callables, what it wraps is not.
     function = frame.f_locals.get("fn", frame.f_code)
     call = _calls.by_callable.get(id(function))
     if call is None or call.function() is not function:
         call = _calls.by_callable[id(function)] = _Call(weakref.ref(function), frame, gate_runs.count)
     if call.settled:
-        return
-    call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
+        return True
     if call.frame is not frame:
         # Holding the frame keeps its id from being used again; it is let go of once this is settled.
         call.settled, call.frame = True, None
-        if call.gate_runs == gate_runs.count:
-            tell(call.nearest, config)
+        _settle(call, nearest, config)
+        return True
+    call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
+    call.routers += [weakref.ref(weight) for weight in weights]
+    return False
+
+
+def _settle(call: _Call, nearest: Skip | None, config: SereConfig) -> None:
+    if call.gate_runs == gate_runs.count:
+        tell(max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence), config)
+        return
+    outside = routers_outside([weight for ref in call.routers if (weight := ref()) is not None])
+    if outside:
+        _warn(
+            f"these gates run outside every graph, where nothing is re-routed, while others are: {', '.join(outside)}. "
+            "Dynamo gave up the code around them. sere_compile.compile(model, ...) captures expert loops; "
+            "print(sere_compile.explain(model, *inputs)) names the lines.",
+            config,
+        )
+
+
+def routers_outside(seen: list[torch.Tensor]) -> list[str]:
+    """Names of routers beside experts whose code Dynamo skipped, in the model that the weights seen belong to.
+
+    Another layer of the same code that was seen shows that its code gets into a graph: such a layer did not run.
+    """
+    owner = find_owner(seen[0]) if seen else None
+    if owner is None:
+        return []
+    known, skipped = {id(weight) for weight in seen}, skipped_codes()
+    routers = list(routers_in(owner.root))
+    captured = {type(router.modules[-1]) for router in routers if id(router.weight) in known}
+    return [
+        router.name
+        for router in routers
+        if id(router.weight) not in known
+        and type(router.modules[-1]) not in captured
+        and any(getattr(type(module).forward, "__code__", None) in skipped for module in _own(router.modules))
+    ]
+
+
+def _own(modules: tuple[nn.Module, ...]) -> list[nn.Module]:
+    """Modules of the model's own classes: Dynamo never compiles a call of nn.Linear for itself."""
+    return [module for module in modules if not type(module).__module__.startswith("torch.")]
+
+
+def tell_refused(skips: Iterable[Skip], config: SereConfig) -> None:
+    """Warn of selections that are gates by all evidence and cannot be re-routed; others of the model may be.
+
+    Raises:
+        GateNotFoundError: with strict=True, in place of the warning.
+    """
+    for skip in skips:
+        if skip.is_refused_gate:
+            line = source_line(skip.node)
+            _warn(f"the gate {skip.node.name}{f' at {line}' if line else ''} is not re-routed: {skip}.", config)
 
 
 def tell(nearest: Skip | None, config: SereConfig) -> None:
@@ -97,6 +168,10 @@ def tell(nearest: Skip | None, config: SereConfig) -> None:
         "sere found no MoE gate in the compiled code: it runs unchanged. "
         f"{describe_nearest_miss(nearest)} print(sere_compile.explain(model, *inputs)) shows more."
     )
+    _warn(text, config)
+
+
+def _warn(text: str, config: SereConfig) -> None:
     if config.strict:
         raise GateNotFoundError(text)
     log.warning(text)

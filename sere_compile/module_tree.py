@@ -44,7 +44,8 @@ def find_owner(weight: torch.Tensor) -> Owner | None:
                 parents[id(child)] = (module, name)
         for name, parameter in module.__dict__.get("_parameters", {}).items():
             if parameter is weight and not isinstance(module, torch.fx.GraphModule):
-                holder = holder or (module, name)
+                # A bare nn.Module is what make_fx keeps a graph's constants in.
+                holder = holder if holder is not None and type(holder[0]) is not nn.Module else (module, name)
     if holder is None:
         return None
     chain, names = [holder[0]], [holder[1]]
@@ -68,6 +69,12 @@ def find_experts(weight: torch.Tensor, num_experts: int) -> Experts | None:
     """
     owner = find_owner(weight)
     return None if owner is None else _experts_around(owner, weight, num_experts)
+
+
+def find_experts_module(weight: torch.Tensor, num_experts: int) -> nn.Module | None:
+    """The module beside a router that takes (hidden_states, top_k_index, top_k_weights): the user's own code."""
+    found = find_experts(weight, num_experts)
+    return found if isinstance(found, nn.Module) else None
 
 
 def _experts_around(owner: Owner, weight: torch.Tensor, num_experts: int) -> Experts | None:
@@ -115,6 +122,59 @@ def count_experts_beside(weight: torch.Tensor, columns: int) -> int:
             if fewer and (columns in stacks if as_many else _takes_routing(module)):
                 return min(fewer)
     return columns if as_many else 0
+
+
+@dataclass(frozen=True)
+class RouterModule:
+    """A router weight by the looks of the modules around it.
+
+    Attributes:
+        name: of the weight.
+        weight: [E, H] or [H, E].
+        modules: from the one that holds the weight to the one that holds the experts as well.
+    """
+
+    name: str
+    weight: torch.Tensor
+    modules: tuple[nn.Module, ...]
+
+
+def routers_in(root: nn.Module) -> list[RouterModule]:
+    """Every weight of a model that has a row or column for each of the experts around it, whether it runs or not.
+
+    Of several such weights around the same experts the nearest are taken: a head of the model is farther than a router.
+    """
+    modules = dict(root.named_modules())
+    counts = {len(m) for m in modules.values() if isinstance(m, (nn.ModuleList, nn.ModuleDict))}
+    counts = {count for count in counts | {p.shape[0] for p in root.parameters() if p.dim() >= 3} if count > 1}
+    found: list[tuple[RouterModule, nn.Module, int]] = []
+    nearest: dict[nn.Module, int] = {}
+    for path, holder in modules.items():
+        parts = path.split(".") if path else []
+        for name, weight in holder.named_parameters(recurse=False):
+            sizes = counts.intersection(weight.shape) if weight.dim() == 2 else set()
+            if not sizes:
+                continue
+            chain = tuple(modules[".".join(parts[:depth])] for depth in range(len(parts), -1, -1))
+            owner = Owner(root, ".".join([*parts, name]), chain)
+            for size in sizes:
+                place = _nearest_experts(owner, weight, size)
+                if place is not None:
+                    experts, distance = place
+                    depth = len(chain) - distance
+                    nearest[experts] = max(depth, nearest.get(experts, 0))
+                    found.append((RouterModule(owner.name, weight, chain[: distance + 1]), experts, depth))
+    return [router for router, experts, depth in found if depth == nearest[experts]]
+
+
+def _nearest_experts(owner: Owner, weight: torch.Tensor, num_experts: int) -> tuple[nn.Module, int] | None:
+    """The module that holds `num_experts` experts, and how many modules out from the router it is found."""
+    for distance, around in enumerate(_surroundings(owner)):
+        for module in (around, *_beside(around, weight)):
+            listed = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) == num_experts
+            if listed or any(p.dim() >= 3 and p.shape[0] == num_experts for p in module.parameters(recurse=False)):
+                return module, distance
+    return None
 
 
 def _counts(experts: nn.ModuleDict) -> int:

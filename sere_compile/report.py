@@ -27,6 +27,7 @@ class GateRow:
         substitution: "reroute" or "projection".
         kernels: what of "experts" and "routing" our kernels compute, and for the rest why stock operations stay; empty
             where both are switched off, as by default on a CPU.
+        proof: with strict=True, what running the gate has proven of S < K; with S = K no bit changes.
     """
 
     name: str
@@ -42,6 +43,7 @@ class GateRow:
     threshold: float | str = 0.0
     substitution: str = "reroute"
     kernels: str = ""
+    proof: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ _COLUMNS = (
     "dispatch",
     "status",
     "similarity",
+    "proven",
     "reason",
     "kernels",
 )
@@ -108,5 +111,5 @@ def _cells(row: GateRow) -> tuple[str, ...]:
     rho = row.threshold if isinstance(row.threshold, str) else (f"{row.threshold:.4g}" if row.threshold else "")
     weights = "" if row.substitution == "reroute" else row.substitution
     ordered = "" if row.is_sorted is None else ("yes" if row.is_sorted else "no")
-    texts = (row.scoring, ordered, row.dispatch, row.status, row.similarity, row.reason, row.kernels)
+    texts = (row.scoring, ordered, row.dispatch, row.status, row.similarity, row.proof, row.reason, row.kernels)
     return (row.name, *numbers, rho, weights, *texts)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +21,19 @@ from .config import SereConfig
 from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
 from .gate_plan import routing_settings
 from .missing_gates import describe_nearest_miss
-from .module_tree import find_experts
-from .passes import Gate, NormScale, Skip, extract_dispatch, find_gates, nodes, rewrite_gate, verify_rewrite
+from .module_tree import find_experts, find_owner
+from .passes import (
+    Gate,
+    NormScale,
+    Proof,
+    Rewrite,
+    Skip,
+    extract_dispatch,
+    find_gates,
+    nodes,
+    rewrite_gate,
+    verify_rewrite,
+)
 from .similarity import SimilarityProfile
 from .threshold import ranked, resolve_threshold
 
@@ -36,6 +48,8 @@ _USED = frozenset(
 )
 _OF_THE_COMPILER = frozenset({"inner", "capture", "fuse_router", "lower_experts"})
 
+# make_fx forgets where a parameter comes from; the live model still knows.
+_NAMED_BY_MAKE_FX = re.compile(r"_(param|tensor)_constant\d+")
 _NO_SHAPES = (
     "Its nodes carry no shapes, as symbolic_trace leaves them: "
     "torch.fx.passes.shape_prop.ShapeProp(graph_module).propagate(*example_inputs) records them"
@@ -47,8 +61,9 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
 
     Args:
         traced: an `ExportedProgram`, or a `GraphModule` whose nodes carry shapes. It is not changed.
-        profile: a matrix for every gate, by the name of its router weight. Without one the experts are probed: in
-            the graph where its batch size is fixed, else in the model it was traced from, which has to be there still.
+        profile: a matrix for every gate, by the name of its router weight (in the live model, or as make_fx names it).
+            Without one the experts are probed: in the graph where its batch size is fixed, else in the model it was
+            traced from, which has to be there still.
         config: S, threshold, min_active, max_active, max_tokens, substitution and per_gate; the backend's defaults
             otherwise. `inner` has no
             meaning here.
@@ -82,8 +97,13 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         if found is None:
             continue
         buffers = [program.add_buffer(matrix, kind) for kind, matrix in found.items()]
-        unverified = verify_rewrite(gate, program.value_if_held) if own.strict else None
-        done = unverified or rewrite_gate(gate, buffers[0], routing_settings(gate, own), *buffers[1:])
+        shown = verify_rewrite(gate, program.value_if_held) if own.strict else None
+        if isinstance(shown, Skip):
+            done: Rewrite | Skip = shown
+        else:
+            done = rewrite_gate(gate, buffers[0], routing_settings(gate, own), *buffers[1:])
+        if isinstance(shown, Proof):
+            log.info("%s: proven: S = K changes no bit; S < K gives %s", program.weight_name(gate), shown.value)
         if isinstance(done, Skip):
             log.warning("%s is not re-routed: %s", program.weight_name(gate), done)
             for node in reversed(buffers):
@@ -151,9 +171,11 @@ def _of_profile(
     gate: Gate, name: str, config: SereConfig, profile: SimilarityProfile
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Similarity and, where it is asked for, projection coefficients of a gate."""
-    if name not in profile:
+    given = str(gate.router_weight.target)  # make_fx has names of its own, which a profile may go by
+    if name not in profile and given not in profile:
         raise ProfileError(f"the profile has no matrix for the gate {name}; it has {', '.join(profile)}")
-    matrix, projection = profile[name], profile.projection(name)
+    known = name if name in profile else given
+    matrix, projection = profile[known], profile.projection(known)
     if matrix.shape[0] != gate.num_experts:
         raise ProfileError(f"the matrix for {name} is {list(matrix.shape)}, its gate has {gate.num_experts} experts")
     if projection is None and config.substitution == "projection":
@@ -221,7 +243,8 @@ class _Program:
         """The fully qualified name of the gate's router weight."""
         node = gate.router_weight
         if self._exported is None:
-            return str(node.target)
+            owner = find_owner(self.value(node)) if _NAMED_BY_MAKE_FX.fullmatch(str(node.target)) else None
+            return str(node.target) if owner is None else owner.name
         signature = self._exported.graph_signature
         return _lifted(signature).get(node.name, node.name)
 

@@ -18,6 +18,7 @@ from .options import routing_options
 @click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
 @click.option("--prompt", default="The capital of France is", show_default=True, help="Text to trace the model with.")
 @routing_options
+@click.option("--strict", is_flag=True, help="Run each gate, as traced and re-routed, and say what that proves.")
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile to attach.")
 def explain_command(name: str, prompt: str, profile: str | None, **options: Any) -> None:
     """Print every gate of a model, what re-routing would do to it, and why not. Exits with 1 if none is found."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from sere_compile.passes import SkipReason, find_gates, nodes
@@ -18,6 +19,7 @@ from .moe_modules import (
     TRACERS,
     BiasCorrected,
     Block,
+    Grouped,
     Indexed,
     from_dynamo,
     from_export,
@@ -259,6 +261,24 @@ class TestReasons:
         skip, _ = one_skip(Function(lambda b, x: b.labels(torch.topk(b.scores(x), 1)[1])))
         assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.NO_DISPATCH, "topk")
         assert skip.detail == "ids are used by embedding: indexed weights"
+
+    def test_fixed_sizes(self):
+        """`counts.tolist()` under make_fx is what the counts were in the traced call; the split is named."""
+
+        class Split(Grouped):
+            def dispatch(self, x, ids, weights):
+                order = ids.reshape(-1).argsort(stable=True)
+                counts = torch.zeros(len(x), EXPERTS).scatter(1, ids, 1.0).long().sum(0).tolist()
+                parts = x[order // TOP_K].split(counts)
+                y = torch.cat([part @ self.experts[number] for number, part in enumerate(parts)])
+                return torch.zeros_like(x).index_add(0, order // TOP_K, y * weights.reshape(-1)[order][:, None])
+
+        with torch.no_grad():
+            [skip] = find_gates(make_fx(Split())(rows())).skips
+        assert skip.reason is SkipReason.FIXED_SIZES
+        assert skip.detail.startswith("split_with_sizes")
+        # The same rows split where the graph itself says.
+        assert one_gate(make_fx(Grouped())(rows())).dispatch == "grouped by expert"
 
     def test_text(self):
         """A refusal prints its reason and detail."""

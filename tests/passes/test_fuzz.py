@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sere_compile.passes import RoutingSettings, Skip, SkipReason, find_gates, rewrite_gate, verify_rewrite
+from sere_compile.passes import Proof, RoutingSettings, Skip, SkipReason, find_gates, rewrite_gate, verify_rewrite
 from sere_compile.testing import reroute_oracle
 
 from . import moe_modules as blocks
@@ -244,8 +244,8 @@ def check(seed: int) -> str:
         captured = dict(
             zip(graph.graph.find_nodes(op="placeholder"), getattr(graph, "captured_inputs", ()), strict=False)
         )
-        refusal = verify_rewrite(gate, lambda n: captured.get(n) if n.op == "placeholder" else attribute(graph, n))
-        assert refusal is None, f"{text}\n{refusal}"
+        shown = verify_rewrite(gate, lambda n: captured.get(n) if n.op == "placeholder" else attribute(graph, n))
+        assert shown is Proof.SUM, f"{text}\n{shown}"
     matrix = blocks.similarity(parts.experts, seed)
     done = rewrite_gate(gate, add_matrix(graph, matrix), RoutingSettings(parts.select_top_k))
     if isinstance(done, Skip):

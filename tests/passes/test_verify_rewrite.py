@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
-from sere_compile.passes import SkipReason, UseKind, verify_rewrite
+from sere_compile.passes import Proof, SkipReason, UseKind, find_gates, verify_rewrite
 
 from .moe_modules import (
     DUPLICATE_UNSAFE,
@@ -52,14 +53,15 @@ class TestRight:
         """Every dispatch of the tests is proven, and the graph is left as it was."""
         graph = TRACERS[tracer](module(), rows())
         before = str(graph.graph)
-        assert verified(graph) is None
+        # Where two tensors could be the weights, slots cannot be run alone.
+        assert verified(graph) is (Proof.KIND if module is SkipSlots else Proof.SUM)
         assert str(graph.graph) == before
 
     @pytest.mark.parametrize("module", [RoutedIndexed, RoutedScatter])
     @pytest.mark.parametrize("form", FORMS)
     def test_forms(self, form, module, tracer):
         """So is every form of selection."""
-        assert verified(TRACERS[tracer](module(FORMS[form]), rows())) is None
+        assert verified(TRACERS[tracer](module(FORMS[form]), rows())) is Proof.SUM
 
 
 def with_kinds(gate, change):
@@ -105,3 +107,41 @@ class TestWrong:
         refusal = verify_rewrite(one_gate(graph), lambda node: torch.zeros(1, 2, 3))
         assert refusal.reason is SkipReason.UNVERIFIED
         assert "could not be run" in refusal.detail
+
+
+class Leaving(BiasCorrected):
+    """A router whose ids and weights leave the graph, with a mask of the ids beside them."""
+
+    def dispatch(self, x, ids, weights):
+        return ids, weights, nn.functional.one_hot(ids, self.num_experts).permute(2, 1, 0)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+class TestOutside:
+    """Ids and weights that leave: what is returned has to be made of merged ones."""
+
+    def leaving(self, tracer):
+        graph = TRACERS[tracer](Leaving(), rows())
+        [gate] = find_gates(graph, lambda weight, experts: True).gates
+        assert gate.dispatch == "leaves the graph"
+        return graph, gate
+
+    def test_right(self, tracer):
+        assert verified(*self.leaving(tracer)) is Proof.MERGED
+
+    def test_a_use_that_is_overlooked(self, tracer):
+        """The mask keeps the old ids while ids and weights are re-routed: S = K would not show it."""
+        graph, gate = self.leaving(tracer)
+        wrong = dataclasses.replace(gate, uses=tuple(use for use in gate.uses if use.consumer.op == "output"))
+        assert len(wrong.uses) < len(gate.dispatch_uses)
+        refusal = verified(graph, wrong)
+        assert refusal.reason is SkipReason.UNVERIFIED
+        assert "not made of merged ids and weights" in refusal.detail
+
+    def test_duplicates_leave(self, tracer):
+        """A rule that takes what is outside for a dispatch that sums: nothing is shown of the sum."""
+        graph, gate = self.leaving(tracer)
+        trusting = with_kinds(
+            gate, lambda use: dataclasses.replace(use, kind=UseKind.GROUPED) if use.kind.dispatches else use
+        )
+        assert verified(graph, trusting) is Proof.KIND
