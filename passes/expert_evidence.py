@@ -10,14 +10,19 @@ from .columns import constant
 
 # How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is 60 nodes.
 _HORIZON = 200
-_SHARED = frozenset({"linear", "matmul", "addmm", "scaled_dot_product_attention"})
+_SHARED = frozenset({"linear", "matmul", "addmm", "scaled_dot_product_attention"}) | {
+    "embedding",
+    "embedding_bag",
+    "_embedding_bag",
+}
 _BELOW = {"ge": 0, "lt": 0, "gt": 1, "le": 1, "eq": 0, "ne": 0}
 
 
 def reaches_experts(start: Node, num_experts: int | None) -> bool:
     """Whether weights stacked over the experts, [E, .., ..], are read somewhere behind `start`.
 
-    A matrix that all tokens share ends a path: what lies behind it is another part of the model.
+    A matrix that all tokens share ends a path: what lies behind it is another part of the model. So does what becomes
+    part of the hidden states: an embedding of the ids that is added to them meets experts in a later layer.
 
     Args:
         start: a consumer of the ids.
@@ -33,9 +38,21 @@ def reaches_experts(start: Node, num_experts: int | None) -> bool:
         if _projects_all_tokens(node):
             continue
         fresh = [user for user in nodes.followers(node) if user not in seen and not _asserts(user)]
+        fresh = [user for user in fresh if not _becomes_data(user, node, start, num_experts)]
         seen.update(fresh)
         pending.extend(fresh)
     return False
+
+
+_MIXES = frozenset({"add", "sub", "mul", "div", "cat", "concat", "concatenate", "where", "lerp", "addcmul"})
+
+
+def _becomes_data(mixing: Node, made_of_ids: Node, start: Node, num_experts: int | None) -> bool:
+    """Whether numbers made of the ids are mixed with ones that were there before, other than by a mask over experts."""
+    if nodes.kind(mixing) not in _MIXES or not nodes.is_floating(mixing) or num_experts is None:
+        return False
+    before = [source for source in nodes.operands(mixing) if source < start and nodes.shape(source) != ()]
+    return bool(before) and num_experts not in (nodes.shape(made_of_ids) or ())
 
 
 def _asserts(node: Node) -> bool:

@@ -52,6 +52,11 @@ class SkipReason(enum.Enum):
     )
     BENT_WEIGHTS = "its weights pass another function behind the dispatch, where those of two slots cannot be added"
     SCALED_INPUT = "its weights scale what goes into the experts, where the weights of two slots cannot be added"
+    RESELECTED = "another selection chooses among its results, and new weights would change what that takes"
+    ASCENDING = (
+        "it takes the best scores in ascending order, and re-routing ranks them best first: write topk, or "
+        "sort(descending=True)"
+    )
     UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"

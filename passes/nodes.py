@@ -210,6 +210,26 @@ def writers(node: Node) -> list[Node]:
     return found
 
 
+# Operations whose first result is the tensor operand with other numbers, as decompositions write them.
+_FIRST_OF_SEVERAL = frozenset({"log_sigmoid_forward", "native_layer_norm", "native_dropout"})
+
+
+def first_result(node: Node) -> Node | None:
+    """The operation whose only result of interest the node picks, elementwise over its operand, or None."""
+    source = operand(node)
+    picks = source is not None and kind(node) == "item" and node.args[1] == 0
+    return source if picks and source is not None and raw_name(source) in _FIRST_OF_SEVERAL else None
+
+
+def elementwise_users(node: Node) -> list[Node]:
+    """The users, and for one that returns several tensors its first result."""
+    found: list[Node] = []
+    for user in node.users:
+        firsts = [item for item in user.users if first_result(item) is user] if operand(user) is node else []
+        found += firsts or [user]
+    return found
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument by position or by keyword. ATen, torch functions and methods agree on both."""
     if position < len(node.args):

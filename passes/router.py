@@ -13,13 +13,17 @@ from .gate import Skip, SkipReason
 # Operations that keep one score per expert on their way from the projection to the selection.
 _SCORING = frozenset(
     {"softmax", "log_softmax", "sigmoid", "log_sigmoid", "logsigmoid", "softplus", "tanh", "sqrt", "exp"}
+    | {"relu", "silu", "gelu", "pow", "square", "layer_norm", "rms_norm"}
 )
+# ... as decompositions name them.
+_FIRST_RESULTS = {"log_sigmoid_forward": "logsigmoid", "native_layer_norm": "layer_norm", "native_dropout": "dropout"}
 _SCORE_PRESERVING = (
     _SCORING
     | nodes.VALUE_PRESERVING
     | {"add", "sub", "mul", "div", "clamp", "masked_fill", "where", "nan_to_num", "dropout", "neg"}
 )
 _COLUMNS = frozenset({"slice", "narrow", "item"})
+_FACTOR_NODES = 24  # how much may be computed of a weight before it projects
 _PROJECTIONS = {"linear": 1, "matmul": 1, "addmm": 2, "bmm": 1, "baddbmm": 2, "einsum": 2, "cdist": 1}
 
 
@@ -52,7 +56,9 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     pending, seen = [scores], {scores}
     while pending:
         node = pending.pop()
-        name = nodes.kind(node)
+        first = nodes.first_result(node)
+        node = node if first is None else first
+        name = _FIRST_RESULTS.get(nodes.kind(node), nodes.kind(node))
         if name in _PROJECTIONS:
             factors = _projection_factors(node, _PROJECTIONS[name])
             if factors is not None:
@@ -70,6 +76,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
         elif name in _SCORE_PRESERVING or nodes.only_moves_ones(node):
             same_order = nodes.only_moves_ones(node)
             sources = [s for s in nodes.operands(node) if same_order or nodes.last_size(s) not in (None, 1)]
+            sources = sources if first is None else sources[:1]  # the others are a norm's own parameters
             broadcast += [source for source in nodes.operands(node) if source not in sources]
             if name in _SCORING:
                 scoring.insert(0, name)
@@ -123,9 +130,31 @@ def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | 
     candidates = [arguments[position]] if position < len(arguments) else []
     candidates.append(projection.kwargs.get("weight"))
     for candidate in candidates:
-        root = nodes.parameter_root(candidate) if isinstance(candidate, Node) else None
+        root = _made_of(candidate) if isinstance(candidate, Node) else None
         sizes = nodes.shape(root) if root is not None else None
         matches = sizes is not None and len(sizes) == 2 and nodes.last_size(projection) in sizes
         if matches and root is not None and isinstance(hidden, Node):
             return hidden, root
     return None
+
+
+def _made_of(factor: Node) -> Node | None:
+    """The graph input that a factor is a view of, or what is computed of it and of other state of the model alone.
+
+    Cosine routers normalise the weight, others scale or dequantise it: its identity still tells the layer.
+    """
+    root = nodes.parameter_root(factor)
+    if root is not None:
+        return root
+    pending, seen = [factor], {factor}
+    while pending and len(seen) < _FACTOR_NODES:
+        node = pending.pop()
+        if node.op in ("placeholder", "get_attr") and not nodes.is_model_state(node):
+            return None
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    inputs = [node for node in seen if node.op in ("placeholder", "get_attr") and nodes.is_floating(node)]
+    # make_fx reads an attribute anew for each use.
+    matrices = {node.target: node for node in inputs if len(nodes.shape(node) or ()) == 2}
+    return next(iter(matrices.values())) if not pending and len(matrices) == 1 else None

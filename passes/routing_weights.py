@@ -28,6 +28,7 @@ _MOVES_ROWS = nodes.VALUE_PRESERVING | {
     "select",
 }
 _PRODUCTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm"})
+_SELECTING = frozenset({"topk", "sort", "argsort", "argmax", "max"})
 _REDUCTIONS = frozenset({"sum", "amax", "max", "mean", "norm"})
 
 
@@ -51,6 +52,9 @@ def find_routing_weights(ids: Node, values: list[Node], uses: list[Use], project
 
 def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:
     """A refusal where the sum of two slots' weights would not give the sum of two experts' outputs."""
+    again = next((user for user in outer_consumers(weights, ids) if nodes.kind(user) in _SELECTING), None)
+    if again is not None:
+        return Skip(SkipReason.RESELECTED, again, f"{again.name} at {nodes.source_line(again)}", evidence=4)
     columns = nodes.last_size(projection)
     hidden = {source for source in nodes.operands(projection) if not _is_weight(source)}
     pending, seen = outer_consumers(weights, ids), {weights}
@@ -151,12 +155,12 @@ def _slot_shaped(starts: list[Node], ids: Node) -> dict[Node, None]:
     wide = [s for s in starts if (nodes.last_size(s) or 0) > (nodes.last_size(ids) or 0)]
     while pending:
         node = pending.pop()
-        for user in node.users:
+        for user in nodes.elementwise_users(node):
             if _appends_columns(user, node):
                 wide.append(user)
+            elementwise = nodes.kind(user) in _ELEMENTWISE or nodes.first_result(user) is not None
             keeps = _keeps_slots(user, ids) or (
-                (nodes.kind(user) in _ELEMENTWISE or user in wide)
-                and any(nodes.same_shape(user, start) for start in wide)
+                (elementwise or user in wide) and any(nodes.same_shape(user, start) for start in wide)
             )
             keeps = keeps and (columns_of(user, node) or (0, 0))[0] == 0
             if user not in chain and user.op != "output" and keeps:
@@ -182,7 +186,8 @@ def _keeps_slots(node: Node, ids: Node) -> bool:
 
 
 def _outer_consumers(node: Node, chain: dict[Node, None]) -> list[Node]:
-    return [user for user in node.users if user not in chain and nodes.reads_numbers(user, node)]
+    users = [user for user in node.users if not any(nodes.first_result(item) is user for item in chain)]
+    return [user for user in users if user not in chain and nodes.reads_numbers(user, node)]
 
 
 def outer_consumers(weights: Node, ids: Node) -> list[Node]:

@@ -92,7 +92,7 @@ def _top_k(node: Node) -> Selection | Skip:
     )
 
 
-def _sorted(node: Node, name: str) -> Iterable[Selection]:
+def _sorted(node: Node, name: str) -> Iterable[Selection | Skip]:
     """A sort is a selection only if the first columns of its order are used and nothing else of it."""
     scores = nodes.operand(node)
     size = nodes.last_size(scores) if scores is not None else None
@@ -100,6 +100,9 @@ def _sorted(node: Node, name: str) -> Iterable[Selection]:
     if scores is None or size is None or not nodes.is_floating(scores) or not _is_last(dim, scores):
         return
     ids = (node,) if name == "argsort" else tuple(n for n in nodes.picked(node, 1) if n.users)
+    if not nodes.argument(node, 2, "descending", False) and any(_takes_last(i, size) for i in ids):
+        yield Skip(SkipReason.ASCENDING, node, evidence=2)
+        return
     cut = _cut_columns(ids, size)
     if not cut or nodes.last_size(cut[0]) in (None, size):
         return
@@ -109,6 +112,14 @@ def _sorted(node: Node, name: str) -> Iterable[Selection]:
     top_k = nodes.last_size(cut[0])
     assert top_k is not None
     yield Selection(node, "sort", scores, top_k, cut, values, smallest=smallest, unnarrowed=ids)
+
+
+def _takes_last(ids: Node, size: int) -> bool:
+    """Whether the last columns of the order are used, or the order is turned round."""
+    cut = [columns_of(user, ids) for user in ids.users]
+    return any(part is not None and part[0] > 0 and part[1] == size for part in cut) or any(
+        nodes.kind(user) == "flip" for user in ids.users
+    )
 
 
 def _maximum(node: Node, name: str) -> Iterable[Selection | Skip]:

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sere_compile.passes import SkipReason, find_gates, nodes
+from sere_compile.passes import RoutingSettings, SkipReason, find_gates, nodes, rewrite_gate
 
 from .moe_modules import (
     EXPERTS,
@@ -21,11 +21,13 @@ from .moe_modules import (
     Block,
     Grouped,
     Indexed,
+    add_matrix,
     from_dynamo,
     from_export,
     one_gate,
     reroute,
     rows,
+    similarity,
 )
 
 
@@ -75,6 +77,8 @@ SCORINGS = {
     "softplus + sqrt": lambda b, x: pick(F.softplus(F.linear(x, b.router)).sqrt()),
     "log_softmax": lambda b, x: pick(F.log_softmax(F.linear(x, b.router), -1)),
     "tanh": lambda b, x: pick(torch.tanh(F.linear(x, b.router)) * 30),
+    "relu": lambda b, x: pick(F.relu(F.linear(x, b.router))),
+    "layer_norm + softmax": lambda b, x: pick(F.layer_norm(F.linear(x, b.router), (EXPERTS,)).softmax(-1)),
 }
 PROJECTIONS = {
     "linear with bias": lambda b, x: F.linear(x, b.router, b.bias),
@@ -83,6 +87,8 @@ PROJECTIONS = {
     "in float32": lambda b, x: F.linear(x.float(), b.router.float()),
     "einsum": lambda b, x: torch.einsum("th,eh->te", x, b.router),
     "addmm": lambda b, x: torch.addmm(b.bias, x, b.router.t()),
+    "cosine": lambda b, x: F.linear(F.normalize(x, dim=-1), F.normalize(b.router, dim=-1)),
+    "scaled weight": lambda b, x: F.linear(x, b.router * 0.5),
 }
 
 
@@ -261,6 +267,35 @@ class TestReasons:
         skip, _ = one_skip(Function(lambda b, x: b.labels(torch.topk(b.scores(x), 1)[1])))
         assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.NO_DISPATCH, "topk")
         assert skip.detail == "ids are used by embedding: indexed weights"
+
+    @pytest.mark.parametrize(
+        "choose",
+        [lambda order: order.flip(-1)[:, :TOP_K], lambda order: order[:, -TOP_K:]],
+        ids=["flipped", "last columns"],
+    )
+    def test_ascending(self, choose):
+        """The best scores, worst of them first: ranks would be the wrong way round."""
+
+        def function(b, x):
+            values, order = torch.sort(b.scores(x), -1)
+            return choose(order), choose(values)
+
+        skip, _ = one_skip(Routed(function))
+        assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.ASCENDING, "sort")
+
+    def test_reselected(self):
+        """A second top-k over the first one's values: merging weights would change its choice."""
+
+        def function(b, x):
+            values, ids = torch.topk(b.scores(x), TOP_K + 2)
+            best, places = torch.topk(values, TOP_K)
+            return ids.gather(1, places), best
+
+        found = find_gates(from_export(Routed(function), rows()))
+        [gate] = found.gates
+        refused = rewrite_gate(gate, add_matrix(gate.selection.graph.owning_module, similarity()), RoutingSettings(1))
+        assert refused.reason is SkipReason.RESELECTED
+        assert refused.detail.startswith("topk")
 
     def test_fixed_sizes(self):
         """`counts.tolist()` under make_fx is what the counts were in the traced call; the split is named."""
