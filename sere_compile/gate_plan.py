@@ -176,11 +176,10 @@ def apply_plan(
     matrix = torch.empty(gate.num_experts, gate.num_experts, dtype=torch.float32, device=weight.device)
     node = appended.input_for(plan, matrix, "similarity")
     scale = appended.input_for(plan, matrix, "projection") if config.substitution == "projection" else None
-    # A count of what changed reads the ids as they were.
     settings = routing_settings(gate, config)
-    done = "they are counted" if config.collect_stats else fuse_reroute(gate, node, settings, scale)
-    if isinstance(done, str):
-        done = rewrite_gate(gate, node, settings, scale)
+    # A count of what changed reads the ids as they were.
+    joined = "its ids are counted" if config.collect_stats else fuse_reroute(gate, node, settings, scale)
+    done = rewrite_gate(gate, node, settings, scale) if isinstance(joined, str) else joined
     if isinstance(done, Skip):
         appended.drop_unused(plan)
         _skip(plan, done, raising=config.strict and not reporting)

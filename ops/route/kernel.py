@@ -142,18 +142,20 @@ def select(
     scores = logits if LOGITS_DECIDE else scores_of(logits, SCORING)
     keys = choice_keys(logits, scores, bias_ptr, SCORING, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK,
                        E, E_BLOCK, NARROW, ROWS)  # fmt: skip
-    ids = tl.zeros([ROWS, K_BLOCK], tl.int32)
-    weights = tl.full([ROWS, K_BLOCK], float("-inf"), tl.float32)
-    for k in tl.static_range(K):
+    winners = tl.zeros([ROWS, K_BLOCK], tl.int32 if NARROW else tl.int64)
+    weights = tl.zeros([ROWS, K_BLOCK], tl.float32)
+    # Not unrolled: code that is not in a cache costs more than the loop.
+    for k in range(K):
         winner = tl.max(keys, axis=1)[:, None]
-        expert = expert_of(winner, E_BLOCK, NARROW)
-        if LOGITS_DECIDE:
-            weight = score_of(winner, NARROW)
-        else:
-            weight = tl.sum(tl.where(column == expert, scores, 0.0), axis=1)[:, None]
-        ids = tl.where(slot == k, expert, ids)
-        weights = tl.where(slot == k, weight, weights)
+        winners = tl.where(slot == k, winner, winners)
+        if not LOGITS_DECIDE:
+            expert = expert_of(winner, E_BLOCK, NARROW)
+            weights = tl.where(slot == k, tl.sum(tl.where(column == expert, scores, 0.0), axis=1)[:, None], weights)
         keys = without(keys, winner, NARROW)
+    ids = expert_of(winners, E_BLOCK, NARROW)
+    if LOGITS_DECIDE:
+        weights = score_of(winners, NARROW)
+    weights = tl.where(slot < K, weights, float("-inf"))
     if LOGITS_DECIDE:
         if SCORING == "softmax":
             greatest = tl.max(logits, axis=1)[:, None]
@@ -226,33 +228,30 @@ def primary_experts(
     OUTSIDE_ZERO: tl.constexpr, G_BLOCK: tl.constexpr, K: tl.constexpr, SELECT: tl.constexpr, E: tl.constexpr,
     E_BLOCK: tl.constexpr, NARROW: tl.constexpr, HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """0 or 1 [E_BLOCK], by the rules of `primary_bits` in ops/reroute/kernel.py."""
+    """0 or 1 [E_BLOCK]: the union of the best S', by the rules of `sere::reroute`; all 1 where S' is K."""
+    start = tl.full([], SELECT, tl.int32)
     if HAS_MIN and not HAS_MAX:
         # T tokens name at most T * S' experts: no smaller width can be enough.
-        width = tl.minimum(tl.maximum(SELECT, (min_active + num_tokens - 1) // num_tokens), K)
-    else:
-        width = tl.full([], SELECT, tl.int32)
-    bits = chosen_experts(logits_ptr, bias_ptr, num_tokens, stride_t, width, SCORING, HAS_BIAS, GROUPS, TOP_GROUPS,
-                          TOP2, OUTSIDE_ZERO, G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
-    if HAS_MAX:
-        fits = 1
-        while (fits != 0) & (width < K):
-            wider = chosen_experts(logits_ptr, bias_ptr, num_tokens, stride_t, width + 1, SCORING, HAS_BIAS, GROUPS,
-                                   TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
-            fits = (tl.sum(wider) <= max_active).to(tl.int32)
-            bits = tl.where(fits != 0, wider, bits)
-            width += fits
-    if HAS_MIN:
-        active = tl.sum(bits)
-        while (active < min_active) & (width < K - 1):
-            width += 1
-            bits = chosen_experts(logits_ptr, bias_ptr, num_tokens, stride_t, width, SCORING, HAS_BIAS, GROUPS,
-                                  TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
-            active = tl.sum(bits)
-        bits = tl.where((active >= min_active) & (width < K), bits, 1)
-    elif HAS_MAX:
-        bits = tl.where(width < K, bits, 1)
-    return bits
+        start = tl.minimum(tl.maximum(start, (min_active + num_tokens - 1) // num_tokens), K)
+    width, taken, active = start, start, start - start
+    bits = tl.zeros([E_BLOCK], tl.int32)
+    more = (start > 0).to(tl.int32)
+    # One loop for all rules, so that its body is there once. Unions grow with the width.
+    while more != 0:
+        union = chosen_experts(logits_ptr, bias_ptr, num_tokens, stride_t, width, SCORING, HAS_BIAS, GROUPS,
+                               TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
+        size = tl.sum(union)
+        fits = (size <= max_active) if HAS_MAX else (size < 0)
+        is_taken = (width == start) | fits
+        if HAS_MIN:
+            is_taken = is_taken | (active < min_active)
+        bits = tl.where(is_taken, union, bits)
+        taken = tl.where(is_taken, width, taken)
+        active = tl.where(is_taken, size, active)
+        wanted = (fits | (active < min_active)) if HAS_MIN else fits
+        more = (is_taken & wanted & (width < K)).to(tl.int32)
+        width += 1
+    return tl.where(taken < K, bits, 1)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "epsilon", "scale", "threshold", "min_active", "max_active"])
@@ -262,14 +261,20 @@ def route_reroute_kernel(
     K: tl.constexpr, SELECT: tl.constexpr, E: tl.constexpr, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr,
     OUTSIDE_ZERO: tl.constexpr, G_BLOCK: tl.constexpr, HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr,
-    HAS_PROJECTION: tl.constexpr, NARROW: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-    K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr, NARROW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`route_kernel`, with ids re-routed to the primary experts of all rows and weights projected."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    logits = load_rows(logits_ptr, token, num_tokens, stride_t, E, E_BLOCK).to(tl.float32)
-    weights, ids = select(logits, bias_ptr, epsilon, SCORING, RENORMALIZE, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2,
-                          OUTSIDE_ZERO, G_BLOCK, K, K_BLOCK, E, E_BLOCK, NARROW, TOKENS)  # fmt: skip
+    """`route_kernel`, with ids re-routed to the primary experts of all rows and weights projected.
+
+    A row for each warp, so that no maximum leaves its warp. There are more of them than tokens: the rest are copies.
+    """
+    first = tl.program_id(0) * TOKENS
+    rows = load_rows(logits_ptr, first + tl.arange(0, ROWS) % TOKENS, num_tokens, stride_t, E, E_BLOCK)
+    weights, ids = select(rows.to(tl.float32), bias_ptr, epsilon, SCORING, RENORMALIZE, HAS_BIAS, GROUPS, TOP_GROUPS,
+                          TOP2, OUTSIDE_ZERO, G_BLOCK, K, K_BLOCK, E, E_BLOCK, NARROW, ROWS)  # fmt: skip
+    weights = tl.max(tl.reshape(weights, (ROWS // TOKENS, TOKENS, K_BLOCK)), axis=0)
+    ids = tl.max(tl.reshape(ids, (ROWS // TOKENS, TOKENS, K_BLOCK)), axis=0)
+    token = first + tl.arange(0, TOKENS)
     slot = tl.arange(0, K_BLOCK)[None, :]
     stored = (token < num_tokens)[:, None] & (slot < K)
     expert = tl.reshape(ids, (TOKENS * K_BLOCK,))
@@ -278,6 +283,8 @@ def route_reroute_kernel(
     bits = primary_experts(logits_ptr, bias_ptr, num_tokens, stride_t, min_active, max_active, SCORING, HAS_BIAS,
                            GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK, K, SELECT, E, E_BLOCK, NARROW, HAS_MIN,
                            HAS_MAX, CHUNK)  # fmt: skip
+    # With two dimensions: Triton 3.6 gives what a reshape makes of one a layout in which every warp does all the work.
+    bits = bits[None, :]
     target = tl.reshape(most_similar(expert, similarity, bits, threshold, E_BLOCK), (TOKENS, K_BLOCK))
     weights = (weights * scale).to(weights_ptr.dtype.element_ty)
     if HAS_PROJECTION:

@@ -20,6 +20,10 @@ class Tile:
     chunk: int
     num_warps: int
 
+    def rows(self, e_block: int) -> int:
+        """Rows of scores that the warps hold one or more of each; at least the tokens."""
+        return max(self.tokens, self.num_warps * max(1, 128 // e_block))
+
 
 def is_narrow(logits: Tensor, bias: Tensor | None, scoring: Scoring) -> bool:
     """Whether the logits alone decide and have 16 bits."""
@@ -42,13 +46,13 @@ def one_launch(num_tokens: int, e_block: int, narrow: bool, scoring: Scoring, re
 
 
 def tile_for(num_tokens: int, e_block: int, narrow: bool) -> Tile:
-    """A row of 128 experts for each warp, so that no maximum leaves its warp; 32 scores a thread and step.
+    """16 slots of 128 experts at K = 8, and 8 scores a thread and step (16 above 64 tokens): little code.
 
     Two classes only: with a symbolic T each is one more compiled graph.
     """
-    num_warps = 4 if guard_or_false(num_tokens <= 128) else 8
-    tokens = num_warps * max(1, 128 // e_block)
-    return Tile(tokens, max(tokens, num_warps * 32 * (32 if narrow else 16) // e_block), num_warps)
+    num_warps, scores = (8, 8) if guard_or_false(num_tokens <= 64) else (16, 16)
+    scores = scores if narrow else scores // 2
+    return Tile(max(1, 256 // e_block), max(1, num_warps * 32 * scores // e_block), num_warps)
 
 
 def launch_route(
@@ -71,8 +75,8 @@ def launch_route(
     if tile is not None or one_launch(rows.shape[0], e_block, narrow, scoring, rerouting):
         tile = tile or tile_for(rows.shape[0], e_block, narrow)
         launchable(route_reroute_kernel)[(triton.cdiv(rows.shape[0], tile.tokens),)](
-            **arguments, **_rerouting_arguments(rerouting, rows), TOKENS=tile.tokens, CHUNK=tile.chunk,
-            num_warps=tile.num_warps,
+            **arguments, **_rerouting_arguments(rerouting, rows), TOKENS=tile.tokens, ROWS=tile.rows(e_block),
+            CHUNK=tile.chunk, num_warps=tile.num_warps,
         )  # fmt: skip
         return weights, ids
     _launch_selection(arguments, rows.shape[0], e_block, None)

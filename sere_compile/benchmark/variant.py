@@ -46,10 +46,10 @@ def all_variants(
     """
     found = [Variant("eager", "grouped_mm", None)]
     found += [Variant(f"inductor {experts}", experts, INNER) for experts in stock]
-    for select in selects:
-        backend = sere_backend.with_options(select_top_k=min(select, top_k), strict=True, inner=INNER)
+    for select in dict.fromkeys(min(select, top_k) for select in selects):
+        backend = sere_backend.with_options(select_top_k=select, strict=True, inner=INNER)
         name = "sere S=K" if select >= top_k else f"sere S={select}"
-        found.append(Variant(name, "grouped_mm", backend, min(select, top_k)))
+        found.append(Variant(name, "grouped_mm", backend, select))
     return found
 
 

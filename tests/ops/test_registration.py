@@ -203,7 +203,7 @@ def test_kernels_compile_for_sm90(tmp_path):
                             sim_ptr="*fp32", projection_ptr="*fp32")
             compile_for_sm90(route_kernel, 1, constants, **pointers)
             tile = tile_for(32, 64, narrow)
-            constants.update(TOKENS=tile.tokens, CHUNK=tile.chunk)
+            constants.update(TOKENS=tile.tokens, ROWS=tile.rows(64), CHUNK=tile.chunk)
             compile_for_sm90(route_reroute_kernel, tile.num_warps, constants, **pointers)
         """,
         TRITON_CACHE_DIR=str(tmp_path),
