@@ -64,9 +64,8 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         profile: a matrix for every gate, by the name of its router weight (in the live model, or as make_fx names it).
             Without one the experts are probed: in the graph where its batch size is fixed, else in the model it was
             traced from, which has to be there still.
-        config: S, threshold, min_active, max_active, max_tokens, substitution and per_gate; the backend's defaults
-            otherwise. `inner` has no
-            meaning here.
+        config: S, threshold, min_active, max_active, max_tokens, substitution, per_gate and strict; the backend's
+            defaults otherwise. `inner` has no meaning here.
 
     Returns:
         A rewritten copy that shares the weights.

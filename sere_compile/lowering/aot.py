@@ -55,7 +55,7 @@ def package(
         args: example inputs of a model, positional.
         kwargs: example inputs of a model, by keyword.
         profile: similarity matrices by router weight.
-        config: S, threshold, min_active and max_tokens.
+        config: the options of re-routing.
         dynamic_shapes: which sizes of a model's inputs may vary.
         experts: how Hugging Face models compute their experts in the package; None leaves that alone.
         inductor_options: passed to Inductor, such as `{"max_autotune": True}`.
@@ -104,7 +104,7 @@ def export_rewritten(
         args: example inputs of a model, positional.
         kwargs: example inputs of a model, by keyword.
         profile: similarity matrices by router weight. None: those attached to the model, else the experts are probed.
-        config: S, threshold, min_active and max_tokens; the backend's defaults otherwise.
+        config: the options of re-routing, as `rewrite` takes them; the backend's defaults otherwise.
         dynamic_shapes: which sizes of a model's inputs may vary, as in `torch.export.export`.
         experts: how Hugging Face models inside a model compute their experts in the program; None leaves that alone.
         allow_no_gates: return the program unchanged, with a warning, where `GateNotFoundError` would be raised.
