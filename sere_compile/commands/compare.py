@@ -9,8 +9,9 @@ import click
 from ..config import SereConfig
 from ..errors import SereError
 from ..evaluation import evaluate_rules
-from ..evaluation.comparison import comparison_rules, named_rule
+from ..evaluation.comparison import calibrated_profiles, comparison_rules, named_rule
 from ..evaluation.sweep import SweepRow, format_table, whole_batches, write_csv
+from ..evaluation.text import mixed_windows
 from ..similarity import SimilarityProfile, attach
 from .options import Numbers, data_options, load_subject, number_or_share
 
@@ -20,11 +21,17 @@ from .options import Numbers, data_options, load_subject, number_or_share
 @click.option(
     "--profile",
     "profiles",
-    required=True,
     multiple=True,
     type=click.Path(dir_okay=False),
     help="Similarity profile, any number of them; rows have their files' names, the first serves random matrices too.",
 )
+@click.option(
+    "--calibrate-on",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="Text to make profiles of every metric from, and one without data; in place of --profile.",
+)
+@click.option("--calibration-sequences", type=int, default=400, show_default=True, help="Of --calibrate-on.")
 @click.option("--select-top-k", type=Numbers(int), default="1,2", show_default=True, help="Values of S.")
 @click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
 @click.option("--batch", type=Numbers(int), default="16", show_default=True, help="Sequences decoded together.")
@@ -33,21 +40,28 @@ from .options import Numbers, data_options, load_subject, number_or_share
 @click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION, (profile, S) to a rule of your own.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
 def compare_command(
-    name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str,
-    profiles: tuple[str, ...], select_top_k: list[int], threshold: list[float | str], batch: list[int],
-    fill: list[float], restore: list[float], others: tuple[str, ...], csv_path: str | None,
+    name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str, profiles: tuple[str, ...],
+    calibrate_on: tuple[str, ...], calibration_sequences: int, select_top_k: list[int], threshold: list[float | str],
+    batch: list[int], fill: list[float], restore: list[float], others: tuple[str, ...], csv_path: str | None,
 ) -> None:  # fmt: skip
     """Quality and active experts of naive top-S, drop, fill, re-routing by profiles and by chance, and recombining."""
+    if bool(profiles) == bool(calibrate_on):
+        raise click.UsageError("give either --profile or --calibrate-on")
     try:
+        own = {spec: named_rule(spec) for spec in others}
         loaded = {Path(path).stem: SimilarityProfile.load(path) for path in profiles}
-        first = next(iter(loaded))
-        rules = comparison_rules(
-            loaded, reference=first, select_top_k=select_top_k, thresholds=threshold, fills=fill, restores=restore,
-            others={spec: named_rule(spec) for spec in others},
-        )  # fmt: skip
-        model, tokens = load_subject(name, data, field, length, sequences, dtype)
+        if len(loaded) < len(profiles):
+            raise click.UsageError("--profile: rows are named by files, and two of these have the same name")
+        model, tokenizer, tokens = load_subject(name, data, field, length, sequences, dtype)
+        if calibrate_on:
+            train = mixed_windows(tokenizer, calibrate_on, field, length, calibration_sequences)
+            loaded = calibrated_profiles(model, train)
         for profile in loaded.values():
             attach(model, profile)  # it fits the model, or this says why not
+        rules = comparison_rules(
+            loaded, reference=next(iter(loaded)), select_top_k=select_top_k, thresholds=threshold,
+            fills=fill, restores=restore, others=own,
+        )  # fmt: skip
         rows = []
         for size in batch:
             for setting, result in evaluate_rules(model, whole_batches(tokens, size), rules, decode_batch=size).items():

@@ -26,7 +26,7 @@ def eval_command(
     try:
         SereConfig(**options)  # before a model is loaded
         matrices = SimilarityProfile.load(profile)
-        model, tokens = load_subject(name, data, field, length, sequences, dtype)
+        model, _, tokens = load_subject(name, data, field, length, sequences, dtype)
         attach(model, matrices)  # it fits the model, or this says why not
         result = evaluate(model, tokens, profile=matrices, decode_batch=batch, **options)
     except SereError as error:

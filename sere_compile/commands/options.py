@@ -92,7 +92,7 @@ def _with(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Cal
 
 def load_subject(
     name: str, data: Sequence[str], field: str, length: int, sequences: int, dtype: str
-) -> tuple[Any, torch.Tensor]:
-    """The model, and tokens [sequences, length]."""
+) -> tuple[Any, Any, torch.Tensor]:
+    """The model, its tokenizer, and tokens [sequences, length]."""
     model, tokenizer = load_causal_lm(name, dtype=dtype)
-    return model, mixed_windows(tokenizer, data, field, length, sequences)
+    return model, tokenizer, mixed_windows(tokenizer, data, field, length, sequences)

@@ -52,7 +52,7 @@ def sweep_command(
         config = SereConfig(min_active=min_active, per_gate=per_gate)
         configs = settings(select_top_k, max_active, threshold, substitutions, config)
         matrices = SimilarityProfile.load(profile)
-        model, tokens = load_subject(name, data, field, length, sequences, dtype)
+        model, _, tokens = load_subject(name, data, field, length, sequences, dtype)
         attach(model, matrices)  # it fits the model, or this says why not
         if per_layer:
             config = config.replace(threshold=threshold[0], substitution=substitution)

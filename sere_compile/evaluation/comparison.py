@@ -10,7 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..calibration.calibrate import calibrate
 from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import EvaluationError
 from ..similarity import SimilarityProfile
@@ -103,6 +105,13 @@ def comparison_rules(
                 chance = random_profile(profiles[reference], draw)
                 rules[Setting(substitution, RANDOM, s, rho, draw)] = ConfiguredRule.of(config, chance)
     return rules
+
+
+def calibrated_profiles(model: nn.Module, tokens: torch.Tensor, rows: int = 8) -> dict[str, SimilarityProfile]:
+    """A profile of each metric on tokens [N, length], `rows` sequences a forward, and one without data."""
+    batches = [{"input_ids": part} for part in tokens.split(rows)]
+    profiles = {method: calibrate(model, batches, method=method) for method in ("frobenius", "cosine", "cka")}
+    return {**profiles, "data-free": calibrate(model, None)}
 
 
 def named_rule(spec: str) -> Callable[[SimilarityProfile, int], Rule]:

@@ -29,7 +29,7 @@ import torch
 import sere_compile
 from sere_compile import SereConfig, SimilarityProfile
 from sere_compile.evaluation import ConfiguredRule, Evaluation, evaluate_rules
-from sere_compile.evaluation.comparison import Setting, comparison_rules
+from sere_compile.evaluation.comparison import Setting, calibrated_profiles, comparison_rules
 
 DOMAINS = ("code", "prose")
 MODELS = ("qwen3", "mixtral", "upcycled")
@@ -77,13 +77,10 @@ def calibrated(model: Any, corpus: Path, count: int) -> dict[str, SimilarityProf
     halves = {domain: windows(np.load(corpus / f"train_{domain}.npy"), count) for domain in DOMAINS}
     both = torch.cat([half[::2] for half in halves.values()])
 
-    def of(tokens: torch.Tensor, method: str = "frobenius") -> SimilarityProfile:
-        batches = [{"input_ids": part} for part in tokens.split(8)]
-        return sere_compile.calibrate(model, batches, method=method, progress=False)
-
-    profiles = {method: of(both, method) for method in ("frobenius", "cosine", "cka")}
-    profiles["data-free"] = sere_compile.calibrate(model, None, progress=False)
-    return profiles | {domain: of(half) for domain, half in halves.items()}
+    profiles = calibrated_profiles(model, both)
+    for domain, half in halves.items():
+        profiles[domain] = sere_compile.calibrate(model, [{"input_ids": part} for part in half.split(8)])
+    return profiles
 
 
 def sequences(corpus: Path, part: str, domains: tuple[str, ...], draws: int) -> torch.Tensor:

@@ -114,8 +114,24 @@ def test_compare_runs_every_rule(subject, tmp_path, monkeypatch):
     assert rows["own:last_resort", "profile", "1"].kl == rows["naive top-S", "", "1"].kl > 0
     assert ("reroute", "random 2", "1") in rows
     assert all(row.kl == 0 for (_, _, select), row in rows.items() if select == "4")
+    twice = sere(subject, "compare", "--calibrate-on", subject / "text.jsonl")
+    assert twice.exit_code == 2
+    assert "either --profile or --calibrate-on" in twice.output
     unknown = sere(subject, "compare", "--rule", "nowhere:rule")
     assert "'nowhere:rule' is not MODULE:FUNCTION" in unknown.output
+
+
+def test_compare_calibrates_by_itself(subject):
+    """One command from a model and texts to the whole table."""
+    text = subject / "text.jsonl"
+    options = ["--model", subject / "model", "--data", text, "--calibrate-on", text, "--calibration-sequences", 2]
+    options += ["--length", 6, "--sequences", 4, "--batch", 4, "--select-top-k", 1]
+    result = CliRunner().invoke(main, ["compare", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    rows = [line.split(" | ")[:2] for line in result.stdout.splitlines()[2:]]
+    for similarity in ("frobenius", "cosine", "cka", "data-free", "random 0"):
+        assert ["| reroute", similarity] in rows
+        assert ["| projection", similarity] in rows
 
 
 @pytest.mark.parametrize(
