@@ -32,6 +32,18 @@ def test_what_the_prose_says():
                 assert projection < change(case, batch, "drop") * 1.01 < reroute
 
 
+def test_what_the_prose_says_of_thresholds():
+    row = lookup(read(TABLE))
+    for rule in ("reroute", "projection"):
+        for model, threshold, experts in (("qwen3", "q0.2", 0.6), ("upcycled", "0.0", 1.2)):
+            one, two = (
+                row(model, "1", "16", rule, "frobenius", "q0.2"),
+                row(model, "2", "16", rule, "frobenius", threshold),
+            )
+            assert two.change < 0.5 * one.change
+            assert two.active - one.active < experts
+
+
 def test_verdicts_need_more_than_noise():
     same, less = Row(0.1, 0.0, 1.0, (0.1, 0.2, 0.3)), Row(0.1, 0.0, 1.0, (0.05, 0.14, 0.26))
     noisy = Row(0.1, 0.0, 1.0, (0.3, 0.0, 0.25))
