@@ -1,4 +1,4 @@
-"""Let `sere.route` re-route what it selects, so that gating with re-routing is one launch.
+"""Let `sere.route` re-route what it selects: one operator, and one launch where that is faster than two.
 
     routed = sere.route(logits, None, K, ..)          routed = sere.route(logits, None, K, .., similarity, S, rho, ..)
     weights, ids = routed[0], routed[1]         ->    weights, ids = routed[0], routed[1]

@@ -41,8 +41,8 @@ class SereConfig:
             compile time, as traced and re-routed, to prove the rewrite (`passes.verify_rewrite`).
         capture: "default", or "auto": try Dynamo's dynamic-shape capture first. Only `sere_compile.compile` and
             `explain` can do so; a backend gets graphs that are captured already.
-        fuse_router: replace scoring, top-k, normalising and re-routing of up to 256 tokens by one kernel, where the
-            graph is on CUDA and needs no gradients. "always": on a CPU as well.
+        fuse_router: replace scoring, top-k and normalising of up to 256 tokens by one kernel, where the graph is on
+            CUDA and needs no gradients. "always": on a CPU as well.
         lower_experts: replace dispatches of up to 256 tokens, and 24 slots an expert on average, by kernels that read
             only the active experts, where the graph is on CUDA and needs no gradients. They round like any fusing
             compiler. "always": on a CPU as well. `explain` and the log tell what stayed, and why.

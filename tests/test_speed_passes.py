@@ -46,6 +46,24 @@ def test_speed_passes_give_the_stock_logits(name, experts):
         assert not {"bmm", "transformers.grouped_mm_fallback", "sort"} & set(seen[1])
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_groups_of_experts_are_routed(version):
+    """DeepSeek-V2 and V3 limit a token to groups of experts; the operator does, with and without re-routing."""
+    model, logits = tiny_models.grouped_deepseek(version), {}
+    sere_compile.attach(model, tiny_models.random_profile(model))
+    for select_top_k in (1, 4):
+        for on in (False, "always"):
+            seen = []
+            with torch.no_grad():
+                run = compiled(model, seen, select_top_k=select_top_k, lower_experts=False, fuse_router=on)
+                logits[select_top_k, on] = run(tiny_models.tokens(), use_cache=False).logits
+            assert seen[0].count("sere.route") == (tiny_models.LAYERS if on else 0)
+        scale = float(logits[select_top_k, False].abs().max())
+        both = logits[select_top_k, "always"], logits[select_top_k, False]
+        torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5 * scale)
+    assert (logits[1, False] - logits[4, False]).abs().max() > 1e-2 * scale
+
+
 def test_more_than_256_tokens_stay():
     """Beyond the operator's reach the stock dispatch is kept, in the same model."""
     model, seen = tiny_models.build("mixtral", "batched_mm"), []

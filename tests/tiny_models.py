@@ -7,6 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
@@ -61,13 +65,34 @@ TOP_K = {"mixtral": 2, "qwen2_moe": 4, "qwen3_moe": 4}
 def build(name: str, experts: str = "grouped_mm", dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """A model with weights large enough for routing to differ from token to token."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = _spread(MODELS[name]().eval())
+    model.set_experts_implementation(experts)
+    return model.to(device=device, dtype=dtype)
+
+
+def grouped_deepseek(version: int) -> nn.Module:
+    """DeepSeek-V2 or V3 with 16 experts in 4 groups, of which 2 are open to a token; K = 4."""
+    torch.manual_seed(0)
+    options = _SIZES | {
+        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 16, "num_experts_per_tok": 4,
+        "n_group": 4, "topk_group": 2, "first_k_dense_replace": 0, "n_shared_experts": 1, "kv_lora_rank": 16,
+        "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    if version == 2:
+        model = DeepseekV2ForCausalLM(DeepseekV2Config(topk_method="group_limited_greedy", **options))
+    else:
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**options))
+        for layer in model.model.layers:
+            layer.mlp.gate.e_score_correction_bias.normal_(0, 0.3)
+    return _spread(model.eval())
+
+
+def _spread(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.3)
-    model.set_experts_implementation(experts)
-    return model.to(device=device, dtype=dtype)
+    return model
 
 
 def tokens(batch: int = 4, length: int = 6, seed: int = 0, device: str = "cpu") -> torch.Tensor:

@@ -4,8 +4,9 @@ Scores are compared as integers that sort like the floats, with the expert's num
 maximum gives score and number and equal scores have an order. 16-bit logits leave room for the number in 32 bits, for
 which a warp has an instruction.
 
-Re-routing needs the best S experts of all tokens. Programs cannot wait for each other without memory that something
-has to clear, which would be a launch more; so each program finds them for all tokens by itself, from logits in L2.
+Re-routing in the same launch needs the best S experts of all tokens. Programs cannot wait for each other without memory
+that something has to clear, which would be a launch more; so each program finds them for all tokens by itself, from
+logits in L2. That is faster than two launches for few experts only, see `one_launch` in launch.py.
 """
 
 import triton
@@ -86,7 +87,7 @@ def limited_to_groups(
     group = column // (E // GROUPS)
     place = tl.arange(0, G_BLOCK)[None, :]
     best = tl.full([ROWS, G_BLOCK], float("-inf"), tl.float32)
-    for g in tl.static_range(GROUPS):
+    for g in range(GROUPS):
         mine = tl.where((group == g) & (column < E), choice, float("-inf"))
         score = tl.max(mine, axis=1)[:, None]
         if TOP2:
@@ -95,7 +96,7 @@ def limited_to_groups(
         best = tl.where(place == g, score, best)
     keys = selection_keys(best, GROUPS, G_BLOCK, False)
     is_kept = tl.zeros([ROWS, E_BLOCK], tl.int1)
-    for _ in tl.static_range(TOP_GROUPS):
+    for _ in range(TOP_GROUPS):
         winner = tl.max(keys, axis=1)[:, None]
         is_kept = is_kept | (group == expert_of(winner, G_BLOCK, False))
         keys = without(keys, winner, False)

@@ -30,19 +30,16 @@ def is_narrow(logits: Tensor, bias: Tensor | None, scoring: Scoring) -> bool:
     return logits.element_size() == 2 and bias is None and not scoring.is_grouped
 
 
-# Scores that a program may look at for re-routing in the same launch. 0: in a decode step, where its code comes from
-# beyond the L2 each time, the kernel of 2700 instructions took 26 us (12 layers, batch 32, H200), two launches 4.9 us.
-ONE_LAUNCH_SCORES = 0
+# Where one launch was measured faster than two (docs/kernels.md): 16-bit logits, few experts, not many tokens. With 128
+# experts two launches take 3.6 us and one 4.7 (32 tokens): each program looks at all scores, and its code is longer.
+ONE_LAUNCH_EXPERTS = 8
+ONE_LAUNCH_TOKENS = 64
 
 
-def one_launch(num_tokens: int, e_block: int, narrow: bool, scoring: Scoring, rerouting: Rerouting) -> bool:
-    """Whether re-routing in the same launch is faster than in one of its own.
-
-    Each program looks at all scores. Wide keys and scores that have to be computed cost four times as much, a budget
-    tries several widths.
-    """
-    work = e_block * (1 if narrow else 4) * (4 if rerouting.max_active else 1) * (2 if scoring.is_grouped else 1)
-    return guard_or_false(num_tokens * work <= ONE_LAUNCH_SCORES)
+def one_launch(num_tokens: int, num_experts: int, narrow: bool, rerouting: Rerouting) -> bool:
+    """Whether re-routing in the same launch is faster than in one of its own. A budget would try several widths."""
+    few = narrow and num_experts <= ONE_LAUNCH_EXPERTS and not rerouting.max_active
+    return few and guard_or_false(num_tokens <= ONE_LAUNCH_TOKENS)
 
 
 def tile_for(num_tokens: int, e_block: int, narrow: bool) -> Tile:
@@ -72,7 +69,7 @@ def launch_route(
     if not rerouting.acts_on(scoring.top_k):
         _launch_selection(arguments, rows.shape[0], e_block, tile)
         return weights, ids
-    if tile is not None or one_launch(rows.shape[0], e_block, narrow, scoring, rerouting):
+    if tile is not None or one_launch(rows.shape[0], num_experts, narrow, rerouting):
         tile = tile or tile_for(rows.shape[0], e_block, narrow)
         launchable(route_reroute_kernel)[(triton.cdiv(rows.shape[0], tile.tokens),)](
             **arguments, **_rerouting_arguments(rerouting, rows), TOKENS=tile.tokens, ROWS=tile.rows(e_block),

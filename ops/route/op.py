@@ -164,7 +164,7 @@ def route(
         TypeError: a dtype does not fit.
         ValueError: a shape, a device, a number, the name of the scoring or of the groups' score does not fit.
 
-    On CUDA one launch, with or without re-routing, up to what `one_launch` in launch.py says; two beyond. No gradient.
+    On CUDA one launch; two with re-routing, except where one is faster (`one_launch` in launch.py). No gradient.
     """
     return torch.ops.sere.route.default(
         logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score,

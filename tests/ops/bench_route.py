@@ -130,7 +130,7 @@ def bench(router: Router, tokens: int, tiles: list[tuple], with_stock: bool) -> 
         functions["route"](inputs[0])[0], stock(inputs[0], bias, router)[0], rtol=2e-2, atol=1e-3
     )
     times = time_all(functions, inputs)
-    joined = one_launch(tokens, 1 << (router.experts - 1).bit_length(), narrow, settings, Rerouting(similarity, 1))
+    joined = one_launch(tokens, router.experts, narrow, Rerouting(similarity, 1))
     row = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
     print(f"E={router.experts} K={router.top_k} T={tokens}: {row}; chooses {'one' if joined else 'two'}", flush=True)
 

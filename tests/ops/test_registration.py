@@ -113,29 +113,26 @@ def test_tracing_for_cuda_reaches_the_kernels():
 
 
 def test_tracing_route_for_cuda_reaches_the_kernels():
-    """With symbolic T: re-routing is part of one launch up to a bound; only the results are written to."""
+    """With symbolic T: re-routing is part of one launch where that is faster; only the results are written to."""
     run_alone("""
         from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as functional
         from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation as mutation
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-        from sere_compile.ops.route import launch
         from sere_compile.ops.route.launch import launch_route
-
-        launch.ONE_LAUNCH_SCORES = 256 * 128
         from sere_compile.ops.route.reference import Rerouting, Scoring
 
-        def launches(num_tokens, budget=0):
+        def launches(num_tokens, budget=0, experts=8):
             mode = FakeTensorMode(shape_env=ShapeEnv())
             dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
-            rows = mode.from_tensor(torch.empty(num_tokens, 128), symbolic_context=dynamic).shape
+            rows = mode.from_tensor(torch.empty(num_tokens, experts), symbolic_context=dynamic).shape
             with mode:
                 logits = torch.empty(rows, dtype=torch.bfloat16, device="cuda")
-                similarity = torch.empty(128, 128, device="cuda")
+                similarity = torch.empty(experts, experts, device="cuda")
 
             def call(logits, similarity):
-                return launch_route(logits, None, Scoring(8, "softmax"), Rerouting(similarity, 1, 0.0, 8, budget))
+                return launch_route(logits, None, Scoring(2, "softmax"), Rerouting(similarity, 1, 0.0, 2, budget))
 
             graph = make_fx(call, tracing_mode="symbolic")
             nodes = [n for n in graph(logits, similarity).graph.nodes if n.target in (functional, mutation)]
@@ -145,8 +142,8 @@ def test_tracing_route_for_cuda_reaches_the_kernels():
                     assert set(node.kwargs["tensors_to_clone"]) <= {"weights_ptr", "ids_ptr", "out_ptr"}, node.kwargs
             return len(nodes)
 
-        counts = [launches(n) for n in (2, 32, 256, 257)] + [launches(n, 64) for n in (64, 65)]
-        assert counts == [1, 1, 1, 2, 1, 2], counts
+        counts = [launches(2), launches(64), launches(65), launches(32, 4), launches(32, experts=128)]
+        assert counts == [1, 1, 2, 2, 2], counts
     """)
 
 
