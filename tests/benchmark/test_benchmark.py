@@ -247,3 +247,9 @@ def test_geometries_are_what_transformers_builds(name):
     (gate_up,) = (p for n, p in block.module.named_parameters() if n.endswith("gate_up_proj"))
     wide, deep = 2 * geometry.inner, geometry.hidden
     assert gate_up.shape == (geometry.experts, *((deep, wide) if geometry.transposed else (wide, deep)))
+
+
+def test_no_variant_twice():
+    """Where S exceeds K it is K, once: Mixtral's K is 2."""
+    names = [v.name for v in variant.all_variants((8, 2, 1), 2, ("grouped_mm",))]
+    assert names == ["eager", "inductor grouped_mm", "sere S=K", "sere S=1"]
