@@ -15,6 +15,7 @@ _SHARED = frozenset({"linear", "matmul", "addmm", "scaled_dot_product_attention"
     "embedding_bag",
     "_embedding_bag",
 }
+_STEPS = 12  # from a mask of one expert's tokens to its weights
 _BELOW = {"ge": 0, "lt": 0, "gt": 1, "le": 1, "eq": 0, "ne": 0}
 
 
@@ -44,15 +45,24 @@ def reaches_experts(start: Node, num_experts: int | None) -> bool:
     return False
 
 
-_MIXES = frozenset({"add", "sub", "mul", "div", "cat", "concat", "concatenate", "where", "lerp", "addcmul"})
+_ADDS = frozenset({"add", "sub", "cat", "concat", "concatenate", "lerp"})
+_SCALES = frozenset({"mul", "div", "where", "addcmul"})
 
 
 def _becomes_data(mixing: Node, made_of_ids: Node, start: Node, num_experts: int | None) -> bool:
-    """Whether numbers made of the ids are mixed with ones that were there before, other than by a mask over experts."""
-    if nodes.kind(mixing) not in _MIXES or not nodes.is_floating(mixing) or num_experts is None:
+    """Whether numbers made of the ids are added to ones that were there before, or scale them alike in all tokens.
+
+    A mask over the experts may be added to, and a token's own number may mask its hidden states.
+    """
+    name = nodes.kind(mixing)
+    if name not in _ADDS | _SCALES or not nodes.is_floating(mixing) or num_experts is None:
         return False
     before = [source for source in nodes.operands(mixing) if source < start and nodes.shape(source) != ()]
-    return bool(before) and num_experts not in (nodes.shape(made_of_ids) or ())
+    sizes = nodes.shape(made_of_ids) or ()
+    if not before or num_experts in sizes:
+        return False
+    tokens = (nodes.shape(before[0]) or ())[:1]
+    return name in _ADDS or [str(size) for size in sizes[:1]] != [str(size) for size in tokens]
 
 
 def _asserts(node: Node) -> bool:
@@ -111,10 +121,47 @@ def _is_stacked(node: Node, num_experts: int | None) -> bool:
 def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:
     """Whether each expert is asked for by its number, as a loop over separate expert modules does.
 
-    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0 .. E-1 all occur.
+    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0 .. E-1 all occur,
+    and as many weights are met behind. A loop over classes that counts hits meets none.
     """
-    named = {number for consumer in consumers for number in numbers_named(consumer)}
-    return named.issuperset(range(num_experts))
+    naming = {consumer: numbers for consumer in consumers if (numbers := numbers_named(consumer))}
+    named = {number for numbers in naming.values() for number in numbers}
+    return named.issuperset(range(num_experts)) and _weights_behind(list(naming), num_experts) >= num_experts
+
+
+def _weights_behind(masks: list[Node], enough: int) -> int:
+    """How many weights meet what is made of the masks within some steps: of the rows they choose, or beside them."""
+    met: set[object] = set()
+    ahead, seen = list(masks), set(masks)
+    for _ in range(_STEPS):
+        reached: list[Node] = []
+        for node in ahead:
+            for user in nodes.followers(node):
+                if user in seen or _asserts(user):
+                    continue
+                seen.add(user)
+                met |= _weights_of([source for source in nodes.operands(user) if source is not node])
+                if not _projects_all_tokens(user) and not _becomes_data(user, node, masks[0], enough):
+                    reached.append(user)
+            if len(met) >= enough:
+                return len(met)
+        ahead = reached
+    return len(met)
+
+
+def _weights_of(operands: list[Node]) -> set[object]:
+    """The matrices that tensors are, are parts of, or were projected by a few steps ago."""
+    met: set[object] = set()
+    pending = [(operand, 0) for operand in operands]
+    while pending:
+        node, steps = pending.pop()
+        root = nodes.parameter_root(node)
+        rank = len(nodes.shape(root) or ()) if root is not None and nodes.is_model_state(root) else 0
+        if rank >= 2 and root is not None and nodes.is_floating(root):
+            met.add(root.target if rank == 2 else node)  # an expert's part of a stack counts for itself
+        elif steps < _STEPS and nodes.is_floating(node):
+            pending += [(source, steps + 1) for source in nodes.operands(node)]
+    return met
 
 
 def numbers_named(consumer: Node) -> set[int]:
@@ -185,79 +232,3 @@ def same_for_every_expert(consumer: Node, num_experts: int) -> bool:
         return number < 0 or number >= num_experts
     limit = number + _BELOW[name]  # ids below the limit on one side, the others on the other
     return limit <= 0 or limit >= num_experts
-
-
-_MASKING = frozenset({"one_hot", "scatter", "eq"})
-_REORDERS = nodes.VALUE_PRESERVING | {"transpose", "permute", "select", "slice", "unbind", "item"}
-_KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "select", "cat", "pad"}
-
-
-def drops_tokens(consumer: Node) -> bool:
-    """Whether an expert's tokens are numbered (the running sum of a mask) and compared with how many it takes.
-
-    The mask may be made of the ids in another order: slots in front, or one rank at a time.
-    """
-    pending: list[tuple[Node, str]] = [(consumer, "ids")]
-    seen: set[tuple[Node, str]] = set()
-    while pending and len(seen) < _HORIZON:
-        node, held = pending.pop()
-        if (node, held) in seen:
-            continue
-        seen.add((node, held))
-        name = nodes.kind(node)
-        if held == "numbers" and name in ("lt", "le", "gt", "ge"):
-            return True
-        if held == "ids":
-            if name not in _MASKING | _REORDERS:
-                continue
-            held = "mask" if name in _MASKING else held
-        elif name == "cumsum":
-            held = "numbers"
-        elif name not in _KEEPS_MASK:
-            continue
-        pending.extend((user, held) for user in nodes.followers(node))
-    return False
-
-
-_TAKES_PARTS = frozenset({"split", "split_with_sizes", "tensor_split", "chunk", "slice", "narrow"})
-
-
-def split_at_fixed_places(sort: Node, slots: object) -> Node | None:
-    """The node that takes a part of the slots in sorted order at constant places, or None.
-
-    How many slots an expert has depends on the ids. make_fx and symbolic_trace write down what `counts.tolist()` was
-    in the traced call, and new ids would send other slots to each expert.
-
-    Args:
-        sort: a consumer of the ids that sorts them.
-        slots: number of ids; where it is symbolic nothing was written down.
-    """
-    if nodes.kind(sort) not in ("sort", "argsort") or not isinstance(slots, int):
-        return None
-    pending, seen = [sort], {sort}
-    while pending and len(seen) < _HORIZON:
-        node = pending.pop()
-        for user in nodes.followers(node):
-            sizes = nodes.shape(user)
-            if _takes_fixed_part(user, node, slots):
-                return user
-            if user not in seen and (nodes.kind(user) == "item" or (sizes and sizes[0] == slots)):
-                seen.add(user)
-                pending.append(user)
-    return None
-
-
-def _takes_fixed_part(node: Node, source: Node, slots: int) -> bool:
-    """Whether a node takes fewer rows than there are, from and to constant places."""
-    rows = nodes.shape(source)
-    if nodes.kind(node) not in _TAKES_PARTS or nodes.operand(node) is not source or not rows or rows[0] != slots:
-        return False
-    parts = nodes.value(node)
-    first = parts[0] if isinstance(parts, (tuple, list)) and parts else parts
-    sizes = tuple(getattr(first, "shape", ()))
-    return bool(sizes) and isinstance(sizes[0], int) and sizes[0] != slots and not _symbolic(node)
-
-
-def _symbolic(node: Node) -> bool:
-    """Whether a number among the arguments is computed in the graph."""
-    return any(not nodes.is_tensor(source) for source in node.all_input_nodes)

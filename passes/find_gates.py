@@ -19,11 +19,12 @@ from torch.fx import GraphModule, Node
 
 from . import nodes
 from .classify_uses import Leaving, Uses, classify_uses
-from .expert_evidence import drops_tokens, reaches_experts, split_at_fixed_places
+from .expert_evidence import reaches_experts
 from .gate import Gate, Skip, SkipReason, UseKind
 from .router import Router, trace_router
-from .routing_weights import find_routing_weights
+from .routing_weights import find_routing_weights, weigh_a_product
 from .selections import Selection, find_selections
+from .token_places import drops_tokens, split_at_fixed_places
 
 _REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
 
@@ -100,6 +101,9 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
         return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=3)
     if uses.entangled is not None:
         return Skip(SkipReason.STEPS, selection.node, f"{uses.entangled.name} reads an incomplete choice", evidence=5)
+    fetched = all(use.kind is UseKind.EXPERT_INDEX for use in uses.all if use.kind.dispatches)
+    if fetched and selection.top_k > 1 and not weigh_a_product(selection.ids[0], list(selection.values), uses.all):
+        return Skip(SkipReason.NOTHING_WEIGHED, selection.node, evidence=4)
     weights = find_routing_weights(selection.ids[0], list(selection.values), uses.all, router.projection)
     return Gate(
         selection=selection.node,

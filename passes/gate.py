@@ -60,6 +60,7 @@ class SkipReason(enum.Enum):
     UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"
+    NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores weigh nothing that comes of them"
     NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
     AMBIGUOUS_WEIGHTS = "its dispatch needs merged duplicates, but several tensors could be the routing weights"
     NO_SCALE = "its routing weights, which projection coefficients would scale, could not be told"

@@ -28,6 +28,7 @@ _MOVES_ROWS = nodes.VALUE_PRESERVING | {
     "select",
 }
 _PRODUCTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm"})
+_FAR = 100
 _SELECTING = frozenset({"topk", "sort", "argsort", "argmax", "max"})
 _REDUCTIONS = frozenset({"sum", "amax", "max", "mean", "norm"})
 
@@ -38,9 +39,7 @@ def find_routing_weights(ids: Node, values: list[Node], uses: list[Use], project
     if again is not None:
         detail = f"{again.name} at {nodes.source_line(again)}"
         return Skip(SkipReason.SCORES_BY_ID, again, detail, evidence=4)
-    starts = [value for value in values if value.users]
-    starts += [use.consumer for use in uses if use.kind is UseKind.LOOK_UP]
-    starts = [start for start in starts if nodes.is_floating(start)]
+    starts = _starts(values, uses)
     chain = _slot_shaped(starts, ids)
     consumed = [node for node in chain if nodes.same_shape(node, ids) and _outer_consumers(node, chain)]
     if not consumed:
@@ -48,6 +47,35 @@ def find_routing_weights(ids: Node, values: list[Node], uses: list[Use], project
     if len(consumed) > 1:
         return Skip(SkipReason.AMBIGUOUS_WEIGHTS, ids, ", ".join(n.name for n in consumed), evidence=4)
     return _refused(consumed[0], ids, projection) or consumed[0]
+
+
+def _starts(values: list[Node], uses: list[Use]) -> list[Node]:
+    """The selected scores, and what look-ups by the ids give."""
+    starts = [value for value in values if value.users]
+    starts += [use.consumer for use in uses if use.kind is UseKind.LOOK_UP]
+    return [start for start in starts if nodes.is_floating(start)]
+
+
+def weigh_a_product(ids: Node, values: list[Node], uses: list[Use]) -> bool:
+    """Whether the selected scores are multiplied with anything that has more than one number a slot.
+
+    Experts' outputs are weighed, or their inputs scaled. Documents, prompts and keys that indices fetch are not.
+    """
+    pending = _starts(values, uses)
+    seen = set(pending)
+    while pending and len(seen) < _FAR:
+        node = pending.pop()
+        for user in node.users:
+            others = [source for source in nodes.operands(user) if source is not node]
+            multiplies = nodes.kind(user) in _PRODUCTS | {"mul"} and not nodes.same_shape(user, ids)
+            if multiplies and any(nodes.is_floating(other) and not _is_weight(other) for other in others):
+                return True
+            # Added to hidden states they are part of these from there on.
+            added = nodes.kind(user) in ("add", "sub") and not nodes.same_shape(user, node)
+            if user not in seen and nodes.is_floating(user) and not added:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:

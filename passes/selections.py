@@ -19,8 +19,8 @@ from torch.fx import Graph, Node
 
 from . import nodes
 from .columns import columns_of, constant
-from .expert_evidence import drops_tokens
 from .gate import Skip, SkipReason
+from .token_places import drops_tokens
 
 # What computes logits: nothing of one router's selection lies behind it.
 _PROJECTING = frozenset({"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "cdist"})

@@ -5,9 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sere_compile.passes import SkipReason, nodes
+from sere_compile.passes import SkipReason, find_gates, nodes
 
-from .moe_modules import EXPERTS, TRACERS, Block, Indexed, ScatterCombine, from_dynamo, from_export, one_gate, rows
+from .moe_modules import (
+    EXPERTS,
+    TRACERS,
+    Block,
+    Grouped,
+    Indexed,
+    ScatterCombine,
+    from_dynamo,
+    from_export,
+    one_gate,
+    rows,
+)
 
 
 class Weighted(ScatterCombine):
@@ -130,17 +141,25 @@ class TestRefusals:
         assert one_gate(from_export(Loss(), rows())).weights_skip is None
 
 
+class Unweighted:
+    """Weights that are the same for all that was chosen."""
+
+    def route(self, x):
+        ids = torch.topk(self.scores(x), self.top_k)[1]
+        return ids, torch.full(ids.shape, 0.5)
+
+
 def test_not_needed_for_summing_dispatch():
     """A dispatch that sums duplicates is no matter of weights: none are needed to re-route it."""
-
-    class Unweighted(Indexed):
-        def route(self, x):
-            ids = torch.topk(self.scores(x), self.top_k)[1]
-            return ids, torch.full(ids.shape, 0.5)
-
-    gate = one_gate(from_export(Unweighted(), rows()))
+    gate = one_gate(from_export(type("Even", (Unweighted, Grouped), {})(), rows()))
     assert not gate.needs_merge
     assert gate.weights is None
+
+
+def test_needed_where_indices_fetch():
+    """Without weights, what indices fetch may be documents or prompts as well as experts."""
+    [skip] = find_gates(from_export(type("Even", (Unweighted, Indexed), {})(), rows())).skips
+    assert skip.reason is SkipReason.NOTHING_WEIGHED
 
 
 class BentLater(Block):

@@ -5,6 +5,7 @@ Each is the body of a forward over x [T, H], with the parameters of `Lookalike` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -422,3 +423,122 @@ def group_scores(m, x):
     scores = F.linear(x, m.head).sigmoid().view(len(x), 2, -1)
     group = scores.topk(2).values.sum(-1).topk(1).indices
     return torch.zeros(len(x), 2).scatter(1, group, 1.0)
+
+
+# --- what fetches stacked tensors, or names each number, without experts ----------------------------------------------
+
+
+@negative
+def per_class_hits(m, x):
+    ids = F.linear(x, m.head).topk(TOP_K).indices
+    return torch.stack([(ids == c).any(-1).float().mean() for c in range(EXPERTS)])
+
+
+@negative
+def per_class_confidence(m, x):
+    values, ids = F.linear(x, m.head).softmax(-1).topk(TOP_K)
+    return torch.stack([(values * (ids == c)).sum() for c in range(EXPERTS)])
+
+
+@negative
+def confusion_columns(m, x):
+    values, ids = F.linear(x, m.head).softmax(-1).topk(TOP_K)
+    hot = F.one_hot(ids, EXPERTS).float()
+    return torch.stack([hot[..., c].mul(values).sum(-1) for c in range(EXPERTS)], -1)
+
+
+@negative
+def late_interaction(m, x):
+    ids = F.linear(x, m.head).topk(TOP_K).indices
+    return torch.einsum("th,tklh->tkl", x, m.pool[ids]).amax(-1)
+
+
+@negative
+def late_interaction_reranked(m, x):
+    values, ids = F.linear(x, m.head).topk(TOP_K)
+    return torch.einsum("th,tklh->tkl", x, m.pool[ids]).amax(-1) + values
+
+
+@negative
+def prefix_pool_attention(m, x):
+    ids = F.linear(x, m.head).topk(TOP_K).indices
+    keys = m.pool[ids].flatten(1, 2)
+    return (torch.einsum("th,tlh->tl", x @ m.query, keys).softmax(-1)[..., None] * keys).sum(1)
+
+
+@negative
+def expert_choice_of_as_many_tokens(m, x):
+    x = x[:EXPERTS]
+    s = F.linear(x, m.head).softmax(-1).T
+    values, ids = s.topk(TOP_K, -1)
+    return torch.bmm(x[ids], m.stack) * values[..., None]
+
+
+@negative
+def rank_features(m, x):
+    return F.linear(x, m.head).sort(-1, descending=True).values[:, :TOP_K]
+
+
+@negative
+def class_thresholds(m, x):
+    values, ids = F.linear(x, m.head).softmax(-1).topk(TOP_K)
+    return (values > m.bias[ids]).float()
+
+
+@negative
+def label_smoothing_targets(m, x):
+    values, ids = F.linear(x, m.head).softmax(-1).topk(TOP_K)
+    return torch.full((len(x), EXPERTS), 0.01).scatter(1, ids, values)
+
+
+@negative
+def distillation_on_top_k(m, x):
+    t = F.linear(x @ m.query, m.head)
+    values, ids = t.topk(TOP_K)
+    return -(values.softmax(-1) * F.linear(x, m.table).log_softmax(-1).gather(1, ids)).sum()
+
+
+@negative
+def class_conditional_scale(m, x):
+    ids = F.linear(x, m.head).argmax(-1)
+    return x * m.table[ids]
+
+
+@negative
+def embedding_mixture_then_matrix(m, x):
+    values, ids = F.linear(x, m.head).softmax(-1).topk(TOP_K)
+    z = (m.table[ids] * values[..., None]).sum(1)
+    return torch.einsum("th,ehf->tef", z, m.stack).sum(1)
+
+
+@negative
+def bucketed_sort_of_values(m, x):
+    values, ids = F.linear(x, m.head).topk(TOP_K)
+    order = ids.flatten().argsort()
+    return values.flatten()[order]
+
+
+@negative
+def pruned_softmax(m, x):
+    s = F.linear(x, m.head)
+    values, ids = s.topk(TOP_K)
+    return torch.full_like(s, -math.inf).scatter(1, ids, values).softmax(-1) @ m.table
+
+
+@negative
+def attention_over_chosen_rows(m, x):
+    ids = F.linear(x, m.head).topk(TOP_K).indices
+    k = x[ids.clamp(max=len(x) - 1)]
+    return (torch.einsum("th,tkh->tk", x, k).softmax(-1)[..., None] * k).sum(1)
+
+
+@negative
+def contrastive_hard_negatives(m, x):
+    ids = F.linear(x, m.table).topk(TOP_K).indices
+    return torch.einsum("th,tkh->tk", x @ m.query, m.table[ids])
+
+
+@negative
+def multi_head_pool(m, x):
+    values, ids = F.linear(x, m.head).softmax(-1).topk(TOP_K)
+    return torch.cat([x[:, None], (m.pool[ids] * values[..., None, None]).sum(1)], 1)

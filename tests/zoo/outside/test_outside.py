@@ -65,3 +65,13 @@ def test_what_cannot_be_merged_is_left_alone(kind):
     """The gate is known, and nothing of it is changed."""
     model, _, x = prepared(kind)
     assert torch.equal(sere_compile.compile(model, select_top_k=1, inner="eager")(x), model(x))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("kind", [MaskLoop, CountLoop])
+def test_capture_with_inductor(kind):
+    """Dynamic-shape capture, and the way back from it, with the compiler that is the default; other shapes later."""
+    model, matrix, x = prepared(kind)
+    compiled = sere_compile.compile(model, select_top_k=1)
+    for rows in (x, torch.randn(3, 5, HIDDEN)):
+        torch.testing.assert_close(compiled(rows), model.expected(rows, matrix, 1), rtol=1e-5, atol=1e-5)
