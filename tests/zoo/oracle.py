@@ -68,8 +68,8 @@ def counting(name: str, model: nn.Module) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def rerouted(
     name: str, model: nn.Module, gates: Mapping[str, torch.Tensor], select_top_k: int
-) -> Iterator[list[torch.Tensor]]:
-    """Let an eager model route as SERE would; collects the re-routed ids [T, K] of every call.
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Let an eager model route as SERE would; collects the ids [T, K] of every call before and after.
 
     Args:
         name: the architecture.
@@ -77,14 +77,14 @@ def rerouted(
         gates: similarity by the name of each router weight that is re-routed.
         select_top_k: S; `min_active` is K, the backend's default.
     """
-    seen: list[torch.Tensor] = []
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def new_ids(path: str, ids: torch.Tensor) -> torch.Tensor:
         matrix = _matrix_beside(path, gates)
         if matrix is None:
             return ids
-        seen.append(reroute_oracle(ids, matrix, select_top_k, 0.0, ids.shape[-1]))
-        return seen[-1]
+        seen.append((ids, reroute_oracle(ids, matrix, select_top_k, 0.0, ids.shape[-1])))
+        return seen[-1][1]
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(SortedTopK())

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sere_compile
 from sere_compile import GateRow, SereConfig, SimilarityProfile
 from sere_compile.backend import SereBackend
 from sere_compile.bound_graph import _skip_row, observer
+from sere_compile.rewrite import _Program
 
 from .oracle import counting, rerouted, router_weights
 from .registry import ENTRIES, build, inputs
@@ -37,7 +40,10 @@ class Survey:
         identity_differs: whether S = K changed a bit.
         error: largest difference from the oracle with S = 1, None where nothing was re-routed.
         effect: largest difference that re-routing makes: what a tolerance has to be small against.
-        ids_differ: whether an operator's re-routed ids differ from the oracle's; merged ones are not compared.
+        ids_differ: whether re-routed ids differ from the oracle's for the ids that an operator was given; merged ones
+            are not compared.
+        turned: the first gate that was given other ids than the oracle's. In low precision, where layers before it may
+            round otherwise, nothing behind it can be compared with the oracle's model.
     """
 
     run: int = 0
@@ -48,6 +54,7 @@ class Survey:
     error: float | None = None
     effect: float = 0.0
     ids_differ: bool = False
+    turned: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -61,16 +68,16 @@ class Survey:
 
 
 class _Ids(TorchDispatchMode):
-    """Records what the re-routing operators return."""
+    """Records what the re-routing operators are given, and what they return where duplicates are not merged."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[torch.Tensor | None] = []
+        self.seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ROUTING:
-            self.seen.append(result if isinstance(result, torch.Tensor) else None)
+            self.seen.append((args[0], result if isinstance(result, torch.Tensor) else None))
         return result
 
 
@@ -87,7 +94,7 @@ class _Variants:
         self.graphs += 1
         # Before a profile is attached: it would be evidence of its own for ids that leave a graph.
         sere_compile.detach(self.model)
-        explained = SereBackend(SereConfig(inner="eager"), explaining=True)(module, example_inputs)
+        explained = SereBackend(SereConfig(inner="eager", strict=True), explaining=True)(module, example_inputs)
         if self.profile is not None:
             sere_compile.attach(self.model, self.profile)
         made = {
@@ -157,7 +164,7 @@ def survey_dynamo(
         rerouted_output = run("reroute")
     torch._dynamo.reset()
     result.identity_differs = not torch.equal(plain, identity)
-    if not torch.allclose(plain, eager, rtol=1e-4, atol=1e-4):
+    if dtype is torch.float32 and not torch.allclose(plain, eager, rtol=1e-4, atol=1e-4):
         result.notes.append("the traced model differs from the eager one by itself")
     matrices = {row.name: profile[row.name] for row in result.gates if profile and row.status == "rewritten"}
     for layer in _layers(model) if by_layer else ():
@@ -178,7 +185,7 @@ def _compare(
     call: dict[str, Any],
     matrices: dict[str, torch.Tensor],
     got: torch.Tensor,
-    ids: list[torch.Tensor | None],
+    ids: list[tuple[torch.Tensor, torch.Tensor | None]],
 ) -> None:
     """Fill in the differences from the oracle."""
     if not matrices:
@@ -188,47 +195,85 @@ def _compare(
     result.error = float((got.float() - expected.float()).abs().max())
     if len(ids) != len(wanted):
         result.notes.append(f"{len(ids)} operators ran, {len(wanted)} were expected")
-    pairs = [(a, b) for a, b in zip(ids, wanted, strict=False) if a is not None]
-    result.ids_differ = any(not torch.equal(a.reshape(b.shape), b) for a, b in pairs)
+    for number, ((given, new), (old, rerouted_ids)) in enumerate(zip(ids, wanted, strict=False)):
+        if not torch.equal(given.reshape(old.shape), old):
+            result.turned = number
+            return
+        result.ids_differ |= new is not None and not torch.equal(new.reshape(old.shape), rerouted_ids)
 
 
-def survey_export(name: str, experts: str) -> Survey:
-    """One architecture through torch.export."""
+def _exported(model: nn.Module, call: dict[str, Any], **options: Any) -> Any:
+    return torch.export.export(model, (), call, **options)
+
+
+def _made_fx(model: nn.Module, call: dict[str, Any]) -> GraphModule:
+    """A graph of the token ids alone; what a model asks of its values it skips, as it does for torch.export."""
+
+    def logits(ids: torch.Tensor) -> Any:
+        return model(**{name: ids if isinstance(value, torch.Tensor) else value for name, value in call.items()})[0]
+
+    with mock.patch.multiple(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=True):
+        return make_fx(logits)(call["input_ids"])
+
+
+# What gives a graph ahead of time, by its name in the table.
+AHEAD: dict[str, Callable[[nn.Module, dict[str, Any]], Any]] = {
+    "torch.export": _exported,
+    "strict": lambda model, call: _exported(model, call, strict=True),
+    "decomposed": lambda model, call: _exported(model, call).run_decompositions(),
+    "make_fx": _made_fx,
+}
+
+
+def survey_ahead(name: str, experts: str, tracer: str = "torch.export") -> Survey:
+    """One architecture through a tracer of `AHEAD`, then `rewrite`."""
     model, call = build(name, experts), inputs(name)
     profile = random_profile(name, model)
     result = Survey(graphs=1)
     with torch.no_grad(), counting(name, model) as calls:
-        model(**call)
+        eager = model(**call)[0]
     result.run = len(calls) - ENTRIES[name].unselected
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (), call)
+            program = AHEAD[tracer](model, call)
     except Exception as error:  # noqa: BLE001 (whatever upstream raises is the finding)
         result.failed = f"{type(error).__name__}: {first_line(error)}"
         return result
-    found = sere_compile.passes.find_gates(program.graph_module)
-    result.rows = tuple(_export_row(gate, program) for gate in found.gates) + tuple(map(_skip_row, found.skips))
+    finally:
+        torch._dynamo.reset()
+    view = _Program(program)
+    found = sere_compile.passes.find_gates(view.module)
+    result.rows = tuple(_row_of(gate, view) for gate in found.gates) + tuple(map(_skip_row, found.skips))
     if not result.gates:
         return result
+
+    def run(traced: Any) -> torch.Tensor:
+        return traced(call["input_ids"]) if isinstance(traced, GraphModule) else traced.module()(**call)[0]
+
     ids = _Ids()
     with torch.no_grad():
-        plain = program.module()(**call)[0]
-        same = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=64)).module()(**call)[0]
-        result.identity_differs = not torch.equal(plain, same)
-        changed = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=1)).module()
+        plain = run(program)
+        result.identity_differs = not torch.equal(plain, run(_rewritten(program, profile, 64)))
+        changed = _rewritten(program, profile, 1)
         with ids:
-            got = changed(**call)[0]
+            got = run(changed)
+    if not torch.allclose(plain, eager, rtol=1e-4, atol=1e-4):
+        result.notes.append("the traced model differs from the eager one by itself")
     matrices = {row.name: profile[row.name] for row in result.gates if profile}
     _compare(result, name, model, call, matrices, got, ids.seen)
     result.effect = float((got - plain).abs().max())
     return result
 
 
-def _export_row(gate: Any, program: Any) -> GateRow:
-    names = program.graph_signature.inputs_to_parameters
-    weight = names.get(gate.router_weight.name, gate.router_weight.name)
+def _rewritten(program: Any, profile: SimilarityProfile | None, select_top_k: int) -> Any:
+    return sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=select_top_k))
+
+
+def _row_of(gate: Any, program: _Program) -> GateRow:
     status = "identity" if gate.top_k == 1 else "rewritten"
-    return GateRow(weight, gate.num_experts, gate.top_k, 1, gate.scoring, gate.is_sorted, gate.dispatch, status)
+    return GateRow(
+        program.weight_name(gate), gate.num_experts, gate.top_k, 1, gate.scoring, gate.is_sorted, gate.dispatch, status
+    )
 
 
 def first_line(error: BaseException) -> str:

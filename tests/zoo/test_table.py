@@ -8,27 +8,27 @@ import transformers
 
 from sere_compile import GateRow
 
-from .registry import ENTRIES, implementations
+from .registry import ENTRIES
 from .survey import Survey
-from .table import DYNAMO, EXPORT, UNMEASURED, cell, read
+from .table import DYNAMO, EXPORT, FURTHER, UNMEASURED, cell, keys, read
 from .test_zoo import checked_in
 
 
 def test_rows_are_those_of_the_registry():
     """A new architecture needs a row: python -m tests.zoo.table NAME."""
     _, rows = read()
-    wanted = {(name, experts) for name in ENTRIES for experts in implementations(name)}
-    assert set(rows) == wanted
+    assert set(rows) == set(keys(sorted(ENTRIES)))
 
 
 def test_every_cell_is_measured_and_right():
-    """Found, with what became of it, or the reason; never "not measured" and never a difference from the oracle."""
+    """Found, with what became of it, or the reason; never a difference from the oracle."""
     _, rows = read()
-    for row in rows.values():
-        for text in (row[DYNAMO], row[EXPORT]):
-            assert text != UNMEASURED, row
+    for key, row in rows.items():
+        for column in (DYNAMO, EXPORT) if len(key) == 2 else FURTHER.values():
+            text = row[column]
             assert "differs" not in text, row
-            assert any(word in text for word in ("rewritten", "identity", "; ", "does not trace: ")), row
+            known = text == UNMEASURED and len(key) == 3  # the second table may wait for a machine with time
+            assert known or any(word in text for word in ("rewritten", "identity", "; ", "does not trace: ")), row
 
 
 def test_a_stale_cell_turns_the_comparison_red(monkeypatch):
