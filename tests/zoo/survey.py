@@ -25,6 +25,7 @@ from sere_compile.rewrite import _Program
 from .oracle import counting, rerouted, router_weights
 from .registry import ENTRIES, build, inputs
 
+EAGER = "does not run in eager mode"
 _ROUTING = {torch.ops.sere.reroute.default, torch.ops.sere.reroute_merged.default}
 
 
@@ -137,8 +138,14 @@ def survey_dynamo(
     model, call = build(name, experts, dtype), inputs(name)
     profile = random_profile(name, model)
     result = Survey()
-    with torch.no_grad(), counting(name, model) as calls:
-        eager = model(**call)[0]
+    try:
+        with torch.no_grad(), counting(name, model) as calls:
+            eager = model(**call)[0]
+    except RuntimeError as error:
+        if dtype is torch.float32:
+            raise
+        result.failed = f"{EAGER}: {first_line(error)}"  # upstream's model mixes types
+        return result
     result.run = len(calls) - ENTRIES[name].unselected
     torch._dynamo.reset()
     backend = _Variants(model, profile)

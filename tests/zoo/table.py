@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from .registry import ENTRIES, implementations
-from .survey import Survey, survey_ahead, survey_dynamo
+from .survey import EAGER, Survey, survey_ahead, survey_dynamo
 
 FILE = Path(__file__).parents[2] / "docs" / "support.md"
 _HEADER = """\
@@ -47,8 +47,8 @@ The same comparison with the first experts implementation: Dynamo of a model in 
 of its values (`torch.compiler.is_exporting()`), as for an exporter. `symbolic_trace` takes none of these models: each
 decides by its arguments what it runs.
 
-`make_fx` was run with the versions above, the other columns with torch 2.11.0 and transformers 5.17.0, which lacks some
-of the architectures; `--missing` measures those that are not measured.
+`make_fx` was run with the versions above, and so were the other columns where transformers 5.17.0 lacks or cannot run
+an architecture; the rest of them with torch 2.11.0 and transformers 5.17.0. `--missing` measures what is not measured.
 
 | architecture | experts | Dynamo, bfloat16 | strict | decomposed | make_fx |
 | --- | --- | --- | --- | --- | --- |
@@ -69,6 +69,8 @@ Key = tuple[str, ...]
 
 def cell(survey: Survey, dtype: torch.dtype = torch.float32) -> str:
     """What one tracer gave, in words."""
+    if survey.failed.startswith(EAGER):
+        return EAGER
     if survey.failed:
         return f"does not trace: {survey.failed.partition(':')[0]}"
     found = f"{len(survey.gates)}/{survey.run}"
