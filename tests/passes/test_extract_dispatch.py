@@ -14,6 +14,7 @@ from .moe_modules import (
     TOP_K,
     TRACERS,
     Block,
+    Grouped,
     Indexed,
     from_dynamo,
     from_export,
@@ -149,7 +150,7 @@ class TestCannot:
     def test_weights_unknown(self):
         """The reason is that of the weights."""
 
-        class Unweighted(Indexed):
+        class Unweighted(Grouped):
             def route(self, x):
                 ids = torch.topk(self.scores(x), self.top_k)[1]
                 return ids, torch.full(ids.shape, 0.5)
