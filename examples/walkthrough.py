@@ -14,20 +14,9 @@ from torch.fx import GraphModule
 from transformers import CompileConfig, PreTrainedModel
 
 import sere_compile
+from sere_compile.commands.demo import PROMPTS
 from sere_compile.integrations.transformers import is_shipped, load_causal_lm
 from sere_compile.testing import oracle_routing
-
-# Of what the models of the package were trained on: Python's standard library, and novels of Jane Austen.
-PROMPTS = [
-    "def __init__(self,",
-    "She had been",
-    "for name in",
-    "Mr. Elliot was",
-    "import os\nimport",
-    "The captain",
-    "    if not isinstance(",
-    "It was a",
-]
 
 
 @dataclass
@@ -110,7 +99,7 @@ def _prepare(arguments: argparse.Namespace) -> Walk:
     model, tokenizer = load_causal_lm(arguments.model, dtype=dtype)
     if arguments.profile:
         sere_compile.attach(model, sere_compile.SimilarityProfile.load(arguments.profile))
-    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
     config = sere_compile.SereConfig(
         select_top_k=arguments.select_top_k,

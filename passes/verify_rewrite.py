@@ -36,6 +36,11 @@ _HALF_TOLERANCE = 5e-2
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """How far results that are equal but for rounding may be apart, relative to their largest."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+
+
 class Proof(enum.Enum):
     """What was shown of a gate's rewrite: with S = K no bit changes, and with S < K what the value says."""
 
@@ -132,8 +137,7 @@ def _prove_sum(both: _Twins, exit_node: Node) -> Proof | Skip:
     expected = _sum_of_slots(both.gate, both.original, exit_node, both.start, both.matrix)
     error = float((got.double() - expected).abs().max()) if got.numel() else 0.0
     scale = float(expected.abs().max()) if got.numel() else 1.0
-    tolerance = _TOLERANCE.get(got.dtype, _HALF_TOLERANCE)
-    if not error <= tolerance * max(scale, 1e-6):
+    if not error <= tolerance(got.dtype) * max(scale, 1e-6):
         return _unproven(both.gate, f"with S = 1 it is off by {error:.2g} of {scale:.2g} from the sum over slots")
     return Proof.SUM
 
@@ -175,8 +179,7 @@ def _is_merged(ids: torch.Tensor, weights: torch.Tensor, rerouted: torch.Tensor,
     table = torch.zeros(*ids.shape[:-1], size, dtype=torch.float64, device=ids.device)
     got = table.scatter_add(-1, ids.long(), weights.double())
     wanted = table.scatter_add(-1, rerouted.long(), original.double())
-    tolerance = _TOLERANCE.get(weights.dtype, _HALF_TOLERANCE)
-    return bool(((got - wanted).abs() <= tolerance * wanted.abs().max()).all())
+    return bool(((got - wanted).abs() <= tolerance(weights.dtype) * wanted.abs().max()).all())
 
 
 def _all_equal(left: list[Any], right: list[Any]) -> bool:

@@ -101,19 +101,19 @@ def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor])
         call = _calls.by_callable[id(function)] = _Call(weakref.ref(function), frame, gate_runs.count)
     if call.settled:
         return True
+    call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
     if call.frame is not frame:
         # Holding the frame keeps its id from being used again; it is let go of once this is settled.
         call.settled, call.frame = True, None
-        _settle(call, nearest, config)
+        _settle(call, config)
         return True
-    call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
     call.routers += [weakref.ref(weight) for weight in weights]
     return False
 
 
-def _settle(call: _Call, nearest: Skip | None, config: SereConfig) -> None:
+def _settle(call: _Call, config: SereConfig) -> None:
     if call.gate_runs == gate_runs.count:
-        tell(max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence), config)
+        tell(call.nearest, config)
         return
     outside = routers_outside([weight for ref in call.routers if (weight := ref()) is not None])
     if outside:

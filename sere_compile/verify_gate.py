@@ -8,11 +8,9 @@ from .calibration.hidden_states import draw
 from .errors import SereError
 from .module_tree import Experts, find_experts_module
 from .passes import Gate, Proof, Skip, SkipReason, verify_rewrite
-from .passes.verify_rewrite import ValueOf
+from .passes.verify_rewrite import ValueOf, tolerance
 
 _ROWS = 16
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_HALF_TOLERANCE = 5e-2
 
 
 def verify_gate(gate: Gate, weight: torch.Tensor, value_of: ValueOf) -> str | Skip:
@@ -35,7 +33,7 @@ def verify_gate(gate: Gate, weight: torch.Tensor, value_of: ValueOf) -> str | Sk
     error = _distance_from_sum(experts, gate, weight)
     if isinstance(error, str):
         return f"{shown.value} ({error})"
-    if error > _TOLERANCE.get(weight.dtype, _HALF_TOLERANCE):
+    if error > tolerance(weight.dtype):
         detail = f"the experts beside its router are off by {error:.2g} of their scale from the sum over experts"
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=5)
     return "what the traced code makes of merged ids and weights; the experts outside the graph sum them"

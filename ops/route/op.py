@@ -7,7 +7,7 @@ from ..registration import register_triton_op
 from ..reroute.op import check_budget, check_similarity
 from .reference import GROUP_SCORES, SCORINGS, Rerouting, Scoring, route_reference
 
-# The K maxima are unrolled, and a token's scores stay in registers.
+# K maxima are taken one after the other, of a token's scores in registers.
 KERNEL_MAX_SLOTS = 32
 KERNEL_MAX_EXPERTS = 1024
 

@@ -13,6 +13,7 @@ from ..errors import MissingExtraError, SereError
 from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
 from ..statistics import stats
 
+# Of what the models were trained on: Python's standard library, and novels of Jane Austen.
 PROMPTS = (
     "def __init__(self,",
     "She had been",

@@ -62,15 +62,20 @@ _DATA_OPTIONS = [
 ]  # fmt: skip
 
 
+min_active_option = click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
+per_gate_option = click.option(
+    "--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}."
+)
+
 _ROUTING_OPTIONS = [
     click.option("--select-top-k", type=count_or_auto, help="S, or auto; min(2, K-1) by default."),
     click.option("--max-active", type=int, help="With --select-top-k auto: a gate's budget of primary experts."),
     click.option(
         "--threshold", type=number_or_share, default="0", show_default=True, help="rho, or a share such as q0.2."
     ),
-    click.option("--min-active", type=int, help="Least number of primary experts; K by default."),
+    min_active_option,
     click.option("--substitution", type=click.Choice(SUBSTITUTIONS), default="reroute", show_default=True),
-    click.option("--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}."),
+    per_gate_option,
 ]
 
 

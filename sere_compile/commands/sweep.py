@@ -13,7 +13,7 @@ from ..errors import SereError
 from ..evaluation.plots import plot_sweep
 from ..evaluation.sweep import GateSettings, format_table, recommend, settings, spend_budget, sweep, write_csv
 from ..similarity import SimilarityProfile, attach
-from .options import Numbers, data_options, load_subject, number_or_share, per_gate_options
+from .options import Numbers, data_options, load_subject, min_active_option, number_or_share, per_gate_option
 
 
 @click.command("sweep")
@@ -29,8 +29,8 @@ from .options import Numbers, data_options, load_subject, number_or_share, per_g
     show_default=True,
     help="What becomes of a re-routed slot's weight.",
 )
-@click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
-@click.option("--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}.")
+@min_active_option
+@per_gate_option
 @click.option("--batch", type=Numbers(int), default="4,16,64", show_default=True, help="Sequences decoded together.")
 @click.option("--budget", type=float, default=1.0, show_default=True, help="Growth of perplexity allowed, in percent.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
