@@ -70,6 +70,21 @@ def _or(a, b):
 
 
 @triton.jit
+def cut(num_active, num_programs, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
+    """(tiles, width): into how many tiles of how many columns, BLOCK_N at most, each expert's COLUMNS are cut.
+
+    As narrow as they can be without one more round of the programs, so that the last round is as full as the others.
+    """
+    LEAST: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    experts = tl.maximum(num_active, 1)
+    # One item of all rounds is for the slots of no expert.
+    rounds = tl.cdiv(experts * LEAST + 1, num_programs)
+    tiles = tl.maximum((rounds * num_programs - 1) // experts, LEAST)
+    width = tl.minimum(tl.cdiv(tl.cdiv(COLUMNS, tiles), ALIGN) * ALIGN, BLOCK_N)
+    return tl.cdiv(COLUMNS, width), tl.multiple_of(width, ALIGN)
+
+
+@triton.jit
 def load_tile(ptrs, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
     """A tile with 0 outside: rows [R, 1] and columns [1, C] say what is inside."""
     if MASK_ROWS and MASK_COLUMNS:
@@ -193,47 +208,52 @@ def project_pair(
 
 @triton.jit
 def gate_up_tile(
-    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, first, last, column, stride_n, stride_d,
+    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d,
     K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr,
+    SWAP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write act[first : first + M, column : column + N] of the expert whose weights and bias begin at w_ptr, b_ptr."""
-    MASK_N: tl.constexpr = INNER % N != 0
+    """Write act[first : first + M, column : column + width] of the expert whose weights and bias begin at w_ptr, b_ptr.
+
+    width is N, or less and a multiple of ALIGN.
+    """
+    MASK_N: tl.constexpr = ALIGN < N or INNER % N != 0
     row = first + tl.arange(0, M)
     inside = row < last
     token = tl.load(order_ptr + row, mask=inside, other=0) // K
     d = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + token[:, None] * HIDDEN + d[None, :]
     n = column + tl.arange(0, N)
+    is_mine = (n < column + width) & (n < INNER)
     if not GATED:
         w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
-        x = project(x_ptrs, w_ptrs, inside[:, None], (n < INNER)[:, None], BLOCK_K, BLOCK_K * stride_d,
+        x = project(x_ptrs, w_ptrs, inside[:, None], is_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
                     HIDDEN, M, N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
         if HAS_BIAS:
-            x += tl.load(b_ptr + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
+            x += tl.load(b_ptr + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
         act = activate(x, ACTIVATION)
     else:
         if INTERLEAVED:
             # One tile of 2 N rows, so that a transposed layout is read in runs; the pairs are taken apart after.
             p = 2 * column + tl.arange(0, 2 * N)
+            both_mine = (p < 2 * (column + width)) & (p < 2 * INNER)
             w_ptrs = w_ptr + p[:, None] * stride_n + d[None, :] * stride_d
-            both = project(x_ptrs, w_ptrs, inside[:, None], (p < 2 * INNER)[:, None], BLOCK_K, BLOCK_K * stride_d,
+            both = project(x_ptrs, w_ptrs, inside[:, None], both_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
                            HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
             if HAS_BIAS:
-                both += tl.load(b_ptr + p, mask=p < 2 * INNER, other=0.0).to(tl.float32)[None, :]
+                both += tl.load(b_ptr + p, mask=both_mine, other=0.0).to(tl.float32)[None, :]
             gate, up = tl.split(tl.reshape(both, (M, N, 2)))
         else:
             w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
-            gate, up = project_pair(x_ptrs, w_ptrs, inside[:, None], (n < INNER)[:, None], BLOCK_K,
+            gate, up = project_pair(x_ptrs, w_ptrs, inside[:, None], is_mine[:, None], BLOCK_K,
                                     BLOCK_K * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N,
                                     SWAP)  # fmt: skip
             if HAS_BIAS:
-                gate += tl.load(b_ptr + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
-                up += tl.load(b_ptr + INNER + n, mask=n < INNER, other=0.0).to(tl.float32)[None, :]
+                gate += tl.load(b_ptr + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(b_ptr + INNER + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
         act = combine(gate, up, ACTIVATION)
     out_ptrs = act_ptr + row[:, None] * INNER + n[None, :]
-    tl.store(out_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside[:, None] & (n < INNER)[None, :])
+    tl.store(out_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside[:, None] & is_mine[None, :])
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -243,14 +263,14 @@ def gate_up_kernel(
     K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
     SMALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write act [T * K, INNER], rows grouped by expert: BLOCK_N columns of one expert at a time. And what rows are:
+    """Write act [T * K, INNER], rows grouped by expert: some columns of one expert at a time. And what rows are:
 
     order [T * K]: the slots grouped by expert, then those that name none. active [E + 1]: the active experts,
     ascending; their number A is at [E]. first [E + 1]: where the group of each active expert begins in order; at [A]
     where the last one ends.
     """
-    TILES: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     COLUMNS: tl.constexpr = 2 * INNER if GATED else INNER
     lane = tl.arange(0, CHUNK)
     words = tl.zeros([WORDS, CHUNK], tl.int32)
@@ -259,10 +279,11 @@ def gate_up_kernel(
         ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
         words |= used_words(group_of(ids, inside, E), E, WORDS)
     rank, num_active = ranks(words, WORDS)
+    tiles, width = cut(num_active, tl.num_programs(0), INNER, BLOCK_N, ALIGN)
     # The last item is the group of slots that name no expert.
-    for item in range(tl.program_id(0), num_active * TILES + 1, tl.num_programs(0)):
-        which = item // TILES
-        column = item % TILES * BLOCK_N
+    for item in range(tl.program_id(0), num_active * tiles + 1, tl.num_programs(0)):
+        which = item // tiles
+        column = item % tiles * width
         expert = tl.sum(tl.where(rank == which, tl.arange(0, WORDS * 32), 0))
         expert = tl.where(which < num_active, expert, E)
         before = tl.zeros([CHUNK], tl.int32)
@@ -288,12 +309,14 @@ def gate_up_kernel(
         if which == num_active:
             tl.store(active_ptr + E, num_active)
         elif last - first <= SMALL:
-            gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, first, last, column, stride_n, stride_d, K, HIDDEN, INNER,
-                         ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
+            gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d, K, HIDDEN,
+                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP,
+                         ALIGN)  # fmt: skip
         else:
             for m in range(first, last, BLOCK_M):
-                gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, m, last, column, stride_n, stride_d, K, HIDDEN, INNER,
-                             ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
+                gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, m, last, column, width, stride_n, stride_d, K, HIDDEN,
+                             INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+                             ALIGN)  # fmt: skip
 
 
 @triton.jit
@@ -354,7 +377,10 @@ def down_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Meta-parameters of one projection's launch; `per_sm` programs on each multiprocessor."""
+    """Meta-parameters of one projection's launch; `per_sm` programs on each multiprocessor.
+
+    With `align` tiles of the first projection may be narrower than `block_n`, by multiples of `align`, see `cut`.
+    """
 
     block_n: int
     block_k: int
@@ -363,6 +389,12 @@ class TileConfig:
     per_sm: int
     block_m: int = 32
     swap: bool = False
+    align: int | None = None
+
+    @property
+    def step(self) -> int:
+        """What widths of tiles are multiples of."""
+        return self.align or self.block_n
 
     def arguments(self) -> dict:
         """As keyword arguments of a launch."""
@@ -387,16 +419,15 @@ class LaunchConfig:
     chunk: int = 4096
 
 
-def launch_config(dtype: torch.dtype, hidden: int, transposed: bool) -> LaunchConfig:
-    """The tiles for one layer's shape."""
+def launch_config(dtype: torch.dtype, transposed: bool) -> LaunchConfig:
+    """The tiles for one layer's weights."""
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)
         return LaunchConfig(tile, tile)
     if transposed:
         # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
         return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
-    first = TileConfig(32, 128, 2, 3, 4) if hidden % 128 == 0 else TileConfig(32, 64, 2, 3, 6)
-    return LaunchConfig(first, TileConfig(64, 64, 4, 5, 3))
+    return LaunchConfig(TileConfig(64, 64, 4, 5, 2, swap=True, align=4), TileConfig(64, 64, 4, 5, 3))
 
 
 def device_guard(tensor: Tensor):
@@ -445,7 +476,8 @@ def launch_gate_up(
         order, active, first, num_slots, topk_ids.stride(0), topk_ids.stride(1), *_strides(gate_up, transposed),
         K=top_k, E=num_experts, HIDDEN=width, INNER=inner, ACTIVATION=activation.removesuffix("_glu"),
         GATED=gate_width(activation) == 2, INTERLEAVED=interleaved, HAS_BIAS=gate_up_bias is not None,
-        **chunk_of(num_slots, num_experts, config.chunk), **config.gate_up.arguments(),
+        ALIGN=config.gate_up.step, **chunk_of(num_slots, num_experts, config.chunk),
+        **config.gate_up.arguments(),
     )  # fmt: skip
     return act, order, active, first
 
@@ -469,7 +501,7 @@ def launch_expert_mlp(
     inner = int(down.shape[1 if transposed else 2])
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    config = config or launch_config(hidden.dtype, width, transposed)
+    config = config or launch_config(hidden.dtype, transposed)
     act, *plan = launch_gate_up(
         hidden, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config
     )  # fmt: skip

@@ -270,9 +270,9 @@ class LaunchConfig:
 def launch_config(num_tokens: int, e_block: int) -> LaunchConfig:
     """The cut for `num_tokens` tokens and rows of `e_block` columns.
 
-    Up to 128 tokens latency counts and the GPU is not full: small programs, one token each at K = 8 and 128
-    experts, so that all similarity rows are fetched at once. Up to 1024 tokens every program repeats the
-    reading of the primary ids: four times larger ones, which still makes two programs per SM at 1024 tokens.
+    As long as latency counts and the GPU is not full (128 experts: up to 256 tokens): small programs, one token each
+    at K = 8 and 128 experts, so that all similarity rows are fetched at once. Up to 1024 tokens every program repeats
+    the reading of the primary ids: four times larger ones, which still makes two programs per SM at 1024 tokens.
     Above, only the map is computed like this: few programs that each read very many ids, hence long steps
     and more warps.
 
@@ -281,7 +281,7 @@ def launch_config(num_tokens: int, e_block: int) -> LaunchConfig:
     symbolic T each is one more compiled graph. guard_or_false: a size without a value while tracing
     (unbacked) takes the last class, which serves any size.
     """
-    if guard_or_false(num_tokens <= 128):
+    if guard_or_false(num_tokens * e_block <= 32768) and guard_or_false(num_tokens <= SINGLE_LAUNCH_TOKENS):
         row_budget, set_budget, num_warps = 1024, 1024, 4
     elif guard_or_false(num_tokens <= SINGLE_LAUNCH_TOKENS):
         row_budget, set_budget, num_warps = 4096, 4096, 4

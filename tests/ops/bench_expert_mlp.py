@@ -85,7 +85,7 @@ def gate_up_launch(geometry, tensors, config):
     kwargs = dict(
         K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, ACTIVATION=g.activation.removesuffix("_glu"),
         GATED=True, INTERLEAVED=g.interleaved, HAS_BIAS=g.bias,
-        **K.chunk_of(tensors["num_slots"], g.experts, 4096), **config.arguments(),
+        ALIGN=config.step, **K.chunk_of(tensors["num_slots"], g.experts, 4096), **config.arguments(),
     )  # fmt: skip
     return K.gate_up_kernel, (config.per_sm * SMS,), (*args, *strides), kwargs
 
@@ -117,7 +117,8 @@ def candidates(geometry, which):
             continue
         if (swap and (n < 64 or warps != n // 16)) or (warps == 2 and n > 32) or (warps == 8 and n < 64):
             continue
-        yield K.TileConfig(n, k, warps, stages, per_sm, m, swap)
+        for align in (4, None) if which == "gate_up" else (None,):
+            yield K.TileConfig(n, k, warps, stages, per_sm, m, swap, align)
 
 
 def compile_alone(name, which, configs, tokens_of):
@@ -156,6 +157,7 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
             try:
                 for case in cases:
                     launches = [LAUNCHES[which](geometry, t, config) for t in inputs[case]]
+                    compare_launch(launches[0], which, inputs[case][0])
                     graph = capture(lambda i, ls=launches: ls[i][0][ls[i][1]](*ls[i][2], **ls[i][3]), CALLS)
                     row.append(time_in_turn({"": graph.replay}, CALLS, 9)[""].median)
             except Exception as error:  # noqa: BLE001 - a tile that does not fit is a result
@@ -175,20 +177,36 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
             print("  ", " ".join(f"{t:7.1f} ({f / t:4.0%})" for t, f in zip(row, floors, strict=True)), config)
 
 
+def compare_launch(launch, which, tensors):
+    """Raise AssertionError where a tile's results are not those of the tiles in use."""
+    kernel, grid, args, kwargs = launch
+    result = tensors["act" if which == "gate_up" else "out"]
+    result.fill_(float("nan"))
+    kernel[grid](*args, **kwargs)
+    want = tensors[f"{which}_wanted"]
+    torch.testing.assert_close(result, want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+    # The second projection is to start from the same rows for every tile of its own.
+    tensors["act"].copy_(tensors["gate_up_wanted"])
+
+
 def case_tensors(geometry, layer, tokens, select, seed):
     hidden, ids, weights = make_routing(geometry, tokens, select, seed)
     slots = ids.numel()
     gate_up, down, gate_up_bias, down_bias, *options = layer
-    tiles = K.launch_config(torch.bfloat16, geometry.hidden, geometry.transposed)
+    tiles = K.launch_config(torch.bfloat16, geometry.transposed)
     act, order, active, first = K.launch_gate_up(hidden, ids, gate_up, gate_up_bias, *options, tiles)
-    return {
+    tensors = {
         "hidden": hidden, "ids": ids, "weights": weights, "order": order, "active": active, "first": first,
         "num_slots": slots,
         "gate_up": gate_up,
         "down": down, "gate_up_bias": hidden if gate_up_bias is None else gate_up_bias,
         "down_bias": act if down_bias is None else down_bias, "act": act,
         "out": torch.empty(slots, geometry.hidden, device="cuda"),
+        "gate_up_wanted": act.clone(),
     }  # fmt: skip
+    kernel, grid, args, kwargs = down_launch(geometry, tensors, tiles.down)
+    kernel[grid](*args, **kwargs)
+    return tensors | {"down_wanted": tensors["out"].clone()}
 
 
 # The whole operator

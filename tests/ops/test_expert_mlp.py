@@ -8,9 +8,12 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, gate_width, supports
+from sere_compile.ops.expert_mlp.kernel import cut
 
 from .cases import poisoned_memory
 
@@ -245,11 +248,50 @@ def small_tiles(**changes):
     return LaunchConfig(tile, tile, chunk=16)
 
 
-@pytest.mark.parametrize("swap", [False, True], ids=["rows", "swapped"])
+@pytest.mark.parametrize(
+    "tile", [{}, {"swap": True}, {"swap": True, "align": 4}], ids=["rows", "swapped", "swapped-narrow"]
+)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_kernels_equal_oracle(layer, swap, kernel_device):
+def test_kernels_equal_oracle(layer, tile, kernel_device):
     arguments = drawn_for_kernel(layer, kernel_device)
-    assert_close_to_oracle(launch(arguments, small_tiles(swap=swap)), arguments)
+    assert_close_to_oracle(launch(arguments, small_tiles(**tile)), arguments)
+
+
+def test_narrower_tiles_change_no_bit(kernel_device):
+    """How columns are cut decides which program has them, not how they are summed."""
+    arguments = drawn_for_kernel(Layer(tokens=7), kernel_device)
+    assert torch.equal(launch(arguments, small_tiles(align=4)), launch(arguments, small_tiles()))
+
+
+@triton.jit
+def cut_kernel(out_ptr, active, programs, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
+    """Store (tiles, width) of `cut`."""
+    tiles, width = cut(active, programs, COLUMNS, BLOCK_N, ALIGN)
+    tl.store(out_ptr, tiles)
+    tl.store(out_ptr + 1, width)
+
+
+@pytest.mark.parametrize(
+    ("active", "programs", "columns", "expected"),
+    [
+        # 28 experts of 12 whole tiles would be 1.3 rounds; of 18 tiles they are 1.9.
+        (28, 264, 768, (18, 44)),
+        # One expert: as many programs as there are multiples of 4 columns.
+        (1, 264, 768, (192, 4)),
+        # A round that is full already.
+        (22, 265, 768, (12, 64)),
+        (128, 264, 768, (12, 64)),
+        (0, 264, 768, (192, 4)),
+        # Columns that are no multiple of anything, fewer than a tile.
+        (3, 264, 50, (13, 4)),
+    ],
+)
+def test_cut_fills_the_last_round(active, programs, columns, expected, kernel_device):
+    out = torch.zeros(2, dtype=torch.int32, device=kernel_device)
+    cut_kernel[(1,)](out, active, programs, COLUMNS=columns, BLOCK_N=64, ALIGN=4)
+    tiles, width = out.tolist()
+    assert (tiles, width) == expected
+    assert (tiles - 1) * width < columns <= tiles * width
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["rows", "swapped"])

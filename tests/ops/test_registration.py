@@ -239,8 +239,9 @@ def test_tracing_expert_mlp_for_cuda_reaches_the_kernels():
     """)
 
 
-def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
-    """The kernels compile for Hopper: tiles fit shared memory and are copied to it 16 bytes at a time."""
+@pytest.mark.parametrize(("capability", "shared"), [(90, 227), (89, 99)])
+def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
+    """For Hopper and for a GPU with less shared memory: tiles fit it and are copied to it 16 bytes at a time."""
     output = run_alone(
         """
         import os
@@ -250,10 +251,12 @@ def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
         from triton.compiler import ASTSource
         from sere_compile.ops.expert_mlp.kernel import chunk_of, down_kernel, gate_up_kernel, launch_config
 
+        capability, shared = int(os.environ["CAPABILITY"]), int(os.environ["SHARED"])
+
         if not os.path.exists(triton.knobs.nvidia.ptxas.path):
             print("no ptxas"); sys.exit()
 
-        def compile_for_sm90(kernel, element, ones, constants):
+        def compile_alone(kernel, element, ones, constants):
             pointers = dict(order_ptr="*i32", active_ptr="*i32", first_ptr="*i32", out_ptr="*fp32", ids_ptr="*i64")
             scalars = dict.fromkeys(("num_slots", "stride_e", "stride_n", "stride_d", "stride_t", "stride_k"), "i32")
             types = {n: pointers.get(n, f"*{element}") for n in kernel.arg_names if n.endswith("_ptr")}
@@ -264,7 +267,7 @@ def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
             aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if n in types}
             constants = {name: constants[name] for name, type in signature.items() if type == "constexpr"}
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-            return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
         LAYERS = [
             ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False)),
@@ -273,15 +276,17 @@ def test_expert_mlp_kernels_compile_for_sm90(tmp_path):
         ]
         for element, dtype, transposed, shape, flags in LAYERS:
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
-            config = launch_config(dtype, shape["HIDDEN"], transposed)
-            shape |= chunk_of(256, shape["E"], config.chunk)
+            config = launch_config(dtype, transposed)
+            shape |= {"ALIGN": config.gate_up.step, **chunk_of(256, shape["E"], config.chunk)}
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
             for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
-                compiled = compile_for_sm90(kernel, element, ones, {**shape, **tile.arguments()})
-                assert compiled.metadata.shared < 227 * 1024
+                compiled = compile_alone(kernel, element, ones, {**shape, **tile.arguments()})
+                assert compiled.metadata.shared <= shared * 1024
                 assert element == "fp32" or "cp.async.cg.shared.global" in compiled.asm["ptx"]
         """,
         TRITON_CACHE_DIR=str(tmp_path),
+        CAPABILITY=str(capability),
+        SHARED=str(shared),
     )
     if "no ptxas" in output:
         pytest.skip("Triton has no ptxas here")
