@@ -82,7 +82,7 @@ def bench_gating(
         torch.randn(size, device=weight.device, generator=_seeded(weight, i)).to(weight.dtype) for i in range(CALLS)
     ]
     matrices = {"router.weight": subject.matrices[f"{block.name}.{block.router_weight}"]}
-    runs: dict[str, Callable[[], object]] = {}
+    runs: dict[str, Callable[[], object] | torch.cuda.CUDAGraph] = {}
     errors: dict[str, float] = {}
     keep: list[Any] = []
     variants = [
@@ -109,13 +109,13 @@ def bench_gating(
 
 def _run(
     variant: Variant, function: Callable[..., Any], inputs: list[torch.Tensor], keep: list[Any]
-) -> Callable[[], object]:
-    """Calls the function on all inputs: a graph's replay, or one by one for an eager variant."""
+) -> Callable[[], object] | torch.cuda.CUDAGraph:
+    """Calls the function on all inputs: a graph, or one by one for an eager variant."""
     if variant.backend is None:
         return functools.partial(_call_all, function, inputs)
     graph = capture(functools.partial(_call_one, function, inputs), len(inputs))
     keep.append((graph, function))
-    return graph.replay
+    return graph
 
 
 def _call_one(function: Callable[..., Any], inputs: list[torch.Tensor], index: int) -> Any:

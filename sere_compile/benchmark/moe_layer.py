@@ -28,7 +28,7 @@ def bench_moe_layer(
     block = subject.blocks[-1]
     inputs = [_hidden(subject, block, batch, seed) for seed in range(CALLS)]
     expected, active = _references(subject, block, inputs, selects)
-    runs: dict[str, Callable[[], object]] = {}
+    runs: dict[str, Callable[[], object] | torch.cuda.CUDAGraph] = {}
     errors: dict[str, float] = {}
     keep: list[Any] = []
     variants = [*all_variants(selects, block.top_k, stock), without_effect(block.top_k)]
@@ -45,7 +45,7 @@ def bench_moe_layer(
             runs[variant.name] = functools.partial(_call_all, function, inputs)
         else:
             graph = capture(functools.partial(_call_one, function, inputs), CALLS)
-            runs[variant.name] = graph.replay
+            runs[variant.name] = graph
             keep.append((graph, function))
     times = time_in_turn(runs, CALLS, rounds)
     return [

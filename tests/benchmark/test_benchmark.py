@@ -11,7 +11,7 @@ from sere_compile.benchmark import decode_step, gating, moe_layer, run, variant
 from sere_compile.benchmark.geometries import GEOMETRIES, Geometry
 from sere_compile.benchmark.result import Results
 from sere_compile.benchmark.subject import random_model
-from sere_compile.benchmark.timing import Timing, summarize
+from sere_compile.benchmark.timing import Timing, summarize, time_in_turn
 from sere_compile.cli import main
 
 TINY = Geometry(
@@ -41,7 +41,7 @@ def without_gpu(monkeypatch):
 
     def time_in_turn(runs, calls, rounds, warmup=3):
         for call in runs.values():
-            call()
+            getattr(call, "replay", call)()
         return {name: Timing(5.0 if "sere" in name else 10.0, 1.0, 20.0) for name in runs}
 
     monkeypatch.setattr(variant, "INNER", "eager")
@@ -253,3 +253,32 @@ def test_no_variant_twice():
     """Where S exceeds K it is K, once: Mixtral's K is 2."""
     names = [v.name for v in variant.all_variants((8, 2, 1), 2, ("grouped_mm",))]
     assert names == ["eager", "inductor grouped_mm", "sere S=K", "sere S=1"]
+
+
+def test_the_launch_of_a_graph_is_not_timed(monkeypatch):
+    """The device waits before the first event of a graph; a function is timed with what the host does."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 0.02
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("wait"), raising=False)
+    times = time_in_turn({"graph": Graph(), "eager": lambda: log.append("call")}, calls=2, rounds=2, warmup=0)
+    assert log == ["wait", "event", "replay", "event", "event", "call", "event"] * 2
+    assert times["graph"].median == pytest.approx(10.0)

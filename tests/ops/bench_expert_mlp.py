@@ -159,7 +159,7 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
                     launches = [LAUNCHES[which](geometry, t, config) for t in inputs[case]]
                     compare_launch(launches[0], which, inputs[case][0])
                     graph = capture(lambda i, ls=launches: ls[i][0][ls[i][1]](*ls[i][2], **ls[i][3]), CALLS)
-                    row.append(time_in_turn({"": graph.replay}, CALLS, 9)[""].median)
+                    row.append(time_in_turn({"": graph}, CALLS, 9)[""].median)
             except Exception as error:  # noqa: BLE001 - a tile that does not fit is a result
                 print("failed:", config, type(error).__name__, str(error)[:80])
                 continue
@@ -249,7 +249,7 @@ def compare(name, geometry, cases, bandwidth):
     print(f"\n{name}: us per layer, experts alone")
     points = []
     for (count, select), (active, graphs, _) in cases.items():
-        times = time_in_turn({n: g.replay for n, g in graphs.items()}, CALLS, 15)
+        times = time_in_turn(graphs, CALLS, 15)
         floor = active * geometry.expert_elements * 2 / bandwidth * 1e6
         points.append((active, times["ours"].median))
         text = ", ".join(f"{n} {t}" for n, t in times.items())

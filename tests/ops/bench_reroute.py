@@ -8,13 +8,13 @@ Nothing is timed before the kernel agrees with the reference on random cases; a 
 
 import argparse
 import itertools
-import statistics
 import sys
 import time
 
 import torch
 from cases import STRUCTURES, Structure, draw_case
 
+from sere_compile.benchmark.timing import capture, summarize, time_in_turn
 from sere_compile.ops import reroute
 from sere_compile.ops.reroute.reference import reroute_reference
 
@@ -46,39 +46,14 @@ def make_ids(num_tokens):
     return scores.topk(SLOTS, dim=1).indices
 
 
-def capture(function, inputs):
-    """A CUDA graph that calls function once for every element of inputs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function(inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for ids in inputs:
-            function(ids)
-    return graph
+def capture_all(functions, inputs):
+    """A CUDA graph of each function that calls it once for every element of inputs."""
+    return {name: capture(lambda i, f=f: f(inputs[i]), CALLS) for name, f in functions.items()}
 
 
-def time_graphs(graphs):
-    """us per call of each graph: one list of samples per graph, measured in turn."""
-    samples = [[] for _ in graphs]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for replay in range(REPLAYS + 20):
-        for graph, times in zip(graphs, samples, strict=True):
-            events[0].record()
-            graph.replay()
-            events[1].record()
-            events[1].synchronize()
-            if replay >= 20:
-                times.append(events[0].elapsed_time(events[1]) * 1e3 / CALLS)
-    return samples
-
-
-def summary(times):
-    cuts = statistics.quantiles(times, n=10)
-    return f"{statistics.median(times):.2f} [{cuts[1]:.2f} .. {cuts[7]:.2f}]"
+def precise(timing):
+    """Two digits, for calls of a few microseconds."""
+    return f"{timing.median:.2f} [{timing.low:.2f} .. {timing.high:.2f}]"
 
 
 def compare(similarity):
@@ -94,8 +69,9 @@ def compare(similarity):
             reroute_reference,
             torch.compile(reroute_reference, fullgraph=True, dynamic=False),
         ]
-        graphs = [capture(lambda ids, f=f: f(ids, similarity, SELECT), inputs) for f in functions]
-        print(f"| {num_tokens} | " + " | ".join(summary(times) for times in time_graphs(graphs)) + " |")
+        calls = {i: lambda ids, f=f: f(ids, similarity, SELECT) for i, f in enumerate(functions)}
+        times = time_in_turn(capture_all(calls, inputs), CALLS, REPLAYS, 20)
+        print(f"| {num_tokens} | " + " | ".join(map(precise, times.values())) + " |")
 
 
 def time_host(similarity):
@@ -109,7 +85,7 @@ def time_host(similarity):
             for _ in range(10):
                 function(ids, similarity, SELECT)
             samples.append((time.perf_counter() - start) * 1e5)
-        print(f"host time of an eager call, {name}: {summary(samples)} us")
+        print(f"host time of an eager call, {name}: {precise(summarize(samples))} us")
 
 
 def sweep(similarity):
@@ -122,15 +98,11 @@ def sweep(similarity):
             LaunchConfig(slots, chunk, warps)
             for slots, chunk, warps in itertools.product((4, 8, 16, 32, 64), (64, 128, 256, 512, 1024), (2, 4, 8))
         ]
-        results = []
-        for config in configs:
-            call = lambda ids, c=config: launch_reroute(ids, similarity, SELECT, 0.0, 0, None, c)  # noqa: E731
-            (times,) = time_graphs([capture(call, inputs)])
-            results.append((statistics.median(times), summary(times), config))
-        results.sort(key=lambda result: result[0])
+        calls = {c: lambda ids, c=c: launch_reroute(ids, similarity, SELECT, 0.0, 0, None, c) for c in configs}
+        times = time_in_turn(capture_all(calls, inputs), CALLS, REPLAYS, 20)
         print(f"\nT={num_tokens}: launch_config gives {launch_config(num_tokens, EXPERTS)}")
-        for _, text, config in results[:8]:
-            print(f"    {text}  {config}")
+        for config in sorted(times, key=lambda config: times[config].median)[:8]:
+            print(f"    {precise(times[config])}  {config}")
 
 
 def main():

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Callable
 
 import torch
 
+from sere_compile.benchmark.timing import capture, time_in_turn
 from sere_compile.ops.reroute import reroute
 from sere_compile.ops.route import route
 from sere_compile.ops.route.launch import Tile, is_narrow, launch_route, one_launch, tile_for
 from sere_compile.ops.route.reference import Rerouting, Scoring
 
-CALLS, REPLAYS, WARM_UP = 20, 150, 20
+CALLS, REPLAYS, WARM_UP = 20, 130, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,29 +71,9 @@ def stock(logits, bias, router: Router):
     return (values / values.sum(-1, keepdim=True)).to(torch.bfloat16), ids
 
 
-def capture(function, inputs):
-    for x in inputs[:3]:
-        function(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        keep = [function(x) for x in inputs]
-    return graph, keep
-
-
 def time_all(functions: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, float]:
-    graphs = {name: capture(function, inputs) for name, function in functions.items()}
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for step in range(REPLAYS):
-        for name, (graph, _) in graphs.items():
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if step >= WARM_UP:
-                times[name].append(start.elapsed_time(end) * 1e3 / CALLS)
-    return {name: statistics.median(values) for name, values in times.items()}
+    graphs = {name: capture(lambda i, f=f: f(inputs[i]), CALLS) for name, f in functions.items()}
+    return {name: timing.median for name, timing in time_in_turn(graphs, CALLS, REPLAYS, WARM_UP).items()}
 
 
 def bench(router: Router, tokens: int, tiles: list[tuple], with_stock: bool) -> None:

@@ -146,11 +146,12 @@ def test_one_launch_equals_oracle(case, tile, kernel_device):
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=str)
 def test_two_launches_equal_one(case, kernel_device):
-    """Beyond the size for one launch the results are the same bits."""
+    """Beyond the size for one launch the ids are the same, and the weights up to rounding."""
     arguments = case.draw(20, 1, kernel_device)
     two, one = kernel(*arguments), kernel(*arguments, (8, 32, 4))
     assert torch.equal(two[1], one[1])
-    assert torch.equal(two[0], one[0])
+    # Sums over a row are taken in the order of the tile.
+    torch.testing.assert_close(two[0], one[0], rtol=1e-6, atol=0)
 
 
 def test_groups_alone(kernel_device):
