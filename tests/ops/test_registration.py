@@ -239,6 +239,50 @@ def test_tracing_expert_mlp_for_cuda_reaches_the_kernels():
     """)
 
 
+def test_only_results_are_written_to(tmp_path):
+    """torch reads from a kernel's code what it writes. Whatever else it took for written would be copied each call."""
+    run_alone(
+        """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional as functional
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
+        from sere_compile.ops.reroute.kernel import launch_reroute
+        from sere_compile.ops.route.launch import launch_route
+        from sere_compile.ops.route.reference import Rerouting, Scoring
+
+        class Hopper:
+            def get_current_target(self):
+                return GPUTarget("cuda", 90, 32)
+
+        triton.runtime.driver.set_active(Hopper())
+        with FakeTensorMode():
+            ids = torch.empty(32, 8, dtype=torch.int64, device="cuda")
+            weights, hidden, gate_up, down, logits = (
+                torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+                for shape in ((32, 8), (32, 64), (16, 96, 64), (16, 64, 48), (32, 8))
+            )
+            similarity, small = (torch.empty(n, n, device="cuda") for n in (16, 8))
+
+        def written(call, *tensors):
+            graph = make_fx(torch.func.functionalize(call), tracing_mode="fake")(*tensors).graph
+            return [set(n.kwargs["tensors_to_clone"]) for n in graph.nodes if n.target is functional]
+
+        experts = written(
+            lambda *t: launch_expert_mlp(*t, None, None, "silu_glu", False, False), hidden, ids, weights, gate_up, down
+        )
+        assert experts == [{"act_ptr", "order_ptr", "active_ptr", "first_ptr"}, {"out_ptr"}], experts
+        assert written(lambda i, s: launch_reroute(i, s, 2, 0.3, 8, None), ids, similarity) == [{"out_ptr"}]
+        for rerouting in (lambda s: Rerouting(), lambda s: Rerouting(s, 1, 0.0, 2)):
+            call = lambda x, s: launch_route(x, None, Scoring(2, "softmax"), rerouting(s))
+            assert written(call, logits, small) == [{"weights_ptr", "ids_ptr"}]
+        """,
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+
+
 @pytest.mark.parametrize(("capability", "shared"), [(90, 227), (89, 99)])
 def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
     """For Hopper and for a GPU with less shared memory: tiles fit it and are copied to it 16 bytes at a time."""
