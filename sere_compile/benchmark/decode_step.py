@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,16 +85,12 @@ def bench_decode_step(
             runs[variant.name] = _eager_run(decoder, forward)
             continue
         decoder.reset()
-        graph = capture(functools.partial(_step, decoder, forward), 1)
+        graph = capture(decoder.step, [forward])
         runs[variant.name] = _graph_run(decoder, graph)
         keep.append((graph, forward))
     subject.model.set_experts_implementation("grouped_mm")
     times = time_in_turn(runs, steps, rounds, warmup=1)
     return [_row(v, subject, batch, times[v.name], errors[v.name], active, bandwidth) for v in variants]
-
-
-def _step(decoder: Decoder, forward: Callable[[], torch.Tensor], _: int) -> None:
-    decoder.step(forward)
 
 
 def _graph_run(decoder: Decoder, graph: torch.cuda.CUDAGraph) -> Callable[[], None]:

@@ -113,13 +113,9 @@ def _run(
     """Calls the function on all inputs: a graph, or one by one for an eager variant."""
     if variant.backend is None:
         return functools.partial(_call_all, function, inputs)
-    graph = capture(functools.partial(_call_one, function, inputs), len(inputs))
+    graph = capture(function, inputs)
     keep.append((graph, function))
     return graph
-
-
-def _call_one(function: Callable[..., Any], inputs: list[torch.Tensor], index: int) -> Any:
-    return function(inputs[index])
 
 
 def _call_all(function: Callable[..., Any], inputs: list[torch.Tensor]) -> None:

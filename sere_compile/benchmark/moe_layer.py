@@ -44,7 +44,7 @@ def bench_moe_layer(
         if variant.backend is None:
             runs[variant.name] = functools.partial(_call_all, function, inputs)
         else:
-            graph = capture(functools.partial(_call_one, function, inputs), CALLS)
+            graph = capture(function, inputs)
             runs[variant.name] = graph
             keep.append((graph, function))
     times = time_in_turn(runs, CALLS, rounds)
@@ -70,10 +70,6 @@ def _hidden(subject: Subject, block: Block, batch: int, seed: int) -> torch.Tens
     generator = torch.Generator(weight.device).manual_seed(seed)
     size = (batch, 1, weight.shape[1])
     return torch.randn(size, generator=generator, device=weight.device).to(subject.model.dtype)
-
-
-def _call_one(function: Callable[..., Any], inputs: list[torch.Tensor], index: int) -> Any:
-    return function(inputs[index])
 
 
 def _call_all(function: Callable[..., Any], inputs: list[torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,19 +31,19 @@ def summarize(samples: Sequence[float]) -> Timing:
     return Timing(statistics.median(samples), cuts[1], cuts[7])
 
 
-def capture(call: Callable[[int], object], count: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of call(0) ... call(count - 1), after three warm-up calls on a side stream."""
+def capture(function: Callable[[Any], object], inputs: Sequence[Any]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of function(x) for each x of inputs, after three warm-up calls on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for index in range(3):
-            call(index % count)
+            function(inputs[index % len(inputs)])
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(count):
-            call(index)
+        for x in inputs:
+            function(x)
     return graph
 
 
@@ -78,6 +79,6 @@ def copy_bandwidth(gigabytes: float = 4.0) -> float:
     """Bytes per second that a device-to-device copy of this size moves, read and written bytes counted."""
     source = torch.empty(int(gigabytes * 1e9) // 2, dtype=torch.uint8, device="cuda").random_(0, 255)
     target = torch.empty_like(source)
-    graph = capture(lambda _: target.copy_(source), 1)
+    graph = capture(target.copy_, [source])
     timing = time_in_turn({"copy": graph}, 1, 10)["copy"]
     return 2 * source.numel() / (timing.median * 1e-6)

@@ -36,8 +36,8 @@ def subject():
 def without_gpu(monkeypatch):
     """Graphs are plain calls; every variant takes 10 us, ours 5."""
 
-    def capture(call, count):
-        return types.SimpleNamespace(replay=lambda: [call(i) for i in range(count)])
+    def capture(function, inputs):
+        return types.SimpleNamespace(replay=lambda: [function(x) for x in inputs])
 
     def time_in_turn(runs, calls, rounds, warmup=3):
         for call in runs.values():

@@ -98,6 +98,11 @@ def down_launch(geometry, tensors, config):
     return K.down_kernel, (config.per_sm * SMS,), (*args, tensors["num_slots"], *strides), kwargs
 
 
+def start(launch):
+    kernel, grid, args, kwargs = launch
+    kernel[grid](*args, **kwargs)
+
+
 LAUNCHES = {"gate_up": gate_up_launch, "down": down_launch}
 
 
@@ -158,7 +163,7 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
                 for case in cases:
                     launches = [LAUNCHES[which](geometry, t, config) for t in inputs[case]]
                     compare_launch(launches[0], which, inputs[case][0])
-                    graph = capture(lambda i, ls=launches: ls[i][0][ls[i][1]](*ls[i][2], **ls[i][3]), CALLS)
+                    graph = capture(start, launches)
                     row.append(time_in_turn({"": graph}, CALLS, 9)[""].median)
             except Exception as error:  # noqa: BLE001 - a tile that does not fit is a result
                 print("failed:", config, type(error).__name__, str(error)[:80])
@@ -179,14 +184,11 @@ def sweep(name, geometry, layer, cases, bandwidth, seconds):
 
 def compare_launch(launch, which, tensors):
     """Raise AssertionError where a tile's results are not those of the tiles in use."""
-    kernel, grid, args, kwargs = launch
     result = tensors["act" if which == "gate_up" else "out"]
     result.fill_(float("nan"))
-    kernel[grid](*args, **kwargs)
+    start(launch)
     want = tensors[f"{which}_wanted"]
     torch.testing.assert_close(result, want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
-    # The second projection is to start from the same rows for every tile of its own.
-    tensors["act"].copy_(tensors["gate_up_wanted"])
 
 
 def case_tensors(geometry, layer, tokens, select, seed):
@@ -204,8 +206,7 @@ def case_tensors(geometry, layer, tokens, select, seed):
         "out": torch.empty(slots, geometry.hidden, device="cuda"),
         "gate_up_wanted": act.clone(),
     }  # fmt: skip
-    kernel, grid, args, kwargs = down_launch(geometry, tensors, tiles.down)
-    kernel[grid](*args, **kwargs)
+    start(down_launch(geometry, tensors, tiles.down))
     return tensors | {"down_wanted": tensors["out"].clone()}
 
 
@@ -239,7 +240,7 @@ def prepare(name, geometry, layer, tokens, selects, stock, batched_up_to):
         for select in selects:
             inputs = [make_routing(geometry, count, select, seed) for seed in range(CALLS)]
             active = statistics.mean(len(i[1].unique()) for i in inputs)
-            graphs = {n: capture(lambda i, f=f, x=inputs: f(*x[i]), CALLS) for n, f in functions.items()}
+            graphs = {n: capture(lambda x, f=f: f(*x), inputs) for n, f in functions.items()}
             cases[count, select] = active, graphs, inputs
     return cases
 

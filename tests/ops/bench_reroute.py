@@ -46,11 +46,6 @@ def make_ids(num_tokens):
     return scores.topk(SLOTS, dim=1).indices
 
 
-def capture_all(functions, inputs):
-    """A CUDA graph of each function that calls it once for every element of inputs."""
-    return {name: capture(lambda i, f=f: f(inputs[i]), CALLS) for name, f in functions.items()}
-
-
 def precise(timing):
     """Two digits, for calls of a few microseconds."""
     return f"{timing.median:.2f} [{timing.low:.2f} .. {timing.high:.2f}]"
@@ -69,8 +64,8 @@ def compare(similarity):
             reroute_reference,
             torch.compile(reroute_reference, fullgraph=True, dynamic=False),
         ]
-        calls = {i: lambda ids, f=f: f(ids, similarity, SELECT) for i, f in enumerate(functions)}
-        times = time_in_turn(capture_all(calls, inputs), CALLS, REPLAYS, 20)
+        graphs = {i: capture(lambda ids, f=f: f(ids, similarity, SELECT), inputs) for i, f in enumerate(functions)}
+        times = time_in_turn(graphs, CALLS, REPLAYS, 20)
         print(f"| {num_tokens} | " + " | ".join(map(precise, times.values())) + " |")
 
 
@@ -98,8 +93,11 @@ def sweep(similarity):
             LaunchConfig(slots, chunk, warps)
             for slots, chunk, warps in itertools.product((4, 8, 16, 32, 64), (64, 128, 256, 512, 1024), (2, 4, 8))
         ]
-        calls = {c: lambda ids, c=c: launch_reroute(ids, similarity, SELECT, 0.0, 0, None, c) for c in configs}
-        times = time_in_turn(capture_all(calls, inputs), CALLS, REPLAYS, 20)
+        graphs = {
+            c: capture(lambda ids, c=c: launch_reroute(ids, similarity, SELECT, 0.0, 0, None, c), inputs)
+            for c in configs
+        }
+        times = time_in_turn(graphs, CALLS, REPLAYS, 20)
         print(f"\nT={num_tokens}: launch_config gives {launch_config(num_tokens, EXPERTS)}")
         for config in sorted(times, key=lambda config: times[config].median)[:8]:
             print(f"    {precise(times[config])}  {config}")

@@ -72,7 +72,7 @@ def stock(logits, bias, router: Router):
 
 
 def time_all(functions: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, float]:
-    graphs = {name: capture(lambda i, f=f: f(inputs[i]), CALLS) for name, f in functions.items()}
+    graphs = {name: capture(f, inputs) for name, f in functions.items()}
     return {name: timing.median for name, timing in time_in_turn(graphs, CALLS, REPLAYS, WARM_UP).items()}
 
 
