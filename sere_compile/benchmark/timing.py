@@ -78,7 +78,7 @@ def time_in_turn(
 def copy_bandwidth(gigabytes: float = 4.0) -> float:
     """Bytes per second that a device-to-device copy of this size moves, read and written bytes counted.
 
-    By a kernel (one that negates bits on the way): a copy in a CUDA graph may be left to the copy engine, which is slower.
+    By a kernel (one that negates bits on the way): a copy in a CUDA graph may go to the copy engine, which is slower.
     """
     source = torch.empty(int(gigabytes * 1e9) // 8, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
