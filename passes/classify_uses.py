@@ -126,7 +126,7 @@ def _classify(
         table = max(nodes.operands(consumer), key=lambda n: nodes.is_floating(n))
         return _classify_index(consumer, read, table, num_experts)
     reaches = reaches_experts(consumer, num_experts)
-    if name in ("sort", "argsort") and slots_stay_apart(consumer):
+    if name in ("sort", "argsort") and slots_stay_apart(consumer, num_experts):
         return Use(consumer, read, UseKind.GROUPED), reaches
     if name in COUNTS:
         return Use(consumer, read, UseKind.GROUPED if reaches else UseKind.STATISTIC), reaches

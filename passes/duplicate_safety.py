@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from . import nodes
+from .expert_evidence import same_for_every_expert
 
 COUNTS = frozenset({"histc", "bincount"})
+CLAMPS = frozenset({"clamp", "clamp_min", "clamp_max"})
 
 
 def consumers(ids: Node, stop: tuple[Node, ...] = (), masks: bool = True) -> Iterator[tuple[Node, Node]]:
@@ -25,7 +27,7 @@ def consumers(ids: Node, stop: tuple[Node, ...] = (), masks: bool = True) -> Ite
             yield user, ids
 
 
-def slots_stay_apart(sort: Node) -> bool:
+def slots_stay_apart(sort: Node, num_experts: int) -> bool:
     """Whether everything made from the sorted order treats each (token, rank) slot on its own.
 
     Sorting gives a permutation of the slots. Reading rows by it, counting, and writing rows by it are safe,
@@ -38,15 +40,22 @@ def slots_stay_apart(sort: Node) -> bool:
     if len(picked) != len(sort.users):
         return False
     sorted_ids, order = picked.get(0), picked.get(1)
-    return (sorted_ids is None or _counts_only(sorted_ids)) and (order is None or _permutation_is_safe(order))
+    if sorted_ids is not None and not _counts_only(sorted_ids, num_experts):
+        return False
+    return order is None or _permutation_is_safe(order)
 
 
-def _counts_only(sorted_ids: Node) -> bool:
-    """Whether sorted ids are only counted, or index per-expert parameters row by row."""
+def _counts_only(sorted_ids: Node, num_experts: int) -> bool:
+    """Whether sorted ids are only counted, or index per-expert parameters row by row.
+
+    They may be told from sentinels outside [0, E), and clamped to the experts, in place or not.
+    """
     for consumer, read in consumers(sorted_ids, masks=False):
         name = nodes.kind(consumer)
         by_row = name == "index" and read in nodes.index_tensors(consumer)
-        if not (name in COUNTS or by_row):
+        if name in CLAMPS and nodes.same_shape(consumer, read) and _counts_only(consumer, num_experts):
+            continue
+        if not (name in COUNTS or by_row or same_for_every_expert(consumer, num_experts)):
             return False
     return True
 

@@ -201,8 +201,31 @@ UNSAFE = {
 }
 
 
+class Sentinels(Sorted):
+    """What is not a number of an expert is told by `compare`, and clamped, in place or not."""
+
+    def __init__(self, compare, in_place):
+        super().__init__(SAFE["inverse by write"])
+        self.compare, self.in_place = compare, in_place
+
+    def dispatch(self, x, ids, weights):
+        flat, order = torch.sort(ids.view(-1))
+        sentinel = self.compare(flat)[:, None]
+        flat = flat.clamp_(max=EXPERTS - 1) if self.in_place else flat.clamp(max=EXPERTS - 1)
+        y = torch.bmm(torch.tanh(x[order // self.top_k])[:, None], self.experts[flat]).squeeze(1)
+        return self.combine(self, x, order, (y * weights.view(-1)[order][:, None]).masked_fill(sentinel, 0.0))
+
+
 @pytest.mark.parametrize("tracer", ["dynamo", "export"])
 class TestSortedSlots:
+    @pytest.mark.parametrize("in_place", [True, False])
+    def test_sentinels(self, in_place, tracer):
+        """Rows of no expert, as transformers 5.17 masks them, are told by what no expert's number answers otherwise."""
+        gate = one_gate(TRACERS[tracer](Sentinels(lambda flat: flat >= EXPERTS, in_place), rows()))
+        assert {use.kind for use in gate.uses} == {UseKind.GROUPED}
+        gate = one_gate(TRACERS[tracer](Sentinels(lambda flat: flat >= EXPERTS - 1, in_place), rows()))
+        assert {use.kind for use in gate.uses} == {UseKind.UNKNOWN}
+
     @pytest.mark.parametrize("name", SAFE)
     def test_safe(self, name, tracer):
         """Ways to bring sorted rows back that treat each slot on its own."""
