@@ -64,10 +64,13 @@ class DecodeStep(nn.Module):
 
     def empty_cache(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of a cache without tokens, for `batch` rows."""
-        from transformers.configuration_utils import get_head_shapes
+        from transformers.integrations.executorch import get_head_shapes
 
-        cache, shapes = self._new_cache(), get_head_shapes(self.model.config.get_text_config())
-        cache.early_initialization(batch, *shapes, self.model.dtype, self.model.device)
+        cache, config = self._new_cache(), self.model.config.get_text_config()
+        heads, width = get_head_shapes(config)
+        # transformers 5.17 takes Mixtral's `head_dim=None` as it stands.
+        width = width or config.hidden_size // config.num_attention_heads
+        cache.early_initialization(batch, heads, width, self.model.dtype, self.model.device)
         return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
     def example_inputs(self, batch: int = 2) -> tuple[Any, ...]:
