@@ -10,7 +10,6 @@ from . import nodes
 from .expert_evidence import same_for_every_expert
 
 COUNTS = frozenset({"histc", "bincount"})
-CLAMPS = frozenset({"clamp", "clamp_min", "clamp_max"})
 
 
 def consumers(ids: Node, stop: tuple[Node, ...] = (), masks: bool = True) -> Iterator[tuple[Node, Node]]:
@@ -53,7 +52,7 @@ def _counts_only(sorted_ids: Node, num_experts: int) -> bool:
     for consumer, read in consumers(sorted_ids, masks=False):
         name = nodes.kind(consumer)
         by_row = name == "index" and read in nodes.index_tensors(consumer)
-        if name in CLAMPS and nodes.same_shape(consumer, read) and _counts_only(consumer, num_experts):
+        if name in nodes.CLAMPS and nodes.same_shape(consumer, read) and _counts_only(consumer, num_experts):
             continue
         if not (name in COUNTS or by_row or same_for_every_expert(consumer, num_experts)):
             return False

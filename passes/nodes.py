@@ -243,7 +243,8 @@ def operand(node: Node) -> Node | None:
     return found if isinstance(found, Node) else None
 
 
-_MASKS = frozenset({"masked_fill", "clamp", "clamp_min", "clamp_max", "remainder"})
+CLAMPS = frozenset({"clamp", "clamp_min", "clamp_max"})
+_MASKS = CLAMPS | {"masked_fill", "remainder"}
 
 
 def slot_source(node: Node) -> Node | None:

@@ -13,7 +13,7 @@ from torch import nn
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
-from .timing import capture, time_in_turn
+from .timing import call_all, capture, time_in_turn
 from .variant import Variant, all_variants, token_error
 
 # Calls in one graph: a call takes a few microseconds, a replay must not be measured for its own start.
@@ -112,15 +112,10 @@ def _run(
 ) -> Callable[[], object] | torch.cuda.CUDAGraph:
     """Calls the function on all inputs: a graph, or one by one for an eager variant."""
     if variant.backend is None:
-        return functools.partial(_call_all, function, inputs)
+        return functools.partial(call_all, function, inputs)
     graph = capture(function, inputs)
     keep.append((graph, function))
     return graph
-
-
-def _call_all(function: Callable[..., Any], inputs: list[torch.Tensor]) -> None:
-    for x in inputs:
-        function(x)
 
 
 def _seeded(like: torch.Tensor, seed: int) -> torch.Generator:

@@ -12,7 +12,7 @@ import torch
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
-from .timing import Timing, capture, time_in_turn
+from .timing import Timing, call_all, capture, time_in_turn
 from .variant import Variant, all_variants, token_error, without_effect
 
 # Each call of a graph has its own tokens, so that no expert stays in the L2 cache by always being the same.
@@ -42,7 +42,7 @@ def bench_moe_layer(
             token_error(_tensor(function(x)), want) for x, want in zip(inputs, expected[select], strict=True)
         )
         if variant.backend is None:
-            runs[variant.name] = functools.partial(_call_all, function, inputs)
+            runs[variant.name] = functools.partial(call_all, function, inputs)
         else:
             graph = capture(function, inputs)
             runs[variant.name] = graph
@@ -70,11 +70,6 @@ def _hidden(subject: Subject, block: Block, batch: int, seed: int) -> torch.Tens
     generator = torch.Generator(weight.device).manual_seed(seed)
     size = (batch, 1, weight.shape[1])
     return torch.randn(size, generator=generator, device=weight.device).to(subject.model.dtype)
-
-
-def _call_all(function: Callable[..., Any], inputs: list[torch.Tensor]) -> None:
-    for x in inputs:
-        function(x)
 
 
 def _references(

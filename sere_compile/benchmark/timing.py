@@ -31,8 +31,14 @@ def summarize(samples: Sequence[float]) -> Timing:
     return Timing(statistics.median(samples), cuts[1], cuts[7])
 
 
+def call_all(function: Callable[[Any], object], inputs: Sequence[Any]) -> None:
+    """Call function(x) for each x of inputs."""
+    for x in inputs:
+        function(x)
+
+
 def capture(function: Callable[[Any], object], inputs: Sequence[Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of function(x) for each x of inputs, after three warm-up calls on a side stream."""
+    """A CUDA graph of `call_all(function, inputs)`, after three warm-up calls on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -42,8 +48,7 @@ def capture(function: Callable[[Any], object], inputs: Sequence[Any]) -> torch.c
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for x in inputs:
-            function(x)
+        call_all(function, inputs)
     return graph
 
 
