@@ -115,6 +115,10 @@ def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
     rows = max(1, min(8 * PROBE_TOKENS, int(vllm_config.scheduler_config.max_num_batched_tokens)))
     ids_dtype = runner._quant_method.topk_indices_dtype or torch.int32
     runner.routed_experts._ensure_moe_quant_config_init()
+    if device.type == "cpu":
+        # Linux ends a process that uses AMX without having asked for it. torch asks before its first product, vLLM's
+        # experts do not, and nothing but they has run yet.
+        torch.cpu._init_amx()
 
     def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         output = runner.routed_experts.forward_modular(

@@ -9,6 +9,8 @@ from pathlib import Path
 from vllm import LLM, SamplingParams
 
 TOKENS = 8
+# Of latent attention, for float32: on a CPU with AMX vLLM takes one that cannot hold it. Other models ask for none.
+ATTENTION = "CPU_MLA"
 
 
 @contextmanager
@@ -16,7 +18,8 @@ def engine(folder: Path, sere: dict | None = None, **options):
     """An eager float32 engine on a saved model; `sere` goes into additional_config."""
     additional = {"additional_config": {"sere": sere}} if sere is not None else {}
     small = {"enforce_eager": True, "max_model_len": 64, "max_num_seqs": 16}
-    settings = {**small, "skip_tokenizer_init": True, "dtype": "float32", **additional, **options}
+    exact = {"dtype": "float32", "attention_backend": ATTENTION}
+    settings = {**small, **exact, "skip_tokenizer_init": True, **additional, **options}
     llm = LLM(model=str(folder), **settings)
     try:
         yield llm

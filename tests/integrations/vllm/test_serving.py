@@ -23,7 +23,7 @@ from sere_compile.integrations.vllm import EngineMismatchError, plugin, stats
 from sere_compile.integrations.vllm import engine as internals
 
 from . import models
-from .engine import engine, generate, hooks
+from .engine import ATTENTION, engine, generate, hooks
 
 pytestmark = pytest.mark.vllm
 
@@ -153,7 +153,8 @@ def test_a_draft_model_is_left_alone_and_its_tokens_count_as_decoding(tmp_path):
     """A profile of the two layers that transformers knows fits; batches with proposed tokens are re-routed."""
     model = with_a_draft_layer(tmp_path, tmp_path / "model")
     sere = {"select_top_k": 1, "profile": profile_file(tmp_path), "collect_stats": True}
-    with engine(model, sere, speculative_config={"method": "mtp", "num_speculative_tokens": 1}) as llm:
+    draft = {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": ATTENTION}
+    with engine(model, sere, speculative_config=draft) as llm:
         generate(llm, models.prompts(4))
         state, counted = hooks(llm).state, stats(llm)
         assert list(counted) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
@@ -259,7 +260,10 @@ def test_the_server_answers_http(tmp_path):
 
 
 def test_the_example():
-    """On the trained model, as its user runs it: it checks itself."""
+    """On the trained model, as its user runs it: it checks itself.
+
+    In bfloat16, so that on a CPU with AMX the probed experts are the process's first use of it.
+    """
     example = Path(__file__).parents[3] / "examples" / "vllm_serve.py"
     done = subprocess.run(
         [sys.executable, example, "--batch", "8", "--tokens", "8", "--eager"],
