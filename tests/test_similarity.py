@@ -63,6 +63,7 @@ def build(kind, device="cpu"):
         },
         "JetMoe": {"num_local_experts": E, "intermediate_size": H, "kv_channels": E},
         "LongcatFlash": {
+            "num_layers": 1,
             "n_routed_experts": E,
             "zero_expert_num": 2,
             "ffn_hidden_size": H,

@@ -1,5 +1,7 @@
 """The rewritten gate of the three models, as each tracer shows it. EXPECTTEST_ACCEPT=1 updates the literals."""
 
+from importlib import metadata
+
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ from ..tiny_models import build
 from .moe_modules import add_matrix
 
 expecttest = pytest.importorskip("expecttest")
+unclamped = pytest.mark.skipif(
+    metadata.version("transformers").startswith("5.17."), reason="its batched_mm clamps ids before it gathers weights"
+)
 
 
 def rewritten(name, experts, tracer):
@@ -134,6 +139,7 @@ def test_qwen3_moe_export():
     )
 
 
+@unclamped
 def test_batched_mm_dynamo():
     """Both gathers of expert weights read the new ids through one view."""
     expecttest.assert_expected_inline(
@@ -152,6 +158,7 @@ def test_batched_mm_dynamo():
     )
 
 
+@unclamped
 def test_batched_mm_export():
     """The same in ATen."""
     expecttest.assert_expected_inline(
