@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from ..ops.route.op import KERNEL_MAX_EXPERTS, KERNEL_MAX_SLOTS
 from ..ops.route.reference import Rerouting, Scoring, route_reference
@@ -47,9 +48,15 @@ _ROUTINE = nodes.VALUE_PRESERVING | {
 # A mask over groups of experts, and what groups are ranked by.
 _MASKING = frozenset({"bool", "invert", "logical_not", "bitwise_not", "masked_fill", "scatter", "zeros_like", "where"})
 _RANKING = frozenset({"max", "amax"})
+_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 # Draws of made-up logits; a difference that shows in one token of ten is missed once in 10 ** 7 then, with one token.
 _DRAWS = 16
+# In the graph's dtypes, rounded where the graph rounds. What the numbers mean is compared in float32.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+_EXACT = 1e-5
+# Shifts of the made-up logits: to where a 0 outside the groups would win, and to where sums of sigmoids are some 1e-20
+# and what is added to them tells.
+_NEGATIVE, _TINY = 4.25, 48.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ def _chain(gate: Gate) -> _Chain | str:
         if nodes.kind(node) in _PROJECTIONS and any(
             nodes.parameter_root(s) is gate.router_weight for s in _sources(node)
         ):
+            if logits is not None:
+                return "its router weight projects twice"
             logits = node
         elif node.op in ("placeholder", "get_attr"):
             inputs.add(node)
@@ -105,21 +114,25 @@ def _chain(gate: Gate) -> _Chain | str:
     if logits is None:
         return "its logits could not be told"
     ordered = tuple(node for node in gate.selection.graph.nodes if node in inside)
-    return _refusal(gate, logits, ordered) or _Chain(logits, ordered, tuple(sorted(inputs)))
+    chain = _Chain(logits, ordered, tuple(sorted(inputs)))
+    return _refusal(gate, chain) or chain
 
 
 def _sources(node: Node) -> list[Node]:
     return [source for source in node.all_input_nodes if nodes.is_tensor(source)]
 
 
-def _refusal(gate: Gate, logits: Node, inside: tuple[Node, ...]) -> str | None:
+def _refusal(gate: Gate, chain: _Chain) -> str | None:
     """Why a chain cannot be replaced, from its nodes alone."""
+    logits, inside = chain.logits, chain.inside
     kinds = {nodes.kind(node) for node in inside}
     other = sorted(kinds - _ROUTINE - set(_SCORING) - (_MASKING | _RANKING if _groups(gate, inside) else set()))
     if other:
         return f"its routing has operations of its own ({', '.join(other)})"
     sizes, ids = nodes.shape(logits), nodes.shape(gate.ids)
     assert gate.weights is not None
+    if nodes.value(logits).dtype not in _LOGITS:
+        return f"its logits are {nodes.value(logits).dtype}"
     if sizes is None or ids is None or [str(n) for n in sizes[:-1]] != [str(n) for n in ids[:-1]]:
         return "its logits have other tokens than its ids"
     if sizes[-1] != gate.num_experts or gate.num_experts > KERNEL_MAX_EXPERTS or gate.top_k > KERNEL_MAX_SLOTS:
@@ -133,9 +146,18 @@ def _refusal(gate: Gate, logits: Node, inside: tuple[Node, ...]) -> str | None:
         outside = [user for user in node.users if user not in inside]
         if outside and node not in results:
             return f"{outside[0].name} reads its {node.name} as well"
-    moved = aliases(logits) - set(inside)
-    late = [n for n in gate.selection.graph.nodes if logits < n < inside[-1] and set(nodes.writes(n)) & moved]
-    return f"{late[0].name} changes its logits" if late else None
+    return _written(chain)
+
+
+def _written(chain: _Chain) -> str | None:
+    """The first write to the logits or to an input while the chain runs: one operator reads them all at one place."""
+    read = [chain.logits, *(node for node in chain.inputs if nodes.is_tensor(node))]
+    held = {alias for tensor in read for alias in aliases(tensor)} - set(chain.inside)
+    first, last = min(chain.logits, chain.inside[0]), chain.inside[-1]
+    for node in chain.logits.graph.nodes:
+        if first < node < last and held.intersection(nodes.writes(node)):
+            return f"{node.name} changes its logits or bias"
+    return None
 
 
 def _groups(gate: Gate, inside: tuple[Node, ...]) -> list[tuple[Any, ...]]:
@@ -154,7 +176,14 @@ def _groups(gate: Gate, inside: tuple[Node, ...]) -> list[tuple[Any, ...]]:
     fits = len(limiting) == 1 and isinstance(count, int) and gate.num_experts % count == 0 and isinstance(chosen, int)
     if not fits or count == gate.num_experts:
         return []
-    return [(count, chosen, score, zero) for score in ("max", "top2") for zero in (True, False)]
+    infinite = any(value < -1e4 for value in _numbers(inside))
+    return [(count, chosen, score, zero) for score in ("max", "top2") for zero in (not infinite, infinite)]
+
+
+def _numbers(inside: tuple[Node, ...]) -> list[int | float]:
+    """The numbers among the arguments of the chain's operations."""
+    arguments = (value for node in inside for value in (*node.args, *node.kwargs.values()))
+    return [value for value in arguments if isinstance(value, (int, float)) and not isinstance(value, bool)]
 
 
 def _candidates(gate: Gate, chain: _Chain) -> Iterator[tuple[Any, ...]]:
@@ -168,10 +197,10 @@ def _candidates(gate: Gate, chain: _Chain) -> Iterator[tuple[Any, ...]]:
     if any(nodes.shape(node) != (gate.num_experts,) for node in tensors) or len(tensors) > 1:
         return
     bias = tensors[0] if tensors else None
-    numbers = [value for node in chain.inside for value in node.args if isinstance(value, (int, float))]
-    numbers += [value for node in chain.inside for value in node.kwargs.values() if isinstance(value, (int, float))]
-    scales = dict.fromkeys([1.0, *(float(value) for value in numbers if value > 0 and not isinstance(value, bool))])
-    epsilons = dict.fromkeys([0.0, *(value for value in numbers if isinstance(value, float) and 0 < value < 1e-3)])
+    numbers = _numbers(chain.inside)
+    scales = dict.fromkeys([1.0, *(float(value) for value in numbers if value > 0)])
+    # Where the chain has one it is taken: on most logits none can be told from one.
+    epsilons = dict.fromkeys([*(value for value in numbers if isinstance(value, float) and 0 < value < 1e-3), 0.0])
     dtype = nodes.value(gate.weights).dtype
     for groups, scale, renormalize in itertools.product(_groups(gate, chain.inside), scales, (False, True)):
         for epsilon in epsilons if renormalize else (0.0,):
@@ -181,54 +210,80 @@ def _candidates(gate: Gate, chain: _Chain) -> Iterator[tuple[Any, ...]]:
 def _confirmed(
     gate: Gate, chain: _Chain, candidates: list[tuple[Any, ...]], sizes: Mapping[Node, int], device: torch.device
 ) -> tuple[Any, ...] | str:
-    """The candidate that gives the chain's ids and weights in every draw."""
+    """The candidate that gives the chain's ids and weights in every draw: as the graph rounds, and without rounding."""
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad():
+        for exact, draw in itertools.product((False, True), range(_DRAWS)):
+            if not candidates:
+                return "no routing of ours gives its ids and weights"
+            logits, values = _draw(chain, candidates[0], draw, sizes, generator, exact=exact)
+            weights, ids = _module(gate, chain, exact=exact)(logits.clone(), *values.values())
+            order = ids.sort(-1).indices  # an unsorted top-k promises the same experts, not their order
+            candidates = [
+                options
+                for options in candidates
+                if _agree((weights, ids), order, _routed(logits, values, options, exact=exact), exact=exact)
+            ]
+    return candidates[0] if candidates else "no routing of ours gives its ids and weights"
+
+
+def _draw(
+    chain: _Chain,
+    options: tuple[Any, ...],
+    draw: int,
+    sizes: Mapping[Node, int],
+    generator: torch.Generator,
+    *,
+    exact: bool,
+) -> tuple[torch.Tensor, dict[Node, Any]]:
+    """Made-up logits and inputs, in the graph's dtypes or all in float32."""
     symbols = {
         nodes.value(node).node.expr: size for node, size in sizes.items() if isinstance(nodes.value(node), torch.SymInt)
     }
     shape = tuple(
         int(n.node.expr.subs(symbols)) if isinstance(n, torch.SymInt) else n for n in nodes.shape(chain.logits) or ()
     )
-    module = _module(gate, chain)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad():
-        for draw in range(_DRAWS):
-            # Below 0, where it matters what stands outside the groups; sums with a bias of 16 bits would tie there.
-            shift = 2 * (draw % 2) if candidates and candidates[0][7] > 1 else 0
-            logits = _logits(shape, generator).to(nodes.value(chain.logits).dtype)
-            values: dict[Node, Any] = {
-                node: torch.rand(nodes.shape(node) or (), generator=generator, device=device).to(
-                    nodes.value(node).dtype
-                )
-                / 8
-                - shift
-                if nodes.is_tensor(node)
-                else sizes[node]
-                for node in chain.inputs
-            }
-            weights, ids = module(logits.clone(), *values.values())
-            order = ids.sort(-1).indices  # an unsorted top-k promises the same experts, not their order
-            candidates = [
-                options
-                for options in candidates
-                if _agree((weights, ids), order, _routed(logits, values.get(options[0]), options))
-            ]
-            if not candidates:
-                return "no routing of ours gives its ids and weights"
-    return candidates[0]
+    bias, scoring, grouped = options[0], options[2], options[7] > 1
+    logits = _logits(shape, generator)
+    # Below 0, where it matters what stands outside the groups; the other way sums of 16 bits would tie.
+    negative = grouped and draw % 2 == 1
+    by_bias = bias is not None and scoring == "sigmoid"
+    if negative and not by_bias:
+        logits -= _NEGATIVE
+    if exact and draw % 4 == 2:
+        logits -= _TINY
+
+    def value(node: Node) -> Any:
+        if not nodes.is_tensor(node):
+            return sizes[node]
+        number = torch.rand(nodes.shape(node) or (), generator=generator, device=generator.device) / 8
+        number -= 2 * (negative and by_bias)
+        return number if exact else number.to(nodes.value(node).dtype)
+
+    values = {node: value(node) for node in chain.inputs}
+    return logits if exact else logits.to(nodes.value(chain.logits).dtype), values
 
 
-def _routed(logits: torch.Tensor, bias: torch.Tensor | None, options: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    return route_reference(logits, bias, Scoring(*options[1:]), Rerouting())
+def _routed(
+    logits: torch.Tensor, values: Mapping[Node, Any], options: tuple[Any, ...], *, exact: bool
+) -> tuple[torch.Tensor, ...]:
+    scoring = Scoring(*options[1:])
+    if exact:
+        scoring = dataclasses.replace(scoring, dtype=torch.float32)
+    return route_reference(logits, values.get(options[0]), scoring, Rerouting())
 
 
-def _agree(theirs: tuple[torch.Tensor, ...], order: torch.Tensor, ours: tuple[torch.Tensor, ...]) -> bool:
+def _agree(
+    theirs: tuple[torch.Tensor, ...], order: torch.Tensor, ours: tuple[torch.Tensor, ...], *, exact: bool
+) -> bool:
     if ours[1].shape != theirs[1].shape or theirs[0].shape != ours[0].shape:
         return False
     ranks = ours[1].sort(-1).indices
     if not torch.equal(ours[1].gather(-1, ranks), theirs[1].gather(-1, order)):
         return False
     expected, actual = theirs[0].gather(-1, order), ours[0].gather(-1, ranks)
-    return torch.allclose(actual.double(), expected.double(), rtol=_TOLERANCE.get(expected.dtype, 1e-4), atol=1e-7)
+    relative, absolute = (_EXACT, 0.0) if exact else (_TOLERANCE.get(expected.dtype, 1e-4), 1e-7)
+    return torch.allclose(actual.double(), expected.double(), rtol=relative, atol=absolute)
 
 
 def _logits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -237,22 +292,41 @@ def _logits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return 4 - keys.argsort(-1).clamp(max=64) / 8
 
 
-def _module(gate: Gate, chain: _Chain) -> GraphModule:
-    """The chain as a function of the logits and the chain's inputs that returns (weights, ids)."""
+def _module(gate: Gate, chain: _Chain, *, exact: bool) -> GraphModule:
+    """The chain as a function of the logits and the chain's inputs that returns (weights, ids).
+
+    With `exact` nothing is rounded to 16 bits: all that would be is float32.
+    """
     assert gate.weights is not None
     graph = Graph()
     mapped = {node: graph.placeholder(f"arg_{node.name}") for node in (chain.logits, *chain.inputs)}
     for node in chain.inside:
         mapped[node] = graph.node_copy(node, mapped.__getitem__)
+        if exact:
+            _widen(mapped[node])
     graph.output((mapped[gate.weights], mapped[gate.ids]))
     return GraphModule(torch.nn.Module(), graph)
+
+
+def _widen(node: Node) -> None:
+    """Casts to 16 bits become casts to float32."""
+
+    def wide(argument: Any) -> Any:
+        return torch.float32 if argument in (torch.bfloat16, torch.float16) else argument
+
+    node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
+    if nodes.raw_name(node) == "_softmax":
+        node.args = (*node.args[:2], False)  # half_to_float
+    if node.target in ("bfloat16", "half"):
+        node.target = "float"
 
 
 def _replace(gate: Gate, chain: _Chain, options: tuple[Any, ...]) -> Gate:
     graph = gate.selection.graph
     old_weights = gate.weights
     assert old_weights is not None
-    with graph.inserting_before(chain.inside[0]):
+    ready = max(node for node in (chain.logits, options[0]) if node is not None)
+    with graph.inserting_before(next(node for node in chain.inside if ready < node)):
         routed = graph.call_function(torch.ops.sere.route.default, (chain.logits, *options))
         weights = graph.call_function(operator.getitem, (routed, 0))
         ids = graph.call_function(operator.getitem, (routed, 1))

@@ -22,11 +22,32 @@ class Routed(Layer):
         self.bias = nn.Parameter(torch.rand(E) * 0.2)
 
     def forward(self, hidden):
-        weights, ids, extra = self.route(self, F.linear(hidden, self.gate.weight))
+        return self.dispatch(hidden, *self.route(self, F.linear(hidden, self.gate.weight)))
+
+    def dispatch(self, hidden, weights, ids, extra):
         x = hidden.repeat_interleave(K, 0)
         act = self._activate(self._project(x, self.up, None, ids.reshape(-1)))
         out = self._project(act, self.down, None, ids.reshape(-1)) * weights.reshape(-1, 1)
         return out.view(-1, K, H).sum(1), extra
+
+
+class CastFirst(Routed):
+    """Part of the chain stands ahead of the projection."""
+
+    def forward(self, hidden):
+        bias = self.bias.float()
+        scores = F.linear(hidden, self.gate.weight).sigmoid()
+        ids = torch.topk(scores + bias, K)[1]
+        return self.dispatch(hidden, scores.gather(1, ids), ids, hidden)
+
+
+class TwoProjections(Routed):
+    """The scores are a sum of what one weight makes of two inputs."""
+
+    def forward(self, hidden):
+        scores = F.linear(hidden, self.gate.weight) + F.linear(hidden.tanh(), self.gate.weight)
+        weights, ids = torch.topk(scores.softmax(-1), K)
+        return self.dispatch(hidden, weights, ids, hidden)
 
 
 def softmax(layer, logits):
@@ -96,10 +117,39 @@ def one_group(layer, logits):
     return F.softmax(weights, -1), ids, logits
 
 
+def grouped_logits(layer, logits, groups=4, chosen=2):
+    """Raw logits, of which those outside the groups become -inf: a 0 there would win over negative ones."""
+    best = logits.view(-1, groups, E // groups).max(-1).values
+    mask = torch.zeros_like(best).scatter_(1, torch.topk(best, chosen)[1], 1)
+    mask = mask.unsqueeze(-1).expand(-1, groups, E // groups).reshape(-1, E)
+    weights, ids = torch.topk(logits.masked_fill(~mask.bool(), float("-inf")), K)
+    return F.softmax(weights, -1), ids, logits
+
+
+def barely_scaled(layer, logits):
+    """By less than what bfloat16 rounds."""
+    weights, ids = torch.topk(F.softmax(logits, -1, dtype=torch.float32), K)
+    return (weights / weights.sum(-1, keepdim=True) * 1.003).to(torch.bfloat16), ids, logits
+
+
+def barely_tempered(layer, logits):
+    """A temperature is none of the operator's arguments, however near to 1."""
+    weights, ids = torch.topk(F.softmax(logits * 1.003, -1, dtype=torch.float32), K)
+    return (weights / weights.sum(-1, keepdim=True)).to(torch.bfloat16), ids, logits
+
+
 def scores_read(layer, logits):
     scores = F.softmax(logits, -1)
     weights, ids = torch.topk(scores, K)
     return weights, ids, scores.mean(0)
+
+
+def bias_written(layer, logits):
+    """Load balancing without an auxiliary loss, in the forward itself."""
+    scores = logits.sigmoid()
+    layer.bias.add_(0.1)
+    ids = torch.topk(scores + layer.bias, K)[1]
+    return scores.gather(1, ids), ids, logits
 
 
 def squared(layer, logits):
@@ -120,10 +170,12 @@ def logits_written(layer, logits):
         (softmax, ("softmax", False, 0.0, 1.0)),
         (renormalised, ("softmax", True, 0.0, 1.0)),
         (softmax_after, ("softmax_after", False, 0.0, 1.0)),
-        (biased, ("sigmoid", True, 0.0, 2.5)),
+        (biased, ("sigmoid", True, 1e-20, 2.5)),
         (one_group, ("softmax_after", False, 0.0, 1.0)),
         (grouped, ("softmax", False, 0.0, 1.0)),
-        (grouped_biased, ("sigmoid", True, 0.0, 2.5)),
+        (grouped_biased, ("sigmoid", True, 1e-20, 2.5)),
+        (grouped_logits, ("softmax_after", False, 0.0, 1.0)),
+        (barely_scaled, ("softmax", True, 0.0, 1.003)),
     ],
 )
 def test_one_operator_routes(route, options, tokens):
@@ -140,7 +192,11 @@ def test_one_operator_routes(route, options, tokens):
         (call,) = [node for node in graph.graph.nodes if kind(node) == "sere.route"]
         assert call.args[3:7] == options
         assert (call.args[1] is not None) == (route in (biased, grouped_biased))
-        groups = {grouped: (4, 2, "max", True), grouped_biased: (4, 2, "top2", False)}
+        groups = {
+            grouped: (4, 2, "max", True),
+            grouped_biased: (4, 2, "top2", False),
+            grouped_logits: (4, 2, "max", False),
+        }
         assert call.args[8:] == groups.get(route, (1, 1, "max", True))
         assert not {"topk", "softmax", "sigmoid", "gather"} & {kind(node) for node in graph.graph.nodes}
         again = torch.compile(layer, backend=_fusing, dynamic=False)
@@ -161,6 +217,30 @@ def _fusing(graph, _):
     return graph
 
 
+def test_the_operator_follows_the_logits():
+    """Also where part of the chain stands ahead of them."""
+    hidden = torch.randn(T, H)
+    graph, run, gate = trace(CastFirst(None), hidden)
+    expected = run()
+    assert isinstance(fuse_router(gate, {}, torch.device("cpu")), Gate)
+    graph.graph.lint()
+    graph.recompile()
+    torch.testing.assert_close(run(), expected)
+
+
+def test_epsilon():
+    """Sums of sigmoids near the epsilon, where 0 for 1e-20 would be some percents off, and NaN further down."""
+    layer = Routed(biased)
+    hidden = torch.ones(T, H)
+    with torch.no_grad():
+        layer.gate.weight.copy_(-(46 + torch.rand(E, 1)).expand(E, H) / H)
+    graph, run, gate = trace(layer, hidden)
+    expected = run()
+    fuse_router(gate, {}, torch.device("cpu"))
+    graph.recompile()
+    torch.testing.assert_close(run(), expected, rtol=1e-4, atol=0.0)
+
+
 @pytest.mark.parametrize(
     ("route", "reason"),
     [
@@ -169,11 +249,17 @@ def _fusing(graph, _):
         (scores_read, "reads its scores as well"),
         (squared, "no routing of ours"),
         (logits_written, "changes its logits"),
+        (bias_written, "changes its logits or bias"),
+        (barely_tempered, "no routing of ours"),
+        (TwoProjections(None), "its router weight projects twice"),
+        (Routed(renormalised).double(), "its logits are torch.float64"),
     ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_what_it_does_not_compute_stays(route, reason):
     """Each refusal has its reason, and leaves the graph alone."""
-    graph, _, gate = trace(Routed(route), torch.randn(T, H))
+    layer = route if isinstance(route, nn.Module) else Routed(route)
+    graph, _, gate = trace(layer, torch.randn(T, H, dtype=layer.gate.weight.dtype))
     before = [node.name for node in graph.graph.nodes]
     found = fuse_router(gate, {}, torch.device("cpu"))
     assert isinstance(found, str)
