@@ -19,13 +19,14 @@ from .find_gates import Findings, find_gates
 from .fuse_reroute import fuse_reroute
 from .fuse_router import fuse_router
 from .gate import Gate, Skip, SkipReason, Use, UseKind
-from .lower_experts import MAX_TOKENS, ExpertLayer, lower_experts
+from .lower_experts import MAX_SLOTS, MAX_TOKENS, ExpertLayer, lower_experts
 from .norm_scale import NormScale, find_norm_scale
 from .rewrite_gating import Rewrite, RoutingSettings, rewrite_gate
 from .verify_rewrite import Proof, verify_rewrite
 
 __all__ = [
     "COUNTED",
+    "MAX_SLOTS",
     "MAX_TOKENS",
     "DispatchRegion",
     "ExpertLayer",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..ops.expert_mlp.op import DTYPES, MAX_TOKENS
+from ..ops.expert_mlp.op import DTYPES, MAX_SLOTS, MAX_TOKENS
 from ..ops.expert_mlp.reference import expert_mlp_reference, gate_width
 from . import nodes
 from .extract_dispatch import DispatchRegion
@@ -279,4 +279,4 @@ def _replace(gate: Gate, region: DispatchRegion, layer: ExpertLayer, hidden: Nod
     return dataclasses.replace(gate, uses=(*kept, Use(new, gate.ids, UseKind.EXPERT_INDEX)))
 
 
-__all__ = ["MAX_TOKENS", "ExpertLayer", "lower_experts"]
+__all__ = ["MAX_SLOTS", "MAX_TOKENS", "ExpertLayer", "lower_experts"]

@@ -33,7 +33,8 @@ class SereConfig:
             ("critical"). 0.0 means that no expert is critical. "q0.2": what makes the least similar 20 % of each
             gate's experts critical, see `sere_compile.threshold`.
         min_active: with fewer primary experts than this in a batch, S grows until they are reached. None means K,
-            so that a batch of one token is never changed; 0 switches the rule off (the paper's behaviour).
+            so that a batch of one token is never changed, or `max_active` where that is less; 0 switches the rule off
+            (the paper's behaviour).
         max_tokens: forwards with more tokens than this are left alone (prefill gains nothing). None: no limit.
         inner: the backend that compiles the rewritten graph: a name that torch.compile knows, or a callable
             taking (graph_module, example_inputs).
@@ -80,6 +81,8 @@ class SereConfig:
             given = f"select_top_k={self.select_top_k!r}, max_active={self.max_active!r}"
             raise ConfigError(f'select_top_k="auto" and max_active go together, got {given}')
         _check_count("min_active", self.min_active, least=0)
+        if self.max_active is not None and (self.min_active or 0) > self.max_active:
+            raise ConfigError(f"min_active={self.min_active} allows no budget of max_active={self.max_active} experts")
         _check_count("max_tokens", self.max_tokens, least=1)
         _check_threshold(self.threshold)
         if self.substitution not in SUBSTITUTIONS:
@@ -135,7 +138,9 @@ class SereConfig:
 
     def resolved_min_active(self, top_k: int) -> int:
         """The least number of primary experts for a gate that selects K = `top_k` experts."""
-        return top_k if self.min_active is None else self.min_active
+        if self.min_active is not None:
+            return self.min_active
+        return top_k if self.max_active is None else min(top_k, self.max_active)
 
 
 def option_names() -> tuple[str, ...]:

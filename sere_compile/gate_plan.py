@@ -16,6 +16,7 @@ from .errors import GateNotFoundError
 from .module_tree import count_experts_beside
 from .passes import (
     COUNTED,
+    MAX_SLOTS,
     MAX_TOKENS,
     DispatchRegion,
     Gate,
@@ -244,6 +245,8 @@ def _stays(gate: Gate, part: str, example_inputs: Sequence[Any]) -> str | None:
         return (
             f"more than {MAX_SLOTS_PER_EXPERT} slots for each of its {gate.num_experts} experts, where stock is as fast"
         )
+    if part == "experts" and nodes.value(gate.ids).numel() > MAX_SLOTS:
+        return f"more than {MAX_SLOTS} slots, which no kernel takes"
     return None
 
 

@@ -560,6 +560,13 @@ class TestOptions:
         assert [config.resolved_top_k(k) for k in (1, 2, 3, 8)] == [1, 1, 2, 2]
         assert [config.resolved_min_active(k) for k in (2, 8)] == [2, 8]
 
+    def test_a_budget_below_k(self):
+        """It is kept where nothing else was asked for; asking for both is an error."""
+        config = SereConfig(select_top_k="auto", max_active=4)
+        assert [config.resolved_min_active(k) for k in (2, 8)] == [2, 4]
+        with pytest.raises(ConfigError, match="min_active=8 allows no budget of max_active=4 experts"):
+            config.replace(min_active=8)
+
 
 class Dense(nn.Module):
     def __init__(self):

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 import sere_compile
 from sere_compile.passes.nodes import kind
@@ -13,7 +14,7 @@ from sere_compile.passes.nodes import kind
 from . import tiny_models
 
 
-def compiled(model, seen, **options):
+def compiled(model, seen, dynamic=None, **options):
     """The model through the backend, without an inner compiler; the kinds of its operations go to `seen`."""
 
     def inner(graph, _):
@@ -22,7 +23,7 @@ def compiled(model, seen, **options):
 
     torch._dynamo.reset()
     backend = sere_compile.sere_backend.with_options(inner=inner, min_active=0, **options)
-    return torch.compile(model, backend=backend, dynamic=options.pop("dynamic", None))
+    return torch.compile(model, backend=backend, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
@@ -106,6 +107,32 @@ def test_many_slots_an_expert_keep_the_stock_dispatch(caplog):
     assert "stock experts: more than 24 slots" in str(report)
     report = sere_compile.explain(model, tiny_models.tokens(1, few), use_cache=False, config=config)
     assert [row.kernels for row in report] == ["experts and routing"] * tiny_models.LAYERS
+
+
+class ManySlots(nn.Module):
+    """17 of 256 tiny experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 256, bias=False)
+        self.up, self.down = (nn.Parameter(torch.randn(256, 8, 8)) for _ in range(2))
+
+    def forward(self, hidden):
+        weights, ids = torch.topk(self.gate(hidden).softmax(-1), 17)
+        slots = hidden.repeat_interleave(17, 0).unsqueeze(1)
+        act = nn.functional.silu(torch.bmm(slots, self.up[ids.reshape(-1)]))
+        out = torch.bmm(act, self.down[ids.reshape(-1)]).squeeze(1) * weights.reshape(-1, 1)
+        return out.view(-1, 17, 8).sum(1)
+
+
+def test_more_slots_than_a_kernel_takes_keep_the_stock_dispatch(caplog):
+    """The operator would fall back on copies of the weights of every slot."""
+    seen = []
+    for tokens in (240, 241):
+        with torch.no_grad(), caplog.at_level(logging.INFO, logger="sere_compile.gate_plan"):
+            compiled(ManySlots(), seen, select_top_k=17, lower_experts="always", dynamic=False)(torch.randn(tokens, 8))
+    assert ["sere.expert_mlp" in kinds for kinds in seen] == [True, False]
+    assert "keeps its experts: more than 4096 slots, which no kernel takes" in caplog.text
 
 
 def test_a_cpu_keeps_the_stock_dispatch_by_default():
