@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from torch.fx import Node
 from ..ops.expert_mlp.op import DTYPES, MAX_SLOTS, MAX_TOKENS
 from ..ops.expert_mlp.reference import expert_mlp_reference, gate_width
 from . import nodes
+from .columns import constant
 from .extract_dispatch import DispatchRegion
 from .gate import Gate, Use, UseKind
 from .rewrite_gating import aliases
@@ -95,7 +97,7 @@ def lower_experts(gate: Gate, region: DispatchRegion, sizes: Mapping[Node, int],
     exposed = _exposed(region, hidden)
     if exposed is not None:
         return f"its memory is shared with the rest of the graph at {exposed.name}"
-    layer = _confirmed(region, candidates, sizes, device)
+    layer = _confirmed(region, candidates, _outside(gate), sizes, device)
     return layer if isinstance(layer, str) else _replace(gate, region, layer, hidden)
 
 
@@ -206,9 +208,13 @@ def _exposed(region: DispatchRegion, hidden: Node) -> Node | None:
 
 
 def _confirmed(
-    region: DispatchRegion, candidates: list[ExpertLayer], sizes: Mapping[Node, int], device: torch.device
+    region: DispatchRegion,
+    candidates: list[ExpertLayer],
+    outside: tuple[int, ...],
+    sizes: Mapping[Node, int],
+    device: torch.device,
 ) -> ExpertLayer | str:
-    """The candidate that gives the region's numbers on random experts, tokens and routes."""
+    """The candidate that gives the region's numbers on random experts, tokens and routes, and 0 for ids `outside`."""
     symbols = {
         nodes.value(node).node.expr: size for node, size in sizes.items() if isinstance(nodes.value(node), torch.SymInt)
     }
@@ -231,22 +237,47 @@ def _confirmed(
             hidden = random(region.activations[0]) * 4  # far enough out for clamps to act
             experts = int((nodes.shape(candidates[0].down) or ())[0])
             shape = _numbers(region.ids, symbols)
-            ids = torch.randint(experts, shape, generator=generator, device=device).to(nodes.value(region.ids).dtype)
             weights = torch.rand(shape, generator=generator, device=device).to(nodes.value(region.weights).dtype)
-            result = region.module(ids, weights, *values.values(), hidden)
-            # The region may begin before the cast that makes the hidden states.
-            flat, expected = hidden.to(dtype).reshape(result.shape), result.double()
-            tolerance = _TOLERANCE[dtype] * expected.square().mean().sqrt()
-            nearest = torch.tensor(float("inf"))
-            for layer in candidates:
-                actual = expert_mlp_reference(*layer.call(flat, ids, weights, values.__getitem__)).double()
-                error = (actual - expected).square().mean().sqrt()
-                if error <= tolerance:
-                    return layer
-                nearest = torch.minimum(nearest.to(error), error)
+            for ids in _routes(experts, outside, shape, generator):
+                ids = ids.to(nodes.value(region.ids).dtype)
+                result = region.module(ids, weights, *values.values(), hidden)
+                # The region may begin before the cast that makes the hidden states.
+                flat, expected = hidden.to(dtype).reshape(result.shape), result.double()
+                tolerance = _TOLERANCE[dtype] * expected.square().mean().sqrt()
+                errors = []
+                for layer in candidates:
+                    actual = expert_mlp_reference(*layer.call(flat, ids, weights, values.__getitem__)).double()
+                    errors.append((actual - expected).square().mean().sqrt())
+                candidates = [layer for layer, error in zip(candidates, errors, strict=True) if error <= tolerance]
+                if not candidates:
+                    return (
+                        f"no expert layer of ours gives its numbers (nearest: {min(errors):.3g} off, "
+                        f"allowed {tolerance:.3g})"
+                    )
+            return candidates[0]
     except torch.OutOfMemoryError:
         return "there is no memory to compare it with ours"
-    return f"no expert layer of ours gives its numbers (nearest: {nearest:.3g} off, allowed {tolerance:.3g})"
+
+
+def _outside(gate: Gate) -> tuple[int, ...]:
+    """The numbers of no expert that the ids can be: columns behind the experts, and the one that marks padding."""
+    scores = nodes.operand(gate.selection)
+    columns = nodes.last_size(scores) if scores is not None else None
+    assert columns is not None  # else it were no gate
+    argument = {"where": "other", "masked_fill": "value"}.get(nodes.kind(gate.ids))
+    padding = constant(nodes.argument(gate.ids, 2, argument)) if argument is not None else None
+    return (*(() if padding is None else (int(padding),)), *range(gate.num_experts, columns))
+
+
+def _routes(
+    experts: int, outside: tuple[int, ...], shape: tuple[int, ...], generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Random ids of experts; then every number outside, as many at a time as there are slots."""
+    yield torch.randint(experts, shape, generator=generator, device=generator.device)
+    slots = math.prod(shape)
+    for start in range(0, len(outside), slots):
+        few = torch.tensor(outside[start : start + slots], device=generator.device)
+        yield few.repeat(-(-slots // len(few)))[:slots].reshape(shape)
 
 
 def _numbers(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...]:

@@ -161,6 +161,62 @@ def test_numbers_decide():
     assert "gives its numbers" in lower(gate)
 
 
+class Padded(Layer):
+    """Slots of padding name no expert. Their rows are masked, or go to the last expert, which Python takes for -1."""
+
+    def __init__(self, mark, *, masked):
+        super().__init__()
+        self.mark, self.masked = mark, masked
+
+    def forward(self, hidden):
+        weights, ids = torch.topk(F.softmax(self.gate(hidden), -1), K)
+        flat = self.mark(hidden[:, :1] > 0, ids).reshape(-1)
+        experts = flat.clamp(min=0) if self.masked else flat
+        act = self._activate(self._project(hidden.repeat_interleave(K, 0), self.up, None, experts))
+        out = self._project(act, self.down, None, experts) * weights.reshape(-1, 1)
+        out = out.masked_fill((flat < 0).unsqueeze(-1), 0.0) if self.masked else out
+        return out.view(-1, K, H).sum(1)
+
+
+class Identities(Layer):
+    """Two more columns than experts; their slots give the hidden states back."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E + 2, bias=False)
+
+    def forward(self, hidden):
+        weights, ids = torch.topk(F.softmax(self.gate(hidden), -1), K)
+        x, flat = hidden.repeat_interleave(K, 0), ids.clamp(max=E - 1).reshape(-1)
+        nothing = (ids >= E).reshape(-1, 1)
+        out = self._project(self._activate(self._project(x, self.up, None, flat)), self.down, None, flat)
+        out = (out.masked_fill(nothing, 0.0) + x.masked_fill(~nothing, 0.0)) * weights.reshape(-1, 1)
+        return out.view(-1, K, H).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Padded(lambda real, ids: torch.where(real, ids, -1), masked=True), None),
+        (Padded(lambda real, ids: ids.masked_fill(~real, -2), masked=True), None),
+        (Padded(lambda real, ids: torch.where(real, ids, -1), masked=False), "gives its numbers"),
+        (Identities(), "gives its numbers"),
+    ],
+    ids=["where", "masked_fill", "last expert", "identities"],
+)
+def test_ids_of_no_expert(layer, reason):
+    """The operator gives 0 for them. Where the model gives something else, they are among the ids that are tried."""
+    graph, run, gate = trace(layer, torch.randn(T, H, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        expected, lowered = run(), lower(gate)
+        if reason is not None:
+            assert reason in lowered
+            return
+        assert isinstance(lowered, Gate), lowered
+        graph.recompile()
+        torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_unknown_activation_stays():
     """An operation that no candidate has is named."""
     graph, _, gate = trace(Layer("elu_glu"), torch.randn(T, H))
