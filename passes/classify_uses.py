@@ -21,6 +21,7 @@ from .expert_evidence import (
     numbers_named,
     reaches_experts,
     same_for_every_expert,
+    scales_experts,
     tells_experts_apart,
 )
 from .gate import Use, UseKind
@@ -141,7 +142,7 @@ def _classify_index(consumer: Node, read: Node, source: Node | None, num_experts
     sizes = nodes.shape(source) if source is not None else None
     if root is None or sizes is None or len(nodes.index_tensors(consumer)) > 1:
         return Use(consumer, read, UseKind.UNKNOWN), reaches_experts(consumer, num_experts)
-    if len(sizes) == 1:
+    if len(sizes) == 1 and not scales_experts(consumer):
         return Use(consumer, read, UseKind.LOOK_UP), False
     # A table with one vector a row may be expert biases or any embedding: no evidence by itself.
     stacked = len(sizes) >= 3 and sizes[0] == num_experts

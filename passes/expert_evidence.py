@@ -92,6 +92,47 @@ def is_multiplied(gathered: Node) -> bool:
     return False
 
 
+_MOVES = _REARRANGES | {"repeat", "repeat_interleave"}
+_JOINS_SLOTS = frozenset({"scatter", "scatter_add", "index_put", "index_add", "index_copy", "cat", "stack"})
+_REDUCES = frozenset({"sum", "mean", "prod", "amax", "amin", "max", "min", "norm", "topk", "sort", "argmax"})
+
+
+def scales_experts(look_up: Node) -> bool:
+    """Whether one number an expert, looked up by the ids, meets what has many numbers a slot: weights or outputs.
+
+    There it belongs to the expert (a scale of packed weights). Multiplied with the routing weights it does not.
+    """
+    pending, seen = [look_up], {look_up}
+    while pending:
+        for user in pending.pop().users:
+            name = nodes.kind(user)
+            calculates = nodes.is_floating(user) or name in ("sub", "add", "mul")  # whole numbers are shifted as well
+            if name in _MOVES or (calculates and _looked_up(user)):
+                if user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+            elif calculates and name not in _JOINS_SLOTS | _REDUCES and nodes.count(user) != nodes.count(look_up):
+                return True
+    return False
+
+
+def _looked_up(node: Node) -> bool:
+    """Whether a tensor is made of single numbers, and of such as are looked up in tables with one number an expert."""
+    pending, seen = [node], {node}
+    while pending:
+        source = pending.pop()
+        table = nodes.operand(source) if nodes.kind(source) == "index" else None
+        if table is not None and nodes.parameter_root(table) is not None and len(nodes.shape(table) or ()) == 1:
+            continue
+        sources = [] if nodes.count(source) == 1 else list(nodes.operands(source))
+        if nodes.count(source) != 1 and (not sources or len(seen) > _STEPS or nodes.parameter_root(source) is not None):
+            return False
+        fresh = [other for other in sources if other not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return True
+
+
 def _only_with_weights(product: Node, gathered: Node) -> bool:
     """Whether all that a product multiplies with the gathered weights is the model's own."""
     others = [source for source in nodes.operands(product) if source is not gathered]

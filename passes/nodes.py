@@ -354,8 +354,16 @@ def _permutation(node: Node, rank: int) -> list[int]:
 
 def leading_count(node: Node) -> Any:
     """Product of all sizes but the last, as a number or a symbolic expression that compares without guarding."""
-    sizes = shape(node) or ()
-    return math.prod(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes[:-1])
+    return _product((shape(node) or ())[:-1])
+
+
+def count(node: Node) -> Any:
+    """How many numbers a tensor holds, in the same form."""
+    return _product(shape(node) or ())
+
+
+def _product(sizes: tuple[Any, ...]) -> Any:
+    return math.prod(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
 
 
 def is_model_state(node: Node) -> bool:

@@ -38,7 +38,10 @@ class Used(Indexed):
         super().__init__()
         self.function = function
         self.scale = nn.Parameter(torch.rand(EXPERTS))
+        self.other = nn.Parameter(torch.rand(EXPERTS))
         self.expert_bias = nn.Parameter(torch.rand(EXPERTS, HIDDEN))
+        self.register_buffer("packed", torch.randint(-9, 9, (EXPERTS, HIDDEN, 4), dtype=torch.int8))
+        self.register_buffer("zero", torch.randint(-9, 9, (EXPERTS,), dtype=torch.int8))
 
     def forward(self, x):
         scores = self.scores(x)
@@ -76,6 +79,31 @@ USES = {
     "unsafe sort": (lambda b, x, ids, s: ids.flatten().sort()[0] + 1, "sort", UseKind.UNKNOWN),
 }
 
+# name -> (the same, kind of the uses that look numbers up)
+SCALES = {
+    "returned": (lambda b, x, ids, s: b.scale[ids], UseKind.LOOK_UP),
+    "of routing weights": (
+        lambda b, x, ids, s: ((s.gather(1, ids) * b.scale[ids]).unsqueeze(-1) * b.expert_bias[ids]).sum(1),
+        UseKind.LOOK_UP,
+    ),
+    "of rows of routing weights": (
+        lambda b, x, ids, s: b.scale[ids.flatten()].unsqueeze(-1) * s.gather(1, ids).reshape(-1, 1),
+        UseKind.LOOK_UP,
+    ),
+    "of outputs": (
+        lambda b, x, ids, s: b.expert_bias[ids.flatten()] * b.scale[ids.flatten()][:, None],
+        UseKind.EXPERT_INDEX,
+    ),
+    "of outputs, with a constant and another": (
+        lambda b, x, ids, s: b.expert_bias[ids] * (b.scale[ids] * 2 * b.other[ids]).unsqueeze(-1),
+        UseKind.EXPERT_INDEX,
+    ),
+    "a zero point": (
+        lambda b, x, ids, s: (b.packed[ids.flatten()] - b.zero[ids.flatten()].view(-1, 1, 1)).float().sum(),
+        UseKind.EXPERT_INDEX,
+    ),
+}
+
 
 class TestKinds:
     @pytest.mark.parametrize("tracer", ["dynamo", "export"])
@@ -86,6 +114,16 @@ class TestKinds:
         gate = one_gate(TRACERS[tracer](Used(function), rows()))
         found = {(nodes.kind(use.consumer), use.kind) for use in gate.uses}
         assert (operation, kind) in found, found
+
+    @pytest.mark.parametrize("tracer", ["dynamo", "export"])
+    @pytest.mark.parametrize("name", SCALES)
+    def test_a_number_an_expert(self, name, tracer):
+        """It goes with the expert where it meets the expert's weights or outputs, with the original ids elsewhere."""
+        function, kind = SCALES[name]
+        gate = one_gate(TRACERS[tracer](Used(function), rows()))
+        tables = [use.kind for use in gate.uses if len(nodes.shape(nodes.operand(use.consumer))) == 1]
+        assert tables
+        assert set(tables) == {kind}
 
     def test_dispatches(self):
         """Looking up and counting are no dispatch; only two kinds are proven to sum duplicates."""
