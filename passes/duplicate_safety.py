@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from . import nodes
 from .expert_evidence import same_for_every_expert
+from .token_places import is_counted
 
 COUNTS = frozenset({"histc", "bincount"})
 
@@ -52,6 +53,7 @@ def _counts_only(sorted_ids: Node, num_experts: int) -> bool:
     for consumer, read in consumers(sorted_ids, masks=False):
         name = nodes.kind(consumer)
         by_row = name == "index" and read in nodes.index_tensors(consumer)
+        by_row = by_row and not is_counted(nodes.operand(consumer))  # that numbers an expert's slots
         if name in nodes.CLAMPS and nodes.same_shape(consumer, read) and _counts_only(consumer, num_experts):
             continue
         if not (name in COUNTS or by_row or same_for_every_expert(consumer, num_experts)):

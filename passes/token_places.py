@@ -1,6 +1,7 @@
 """Dispatches in which the place of a token depends on the ids of others: new ids would send other tokens elsewhere.
 
 mask = one_hot(ids); place = cumsum(mask, 0); mask * (place < capacity)        an expert's buffer
+sorted, order = sort(ids); arange(n) - starts[sorted] < capacity               the same
 order = argsort(ids); x[order].split([3, 0, 5, ..])                            counts that tracing wrote down
 """
 
@@ -14,13 +15,17 @@ from . import nodes
 _HORIZON = 200
 _MASKING = frozenset({"one_hot", "scatter", "eq"})
 _REORDERS = nodes.VALUE_PRESERVING | {"transpose", "permute", "select", "slice", "unbind", "item"}
+# What the first row of each expert is told from; a table made of it has no number that belongs to the model.
+_COUNTING = frozenset({"cumsum", "histc", "bincount", "searchsorted", "one_hot", "bucketize"})
+_COUNTED_WITHIN = 12
 _KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "select", "cat", "pad"}
 
 
 def drops_tokens(consumer: Node) -> bool:
-    """Whether an expert's tokens are numbered (the running sum of a mask) and compared with how many it takes.
+    """Whether an expert's tokens are numbered and compared with how many it takes.
 
-    The mask may be made of the ids in another order: slots in front, or one rank at a time.
+    By the running sum of a mask, which may be made of the ids in another order (slots in front, or one rank at a
+    time), or in sorted order, counted from the expert's first row.
     """
     pending: list[tuple[Node, str]] = [(consumer, "ids")]
     seen: set[tuple[Node, str]] = set()
@@ -32,15 +37,34 @@ def drops_tokens(consumer: Node) -> bool:
         name = nodes.kind(node)
         if held == "numbers" and name in ("lt", "le", "gt", "ge"):
             return True
-        if held == "ids":
-            if name not in _MASKING | _REORDERS:
+        if held == "sorted":
+            if name in ("index", "gather") and is_counted(nodes.operand(node)):
+                held = "numbers"
+            elif name not in _REORDERS:
                 continue
-            held = "mask" if name in _MASKING else held
+        elif held == "ids":
+            if name not in _MASKING | _REORDERS | {"sort"}:
+                continue
+            held = "mask" if name in _MASKING else "sorted" if name == "sort" else held
         elif name == "cumsum":
             held = "numbers"
         elif name not in _KEEPS_MASK:
             continue
         pending.extend((user, held) for user in nodes.followers(node))
+    return False
+
+
+def is_counted(table: Node | None) -> bool:
+    """Whether a table is computed from counts, as the first row of each expert is."""
+    pending = [table] if table is not None else []
+    seen = set(pending)
+    while pending and len(seen) < _COUNTED_WITHIN:
+        node = pending.pop()
+        if nodes.kind(node) in _COUNTING:
+            return True
+        fresh = [source for source in nodes.operands(node) if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
     return False
 
 

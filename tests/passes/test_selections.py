@@ -257,6 +257,17 @@ def capacity(b, x):
     return torch.einsum("te,eth->th", combine, b.all_experts(x.expand(EXPERTS, -1, -1)))
 
 
+def sorted_capacity(b, x):
+    """The same with slots numbered in sorted order, from each expert's first row."""
+    values, ids = b.scores(x).topk(2)
+    experts, order = ids.flatten().sort(stable=True)
+    counts = torch.bincount(ids.flatten(), minlength=EXPERTS)
+    place = torch.arange(experts.shape[0]) - (counts.cumsum(0) - counts)[experts]
+    out = (x[order // 2][:, None] @ b.experts[experts])[:, 0]
+    out = out * (values.flatten()[order] * (place < 4)).unsqueeze(-1)
+    return torch.zeros_like(x).index_add(0, order // 2, out)
+
+
 def product_keys(b, x):
     left, right = (F.linear(x, b.router).topk(2), F.linear(x.flip(-1), b.router).topk(2))
     pairs = (left[0][:, :, None] + right[0][:, None, :]).flatten(1)
@@ -278,6 +289,7 @@ class TestRefusals:
             (steps_apart, {SkipReason.STEPS}),
             (unordered, {SkipReason.STEPS}),
             (capacity, {SkipReason.CAPACITY}),
+            (sorted_capacity, {SkipReason.CAPACITY}),
             (hashed, {SkipReason.HASH}),
         ],
         ids=lambda value: getattr(value, "__name__", ""),
