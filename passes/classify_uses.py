@@ -16,6 +16,7 @@ from . import nodes
 from .columns import cut_from
 from .duplicate_safety import COUNTS, consumers, slots_stay_apart
 from .expert_evidence import (
+    PRODUCTS,
     is_multiplied,
     limits_named,
     numbers_named,
@@ -29,6 +30,8 @@ from .selections import Selection
 
 # What a step of a selection may do with its id besides choosing: mask it out of the scores of the next step.
 _READS_SCORES = frozenset({"gather", "take_along_dim", "max", "argmax", "topk", "sort", "argsort"})
+_MULTIPLIES = PRODUCTS | {"addmm", "call_module"}
+_HORIZON = 200  # nodes behind a statistic
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def classify_uses(
     if num_experts == columns and tells_experts_apart([use.consumer for use, _ in classified], num_experts):
         classified = [(use, reaches or bool(numbers_named(use.consumer))) for use, reaches in classified]
     inside = any(reaches for _, reaches in classified)
-    uses = [_inside(use) if inside else use for use, _ in classified]
+    uses = [_inside(use, {1, num_experts, columns}) if inside else use for use, _ in classified]
     if not inside and any(use.kind.dispatches for use in uses):
         # Sorted rows leave together with counts: experts outside the graph may split the ones by the others.
         uses = [_outside(use, leaves) for use in uses]
@@ -84,11 +87,33 @@ def _kept(use: Use) -> UseKind:
     return UseKind.RANKING if use.kind.dispatches else use.kind
 
 
-def _inside(use: Use) -> Use:
-    """A use whose experts were not seen, next to one whose were: what it computes meets them later in this graph."""
+def _inside(use: Use, counts: set[int]) -> Use:
+    """A use whose experts were not seen, next to one whose were: a statistic, or it meets them later in this graph."""
     if use.kind is UseKind.LEAVES and use.consumer.op != "output":
-        return Use(use.consumer, use.read, UseKind.UNKNOWN)
+        kind = UseKind.STATISTIC if _only_counts(use.consumer, counts) else UseKind.UNKNOWN
+        return Use(use.consumer, use.read, kind)
     return use
+
+
+def _only_counts(consumer: Node, counts: set[int]) -> bool:
+    """Whether all that comes of a consumer is a number, or a number an expert: a loss that balances load, a load.
+
+    Nothing on the way is multiplied by matrices: a loss of the whole model is a number, too.
+    """
+    pending, seen = [consumer], {consumer}
+    while pending:
+        node = pending.pop()
+        if nodes.kind(node) in _MULTIPLIES or len(seen) > _HORIZON:
+            return False
+        followers = nodes.followers(node)
+        results = [written for written in nodes.writes(node) if nodes.parameter_root(written) is not None]
+        results += [node] if any(user.op == "output" for user in followers) else []
+        if any(nodes.is_tensor(result) and nodes.count(result) not in counts for result in results):
+            return False
+        fresh = [user for user in followers if user not in seen and user.op != "output"]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return True
 
 
 def _outside(use: Use, leaves: Callable[[Node], bool]) -> Use:

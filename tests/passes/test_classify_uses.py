@@ -40,6 +40,7 @@ class Used(Indexed):
         self.scale = nn.Parameter(torch.rand(EXPERTS))
         self.other = nn.Parameter(torch.rand(EXPERTS))
         self.expert_bias = nn.Parameter(torch.rand(EXPERTS, HIDDEN))
+        self.register_buffer("load", torch.zeros(EXPERTS, dtype=torch.int64))
         self.register_buffer("packed", torch.randint(-9, 9, (EXPERTS, HIDDEN, 4), dtype=torch.int8))
         self.register_buffer("zero", torch.randint(-9, 9, (EXPERTS,), dtype=torch.int8))
 
@@ -71,6 +72,27 @@ USES = {
         UseKind.STATISTIC,
     ),
     "histogram": (lambda b, x, ids, s: torch.histc(ids.float(), EXPERTS), "histc", UseKind.STATISTIC),
+    "load that is a mean of one-hot rows": (
+        lambda b, x, ids, s: F.one_hot(ids, EXPERTS).float().mean((0, 1)),
+        "one_hot",
+        UseKind.STATISTIC,
+    ),
+    "loss that balances load": (
+        lambda b, x, ids, s: (torch.zeros_like(s).scatter(1, ids, 1.0).mean(0) * s.mean(0)).sum(),
+        "scatter",
+        UseKind.STATISTIC,
+    ),
+    "load kept in a buffer": (
+        lambda b, x, ids, s: b.load.add_(F.one_hot(ids, EXPERTS).sum((0, 1))).sum(),
+        "one_hot",
+        UseKind.STATISTIC,
+    ),
+    "mask of all tokens": (lambda b, x, ids, s: F.one_hot(ids, EXPERTS).sum(1), "one_hot", UseKind.UNKNOWN),
+    "loss of what a mask is multiplied by": (
+        lambda b, x, ids, s: (F.one_hot(ids, EXPERTS).sum(1).float() @ b.expert_bias).mean(),
+        "one_hot",
+        UseKind.UNKNOWN,
+    ),
     "returned": (lambda b, x, ids, s: ids, "output", UseKind.LEAVES),
     "returned as a view": (lambda b, x, ids, s: ids.view(-1), "output", UseKind.LEAVES),
     "transposed": (lambda b, x, ids, s: ids.T + 1, "transpose", UseKind.UNKNOWN),
