@@ -12,6 +12,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import SereError
+
+
+class SortedTopK(TorchFunctionMode):
+    """`topk(sorted=False)` in descending order: re-routing ranks by score."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.topk, torch.Tensor.topk):
+            args, kwargs["sorted"] = args[:4], True
+        return func(*args, **kwargs)
 
 
 def reroute_oracle(
@@ -92,7 +105,7 @@ def oracle_routing(
     """Let an eager model route as SERE would, by hooks on its routers.
 
     Works for routers that are modules of their own and return the expert ids [T, K] among their results, as those
-    of transformers do.
+    of transformers do. Their top-k is sorted meanwhile, whatever they ask for.
 
     Args:
         model: run it eagerly inside the context.
@@ -103,11 +116,18 @@ def oracle_routing(
             has to return the weights [T, K] beside the ids, in the form in which they are used.
         min_active: least number of primary experts; None means K, the backend's default.
         active: collects (experts before, experts after) for each call of each gate.
+
+    Raises:
+        SereError: when the model runs: a router returns no ids.
     """
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            ids = next(o for o in outputs if isinstance(o, torch.Tensor) and not o.is_floating_point())
+            found = outputs if isinstance(outputs, tuple) else (outputs,)
+            whole = [o for o in found if isinstance(o, torch.Tensor) and not o.is_floating_point()]
+            if not whole:
+                raise SereError(f"the module of {name}, a {type(module).__name__}, returns no expert ids")
+            ids = whole[0]
             least = ids.shape[-1] if min_active is None else min_active
             new = reroute_oracle(ids, matrices[name], select_top_k, threshold, least)
             if active is not None:
@@ -122,7 +142,8 @@ def oracle_routing(
 
     handles = [model.get_submodule(name.rpartition(".")[0]).register_forward_hook(hook_for(name)) for name in matrices]
     try:
-        yield model
+        with SortedTopK():
+            yield model
     finally:
         for handle in handles:
             handle.remove()

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from ..errors import SereError
 from ..integrations.transformers import cache_argument
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Subject
 from .timing import Timing, capture, time_in_turn
-from .variant import Variant, all_variants, token_error
+from .variant import Variant, all_variants, tell_if_blind, those_that_fit, token_error, use_experts
 
 # Logits of a whole model in bf16: rounding adds up over layers.
 TOLERANCE = 8e-2
@@ -24,7 +25,7 @@ class Decoder:
 
     def __init__(self, subject: Subject, batch: int, prompt: int, steps: int, seed: int = 0) -> None:
         from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
+        from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
         self.model, self.prompt, self.steps = subject.model, prompt, steps
         device = subject.model.device
@@ -32,6 +33,11 @@ class Decoder:
         generator = torch.Generator(device).manual_seed(seed)
         tokens = torch.randint(0, config.vocab_size, (batch, prompt), generator=generator, device=device)
         self.cache: Any = StaticCache(config=config, max_cache_len=prompt + steps)
+        kinds = {type(layer) for layer in self.cache.layers}
+        if other := sorted(kind.__name__ for kind in kinds - {StaticLayer, StaticSlidingWindowLayer}):
+            raise SereError(
+                f"a decode step with a cache of {other[0]} cannot be timed: it keeps more than keys and values"
+            )
         # Layers with a sliding window count in Python, which a CUDA graph cannot replay; they keep everything here.
         self.cache.layers = [StaticLayer(prompt + steps) for _ in self.cache.layers]
         self._cached = {cache_argument(subject.model): self.cache, "use_cache": True}
@@ -67,28 +73,32 @@ def bench_decode_step(
     rounds: int = 5,
 ) -> list[Row]:
     """Rows for decoding `steps` tokens after `prompt` tokens, in microseconds a step."""
-    subject.model.set_experts_implementation("grouped_mm")
+    use_experts(subject.model, "grouped_mm")
     decoder = Decoder(subject, batch, prompt, steps)
     top_k = subject.blocks[0].top_k
     expected, active = _references(subject, decoder, selects, top_k)
+    tell_if_blind(f"decode step, batch {batch}", expected, top_k, TOLERANCE)
     runs: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     keep: list[Any] = []
-    variants = all_variants(selects, top_k, stock)
-    for variant in variants:
-        torch._dynamo.reset()
-        subject.model.set_experts_implementation(variant.experts)
+
+    def prepare(variant: Variant) -> None:
+        use_experts(subject.model, variant.experts)
         forward = variant.compiled(decoder.forward)
         decoder.reset()
-        errors[variant.name] = token_error(forward(), expected[variant.select_top_k or top_k])
         if variant.backend is None:
+            decoder.step(forward)
             runs[variant.name] = _eager_run(decoder, forward)
-            continue
-        decoder.reset()
-        graph = capture(decoder.step, [forward])
-        runs[variant.name] = _graph_run(decoder, graph)
-        keep.append((graph, forward))
-    subject.model.set_experts_implementation("grouped_mm")
+        else:
+            graph = capture(decoder.step, [forward])
+            decoder.reset()
+            graph.replay()
+            runs[variant.name] = _graph_run(decoder, graph)
+            keep.append((graph, forward))
+        errors[variant.name] = token_error(decoder.logits, expected[variant.select_top_k or top_k])
+
+    variants = those_that_fit(all_variants(selects, top_k, stock), prepare)
+    use_experts(subject.model, "grouped_mm")
     times = time_in_turn(runs, steps, rounds, warmup=1)
     return [_row(v, subject, batch, times[v.name], errors[v.name], active, bandwidth) for v in variants]
 
@@ -114,13 +124,16 @@ def _eager_run(decoder: Decoder, forward: Callable[[], torch.Tensor]) -> Callabl
 def _references(
     subject: Subject, decoder: Decoder, selects: Sequence[int], top_k: int
 ) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
-    """Eager logits of the first step, and mean active experts of a layer, by S."""
+    """Eager logits of the first step, and mean active experts of a layer over all steps, by S."""
     expected, active = {}, {}
     for select in {*(min(s, top_k) for s in selects), top_k}:
         counts: dict[str, list[tuple[int, int]]] = {}
         decoder.reset()
         with oracle_routing(subject.model, subject.matrices, select, active=counts):
-            expected[select] = decoder.forward().clone()
+            decoder.step(decoder.forward)
+            expected[select] = decoder.logits.clone()
+            for _ in range(decoder.steps - 1):
+                decoder.step(decoder.forward)
         active[select] = statistics.mean(after for calls in counts.values() for _, after in calls)
     return expected, active
 

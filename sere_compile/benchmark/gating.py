@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import SereError
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
@@ -40,8 +41,11 @@ class GatingOnly(nn.Module):
     def route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, weights), both [T, K], of hidden states [T, H]."""
         outputs = self.router(hidden)
-        ids = next(x for x in outputs if not x.is_floating_point())
-        return ids, next(x for x in outputs if x.is_floating_point() and x.shape == ids.shape)
+        ids = [x for x in outputs if not x.is_floating_point()]
+        weights = [x for x in outputs if ids and x.is_floating_point() and x.shape == ids[0].shape]
+        if not weights:
+            raise SereError(f"{type(self.router).__name__} is no router that returns expert ids and routing weights")
+        return ids[0], weights[0]
 
     def consume(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The experts, if they can be called that."""
@@ -72,7 +76,8 @@ def bench_gating(
 ) -> list[Row]:
     """Rows for the router of one block on Gaussian hidden states [batch, H]; `stock` experts make no difference here.
 
-    The last row is everything but the gating: take it from the others to have the gating alone.
+    All times hold the router's projection and what reads the ids. The last row is these alone: take it from the
+    others to have the gating.
     """
     block = subject.blocks[-1]
     module = GatingOnly(block)
@@ -91,31 +96,32 @@ def bench_gating(
     ]
     for variant in variants:
         torch._dynamo.reset()
-        function = variant.compiled(module)
         with oracle_routing(module, matrices, variant.select_top_k or block.top_k):
             expected = [module(x) for x in inputs]
-        errors[variant.name] = max(token_error(function(x), want) for x, want in zip(inputs, expected, strict=True))
-        runs[variant.name] = _run(variant, function, inputs, keep)
+        runs[variant.name], results = _run(variant, variant.compiled(module), inputs, keep)
+        errors[variant.name] = max(token_error(result, want) for result, want in zip(results, expected, strict=True))
     torch._dynamo.reset()
     rest = Variant("inductor, all but the gating", "", variants[1].backend)
-    runs[rest.name] = _run(rest, rest.compiled(WithoutGating(module, inputs[0])), inputs, keep)
+    runs[rest.name], _ = _run(rest, rest.compiled(WithoutGating(module, inputs[0])), inputs, keep)
     times = time_in_turn(runs, CALLS, rounds)
     rows = [
         Row("gating", batch, v.name, v.select_top_k is not None, times[v.name], errors[v.name], TOLERANCE)
         for v in variants
     ]
-    return [*rows, Row("without gating", batch, rest.name, False, times[rest.name], 0.0, TOLERANCE)]
+    return [*rows, Row("without gating", batch, rest.name, False, times[rest.name], None, TOLERANCE)]
 
 
 def _run(
     variant: Variant, function: Callable[..., Any], inputs: list[torch.Tensor], keep: list[Any]
-) -> Callable[[], object] | torch.cuda.CUDAGraph:
-    """Calls the function on all inputs: a graph, or one by one for an eager variant."""
+) -> tuple[Callable[[], object] | torch.cuda.CUDAGraph, list[Any]]:
+    """What calls the function on all inputs, a graph, or one by one for an eager variant, and what that gave."""
     if variant.backend is None:
-        return functools.partial(call_all, function, inputs)
-    graph = capture(function, inputs)
-    keep.append((graph, function))
-    return graph
+        return functools.partial(call_all, function, inputs), [function(x) for x in inputs]
+    results: list[Any] = []
+    graph = capture(function, inputs, results)
+    graph.replay()
+    keep.append((graph, function, results))
+    return graph, results
 
 
 def _seeded(like: torch.Tensor, seed: int) -> torch.Generator:

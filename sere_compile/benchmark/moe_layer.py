@@ -13,7 +13,15 @@ from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
 from .timing import Timing, call_all, capture, time_in_turn
-from .variant import Variant, all_variants, token_error, without_effect
+from .variant import (
+    Variant,
+    all_variants,
+    tell_if_blind,
+    those_that_fit,
+    token_error,
+    use_experts,
+    without_effect,
+)
 
 # Each call of a graph has its own tokens, so that no expert stays in the L2 cache by always being the same.
 CALLS = 6
@@ -28,25 +36,31 @@ def bench_moe_layer(
     block = subject.blocks[-1]
     inputs = [_hidden(subject, block, batch, seed) for seed in range(CALLS)]
     expected, active = _references(subject, block, inputs, selects)
+    outputs = {select: torch.cat([_rows(x) for x in results]) for select, results in expected.items()}
+    tell_if_blind(f"MoE layer, batch {batch}", outputs, block.top_k, TOLERANCE)
     runs: dict[str, Callable[[], object] | torch.cuda.CUDAGraph] = {}
     errors: dict[str, float] = {}
     keep: list[Any] = []
-    variants = [*all_variants(selects, block.top_k, stock), without_effect(block.top_k)]
-    for variant in variants:
-        torch._dynamo.reset()
-        subject.model.set_experts_implementation(variant.experts)
+
+    def prepare(variant: Variant) -> None:
+        use_experts(subject.model, variant.experts)
         function = variant.compiled(block.module)
-        select = variant.select_top_k or block.top_k
+        results: list[Any] = []
+        if variant.backend is None:
+            results += [function(x) for x in inputs]
+            run: Any = functools.partial(call_all, function, inputs)
+        else:
+            run = capture(function, inputs, results)
+            run.replay()
+            keep.append((run, function, results))
+        wanted = expected[variant.select_top_k or block.top_k]
         # The median of the inputs: with S = 1 one tie of two scores, settled otherwise, re-routes all of a small batch.
         errors[variant.name] = statistics.median(
-            token_error(_tensor(function(x)), want) for x, want in zip(inputs, expected[select], strict=True)
+            token_error(_tensor(result), want) for result, want in zip(results, wanted, strict=True)
         )
-        if variant.backend is None:
-            runs[variant.name] = functools.partial(call_all, function, inputs)
-        else:
-            graph = capture(function, inputs)
-            runs[variant.name] = graph
-            keep.append((graph, function))
+        runs[variant.name] = run
+
+    variants = those_that_fit([*all_variants(selects, block.top_k, stock), without_effect(block.top_k)], prepare)
     times = time_in_turn(runs, CALLS, rounds)
     return [
         _row(variant, block, batch, times[variant.name], errors[variant.name], active, bandwidth)
@@ -58,11 +72,17 @@ def _row(
     variant: Variant, block: Block, batch: int, timing: Timing, error: float, active: dict[int, float], bandwidth: float
 ) -> Row:
     count = active[variant.select_top_k or block.top_k]
-    size = count * block.expert_bytes
+    size = _shared_bytes(block) + count * block.expert_bytes
     share = size / (timing.median * 1e-6) / bandwidth
     return Row(
         "MoE layer", batch, variant.name, variant.select_top_k is not None, timing, error, TOLERANCE, count, size, share
     )
+
+
+def _shared_bytes(block: Block) -> int:
+    """Weights that every call reads: the router's and those of shared experts."""
+    whole = sum(p.numel() * p.element_size() for p in block.module.parameters())
+    return whole - block.experts * block.expert_bytes
 
 
 def _hidden(subject: Subject, block: Block, batch: int, seed: int) -> torch.Tensor:
@@ -76,7 +96,7 @@ def _references(
     subject: Subject, block: Block, inputs: list[torch.Tensor], selects: Sequence[int]
 ) -> tuple[dict[int, list[torch.Tensor]], dict[int, float]]:
     """Eager outputs and mean active experts by S, the re-routing done by the oracle; K is always among them."""
-    subject.model.set_experts_implementation("grouped_mm")
+    use_experts(subject.model, "grouped_mm")
     matrices = {block.router_weight: subject.matrices[f"{block.name}.{block.router_weight}"]}
     expected, active = {}, {}
     for select in {*(min(s, block.top_k) for s in selects), block.top_k}:
@@ -85,6 +105,10 @@ def _references(
             expected[select] = [_tensor(block.module(x)) for x in inputs]
         active[select] = statistics.mean(after for _, after in counts[block.router_weight])
     return expected, active
+
+
+def _rows(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -22,10 +22,10 @@ class Row:
         variant: its name.
         ours: whether it is not a stock variant.
         timing: microseconds.
-        error: median relative error of a token against the reference of the same S.
+        error: median relative error of a token against the reference of the same S; None where there is none.
         tolerance: what the error may be.
         active: mean number of active experts of a layer, None where there are no experts.
-        bytes_read: weights that have to be read.
+        bytes_read: weights that have to be read: of the active experts, and all else in the layer or the model.
         bandwidth_share: of the copy bandwidth.
     """
 
@@ -34,7 +34,7 @@ class Row:
     variant: str
     ours: bool
     timing: Timing
-    error: float
+    error: float | None
     tolerance: float
     active: float | None = None
     bytes_read: float | None = None
@@ -43,7 +43,7 @@ class Row:
     @property
     def agrees(self) -> bool:
         """Whether the output is that of the reference; NaN never is."""
-        return self.error <= self.tolerance
+        return self.error is None or self.error <= self.tolerance
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Results:
         copy_bandwidth: bytes per second, measured in the same run.
         routing: where ids come from.
         notes: what a reader of the figures has to know, such as gates whose experts could not be lowered.
+        failures: what was asked for and could not be measured, and why.
     """
 
     subject: str
@@ -64,6 +65,12 @@ class Results:
     routing: str
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all that was asked for was measured, and every output agrees."""
+        return not self.failures and all(row.agrees for row in self.rows)
 
     def speedup(self, row: Row, over: str | None = None) -> float | None:
         """Over the fastest stock variant at this batch size, or over the one named; None if an output disagrees.
@@ -82,7 +89,8 @@ class Results:
         for what in dict.fromkeys(row.what for row in self.rows):
             lines += ["", f"### {what}", "", "| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
             lines += ["| " + " | ".join(self._cells(row)) + " |" for row in self.rows if row.what == what]
-        lines += ["", *(f"Note: {note}" for note in self.notes)] if self.notes else []
+        notes = [*(f"Not measured: {failure}" for failure in self.failures), *(f"Note: {note}" for note in self.notes)]
+        lines += ["", *notes] if notes else []
         return "\n".join(lines)
 
     def _cells(self, row: Row) -> list[str]:
@@ -96,7 +104,8 @@ class Results:
             "" if row.bytes_read is None else f"{row.bytes_read / self.copy_bandwidth * 1e6:.0f}",
             "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}",
             factor(None), factor("inductor batched_mm"),
-            f"{row.error:.1e}" + ("" if row.agrees else f" DISAGREES (at most {row.tolerance:.0e}), no speed-up given"),
+            ("" if row.error is None else f"{row.error:.1e}")
+            + ("" if row.agrees else f" DISAGREES (at most {row.tolerance:.0e}), no speed-up given"),
         ]  # fmt: skip
 
     def save(self, path: str | Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
+from torch._dynamo.exc import BackendCompilerFailed
 
 from ..errors import SereError
+from . import variant
 from .decode_step import bench_decode_step
 from .gating import bench_gating
 from .moe_layer import bench_moe_layer
@@ -23,6 +26,8 @@ KINDS: dict[str, Callable[..., list[Row]]] = {
     "layer": bench_moe_layer,
     "decode": bench_decode_step,
 }
+# What the figures of a kind hold.
+_ABOUT = {"gating": "times and speed-ups of gating hold the router's projection and what reads the ids, timed apart"}
 
 
 def require_device() -> None:
@@ -31,23 +36,8 @@ def require_device() -> None:
         raise SereError("sere bench times kernels: it needs a CUDA device")
 
 
-def run_bench(
-    subject: Subject,
-    kinds: Sequence[str],
-    batches: Sequence[int],
-    selects: Sequence[int],
-    stock: Sequence[str],
-    tell: Callable[[str], None] = print,
-) -> Results:
-    """Measure everything asked for.
-
-    Args:
-        subject: on a CUDA device.
-        kinds: some of `KINDS`.
-        batches: numbers of tokens.
-        selects: S; K or more is the model as it is.
-        stock: experts implementations of transformers to compare with.
-        tell: told what is being measured.
+def begin(subject: Subject) -> Results:
+    """Results without rows: the machine and its copy bandwidth.
 
     Raises:
         SereError: no CUDA device.
@@ -55,33 +45,73 @@ def run_bench(
     require_device()
     device = torch.cuda.get_device_name()
     machine = f"{device}, torch {torch.__version__}, triton {triton.__version__}"
-    results = Results(subject.name, machine, copy_bandwidth(), subject.routing)
-    with torch.no_grad(), _refusals_to(results.notes):
-        for kind in kinds:
-            for batch in batches:
-                tell(f"{kind}, batch {batch}")
+    return Results(subject.name, machine, copy_bandwidth(), subject.routing)
+
+
+def run_bench(
+    results: Results,
+    subject: Subject,
+    kinds: Sequence[str],
+    batches: Sequence[int],
+    selects: Sequence[int],
+    stock: Sequence[str],
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Measure everything asked for, one kind and batch after the other; what was measured stands in `results` at once.
+
+    What a model does not allow, or the device has no memory for, becomes one of the results' failures.
+
+    Args:
+        results: from `begin`.
+        subject: on a CUDA device.
+        kinds: some of `KINDS`.
+        batches: numbers of tokens.
+        selects: S; K or more is the model as it is.
+        stock: experts implementations of transformers to compare with.
+        tell: told what is being measured.
+    """
+    with torch.no_grad(), _logged_to(results):
+        results.notes += [note for kind, note in _ABOUT.items() if kind in kinds]
+        for kind, batch in itertools.product(kinds, batches):
+            tell(f"{kind}, batch {batch}")
+            try:
                 results.rows += KINDS[kind](subject, batch, selects, stock, results.copy_bandwidth)
+            except (SereError, torch.OutOfMemoryError, BackendCompilerFailed) as error:
+                if isinstance(error, BackendCompilerFailed) and not isinstance(error.inner_exception, SereError):
+                    raise
+                results.failures.append(f"{kind}, batch {batch}: {error}")
+                tell(results.failures[-1])
     torch._dynamo.reset()
-    return results
 
 
 @contextlib.contextmanager
-def _refusals_to(notes: list[str]) -> Iterator[None]:
-    """Add what the speed passes left as it was, and why: a figure without them is not what it seems."""
+def _logged_to(results: Results) -> Iterator[None]:
+    """Note what the speed passes left as it was, and why, and what the comparison of outputs could not tell.
+
+    Variants without memory are failures: a figure without them is not what it seems.
+    """
     refused: collections.Counter[str] = collections.Counter()
 
-    class Refusals(logging.Handler):
+    class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
             if " keeps its " in str(record.msg):
-                refused["gates keep their " + record.getMessage().partition(" keeps its ")[2]] += 1
+                refused["gates keep their " + message.partition(" keeps its ")[2]] += 1
+            elif " is not measured: " in str(record.msg):
+                results.failures.append(message)
+            elif record.name == variant.__name__:
+                results.notes.append(message)
 
-    log, handler = logging.getLogger("sere_compile.gate_plan"), Refusals(logging.INFO)
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(min(level or logging.INFO, logging.INFO))
+    handler = Notes(logging.INFO)
+    logs = [logging.getLogger(name) for name in ("sere_compile.gate_plan", variant.__name__)]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.addHandler(handler)
+        log.setLevel(min(log.level or logging.INFO, logging.INFO))
     try:
         yield
     finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
-        notes += [f"{count} compiled {reason}" for reason, count in refused.items()]
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+            log.removeHandler(handler)
+        results.notes += [f"{count} compiled {reason}" for reason, count in refused.items()]

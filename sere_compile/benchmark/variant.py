@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 
 from ..backend import sere_backend
+from ..errors import SereError
+
+log = logging.getLogger(__name__)
 
 # Compiles stock modules, and ours after the passes.
 INNER = "inductor"
@@ -67,3 +71,47 @@ def token_error(result: torch.Tensor, want: torch.Tensor) -> float:
     """
     result, want = (x.detach().double().reshape(-1, x.shape[-1]) for x in (result, want))
     return ((result - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-30)).median().item()
+
+
+def those_that_fit(variants: Sequence[Variant], prepare: Callable[[Variant], None]) -> list[Variant]:
+    """Prepare each variant, and leave out those for which the device has no memory; the log says which.
+
+    `batched_mm` copies the weights of every slot, which at large batches are more than the model.
+    """
+    fitting = []
+    for variant in variants:
+        torch._dynamo.reset()
+        try:
+            prepare(variant)
+        except torch.OutOfMemoryError as error:
+            log.warning("%s is not measured: the device is out of memory (%s)", variant.name, _first_line(error))
+        else:
+            fitting.append(variant)
+    return fitting
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def use_experts(model: Any, implementation: str) -> None:
+    """Let a model of transformers run its experts by one of its implementations.
+
+    Raises:
+        SereError: the model has no choice of them.
+    """
+    try:
+        model.set_experts_implementation(implementation)
+    except ValueError as error:
+        raise SereError(f"{type(model).__name__} cannot run its experts by {implementation}: {error}") from error
+
+
+def tell_if_blind(what: str, expected: dict[int, torch.Tensor], top_k: int, tolerance: float) -> None:
+    """Log which re-routed references lie so near to the model's own output that comparing could not tell them apart."""
+    for select in sorted(set(expected) - {top_k}):
+        distance = token_error(expected[select], expected[top_k])
+        if distance <= tolerance:
+            log.warning(
+                "%s: the reference of S=%d is %.0e from the model's own output, and %.0e is allowed, so that an output "
+                "that is not re-routed would pass for one that is", what, select, distance, tolerance,
+            )  # fmt: skip

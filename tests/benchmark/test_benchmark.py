@@ -6,13 +6,16 @@ import types
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._dynamo.exc import BackendCompilerFailed
 
+from sere_compile import SereError
 from sere_compile.benchmark import decode_step, gating, moe_layer, run, variant
 from sere_compile.benchmark.geometries import GEOMETRIES, Geometry
 from sere_compile.benchmark.result import Results
 from sere_compile.benchmark.subject import random_model
 from sere_compile.benchmark.timing import Timing, summarize, time_in_turn
 from sere_compile.cli import main
+from sere_compile.testing import oracle_routing
 
 TINY = Geometry(
     "qwen3_moe", 16, 4, 32, 16,
@@ -24,20 +27,46 @@ TINY = Geometry(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def subject():
+# Its top-k is unsorted, and it has shared experts.
+UNSORTED = Geometry(
+    "deepseek_v2", 16, 4, 96, 16,
+    {
+        **{k: v for k, v in GEOMETRIES["deepseek-v2-lite"].options.items() if k != "hidden_size"},
+        "hidden_size": 96, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 16,
+        "num_experts_per_tok": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    },
+)  # fmt: skip
+
+
+def tiny(geometry):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(GEOMETRIES, "tiny", TINY)
+        patch.setitem(GEOMETRIES, "tiny", geometry)
         torch.manual_seed(0)
         return random_model("tiny", 2, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return tiny(TINY)
+
+
+@pytest.fixture(scope="module")
+def unsorted():
+    return tiny(UNSORTED)
 
 
 @pytest.fixture
 def without_gpu(monkeypatch):
     """Graphs are plain calls; every variant takes 10 us, ours 5."""
 
-    def capture(function, inputs):
-        return types.SimpleNamespace(replay=lambda: [function(x) for x in inputs])
+    def capture(function, inputs, outputs=None):
+        def replay():
+            results = [function(x) for x in inputs]
+            if outputs is not None:
+                outputs[:] = results
+
+        return types.SimpleNamespace(replay=replay)
 
     def time_in_turn(runs, calls, rounds, warmup=3):
         for call in runs.values():
@@ -51,6 +80,18 @@ def without_gpu(monkeypatch):
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def bench(subject, without_gpu):
+    """Run some kinds with batch 5 and S = 1."""
+
+    def run_kinds(kinds, stock):
+        results = results_of([])
+        run.run_bench(results, subject, kinds, [5], [1], stock, lambda _: None)
+        return results
+
+    return run_kinds
 
 
 def results_of(rows):
@@ -73,8 +114,117 @@ def test_every_variant_agrees_and_fewer_experts_are_active(subject, without_gpu,
     results = results_of(rows)
     assert [results.speedup(row) for row in rows] == [None] * 3 + [2.0] * (len(rows) - 3)
     if kind == "layer":
-        # 5 us at 1 TB/s are 5 MB; an expert has 3 projections of 32 x 16 in fp32.
-        assert rows[3].bandwidth_share == pytest.approx(active[0] * 3 * 32 * 16 * 4 / 5e6)
+        # 5 us at 1 TB/s are 5 MB; an expert has 3 projections of 32 x 16 in fp32, the router 16 x 32.
+        assert rows[3].bandwidth_share == pytest.approx((active[0] * 3 + 1) * 32 * 16 * 4 / 5e6)
+
+
+@pytest.mark.parametrize("bench", [gating.bench_gating, moe_layer.bench_moe_layer])
+def test_an_unsorted_router(unsorted, without_gpu, bench):
+    """The reference ranks by score where the router does not; shared experts are read in every call."""
+    rows = bench(unsorted, 5, [4, 2, 1], ["grouped_mm"], 1e12)
+    assert all(row.error is None or row.error < 1e-4 for row in rows)
+    if rows[0].what == "MoE layer":
+        active = [row.active for row in rows if row.ours][2]
+        # Of 3 projections of 96 x 16: experts, two shared ones, and a router of 16 x 96.
+        assert rows[4].bytes_read == pytest.approx((3 * (active + 2) + 1) * 96 * 16 * 4)
+
+
+def test_active_experts_are_those_of_all_steps(subject, without_gpu, monkeypatch):
+    """Later tokens are others than the first, and what is timed is all of them."""
+    counts = []
+    decoder = decode_step.Decoder(subject, 3, prompt=6, steps=4)
+    _, active = decode_step._references(subject, decoder, [1], 4)
+    monkeypatch.setattr(decoder, "steps", 1)
+    _, first = decode_step._references(subject, decoder, [1], 4)
+    monkeypatch.setattr(decoder, "steps", 4)
+    decoder.reset()
+    with oracle_routing(subject.model, subject.matrices, 4, active=(calls := {})):
+        for _ in range(4):
+            decoder.step(decoder.forward)
+    counts = [after for gate in calls.values() for _, after in gate]
+    assert len(counts) == 2 * 4
+    assert active[4] == pytest.approx(sum(counts) / len(counts))
+    assert active != first
+
+
+def test_a_variant_without_memory_is_left_out(subject, without_gpu, bench, monkeypatch):
+    """The others are measured, the results say which is missing, and the command's status is 1."""
+    compiled = variant.Variant.compiled
+
+    def too_large(self, function):
+        if self.experts == "batched_mm":
+            raise torch.OutOfMemoryError("tried to allocate 30 GiB\nfurther lines")
+        return compiled(self, function)
+
+    monkeypatch.setattr(variant.Variant, "compiled", too_large)
+    results = bench(["layer"], ["grouped_mm", "batched_mm"])
+    assert [row.variant for row in results.rows][:3] == ["eager", "inductor grouped_mm", "sere S=1"]
+    assert results.failures == [
+        "inductor batched_mm is not measured: the device is out of memory (tried to allocate 30 GiB)"
+    ]
+    assert not results.is_sound
+    assert results.speedup(results.rows[2]) == 2.0
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_cannot_be_measured_costs_nothing_else(subject, without_gpu, bench, monkeypatch, wrapped):
+    """A kind that the model does not allow is told, also where a compiler wrapped our refusal; the others are there."""
+
+    def refuses(*_):
+        error = SereError("no cache of ours")
+        raise BackendCompilerFailed(lambda: None, error, None) if wrapped else error
+
+    monkeypatch.setitem(run.KINDS, "decode", refuses)
+    results = bench(["decode", "gating"], ["grouped_mm"])
+    assert {row.what for row in results.rows} == {"gating", "without gating"}
+    [failure] = results.failures
+    assert failure.startswith("decode, batch 5: ")
+    assert "no cache of ours" in failure
+    assert f"\nNot measured: {failure}\n" in results.table()
+
+
+def test_other_errors_leave_what_was_measured(subject, without_gpu, monkeypatch):
+    """An error that is none of ours is not hidden, and the rows before it stand in the results."""
+    results = results_of([])
+    monkeypatch.setitem(run.KINDS, "decode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.run_bench(results, subject, ["gating", "decode"], [5], [1], ["grouped_mm"], lambda _: None)
+    assert results.rows[0].what == "gating"
+
+
+def test_a_comparison_that_cannot_tell_is_noted(subject, without_gpu, bench, monkeypatch):
+    """Where the outputs of S = 1 and S = K are nearer than the tolerance, re-routing nothing would pass."""
+    monkeypatch.setattr(moe_layer, "TOLERANCE", 10.0)
+    results = bench(["layer"], ["grouped_mm"])
+    assert [note for note in results.notes if "MoE layer, batch 5: the reference of S=1 is" in note]
+
+
+def test_experts_that_cannot_be_chosen(subject, monkeypatch):
+    """transformers' refusal becomes one of ours, which names the model."""
+
+    def refuse(implementation):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(subject.model, "set_experts_implementation", refuse)
+    with pytest.raises(SereError, match="Qwen3MoeForCausalLM cannot run its experts by grouped_mm: no such thing"):
+        variant.use_experts(subject.model, "grouped_mm")
+
+
+@pytest.mark.parametrize("bench", [gating.bench_gating, moe_layer.bench_moe_layer])
+def test_a_router_without_ids(subject, without_gpu, bench, monkeypatch):
+    """Its experts choose by themselves: nothing to compare with, and the user is told so."""
+    router = subject.blocks[-1].module.get_submodule("gate")
+    monkeypatch.setattr(router, "forward", lambda hidden: (hidden,))
+    with pytest.raises(SereError, match="Qwen3MoeTopKRouter, returns no expert ids"):
+        bench(subject, 5, [1], ["grouped_mm"], 1e12)
+
+
+def test_a_cache_with_other_state(subject, monkeypatch):
+    """Linear attention has state that a static cache of keys and values would lose."""
+    layer = type("LinearAttentionLayer", (), {})
+    monkeypatch.setattr("transformers.StaticCache", lambda **_: types.SimpleNamespace(layers=[layer()]))
+    with pytest.raises(SereError, match="with a cache of LinearAttentionLayer cannot be timed"):
+        decode_step.Decoder(subject, 3, prompt=6, steps=4)
 
 
 def test_gating_is_compared_over_the_router_alone(subject, without_gpu):
@@ -82,7 +232,8 @@ def test_gating_is_compared_over_the_router_alone(subject, without_gpu):
     rows = gating.bench_gating(subject, 5, [4, 1], ["grouped_mm", "batched_mm"], 1e12)
     names = ["eager", "inductor", "sere S=K", "sere S=1", "inductor, all but the gating"]
     assert [row.variant for row in rows] == names
-    assert max(row.error for row in rows) < 1e-5
+    assert max(row.error for row in rows[:-1]) < 1e-5
+    assert rows[-1].error is None
     assert [results_of(rows).speedup(row) for row in rows] == [None, None, 2.0, 2.0, None]
 
 
@@ -128,16 +279,12 @@ def test_token_error_is_not_moved_by_one_token_and_never_passes_nan():
     assert not row.agrees
 
 
-def test_gates_that_keep_their_experts_are_noted(subject, without_gpu, monkeypatch):
+def test_gates_that_keep_their_experts_are_noted(subject, bench, monkeypatch):
     """What the passes refuse appears under the table, with the reason and how often."""
-    monkeypatch.setattr(run, "require_device", lambda: None)
-    monkeypatch.setattr(run, "copy_bandwidth", lambda: 1e12)
-    monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "no machine")
     monkeypatch.setattr("sere_compile.gate_plan.lower_experts", lambda *_: "too odd")
     options = variant.sere_backend.with_options(lower_experts="always")
     monkeypatch.setattr(variant, "sere_backend", options)
-    results = run.run_bench(subject, ["layer"], [5], [1], ["grouped_mm"], lambda _: None)
-    # Graphs that are no graphs compile once more while they are timed.
+    results = bench(["layer"], ["grouped_mm"])
     assert results.notes == ["3 compiled gates keep their experts: too odd"]
     assert results.table().endswith("\nNote: " + results.notes[0])
 
@@ -216,6 +363,7 @@ def test_summary_is_median_and_spread():
         (["--geometry", "mixtral-8x7b", "--batch", "8,x"], "'8,x' is not a list of positive whole numbers"),
         (["--geometry", "mixtral-8x7b", "--what", "layers"], "'layers' is none of"),
         (["--geometry", "mixtral-8x7b", "--profile", __file__], "--profile is for --model"),
+        (["--geometry", "mixtral-8x7b", "--stock", "grouped_mm, batched"], "--stock: 'batched' is none of eager, "),
     ],
 )
 def test_wrong_options(arguments, message):

@@ -13,24 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from sere_compile.testing import reroute_oracle
+from sere_compile.testing import SortedTopK, reroute_oracle
 
 from .registry import ENTRIES
 
 _IDS = ("top_k_index", "router_indices")  # as experts modules name their parameter
 _Reroute = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-class SortedTopK(TorchFunctionMode):
-    """`topk(sorted=False)` in descending order: re-routing ranks by score."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.topk, torch.Tensor.topk) and "sorted" in kwargs:
-            kwargs["sorted"] = True
-        return func(*args, **kwargs)
 
 
 def selecting_modules(name: str, model: nn.Module) -> dict[str, nn.Module]:
