@@ -41,3 +41,7 @@ class ModelNotFoundError(SereError, OSError):
 
 class EvaluationError(SereError, ValueError):
     """A model or its tokens cannot be evaluated."""
+
+
+class OutputError(SereError, OSError):
+    """A file cannot be written; what was there under its name is as it was."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from .errors import ProfileError
+from .whole_file import write_whole
 
 FORMAT = "sere_compile.similarity"
 # 2: with projections. A profile without any is written as 1, which earlier versions of this library read.
@@ -34,27 +33,12 @@ def write_profile(
     """Write matrices [E, E] by gate name, all of them or nothing.
 
     Raises:
-        OSError: the folder is missing or not writable.
+        OutputError: the folder is missing or not writable, or the disk is full.
     """
     number = "1" if projections is None else "2"
     version = {"format": FORMAT, "format_version": number, "library_version": library_version()}
     tensors = matrices | {_PROJECTION + name: matrix for name, matrix in (projections or {}).items()}
     write_whole(path, safetensors_bytes(tensors, metadata={**metadata, **version}))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, all of it or nothing: beside the destination, then renamed."""
-    # A rename replaces a link, not what it points to; and only within one folder is it atomic for certain.
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_profile(

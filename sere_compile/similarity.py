@@ -113,7 +113,7 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
         as it was. Its header holds the format, the library's version and `metadata`.
 
         Raises:
-            OSError: the folder is missing or not writable.
+            OutputError: the folder is missing or not writable, or the disk is full.
         """
         write_profile(Path(path), self._matrices, self._metadata, self._projections)
 

@@ -5,7 +5,9 @@ anything imports triton (importing torch does not), hence here. It leaves torch.
 test that needs real Triton compilation on such a machine must start a process without the variable.
 """
 
+import contextlib
 import os
+import resource
 
 import pytest
 import torch
@@ -33,3 +35,19 @@ def device(request):
 def kernel_device():
     """Where a Triton kernel runs here: on the GPU, or on CPU tensors under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def no_room():
+    """A context in which no file can grow beyond a few bytes, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size=16):
+        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+    return limited

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError
+from ..whole_file import whole_file
 from .result import Results, batches
 
 
@@ -14,6 +15,7 @@ def plot(results: Results, path: str | Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +28,8 @@ def plot(results: Results, path: str | Path) -> None:
     for number, what in enumerate(kinds):
         _panel(figure.add_subplot(1, len(kinds), number + 1), what, results)
     figure.suptitle(f"{results.subject}\n{results.machine}", fontsize=9)
-    figure.savefig(path)
+    with whole_file(path) as beside:
+        figure.savefig(beside)
 
 
 def _panel(axes: Any, what: str, results: Results) -> None:

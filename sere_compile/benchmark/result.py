@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..whole_file import write_whole
 from .timing import Timing
 
 
@@ -109,8 +110,12 @@ class Results:
         ]  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write JSON: the fields of this object and of its rows."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write JSON: the fields of this object and of its rows.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_whole(path, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Results:

@@ -91,12 +91,14 @@ def _write(target: str, out: str, graph: dict[str, Any], as_function: bool) -> s
         )
         return f"{out}: {done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators"
     from ..lowering import aot
+    from ..lowering.archive_file import archive_file
     from ..lowering.standard_operators import rerouted_gates
 
     if target == "aot":
         return f"{aot.package(module, out, args, **graph)}: AOTInductor package"
     program = aot.export_rewritten(module, args, **graph)
-    torch.export.save(program, out)
+    with archive_file(out) as file:
+        torch.export.save(program, file)
     return f"{out}: {rerouted_gates(program)} gates re-routed; `import sere_compile.ops` before torch.export.load"
 
 

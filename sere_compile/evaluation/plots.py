@@ -11,6 +11,7 @@ import torch
 from ..errors import MissingExtraError
 from ..similarity import SimilarityProfile
 from ..threshold import resolve_threshold
+from ..whole_file import whole_file
 from .sweep import SweepRow
 
 
@@ -18,6 +19,10 @@ def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float 
     """One heat map a gate; experts less similar than `threshold` to all others, always critical, have a red mark.
 
     A threshold such as "q0.2" is another number for each gate, see `sere_compile.threshold`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
     """
     figure_of = _figures()
     columns = min(4, len(profile))
@@ -39,11 +44,16 @@ def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float 
             f"{name}\nnearest: median {nearest.median():.2f}, {len(critical)} critical at {rho:.2f}", fontsize=7
         )
         axis.tick_params(labelsize=6)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
-    """Growth of perplexity against active experts, one line of colour a decode batch; the Pareto front is joined."""
+    """Growth of perplexity against active experts, one line of colour a decode batch; the Pareto front is joined.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
     figure = _figures()(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     rows = list(rows)
@@ -62,7 +72,7 @@ def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
     axis.set_xlabel("active experts a layer")
     axis.set_ylabel("perplexity, % above the original")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def pareto_front(rows: Iterable[SweepRow]) -> list[SweepRow]:
@@ -72,6 +82,11 @@ def pareto_front(rows: Iterable[SweepRow]) -> list[SweepRow]:
         if not front or row.perplexity_change < front[-1].perplexity_change:
             front.append(row)
     return front
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    with whole_file(path) as beside:
+        figure.savefig(beside, dpi=150)
 
 
 def _figures() -> Any:

@@ -17,6 +17,7 @@ from torch import nn
 from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity import SimilarityProfile
+from ..whole_file import whole_file
 from .configured import ConfiguredRule
 from .evaluate import evaluate_rules
 from .result import Evaluation
@@ -255,8 +256,12 @@ _COLUMNS: dict[str, Callable[[str], Any]] = {
 
 
 def write_csv(rows: Iterable[SweepRow], path: str | Path) -> None:
-    """One line a row, columns named as the fields."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    """One line a row, columns named as the fields.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         writer.writerows([getattr(row, name) for name in _COLUMNS] for row in rows)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from ..config import SereConfig
 from ..errors import GateNotFoundError, LoweringError, ProfileError
 from ..rewrite import rewrite
 from ..similarity import SimilarityProfile
+from ..whole_file import check_writable
+from .archive_file import archive_file
 from .standard_operators import experts_computed_by
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def package(
         The path, as a string.
 
     Raises:
-        LoweringError: the path cannot be written, or as `export_rewritten`, whose other errors pass as well.
+        LoweringError: the path does not end in `.pt2`, or as `export_rewritten`, whose other errors pass as well.
+        OutputError: the file cannot be written; an earlier one of the name is as it was, as after every error.
     """
     target = _checked_path(path)
     program = export_rewritten(
@@ -79,10 +81,12 @@ def package(
         allow_no_gates=allow_no_gates,
     )
     _warn_of_foreign_operators(program)
-    # A copy: torch writes into the options.
-    return torch._inductor.aoti_compile_and_package(
-        program, package_path=target, inductor_configs=dict(inductor_options or {})
-    )
+    with archive_file(target) as file:
+        # A copy: torch writes into the options.
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=file, inductor_configs=dict(inductor_options or {})
+        )
+    return target
 
 
 def export_rewritten(
@@ -229,6 +233,5 @@ def _checked_path(path: str | os.PathLike[str]) -> str:
     target = os.fspath(path)
     if not target.endswith(".pt2"):
         raise LoweringError(f"an AOTInductor package is a file whose name ends in .pt2, got {target!r}")
-    if not Path(target).absolute().parent.is_dir():
-        raise LoweringError(f"{target}: there is no folder {Path(target).absolute().parent}")
+    check_writable(target)
     return target

@@ -17,6 +17,7 @@ from ..config import SereConfig
 from ..errors import ConfigError, LoweringError
 from ..passes import nodes
 from ..similarity import SimilarityProfile
+from ..whole_file import whole_file
 from .aot import export_rewritten
 from .onnx_functions import DOMAIN, Functions, translate
 from .standard_operators import decompose, require, rerouted_gates
@@ -89,6 +90,7 @@ def export(
             too high for the installed torch and onnx.
         GateNotFoundError: nothing can be re-routed.
         ProfileError: the profile lacks a gate of the model; the message names the first.
+        OutputError: the file cannot be written; an earlier one of the name is as it was, as after every error.
     """
     require("onnx", "onnx", "onnxscript")
     if opset < LOWEST_OPSET:
@@ -110,8 +112,10 @@ def export(
     _check_translatable(program)
     translated = translate(program, opset, input_names, output_names)
     functions.add_to(translated.model)
-    translated.save(str(path))
-    return _checked(Path(path), opset, gates)
+    with whole_file(path) as beside:
+        translated.save(str(beside))
+        operators, inside = _checked_operators(beside)
+    return OnnxExport(Path(path), opset, gates, operators, inside)
 
 
 def _check_translatable(program: ExportedProgram) -> None:
@@ -149,11 +153,14 @@ def _written_input(program: ExportedProgram) -> str | None:
     return None
 
 
-def _checked(path: Path, opset: int, gates: int) -> OnnxExport:
-    """Check the written file and count what is in it."""
+def _checked_operators(path: Path) -> tuple[collections.Counter[str], int]:
+    """Check a written file; how often each operator occurs in it, and how many of them in functions of ours."""
     import onnx
 
-    onnx.checker.check_model(str(path))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise LoweringError(f"what torch.onnx made of the model does not pass onnx.checker: {error}") from error
     proto = onnx.load(str(path), load_external_data=False)
     bodies = {(f.domain, f.name): collections.Counter(node.op_type for node in f.node) for f in proto.functions}
     for body in bodies.values():
@@ -166,4 +173,4 @@ def _checked(path: Path, opset: int, gates: int) -> OnnxExport:
         body = bodies.get((node.domain, node.op_type), collections.Counter([node.op_type]))
         operators += body
         inside += body.total() if node.domain == DOMAIN else 0
-    return OnnxExport(path, opset, gates, operators, inside)
+    return operators, inside

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from torch._dynamo.exc import BackendCompilerFailed
 
-from sere_compile import SereError
+from sere_compile import OutputError, SereError
 from sere_compile.benchmark import decode_step, gating, moe_layer, run, variant
 from sere_compile.benchmark.geometries import GEOMETRIES, Geometry
 from sere_compile.benchmark.result import Results
@@ -349,6 +349,19 @@ def test_plot_writes_a_picture(tmp_path):
         results_of([results_row(batch=b, what=w) for b in (8, 32) for w in ("MoE layer", "gating")]), tmp_path / "p.png"
     )
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_a_full_disk_leaves_the_earlier_results(tmp_path, no_room):
+    pytest.importorskip("matplotlib")
+    from sere_compile.benchmark.plot import plot
+
+    results = results_of([results_row()])
+    for write in (results.save, functools.partial(plot, results)):
+        out = tmp_path / "bench.png"
+        out.write_bytes(b"old")
+        with no_room(), pytest.raises(OutputError, match=r"bench.png could not be written: File too large"):
+            write(out)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"bench.png": b"old"}
 
 
 def test_summary_is_median_and_spread():

@@ -18,7 +18,7 @@ from sere_compile import CalibrationError, ConfigError, calibrate
 from sere_compile.calibration import calibrate as calibrate_module
 from sere_compile.calibration import observed_model
 from sere_compile.calibration.counterfactual import CounterfactualExperts
-from sere_compile.profile_file import write_whole
+from sere_compile.whole_file import write_whole
 
 from ..passes.moe_modules import DUPLICATE_UNSAFE, EXPERTS, HIDDEN, SUMS_DUPLICATES, Block, Indexed, rows
 from ..tiny_models import IMPLEMENTATIONS, build, gate_names, tokens

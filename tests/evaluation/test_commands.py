@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sere_compile import EvaluationError, MissingExtraError, SereConfig, SimilarityProfile
+from sere_compile import EvaluationError, MissingExtraError, OutputError, SereConfig, SimilarityProfile
 from sere_compile.cli import main
-from sere_compile.evaluation.plots import pareto_front
-from sere_compile.evaluation.sweep import SweepRow, read_csv, recommend
+from sere_compile.evaluation.plots import pareto_front, plot_sweep
+from sere_compile.evaluation.sweep import SweepRow, read_csv, recommend, write_csv
 from sere_compile.evaluation.text import mixed_windows, read_texts, token_windows
 
 from ..tiny_models import build, gate_names, random_profile
@@ -168,6 +168,17 @@ def test_plots_are_written(subject, tmp_path):
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert heat.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("write", [write_csv, plot_sweep])
+def test_a_full_disk_leaves_the_earlier_file(tmp_path, no_room, write):
+    if write is plot_sweep:
+        pytest.importorskip("matplotlib")
+    out = tmp_path / "sweep.png"
+    out.write_bytes(b"old")
+    with no_room(), pytest.raises(OutputError, match=r"sweep.png could not be written: File too large"):
+        write([row(4, 5.0, 0.02)], out)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"sweep.png": b"old"}
 
 
 def row(batch, active, change):

@@ -16,7 +16,7 @@ from torch import nn
 
 import sere_compile
 from sere_compile import GateNotFoundError, ProfileError, SereConfig, SimilarityProfile
-from sere_compile.errors import LoweringError
+from sere_compile.errors import LoweringError, OutputError
 from sere_compile.lowering import aot
 from sere_compile.testing import oracle_routing
 
@@ -200,8 +200,23 @@ class TestBadInput:
         """A wrong ending or a missing folder is told before anything is traced."""
         with pytest.raises(LoweringError, match=r"ends in \.pt2, got 'model.so'"):
             aot.package(None, "model.so")
-        with pytest.raises(LoweringError, match="there is no folder"):
+        with pytest.raises(OutputError, match="there is no folder"):
             aot.package(None, tmp_path / "missing" / "model.pt2")
+
+    def test_a_failed_package_leaves_the_earlier_one(self, tmp_path, monkeypatch, no_room):
+        """Nothing is compiled; what the writer gets holds errors back, for which torch's would end the process."""
+
+        def write(program, *, package_path, inductor_configs):
+            with no_room():
+                for _ in range(3):
+                    assert package_path.write(b"new" * 10**5) == 3 * 10**5
+
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
+        path, model = tmp_path / "m.pt2", build("mixtral", "batched_mm")
+        path.write_bytes(b"old")
+        with pytest.raises(OutputError, match=r"m.pt2 could not be written: File too large"):
+            aot.package(model, path, **INPUTS, profile=random_profile(model))
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"m.pt2": b"old"}
 
 
 LOAD_AND_PACKAGE = """

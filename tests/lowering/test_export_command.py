@@ -91,7 +91,6 @@ def test_aot_passes_everything_on(checkpoint, tmp_path, monkeypatch):
 
     def compile_nothing(program, *, package_path, inductor_configs):
         programs.append(program)
-        return package_path
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_nothing)
     out = tmp_path / "model.pt2"
@@ -105,6 +104,19 @@ def test_aot_passes_everything_on(checkpoint, tmp_path, monkeypatch):
     [node] = sere_nodes(program)
     assert node.args[2:5] == (1, 0.25, 3)
     assert "grouped_mm" not in str(program.graph)
+
+
+@pytest.mark.parametrize("target", ["exported", "onnx"])
+def test_a_full_disk_leaves_the_earlier_file(checkpoint, tmp_path, no_room, target):
+    """One line of ours; torch's own writer of programs would end the process."""
+    _, folder, _, profile = checkpoint
+    out = tmp_path / "model.pt2"
+    out.write_bytes(b"old")
+    with no_room():
+        result = export("--to", target, "--model", folder, "--out", out, "--profile", profile)
+    assert result.exit_code == 1
+    assert f"{out} could not be written: File too large" in result.output
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"model.pt2": b"old"}
 
 
 def test_no_gates(tmp_path):

@@ -15,7 +15,14 @@ from torch import nn
 
 import sere_compile
 from sere_compile import SereConfig, SimilarityProfile
-from sere_compile.errors import ConfigError, GateNotFoundError, LoweringError, MissingExtraError, ProfileError
+from sere_compile.errors import (
+    ConfigError,
+    GateNotFoundError,
+    LoweringError,
+    MissingExtraError,
+    OutputError,
+    ProfileError,
+)
 from sere_compile.lowering.aot import export_rewritten
 from sere_compile.lowering.decode_step import DecodeStep
 from sere_compile.lowering.standard_operators import experts_computed_by
@@ -152,6 +159,31 @@ def test_higher_opset(tmp_path):
     assert done.opset == 23
     assert {entry.domain: entry.version for entry in onnx.load(done.path).opset_import} == {"": 23, "sere": 1}
     run(done.path, hidden_states(3))
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, monkeypatch, no_room):
+    """On a full disk, and where onnx.checker refuses what was written."""
+    path = export_small(tmp_path).path
+    earlier = path.read_bytes()
+    with no_room(), pytest.raises(OutputError, match="could not be written: File too large"):
+        export_small(tmp_path)
+
+    def refuse(path):
+        raise onnx.checker.ValidationError("odd node")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(LoweringError, match=r"does not pass onnx.checker: odd node"):
+        export_small(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {path.name: earlier}
+
+
+def test_weights_beside_the_file(tmp_path, monkeypatch):
+    """Those of a large model, here of any: they come along, and the file finds them."""
+    monkeypatch.setattr(torch.onnx._internal.exporter._onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+    x = hidden_states(3)
+    path = export_small(tmp_path).path
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.data"}
+    assert run(path, x)[0].shape == x.shape
 
 
 def test_untraceable_model(tmp_path):
