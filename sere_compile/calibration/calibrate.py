@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import CalibrationError, ConfigError, ProbeError
 from ..profile_file import library_version, some
 from ..similarity import SimilarityProfile
+from ..whole_file import check_writable
 from . import resume as resume_file
 from .batches import Batch, example_batch, read_batch
 from .metrics import METRICS, CkaAccumulator, FrobeniusAccumulator, SimilarityAccumulator, make_accumulator
@@ -74,6 +75,7 @@ def calibrate(
         ConfigError: an unknown method or kernel, or a number out of range.
         CalibrationError: no gates, no data, fewer tokens than `max_tokens`, a batch of a wrong type, experts that
             cannot be run or give NaN or infinity, or a resume file of another calibration.
+        OutputError: the resume file cannot be written.
     """
     settings = _method_name(method, kernel)
     for name, value in (("max_tokens", max_tokens), ("chunk", chunk)):
@@ -127,6 +129,7 @@ def _consume(run: _Calibration, batches: Iterable[Any], path: Path | None, progr
             f"batches is an iterable of batches, got {type(batches).__name__}; a single batch goes in a list"
         )
     if path is not None:
+        check_writable(path)
         run.go_on_from(path)
     bar = _bar(run, progress)
     saved = time.monotonic()

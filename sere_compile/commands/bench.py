@@ -8,6 +8,7 @@ import click
 
 from ..benchmark.geometries import GEOMETRIES
 from ..errors import SereError
+from .output_file import OutputFile, Picture
 
 if TYPE_CHECKING:
     from ..benchmark.result import Results
@@ -36,8 +37,8 @@ class _Numbers(click.ParamType):
 @click.option("--batch", type=_Numbers(), default="8,32,64", show_default=True, help="Batch sizes.")
 @click.option("--select-top-k", type=_Numbers(), default="K,2,1", show_default=True, help="S; K: no re-routing.")
 @click.option("--stock", default="grouped_mm,batched_mm", show_default=True, help="Experts of transformers.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="File for the results.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for a plot: .png, .svg, .pdf.")
+@click.option("--json", "json_path", type=OutputFile(), help="File for the results.")
+@click.option("--plot", "plot_path", type=Picture(), help="File for a plot: .png, .svg, .pdf.")
 def bench_command(
     geometry: str | None,
     name: str | None,
@@ -97,10 +98,13 @@ def _experts(stock: str) -> list[str]:
 
 
 def _report(results: Results, json_path: str | None, plot_path: str | None) -> None:
-    click.echo(results.table())
-    if json_path is not None:
-        results.save(json_path)
-    if plot_path is not None and results.rows:
-        from ..benchmark.plot import plot
+    from ..benchmark.plot import plot
 
-        plot(results, plot_path)
+    click.echo(results.table())  # first: a file can still fail, on a full disk
+    try:
+        if json_path is not None:
+            results.save(json_path)
+        if plot_path is not None and results.rows:
+            plot(results, plot_path)
+    except SereError as error:
+        raise click.ClickException(str(error)) from error

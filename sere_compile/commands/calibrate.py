@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ from ..calibration.metrics import CkaAccumulator
 from ..errors import SereError
 from ..evaluation.text import mixed_windows
 from ..integrations.transformers import load_causal_lm
+from .output_file import OutputFile
 
 
 @click.command("calibrate")
@@ -22,7 +22,7 @@ from ..integrations.transformers import load_causal_lm
     type=click.Path(dir_okay=False),
     help="Text: .txt, .jsonl, .parquet; any number of files, in equal shares. Without: data-free.",
 )
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="File to write, .safetensors.")
+@click.option("--out", required=True, type=OutputFile(), help="File to write, .safetensors.")
 @click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")
 @click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a sequence.")
 @click.option("--sequences", type=click.IntRange(min=1), default=400, show_default=True, help="How many.")
@@ -33,7 +33,7 @@ from ..integrations.transformers import load_causal_lm
 )
 @click.option("--chunk", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens compared at once.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn without data.")
-@click.option("--resume", type=click.Path(dir_okay=False), help="File that keeps what was done; goes on from it.")
+@click.option("--resume", type=OutputFile(), help="File that keeps what was done; goes on from it.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
 def calibrate_command(
     name: str,
@@ -47,8 +47,6 @@ def calibrate_command(
     **options: Any,
 ) -> None:
     """Measure how alike the experts of every gate are, on the same tokens, in one pass."""
-    if not Path(out).absolute().parent.is_dir():
-        raise click.UsageError(f"--out: there is no folder {Path(out).absolute().parent}")
     if not data and options["resume"] is not None:
         raise click.UsageError("--resume is for calibration on --data")
     try:

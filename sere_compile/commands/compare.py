@@ -14,6 +14,7 @@ from ..evaluation.sweep import SweepRow, format_table, whole_batches, write_csv
 from ..evaluation.text import mixed_windows
 from ..similarity import SimilarityProfile, attach
 from .options import Numbers, data_options, load_subject, number_or_share
+from .output_file import OutputFile
 
 
 @click.command("compare")
@@ -38,7 +39,7 @@ from .options import Numbers, data_options, load_subject, number_or_share
 @click.option("--fill", type=Numbers(float), default="0.75", show_default=True, help="Of the rule `recombine`.")
 @click.option("--restore", type=Numbers(float), default="0.5", show_default=True, help="Of the rule `recombine`.")
 @click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION, (profile, S) to a rule of your own.")
-@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
+@click.option("--csv", "csv_path", type=OutputFile(), help="File for the table.")
 def compare_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str, profiles: tuple[str, ...],
     calibrate_on: tuple[str, ...], calibration_sequences: int, select_top_k: list[int], threshold: list[float | str],

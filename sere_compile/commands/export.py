@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +12,7 @@ from ..errors import SereError
 from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
 from ..similarity import SimilarityProfile, attach
 from .options import routing_options
+from .output_file import OutputFile
 
 
 @click.command("export")
@@ -24,7 +24,7 @@ from .options import routing_options
     show_default=True,
     help=f"Folder or Hugging Face name of a causal language model, or {', '.join(KINDS)}, which come with the package.",
 )
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="File to write.")
+@click.option("--out", required=True, type=OutputFile(), help="File to write.")
 @click.option(
     "--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; without it experts are probed."
 )
@@ -59,8 +59,6 @@ def export_command(
     """
     try:
         config = SereConfig(**options)
-        if not Path(out).absolute().parent.is_dir():
-            raise click.UsageError(f"--out: there is no folder {Path(out).absolute().parent}")
         if as_function and target != "onnx":
             raise click.UsageError("--as-function is for --to onnx")
         matrices = None if profile is None else SimilarityProfile.load(profile)

@@ -11,11 +11,12 @@ from ..evaluation.plots import plot_profile, plot_sweep
 from ..evaluation.sweep import read_csv
 from ..similarity import SimilarityProfile
 from .options import number_or_share
+from .output_file import Picture
 
 
 @click.command("plot")
 @click.argument("source", type=click.Path(exists=True, dir_okay=False))
-@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="Picture to write: .png, .svg, .pdf.")
+@click.option("-o", "--out", required=True, type=Picture(), help="Picture to write: .png, .svg, .pdf.")
 @click.option(
     "--threshold",
     type=number_or_share,

@@ -11,9 +11,10 @@ import torch
 from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import SereError
 from ..evaluation.plots import plot_sweep
-from ..evaluation.sweep import GateSettings, format_table, recommend, settings, spend_budget, sweep, write_csv
+from ..evaluation.sweep import GateSettings, SweepRow, format_table, recommend, settings, spend_budget, sweep, write_csv
 from ..similarity import SimilarityProfile, attach
 from .options import Numbers, data_options, load_subject, min_active_option, number_or_share, per_gate_option
+from .output_file import OutputFile, Picture
 
 
 @click.command("sweep")
@@ -33,8 +34,8 @@ from .options import Numbers, data_options, load_subject, min_active_option, num
 @per_gate_option
 @click.option("--batch", type=Numbers(int), default="4,16,64", show_default=True, help="Sequences decoded together.")
 @click.option("--budget", type=float, default=1.0, show_default=True, help="Growth of perplexity allowed, in percent.")
-@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="File for the table.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="File for the Pareto plot.")
+@click.option("--csv", "csv_path", type=OutputFile(), help="File for the table.")
+@click.option("--plot", "plot_path", type=Picture(), help="File for the Pareto plot.")
 @click.option("--per-layer", is_flag=True, help="Spend the budget gate by gate, at the first batch size.")
 def sweep_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str, profile: str,
@@ -60,12 +61,16 @@ def sweep_command(
             return
         rows = sweep(model, tokens, matrices, configs, batch)
         click.echo(format_table(rows))
+        _recommend(rows, budget)
         if csv_path is not None:
             write_csv(rows, csv_path)
         if plot_path is not None:
             plot_sweep(rows, plot_path)
     except SereError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _recommend(rows: list[SweepRow], budget: float) -> None:
     for size, row in recommend(rows, budget / 100).items():
         if row is None:
             click.echo(f"decode batch {size}: no setting stays within {budget:g} % perplexity")

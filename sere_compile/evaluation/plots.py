@@ -84,6 +84,15 @@ def pareto_front(rows: Iterable[SweepRow]) -> list[SweepRow]:
     return front
 
 
+def picture_formats() -> list[str]:
+    """What a picture's name may end in, as matplotlib is installed.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    return sorted(_figures()().canvas.get_supported_filetypes())
+
+
 def _save(figure: Any, path: str | Path) -> None:
     with whole_file(path) as beside:
         figure.savefig(beside, dpi=150)

@@ -319,6 +319,19 @@ def test_the_command_on_a_checkpoint(subject, without_gpu, monkeypatch, tmp_path
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
+def test_the_table_is_printed_though_a_file_fails(subject, monkeypatch, tmp_path, no_room):
+    """A disk that is full when the work is done."""
+    monkeypatch.setattr(run, "require_device", lambda: None)
+    monkeypatch.setattr(run, "run_bench", lambda *_: results_of([results_row()]))
+    monkeypatch.setattr("sere_compile.benchmark.subject.random_model", lambda *_: subject)
+    out = tmp_path / "bench.json"
+    with no_room():
+        done = CliRunner().invoke(main, ["bench", "--geometry", "mixtral-8x7b", "--json", str(out)])
+    assert done.exit_code == 1
+    assert "| 8 | sere S=2 |" in done.output
+    assert f"Error: {out} could not be written: File too large" in done.output
+
+
 def results_row(**changes):
     from sere_compile.benchmark.result import Row
 

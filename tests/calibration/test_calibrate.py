@@ -350,6 +350,13 @@ class TestResume:
         with pytest.raises(CalibrationError, match="another model; remove it"):
             run(other, self.batches(), resume=path)
 
+    def test_in_no_folder(self, qwen, tmp_path):
+        """Told before the first batch, not when an hour's work is to be kept."""
+        seen = []
+        with pytest.raises(sere_compile.OutputError, match="there is no folder"):
+            run(qwen, (seen.append(batch) or batch for batch in self.batches()), resume=tmp_path / "missing" / "state")
+        assert not seen
+
     def test_of_no_calibration(self, qwen, tmp_path):
         """A file that somebody else wrote is neither read nor overwritten."""
         path = tmp_path / "m.safetensors"

@@ -49,10 +49,21 @@ def test_without_data(tmp_path):
     assert SimilarityProfile.load(tmp_path / "p.safetensors").metadata["seed"] == "3"
 
 
+def test_a_full_disk_is_one_line(tmp_path, no_room):
+    """And an earlier profile is as it was."""
+    out = tmp_path / "p.safetensors"
+    out.write_bytes(b"old")
+    with no_room():
+        result = sere("--out", out)
+    assert result.exit_code == 1
+    assert f"Error: {out} could not be written: File too large" in result.output
+    assert out.read_bytes() == b"old"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "no/such/folder/p"], "--out: there is no folder"),
+        (["--out", "no/such/folder/p"], "Invalid value for '--out': there is no folder"),
         (["--out", "p", "--resume", "state"], "--resume is for calibration on --data"),
         (["--out", "p", "--data", "none.txt"], "no such file: none.txt"),
         (["--out", "p", "--method", "cosine", "--kernel", "rbf"], "kernel='rbf' is for method=\"cka\""),

@@ -97,6 +97,18 @@ def test_sweep_writes_a_table_and_recommends(subject, tmp_path):
     assert "decode batch 4: options={'select_top_k': 1" in result.output
 
 
+@pytest.mark.parametrize("command", ["sweep", "compare"])
+def test_a_table_is_printed_though_its_file_fails(subject, tmp_path, no_room, command):
+    """A disk that is full when the work is done; what it gave stands on the screen, the recommendation, too."""
+    out = tmp_path / "rows.csv"
+    with no_room():
+        result = sere(subject, command, "--batch", 4, "--select-top-k", 1, "--csv", out)
+    assert result.exit_code == 1
+    assert "| reroute |" in result.output
+    assert ("decode batch 4: " in result.output) == (command == "sweep")
+    assert f"Error: {out} could not be written: File too large" in result.output
+
+
 def test_compare_runs_every_rule(subject, tmp_path, monkeypatch):
     """Those of docs/quality.md, and one of the user's own; nothing is lost at S = K."""
     (tmp_path / "own.py").write_text(

@@ -135,7 +135,7 @@ def test_bad_options(checkpoint, tmp_path):
     out = ("--model", folder, "--out", tmp_path / "m")
     assert "select_top_k must be" in export("--to", "onnx", *out, "--select-top-k", 0).output
     nowhere = export("--to", "onnx", "--model", folder, "--out", tmp_path / "missing" / "m.onnx")
-    assert "--out: there is no folder" in nowhere.output
+    assert f"Invalid value for '--out': there is no folder {tmp_path / 'missing'}" in nowhere.output
     unknown = export("--to", "onnx", "--model", tmp_path / "nothing", "--out", tmp_path / "m")
     assert unknown.exit_code == 1
     assert "no causal language model could be loaded from" in unknown.output

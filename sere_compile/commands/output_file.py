@@ -1,0 +1,40 @@
+"""Options for files that a command writes when its work is done: whether that can be is found out before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import MissingExtraError, OutputError
+from ..whole_file import check_writable
+
+
+class OutputFile(click.ParamType):
+    """A file to write; its folder is there and takes a file of this name, which is tried."""
+
+    name = "file"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as it was given."""
+        try:
+            check_writable(value)
+        except OutputError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+class Picture(OutputFile):
+    """A file whose name ends in a format that matplotlib writes."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as it was given."""
+        from ..evaluation.plots import picture_formats
+
+        try:
+            formats = picture_formats()
+        except MissingExtraError as error:
+            self.fail(str(error), param, ctx)
+        if Path(value).suffix.removeprefix(".").lower() not in formats:
+            self.fail(f"{value!r} does not end in one of {', '.join('.' + kind for kind in formats)}", param, ctx)
+        return super().convert(value, param, ctx)
