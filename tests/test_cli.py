@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sere_compile.cli import main
 
-from .tiny_models import VOCABULARY, gate_names, mixtral
+from .tiny_models import VOCABULARY, build, gate_names, mixtral
 
 
 def save(folder, model):
@@ -49,7 +50,7 @@ def dense(tmp_path_factory):
 
 
 def explain(*arguments):
-    return CliRunner().invoke(main, ["explain", *arguments])
+    return CliRunner().invoke(main, ["explain", *map(str, arguments)])
 
 
 def test_explain_prints_the_table_of_gates(moe):
@@ -75,6 +76,26 @@ def test_a_model_without_gates_exits_with_one(dense):
     result = explain("--model", dense)
     assert result.exit_code == 1
     assert "0 MoE gates found" in result.output
+
+
+def test_a_text_without_tokens_is_refused(moe, tmp_path):
+    """For a folder without a tokenizer transformers makes an empty one."""
+    folder = tmp_path / "model"
+    build("qwen3_moe").save_pretrained(folder)
+    result = explain("--model", folder)
+    assert result.exit_code == 1
+    assert f"the tokenizer of {str(folder)!r} makes no tokens of the text; are its files" in result.output
+    result = explain("--model", moe, "--prompt", "")
+    assert result.exit_code == 2
+    assert "--prompt is empty" in result.output
+
+
+def test_a_damaged_checkpoint_is_one_line(moe, tmp_path):
+    folder = shutil.copytree(moe, tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    result = explain("--model", folder)
+    assert result.exit_code == 1
+    assert f"Error: no tokenizer could be loaded from {str(folder)!r}: KeyError: 'added_tokens'" in result.output
 
 
 def test_without_transformers_the_error_names_the_extra(moe, monkeypatch):

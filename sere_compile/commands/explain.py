@@ -8,6 +8,7 @@ import click
 
 from ..config import SereConfig
 from ..errors import SereError
+from ..evaluation.text import require_tokens
 from ..explain import explain
 from ..integrations.transformers import load_causal_lm
 from ..similarity import SimilarityProfile, attach
@@ -22,12 +23,15 @@ from .options import routing_options
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile to attach.")
 def explain_command(name: str, prompt: str, profile: str | None, **options: Any) -> None:
     """Print every gate of a model, what re-routing would do to it, and why not. Exits with 1 if none is found."""
+    if not prompt:
+        raise click.UsageError("--prompt is empty; give a text of a word or more")
     try:
         config = SereConfig(**options)
         model, tokenizer = load_causal_lm(name)
         if profile is not None:
             attach(model, SimilarityProfile.load(profile))
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        require_tokens(tokenizer, inputs["input_ids"].tolist())
         report = explain(model, **inputs, use_cache=False, config=config)
     except SereError as error:
         raise click.ClickException(str(error)) from error

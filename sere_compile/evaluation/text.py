@@ -40,10 +40,11 @@ def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | No
         count: take so many windows, spread evenly over all of them; None: all.
 
     Raises:
-        EvaluationError: fewer tokens than one window or than `count` windows hold.
+        EvaluationError: no tokens, or fewer than one window or than `count` windows hold.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    require_tokens(tokenizer, rows)
     tokens = torch.tensor([token for row in rows for token in (*row, *end)], dtype=torch.int64)
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     wanted = 1 if count is None else count
@@ -52,6 +53,15 @@ def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | No
     if count is None:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def require_tokens(tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Raise EvaluationError where a tokenizer found nothing: for a folder without one transformers makes it empty."""
+    if not any(rows):
+        raise EvaluationError(
+            f"the tokenizer of {tokenizer.name_or_path!r} makes no tokens of the text; are its files, such as "
+            "tokenizer.json, in the model's folder?"
+        )
 
 
 def mixed_windows(tokenizer: Any, paths: Sequence[str], field: str, length: int, count: int) -> torch.Tensor:

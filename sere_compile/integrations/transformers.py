@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
     Raises:
         MissingExtraError: transformers is not installed.
         ConfigError: there is no such dtype.
-        ModelNotFoundError: transformers cannot load what is under that name.
+        ModelNotFoundError: transformers cannot load what is under that name; its own error is the cause.
     """
     kind = getattr(torch, str(dtype).removeprefix("torch."), None)
     if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
@@ -41,14 +44,48 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
     if is_shipped(name_or_path):
         name_or_path = str(SHIPPED / name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    _check_name(name_or_path)
+    with _errors_name("tokenizer", name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    with _errors_name("causal language model", name_or_path):
         model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    except OSError as error:
-        raise ModelNotFoundError(f"no causal language model could be loaded from {name_or_path!r}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def _check_name(name_or_path: str) -> None:
+    """Raise ModelNotFoundError for what is neither a folder nor a name that the hub could have."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    failed = f"no causal language model could be loaded from {name_or_path!r}"
+    if os.path.isdir(name_or_path):
+        if not any(Path(name_or_path).glob("*config.json")):  # an adapter's has a longer name
+            raise ModelNotFoundError(f"{failed}: there is no config.json in it")
+        return
+    if os.path.exists(name_or_path):
+        raise ModelNotFoundError(f"{failed}: it is a file; give the folder that save_pretrained wrote")
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"{failed}: there is no such folder, and names on the Hugging Face hub look like Qwen/Qwen1.5-MoE-A2.7B"
+        ) from error
+
+
+@contextlib.contextmanager
+def _errors_name(what: str, name_or_path: str) -> Iterator[None]:
+    """Whatever transformers raises becomes ours.
+
+    Damaged files have no common class of error: tokenizers raises Exception, safetensors its own, and transformers a
+    KeyError, TypeError or ZeroDivisionError as it comes.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ModelNotFoundError(
+            f"no {what} could be loaded from {name_or_path!r}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def is_shipped(name_or_path: str) -> bool:

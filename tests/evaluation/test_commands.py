@@ -214,6 +214,13 @@ def test_windows_are_spread_over_the_text():
         token_windows(tokenizer(), ["a b c", "d e f g h"], length=2, count=6)
 
 
+def test_an_empty_tokenizer_is_told():
+    """Not that the text is too short, nor windows of nothing but ends of texts."""
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<end>")
+    with pytest.raises(EvaluationError, match=r"makes no tokens of the text; are its files, such as tokenizer.json"):
+        token_windows(empty, ["a b c", "d e f g h"], length=2)
+
+
 def test_texts_that_cannot_be_read_say_why(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"other": 1}\n')

@@ -1,6 +1,13 @@
-"""What differs between versions of transformers."""
+"""Checkpoints that cannot be loaded, and what differs between versions of transformers."""
 
-from sere_compile.integrations.transformers import cache_argument
+import json
+import os
+import shutil
+
+import pytest
+
+from sere_compile import ModelNotFoundError
+from sere_compile.integrations.transformers import SHIPPED, cache_argument, load_causal_lm
 
 from ..tiny_models import mixtral
 
@@ -17,3 +24,56 @@ def test_name_of_the_cache():
     assert cache_argument(Older()) == "past_key_values"
     assert cache_argument(Newer()) == "cache"
     assert cache_argument(mixtral()) in ("cache", "past_key_values")
+
+
+def rewrite(name, **changes):
+    """What changes some entries of a checkpoint's JSON file."""
+
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **changes}))
+
+    return change
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what", "told"),
+    [
+        (write("config.json", "{}"), "causal language model", "ValueError: Unrecognized model"),
+        (rewrite("config.json", model_type="foo_moe"), "causal language model", "ValueError: .*model type `foo_moe`"),
+        (rewrite("config.json", hidden_size=96), "causal language model", "RuntimeError: .*mismatch"),
+        (write("config.json", "[]"), "tokenizer", "TypeError: "),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), "causal language model", "SafetensorError: "),
+        (lambda folder: (folder / "model.safetensors").unlink(), "causal language model", "OSError: .*no file named"),
+        (write("tokenizer.json", "{}"), "tokenizer", "KeyError: 'added_tokens'"),
+        (write("tokenizer.json", "{ not"), "tokenizer", "JSONDecodeError: "),
+        (rewrite("tokenizer.json", model={"type": "Foo"}), "tokenizer", "Exception: data did not match"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error_of_ours(tmp_path, damage, what, told):
+    """It names the folder and what could not be loaded from it, and keeps the original."""
+    folder = shutil.copytree(SHIPPED / "mixtral", tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ModelNotFoundError, match=rf"(?s)^no {what} could be loaded from '{folder}': {told}") as caught:
+        load_causal_lm(str(folder))
+    assert type(caught.value.__cause__).__name__ == told.partition(":")[0]
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    """Told without a look at the hub, and without its rules for names where a folder was meant."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, told in (
+        ("/no/such/folder", "there is no such folder"),
+        ("./folder", "there is no such folder"),
+        ("no/such/folder", "there is no such folder"),
+        ("", "there is no such folder"),
+        (str(tmp_path / "empty"), "there is no config.json in it"),
+        (str(tmp_path / "file"), "it is a file; give the folder"),
+    ):
+        with pytest.raises(ModelNotFoundError, match=f"could be loaded from '{name}': {told}"):
+            load_causal_lm(name)
