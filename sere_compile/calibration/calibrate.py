@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # Hidden states that are drawn for each gate where there is no data.
 DRAWN_TOKENS = 1024
+# What torch's generators take, from 0 up.
+MAX_SEED = 2**64 - 1
 _SAVE_SECONDS = 60.0
 
 
@@ -81,6 +83,8 @@ def calibrate(
     for name, value in (("max_tokens", max_tokens), ("chunk", chunk)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed must be an integer from 0 to {MAX_SEED}, got {seed!r}")
     if batches is None:
         run = _Calibration(model, settings, chunk, max_tokens or DRAWN_TOKENS, drawn=(max_tokens or DRAWN_TOKENS, seed))
         with _in_eval_mode(model):

@@ -13,29 +13,42 @@ from .output_file import OutputFile, Picture
 if TYPE_CHECKING:
     from ..benchmark.result import Results
 
+# Of a geometry, where none are asked for.
+LAYERS = 12
+
 
 class _Numbers(click.ParamType):
-    """Positive whole numbers with commas; K stands for a number that is at least any model's."""
+    """Positive whole numbers with commas, each once; K may stand for a number that is at least any model's."""
 
     name = "numbers"
+
+    def __init__(self, named: dict[str, int] | None = None) -> None:
+        self.named = named or {}
 
     def convert(self, value: str | list[int], param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if not isinstance(value, str):
             return value
-        numbers = [1_000_000 if part == "K" else int(part) if part.isdigit() else 0 for part in value.split(",")]
+        numbers = [self.named.get(part) or self._number(part) for part in value.split(",")]
         if not all(numbers):
             self.fail(f"{value!r} is not a list of positive whole numbers such as 8,32", param, ctx)
-        return numbers
+        return list(dict.fromkeys(numbers))
+
+    @staticmethod
+    def _number(part: str) -> int:
+        """Zero for what is none; `isdigit` would let "²" pass, and more digits than these are no size of anything."""
+        return int(part) if part.isdecimal() and len(part) <= 9 else 0
 
 
 @click.command("bench")
 @click.option("--geometry", type=click.Choice(list(GEOMETRIES)), help="A published model's shape with random weights.")
 @click.option("--model", "name", help="Folder or Hugging Face name of a causal language model.")
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; random without.")
-@click.option("--layers", type=click.IntRange(min=2), default=12, show_default=True, help="Layers of a geometry.")
+@click.option("--layers", type=click.IntRange(min=2), help=f"Layers of a geometry; {LAYERS} by default.")
 @click.option("--what", default="gating,layer,decode", show_default=True, help="What to time.")
 @click.option("--batch", type=_Numbers(), default="8,32,64", show_default=True, help="Batch sizes.")
-@click.option("--select-top-k", type=_Numbers(), default="K,2,1", show_default=True, help="S; K: no re-routing.")
+@click.option(
+    "--select-top-k", type=_Numbers({"K": 1_000_000}), default="K,2,1", show_default=True, help="S; K: no re-routing."
+)
 @click.option("--stock", default="grouped_mm,batched_mm", show_default=True, help="Experts of transformers.")
 @click.option("--json", "json_path", type=OutputFile(), help="File for the results.")
 @click.option("--plot", "plot_path", type=Picture(), help="File for a plot: .png, .svg, .pdf.")
@@ -43,7 +56,7 @@ def bench_command(
     geometry: str | None,
     name: str | None,
     profile: str | None,
-    layers: int,
+    layers: int | None,
     what: str,
     batch: list[int],
     select_top_k: list[int],
@@ -60,18 +73,20 @@ def bench_command(
     from ..benchmark.subject import loaded_model, random_model
     from ..similarity import SimilarityProfile
 
-    kinds = what.split(",")
+    kinds = list(dict.fromkeys(what.split(",")))
     if (geometry is None) == (name is None):
         raise click.UsageError("give either --geometry or --model")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise click.UsageError(f"--what: {unknown[0]!r} is none of {', '.join(KINDS)}")
     if profile is not None and name is None:
         raise click.UsageError("--profile is for --model")
+    if layers is not None and geometry is None:
+        raise click.UsageError("--layers is for --geometry; a model has those that it has")
     implementations = _experts(stock)
     try:
         require_device()
         if geometry is not None:
-            subject = random_model(geometry, layers)
+            subject = random_model(geometry, layers or LAYERS)
         else:
             matrices = None if profile is None else SimilarityProfile.load(profile)
             subject = loaded_model(name, matrices)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..calibration.calibrate import calibrate
+from ..calibration.calibrate import MAX_SEED, calibrate
 from ..calibration.metrics import CkaAccumulator
 from ..errors import SereError
 from ..evaluation.text import mixed_windows
@@ -32,7 +32,7 @@ from .output_file import OutputFile
     "--kernel", type=click.Choice(CkaAccumulator.KERNELS), default="linear", show_default=True, help="Of CKA."
 )
 @click.option("--chunk", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens compared at once.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn without data.")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of drawing without data.")
 @click.option("--resume", type=OutputFile(), help="File that keeps what was done; goes on from it.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
 def calibrate_command(

@@ -13,7 +13,7 @@ from ..evaluation.comparison import calibrated_profiles, comparison_rules, named
 from ..evaluation.sweep import SweepRow, format_table, whole_batches, write_csv
 from ..evaluation.text import mixed_windows
 from ..similarity import SimilarityProfile, attach
-from .options import Numbers, data_options, load_subject, number_or_share
+from .options import Numbers, counts, data_options, load_subject, number_or_share, some_numbers
 from .output_file import OutputFile
 
 
@@ -32,12 +32,14 @@ from .output_file import OutputFile
     type=click.Path(dir_okay=False),
     help="Text to make profiles of every metric from, and one without data; in place of --profile.",
 )
-@click.option("--calibration-sequences", type=int, default=400, show_default=True, help="Of --calibrate-on.")
-@click.option("--select-top-k", type=Numbers(int), default="1,2", show_default=True, help="Values of S.")
+@click.option(
+    "--calibration-sequences", type=click.IntRange(min=1), default=400, show_default=True, help="Of --calibrate-on."
+)
+@click.option("--select-top-k", type=counts, default="1,2", show_default=True, help="Values of S.")
 @click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
-@click.option("--batch", type=Numbers(int), default="16", show_default=True, help="Sequences decoded together.")
-@click.option("--fill", type=Numbers(float), default="0.75", show_default=True, help="Of the rule `recombine`.")
-@click.option("--restore", type=Numbers(float), default="0.5", show_default=True, help="Of the rule `recombine`.")
+@click.option("--batch", type=counts, default="16", show_default=True, help="Sequences decoded together.")
+@click.option("--fill", type=some_numbers, default="0.75", show_default=True, help="Of the rule `recombine`.")
+@click.option("--restore", type=some_numbers, default="0.5", show_default=True, help="Of the rule `recombine`.")
 @click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION, (profile, S) to a rule of your own.")
 @click.option("--csv", "csv_path", type=OutputFile(), help="File for the table.")
 def compare_command(
@@ -49,6 +51,8 @@ def compare_command(
     if bool(profiles) == bool(calibrate_on):
         raise click.UsageError("give either --profile or --calibrate-on")
     try:
+        for rho in threshold:
+            SereConfig(threshold=rho)  # before a model is loaded
         own = {spec: named_rule(spec) for spec in others}
         loaded = {Path(path).stem: SimilarityProfile.load(path) for path in profiles}
         if len(loaded) < len(profiles):

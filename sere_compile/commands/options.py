@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,24 +30,46 @@ def per_gate_options(text: str) -> Any:
     return json.loads(text)  # its errors are ValueErrors, which click reports
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(f"{text} is less than 1")
+    return number
+
+
+def finite(text: str) -> float:
+    """A number, neither inf nor nan."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
 class Numbers(click.ParamType):
-    """Numbers with commas between them."""
+    """Numbers with commas between them, each once.
+
+    Args:
+        kind: what makes one of them from a text; ValueError where it is none.
+        what: they are, for the message.
+        none: whether there may be none, as an empty text.
+    """
 
     name = "numbers"
 
-    def __init__(self, kind: Callable[[str], Any]) -> None:
-        self.kind = kind
+    def __init__(self, kind: Callable[[str], Any], what: str = "numbers such as 1,2", none: bool = False) -> None:
+        self.kind, self.what, self.none = kind, what, none
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
         """`"1,2"` as [1, 2]."""
         if not isinstance(value, str):
             return value
-        if not value:
+        if not value and self.none:
             return []
         try:
-            return [self.kind(part) for part in value.split(",")]
+            return list(dict.fromkeys(self.kind(part) for part in value.split(",")))
         except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 1,2", param, ctx)
+            self.fail(f"{value!r} is not a list of {self.what}", param, ctx)
 
 
 _DATA_OPTIONS = [
@@ -62,6 +85,8 @@ _DATA_OPTIONS = [
 ]  # fmt: skip
 
 
+counts = Numbers(positive, "positive whole numbers such as 4,16")
+some_numbers = Numbers(finite, none=True)
 min_active_option = click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
 per_gate_option = click.option(
     "--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}."

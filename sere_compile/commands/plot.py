@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..config import SereConfig
 from ..errors import SereError
 from ..evaluation.plots import plot_profile, plot_sweep
 from ..evaluation.sweep import read_csv
@@ -27,6 +28,7 @@ from .output_file import Picture
 def plot_command(source: str, out: str, threshold: float | str) -> None:
     """Draw SOURCE: heat maps of a profile (.safetensors), or quality against active experts (.csv of `sere sweep`)."""
     try:
+        SereConfig(threshold=threshold)  # or this says what is wrong with it
         if Path(source).suffix == ".csv":
             plot_sweep(read_csv(source), out)
         else:

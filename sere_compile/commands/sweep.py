@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -13,15 +14,17 @@ from ..errors import SereError
 from ..evaluation.plots import plot_sweep
 from ..evaluation.sweep import GateSettings, SweepRow, format_table, recommend, settings, spend_budget, sweep, write_csv
 from ..similarity import SimilarityProfile, attach
-from .options import Numbers, data_options, load_subject, min_active_option, number_or_share, per_gate_option
+from .options import Numbers, counts, data_options, load_subject, min_active_option, number_or_share, per_gate_option
 from .output_file import OutputFile, Picture
 
 
 @click.command("sweep")
 @data_options
 @click.option("--profile", required=True, type=click.Path(dir_okay=False), help="Similarity profile.")
-@click.option("--select-top-k", type=Numbers(int), default="1,2,3", show_default=True, help="Values of S.")
-@click.option("--max-active", type=Numbers(int), default="", help="Budgets of primary experts (S = auto), beside them.")
+@click.option("--select-top-k", type=Numbers(int, none=True), default="1,2,3", show_default=True, help="Values of S.")
+@click.option(
+    "--max-active", type=Numbers(int, none=True), default="", help="Budgets of primary experts (S = auto), beside them."
+)
 @click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
 @click.option(
     "--substitution",
@@ -32,7 +35,7 @@ from .output_file import OutputFile, Picture
 )
 @min_active_option
 @per_gate_option
-@click.option("--batch", type=Numbers(int), default="4,16,64", show_default=True, help="Sequences decoded together.")
+@click.option("--batch", type=counts, default="4,16,64", show_default=True, help="Sequences decoded together.")
 @click.option("--budget", type=float, default=1.0, show_default=True, help="Growth of perplexity allowed, in percent.")
 @click.option("--csv", "csv_path", type=OutputFile(), help="File for the table.")
 @click.option("--plot", "plot_path", type=Picture(), help="File for the Pareto plot.")
@@ -49,6 +52,10 @@ def sweep_command(
         raise click.UsageError(
             "--per-layer takes one --threshold and one --substitution, and neither --max-active, --csv nor --plot"
         )
+    if not select_top_k and (per_layer or not max_active):
+        raise click.UsageError("--select-top-k is empty" + ("" if per_layer else ", and so is --max-active"))
+    if math.isnan(budget):
+        raise click.UsageError("--budget is nan; give a percentage")
     try:
         config = SereConfig(min_active=min_active, per_gate=per_gate)
         configs = settings(select_top_k, max_active, threshold, substitutions, config)

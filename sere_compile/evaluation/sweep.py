@@ -271,13 +271,16 @@ def read_csv(path: str | Path) -> list[SweepRow]:
     """Rows that `write_csv` wrote.
 
     Raises:
-        EvaluationError: another kind of file.
+        EvaluationError: another kind of file, or a table without rows.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
-            return [SweepRow(**{n: read(line[n]) for n, read in _COLUMNS.items()}) for line in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError) as error:
+            rows = [SweepRow(**{n: read(line[n]) for n, read in _COLUMNS.items()}) for line in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise EvaluationError(f"{path} is not a table that `sere sweep` wrote: {error!r}") from error
+    if not rows:
+        raise EvaluationError(f"{path} has no rows; `sere sweep --csv` writes one for each setting")
+    return rows
 
 
 def format_table(rows: Sequence[SweepRow]) -> str:

@@ -35,8 +35,11 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
         ModelNotFoundError: transformers cannot load what is under that name; its own error is the cause.
     """
     kind = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ConfigError(f"dtype must be auto or a floating-point type of torch such as bfloat16, got {dtype!r}")
+    # Smaller types are for storing weights; torch hardly computes in them.
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize > 1):
+        raise ConfigError(
+            f"dtype must be auto or a floating-point type of torch of 16 bits or more such as bfloat16, got {dtype!r}"
+        )
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:

@@ -319,10 +319,24 @@ def test_the_command_on_a_checkpoint(subject, without_gpu, monkeypatch, tmp_path
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
+def test_nothing_is_measured_twice(subject, monkeypatch):
+    """However often it is asked for; without --layers a geometry has twelve."""
+    given = []
+    monkeypatch.setattr(run, "require_device", lambda: None)
+    monkeypatch.setattr(run, "begin", lambda _: results_of([results_row()]))
+    monkeypatch.setattr(run, "run_bench", lambda *arguments: given.extend(arguments[2:5]))
+    monkeypatch.setattr("sere_compile.benchmark.subject.random_model", lambda *arguments: given.append(arguments))
+    options = ["--what", "layer,gating,layer", "--batch", "3,5,3", "--select-top-k", "K,1,1"]
+    done = CliRunner().invoke(main, ["bench", "--geometry", "mixtral-8x7b", *options])
+    assert done.exit_code == 0, done.output
+    assert given == [("mixtral-8x7b", 12), ["layer", "gating"], [3, 5], [10**6, 1]]
+
+
 def test_the_table_is_printed_though_a_file_fails(subject, monkeypatch, tmp_path, no_room):
     """A disk that is full when the work is done."""
     monkeypatch.setattr(run, "require_device", lambda: None)
-    monkeypatch.setattr(run, "run_bench", lambda *_: results_of([results_row()]))
+    monkeypatch.setattr(run, "begin", lambda _: results_of([results_row()]))
+    monkeypatch.setattr(run, "run_bench", lambda *_: None)
     monkeypatch.setattr("sere_compile.benchmark.subject.random_model", lambda *_: subject)
     out = tmp_path / "bench.json"
     with no_room():
@@ -387,6 +401,10 @@ def test_summary_is_median_and_spread():
         ([], "give either --geometry or --model"),
         (["--geometry", "mixtral-8x7b", "--model", "x"], "give either --geometry or --model"),
         (["--geometry", "mixtral-8x7b", "--batch", "8,x"], "'8,x' is not a list of positive whole numbers"),
+        (["--geometry", "mixtral-8x7b", "--batch", "²"], "'²' is not a list of positive whole numbers"),
+        (["--geometry", "mixtral-8x7b", "--batch", "9" * 5000], "is not a list of positive whole numbers"),
+        (["--geometry", "mixtral-8x7b", "--batch", "K"], "'K' is not a list of positive whole numbers"),
+        (["--model", "x", "--layers", "40"], "--layers is for --geometry"),
         (["--geometry", "mixtral-8x7b", "--what", "layers"], "'layers' is none of"),
         (["--geometry", "mixtral-8x7b", "--profile", __file__], "--profile is for --model"),
         (["--geometry", "mixtral-8x7b", "--stock", "grouped_mm, batched"], "--stock: 'batched' is none of eager, "),

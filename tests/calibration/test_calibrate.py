@@ -456,6 +456,8 @@ class TestErrors:
             ({"kernel": "rbf"}, "kernel='rbf' is for method=\"cka\""),
             ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
             ({"chunk": 2.5}, "chunk must be an integer of at least 1, got 2.5"),
+            ({"seed": -1}, "seed must be an integer from 0 to 18446744073709551615, got -1"),
+            ({"seed": 10**30}, "seed must be an integer from 0 to"),
         ],
     )
     def test_options(self, qwen, options, message):

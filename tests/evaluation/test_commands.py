@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -171,6 +171,67 @@ def test_per_layer_spends_no_more_than_the_budget(subject):
     assert SereConfig(**settings).for_gate("another").resolved_top_k(4) == 4
     nothing = sere(subject, "sweep", "--per-layer", "--batch", 4, "--select-top-k", "1", "--budget", -99)
     assert f"left as they are: {', '.join(gate_names())}" in nothing.output
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("sweep", ["--batch", "0"], "'0' is not a list of positive whole numbers such as 4,16"),
+        ("sweep", ["--batch", "4,-4"], "'4,-4' is not a list of positive whole numbers"),
+        ("sweep", ["--batch", ""], "'' is not a list of positive whole numbers"),
+        ("sweep", ["--batch", "", "--per-layer"], "'' is not a list of positive whole numbers"),
+        ("sweep", ["--threshold", "", "--per-layer"], "'' is not a list of numbers"),
+        ("sweep", ["--select-top-k", ""], "--select-top-k is empty, and so is --max-active"),
+        ("sweep", ["--select-top-k", "", "--per-layer"], "--select-top-k is empty"),
+        ("sweep", ["--budget", "nan"], "--budget is nan"),
+        ("compare", ["--batch", "0"], "'0' is not a list of positive whole numbers"),
+        ("compare", ["--select-top-k", "0"], "'0' is not a list of positive whole numbers"),
+        ("compare", ["--threshold", ""], "'' is not a list of numbers"),
+        ("compare", ["--fill", "nan"], "'nan' is not a list of numbers"),
+        ("compare", ["--calibration-sequences", "0"], "0 is not in the range x>=1"),
+        ("compare", ["--calibration-sequences", "-4"], "-4 is not in the range x>=1"),
+    ],
+)
+def test_values_out_of_range_are_refused(tmp_path, command, options, message):
+    """Before a model is loaded: there is none."""
+    (tmp_path / "model").mkdir()
+    result = sere(tmp_path, command, *options)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+def test_a_threshold_that_is_no_number_is_refused_before_anything_is_loaded(subject, tmp_path):
+    """By `plot`, too, whose picture would show nothing of it."""
+    out = tmp_path / "heat.png"
+    plotted = CliRunner().invoke(
+        main, ["plot", str(subject / "profile.safetensors"), "-o", str(out), "--threshold", "nan"]
+    )
+    (tmp_path / "model").mkdir()
+    for result in (plotted, sere(tmp_path, "compare", "--threshold", "nan")):
+        assert result.exit_code == 1
+        assert "threshold must be a finite number" in result.output
+    assert not out.exists()
+
+
+def test_each_value_is_taken_once(subject):
+    result = sere(subject, "sweep", "--batch", "4,4", "--select-top-k", "1,1", "--threshold", "0,0.0")
+    assert result.output.count("| reroute |") == 1
+    budgets = sere(subject, "sweep", "--batch", 4, "--select-top-k", "", "--max-active", 6)
+    assert budgets.exit_code == 0, budgets.output
+    assert "| auto, 6 active |" in budgets.output
+
+
+@pytest.mark.parametrize("content", ["", ",".join(field.name for field in fields(SweepRow)) + "\n"])
+def test_a_table_without_rows_is_no_picture(tmp_path, content):
+    """And replaces none."""
+    pytest.importorskip("matplotlib")
+    table, out = tmp_path / "sweep.csv", tmp_path / "sweep.png"
+    table.write_text(content)
+    out.write_bytes(b"old")
+    result = CliRunner().invoke(main, ["plot", str(table), "-o", str(out)])
+    assert result.exit_code == 1
+    assert f"{table} has no rows" in result.output
+    assert out.read_bytes() == b"old"
 
 
 def test_plots_are_written(subject, tmp_path):
