@@ -85,12 +85,12 @@ def pareto_front(rows: Iterable[SweepRow]) -> list[SweepRow]:
 
 
 def picture_formats() -> list[str]:
-    """What a picture's name may end in, as matplotlib is installed.
+    """What a picture's name may end in: what the installed matplotlib writes without LaTeX, which may be missing.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    return sorted(_figures()().canvas.get_supported_filetypes())
+    return sorted({*_figures()().canvas.get_supported_filetypes()} - {"pgf"})
 
 
 def _save(figure: Any, path: str | Path) -> None:

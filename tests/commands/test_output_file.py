@@ -49,7 +49,7 @@ def test_a_path_that_takes_no_file(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-@pytest.mark.parametrize("path", ["picture.xyz", "picture"])
+@pytest.mark.parametrize("path", ["picture.xyz", "picture", "picture.pgf"])
 def test_a_name_that_is_no_picture(name, path, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
