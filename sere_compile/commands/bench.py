@@ -103,8 +103,10 @@ def bench_command(
 
 def _experts(stock: str) -> list[str]:
     """Names of experts implementations with commas between, checked against those of transformers."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ModuleNotFoundError as error:
+        raise click.ClickException("sere bench needs transformers: pip install 'sere-compile[hf]'") from error
     names = list(dict.fromkeys(name.strip() for name in stock.split(",")))
     known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if unknown := [name for name in names if name not in known]:

@@ -1,6 +1,7 @@
 """`sere bench` without a GPU: tiny model, real variants and comparison of outputs, no clock and no CUDA graph."""
 
 import functools
+import sys
 import types
 
 import pytest
@@ -414,6 +415,13 @@ def test_wrong_options(arguments, message):
     done = CliRunner().invoke(main, ["bench", *arguments])
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_without_transformers_the_command_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    done = CliRunner().invoke(main, ["bench", "--geometry", "mixtral-8x7b"])
+    assert done.exit_code == 1
+    assert "pip install 'sere-compile[hf]'" in done.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
