@@ -19,7 +19,7 @@ from .gating import bench_gating
 from .moe_layer import bench_moe_layer
 from .result import Results, Row
 from .subject import Subject
-from .timing import copy_bandwidth
+from .timing import cache_bytes, copy_bandwidth
 
 KINDS: dict[str, Callable[..., list[Row]]] = {
     "gating": bench_gating,
@@ -45,7 +45,14 @@ def begin(subject: Subject) -> Results:
     require_device()
     device = torch.cuda.get_device_name()
     machine = f"{device}, torch {torch.__version__}, triton {triton.__version__}"
-    return Results(subject.name, machine, copy_bandwidth(), subject.routing)
+    results = Results(subject.name, machine, copy_bandwidth(), subject.routing)
+    experts, cache = max(block.experts * block.expert_bytes for block in subject.blocks), cache_bytes()
+    if experts < cache:
+        results.notes.append(
+            f"a layer's experts, {experts / 1e6:.0f} MB, fit the L2 cache of {cache / 1e6:.0f} MB: a layer timed alone "
+            "reads them from there, and its share of the copy bandwidth means nothing"
+        )
+    return results
 
 
 def run_bench(

@@ -88,6 +88,11 @@ def time_in_turn(
     return {name: summarize(times) for name, times in samples.items()}
 
 
+def cache_bytes() -> int:
+    """Size of the device's L2 cache."""
+    return int(torch.cuda.get_device_properties().L2_cache_size)
+
+
 def copy_bandwidth(gigabytes: float = 4.0) -> float:
     """Bytes per second that a device-to-device copy of this size moves, read and written bytes counted.
 

@@ -300,6 +300,7 @@ def test_the_command_on_a_checkpoint(subject, without_gpu, monkeypatch, tmp_path
     monkeypatch.setattr(subjects, "loaded_model", functools.partial(subjects.loaded_model, device="cpu"))
     monkeypatch.setattr(run, "require_device", lambda: None)
     monkeypatch.setattr(run, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(run, "cache_bytes", lambda: 60_000_000)
     monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "no machine")
     compiled = variant.Variant.compiled
 
