@@ -109,13 +109,19 @@ def _chain(gate: Gate) -> _Chain | str:
             inputs.add(node)
         else:
             inside.add(node)
-            pending.extend(node.all_input_nodes)
+            source = _cast_like(node)
+            pending.extend(node.all_input_nodes if source is None else [source])
             pending.extend(nodes.writers(node))
     if logits is None:
         return "its logits could not be told"
     ordered = tuple(node for node in gate.selection.graph.nodes if node in inside)
     chain = _Chain(logits, ordered, tuple(sorted(inputs)))
     return _refusal(gate, chain) or chain
+
+
+def _cast_like(node: Node) -> Node | None:
+    """What a node casts to the type of another tensor, `weights.type_as(hidden)`, or None."""
+    return nodes.operand(node) if nodes.kind(node) == "to" and len(node.all_input_nodes) == 2 else None
 
 
 def _sources(node: Node) -> list[Node]:
@@ -128,7 +134,7 @@ def _refusal(gate: Gate, chain: _Chain) -> str | None:
     kinds = {nodes.kind(node) for node in inside}
     other = sorted(kinds - _ROUTINE - set(_SCORING) - (_MASKING | _RANKING if _groups(gate, inside) else set()))
     if other:
-        return f"its routing has operations of its own ({', '.join(other)})"
+        return f"its routing has operations of its own ({', '.join(other[:5])}{', ..' if len(other) > 5 else ''})"
     sizes, ids = nodes.shape(logits), nodes.shape(gate.ids)
     assert gate.weights is not None
     if nodes.value(logits).dtype not in _LOGITS:
@@ -198,7 +204,9 @@ def _candidates(gate: Gate, chain: _Chain) -> Iterator[tuple[Any, ...]]:
         return
     bias = tensors[0] if tensors else None
     numbers = _numbers(chain.inside)
-    scales = dict.fromkeys([1.0, *(float(value) for value in numbers if value > 0)])
+    divisors = _numbers(tuple(node for node in chain.inside if nodes.kind(node) == "div"))
+    factors = [*(float(value) for value in numbers if value > 0), *(1 / value for value in divisors if value > 0)]
+    scales = dict.fromkeys([1.0, *factors])
     # Where the chain has one it is taken: on most logits none can be told from one.
     epsilons = dict.fromkeys([*(value for value in numbers if isinstance(value, float) and 0 < value < 1e-3), 0.0])
     dtype = nodes.value(gate.weights).dtype
@@ -301,7 +309,11 @@ def _module(gate: Gate, chain: _Chain, *, exact: bool) -> GraphModule:
     graph = Graph()
     mapped = {node: graph.placeholder(f"arg_{node.name}") for node in (chain.logits, *chain.inputs)}
     for node in chain.inside:
-        mapped[node] = graph.node_copy(node, mapped.__getitem__)
+        source = _cast_like(node)
+        if source is None:
+            mapped[node] = graph.node_copy(node, mapped.__getitem__)
+        else:
+            mapped[node] = graph.call_method("to", (mapped[source], nodes.value(node).dtype))
         if exact:
             _widen(mapped[node])
     graph.output((mapped[gate.weights], mapped[gate.ids]))

@@ -22,6 +22,7 @@ class Routed(Layer):
         self.bias = nn.Parameter(torch.rand(E) * 0.2)
 
     def forward(self, hidden):
+        self.hidden = hidden
         return self.dispatch(hidden, *self.route(self, F.linear(hidden, self.gate.weight)))
 
     def dispatch(self, hidden, weights, ids, extra):
@@ -132,6 +133,17 @@ def barely_scaled(layer, logits):
     return (weights / weights.sum(-1, keepdim=True) * 1.003).to(torch.bfloat16), ids, logits
 
 
+def cast_like_hidden(layer, logits):
+    """GraniteMoe's: the type of the weights is that of the hidden states, which are no part of the chain."""
+    weights, ids = torch.topk(logits.float(), K)
+    return F.softmax(weights, -1).type_as(layer.hidden), ids, logits
+
+
+def divided(layer, logits):
+    weights, ids = torch.topk(logits, K)
+    return F.softmax(weights, -1) / K, ids, logits
+
+
 def barely_tempered(layer, logits):
     """A temperature is none of the operator's arguments, however near to 1."""
     weights, ids = torch.topk(F.softmax(logits * 1.003, -1, dtype=torch.float32), K)
@@ -176,6 +188,8 @@ def logits_written(layer, logits):
         (grouped_biased, ("sigmoid", True, 1e-20, 2.5)),
         (grouped_logits, ("softmax_after", False, 0.0, 1.0)),
         (barely_scaled, ("softmax", True, 0.0, 1.003)),
+        (cast_like_hidden, ("softmax_after", False, 0.0, 1.0)),
+        (divided, ("softmax_after", False, 0.0, 1 / K)),
     ],
 )
 def test_one_operator_routes(route, options, tokens):
