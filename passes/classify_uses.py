@@ -16,7 +16,6 @@ from . import nodes
 from .columns import cut_from
 from .duplicate_safety import COUNTS, consumers, slots_stay_apart
 from .expert_evidence import (
-    PRODUCTS,
     is_multiplied,
     limits_named,
     numbers_named,
@@ -30,8 +29,9 @@ from .selections import Selection
 
 # What a step of a selection may do with its id besides choosing: mask it out of the scores of the next step.
 _READS_SCORES = frozenset({"gather", "take_along_dim", "max", "argmax", "topk", "sort", "argsort"})
-_MULTIPLIES = PRODUCTS | {"addmm", "call_module"}
-_HORIZON = 200  # nodes behind a statistic
+# What statistics of the ids begin with, and what is done to them while they have a row a token.
+_MASKING = frozenset({"one_hot", "scatter", "eq"})
+_KEEPS_ROWS = nodes.VALUE_PRESERVING | nodes.CLAMPS | {"sum", "any", "amax", "mul", "div"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def classify_uses(
     if num_experts == columns and tells_experts_apart([use.consumer for use, _ in classified], num_experts):
         classified = [(use, reaches or bool(numbers_named(use.consumer))) for use, reaches in classified]
     inside = any(reaches for _, reaches in classified)
-    uses = [_inside(use, {1, num_experts, columns}) if inside else use for use, _ in classified]
+    counts = {1, *(size * slots for size in (num_experts, columns) for slots in (1, selection.top_k))}
+    uses = [_inside(use, counts) if inside else use for use, _ in classified]
     if not inside and any(use.kind.dispatches for use in uses):
         # Sorted rows leave together with counts: experts outside the graph may split the ones by the others.
         uses = [_outside(use, leaves) for use in uses]
@@ -96,24 +97,43 @@ def _inside(use: Use, counts: set[int]) -> Use:
 
 
 def _only_counts(consumer: Node, counts: set[int]) -> bool:
-    """Whether all that comes of a consumer is a number, or a number an expert: a loss that balances load, a load.
+    """Whether all that comes of a mask is a loss that balances load, or a load: some numbers for all tokens together.
 
-    Nothing on the way is multiplied by matrices: a loss of the whole model is a number, too.
+    A mask of the ids meets nothing else until its tokens are added up, and what comes of that meets nothing larger.
     """
-    pending, seen = [consumer], {consumer}
+    if nodes.kind(consumer) not in _MASKING:
+        return False
+    pending: list[tuple[Node, bool]] = [(consumer, False)]
+    seen = set(pending)
     while pending:
-        node = pending.pop()
-        if nodes.kind(node) in _MULTIPLIES or len(seen) > _HORIZON:
-            return False
-        followers = nodes.followers(node)
-        results = [written for written in nodes.writes(node) if nodes.parameter_root(written) is not None]
-        results += [node] if any(user.op == "output" for user in followers) else []
-        if any(nodes.is_tensor(result) and nodes.count(result) not in counts for result in results):
-            return False
-        fresh = [user for user in followers if user not in seen and user.op != "output"]
-        seen.update(fresh)
-        pending.extend(fresh)
+        node, summed = pending.pop()
+        for user in nodes.followers(node):
+            if not nodes.reads_numbers(user, node) or (summed and user.op == "output"):
+                continue
+            step = (user, summed or _sums_rows(user))
+            if not _stays_a_count(step, node, summed, counts):
+                return False
+            if step not in seen:
+                seen.add(step)
+                pending.append(step)
     return True
+
+
+def _stays_a_count(step: tuple[Node, bool], node: Node, summed: bool, counts: set[int]) -> bool:
+    user, is_summed = step
+    others = [source for source in nodes.operands(user) if source is not node]
+    if not nodes.is_tensor(user) or (is_summed and any(nodes.count(n) not in counts for n in (user, *others))):
+        return False
+    return summed or (not others and (is_summed or nodes.kind(user) in _KEEPS_ROWS))
+
+
+def _sums_rows(node: Node) -> bool:
+    """Whether a node adds up or averages over the first dimension at least."""
+    if nodes.kind(node) not in ("sum", "mean") or nodes.argument(node, 2, "keepdim", False):
+        return False
+    dim = nodes.argument(node, 1, "dim")
+    dims = dim if isinstance(dim, (list, tuple)) else [dim]
+    return not dims or None in dims or 0 in dims
 
 
 def _outside(use: Use, leaves: Callable[[Node], bool]) -> Use:

@@ -71,7 +71,7 @@ def _asserts(node: Node) -> bool:
     return isinstance(nodes.value(node), torch.SymBool) or nodes.raw_name(node) in names
 
 
-PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "grouped_mm"})
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "grouped_mm"})
 _REARRANGES = nodes.VALUE_PRESERVING | {"transpose", "permute", "slice", "select", "narrow", "chunk", "split", "item"}
 
 
@@ -84,7 +84,7 @@ def is_multiplied(gathered: Node) -> bool:
     while pending:
         node = pending.pop()
         for user in node.users:
-            if nodes.kind(user) in PRODUCTS and not _only_with_weights(user, node):
+            if nodes.kind(user) in _PRODUCTS and not _only_with_weights(user, node):
                 return True
             if nodes.kind(user) in _REARRANGES | {"mul", "sub"} and user not in seen:
                 seen.add(user)

@@ -87,6 +87,16 @@ USES = {
         "one_hot",
         UseKind.STATISTIC,
     ),
+    "loss over slots and experts": (
+        lambda b, x, ids, s: (F.one_hot(ids, EXPERTS).float().mean(0) * s.mean(0).unsqueeze(0)).sum() * EXPERTS,
+        "one_hot",
+        UseKind.STATISTIC,
+    ),
+    "loss of what a mask chooses": (
+        lambda b, x, ids, s: torch.where((ids == 1).any(-1, keepdim=True), x.tanh(), 0.0).sum(),
+        "eq",
+        UseKind.UNKNOWN,
+    ),
     "mask of all tokens": (lambda b, x, ids, s: F.one_hot(ids, EXPERTS).sum(1), "one_hot", UseKind.UNKNOWN),
     "loss of what a mask is multiplied by": (
         lambda b, x, ids, s: (F.one_hot(ids, EXPERTS).sum(1).float() @ b.expert_bias).mean(),
