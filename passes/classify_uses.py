@@ -26,11 +26,11 @@ from .expert_evidence import (
 )
 from .gate import Use, UseKind
 from .selections import Selection
+from .token_places import MASKING
 
 # What a step of a selection may do with its id besides choosing: mask it out of the scores of the next step.
 _READS_SCORES = frozenset({"gather", "take_along_dim", "max", "argmax", "topk", "sort", "argsort"})
-# What statistics of the ids begin with, and what is done to them while they have a row a token.
-_MASKING = frozenset({"one_hot", "scatter", "eq"})
+# What is done to a mask that becomes a statistic while it has a row a token.
 _KEEPS_ROWS = nodes.VALUE_PRESERVING | nodes.CLAMPS | {"sum", "any", "amax", "mul", "div"}
 
 
@@ -101,7 +101,7 @@ def _only_counts(consumer: Node, counts: set[int]) -> bool:
 
     A mask of the ids meets nothing else until its tokens are added up, and what comes of that meets nothing larger.
     """
-    if nodes.kind(consumer) not in _MASKING:
+    if nodes.kind(consumer) not in MASKING:
         return False
     pending: list[tuple[Node, bool]] = [(consumer, False)]
     seen = set(pending)

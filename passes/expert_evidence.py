@@ -122,10 +122,13 @@ def _looked_up(node: Node) -> bool:
     while pending:
         source = pending.pop()
         table = nodes.operand(source) if nodes.kind(source) == "index" else None
-        if table is not None and nodes.parameter_root(table) is not None and len(nodes.shape(table) or ()) == 1:
+        is_look_up = (
+            table is not None and nodes.parameter_root(table) is not None and len(nodes.shape(table) or ()) == 1
+        )
+        if is_look_up or nodes.count(source) == 1:
             continue
-        sources = [] if nodes.count(source) == 1 else list(nodes.operands(source))
-        if nodes.count(source) != 1 and (not sources or len(seen) > _STEPS or nodes.parameter_root(source) is not None):
+        sources = list(nodes.operands(source))
+        if not sources or len(seen) > _STEPS or nodes.parameter_root(source) is not None:
             return False
         fresh = [other for other in sources if other not in seen]
         seen.update(fresh)

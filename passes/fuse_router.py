@@ -221,17 +221,19 @@ def _confirmed(
     """The candidate that gives the chain's ids and weights in every draw: as the graph rounds, and without rounding."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
-        for exact, draw in itertools.product((False, True), range(_DRAWS)):
-            if not candidates:
-                return "no routing of ours gives its ids and weights"
-            logits, values = _draw(chain, candidates[0], draw, sizes, generator, exact=exact)
-            weights, ids = _module(gate, chain, exact=exact)(logits.clone(), *values.values())
-            order = ids.sort(-1).indices  # an unsorted top-k promises the same experts, not their order
-            candidates = [
-                options
-                for options in candidates
-                if _agree((weights, ids), order, _routed(logits, values, options, exact=exact), exact=exact)
-            ]
+        for exact in (False, True):
+            module = _module(gate, chain, exact=exact)
+            for draw in range(_DRAWS if candidates else 0):
+                logits, values = _draw(chain, candidates[0], draw, sizes, generator, exact=exact)
+                weights, ids = module(logits.clone(), *values.values())
+                order = ids.sort(-1).indices  # an unsorted top-k promises the same experts, not their order
+                candidates = [
+                    options
+                    for options in candidates
+                    if _agree((weights, ids), order, _routed(logits, values, options, exact=exact), exact=exact)
+                ]
+                if not candidates:
+                    break
     return candidates[0] if candidates else "no routing of ours gives its ids and weights"
 
 

@@ -13,7 +13,8 @@ from . import nodes
 
 # How many nodes ahead are looked at.
 _HORIZON = 200
-_MASKING = frozenset({"one_hot", "scatter", "eq"})
+# What masks of the ids are made by.
+MASKING = frozenset({"one_hot", "scatter", "eq"})
 _REORDERS = nodes.VALUE_PRESERVING | {"transpose", "permute", "select", "slice", "unbind", "item"}
 # What the first row of each expert is told from; a table made of it has no number that belongs to the model.
 _COUNTING = frozenset({"cumsum", "histc", "bincount", "searchsorted", "one_hot", "bucketize"})
@@ -43,9 +44,9 @@ def drops_tokens(consumer: Node) -> bool:
             elif name not in _REORDERS:
                 continue
         elif held == "ids":
-            if name not in _MASKING | _REORDERS | {"sort"}:
+            if name not in MASKING | _REORDERS | {"sort"}:
                 continue
-            held = "mask" if name in _MASKING else "sorted" if name == "sort" else held
+            held = "mask" if name in MASKING else "sorted" if name == "sort" else held
         elif name == "cumsum":
             held = "numbers"
         elif name not in _KEEPS_MASK:

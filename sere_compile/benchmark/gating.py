@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..errors import SereError
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
-from .timing import call_all, capture, time_in_turn
+from .timing import time_in_turn
 from .variant import Variant, all_variants, token_error
 
 # Calls in one graph: a call takes a few microseconds, a replay must not be measured for its own start.
@@ -98,30 +97,17 @@ def bench_gating(
         torch._dynamo.reset()
         with oracle_routing(module, matrices, variant.select_top_k or block.top_k):
             expected = [module(x) for x in inputs]
-        runs[variant.name], results = _run(variant, variant.compiled(module), inputs, keep)
+        runs[variant.name], results = variant.run_of(module, inputs, keep)
         errors[variant.name] = max(token_error(result, want) for result, want in zip(results, expected, strict=True))
     torch._dynamo.reset()
     rest = Variant("inductor, all but the gating", "", variants[1].backend)
-    runs[rest.name], _ = _run(rest, rest.compiled(WithoutGating(module, inputs[0])), inputs, keep)
+    runs[rest.name], _ = rest.run_of(WithoutGating(module, inputs[0]), inputs, keep)
     times = time_in_turn(runs, CALLS, rounds)
     rows = [
         Row("gating", batch, v.name, v.select_top_k is not None, times[v.name], errors[v.name], TOLERANCE)
         for v in variants
     ]
     return [*rows, Row("without gating", batch, rest.name, False, times[rest.name], None, TOLERANCE)]
-
-
-def _run(
-    variant: Variant, function: Callable[..., Any], inputs: list[torch.Tensor], keep: list[Any]
-) -> tuple[Callable[[], object] | torch.cuda.CUDAGraph, list[Any]]:
-    """What calls the function on all inputs, a graph, or one by one for an eager variant, and what that gave."""
-    if variant.backend is None:
-        return functools.partial(call_all, function, inputs), [function(x) for x in inputs]
-    results: list[Any] = []
-    graph = capture(function, inputs, results)
-    graph.replay()
-    keep.append((graph, function, results))
-    return graph, results
 
 
 def _seeded(like: torch.Tensor, seed: int) -> torch.Generator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
-from .timing import Timing, call_all, capture, time_in_turn
+from .timing import Timing, time_in_turn
 from .variant import (
     Variant,
     all_variants,
@@ -36,7 +35,7 @@ def bench_moe_layer(
     block = subject.blocks[-1]
     inputs = [_hidden(subject, block, batch, seed) for seed in range(CALLS)]
     expected, active = _references(subject, block, inputs, selects)
-    outputs = {select: torch.cat([_rows(x) for x in results]) for select, results in expected.items()}
+    outputs = {select: torch.cat(results) for select, results in expected.items()}
     tell_if_blind(f"MoE layer, batch {batch}", outputs, block.top_k, TOLERANCE)
     runs: dict[str, Callable[[], object] | torch.cuda.CUDAGraph] = {}
     errors: dict[str, float] = {}
@@ -44,21 +43,12 @@ def bench_moe_layer(
 
     def prepare(variant: Variant) -> None:
         use_experts(subject.model, variant.experts)
-        function = variant.compiled(block.module)
-        results: list[Any] = []
-        if variant.backend is None:
-            results += [function(x) for x in inputs]
-            run: Any = functools.partial(call_all, function, inputs)
-        else:
-            run = capture(function, inputs, results)
-            run.replay()
-            keep.append((run, function, results))
+        runs[variant.name], results = variant.run_of(block.module, inputs, keep)
         wanted = expected[variant.select_top_k or block.top_k]
         # The median of the inputs: with S = 1 one tie of two scores, settled otherwise, re-routes all of a small batch.
         errors[variant.name] = statistics.median(
             token_error(_tensor(result), want) for result, want in zip(results, wanted, strict=True)
         )
-        runs[variant.name] = run
 
     variants = those_that_fit([*all_variants(selects, block.top_k, stock), without_effect(block.top_k)], prepare)
     times = time_in_turn(runs, CALLS, rounds)
@@ -105,10 +95,6 @@ def _references(
             expected[select] = [_tensor(block.module(x)) for x in inputs]
         active[select] = statistics.mean(after for _, after in counts[block.router_weight])
     return expected, active
-
-
-def _rows(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from ..backend import sere_backend
 from ..errors import SereError
+from .timing import call_all, capture
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,22 @@ class Variant:
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, compiled for fixed shapes."""
         return function if self.backend is None else torch.compile(function, backend=self.backend, dynamic=False)
+
+    def run_of(
+        self, function: Callable[..., Any], inputs: list[torch.Tensor], keep: list[Any]
+    ) -> tuple[Callable[[], object] | torch.cuda.CUDAGraph, list[Any]]:
+        """What calls the function on all inputs, a graph, or one by one if eager, and what that gave.
+
+        `keep` takes what has to live as long as the graph.
+        """
+        function = self.compiled(function)
+        if self.backend is None:
+            return functools.partial(call_all, function, inputs), [function(x) for x in inputs]
+        results: list[Any] = []
+        graph = capture(function, inputs, results)
+        graph.replay()
+        keep.append((graph, function, results))
+        return graph, results
 
 
 def all_variants(

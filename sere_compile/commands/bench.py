@@ -8,6 +8,7 @@ import click
 
 from ..benchmark.geometries import GEOMETRIES
 from ..errors import SereError
+from .options import Numbers, positive
 from .output_file import OutputFile, Picture
 
 if TYPE_CHECKING:
@@ -17,26 +18,19 @@ if TYPE_CHECKING:
 LAYERS = 12
 
 
-class _Numbers(click.ParamType):
-    """Positive whole numbers with commas, each once; K may stand for a number that is at least any model's."""
+def _size(text: str) -> int:
+    """A whole number of at least 1: digits alone, and no more of them than a size of anything has."""
+    if not text.isdecimal() or len(text) > 9:
+        raise ValueError(f"{text} is no size")
+    return positive(text)
 
-    name = "numbers"
 
-    def __init__(self, named: dict[str, int] | None = None) -> None:
-        self.named = named or {}
+def _size_or_k(text: str) -> int:
+    """K stands for a number that is at least any model's."""
+    return 1_000_000 if text == "K" else _size(text)
 
-    def convert(self, value: str | list[int], param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if not isinstance(value, str):
-            return value
-        numbers = [self.named.get(part) or self._number(part) for part in value.split(",")]
-        if not all(numbers):
-            self.fail(f"{value!r} is not a list of positive whole numbers such as 8,32", param, ctx)
-        return list(dict.fromkeys(numbers))
 
-    @staticmethod
-    def _number(part: str) -> int:
-        """Zero for what is none; `isdigit` would let "²" pass, and more digits than these are no size of anything."""
-        return int(part) if part.isdecimal() and len(part) <= 9 else 0
+_SIZES = "positive whole numbers such as 8,32"
 
 
 @click.command("bench")
@@ -45,9 +39,9 @@ class _Numbers(click.ParamType):
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; random without.")
 @click.option("--layers", type=click.IntRange(min=2), help=f"Layers of a geometry; {LAYERS} by default.")
 @click.option("--what", default="gating,layer,decode", show_default=True, help="What to time.")
-@click.option("--batch", type=_Numbers(), default="8,32,64", show_default=True, help="Batch sizes.")
+@click.option("--batch", type=Numbers(_size, _SIZES), default="8,32,64", show_default=True, help="Batch sizes.")
 @click.option(
-    "--select-top-k", type=_Numbers({"K": 1_000_000}), default="K,2,1", show_default=True, help="S; K: no re-routing."
+    "--select-top-k", type=Numbers(_size_or_k, _SIZES), default="K,2,1", show_default=True, help="S; K: no re-routing."
 )
 @click.option("--stock", default="grouped_mm,batched_mm", show_default=True, help="Experts of transformers.")
 @click.option("--json", "json_path", type=OutputFile(), help="File for the results.")

@@ -75,8 +75,9 @@ def without_gpu(monkeypatch):
         return {name: Timing(5.0 if "sere" in name else 10.0, 1.0, 20.0) for name in runs}
 
     monkeypatch.setattr(variant, "INNER", "eager")
-    for module in (gating, moe_layer, decode_step):
+    for module in (variant, decode_step):
         monkeypatch.setattr(module, "capture", capture)
+    for module in (gating, moe_layer, decode_step):
         monkeypatch.setattr(module, "time_in_turn", time_in_turn)
     with torch.no_grad():
         yield
