@@ -141,7 +141,7 @@ def _check(walk: Walk, report: sere_compile.GateReport) -> None:
     """Compare one decode-sized forward, compiled, with an eager model whose routers return re-routed ids."""
     model, config = walk.model, walk.config
     matrices = {
-        name: sere_compile.binding.lookup(model.get_parameter(name)).matrix.cpu()
+        name: sere_compile.similarity.binding.lookup(model.get_parameter(name)).matrix.cpu()
         for name in (row.name for row in report.rewritten)
     }
     select_top_k = report.rewritten[0].select_top_k

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .rewrite_gating import Rewrite
+from .reroute_dispatch import Rewrite
 
 # What each entry of a counts buffer adds up.
 COUNTED = ("calls", "tokens", "slots", "slots_changed", "active_before", "active_after")

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from . import nodes
+from .evidence.routing_weights import outer_consumers
 from .gate import Gate, UseKind
-from .routing_weights import outer_consumers
+from .graph import nodes
 
 _REARRANGING = nodes.VALUE_PRESERVING | {"transpose", "permute", "repeat_interleave", "repeat"}
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
-from . import nodes
-from .classify_uses import Leaving, Uses, classify_uses
-from .expert_evidence import reaches_experts
+from .evidence.classify_uses import Leaving, Uses, classify_uses
+from .evidence.expert_evidence import reaches_experts
+from .evidence.router import Router, trace_router
+from .evidence.routing_weights import find_routing_weights, weigh_a_product
+from .evidence.selections import Selection, find_selections
+from .evidence.token_places import drops_tokens, split_at_fixed_places
 from .gate import Gate, Skip, SkipReason, UseKind
-from .router import Router, trace_router
-from .routing_weights import find_routing_weights, weigh_a_product
-from .selections import Selection, find_selections
-from .token_places import drops_tokens, split_at_fixed_places
+from .graph import nodes
 
 _REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
 

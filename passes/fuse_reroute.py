@@ -4,17 +4,17 @@
     weights, ids = routed[0], routed[1]         ->    weights, ids = routed[0], routed[1]
     y = experts(ids, weights)                         y = experts(ids, weights)
 
-Takes the place of `rewrite_gate` behind `fuse_router`. A gate whose ids are read by more than the dispatch (case 1),
-or whose dispatch needs slots merged (case 2), is left to `rewrite_gate`, with a reason.
+Takes the place of `reroute_dispatch` behind `fuse_router`. A gate whose ids are read by more than the dispatch
+(case 1), or whose dispatch needs slots merged (case 2), is left to `reroute_dispatch`, with a reason.
 """
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from . import nodes
 from .gate import Gate
-from .rewrite_gating import Rewrite, RoutingSettings
+from .graph import nodes
+from .reroute_dispatch import Rewrite, RoutingSettings
 
 # The arguments of `sere.route` ahead of the similarity, from the fifth on, as the operator has them by default.
 _DEFAULTS = (False, 0.0, 1.0, None, 1, 1, "max", True)

@@ -5,7 +5,7 @@
     values, ids = topk(probs, K)                    ->    weights, ids = routed[0], routed[1]
     weights = (values / values.sum(-1)).to(dtype)
 
-Like the experts (`lower_experts.py`), the chain is not read off its nodes: its operations leave a few candidates, and
+Like the experts (`fuse_experts.py`), the chain is not read off its nodes: its operations leave a few candidates, and
 the one that gives the chain's own ids and weights on made-up logits is taken (case 1), limited to groups of experts
 too (case 2). A chain with an operation that no candidate has (case 3), whose inner results others read (case 4), or
 whose numbers no candidate gives (case 5) stays as it is, with a reason. Logits that the model returns do not matter:
@@ -27,9 +27,9 @@ from torch.fx.node import map_aggregate
 
 from ..ops.route.op import KERNEL_MAX_EXPERTS, KERNEL_MAX_SLOTS
 from ..ops.route.reference import Rerouting, Scoring, route_reference
-from . import nodes
 from .gate import Gate
-from .rewrite_gating import aliases
+from .graph import nodes
+from .reroute_dispatch import aliases
 
 _PROJECTIONS = frozenset({"linear", "matmul", "addmm"})
 _SCORING: Mapping[str, str] = {"softmax": "softmax", "sigmoid": "sigmoid"}

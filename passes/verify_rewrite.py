@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from . import nodes
-from .evaluate import Part, ValueOf, plain_number
 from .extract_dispatch import find_exit
 from .gate import Gate, Skip, SkipReason, Use
-from .rewrite_gating import Rewrite, RoutingSettings, rewrite_gate
+from .graph import nodes
+from .graph.run_part import Part, ValueOf, plain_number
+from .reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
 
 _Picked = namedtuple("_Picked", ("values", "indices"))
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -61,7 +61,7 @@ def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None) -> Proof |
         return _unproven(gate, "its graph has no module")
     copy, twin = _copied(module, gate)
     similarity = _leading_input(copy.graph)
-    done = rewrite_gate(twin, similarity, RoutingSettings(1))
+    done = reroute_dispatch(twin, similarity, RoutingSettings(1))
     if isinstance(done, Skip):
         return replace(done, node=gate.selection)
     try:

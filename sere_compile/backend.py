@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import dynamo, missing_gates
-from .bound_graph import BoundGraph, ObservedGraph
+from .compiler import dynamo, missing_gates
+from .compiler.bound_graph import BoundGraph, ObservedGraph
+from .compiler.gate_plan import AppendedInputs, apply_plan, experts_are_live, plan_gate, refuse_shared_routers
 from .config import SereConfig, split_options
 from .errors import ConfigError
-from .gate_plan import AppendedInputs, apply_plan, experts_are_live, plan_gate, refuse_shared_routers
 from .passes import find_gates
 
 log = logging.getLogger(__name__)

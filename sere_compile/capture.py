@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from . import dynamo
 from .backend import sere_backend
-from .missing_gates import gate_runs
+from .compiler import dynamo
+from .compiler.missing_gates import gate_runs
 
 log = logging.getLogger(__name__)
 

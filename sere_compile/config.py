@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .errors import ConfigError
-from .threshold import quantile
+from .similarity.threshold import quantile
 
 SUBSTITUTIONS = ("reroute", "projection")
 # The options that may differ from gate to gate.
@@ -31,7 +31,7 @@ class SereConfig:
         max_active: with select_top_k="auto", a gate's budget of primary experts.
         threshold: rho in the similarity's own unit. An expert less similar than this to its substitute stays
             ("critical"). 0.0 means that no expert is critical. "q0.2": what makes the least similar 20 % of each
-            gate's experts critical, see `sere_compile.threshold`.
+            gate's experts critical, see `sere_compile.similarity.threshold`.
         min_active: with fewer primary experts than this in a batch, S grows until they are reached. None means K,
             so that a batch of one token is never changed, or `max_active` where that is less; 0 switches the rule off
             (the paper's behaviour).

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from . import dynamo
 from .backend import SereBackend
-from .bound_graph import observer, on_whole_call
+from .compiler import dynamo
+from .compiler.bound_graph import observer, on_whole_call
+from .compiler.eager_selections import WatchSelections
 from .config import SereConfig
-from .eager_selections import WatchSelections
-from .module_tree import find_owner
+from .experts.module_tree import find_owner
 from .report import SKIPPED, GateReport, GateRow
 
 _OUTSIDE = "it ran outside every graph"

@@ -14,14 +14,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
-from . import gate_options
-from .calibration.hidden_states import scale_at
-from .calibration.probe import MODULE_ROWS, Dispatch, Probed, module_dispatch, probe_experts, region_dispatch
+from .compiler import gate_options
+from .compiler.gate_plan import routing_settings
+from .compiler.missing_gates import describe_nearest_miss
 from .config import SereConfig
 from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
-from .gate_plan import routing_settings
-from .missing_gates import describe_nearest_miss
-from .module_tree import find_experts, find_owner
+from .experts.hidden_states import scale_at
+from .experts.module_tree import find_experts, find_owner
+from .experts.probe import MODULE_ROWS, Dispatch, Probed, module_dispatch, probe_experts, region_dispatch
 from .passes import (
     Gate,
     NormScale,
@@ -30,12 +30,12 @@ from .passes import (
     Skip,
     extract_dispatch,
     find_gates,
-    nodes,
-    rewrite_gate,
+    reroute_dispatch,
     verify_rewrite,
 )
-from .similarity import SimilarityProfile
-from .threshold import ranked, resolve_threshold
+from .passes.graph import nodes
+from .similarity.profile import SimilarityProfile
+from .similarity.threshold import ranked, resolve_threshold
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         if isinstance(shown, Skip):
             done: Rewrite | Skip = shown
         else:
-            done = rewrite_gate(gate, buffers[0], routing_settings(gate, own), *buffers[1:])
+            done = reroute_dispatch(gate, buffers[0], routing_settings(gate, own), *buffers[1:])
         if isinstance(shown, Proof):
             log.info("%s: proven: S = K changes no bit; S < K gives %s", program.weight_name(gate), shown.value)
         if isinstance(done, Skip):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from . import binding
 from .errors import SereError
 from .passes import COUNTED
+from .similarity import binding
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sere_compile.passes import Rewrite, UseKind, nodes
+from sere_compile.passes import Rewrite, UseKind
+from sere_compile.passes.graph import nodes
 
 _IRRELEVANT_OPTIONS = ("device", "layout", "pin_memory", "memory_format")
 

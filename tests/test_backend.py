@@ -149,7 +149,7 @@ class TestBinding:
         """S = K: the search through all live objects does not run, however often layers take turns in one graph."""
         model, ids = build("qwen3_moe"), tokens()
         searched = []
-        monkeypatch.setattr("sere_compile.bound_graph.find_owner", searched.append)
+        monkeypatch.setattr("sere_compile.compiler.bound_graph.find_owner", searched.append)
         for layer in model.model.layers:
             layer.compile(backend=sere_backend.with_options(select_top_k=TOP_K["qwen3_moe"], inner="eager"))
         for _ in range(2):
@@ -268,13 +268,13 @@ class TestBinding:
             for layer in model.model.layers:
                 for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
                     weight[twins[1]] = weight[twins[0]]
-        sere_compile.bound_graph.warn_of_probing.reset()
+        sere_compile.compiler.bound_graph.warn_of_probing.reset()
         compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
         with caplog.at_level(logging.WARNING):
             logits(compiled, ids)
         assert sum("experts are probed" in record.message for record in caplog.records) == 1
         for gate in gate_names():
-            entry = sere_compile.binding.lookup(model.get_parameter(gate))
+            entry = sere_compile.similarity.binding.lookup(model.get_parameter(gate))
             matrix = entry.matrix.clone().fill_diagonal_(-1)
             assert entry.name == gate
             assert matrix[twins].item() == pytest.approx(1.0, abs=1e-3)
@@ -293,7 +293,7 @@ class TestBinding:
                 logits(model, tokens())
             else:
                 logits(torch.compile(model, backend=backend), tokens())
-            matrices.append(sere_compile.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
+            matrices.append(sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
         torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
 
     def test_probing_agrees_between_implementations(self):
@@ -304,7 +304,7 @@ class TestBinding:
             model = build("qwen3_moe", experts)
             compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
             logits(compiled, tokens())
-            matrices.append(sere_compile.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
+            matrices.append(sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
         torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(matrices[2], matrices[0], rtol=1e-4, atol=1e-5)
 
@@ -641,7 +641,7 @@ class TestNothingFound:
 
     def test_every_callable_is_told_apart(self, caplog):
         """A callable at the address of one that is gone is not taken for it."""
-        from sere_compile.missing_gates import _calls
+        from sere_compile.compiler.missing_gates import _calls
 
         compiled = torch.compile(Broken(), backend="sere", options={"inner": "eager"})
         with caplog.at_level(logging.WARNING):
@@ -785,7 +785,7 @@ class TestExplain:
         model, ids = build("mixtral"), tokens()
         before = logits(model, ids)
         sere_compile.explain(model, ids, use_cache=False)
-        assert sere_compile.binding.lookup(model.get_parameter(gate_names()[0])).matrix is None
+        assert sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[0])).matrix is None
         assert torch.equal(logits(model, ids), before)
 
     def test_identity_and_skips_have_reasons(self):

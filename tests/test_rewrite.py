@@ -17,7 +17,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 import sere_compile
 from sere_compile import ConfigError, GateNotFoundError, ProbeError, ProfileError, SereConfig, SimilarityProfile
 from sere_compile.ops.reroute import reroute
-from sere_compile.passes import SkipReason, find_gates, nodes
+from sere_compile.passes import SkipReason, find_gates
+from sere_compile.passes.graph import nodes
 from sere_compile.testing import oracle_routing, reroute_oracle
 
 from .tiny_models import LAYERS, MODELS, TOP_K, build, gate_names, random_profile, tokens
@@ -399,7 +400,7 @@ class TestProbing:
             torch._dynamo.reset()
             backend = sere_compile.sere_backend.with_options(select_top_k=1, inner="eager")
             torch.compile(block, backend=backend)(hidden)
-        entry = sere_compile.binding.lookup(block.gate.weight)
+        entry = sere_compile.similarity.binding.lookup(block.gate.weight)
         close(done.state_dict["sere_similarity_0"], entry.matrix)
 
     @pytest.mark.parametrize("experts", EXPERTS)

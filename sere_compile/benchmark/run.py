@@ -110,7 +110,7 @@ def _logged_to(results: Results) -> Iterator[None]:
                 results.notes.append(message)
 
     handler = Notes(logging.INFO)
-    logs = [logging.getLogger(name) for name in ("sere_compile.gate_plan", variant.__name__)]
+    logs = [logging.getLogger(name) for name in ("sere_compile.compiler.gate_plan", variant.__name__)]
     levels = [log.level for log in logs]
     for log in logs:
         log.addHandler(handler)

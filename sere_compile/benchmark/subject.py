@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import SereError
-from ..similarity import SimilarityProfile, attach
+from ..similarity.profile import SimilarityProfile, attach
 from .geometries import GEOMETRIES
 
 

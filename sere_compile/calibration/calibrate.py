@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError, ConfigError, ProbeError
-from ..profile_file import library_version, some
-from ..similarity import SimilarityProfile
+from ..experts.metrics import METRICS, CkaAccumulator, FrobeniusAccumulator, SimilarityAccumulator, make_accumulator
+from ..similarity.profile import SimilarityProfile
+from ..similarity.profile_file import library_version, some
 from ..whole_file import check_writable
 from . import resume as resume_file
 from .batches import Batch, example_batch, read_batch
-from .metrics import METRICS, CkaAccumulator, FrobeniusAccumulator, SimilarityAccumulator, make_accumulator
 from .observed_model import Arrival, ObservedModel
 from .resume import Identity, Progress
 
@@ -59,7 +59,7 @@ def calibrate(
             `attention_mask` [batch, length] in a mapping marks with 0 do not count. None: data-free, each gate's
             experts run on `max_tokens` (1024 by default) hidden states of mean b and scale |g|, the bias and gain of
             the norm in front of the gate; standard normal where no norm is found.
-        method: "frobenius" (the paper's choice), "cosine" or "cka", see `sere_compile.calibration.metrics`.
+        method: "frobenius" (the paper's choice), "cosine" or "cka", see `sere_compile.experts.metrics`.
         kernel: of "cka": "linear", "rbf" or "polynomial".
         max_tokens: stop after so many tokens; the last batch counts in part. None: all.
         chunk: tokens that are compared at once; the minibatch of "cka".

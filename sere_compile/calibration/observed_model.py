@@ -16,15 +16,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .. import dynamo
+from ..compiler import dynamo
+from ..compiler.gate_plan import GatePlan, experts_are_live, plan_gate, refuse_shared_routers
 from ..config import SereConfig
 from ..errors import CalibrationError
-from ..gate_plan import GatePlan, experts_are_live, plan_gate, refuse_shared_routers
-from ..module_tree import Experts, find_experts
-from ..passes import DispatchRegion, NormScale, UseKind, find_gates, nodes
+from ..experts.counterfactual import CounterfactualExperts, agree, of_module, of_region
+from ..experts.hidden_states import draw, scale_at
+from ..experts.module_tree import Experts, find_experts
+from ..passes import DispatchRegion, NormScale, UseKind, find_gates
+from ..passes.graph import nodes
 from ..report import SKIPPED
-from .counterfactual import CounterfactualExperts, agree, of_module, of_region
-from .hidden_states import draw, scale_at
 
 log = logging.getLogger(__name__)
 

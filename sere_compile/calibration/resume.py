@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from ..errors import CalibrationError
-from ..profile_file import open_safetensors
+from ..similarity.profile_file import open_safetensors
 from ..whole_file import write_whole
 
 _FORMAT = "sere_compile.calibration"

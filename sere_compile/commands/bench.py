@@ -65,7 +65,7 @@ def bench_command(
     """
     from ..benchmark.run import KINDS, begin, require_device, run_bench
     from ..benchmark.subject import loaded_model, random_model
-    from ..similarity import SimilarityProfile
+    from ..similarity.profile import SimilarityProfile
 
     kinds = list(dict.fromkeys(what.split(",")))
     if (geometry is None) == (name is None):

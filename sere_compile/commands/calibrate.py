@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from ..calibration.calibrate import MAX_SEED, calibrate
-from ..calibration.metrics import CkaAccumulator
 from ..errors import SereError
 from ..evaluation.text import mixed_windows
+from ..experts.metrics import CkaAccumulator
 from ..integrations.transformers import load_causal_lm
 from .output_file import OutputFile
 

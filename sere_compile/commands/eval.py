@@ -9,7 +9,7 @@ import click
 from ..config import SereConfig
 from ..errors import SereError
 from ..evaluation import evaluate
-from ..similarity import SimilarityProfile, attach
+from ..similarity.profile import SimilarityProfile, attach
 from .options import data_options, load_subject, routing_options
 
 

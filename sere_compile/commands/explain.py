@@ -11,7 +11,7 @@ from ..errors import SereError
 from ..evaluation.text import require_tokens
 from ..explain import explain
 from ..integrations.transformers import load_causal_lm
-from ..similarity import SimilarityProfile, attach
+from ..similarity.profile import SimilarityProfile, attach
 from .options import routing_options
 
 

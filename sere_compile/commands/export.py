@@ -10,7 +10,7 @@ import torch
 from ..config import SereConfig
 from ..errors import SereError
 from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
-from ..similarity import SimilarityProfile, attach
+from ..similarity.profile import SimilarityProfile, attach
 from .options import routing_options
 from .output_file import OutputFile
 
@@ -90,11 +90,12 @@ def _write(target: str, out: str, graph: dict[str, Any], as_function: bool) -> s
         return f"{out}: {done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators"
     from ..lowering import aot
     from ..lowering.archive_file import archive_file
+    from ..lowering.export import export_rewritten
     from ..lowering.standard_operators import rerouted_gates
 
     if target == "aot":
         return f"{aot.package(module, out, args, **graph)}: AOTInductor package"
-    program = aot.export_rewritten(module, args, **graph)
+    program = export_rewritten(module, args, **graph)
     with archive_file(out) as file:
         torch.export.save(program, file)
     return f"{out}: {rerouted_gates(program)} gates re-routed; `import sere_compile.ops` before torch.export.load"

@@ -10,7 +10,7 @@ from ..config import SereConfig
 from ..errors import SereError
 from ..evaluation.plots import plot_profile, plot_sweep
 from ..evaluation.sweep import read_csv
-from ..similarity import SimilarityProfile
+from ..similarity.profile import SimilarityProfile
 from .options import number_or_share
 from .output_file import Picture
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..calibration.calibrate import calibrate
 from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import EvaluationError
-from ..similarity import SimilarityProfile
+from ..similarity.profile import SimilarityProfile
 from .configured import ConfiguredRule
 from .recombine import Recombine, gram_matrices
 from .rules import Drop, Fill, Rule, TopS

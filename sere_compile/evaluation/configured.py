@@ -9,8 +9,8 @@ import torch
 
 from ..config import SereConfig
 from ..errors import EvaluationError
-from ..similarity import SimilarityProfile
-from ..threshold import RANKED_THRESHOLD, ranked, resolve_threshold
+from ..similarity.profile import SimilarityProfile
+from ..similarity.threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 from .rules import Reroute, RoutingBatch
 
 

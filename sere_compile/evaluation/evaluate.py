@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import binding
 from ..config import SereConfig
 from ..errors import EvaluationError
-from ..similarity import SimilarityProfile
+from ..similarity import binding
+from ..similarity.profile import SimilarityProfile
 from .configured import ConfiguredRule
 from .result import Evaluation, Totals
 from .routing import GateCall, RoutedModel

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import MissingExtraError
-from ..similarity import SimilarityProfile
-from ..threshold import resolve_threshold
+from ..similarity.profile import SimilarityProfile
+from ..similarity.threshold import resolve_threshold
 from ..whole_file import whole_file
 from .sweep import SweepRow
 
@@ -18,7 +18,7 @@ from .sweep import SweepRow
 def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float | str = 0.0) -> None:
     """One heat map a gate; experts less similar than `threshold` to all others, always critical, have a red mark.
 
-    A threshold such as "q0.2" is another number for each gate, see `sere_compile.threshold`.
+    A threshold such as "q0.2" is another number for each gate, see `sere_compile.similarity.threshold`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

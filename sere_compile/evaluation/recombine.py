@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaluationError
-from ..similarity import SimilarityProfile
+from ..similarity.profile import SimilarityProfile
 from .rules import Matrices, RoutingBatch, expert_maps, primary_experts
 
 SUBSTITUTES = ("none", "one", "all")

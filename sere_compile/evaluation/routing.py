@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .. import dynamo
+from ..compiler import dynamo
+from ..compiler.gate_plan import experts_are_live
 from ..errors import EvaluationError
-from ..gate_plan import experts_are_live
-from ..passes import Gate, RoutingSettings, Skip, UseKind, find_gates, nodes, rewrite_gate
+from ..passes import Gate, RoutingSettings, Skip, UseKind, find_gates, reroute_dispatch
+from ..passes.graph import nodes
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class RoutedModel:
         unproven = tuple(
             dataclasses.replace(use, kind=UseKind.UNKNOWN) if use.kind.dispatches else use for use in gate.uses
         )
-        done = rewrite_gate(dataclasses.replace(gate, uses=unproven), gate.ids, RoutingSettings(select_top_k=1))
+        done = reroute_dispatch(dataclasses.replace(gate, uses=unproven), gate.ids, RoutingSettings(select_top_k=1))
         scores = nodes.operand(gate.selection)
         if isinstance(done, Skip) or scores is None:
             raise EvaluationError(f"the gate at {nodes.source_line(gate.selection)} cannot be re-routed: {done}")

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import SereConfig
 from ..errors import EvaluationError
-from ..similarity import SimilarityProfile
+from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
 from .configured import ConfiguredRule
 from .evaluate import evaluate_rules

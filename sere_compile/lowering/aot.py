@@ -15,16 +15,13 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
-from .. import binding
 from ..config import SereConfig
-from ..errors import GateNotFoundError, LoweringError, ProfileError
-from ..rewrite import rewrite
-from ..similarity import SimilarityProfile
+from ..errors import LoweringError
+from ..similarity.profile import SimilarityProfile
 from ..whole_file import check_writable
 from .archive_file import archive_file
-from .standard_operators import experts_computed_by
+from .export import export_rewritten, operators
 
 log = logging.getLogger(__name__)
 
@@ -89,142 +86,15 @@ def package(
     return target
 
 
-def export_rewritten(
-    model_or_program: torch.nn.Module | ExportedProgram,
-    args: tuple[Any, ...] | None = None,
-    *,
-    kwargs: Mapping[str, Any] | None = None,
-    profile: SimilarityProfile | None = None,
-    config: SereConfig | None = None,
-    dynamic_shapes: Any = None,
-    experts: str | None = None,
-    allow_no_gates: bool = False,
-) -> ExportedProgram:
-    """Export a model and re-route its gates, or re-route an exported program.
-
-    Args:
-        model_or_program: a model, or what `torch.export.export` made of it. A program that holds an operator of
-            `sere::` is returned as it is.
-        args: example inputs of a model, positional.
-        kwargs: example inputs of a model, by keyword.
-        profile: similarity matrices by router weight. None: those attached to the model, else the experts are probed.
-        config: the options of re-routing, as `rewrite` takes them; the backend's defaults otherwise.
-        dynamic_shapes: which sizes of a model's inputs may vary, as in `torch.export.export`.
-        experts: how Hugging Face models inside a model compute their experts in the program; None leaves that alone.
-        allow_no_gates: return the program unchanged, with a warning, where `GateNotFoundError` would be raised.
-            `strict=True` in the config still raises.
-
-    Raises:
-        LoweringError: torch.export cannot trace the model (its error is the cause), or arguments that do not belong
-            together.
-        GateNotFoundError: nothing to re-route was found.
-        ConfigError: max_tokens lies inside the range of batch sizes.
-        ProfileError: the profile is for another model; the message names the first gate that differs.
-        ProbeError: without a profile, an expert could not be run.
-    """
-    if isinstance(model_or_program, ExportedProgram):
-        _check_program_only(args, kwargs, dynamic_shapes)
-        program = model_or_program
-        if is_rewritten(program):
-            _check_not_configured(profile, config)
-            return program
-    else:
-        with experts_computed_by(experts, model_or_program):
-            program = _export(model_or_program, args or (), kwargs, dynamic_shapes)
-        profile = profile if profile is not None else _attached_profile(model_or_program)
-    if profile is not None:
-        _check_profile(profile, program)
-    try:
-        return rewrite(program, profile=profile, config=config)
-    except GateNotFoundError as error:
-        if not allow_no_gates or (config is not None and config.strict):
-            raise
-        log.warning("the exported program runs unchanged: %s", error)
-        return program
-
-
-def is_rewritten(program: ExportedProgram) -> bool:
-    """Whether the program holds an operator of `sere::`."""
-    return any(operator.namespace == "sere" for operator in _operators(program))
-
-
-def _operators(program: ExportedProgram) -> set[torch._ops.OpOverload]:
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
-    targets = {node.target for graph in graphs for node in graph.nodes}
-    return {target for target in targets if isinstance(target, torch._ops.OpOverload)}
-
-
 def _warn_of_foreign_operators(program: ExportedProgram) -> None:
     """Tell of operators that a package calls and does not hold: most are written in Python."""
-    foreign = sorted(str(operator) for operator in _operators(program) if operator.namespace not in _COMPILED)
+    foreign = sorted(str(operator) for operator in operators(program) if operator.namespace not in _COMPILED)
     if foreign:
         log.warning(
             "the package will call %s, which it does not hold: a process must register it before it loads the "
             "package, so one in Python is out of reach of C++. Of transformers' experts implementations "
             '"batched_mm" needs no such operator; "grouped_mm" does on CPU and for other types than bfloat16.',
             ", ".join(foreign),
-        )
-
-
-def _export(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
-) -> ExportedProgram:
-    if not isinstance(model, torch.nn.Module):
-        raise LoweringError(f"expected a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
-    try:
-        # Without gradients: torch.export puts what runs under a model's own `@torch.no_grad()` into a nested graph
-        # otherwise, where no gate is looked for.
-        with torch.no_grad():
-            return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
-    except Exception as error:
-        raise LoweringError(f"{_export_hint(model)}\n{type(error).__name__}: {error}") from error
-
-
-def _export_hint(model: torch.nn.Module) -> str:
-    """One line on why torch.export may have failed."""
-    failed = f"torch.export cannot trace {type(model).__name__}"
-    configs = (getattr(module, "config", None) for module in model.modules())
-    used = next(filter(None, (getattr(config, "_experts_implementation", None) for config in configs)), None)
-    if used is None:
-        return f"{failed}. Experts that index stacked weights export, a Python loop over those that were hit does not."
-    return (
-        f'{failed}. Of transformers\' experts implementations "grouped_mm" and "batched_mm" export, "eager" does not; '
-        f'this model uses "{used}" (model.set_experts_implementation changes it).'
-    )
-
-
-def _attached_profile(model: torch.nn.Module) -> SimilarityProfile | None:
-    """What `sere_compile.attach` gave the model, under the names the parameters have in `model`."""
-    entries = {name: binding.lookup(parameter) for name, parameter in model.named_parameters()}
-    attached = {name: e for name, e in entries.items() if e is not None and e.from_profile and e.matrix is not None}
-    matrices = {name: entry.matrix for name, entry in attached.items() if entry.matrix is not None}
-    projections = {name: entry.projection for name, entry in attached.items() if entry.projection is not None}
-    return SimilarityProfile(matrices, None, projections or None) if matrices else None
-
-
-def _check_profile(profile: SimilarityProfile, program: ExportedProgram) -> None:
-    """Every gate of the profile must be a weight of the program; `rewrite` checks the other way round and the sizes."""
-    unknown = [gate for gate in profile if gate not in program.state_dict]
-    if unknown:
-        raise ProfileError(
-            f"the profile is for another model: its gate {unknown[0]} is not a weight of the exported program "
-            f"({len(unknown)} of {len(profile)} are not). A wrapper around the model prefixes every name; "
-            "sere_compile.attach(model, profile) before the export takes care of that"
-        )
-
-
-def _check_program_only(*export_arguments: Any) -> None:
-    if any(argument is not None for argument in export_arguments):
-        raise LoweringError(
-            "args, kwargs and dynamic_shapes are for exporting a model; an ExportedProgram has its own already"
-        )
-
-
-def _check_not_configured(profile: SimilarityProfile | None, config: SereConfig | None) -> None:
-    if profile is not None or config is not None:
-        raise LoweringError(
-            "the program is re-routed already, so profile and config would have no effect: leave them out, or give "
-            "the program from before sere_compile.rewrite"
         )
 
 

@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from ..config import SereConfig
 from ..errors import ConfigError, LoweringError
-from ..passes import nodes
-from ..similarity import SimilarityProfile
+from ..passes.graph import nodes
+from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
-from .aot import export_rewritten
+from .export import export_rewritten
 from .onnx_functions import DOMAIN, Functions, translate
 from .standard_operators import decompose, require, rerouted_gates
 

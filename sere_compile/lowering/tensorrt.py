@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 
 from ..config import SereConfig
 from ..errors import LoweringError
-from ..similarity import SimilarityProfile
-from .aot import export_rewritten
+from ..similarity.profile import SimilarityProfile
+from .export import export_rewritten
 from .standard_operators import REFERENCES, decompose, require
 
 # Smallest, best and largest size of a dynamic input.

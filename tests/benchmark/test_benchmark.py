@@ -283,7 +283,7 @@ def test_token_error_is_not_moved_by_one_token_and_never_passes_nan():
 
 def test_gates_that_keep_their_experts_are_noted(subject, bench, monkeypatch):
     """What the passes refuse appears under the table, with the reason and how often."""
-    monkeypatch.setattr("sere_compile.gate_plan.lower_experts", lambda *_: "too odd")
+    monkeypatch.setattr("sere_compile.compiler.gate_plan.lower_experts", lambda *_: "too odd")
     options = variant.sere_backend.with_options(lower_experts="always")
     monkeypatch.setattr(variant, "sere_backend", options)
     results = bench(["layer"], ["grouped_mm"])

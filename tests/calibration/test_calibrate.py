@@ -17,7 +17,7 @@ import sere_compile
 from sere_compile import CalibrationError, ConfigError, calibrate
 from sere_compile.calibration import calibrate as calibrate_module
 from sere_compile.calibration import observed_model
-from sere_compile.calibration.counterfactual import CounterfactualExperts
+from sere_compile.experts.counterfactual import CounterfactualExperts
 from sere_compile.whole_file import write_whole
 
 from ..passes.moe_modules import DUPLICATE_UNSAFE, EXPERTS, HIDDEN, SUMS_DUPLICATES, Block, Indexed, rows
@@ -520,7 +520,7 @@ class TestDataFree:
             assert profile[name][3, 5] == 1
         torch.compile(model, backend=sere_compile.sere_backend.with_options(select_top_k=1, inner="eager"))(tokens())
         for name in gate_names():
-            assert sere_compile.binding.lookup(model.get_parameter(name)).matrix[3, 5] == 1
+            assert sere_compile.similarity.binding.lookup(model.get_parameter(name)).matrix[3, 5] == 1
 
     def test_without_a_norm(self, caplog):
         """Standard normal, and the log says why."""

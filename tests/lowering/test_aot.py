@@ -18,6 +18,7 @@ import sere_compile
 from sere_compile import GateNotFoundError, ProfileError, SereConfig, SimilarityProfile
 from sere_compile.errors import LoweringError, OutputError
 from sere_compile.lowering import aot
+from sere_compile.lowering.export import export_rewritten
 from sere_compile.testing import oracle_routing
 
 from ..tiny_models import build, gate_names, random_profile, tokens
@@ -60,10 +61,10 @@ class TestExportRewritten:
         profile = random_profile(model)
         sere_compile.attach(model, profile)
         ids = tokens()
-        program = aot.export_rewritten(Logits(model), (ids,), config=S1, dynamic_shapes=({0: BATCH},))
+        program = export_rewritten(Logits(model), (ids,), config=S1, dynamic_shapes=({0: BATCH},))
         module = program.module()
         assert_equals_oracle(module, model, profile)
-        assert aot.export_rewritten(program) is program
+        assert export_rewritten(program) is program
 
     def test_models_that_switch_gradients_off_are_seen(self):
         """A forward under `@torch.no_grad()` is not hidden in a nested graph."""
@@ -71,7 +72,7 @@ class TestExportRewritten:
         class Block(Routed):
             forward = torch.no_grad()(Routed.forward)
 
-        program = aot.export_rewritten(Block(), (torch.randn(5, 6),), profile=routed_profile())
+        program = export_rewritten(Block(), (torch.randn(5, 6),), profile=routed_profile())
         assert reroutes(program) == 1
 
 
@@ -146,7 +147,7 @@ class TestBadInput:
         """One line of ours on top, torch's own text below it and its error as the cause."""
         model = build("qwen3_moe", "eager")
         with pytest.raises(LoweringError) as caught:
-            aot.export_rewritten(Logits(model), INPUTS["args"]) if wrapped else aot.export_rewritten(model, **INPUTS)
+            export_rewritten(Logits(model), INPUTS["args"]) if wrapped else export_rewritten(model, **INPUTS)
         first, rest = str(caught.value).split("\n", 1)
         assert first == (
             f"torch.export cannot trace {'Logits' if wrapped else 'Qwen3MoeForCausalLM'}. Of transformers' experts "
@@ -157,18 +158,18 @@ class TestBadInput:
 
     def test_untraceable_model_of_ones_own(self):
         with pytest.raises(LoweringError, match=r"cannot trace Linear\. Experts that index stacked weights"):
-            aot.export_rewritten(nn.Linear(4, 4), ("not a tensor",))
+            export_rewritten(nn.Linear(4, 4), ("not a tensor",))
 
     def test_no_gate(self, caplog):
         """An error, or with `allow_no_gates` a warning and the program as it was."""
         program = torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),))
         with pytest.raises(GateNotFoundError, match="no MoE gate in the traced graph"):
-            aot.export_rewritten(program)
+            export_rewritten(program)
         with caplog.at_level(logging.WARNING):
-            assert aot.export_rewritten(program, allow_no_gates=True) is program
+            assert export_rewritten(program, allow_no_gates=True) is program
         assert "runs unchanged: no MoE gate" in caplog.text
         with pytest.raises(GateNotFoundError):
-            aot.export_rewritten(program, config=SereConfig(strict=True), allow_no_gates=True)
+            export_rewritten(program, config=SereConfig(strict=True), allow_no_gates=True)
 
     @pytest.mark.parametrize(
         ("gates", "named"),
@@ -183,18 +184,18 @@ class TestBadInput:
         program = torch.export.export(Routed(), (torch.randn(5, 6),))
         profile = SimilarityProfile({name: torch.eye(size) for name, size in gates.items()})
         with pytest.raises(ProfileError, match=named):
-            aot.export_rewritten(program, profile=profile)
+            export_rewritten(program, profile=profile)
 
     def test_arguments_that_would_be_ignored(self):
         """Export arguments for a program, and a profile for a program that is re-routed already."""
         program = torch.export.export(Routed(), (torch.randn(5, 6),))
         with pytest.raises(LoweringError, match="an ExportedProgram has its own"):
-            aot.export_rewritten(program, (torch.randn(5, 6),))
-        rewritten = aot.export_rewritten(program, profile=routed_profile())
+            export_rewritten(program, (torch.randn(5, 6),))
+        rewritten = export_rewritten(program, profile=routed_profile())
         with pytest.raises(LoweringError, match="re-routed already"):
-            aot.export_rewritten(rewritten, profile=routed_profile())
+            export_rewritten(rewritten, profile=routed_profile())
         with pytest.raises(LoweringError, match="got function"):
-            aot.export_rewritten(tokens)
+            export_rewritten(tokens)
 
     def test_paths_are_checked_before_compiling(self, tmp_path):
         """A wrong ending or a missing folder is told before anything is traced."""

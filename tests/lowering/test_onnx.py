@@ -23,8 +23,8 @@ from sere_compile.errors import (
     OutputError,
     ProfileError,
 )
-from sere_compile.lowering.aot import export_rewritten
 from sere_compile.lowering.decode_step import DecodeStep
+from sere_compile.lowering.export import export_rewritten
 from sere_compile.lowering.standard_operators import experts_computed_by
 from sere_compile.testing import oracle_routing
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sere_compile import ConfigError, GateNotFoundError, ProfileError, SereConfig, SimilarityProfile, rewrite
 from sere_compile.lowering import aot, tensorrt
+from sere_compile.lowering.export import export_rewritten
 from sere_compile.lowering.standard_operators import rerouted_gates
 from sere_compile.testing import projection_oracle, reroute_oracle
 
@@ -93,7 +94,7 @@ def check(run, config):
 
 
 def program(config):
-    return aot.export_rewritten(Two(), (hidden_states(5),), profile=calibrated(), config=config, dynamic_shapes=FREE)
+    return export_rewritten(Two(), (hidden_states(5),), profile=calibrated(), config=config, dynamic_shapes=FREE)
 
 
 @every_option

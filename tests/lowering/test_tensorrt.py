@@ -12,7 +12,7 @@ from expecttest import assert_expected_inline
 from sere_compile import SereConfig
 from sere_compile.errors import GateNotFoundError, LoweringError, MissingExtraError
 from sere_compile.lowering import tensorrt
-from sere_compile.lowering.aot import export_rewritten
+from sere_compile.lowering.export import export_rewritten
 
 from .models import EXPERTS, TOP_K, SmallMoE, hidden_states, small_profile
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sere_compile.passes import RoutingSettings, Skip, find_gates, rewrite_gate
+from sere_compile.passes import RoutingSettings, Skip, find_gates, reroute_dispatch
 from sere_compile.testing import projection_oracle, reroute_oracle
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 10, 6, 8, 3
@@ -254,7 +254,7 @@ def reroute(graph, matrix=None, select_top_k=1, gate=None, coefficients=None):
     gate = gate or one_gate(graph)
     matrix = similarity(gate.num_experts) if matrix is None else matrix
     scale = None if coefficients is None else add_matrix(graph, coefficients, "projection")
-    done = rewrite_gate(gate, add_matrix(graph, matrix), RoutingSettings(select_top_k), scale)
+    done = reroute_dispatch(gate, add_matrix(graph, matrix), RoutingSettings(select_top_k), scale)
     assert not isinstance(done, Skip), f"{done.node}: {done}"
     graph.graph.lint()
     graph.recompile()

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_compile.passes import COUNTED, insert_count, nodes
+from sere_compile.passes import COUNTED, insert_count
 from sere_compile.passes.count_routing import count_routing
+from sere_compile.passes.graph import nodes
 from sere_compile.testing import reroute_oracle
 
 from .moe_modules import EXPERTS, TOP_K, TRACERS, Indexed, ScatterCombine, from_export, reroute, rows, run, similarity

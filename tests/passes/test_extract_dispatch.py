@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import DispatchRegion, extract_dispatch, find_gates, nodes
+from sere_compile.passes import DispatchRegion, extract_dispatch, find_gates
+from sere_compile.passes.graph import nodes
 
 from .moe_modules import (
     DUPLICATE_UNSAFE,

@@ -10,7 +10,8 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sere_compile.passes import RoutingSettings, SkipReason, find_gates, nodes, rewrite_gate
+from sere_compile.passes import RoutingSettings, SkipReason, find_gates, reroute_dispatch
+from sere_compile.passes.graph import nodes
 
 from .moe_modules import (
     EXPERTS,
@@ -293,7 +294,9 @@ class TestReasons:
 
         found = find_gates(from_export(Routed(function), rows()))
         [gate] = found.gates
-        refused = rewrite_gate(gate, add_matrix(gate.selection.graph.owning_module, similarity()), RoutingSettings(1))
+        refused = reroute_dispatch(
+            gate, add_matrix(gate.selection.graph.owning_module, similarity()), RoutingSettings(1)
+        )
         assert refused.reason is SkipReason.RESELECTED
         assert refused.detail.startswith("topk")
 

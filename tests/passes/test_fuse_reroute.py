@@ -10,11 +10,11 @@ import torch
 from sere_compile.ops import reroute
 from sere_compile.passes import RoutingSettings, UseKind, fuse_reroute, fuse_router
 from sere_compile.passes.gate import Use
-from sere_compile.passes.nodes import kind
-from sere_compile.passes.rewrite_gating import Rewrite
+from sere_compile.passes.graph.nodes import kind
+from sere_compile.passes.reroute_dispatch import Rewrite
 
+from .test_fuse_experts import E, H, T, trace
 from .test_fuse_router import Routed, renormalised
-from .test_lower_experts import E, H, T, trace
 
 
 def routed_gate():

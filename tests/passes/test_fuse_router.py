@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sere_compile.passes import Gate, fuse_router
-from sere_compile.passes.nodes import kind
+from sere_compile.passes.graph.nodes import kind
 
-from .test_lower_experts import E, H, K, Layer, T, trace
+from .test_fuse_experts import E, H, K, Layer, T, trace
 
 
 class Routed(Layer):

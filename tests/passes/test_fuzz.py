@@ -16,12 +16,12 @@ from torch import nn
 from torch.fx import symbolic_trace
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sere_compile.passes import Proof, RoutingSettings, Skip, SkipReason, find_gates, rewrite_gate, verify_rewrite
+from sere_compile.passes import Proof, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, verify_rewrite
 from sere_compile.testing import reroute_oracle
 
 from . import moe_modules as blocks
+from .evidence.test_selections import argmax_steps
 from .moe_modules import Block, add_matrix, from_dynamo, from_export, from_make_fx, run, weighted_sum
-from .test_selections import argmax_steps
 
 SEEDS, CHUNK = 500, 20
 
@@ -247,7 +247,7 @@ def check(seed: int) -> str:
         shown = verify_rewrite(gate, lambda n: captured.get(n) if n.op == "placeholder" else attribute(graph, n))
         assert shown is Proof.SUM, f"{text}\n{shown}"
     matrix = blocks.similarity(parts.experts, seed)
-    done = rewrite_gate(gate, add_matrix(graph, matrix), RoutingSettings(parts.select_top_k))
+    done = reroute_dispatch(gate, add_matrix(graph, matrix), RoutingSettings(parts.select_top_k))
     if isinstance(done, Skip):
         assert done.reason in (SkipReason.WEIGHTS_LATE,), f"{text}\n{done}"
         return done.reason.name

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import RoutingSettings, extract_dispatch, find_gates, nodes, rewrite_gate
+from sere_compile.passes import RoutingSettings, extract_dispatch, find_gates, reroute_dispatch
+from sere_compile.passes.graph import nodes
 
 from .moe_modules import BiasCorrected, Grouped, Indexed, ScatterCombine, from_dynamo, from_make_fx, rows
 
@@ -40,7 +41,7 @@ def rewrite_all(graph, gates):
     with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
         matrix = graph.graph.get_attr("similarity")
     for gate in gates:
-        rewrite_gate(gate, matrix, RoutingSettings(1))
+        reroute_dispatch(gate, matrix, RoutingSettings(1))
 
 
 def visits(count, trace, monkeypatch):

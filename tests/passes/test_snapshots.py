@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from sere_compile.passes import RoutingSettings, find_gates, rewrite_gate
+from sere_compile.passes import RoutingSettings, find_gates, reroute_dispatch
 
 from ..graph_snapshot import snapshot
 from ..tiny_models import build
@@ -36,7 +36,7 @@ def rewritten(name, experts, tracer):
     torch._dynamo.reset()
     found = [(graph, gate) for graph in graphs for gate in find_gates(graph, lambda weight, experts: True).gates]
     [(graph, gate)] = found
-    done = rewrite_gate(gate, add_matrix(graph, torch.eye(gate.num_experts)), RoutingSettings(1, 0.25, 3))
+    done = reroute_dispatch(gate, add_matrix(graph, torch.eye(gate.num_experts)), RoutingSettings(1, 0.25, 3))
     graph.graph.lint()
     return snapshot(done)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from sere_compile.passes import Proof, SkipReason, UseKind, find_gates, verify_rewrite
 
+from .evidence.test_selections import FORMS, RoutedIndexed, RoutedScatter, SkipSlots
 from .moe_modules import (
     DUPLICATE_UNSAFE,
     SUMS_DUPLICATES,
@@ -18,7 +19,6 @@ from .moe_modules import (
     one_gate,
     rows,
 )
-from .test_selections import FORMS, RoutedIndexed, RoutedScatter, SkipSlots
 
 
 def weights_of(graph):

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sere_compile
-from sere_compile.passes import SkipReason, find_gates, nodes
-from sere_compile.passes.evaluate import plain_number
+from sere_compile.passes import SkipReason, find_gates
+from sere_compile.passes.graph import nodes
+from sere_compile.passes.graph.run_part import plain_number
 
 from .moe_modules import (
     EXPERTS,

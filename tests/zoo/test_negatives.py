@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import find_gates, nodes
+from sere_compile.passes import find_gates
+from sere_compile.passes.graph import nodes
 
 from ..passes.moe_modules import Grouped, ScatterCombine, from_dynamo, from_make_fx
 from .negatives import EXPERTS, HIDDEN, NEGATIVES, TOKENS, Lookalike

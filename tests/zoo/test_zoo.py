@@ -4,12 +4,7 @@ import pytest
 import torch
 import transformers
 
-from sere_compile.passes import SkipReason
-
-from .discover import moe_architectures
-from .registry import ENTRIES, implementations
-from .survey import AHEAD, survey_ahead, survey_dynamo
-from .table import (
+from benchmarks.support_page import (
     DYNAMO,
     EXPORT,
     FURTHER,
@@ -22,6 +17,11 @@ from .table import (
     read,
     survey_further,
 )
+from benchmarks.survey import AHEAD, survey_ahead, survey_dynamo
+from sere_compile.passes import SkipReason
+
+from .discover import moe_architectures
+from .registry import ENTRIES, implementations
 from .test_registry import REPRESENTATIVES
 
 # The sum over slots, or of a loop outside the graph: what leaves it, and the experts run for themselves.
@@ -85,8 +85,8 @@ def _compare(key, column, text, graphs=None):
         return
     header, rows = read()
     if transformers.__version__ in header and torch.__version__.partition("+")[0] in header:
-        assert rows[key][column] in (text, UNMEASURED), f"stale: python -m tests.zoo.table {key[0]}"
-        assert graphs is None or rows[key][GRAPHS] == str(graphs), f"stale: python -m tests.zoo.table {key[0]}"
+        assert rows[key][column] in (text, UNMEASURED), f"stale: python -m benchmarks.support_page {key[0]}"
+        assert graphs is None or rows[key][GRAPHS] == str(graphs), f"stale: python -m benchmarks.support_page {key[0]}"
 
 
 def default(name):

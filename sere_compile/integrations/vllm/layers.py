@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...compiler.gate_options import tell_unknown
 from ...config import SereConfig
 from ...errors import ConfigError, ProfileError
-from ...gate_options import tell_unknown
-from ...similarity import SimilarityProfile
+from ...similarity.profile import SimilarityProfile
 from .engine import EngineMismatchError
 from .matrices import agree, find_profile, match_layers, probe_layer
 from .options import VllmOptions

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calibration.probe import PROBE_TOKENS, Probed, module_dispatch, probe_experts
 from ...errors import ConfigError, ProbeError, ProfileError
-from ...profile_file import is_torch_file, open_safetensors, some
-from ...similarity import SimilarityProfile
+from ...experts.probe import PROBE_TOKENS, Probed, module_dispatch, probe_experts
+from ...similarity.profile import SimilarityProfile
+from ...similarity.profile_file import is_torch_file, open_safetensors, some
 
 log = logging.getLogger(__name__)
 

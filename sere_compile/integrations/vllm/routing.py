@@ -16,8 +16,8 @@ from ...config import SereConfig
 from ...ops import reroute
 from ...passes import COUNTED
 from ...passes.count_routing import count_routing
+from ...similarity.threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 from ...statistics import GateStats
-from ...threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 
 NO_PADDING = torch.iinfo(torch.int64).max
 

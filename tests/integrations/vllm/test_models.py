@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from . import models, table
+from benchmarks import vllm_page as table
+from benchmarks.vllm_measured import measure
+
+from . import models
 from .engine import TOKENS
-from .measured import measure
 
 pytestmark = pytest.mark.vllm
 

@@ -1,0 +1,1 @@
+"""What measures this library, and what writes its pages from the measurements."""

@@ -1,0 +1,133 @@
+"""Time `sere::route` against the same routing in PyTorch: `python -m benchmarks.ops.bench_route` (needs CUDA).
+
+Each variant is one CUDA graph of 20 calls on inputs of their own, replayed in turn; printed is the median of a call
+in microseconds. Outputs are compared first. Two launches are `sere::route` and `sere::reroute` one after the other,
+one launch is `sere::route` with a similarity, with the tile that it chooses itself. `--tiles` times others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from sere_compile.benchmark.timing import capture, time_in_turn
+from sere_compile.ops.reroute import reroute
+from sere_compile.ops.route import route
+from sere_compile.ops.route.launch import Tile, is_narrow, launch_route, one_launch, tile_for
+from sere_compile.ops.route.reference import Rerouting, Scoring
+
+CALLS, REPLAYS, WARM_UP = 20, 130, 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    experts: int
+    top_k: int
+    scoring: str
+    bias: bool
+    dtype: torch.dtype
+    groups: tuple = (1, 1, "max", True)
+
+    def settings(self) -> Scoring:
+        return Scoring(self.top_k, self.scoring, True, 0.0, 1.0, torch.bfloat16, *self.groups)
+
+
+ROUTERS = [
+    Router(128, 8, "softmax", False, torch.bfloat16),
+    Router(8, 2, "softmax", False, torch.bfloat16),
+    Router(64, 6, "softmax", False, torch.float32),
+    Router(256, 8, "sigmoid", True, torch.float32, (8, 4, "top2", False)),
+]
+TOKENS = (1, 8, 32, 64, 128, 256)
+TILES = [
+    (2, 16, 2),
+    (4, 16, 4),
+    (4, 32, 4),
+    (4, 64, 4),
+    (8, 32, 8),
+    (8, 64, 8),
+    (8, 128, 8),
+    (16, 64, 16),
+    (16, 128, 16),
+]
+
+
+def stock(logits, bias, router: Router):
+    """The chain as models write it."""
+    scores = logits.float().softmax(-1) if router.scoring == "softmax" else logits.float().sigmoid()
+    choice = scores if bias is None else scores + bias
+    count, chosen = router.groups[:2]
+    if chosen < count:
+        best = choice.view(-1, count, router.experts // count).topk(2, dim=-1)[0].sum(-1)
+        mask = torch.zeros_like(best).scatter_(1, torch.topk(best, chosen, sorted=False)[1], 1)
+        mask = mask.unsqueeze(-1).expand(-1, count, router.experts // count).reshape(-1, router.experts)
+        choice = choice.masked_fill(~mask.bool(), float("-inf"))
+    values, ids = torch.topk(choice, router.top_k, dim=-1)
+    if bias is not None:
+        values = scores.gather(-1, ids)
+    return (values / values.sum(-1, keepdim=True)).to(torch.bfloat16), ids
+
+
+def time_all(functions: dict[str, Callable], inputs: list[torch.Tensor]) -> dict[str, float]:
+    graphs = {name: capture(f, inputs) for name, f in functions.items()}
+    return {name: timing.median for name, timing in time_in_turn(graphs, CALLS, REPLAYS, WARM_UP).items()}
+
+
+def bench(router: Router, tokens: int, tiles: list[tuple], with_stock: bool) -> None:
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    bias = torch.randn(router.experts, device=device) * 0.1 if router.bias else None
+    similarity = torch.rand(router.experts, router.experts, device=device)
+    inputs = [torch.randn(tokens, router.experts, device=device).to(router.dtype) for _ in range(CALLS)]
+    settings, narrow = router.settings(), is_narrow(inputs[0], bias, router.settings())
+    numbers = dataclasses.astuple(settings)
+    selects = [s for s in (2, 1) if s < router.top_k]
+    functions: dict[str, Callable] = {}
+    if with_stock:
+        torch._dynamo.reset()
+        compiled = torch.compile(stock, dynamic=False)
+        functions["inductor"] = lambda x: compiled(x, bias, router)
+    functions["route"] = lambda x: route(x, bias, *numbers)
+    for s in selects:
+        rerouting = Rerouting(similarity, s, 0.0, router.top_k)
+        functions[f"two, S={s}"] = lambda x, s=s: (
+            (y := route(x, bias, *numbers))[0],
+            reroute(y[1], similarity, s, 0.0, router.top_k),
+        )
+        chosen = tile_for(tokens, 1 << (router.experts - 1).bit_length(), narrow)
+        options = {f"one, S={s}": chosen} if not tiles else {f"{t}, S={s}": Tile(*t) for t in tiles}
+        for name, tile in options.items():
+            functions[name] = lambda x, tile=tile, r=rerouting: launch_route(x, bias, settings, r, tile)
+    for s in selects:
+        want = functions[f"two, S={s}"](inputs[0])
+        for name, function in functions.items():
+            if name.endswith(f"S={s}"):
+                assert torch.equal(function(inputs[0])[1], want[1]), f"{name} disagrees"
+    torch.testing.assert_close(
+        functions["route"](inputs[0])[0], stock(inputs[0], bias, router)[0], rtol=2e-2, atol=1e-3
+    )
+    times = time_all(functions, inputs)
+    joined = one_launch(tokens, router.experts, narrow, Rerouting(similarity, 1))
+    row = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
+    print(f"E={router.experts} K={router.top_k} T={tokens}: {row}; chooses {'one' if joined else 'two'}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiles", action="store_true", help="time every tile of the first router")
+    parser.add_argument("--routers", type=int, default=len(ROUTERS), help="how many of the routers")
+    parser.add_argument("--skip", type=int, default=0, help="how many to leave out first")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="T, several with commas")
+    arguments = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for router in ROUTERS[arguments.skip : 1 if arguments.tiles else arguments.routers]:
+        print(router)
+        for tokens in map(int, arguments.tokens.split(",")):
+            bench(router, tokens, TILES if arguments.tiles else [], not arguments.tiles)
+
+
+if __name__ == "__main__":
+    main()

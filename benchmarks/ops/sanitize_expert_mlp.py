@@ -1,0 +1,30 @@
+"""Small calls of `sere::expert_mlp` for compute-sanitizer.
+
+    compute-sanitizer python -m benchmarks.ops.sanitize_expert_mlp
+
+The caching allocator hides reads past a tensor's end, so it is switched off.
+"""
+
+import dataclasses
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+from sere_compile.ops import expert_mlp
+from tests.ops.test_expert_mlp import Layer, assert_close_to_oracle
+
+LAYERS = [
+    Layer(dtype=torch.bfloat16),
+    Layer(tokens=19, slots=3, experts=5, hidden=128, inner=64, bias=True, dtype=torch.bfloat16),
+    Layer(
+        activation="gpt_oss", interleaved=True, transposed=True, bias=True, dtype=torch.bfloat16, hidden=72, inner=88
+    ),
+    Layer(tokens=70, slots=3, experts=3),
+]
+
+for layer in LAYERS:
+    arguments = layer.draw(device="cuda")
+    assert_close_to_oracle(expert_mlp(*arguments), arguments)
+    print("ran", dataclasses.astuple(layer), flush=True)

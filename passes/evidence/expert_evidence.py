@@ -1,0 +1,278 @@
+"""Evidence that experts stand behind ids: weights stacked over the experts, or each expert asked for by its number."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from ..graph import nodes
+from ..graph.columns import constant
+
+# How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is 60 nodes.
+_HORIZON = 200
+_SHARED = frozenset({"linear", "matmul", "addmm", "scaled_dot_product_attention"}) | {
+    "embedding",
+    "embedding_bag",
+    "_embedding_bag",
+}
+_STEPS = 12  # from a mask of one expert's tokens to its weights
+_BELOW = {"ge": 0, "lt": 0, "gt": 1, "le": 1, "eq": 0, "ne": 0}
+
+
+def reaches_experts(start: Node, num_experts: int | None) -> bool:
+    """Whether weights stacked over the experts, [E, .., ..], are read somewhere behind `start`.
+
+    A matrix that all tokens share ends a path: what lies behind it is another part of the model. So does what becomes
+    part of the hidden states: an embedding of the ids that is added to them meets experts in a later layer.
+
+    Args:
+        start: a consumer of the ids.
+        num_experts: E; None for any number.
+    """
+    pending, seen, steps = [start], {start}, 0
+    while pending and steps < _HORIZON:
+        node = pending.pop(0)
+        # One for each expert, where counts become the sizes of a split: they are no distance.
+        steps += nodes.kind(node) != "item"
+        if any(_is_stacked(source, num_experts) for source in nodes.operands(node)) and not _convolves(node):
+            return True
+        if _projects_all_tokens(node):
+            continue
+        fresh = [user for user in nodes.followers(node) if user not in seen and not _asserts(user)]
+        fresh = [user for user in fresh if not _becomes_data(user, node, start, num_experts)]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
+_ADDS = frozenset({"add", "sub", "cat", "concat", "concatenate", "lerp"})
+_SCALES = frozenset({"mul", "div", "where", "addcmul"})
+
+
+def _becomes_data(mixing: Node, made_of_ids: Node, start: Node, num_experts: int | None) -> bool:
+    """Whether numbers made of the ids are added to ones that were there before, or scale them alike in all tokens.
+
+    A mask over the experts may be added to, and a token's own number may mask its hidden states.
+    """
+    name = nodes.kind(mixing)
+    if name not in _ADDS | _SCALES or not nodes.is_floating(mixing) or num_experts is None:
+        return False
+    before = [source for source in nodes.operands(mixing) if source < start and nodes.shape(source) != ()]
+    sizes = nodes.shape(made_of_ids) or ()
+    if not before or num_experts in sizes:
+        return False
+    tokens = (nodes.shape(before[0]) or ())[:1]
+    return name in _ADDS or [str(size) for size in sizes[:1]] != [str(size) for size in tokens]
+
+
+def _asserts(node: Node) -> bool:
+    """Whether a node only checks a size: torch.export guards each count that becomes one."""
+    names = ("_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+    return isinstance(nodes.value(node), torch.SymBool) or nodes.raw_name(node) in names
+
+
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "linear", "grouped_mm"})
+_REARRANGES = nodes.VALUE_PRESERVING | {"transpose", "permute", "slice", "select", "narrow", "chunk", "split", "item"}
+
+
+def is_multiplied(gathered: Node) -> bool:
+    """Whether gathered weights meet hidden states in a product: a row of a prompt pool is only looked up.
+
+    On the way they may be viewed, taken apart or scaled (dequantised).
+    """
+    pending, seen = [gathered], {gathered}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if nodes.kind(user) in _PRODUCTS and not _only_with_weights(user, node):
+                return True
+            if nodes.kind(user) in _REARRANGES | {"mul", "sub"} and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+_MOVES = _REARRANGES | {"repeat", "repeat_interleave"}
+_JOINS_SLOTS = frozenset({"scatter", "scatter_add", "index_put", "index_add", "index_copy", "cat", "stack"})
+_REDUCES = frozenset({"sum", "mean", "prod", "amax", "amin", "max", "min", "norm", "topk", "sort", "argmax"})
+
+
+def scales_experts(look_up: Node) -> bool:
+    """Whether one number an expert, looked up by the ids, meets what has many numbers a slot: weights or outputs.
+
+    There it belongs to the expert (a scale of packed weights). Multiplied with the routing weights it does not.
+    """
+    pending, seen = [look_up], {look_up}
+    while pending:
+        for user in pending.pop().users:
+            name = nodes.kind(user)
+            calculates = nodes.is_floating(user) or name in ("sub", "add", "mul")  # whole numbers are shifted as well
+            if name in _MOVES or (calculates and _looked_up(user)):
+                if user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+            elif calculates and name not in _JOINS_SLOTS | _REDUCES and nodes.count(user) != nodes.count(look_up):
+                return True
+    return False
+
+
+def _looked_up(node: Node) -> bool:
+    """Whether a tensor is made of single numbers, and of such as are looked up in tables with one number an expert."""
+    pending, seen = [node], {node}
+    while pending:
+        source = pending.pop()
+        table = nodes.operand(source) if nodes.kind(source) == "index" else None
+        is_look_up = (
+            table is not None and nodes.parameter_root(table) is not None and len(nodes.shape(table) or ()) == 1
+        )
+        if is_look_up or nodes.count(source) == 1:
+            continue
+        sources = list(nodes.operands(source))
+        if not sources or len(seen) > _STEPS or nodes.parameter_root(source) is not None:
+            return False
+        fresh = [other for other in sources if other not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return True
+
+
+def _only_with_weights(product: Node, gathered: Node) -> bool:
+    """Whether all that a product multiplies with the gathered weights is the model's own."""
+    others = [source for source in nodes.operands(product) if source is not gathered]
+    roots = [nodes.parameter_root(source) for source in others]
+    return all(root is not None and nodes.is_model_state(root) for root in roots)
+
+
+def _convolves(node: Node) -> bool:
+    return "conv" in nodes.kind(node)
+
+
+def _projects_all_tokens(node: Node) -> bool:
+    if nodes.kind(node) not in _SHARED:
+        return False
+    roots = [(source, nodes.parameter_root(source)) for source in nodes.operands(node)]
+    return any(
+        root is not None and len(nodes.shape(root) or ()) == 2 and nodes.is_model_state(root) for _, root in roots
+    )
+
+
+def _is_stacked(node: Node, num_experts: int | None) -> bool:
+    root = nodes.parameter_root(node)
+    sizes = nodes.shape(root) if root is not None else None
+    return sizes is not None and len(sizes) >= 3 and num_experts in (None, sizes[0])
+
+
+def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:
+    """Whether each expert is asked for by its number, as a loop over separate expert modules does.
+
+    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0 .. E-1 all occur,
+    and as many weights are met behind. A loop over classes that counts hits meets none.
+    """
+    naming = {consumer: numbers for consumer in consumers if (numbers := numbers_named(consumer))}
+    named = {number for numbers in naming.values() for number in numbers}
+    return named.issuperset(range(num_experts)) and _weights_behind(list(naming), num_experts) >= num_experts
+
+
+def _weights_behind(masks: list[Node], enough: int) -> int:
+    """How many weights meet what is made of the masks within some steps: of the rows they choose, or beside them."""
+    met: set[object] = set()
+    ahead, seen = list(masks), set(masks)
+    for _ in range(_STEPS):
+        reached: list[Node] = []
+        for node in ahead:
+            for user in nodes.followers(node):
+                if user in seen or _asserts(user):
+                    continue
+                seen.add(user)
+                met |= _weights_of([source for source in nodes.operands(user) if source is not node])
+                if not _projects_all_tokens(user) and not _becomes_data(user, node, masks[0], enough):
+                    reached.append(user)
+            if len(met) >= enough:
+                return len(met)
+        ahead = reached
+    return len(met)
+
+
+def _weights_of(operands: list[Node]) -> set[object]:
+    """The matrices that tensors are, are parts of, or were projected by a few steps ago."""
+    met: set[object] = set()
+    pending = [(operand, 0) for operand in operands]
+    while pending:
+        node, steps = pending.pop()
+        root = nodes.parameter_root(node)
+        rank = len(nodes.shape(root) or ()) if root is not None and nodes.is_model_state(root) else 0
+        if rank >= 2 and root is not None and nodes.is_floating(root):
+            met.add(root.target if rank == 2 else node)  # an expert's part of a stack counts for itself
+        elif steps < _STEPS and nodes.is_floating(node):
+            pending += [(source, steps + 1) for source in nodes.operands(node)]
+    return met
+
+
+def numbers_named(consumer: Node) -> set[int]:
+    """The constants that a consumer compares the ids with, or the columns that are taken of its mask."""
+    name = nodes.kind(consumer)
+    if name == "eq":
+        other = nodes.argument(consumer, 1, "other")
+        return {int(other)} if isinstance(other, (int, float)) and other == int(other) else set()
+    if name not in ("one_hot", "scatter", "scatter_add"):
+        return set()
+    columns: set[int] = set()
+    pending = nodes.followers(consumer)
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        picked = _picked_numbers(node)
+        columns |= picked
+        rearranged = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute"}
+        if not picked and (rearranged or nodes.same_shape(node, consumer)):
+            fresh = [user for user in nodes.followers(node) if user not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return columns
+
+
+def _picked_numbers(node: Node) -> set[int]:
+    """The number in `x[.., e]` or `x.select(dim, e)`, or in a slice one wide."""
+    if nodes.raw_name(node) == "select":
+        parts: object = nodes.argument(node, 2, "index")
+    elif nodes.raw_name(node) == "slice":
+        start, stop = nodes.argument(node, 2, "start", 0), nodes.argument(node, 3, "end")
+        parts = slice(start, stop)
+    elif nodes.kind(node) == "slice":
+        parts = node.args[1]
+    else:
+        return set()
+    numbers = set()
+    for part in parts if isinstance(parts, (tuple, list)) else (parts,):
+        if isinstance(part, slice) and isinstance(part.start, int) and part.stop == part.start + 1:
+            numbers.add(part.start)
+        elif isinstance(part, int) and not isinstance(part, bool):
+            numbers.add(part)
+    return numbers
+
+
+def limits_named(consumer: Node) -> set[int]:
+    """Numbers of experts that a consumer's comparison of the ids, or its clamp, would make sense of."""
+    name = nodes.kind(consumer)
+    if name in _BELOW:
+        number = constant(nodes.argument(consumer, 1, "other"))
+    elif name in ("clamp", "clamp_max"):
+        number = constant(nodes.argument(consumer, 2 if name == "clamp" else 1, "max"))
+        number = None if number is None else number + 1
+    else:
+        return set()
+    return set() if number is None else {int(number) + _BELOW.get(name, 0)}
+
+
+def same_for_every_expert(consumer: Node, num_experts: int) -> bool:
+    """Whether the consumer only tells experts from ids outside [0, E): re-routing cannot change its answer."""
+    name = nodes.kind(consumer)
+    if name not in _BELOW:
+        return False
+    number = constant(nodes.argument(consumer, 1, "other"))
+    if number is None:
+        return False
+    if name in ("eq", "ne"):
+        return number < 0 or number >= num_experts
+    limit = number + _BELOW[name]  # ids below the limit on one side, the others on the other
+    return limit <= 0 or limit >= num_experts

@@ -1,0 +1,160 @@
+"""Walk from selected scores back to the projection by a router weight that made them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..gate import Skip, SkipReason
+from ..graph import nodes
+from ..graph.columns import cut_from
+
+# Operations that keep one score per expert on their way from the projection to the selection.
+_SCORING = frozenset(
+    {"softmax", "log_softmax", "sigmoid", "log_sigmoid", "logsigmoid", "softplus", "tanh", "sqrt", "exp"}
+    | {"relu", "silu", "gelu", "pow", "square", "layer_norm", "rms_norm"}
+)
+# ... as decompositions name them.
+_FIRST_RESULTS = {"log_sigmoid_forward": "logsigmoid", "native_layer_norm": "layer_norm", "native_dropout": "dropout"}
+_SCORE_PRESERVING = (
+    _SCORING
+    | nodes.VALUE_PRESERVING
+    | {"add", "sub", "mul", "div", "clamp", "masked_fill", "where", "nan_to_num", "dropout", "neg"}
+)
+_COLUMNS = frozenset({"slice", "narrow", "item"})
+_FACTOR_NODES = 24  # how much may be computed of a weight before it projects
+_PROJECTIONS = {"linear": 1, "matmul": 1, "addmm": 2, "bmm": 1, "baddbmm": 2, "einsum": 2, "cdist": 1}
+
+
+@dataclass(frozen=True)
+class Router:
+    """What makes the scores of a selection.
+
+    Attributes:
+        projection: the product of hidden states and weight; "cdist" where scores are distances to the weight's rows.
+        hidden: what is projected, [..., H].
+        weight: graph input or attribute, [columns, H] or [H, columns].
+        scoring: the operations in between that shape the scores, in words.
+        columns: how many columns were selected from, at most those of the projection.
+    """
+
+    projection: Node
+    hidden: Node
+    weight: Node
+    scoring: str
+    columns: int
+
+
+def trace_router(scores: Node, columns: int) -> Router | Skip:
+    """The router behind the scores [..., columns], or why there is none."""
+    found: dict[Node, tuple[Node, Node]] = {}
+    scoring: list[str] = []
+    stops: list[Node] = []
+    broadcast: list[Node] = []
+    narrowed: set[int] = set()  # widths that were cut down to `columns`
+    pending, seen = [scores], {scores}
+    while pending:
+        node = pending.pop()
+        first = nodes.first_result(node)
+        node = node if first is None else first
+        name = _FIRST_RESULTS.get(nodes.kind(node), nodes.kind(node))
+        if name in _PROJECTIONS:
+            factors = _projection_factors(node, _PROJECTIONS[name])
+            if factors is not None:
+                found[node] = factors
+            else:
+                stops.append(node)
+            continue
+        if name in _COLUMNS:
+            source = cut_from(node)
+            sources = [] if source is None else [source]
+            if source is None:
+                stops.append(node)
+            elif nodes.last_size(node) == columns:
+                narrowed.add(nodes.last_size(source) or columns)
+        elif name in _SCORE_PRESERVING or nodes.only_moves_ones(node):
+            same_order = nodes.only_moves_ones(node)
+            sources = [s for s in nodes.operands(node) if same_order or nodes.last_size(s) not in (None, 1)]
+            sources = sources if first is None else sources[:1]  # the others are a norm's own parameters
+            broadcast += [source for source in nodes.operands(node) if source not in sources]
+            if name in _SCORING:
+                scoring.insert(0, name)
+        else:
+            stops.append(node)
+            continue
+        pending.extend(source for source in sources if source not in seen)
+        seen.update(sources)
+    if not found:
+        return _no_router(scores, stops, broadcast)
+    weights = {weight for _, weight in found.values()}
+    if len(weights) > 1:
+        names = ", ".join(sorted(weight.name for weight in weights))
+        return Skip(SkipReason.AMBIGUOUS_ROUTER, scores, names, evidence=1)
+    projection, (hidden, weight) = next(iter(found.items()))
+    width = nodes.last_size(projection)
+    if width != columns and width not in narrowed:
+        return Skip(SkipReason.ROUTER_SIZE, projection, f"{width} columns, {columns} scores", evidence=2)
+    return Router(projection, hidden, weight, " + ".join(scoring) or "raw logits", columns)
+
+
+def _no_router(scores: Node, stops: list[Node], broadcast: list[Node]) -> Skip:
+    behind = {stop: source for stop in stops + broadcast if (source := _selection_behind(stop)) is not None}
+    if len(behind) > 1:
+        names = ", ".join(sorted({source.name for source in behind.values()}))
+        return Skip(SkipReason.PRODUCT_KEYS, scores, names, evidence=1)
+    computed = [stop for stop in stops if stop.op not in ("placeholder", "get_attr")] or stops
+    at = f"stopped at {computed[0].name}, a {nodes.kind(computed[0])}" if computed else ""
+    return Skip(SkipReason.NO_ROUTER, scores, at, evidence=1)
+
+
+def _selection_behind(stop: Node) -> Node | None:
+    """The top-k whose values the search stopped at, or a view of them."""
+    seen = stop
+    while True:
+        source = nodes.operand(seen)
+        if source is None or nodes.kind(seen) not in nodes.VALUE_PRESERVING | {"slice", "select", "item", "unbind"}:
+            taken = nodes.raw_name(seen) == "getattr"
+            return source if taken and source is not None and nodes.kind(source) == "topk" else None
+        if nodes.kind(source) == "topk":
+            return source
+        seen = source
+
+
+def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | None:
+    """What is projected, and the graph input that it is multiplied by: a matrix with one row or column an expert."""
+    arguments = list(projection.args)
+    if nodes.kind(projection) == "einsum" and isinstance(arguments[1], (tuple, list)):
+        arguments[1:] = arguments[1]
+    hidden = arguments[position - 1] if position <= len(arguments) else projection.kwargs.get("input")
+    candidates = [arguments[position]] if position < len(arguments) else []
+    candidates.append(projection.kwargs.get("weight"))
+    for candidate in candidates:
+        root = _made_of(candidate) if isinstance(candidate, Node) else None
+        sizes = nodes.shape(root) if root is not None else None
+        matches = sizes is not None and len(sizes) == 2 and nodes.last_size(projection) in sizes
+        if matches and root is not None and isinstance(hidden, Node):
+            return hidden, root
+    return None
+
+
+def _made_of(factor: Node) -> Node | None:
+    """The graph input that a factor is a view of, or what is computed of it and of other state of the model alone.
+
+    Cosine routers normalise the weight, others scale or dequantise it: its identity still tells the layer.
+    """
+    root = nodes.parameter_root(factor)
+    if root is not None:
+        return root
+    pending, seen = [factor], {factor}
+    while pending and len(seen) < _FACTOR_NODES:
+        node = pending.pop()
+        if node.op in ("placeholder", "get_attr") and not nodes.is_model_state(node):
+            return None
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    inputs = [node for node in seen if node.op in ("placeholder", "get_attr") and nodes.is_floating(node)]
+    # make_fx reads an attribute anew for each use.
+    matrices = {node.target: node for node in inputs if len(nodes.shape(node) or ()) == 2}
+    return next(iter(matrices.values())) if not pending and len(matrices) == 1 else None

@@ -1,0 +1,289 @@
+"""Every form in which a graph selects the best of the scores in its last dimension.
+
+    topk(scores, K)                                          "top-k"
+    topk(scores, K + 1), columns [:K] of both results        "top-k", narrowed
+    sort(scores, descending) or argsort, columns [:K]        "sort"
+    argmax(scores, -1) or max(scores, -1) with its indices   "max", K = 1
+    max > mask what it chose > max > ..., concatenated       "steps", K columns
+
+What is selected is judged elsewhere: this file only says what the ids are, in order of rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch.fx import Graph, Node
+
+from ..gate import Skip, SkipReason
+from ..graph import nodes
+from ..graph.columns import columns_of, constant
+from .token_places import drops_tokens
+
+# What computes logits: nothing of one router's selection lies behind it.
+_PROJECTING = frozenset({"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "cdist"})
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One selection over the last dimension.
+
+    Attributes:
+        node: the operation; the first of them where several select one expert each.
+        form: "top-k", "sort", "max" or "steps".
+        scores: [..., E], what is selected from.
+        top_k: K.
+        ids: the nodes that hold the selected indices [..., K], best first; of form "max" [...] or [..., 1].
+        values: the nodes that hold the selected scores.
+        is_sorted: whether descending order is promised.
+        smallest: whether the smallest are selected.
+        steps: of form "steps", the ids [..., 1] that each step chose.
+        unnarrowed: ids before columns were cut off or padding was marked; their other consumers keep them.
+    """
+
+    node: Node
+    form: str
+    scores: Node
+    top_k: int
+    ids: tuple[Node, ...]
+    values: tuple[Node, ...]
+    is_sorted: bool = True
+    smallest: bool = False
+    steps: tuple[Node, ...] = ()
+    unnarrowed: tuple[Node, ...] = ()
+
+
+def find_selections(graph: Graph) -> list[Selection | Skip]:
+    """Every selection in graph order; a `Skip` for one whose sizes or dimension rule it out."""
+    found: list[Selection | Skip] = []
+    for node in graph.nodes:
+        name = nodes.kind(node)
+        if name == "topk":
+            found.append(_top_k(node))
+        elif name in ("sort", "argsort"):
+            found += _sorted(node, name)
+        elif name in ("max", "argmax"):
+            found += _maximum(node, name)
+    return _join_steps(found)
+
+
+def _top_k(node: Node) -> Selection | Skip:
+    scores = nodes.operand(node)
+    top_k = nodes.argument(node, 1, "k")
+    dim = nodes.argument(node, 2, "dim", -1)
+    sizes = nodes.shape(scores) if scores is not None else None
+    if scores is None or not sizes or not isinstance(top_k, int) or not isinstance(sizes[-1], int):
+        return Skip(SkipReason.SIZE_UNKNOWN, node, f"scores {sizes}, k {top_k}")
+    if dim not in (-1, len(sizes) - 1):
+        return Skip(SkipReason.NOT_LAST_DIM, node, f"dim {dim} of {sizes}")
+    return _refined(
+        Selection(
+            node,
+            "top-k",
+            scores,
+            top_k,
+            tuple(ids for ids in nodes.picked(node, 1) if ids.users),
+            tuple(nodes.picked(node, 0)),
+            is_sorted=bool(nodes.argument(node, 4, "sorted", True)),
+            smallest=not nodes.argument(node, 3, "largest", True),
+        )
+    )
+
+
+def _sorted(node: Node, name: str) -> Iterable[Selection | Skip]:
+    """A sort is a selection only if the first columns of its order are used and nothing else of it."""
+    scores = nodes.operand(node)
+    size = nodes.last_size(scores) if scores is not None else None
+    dim = nodes.argument(node, 1, "dim", -1)
+    if scores is None or size is None or not nodes.is_floating(scores) or not _is_last(dim, scores):
+        return
+    ids = (node,) if name == "argsort" else tuple(n for n in nodes.picked(node, 1) if n.users)
+    if not nodes.argument(node, 2, "descending", False) and any(_takes_last(i, size) for i in ids):
+        yield Skip(SkipReason.ASCENDING, node, evidence=2)
+        return
+    cut = _cut_columns(ids, size)
+    if not cut or nodes.last_size(cut[0]) in (None, size):
+        return
+    values = () if name == "argsort" else tuple(nodes.picked(node, 0))
+    # A sort in ascending order puts the best last; only the other way is a ranking.
+    smallest = not nodes.argument(node, 2, "descending", False)
+    top_k = nodes.last_size(cut[0])
+    assert top_k is not None
+    yield Selection(node, "sort", scores, top_k, cut, values, smallest=smallest, unnarrowed=ids)
+
+
+def _takes_last(ids: Node, size: int) -> bool:
+    """Whether the last columns of the order are used, or the order is turned round."""
+    cut = [columns_of(user, ids) for user in ids.users]
+    return any(part is not None and part[0] > 0 and part[1] == size for part in cut) or any(
+        nodes.kind(user) == "flip" for user in ids.users
+    )
+
+
+def _maximum(node: Node, name: str) -> Iterable[Selection | Skip]:
+    """`max` and `argmax` along the last dimension, where the index is used."""
+    scores = nodes.operand(node)
+    dim = nodes.argument(node, 1, "dim")
+    if scores is None or not isinstance(dim, int) or nodes.last_size(scores) is None:
+        return
+    if not _is_last(dim, scores) or not nodes.is_floating(scores):
+        return
+    ids = (node,) if name == "argmax" else tuple(n for n in nodes.picked(node, 1) if n.users)
+    if ids and any(n.users for n in ids):
+        values = () if name == "argmax" else tuple(nodes.picked(node, 0))
+        yield Selection(node, "max", scores, 1, ids, values)
+
+
+def _is_last(dim: object, scores: Node) -> bool:
+    return dim in (-1, len(nodes.shape(scores) or ()) - 1)
+
+
+def _refined(selection: Selection) -> Selection:
+    """The selection with ids as its consumers take them: cut to their first columns, padding marked."""
+    cut = _cut_columns(selection.ids, selection.top_k)
+    if cut and cut != selection.ids:
+        width = nodes.last_size(cut[0])
+        assert width is not None
+        selection = _replaced(selection, cut, width)
+    marked = _padding_marked(selection.ids)
+    return _replaced(selection, (marked,), selection.top_k) if marked is not None else selection
+
+
+def _replaced(old: Selection, ids: tuple[Node, ...], top_k: int) -> Selection:
+    return Selection(
+        old.node,
+        old.form,
+        old.scores,
+        top_k,
+        ids,
+        old.values,
+        old.is_sorted,
+        old.smallest,
+        unnarrowed=old.unnarrowed + old.ids,
+    )
+
+
+def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:
+    """The nodes that hold the first columns of the ids, where nothing but look-ups reads the others."""
+    cuts = [user for node in ids for user in node.users if columns_of(user, node) is not None]
+    if _read_otherwise(ids, cuts):
+        return ()
+    ranges = {columns_of(user, nodes.operand(user)) for user in cuts}  # type: ignore[arg-type]
+    if len(ranges) != 1:
+        return ()
+    bounds = ranges.pop()
+    if bounds is None or bounds[0] != 0 or not 0 < bounds[1] < width:
+        return ()
+    return tuple(cuts)
+
+
+def _padding_marked(ids: tuple[Node, ...]) -> Node | None:
+    """`where(real, ids, -1)` or `masked_fill(ids, padding, -1)`, where nothing else dispatches the ids."""
+    if len(ids) != 1:
+        return None
+    [node] = ids
+    marking = [user for user in node.users if _marks_padding(user, node)]
+    return marking[0] if len(marking) == 1 and not _read_otherwise(ids, marking) else None
+
+
+def _read_otherwise(ids: tuple[Node, ...], known: list[Node]) -> bool:
+    """Whether anything but the known consumers and gathers (look-ups, classified later) reads the ids."""
+    others = [user for node in ids for user in node.users if user not in known and nodes.reads_numbers(user, node)]
+    return any(nodes.kind(user) not in ("gather", "take_along_dim") for user in others)
+
+
+def _marks_padding(user: Node, ids: Node) -> bool:
+    """Whether a user puts a negative number, which is no expert's, in place of some ids."""
+    if nodes.writes(user) or not nodes.same_shape(user, ids):
+        return False
+    match nodes.kind(user):
+        case "masked_fill" if nodes.operand(user) is ids:
+            number = constant(nodes.argument(user, 2, "value"))
+        case "where" if nodes.argument(user, 1, "self", user.kwargs.get("input")) is ids:
+            number = constant(nodes.argument(user, 2, "other"))
+        case _:
+            return False
+    return number is not None and number < 0
+
+
+def _join_steps(found: list[Selection | Skip]) -> list[Selection | Skip]:
+    """Put selections of one expert each together whose ids are concatenated; later steps that stay apart say so."""
+    single = {s.node: s for s in found if isinstance(s, Selection) and s.top_k == 1}
+    if len(single) < 2:
+        return found
+    owner = {view: s for s in single.values() for view in _views(s.ids)}
+    joined: dict[Node, Selection | Skip] = {}
+    taken: set[Node] = set()
+    for cat in dict.fromkeys(user for view in owner for user in view.users):
+        parts = _concatenated(cat)
+        if len(parts) < 2 or not all(part in owner for part in parts):
+            continue
+        steps = [owner[part] for part in parts]
+        if len({s.node for s in steps}) < len(steps):
+            continue
+        taken.update(s.node for s in steps)
+        joined[min(s.node for s in steps)] = _steps(steps, cat)
+    for later in single.values():
+        earlier = [s for s in single.values() if s.node < later.node and s.node not in taken]
+        before = next((s for s in earlier if _depends(later.scores, s.ids)), None)
+        if later.node not in taken and before is not None:
+            for step in (before, later):
+                joined[step.node] = _apart(step, f"{before.node.name}, {later.node.name}")
+            taken |= {before.node, later.node}
+    kept = (joined.get(s.node, s) for s in found if s.node in joined or s.node not in taken)
+    return list(kept)
+
+
+def _apart(step: Selection, names: str) -> Skip:
+    """A step whose id is never put together with those of the others."""
+    dropping = any(drops_tokens(user) for view in _views(step.ids) for user in view.users)
+    return Skip(SkipReason.CAPACITY if dropping else SkipReason.STEPS, step.node, names, evidence=4)
+
+
+def _steps(steps: list[Selection], cat: Node) -> Selection | Skip:
+    for before, after in pairwise(steps):
+        if not _depends(after.scores, before.ids):
+            return Skip(SkipReason.STEPS, cat, f"{after.node.name} does not follow {before.node.name}", evidence=3)
+    first = steps[0]
+    columns = tuple(node for step in steps for node in step.ids)
+    return Selection(first.node, "steps", first.scores, len(steps), (cat,), (), steps=columns)
+
+
+def _views(ids: tuple[Node, ...]) -> list[Node]:
+    found, pending = list(ids), list(ids)
+    while pending:
+        node = pending.pop()
+        fresh = [u for u in node.users if nodes.kind(u) in nodes.VALUE_PRESERVING and nodes.operand(u) is node]
+        found += fresh
+        pending += fresh
+    return found
+
+
+def _concatenated(node: Node) -> list[Node]:
+    """The parts of a concatenation or stack along the last dimension."""
+    if nodes.kind(node) not in ("cat", "concat", "concatenate", "stack") or not node.args:
+        return []
+    parts = node.args[0]
+    rank = len(nodes.shape(node) or ())
+    if not isinstance(parts, (list, tuple)) or nodes.argument(node, 1, "dim", 0) not in (-1, rank - 1):
+        return []
+    return [part for part in parts if isinstance(part, Node)]
+
+
+def _depends(scores: Node, ids: tuple[Node, ...]) -> bool:
+    """Whether the scores of a later step were made, in the shape of scores, with the ids of an earlier one."""
+    width, views = nodes.last_size(scores), set(_views(ids))
+    pending, seen = [scores], {scores}
+    while pending:
+        node = pending.pop()
+        if nodes.kind(node) in _PROJECTING:
+            continue
+        sources = [*node.all_input_nodes, *(w for w in nodes.writers(node) if w < scores)]
+        if any(source in views for source in sources):
+            return True
+        fresh = [s for s in dict.fromkeys(sources) if s not in seen and nodes.last_size(s) == width]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False

@@ -1,0 +1,113 @@
+"""Dispatches in which the place of a token depends on the ids of others: new ids would send other tokens elsewhere.
+
+mask = one_hot(ids); place = cumsum(mask, 0); mask * (place < capacity)        an expert's buffer
+sorted, order = sort(ids); arange(n) - starts[sorted] < capacity               the same
+order = argsort(ids); x[order].split([3, 0, 5, ..])                            counts that tracing wrote down
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..graph import nodes
+
+# How many nodes ahead are looked at.
+_HORIZON = 200
+# What masks of the ids are made by.
+MASKING = frozenset({"one_hot", "scatter", "eq"})
+_REORDERS = nodes.VALUE_PRESERVING | {"transpose", "permute", "select", "slice", "unbind", "item"}
+# What the first row of each expert is told from; a table made of it has no number that belongs to the model.
+_COUNTING = frozenset({"cumsum", "histc", "bincount", "searchsorted", "one_hot", "bucketize"})
+_COUNTED_WITHIN = 12
+_KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "select", "cat", "pad"}
+
+
+def drops_tokens(consumer: Node) -> bool:
+    """Whether an expert's tokens are numbered and compared with how many it takes.
+
+    By the running sum of a mask, which may be made of the ids in another order (slots in front, or one rank at a
+    time), or in sorted order, counted from the expert's first row.
+    """
+    pending: list[tuple[Node, str]] = [(consumer, "ids")]
+    seen: set[tuple[Node, str]] = set()
+    while pending and len(seen) < _HORIZON:
+        node, held = pending.pop()
+        if (node, held) in seen:
+            continue
+        seen.add((node, held))
+        name = nodes.kind(node)
+        if held == "numbers" and name in ("lt", "le", "gt", "ge"):
+            return True
+        if held == "sorted":
+            if name in ("index", "gather") and is_counted(nodes.operand(node)):
+                held = "numbers"
+            elif name not in _REORDERS:
+                continue
+        elif held == "ids":
+            if name not in MASKING | _REORDERS | {"sort"}:
+                continue
+            held = "mask" if name in MASKING else "sorted" if name == "sort" else held
+        elif name == "cumsum":
+            held = "numbers"
+        elif name not in _KEEPS_MASK:
+            continue
+        pending.extend((user, held) for user in nodes.followers(node))
+    return False
+
+
+def is_counted(table: Node | None) -> bool:
+    """Whether a table is computed from counts, as the first row of each expert is."""
+    pending = [table] if table is not None else []
+    seen = set(pending)
+    while pending and len(seen) < _COUNTED_WITHIN:
+        node = pending.pop()
+        if nodes.kind(node) in _COUNTING:
+            return True
+        fresh = [source for source in nodes.operands(node) if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
+_TAKES_PARTS = frozenset({"split", "split_with_sizes", "tensor_split", "chunk", "slice", "narrow"})
+
+
+def split_at_fixed_places(sort: Node, slots: object) -> Node | None:
+    """The node that takes a part of the slots in sorted order at constant places, or None.
+
+    How many slots an expert has depends on the ids. make_fx and symbolic_trace write down what `counts.tolist()` was
+    in the traced call, and new ids would send other slots to each expert.
+
+    Args:
+        sort: a consumer of the ids that sorts them.
+        slots: number of ids; where it is symbolic nothing was written down.
+    """
+    if nodes.kind(sort) not in ("sort", "argsort") or not isinstance(slots, int):
+        return None
+    pending, seen = [sort], {sort}
+    while pending and len(seen) < _HORIZON:
+        node = pending.pop()
+        for user in nodes.followers(node):
+            sizes = nodes.shape(user)
+            if _takes_fixed_part(user, node, slots):
+                return user
+            if user not in seen and (nodes.kind(user) == "item" or (sizes and sizes[0] == slots)):
+                seen.add(user)
+                pending.append(user)
+    return None
+
+
+def _takes_fixed_part(node: Node, source: Node, slots: int) -> bool:
+    """Whether a node takes fewer rows than there are, from and to constant places."""
+    rows = nodes.shape(source)
+    if nodes.kind(node) not in _TAKES_PARTS or nodes.operand(node) is not source or not rows or rows[0] != slots:
+        return False
+    parts = nodes.value(node)
+    first = parts[0] if isinstance(parts, (tuple, list)) and parts else parts
+    sizes = tuple(getattr(first, "shape", ()))
+    return bool(sizes) and isinstance(sizes[0], int) and sizes[0] != slots and not _symbolic(node)
+
+
+def _symbolic(node: Node) -> bool:
+    """Whether a number among the arguments is computed in the graph."""
+    return any(not nodes.is_tensor(source) for source in node.all_input_nodes)

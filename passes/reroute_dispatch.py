@@ -1,0 +1,275 @@
+"""Make the dispatch of a gate use re-routed expert ids.
+
+Every dispatch sums duplicates (case 1), S < K:
+
+    values, ids = topk(scores, K)                              values, ids = topk(scores, K)
+    flat = view(ids, -1)                                 ->    rerouted = sere.reroute(ids, similarity, S, rho, A)
+    w = gate_up_proj[flat]                                     flat = view(rerouted, -1)
+                                                               w = gate_up_proj[flat]
+
+Some dispatch is not proven to (case 2): ids and the final routing weights change together.
+
+    return hidden, ids, weights                    ->    merged = sere.reroute_merged(ids, weights, similarity, ..)
+                                                         return hidden, merged[0], merged[1]
+
+With projection coefficients (case 6) weights change with the ids in both cases, ahead of merging:
+
+    weights = ..                                           factor = projection[ids, rerouted]    1 where ids stay
+    y = expert_outputs * weights                   ->      y = expert_outputs * (weights * factor)
+
+A gather and a product in plain ATen, not a third result of the operator: Inductor fuses them into what reads the
+weights, exporters know them, and an operator with several results can become no TensorRT plug-in.
+
+Uses that look scores up by the ids keep the original ids (case 3). `topk(sorted=False)` becomes sorted, because
+re-routing ranks by score (case 4). What an in-place operation changes after the dispatch began is skipped (case 5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+
+from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
+from .evidence.routing_weights import outer_consumers
+from .gate import Gate, Skip, SkipReason
+from .graph import nodes
+
+# Where tracers keep a node's value.
+_VALUES = ("example_value", "val", "tensor_meta")
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """The numbers of one gate's re-routing: S, rho and the least and greatest number of primary experts (0: none)."""
+
+    select_top_k: int
+    threshold: float = 0.0
+    min_active: int = 0
+    max_active: int = 0
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What was done to a gate: the re-routed ids, and whether duplicates are merged."""
+
+    gate: Gate
+    new_ids: Node
+    merged: bool
+
+
+def reroute_dispatch(
+    gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None = None
+) -> Rewrite | Skip:
+    """Insert the re-routing operator behind a gate and point its dispatch uses to it.
+
+    Args:
+        gate: a gate of the graph that `similarity` belongs to.
+        similarity: graph input or attribute holding the gate's [E, E] matrix; it must precede the gate's uses.
+        settings: with 0 < S < K; identities are the caller's to leave out.
+        projection: graph input or attribute like `similarity`, float32 [E, E] with ones on the diagonal: a slot that
+            goes from u to v has its weight multiplied by projection[u, v]. None leaves weights unchanged.
+
+    Returns:
+        What was done, or why nothing was changed.
+    """
+    merged = gate.needs_merge
+    weighing = merged or projection is not None
+    if projection is not None and gate.weights is None:
+        return Skip(SkipReason.NO_SCALE, gate.ids, str(gate.weights_skip or ""), evidence=5)
+    if merged and gate.weights is None:
+        return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
+    if merged and settings.max_active:
+        return Skip(SkipReason.BUDGET, gate.ids, evidence=5)
+    graph = gate.selection.graph
+    weight_consumers = outer_consumers(gate.weights, gate.ids) if weighing and gate.weights is not None else []
+    consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
+    first = min(consumers)
+    late = _late_part(gate.weights, first) if weighing and gate.weights is not None else []
+    stuck = _cannot_move(late, first, consumers)
+    if stuck is not None:
+        return Skip(SkipReason.WEIGHTS_LATE, stuck, f"{stuck.name} at {nodes.source_line(stuck)}", evidence=5)
+    watched = list(gate.all_ids) + ([gate.weights] if weighing and gate.weights is not None else [])
+    changed = _changed_after(first, watched, ignoring=late)
+    if changed is not None:
+        return Skip(SkipReason.MUTATED, changed, f"{changed.name} at {nodes.source_line(changed)}", evidence=5)
+
+    for node in late:
+        first.prepend(node)
+    if not gate.is_sorted:  # only a top-k makes no promise
+        _make_sorted(gate.selection)
+    with graph.inserting_before(first):
+        new_ids, new_weights = _insert(graph, gate, similarity, settings, projection)
+    copies = dict.fromkeys(gate.all_ids, new_ids)
+    for use in gate.dispatch_uses:
+        use.consumer.replace_input_with(use.read, _rebased(use.read, copies))
+    for consumer in weight_consumers:
+        assert gate.weights is not None
+        assert new_weights is not None
+        consumer.replace_input_with(gate.weights, new_weights)
+    _erase_unused_views(gate)
+    return Rewrite(gate, new_ids, merged)
+
+
+def _insert(
+    graph: Graph, gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None
+) -> tuple[Node, Node | None]:
+    numbers = (settings.select_top_k, settings.threshold, settings.min_active)
+    weights = gate.weights
+    new_ids: Node | None = None
+    if projection is not None or not gate.needs_merge:
+        options: dict[str, Any] = {"max_active": settings.max_active} if settings.max_active else {}
+        new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers), options)
+        _describe(new_ids, gate.ids, nodes.value(gate.ids))
+        if projection is not None:
+            assert weights is not None
+            weights = _projected(graph, gate.ids, new_ids, weights, projection)
+        if not gate.needs_merge:
+            return new_ids, weights if projection is not None else None
+    assert weights is not None
+    both = graph.call_function(torch.ops.sere.reroute_merged.default, (gate.ids, weights, similarity, *numbers))
+    _describe(both, gate.ids, (nodes.value(gate.ids), nodes.value(weights)))
+    new_ids = graph.call_function(operator.getitem, (both, 0))
+    _describe(new_ids, gate.ids, nodes.value(gate.ids))
+    new_weights = graph.call_function(operator.getitem, (both, 1))
+    _describe(new_weights, weights, nodes.value(weights))
+    return new_ids, new_weights
+
+
+def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection: Node) -> Node:
+    """The weights [..., K] times projection[old, new]; slots that stay, also out of range, read the 1 at [0, 0]."""
+    aten = torch.ops.aten
+    metadata = {key: value for key, value in weights.meta.items() if key not in _VALUES}
+    key = next((key for key in _VALUES[:2] if key in weights.meta), None)
+    shape = nodes.shape(projection) or ()
+    fake = next((v for v in (nodes.value(ids), nodes.value(weights)) if isinstance(v, FakeTensor)), None)
+
+    def value(node: Node) -> Any:
+        # The matrix may be real, or come from another fake mode than the graph's.
+        if fake is not None and node is projection:
+            return fake.new_empty(shape, dtype=torch.float32)
+        return nodes.value(node)
+
+    def call(target: torch._ops.OpOverload, *arguments: Any, **options: Any) -> Node:
+        node = graph.call_function(target, arguments, options)
+        node.meta = dict(metadata)
+        if key is not None:
+            with fake.fake_mode if fake is not None else contextlib.nullcontext():
+                node.meta[key] = target(*torch.fx.node.map_arg(arguments, value), **options)
+        return node
+
+    moved = call(aten.ne.Tensor, new_ids, ids)
+    places = [
+        call(aten._to_copy.default, call(aten.where.ScalarOther, moved, chosen, 0), dtype=torch.int64)
+        for chosen in (ids, new_ids)
+    ]
+    product = call(aten.mul.Tensor, weights, call(aten.index.Tensor, projection, places))
+    return call(aten._to_copy.default, product, dtype=nodes.value(weights).dtype)
+
+
+def _describe(new: Node, like: Node, value: object) -> None:
+    """Give a new node the metadata of the node it stands for, and its value under the tracer's own key."""
+    new.meta = dict(like.meta)
+    key = next((k for k in _VALUES if k in like.meta), None)
+    new.meta.pop("tensor_meta", None)
+    if key is not None:
+        new.meta[key] = value
+
+
+def _make_sorted(selection: Node) -> None:
+    if len(selection.args) > 4:
+        selection.args = (*selection.args[:4], True)
+    else:
+        selection.kwargs = {**selection.kwargs, "sorted": True}
+
+
+def _rebased(read: Node, copies: dict[Node, Node]) -> Node:
+    """The view, cast, copy or mask `read` of the old ids, made from the new ids; `copies` starts as {ids: new_ids}."""
+    if read not in copies:
+        parent = nodes.slot_source(read)
+        assert parent is not None
+        source = _rebased(parent, copies)
+        # A view may stand before the new ids, or need sizes that are computed after them.
+        with read.graph.inserting_after(max(source, read)):
+            copies[read] = read.graph.node_copy(read, lambda n: source if n is parent else n)
+    return copies[read]
+
+
+def _erase_unused_views(gate: Gate) -> None:
+    """Remove the views of the old ids that only the redirected uses had."""
+    for use in gate.uses:
+        node = use.read
+        while node is not gate.ids and not node.users:
+            parent = nodes.slot_source(node)
+            if node.graph is not gate.ids.graph or node._erased:
+                break
+            node.graph.erase_node(node)
+            assert parent is not None
+            node = parent
+
+
+def _late_part(weights: Node, first: Node) -> list[Node]:
+    """What the weights are computed by at or after `first`, in graph order: it has to move in front of it."""
+    late, pending = set(), [weights]
+    while pending:
+        node = pending.pop()
+        if not node < first and node not in late:
+            late.add(node)
+            pending.extend(node.all_input_nodes)
+    return sorted(late)
+
+
+def _cannot_move(late: list[Node], first: Node, consumers: list[Node]) -> Node | None:
+    """The dispatch among the nodes that should move before it, or a write that one of them would cross, or None."""
+    if not late:
+        return None
+    blocked = next((node for node in late if node in consumers), None)
+    if blocked is not None:
+        return blocked
+    crossed, node = [], first
+    while node is not late[-1]:
+        if node not in late:
+            crossed.append(node)
+        node = node.next
+    for writers, others in ((late, crossed), (crossed, late)):
+        for writer in writers:
+            memory = {alias for written in nodes.writes(writer) for alias in aliases(written)}
+            if any(source in memory for other in others for source in other.all_input_nodes):
+                return writer
+    return None
+
+
+def _changed_after(first: Node, watched: list[Node], ignoring: list[Node]) -> Node | None:
+    """The first node at or after `first` that writes to memory of a watched tensor."""
+    for tensor in watched:
+        writing = {user for alias in aliases(tensor) for user in alias.users if alias in nodes.writes(user)}
+        late = [node for node in writing if not node < first and node not in ignoring]
+        if late:
+            return min(late)
+    return None
+
+
+def aliases(tensor: Node) -> set[Node]:
+    """Every node that may share memory with the tensor, forward and backward through views and in-place results."""
+    found, pending = {tensor}, [tensor]
+    while pending:
+        node = pending.pop()
+        near = [user for user in node.users if _shares_memory(user, node)]
+        base = nodes.operand(node) if node.op in ("call_function", "call_method") else None
+        if base is not None and _shares_memory(node, base):
+            near.append(base)
+        fresh = [n for n in near if n not in found]
+        found.update(fresh)
+        pending.extend(fresh)
+    return found
+
+
+def _shares_memory(result: Node, source: Node) -> bool:
+    if nodes.operand(result) is not source:
+        return False
+    return nodes.kind(result) in nodes.ALIASING or source in nodes.writes(result)

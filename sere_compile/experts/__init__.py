@@ -1,0 +1,1 @@
+"""Running experts: who owns a router weight, the experts beside it, counterfactual runs, probing, metrics."""

@@ -1,0 +1,155 @@
+"""Gates that ran outside every graph: found in an eager run, named, with what to do."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sere_compile
+from sere_compile.compiler.eager_selections import WatchSelections
+
+from ..tiny_models import build, gate_names, tokens
+from ..zoo import registry as zoo
+from ..zoo.outside.loops import EXPERTS, HIDDEN, TOP_K, Loop, MaskLoop
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def rows():
+    return torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(2))
+
+
+def watched(model, *args):
+    with torch.no_grad(), WatchSelections() as watch:
+        model(*args)
+    return watch.found
+
+
+def test_every_gate_of_an_eager_run():
+    """Router weight, E, K and the line of the selection in the model's own code."""
+    model = build("qwen2_moe", "eager")
+    found = watched(model, tokens())
+    assert [selection.weight for selection in found] == [model.get_parameter(name) for name in gate_names()]
+    assert all((selection.num_experts, selection.top_k) == (12, 4) for selection in found)
+    assert all(selection.place.startswith("modeling_qwen2_moe.py:") for selection in found)
+
+
+class Chosen(Loop):
+    """Selects in one of several ways and does no more."""
+
+    def __init__(self, select):
+        super().__init__()
+        self.select = select
+
+    def forward(self, x):
+        return self.select(self.gate(x))
+
+
+@pytest.mark.parametrize(
+    ("select", "top_k"),
+    [
+        (lambda scores: scores.topk(TOP_K), TOP_K),
+        (lambda scores: torch.topk(scores.sigmoid() + 1.0, TOP_K, sorted=False), TOP_K),
+        (lambda scores: scores.argmax(-1), 1),
+        (lambda scores: scores.float().softmax(-1).max(-1), 1),
+        (lambda scores: scores.masked_fill(scores < 0, float("-inf")).to(torch.bfloat16).topk(TOP_K), TOP_K),
+        (lambda scores: scores.sort(descending=True), None),
+    ],
+)
+def test_ways_to_select(select, top_k):
+    [selection] = watched(Chosen(select), rows())
+    assert (selection.num_experts, selection.top_k) == (EXPERTS, top_k)
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda scores: scores.max(),
+        lambda scores: scores.argmax(),
+        lambda scores: scores.argmax(0),
+        lambda scores: scores.topk(2, dim=1),
+        lambda scores: scores.sum(-1).topk(2),
+        lambda scores: (scores @ torch.ones(EXPERTS, EXPERTS)).topk(2),
+    ],
+)
+def test_selections_that_are_none(select):
+    """Over other dimensions, over everything, or over scores that no longer belong to experts."""
+    assert watched(Chosen(select), rows()) == []
+
+
+class Classifier(nn.Module):
+    """A selection over classes with no experts beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(HIDDEN, EXPERTS)
+
+    def forward(self, x):
+        return self.head(x).topk(TOP_K)
+
+
+def test_selection_without_experts():
+    assert watched(Classifier(), rows()) == []
+
+
+def test_explain_names_a_gate_that_no_graph_shows():
+    model = MaskLoop().eval()
+    report = sere_compile.explain(model, rows())
+    [row] = report.gates
+    assert (row.name, row.num_experts, row.top_k, row.status) == ("gate.weight", EXPERTS, TOP_K, "skipped")
+    lines, start = inspect.getsourcelines(MaskLoop.forward)
+    number = start + next(i for i, line in enumerate(lines) if "topk" in line)
+    assert row.reason == f"it ran outside every graph, at loops.py:{number}"
+    assert "sere_compile.compile(model, ...)" in report.hint
+    assert "1 MoE gate found, 0 rewritten" in str(report)
+
+
+def test_model_in_one_graph_runs_once():
+    """A second run is for what graphs do not show."""
+    calls = []
+    model = build("mixtral")
+    original = model.model.forward
+
+    def counted(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            calls.append(1)
+        return original(*args, **kwargs)
+
+    model.model.forward = counted
+    assert len(sere_compile.explain(model, tokens(), use_cache=False).rewritten) == len(gate_names())
+    assert not calls
+
+
+class Appending(MaskLoop):
+    """Changes an argument at each call, as a cache does."""
+
+    def forward(self, x, cache):
+        cache.append(F.relu(x))
+        return super().forward(x)
+
+
+def test_second_run_leaves_the_arguments_alone():
+    cache = []
+    sere_compile.explain(Appending().eval(), rows(), cache)
+    assert len(cache) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "top_k"),
+    [("zaya", "eager", 1), ("inkling", "eager", 3), ("longcat_flash", "own", 3), ("nllb_moe", "own", 1)],
+)
+def test_routers_with_further_columns_and_experts_of_their_own(name, experts, top_k):
+    """E counts experts that compute: no skip slot, no shared expert's column, none that return their input."""
+    model = zoo.build(name, experts)
+    with torch.no_grad(), WatchSelections() as watch:
+        model(**zoo.inputs(name))
+    assert len(watch.found) >= 3
+    assert {(selection.num_experts, selection.top_k) for selection in watch.found} == {(12, top_k)}
+    assert all(selection.place.startswith(f"modeling_{name}.py:") for selection in watch.found)
