@@ -1,7 +1,7 @@
 """Count, on the device, what re-routing did to a gate's batch.
 
     rerouted = sere.reroute(ids, ..)        ->    rerouted = sere.reroute(ids, ..)
-                                                  count_routing(ids, rerouted, E, counts)
+                                                  add_counts(ids, rerouted, E, counts)
 
 `counts` is a graph input that the call adds to in place, so that it also counts inside a CUDA graph.
 """
@@ -17,7 +17,7 @@ from .reroute_dispatch import Rewrite
 COUNTED = ("calls", "tokens", "slots", "slots_changed", "active_before", "active_after")
 
 
-def count_routing(before: torch.Tensor, after: torch.Tensor, num_experts: int, counts: torch.Tensor) -> None:
+def add_counts(before: torch.Tensor, after: torch.Tensor, num_experts: int, counts: torch.Tensor) -> None:
     """Add one batch to `counts` in place.
 
     Args:
@@ -43,11 +43,11 @@ def _active(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     return flags[:num_experts].sum()
 
 
-def insert_count(rewrite: Rewrite, counts: Node) -> Node:
+def count_routing(rewrite: Rewrite, counts: Node) -> Node:
     """Insert the counting call behind a rewritten gate; `counts` is the gate's buffer."""
     graph = rewrite.new_ids.graph
     with graph.inserting_after(rewrite.new_ids):
-        node = graph.call_function(count_routing, (rewrite.gate.ids, rewrite.new_ids, rewrite.gate.num_experts, counts))
+        node = graph.call_function(add_counts, (rewrite.gate.ids, rewrite.new_ids, rewrite.gate.num_experts, counts))
     node.meta = {
         key: rewrite.new_ids.meta[key] for key in ("stack_trace", "nn_module_stack") if key in rewrite.new_ids.meta
     }

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .evidence.routing_weights import outer_consumers
-from .gate import Gate, UseKind
+from .gate import Gate, Skip, SkipReason, UseKind
 from .graph import nodes
 
 _REARRANGING = nodes.VALUE_PRESERVING | {"transpose", "permute", "repeat_interleave", "repeat"}
@@ -44,20 +44,18 @@ class DispatchRegion:
     inside: tuple[Node, ...]
 
 
-def extract_dispatch(gate: Gate) -> DispatchRegion | str:
-    """The gate's dispatch region, or a text that says why it cannot be cut out."""
+def extract_dispatch(gate: Gate) -> DispatchRegion | Skip:
+    """The gate's dispatch region, or why it cannot be cut out."""
     if gate.weights is None:
-        return f"its routing weights could not be told: {gate.weights_skip}"
+        return Skip(SkipReason.WEIGHTS_UNKNOWN, gate.ids, str(gate.weights_skip))
     inside = [use.consumer for use in gate.dispatch_uses if use.kind is not UseKind.LEAVES]
     if not inside:
-        return "its dispatch is outside the graph"
+        return Skip(SkipReason.DISPATCH_OUTSIDE, gate.ids)
     exit_node = find_exit(gate)
     if exit_node is None:
-        return "no single tensor with one row a token follows from its dispatch"
+        return Skip(SkipReason.NO_EXIT, gate.ids)
     needed = _needed(exit_node, gate, _closure(_starts(gate), exit_node))
-    if isinstance(needed, str):
-        return needed
-    return _build(gate, exit_node, needed)
+    return needed if isinstance(needed, Skip) else _build(gate, exit_node, needed)
 
 
 def find_exit(gate: Gate) -> Node | None:
@@ -117,7 +115,7 @@ def _one_row_a_token(node: Node, ids: Node) -> bool:
     return len(rows) == len(tokens) and all(str(a) == str(b) for a, b in zip(rows[:-1], tokens[:-1], strict=True))
 
 
-def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] | str:
+def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] | Skip:
     """Every node the region reads, with its role: "inside", "input" or "activation"."""
     roles: dict[Node, str] = {}
     hidden = gate.router_input
@@ -137,7 +135,7 @@ def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] |
             pending.extend(writer for writer in nodes.writers(node) if writer < exit_node)
     for node, role in roles.items():
         if role == "activation" and not nodes.is_floating(node):
-            return f"it also reads {node.name}, which is not a floating-point tensor"
+            return Skip(SkipReason.READS_OTHERS, node, f"{node.name}, which is not floating-point")
     return roles
 
 

@@ -23,7 +23,7 @@ from .evidence.router import Router, trace_router
 from .evidence.routing_weights import find_routing_weights, weigh_a_product
 from .evidence.selections import Selection, find_selections
 from .evidence.token_places import drops_tokens, split_at_fixed_places
-from .gate import Gate, Skip, SkipReason, UseKind
+from .gate import Evidence, Gate, Skip, SkipReason, UseKind
 from .graph import nodes
 
 _REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
@@ -76,7 +76,7 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
 def _is_ordinary_maximum(selection: Selection | Skip, skip: Skip) -> bool:
     """Whether a refused argmax is one of the many that do not select from what a weight projected."""
     single = isinstance(selection, Selection) and selection.form == "max"
-    return single and skip.reason is not SkipReason.REWRITTEN and skip.evidence < 3
+    return single and skip.reason is not SkipReason.REWRITTEN and skip.evidence < Evidence.IDS
 
 
 def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Leaving) -> Gate | Skip:
@@ -88,22 +88,27 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
     if isinstance(router, Skip):
         return router
     if not selection.ids:
-        return Skip(SkipReason.NO_IDS, selection.node, evidence=2)
+        return Skip(SkipReason.NO_IDS, selection.node, evidence=Evidence.ROUTER)
     uses, num_experts = _experts_behind(selection, router, experts_outside, leaves)
     done = next((use.consumer for use in uses.all if nodes.kind(use.consumer) in _REROUTING), None)
     if done is not None:
-        return Skip(SkipReason.REWRITTEN, selection.node, f"by {done.name}", evidence=6)
-    refused = _refused_dispatch(selection, uses, evidence=5 if num_experts else 4)
+        return Skip(SkipReason.REWRITTEN, selection.node, f"by {done.name}", evidence=Evidence.REWRITING)
+    refused = _refused_dispatch(selection, uses, Evidence.EXPERTS if num_experts else Evidence.DISPATCH)
     if refused is not None:
         return refused
     if num_experts == 0:
         seen = ", ".join(sorted({f"{nodes.kind(use.consumer)}: {use.kind.value}" for use in uses.all}))
-        return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=3)
+        return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=Evidence.IDS)
     if uses.entangled is not None:
-        return Skip(SkipReason.STEPS, selection.node, f"{uses.entangled.name} reads an incomplete choice", evidence=5)
+        return Skip(
+            SkipReason.STEPS,
+            selection.node,
+            f"{uses.entangled.name} reads an incomplete choice",
+            evidence=Evidence.EXPERTS,
+        )
     fetched = all(use.kind is UseKind.EXPERT_INDEX for use in uses.all if use.kind.dispatches)
     if fetched and selection.top_k > 1 and not weigh_a_product(selection.ids[0], list(selection.values), uses.all):
-        return Skip(SkipReason.NOTHING_WEIGHED, selection.node, evidence=4)
+        return Skip(SkipReason.NOTHING_WEIGHED, selection.node, evidence=Evidence.DISPATCH)
     weights = find_routing_weights(selection.ids[0], list(selection.values), uses.all, router.projection)
     return Gate(
         selection=selection.node,
@@ -123,17 +128,17 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
     )
 
 
-def _refused_dispatch(selection: Selection, uses: Uses, evidence: int) -> Skip | None:
+def _refused_dispatch(selection: Selection, uses: Uses, evidence: Evidence) -> Skip | None:
     """A refusal where other ids would send other tokens to the experts."""
     for use in uses.all:
         if use.kind.dispatches and drops_tokens(use.consumer):
-            place = f"{use.consumer.name} at {nodes.source_line(use.consumer)}"
+            place = nodes.place(use.consumer)
             return Skip(SkipReason.CAPACITY, selection.node, place, evidence)
     slots = math.prod(nodes.shape(selection.ids[0]) or ())
     for use in uses.all:
         fixed = split_at_fixed_places(use.consumer, slots)
         if fixed is not None:
-            place = f"{fixed.name} at {nodes.source_line(fixed)}"
+            place = nodes.place(fixed)
             return Skip(SkipReason.FIXED_SIZES, selection.node, place, evidence)
     return None
 
@@ -172,7 +177,7 @@ def _hash_routing(module: GraphModule) -> list[Skip]:
         tables = [s for s in nodes.operands(node) if len(nodes.shape(s) or ()) == 2 and not nodes.is_floating(s)]
         roots = [nodes.parameter_root(table) for table in tables]
         if any(root is not None and nodes.is_model_state(root) for root in roots) and _dispatches(node):
-            found.append(Skip(SkipReason.HASH, node, evidence=4))
+            found.append(Skip(SkipReason.HASH, node, evidence=Evidence.DISPATCH))
     return found
 
 
@@ -192,7 +197,8 @@ def _nested(module: GraphModule) -> list[Skip]:
             caller = next(iter(node.users), node)
             inside = find_gates(inner)
             found += [
-                Skip(SkipReason.NESTED, g.selection, f"called by {caller.name}", evidence=5) for g in inside.gates
+                Skip(SkipReason.NESTED, g.selection, f"called by {caller.name}", evidence=Evidence.EXPERTS)
+                for g in inside.gates
             ]
             found += inside.skips
     return found

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..ops.expert_mlp.op import DTYPES, MAX_SLOTS, MAX_TOKENS
+from ..ops.expert_mlp.op import DTYPES
 from ..ops.expert_mlp.reference import expert_mlp_reference, gate_width
 from .extract_dispatch import DispatchRegion
-from .gate import Gate, Use, UseKind
+from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .graph import nodes
 from .graph.columns import constant
 from .reroute_dispatch import aliases
@@ -76,7 +76,7 @@ class ExpertLayer:
         return (hidden, ids, weights, *given, self.activation, self.interleaved, self.transposed)
 
 
-def fuse_experts(gate: Gate, region: DispatchRegion, sizes: Mapping[Node, int], device: torch.device) -> Gate | str:
+def fuse_experts(gate: Gate, region: DispatchRegion, sizes: Mapping[Node, int], device: torch.device) -> Gate | Skip:
     """Replace the gate's dispatch region by one `sere.expert_mlp`. Runs before the gate is re-routed.
 
     Args:
@@ -89,33 +89,34 @@ def fuse_experts(gate: Gate, region: DispatchRegion, sizes: Mapping[Node, int], 
         The gate with the operator as its one dispatch use, or why the graph is unchanged.
     """
     hidden = _hidden(region)
-    if isinstance(hidden, str):
+    if isinstance(hidden, Skip):
         return hidden
     candidates = list(_candidates(region, hidden))
     if not candidates:
         return _why_no_candidate(region)
     exposed = _exposed(region, hidden)
     if exposed is not None:
-        return f"its memory is shared with the rest of the graph at {exposed.name}"
+        return Skip(SkipReason.SHARED_MEMORY, exposed, f"at {exposed.name}")
     layer = _confirmed(region, candidates, _outside(gate), sizes, device)
-    return layer if isinstance(layer, str) else _replace(gate, region, layer, hidden)
+    return layer if isinstance(layer, Skip) else _replace(gate, region, layer, hidden)
 
 
-def _hidden(region: DispatchRegion) -> Node | str:
+def _hidden(region: DispatchRegion) -> Node | Skip:
     """The hidden states [T, H] that the region reads, as a node that stands before its output."""
     count = len(region.activations)
     if count != 1:
-        return f"its dispatch reads {count} tensors besides ids and weights, expected the hidden states alone"
+        return Skip(SkipReason.READS_OTHERS, region.output, f"{count} besides ids and weights, expected one")
     two_dimensional = all(len(nodes.shape(node) or ()) == 2 for node in (region.ids, region.weights, region.output))
     if not two_dimensional or not nodes.same_shape(region.ids, region.weights):
-        return "its dispatch is not over [T, K]"
+        return Skip(SkipReason.SHAPES, region.ids, "its dispatch is not over [T, K]")
     result, seen = _result(region), [region.activations[0]]
     for node in seen:
         if nodes.same_shape(node, result) and nodes.value(node).dtype == nodes.value(result).dtype:
-            return node if nodes.value(node).dtype in DTYPES else f"its dtype is {nodes.value(node).dtype}"
+            dtype = nodes.value(node).dtype
+            return node if dtype in DTYPES else Skip(SkipReason.DTYPE, node, str(dtype))
         views = (user for user in node.users if nodes.kind(user) in ("view", "to") and nodes.operand(user) is node)
         seen.extend(user for user in views if user < region.output and user not in seen)
-    return "its hidden states are not [T, H] in the dtype of its result"
+    return Skip(SkipReason.SHAPES, seen[0], "its hidden states are not [T, H] in the dtype of its result")
 
 
 def _result(region: DispatchRegion) -> Node:
@@ -178,13 +179,14 @@ def _computing(region: DispatchRegion) -> list[Node]:
     return [node for node in computing if not nodes.is_tensor(node) or nodes.value(node).is_floating_point()]
 
 
-def _why_no_candidate(region: DispatchRegion) -> str:
+def _why_no_candidate(region: DispatchRegion) -> Skip:
     kinds = {nodes.kind(node) for node in _computing(region)}
     if not kinds & MATMULS:
-        return "its experts do not run as batched or grouped matmuls"
+        return Skip(SkipReason.NOT_BATCHED, region.output)
     other = sorted(kinds - _ROUTINE)
     shapes = [list(nodes.shape(node) or ()) for node in region.inputs if nodes.is_tensor(node)]
-    return f"no expert layer of ours has its tensors {shapes} and operations ({', '.join(other)})"
+    detail = f"tensors {shapes}, operations ({', '.join(other)})"
+    return Skip(SkipReason.NO_EXPERT_LAYER, region.output, detail)
 
 
 def _exposed(region: DispatchRegion, hidden: Node) -> Node | None:
@@ -213,7 +215,7 @@ def _confirmed(
     outside: tuple[int, ...],
     sizes: Mapping[Node, int],
     device: torch.device,
-) -> ExpertLayer | str:
+) -> ExpertLayer | Skip:
     """The candidate that gives the region's numbers on random experts, tokens and routes, and 0 for ids `outside`."""
     symbols = {
         nodes.value(node).node.expr: size for node, size in sizes.items() if isinstance(nodes.value(node), torch.SymInt)
@@ -250,13 +252,11 @@ def _confirmed(
                     errors.append((actual - expected).square().mean().sqrt())
                 candidates = [layer for layer, error in zip(candidates, errors, strict=True) if error <= tolerance]
                 if not candidates:
-                    return (
-                        f"no expert layer of ours gives its numbers (nearest: {min(errors):.3g} off, "
-                        f"allowed {tolerance:.3g})"
-                    )
+                    detail = f"nearest: {min(errors):.3g} off, allowed {tolerance:.3g}"
+                    return Skip(SkipReason.OTHER_EXPERTS, region.output, detail)
             return candidates[0]
     except torch.OutOfMemoryError:
-        return "there is no memory to compare it with ours"
+        return Skip(SkipReason.NO_MEMORY, region.output)
 
 
 def _outside(gate: Gate) -> tuple[int, ...]:
@@ -308,6 +308,3 @@ def _replace(gate: Gate, region: DispatchRegion, layer: ExpertLayer, hidden: Nod
             graph.erase_node(node)
     kept = tuple(use for use in gate.uses if not use.consumer._erased)
     return dataclasses.replace(gate, uses=(*kept, Use(new, gate.ids, UseKind.EXPERT_INDEX)))
-
-
-__all__ = ["MAX_SLOTS", "MAX_TOKENS", "ExpertLayer", "fuse_experts"]

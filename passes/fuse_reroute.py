@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .gate import Gate
+from .gate import Gate, Skip, SkipReason
 from .graph import nodes
 from .reroute_dispatch import Rewrite, RoutingSettings
 
@@ -22,7 +22,7 @@ _DEFAULTS = (False, 0.0, 1.0, None, 1, 1, "max", True)
 
 def fuse_reroute(
     gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None = None
-) -> Rewrite | str:
+) -> Rewrite | Skip:
     """Re-route the ids of a gate within its `sere.route`.
 
     Args:
@@ -36,19 +36,20 @@ def fuse_reroute(
     """
     routed = gate.selection
     if nodes.kind(routed) != "sere.route":
-        return "its routing is not ours"
+        return Skip(SkipReason.NOT_FUSED, routed)
     if gate.needs_merge:
-        return "its slots have to be merged"
+        return Skip(SkipReason.MERGES, routed)
     others = [use for use in gate.uses if use not in gate.dispatch_uses]
     if others:
-        return f"{others[0].consumer.name} reads its ids as well"
+        reader = others[0].consumer
+        return Skip(SkipReason.READ_ELSEWHERE, reader, f"{reader.name} reads its ids as well")
     readers = [*gate.ids.users, *(gate.weights.users if gate.weights is not None else ())]
     writing = next((user for user in readers if nodes.writes(user)), None)
     if writing is not None:
-        return f"{writing.name} writes to its ids or weights"
+        return Skip(SkipReason.SHARED_MEMORY, writing, f"{writing.name} writes to its ids or weights")
     matrices = [matrix for matrix in (similarity, projection) if matrix is not None]
     if any(not matrix < routed for matrix in matrices):
-        return "its matrix comes after it"
+        return Skip(SkipReason.MATRIX_LATE, routed)
     routing = (*routed.args, *_DEFAULTS[len(routed.args) - 4 :])
     numbers = (settings.select_top_k, settings.threshold, settings.min_active, settings.max_active)
     routed.args = (*routing, similarity, *numbers, projection)

@@ -27,7 +27,7 @@ from torch.fx.node import map_aggregate
 
 from ..ops.route.op import KERNEL_MAX_EXPERTS, KERNEL_MAX_SLOTS
 from ..ops.route.reference import Rerouting, Scoring, route_reference
-from .gate import Gate
+from .gate import Gate, Skip, SkipReason
 from .graph import nodes
 from .reroute_dispatch import aliases
 
@@ -68,7 +68,7 @@ class _Chain:
     inputs: tuple[Node, ...]
 
 
-def fuse_router(gate: Gate, sizes: Mapping[Node, int], device: torch.device) -> Gate | str:
+def fuse_router(gate: Gate, sizes: Mapping[Node, int], device: torch.device) -> Gate | Skip:
     """Replace the gate's scoring, selection and weighing by `sere.route`. Runs before the gate is re-routed.
 
     Args:
@@ -80,17 +80,17 @@ def fuse_router(gate: Gate, sizes: Mapping[Node, int], device: torch.device) -> 
         The gate with new ids and weights, or why the graph is unchanged.
     """
     chain = _chain(gate)
-    if isinstance(chain, str):
+    if isinstance(chain, Skip):
         return chain
     options = _confirmed(gate, chain, list(_candidates(gate, chain)), sizes, device)
-    return options if isinstance(options, str) else _replace(gate, chain, options)
+    return options if isinstance(options, Skip) else _replace(gate, chain, options)
 
 
-def _chain(gate: Gate) -> _Chain | str:
+def _chain(gate: Gate) -> _Chain | Skip:
     if gate.weights is None:
-        return f"its routing weights could not be told: {gate.weights_skip}"
+        return Skip(SkipReason.WEIGHTS_UNKNOWN, gate.ids, str(gate.weights_skip))
     if gate.form != "top-k":
-        return f"it selects by {gate.form}"
+        return Skip(SkipReason.NOT_TOP_K, gate.selection, f"but by {gate.form}")
     logits: Node | None = None
     inside: set[Node] = set()
     inputs: set[Node] = set()
@@ -103,7 +103,7 @@ def _chain(gate: Gate) -> _Chain | str:
             nodes.parameter_root(s) is gate.router_weight for s in _sources(node)
         ):
             if logits is not None:
-                return "its router weight projects twice"
+                return Skip(SkipReason.TWO_PROJECTIONS, node)
             logits = node
         elif node.op in ("placeholder", "get_attr"):
             inputs.add(node)
@@ -113,7 +113,7 @@ def _chain(gate: Gate) -> _Chain | str:
             pending.extend(node.all_input_nodes if source is None else [source])
             pending.extend(nodes.writers(node))
     if logits is None:
-        return "its logits could not be told"
+        return Skip(SkipReason.NO_LOGITS, gate.selection)
     ordered = tuple(node for node in gate.selection.graph.nodes if node in inside)
     chain = _Chain(logits, ordered, tuple(sorted(inputs)))
     return _refusal(gate, chain) or chain
@@ -128,41 +128,43 @@ def _sources(node: Node) -> list[Node]:
     return [source for source in node.all_input_nodes if nodes.is_tensor(source)]
 
 
-def _refusal(gate: Gate, chain: _Chain) -> str | None:
+def _refusal(gate: Gate, chain: _Chain) -> Skip | None:
     """Why a chain cannot be replaced, from its nodes alone."""
     logits, inside = chain.logits, chain.inside
     kinds = {nodes.kind(node) for node in inside}
     other = sorted(kinds - _ROUTINE - set(_SCORING) - (_MASKING | _RANKING if _groups(gate, inside) else set()))
     if other:
-        return f"its routing has operations of its own ({', '.join(other[:5])}{', ..' if len(other) > 5 else ''})"
+        few = ", ".join(other[:5]) + (", .." if len(other) > 5 else "")
+        return Skip(SkipReason.OWN_OPERATIONS, gate.selection, few)
     sizes, ids = nodes.shape(logits), nodes.shape(gate.ids)
     assert gate.weights is not None
     if nodes.value(logits).dtype not in _LOGITS:
-        return f"its logits are {nodes.value(logits).dtype}"
+        return Skip(SkipReason.DTYPE, logits, f"its logits are {nodes.value(logits).dtype}")
     if sizes is None or ids is None or [str(n) for n in sizes[:-1]] != [str(n) for n in ids[:-1]]:
-        return "its logits have other tokens than its ids"
+        return Skip(SkipReason.SHAPES, logits, "its logits have other tokens than its ids")
     if sizes[-1] != gate.num_experts or gate.num_experts > KERNEL_MAX_EXPERTS or gate.top_k > KERNEL_MAX_SLOTS:
-        return "it has more experts or slots than the kernel takes"
+        return Skip(SkipReason.SHAPES, logits, f"E = {sizes[-1]}, K = {gate.top_k}")
     if not nodes.same_shape(gate.weights, gate.ids):
-        return "its weights have another shape than its ids"
+        return Skip(SkipReason.SHAPES, gate.weights, "its weights have another shape than its ids")
     results = {*gate.all_ids, gate.weights}
     for node in inside:
         if any(written is logits or written not in inside for written in nodes.writes(node)):
-            return f"{node.name} writes to what others read"
+            return Skip(SkipReason.SHARED_MEMORY, node, f"{node.name} writes to what others read")
         outside = [user for user in node.users if user not in inside]
         if outside and node not in results:
-            return f"{outside[0].name} reads its {node.name} as well"
+            detail = f"{outside[0].name} reads its {node.name} as well"
+            return Skip(SkipReason.READ_ELSEWHERE, outside[0], detail)
     return _written(chain)
 
 
-def _written(chain: _Chain) -> str | None:
+def _written(chain: _Chain) -> Skip | None:
     """The first write to the logits or to an input while the chain runs: one operator reads them all at one place."""
     read = [chain.logits, *(node for node in chain.inputs if nodes.is_tensor(node))]
     held = {alias for tensor in read for alias in aliases(tensor)} - set(chain.inside)
     first, last = min(chain.logits, chain.inside[0]), chain.inside[-1]
     for node in chain.logits.graph.nodes:
         if first < node < last and held.intersection(nodes.writes(node)):
-            return f"{node.name} changes its logits or bias"
+            return Skip(SkipReason.SHARED_MEMORY, node, f"{node.name} changes its logits or bias")
     return None
 
 
@@ -217,7 +219,7 @@ def _candidates(gate: Gate, chain: _Chain) -> Iterator[tuple[Any, ...]]:
 
 def _confirmed(
     gate: Gate, chain: _Chain, candidates: list[tuple[Any, ...]], sizes: Mapping[Node, int], device: torch.device
-) -> tuple[Any, ...] | str:
+) -> tuple[Any, ...] | Skip:
     """The candidate that gives the chain's ids and weights in every draw: as the graph rounds, and without rounding."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
@@ -234,7 +236,7 @@ def _confirmed(
                 ]
                 if not candidates:
                     break
-    return candidates[0] if candidates else "no routing of ours gives its ids and weights"
+    return candidates[0] if candidates else Skip(SkipReason.OTHER_ROUTING, gate.selection)
 
 
 def _draw(

@@ -30,8 +30,20 @@ class UseKind(enum.Enum):
         return self in (UseKind.EXPERT_INDEX, UseKind.GROUPED)
 
 
+class Evidence(enum.IntEnum):
+    """The last of the matcher's questions that was answered with yes before a refusal, in the order they are asked."""
+
+    NONE = 0  # it is no selection of the largest scores along the last dimension
+    SELECTION = 1  # does it select so?
+    ROUTER = 2  # are its scores the projection of hidden states by a weight?
+    IDS = 3  # are its indices used?
+    DISPATCH = 4  # do they send tokens somewhere?
+    EXPERTS = 5  # do experts stand there? With yes it is what a user would call a gate.
+    REWRITING = 6  # is it re-routed already?
+
+
 class SkipReason(enum.Enum):
-    """Why a selection was not rewritten. The value is what a report prints."""
+    """Why a selection, or a part of a gate, was not rewritten. The value is what a report prints."""
 
     NOT_LAST_DIM = "selects over another dimension than the last"
     SMALLEST = "selects the smallest scores"
@@ -63,35 +75,65 @@ class SkipReason(enum.Enum):
     NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores weigh nothing that comes of them"
     NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
     AMBIGUOUS_WEIGHTS = "its dispatch needs merged duplicates, but several tensors could be the routing weights"
-    NO_SCALE = "its routing weights, which projection coefficients would scale, could not be told"
+    NO_SCALE = "its routing weights, which projection coefficients would scale, could not be determined"
     SCORES_BY_ID = "its dispatch reads the scores again at the ids, so that re-routing would change its weights"
     REWRITTEN = "it is re-routed already"
     WEIGHTS_LATE = "its dispatch begins before the routing weights that would have to be merged are known"
     BUDGET = "its dispatch needs merged duplicates, which a budget of active experts (max_active) does not reach"
     MUTATED = "an in-place operation changes its ids or weights after they are dispatched"
 
+    # Why its dispatch cannot be cut out of the graph.
+    WEIGHTS_UNKNOWN = "its routing weights could not be determined"
+    DISPATCH_OUTSIDE = "its dispatch is outside the graph"
+    NO_EXIT = "no single tensor with one row per token follows from its dispatch"
+    READS_OTHERS = "its dispatch reads other tensors than ids, weights and hidden states"
+
+    # Why its experts or its routing keep the kernels they have.
+    GRADIENTS = "gradients are on"
+    MANY_TOKENS = "more tokens than our kernels are faster for"
+    MANY_SLOTS = "more slots than our kernels are faster for"
+    DTYPE = "our kernels do not take its dtype"
+    SHAPES = "its tensors have other shapes than our kernels take"
+    SHARED_MEMORY = "its memory is shared with the rest of the graph"
+    READ_ELSEWHERE = "more than its dispatch reads its results"
+    NO_MEMORY = "there is no memory to compare it with ours"
+    NOT_BATCHED = "its experts do not run as batched or grouped matmuls"
+    NO_EXPERT_LAYER = "no expert layer of ours has its tensors and operations"
+    OTHER_EXPERTS = "no expert layer of ours gives its numbers"
+    NOT_TOP_K = "it does not select by top-k"
+    NO_LOGITS = "its logits could not be determined"
+    TWO_PROJECTIONS = "its router weight projects twice"
+    OWN_OPERATIONS = "its routing has operations of its own"
+    OTHER_ROUTING = "no routing of ours gives its ids and weights"
+
+    # Why re-routing does not become part of the operator that selects.
+    NOT_FUSED = "its routing is not ours"
+    MERGES = "its slots have to be merged"
+    COUNTED = "its ids are counted"
+    MATRIX_LATE = "its matrix comes after it"
+
 
 @dataclass(frozen=True)
 class Skip:
-    """A selection that was looked at and left alone.
+    """A selection, or a part of a gate, that was looked at and left alone. Every pass refuses in this form.
 
     Attributes:
         reason: kind of refusal.
         node: the node at fault.
         detail: what was found, what was expected.
-        evidence: how many of the matcher's questions were answered with yes before this one; the refusal with
-            the highest number is the nearest miss.
+        evidence: the last of the matcher's questions that was answered with yes; the refusal with the highest
+            is the nearest miss.
     """
 
     reason: SkipReason
     node: Node
     detail: str = ""
-    evidence: int = 0
+    evidence: Evidence = Evidence.NONE
 
     @property
     def is_refused_gate(self) -> bool:
         """Whether a router was found behind it and experts ahead of it: what a user would call a gate."""
-        return self.evidence >= 5 and self.reason is not SkipReason.REWRITTEN
+        return self.evidence >= Evidence.EXPERTS and self.reason is not SkipReason.REWRITTEN
 
     def __str__(self) -> str:
         return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
@@ -129,8 +171,8 @@ class Gate:
         scoring: operations between projection and selection that shape the scores, e.g. "softmax".
         is_sorted: whether the selection promises descending order.
         uses: every consumer of the ids.
-        weights: the routing weights [..., K] as the dispatch consumes them, where they could be told.
-        weights_skip: why they could not be told.
+        weights: the routing weights [..., K] as the dispatch consumes them, where they could be determined.
+        weights_skip: why they could not.
     """
 
     selection: Node

@@ -37,7 +37,7 @@ from torch.fx import Graph, Node
 
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from .evidence.routing_weights import outer_consumers
-from .gate import Gate, Skip, SkipReason
+from .gate import Evidence, Gate, Skip, SkipReason
 from .graph import nodes
 
 # Where tracers keep a node's value.
@@ -81,11 +81,11 @@ def reroute_dispatch(
     merged = gate.needs_merge
     weighing = merged or projection is not None
     if projection is not None and gate.weights is None:
-        return Skip(SkipReason.NO_SCALE, gate.ids, str(gate.weights_skip or ""), evidence=5)
+        return Skip(SkipReason.NO_SCALE, gate.ids, str(gate.weights_skip or ""), evidence=Evidence.EXPERTS)
     if merged and gate.weights is None:
         return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
     if merged and settings.max_active:
-        return Skip(SkipReason.BUDGET, gate.ids, evidence=5)
+        return Skip(SkipReason.BUDGET, gate.ids, evidence=Evidence.EXPERTS)
     graph = gate.selection.graph
     weight_consumers = outer_consumers(gate.weights, gate.ids) if weighing and gate.weights is not None else []
     consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
@@ -93,11 +93,11 @@ def reroute_dispatch(
     late = _late_part(gate.weights, first) if weighing and gate.weights is not None else []
     stuck = _cannot_move(late, first, consumers)
     if stuck is not None:
-        return Skip(SkipReason.WEIGHTS_LATE, stuck, f"{stuck.name} at {nodes.source_line(stuck)}", evidence=5)
+        return Skip(SkipReason.WEIGHTS_LATE, stuck, nodes.place(stuck), evidence=Evidence.EXPERTS)
     watched = list(gate.all_ids) + ([gate.weights] if weighing and gate.weights is not None else [])
     changed = _changed_after(first, watched, ignoring=late)
     if changed is not None:
-        return Skip(SkipReason.MUTATED, changed, f"{changed.name} at {nodes.source_line(changed)}", evidence=5)
+        return Skip(SkipReason.MUTATED, changed, nodes.place(changed), evidence=Evidence.EXPERTS)
 
     for node in late:
         first.prepend(node)

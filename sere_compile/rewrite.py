@@ -207,8 +207,8 @@ def _probe(gate: Gate, name: str, weight: torch.Tensor, program: _Program) -> Pr
 def _dispatch_of_graph(gate: Gate, program: _Program) -> tuple[Dispatch, int] | str:
     """The gate's dispatch as a function and its number of rows, or why the graph alone does not give it."""
     region = extract_dispatch(gate)
-    if isinstance(region, str):
-        return region
+    if isinstance(region, Skip):
+        return str(region)
     unknown = next((node for node in region.inputs if not program.holds(node)), None)
     if unknown is not None:
         return f"their dispatch reads {unknown.name}, which only a call has"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ..gate import Skip, SkipReason
+from ..gate import Evidence, Skip, SkipReason
 from ..graph import nodes
 from ..graph.columns import cut_from
 
@@ -90,11 +90,11 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     weights = {weight for _, weight in found.values()}
     if len(weights) > 1:
         names = ", ".join(sorted(weight.name for weight in weights))
-        return Skip(SkipReason.AMBIGUOUS_ROUTER, scores, names, evidence=1)
+        return Skip(SkipReason.AMBIGUOUS_ROUTER, scores, names, evidence=Evidence.SELECTION)
     projection, (hidden, weight) = next(iter(found.items()))
     width = nodes.last_size(projection)
     if width != columns and width not in narrowed:
-        return Skip(SkipReason.ROUTER_SIZE, projection, f"{width} columns, {columns} scores", evidence=2)
+        return Skip(SkipReason.ROUTER_SIZE, projection, f"{width} columns, {columns} scores", evidence=Evidence.ROUTER)
     return Router(projection, hidden, weight, " + ".join(scoring) or "raw logits", columns)
 
 
@@ -102,10 +102,10 @@ def _no_router(scores: Node, stops: list[Node], broadcast: list[Node]) -> Skip:
     behind = {stop: source for stop in stops + broadcast if (source := _selection_behind(stop)) is not None}
     if len(behind) > 1:
         names = ", ".join(sorted({source.name for source in behind.values()}))
-        return Skip(SkipReason.PRODUCT_KEYS, scores, names, evidence=1)
+        return Skip(SkipReason.PRODUCT_KEYS, scores, names, evidence=Evidence.SELECTION)
     computed = [stop for stop in stops if stop.op not in ("placeholder", "get_attr")] or stops
     at = f"stopped at {computed[0].name}, a {nodes.kind(computed[0])}" if computed else ""
-    return Skip(SkipReason.NO_ROUTER, scores, at, evidence=1)
+    return Skip(SkipReason.NO_ROUTER, scores, at, evidence=Evidence.SELECTION)
 
 
 def _selection_behind(stop: Node) -> Node | None:

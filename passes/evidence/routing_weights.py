@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from ..gate import Skip, SkipReason, Use, UseKind
+from ..gate import Evidence, Skip, SkipReason, Use, UseKind
 from ..graph import nodes
 from ..graph.columns import columns_of
 
@@ -37,15 +37,15 @@ def find_routing_weights(ids: Node, values: list[Node], uses: list[Use], project
     """The one tensor shaped like the ids, made from the selected scores, that later code consumes."""
     again = _scores_read_again(ids, uses, projection)
     if again is not None:
-        detail = f"{again.name} at {nodes.source_line(again)}"
-        return Skip(SkipReason.SCORES_BY_ID, again, detail, evidence=4)
+        detail = nodes.place(again)
+        return Skip(SkipReason.SCORES_BY_ID, again, detail, evidence=Evidence.DISPATCH)
     starts = _starts(values, uses)
     chain = _slot_shaped(starts, ids)
     consumed = [node for node in chain if nodes.same_shape(node, ids) and _outer_consumers(node, chain)]
     if not consumed:
-        return Skip(SkipReason.NO_WEIGHTS, ids, evidence=4)
+        return Skip(SkipReason.NO_WEIGHTS, ids, evidence=Evidence.DISPATCH)
     if len(consumed) > 1:
-        return Skip(SkipReason.AMBIGUOUS_WEIGHTS, ids, ", ".join(n.name for n in consumed), evidence=4)
+        return Skip(SkipReason.AMBIGUOUS_WEIGHTS, ids, ", ".join(n.name for n in consumed), evidence=Evidence.DISPATCH)
     return _refused(consumed[0], ids, projection) or consumed[0]
 
 
@@ -82,7 +82,7 @@ def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:
     """A refusal where the sum of two slots' weights would not give the sum of two experts' outputs."""
     again = next((user for user in outer_consumers(weights, ids) if nodes.kind(user) in _SELECTING), None)
     if again is not None:
-        return Skip(SkipReason.RESELECTED, again, f"{again.name} at {nodes.source_line(again)}", evidence=4)
+        return Skip(SkipReason.RESELECTED, again, nodes.place(again), evidence=Evidence.DISPATCH)
     columns = nodes.last_size(projection)
     hidden = {source for source in nodes.operands(projection) if not _is_weight(source)}
     pending, seen = outer_consumers(weights, ids), {weights}
@@ -93,10 +93,10 @@ def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:
             continue
         seen.add(node)
         if nodes.kind(node) in _BENDING:
-            return Skip(SkipReason.BENT_WEIGHTS, node, f"{node.name} at {nodes.source_line(node)}", evidence=4)
+            return Skip(SkipReason.BENT_WEIGHTS, node, nodes.place(node), evidence=Evidence.DISPATCH)
         others = [source for source in nodes.operands(node) if source not in seen]
         if nodes.kind(node) == "mul" and any(_rows_of(o, hidden) for o in others) and _enters_product(node):
-            return Skip(SkipReason.SCALED_INPUT, node, f"{node.name} at {nodes.source_line(node)}", evidence=4)
+            return Skip(SkipReason.SCALED_INPUT, node, nodes.place(node), evidence=Evidence.DISPATCH)
         moved = nodes.kind(node) in nodes.VALUE_PRESERVING | _JOINS | {
             "transpose",
             "permute",

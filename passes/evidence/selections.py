@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from torch.fx import Graph, Node
 
-from ..gate import Skip, SkipReason
+from ..gate import Evidence, Skip, SkipReason
 from ..graph import nodes
 from ..graph.columns import columns_of, constant
 from .token_places import drops_tokens
@@ -101,7 +101,7 @@ def _sorted(node: Node, name: str) -> Iterable[Selection | Skip]:
         return
     ids = (node,) if name == "argsort" else tuple(n for n in nodes.picked(node, 1) if n.users)
     if not nodes.argument(node, 2, "descending", False) and any(_takes_last(i, size) for i in ids):
-        yield Skip(SkipReason.ASCENDING, node, evidence=2)
+        yield Skip(SkipReason.ASCENDING, node, evidence=Evidence.ROUTER)
         return
     cut = _cut_columns(ids, size)
     if not cut or nodes.last_size(cut[0]) in (None, size):
@@ -239,13 +239,15 @@ def _join_steps(found: list[Selection | Skip]) -> list[Selection | Skip]:
 def _apart(step: Selection, names: str) -> Skip:
     """A step whose id is never put together with those of the others."""
     dropping = any(drops_tokens(user) for view in _views(step.ids) for user in view.users)
-    return Skip(SkipReason.CAPACITY if dropping else SkipReason.STEPS, step.node, names, evidence=4)
+    return Skip(SkipReason.CAPACITY if dropping else SkipReason.STEPS, step.node, names, evidence=Evidence.DISPATCH)
 
 
 def _steps(steps: list[Selection], cat: Node) -> Selection | Skip:
     for before, after in pairwise(steps):
         if not _depends(after.scores, before.ids):
-            return Skip(SkipReason.STEPS, cat, f"{after.node.name} does not follow {before.node.name}", evidence=3)
+            return Skip(
+                SkipReason.STEPS, cat, f"{after.node.name} does not follow {before.node.name}", evidence=Evidence.IDS
+            )
     first = steps[0]
     columns = tuple(node for step in steps for node in step.ids)
     return Selection(first.node, "steps", first.scores, len(steps), (cat,), (), steps=columns)

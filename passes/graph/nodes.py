@@ -396,6 +396,12 @@ def index_tensors(node: Node) -> list[Node]:
     return [part for part in parts if isinstance(part, Node)]
 
 
+def place(node: Node) -> str:
+    """The node and the user's line behind it, `topk at model.py:123`, for the detail of a refusal."""
+    line = source_line(node)
+    return f"{node.name} at {line}" if line else node.name
+
+
 def source_line(node: Node) -> str:
     """`file.py:123` of the user's code behind the node, or an empty text."""
     lines = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File ")]

@@ -15,20 +15,16 @@ from ..errors import GateNotFoundError
 from ..experts.module_tree import count_experts_beside
 from ..passes import (
     COUNTED,
-    MAX_SLOTS,
-    MAX_TOKENS,
+    PIPELINE,
     DispatchRegion,
     Gate,
     RoutingSettings,
+    Run,
     Skip,
     extract_dispatch,
-    fuse_experts,
-    fuse_reroute,
-    fuse_router,
-    insert_count,
-    reroute_dispatch,
+    has_more_tokens,
+    run_pipeline,
 )
-from ..passes.graph import nodes
 from ..report import IDENTITY, REWRITTEN, SKIPPED
 from ..similarity import binding
 from ..similarity.threshold import RANKED_THRESHOLD
@@ -36,9 +32,6 @@ from . import dynamo, gate_options
 from .verify_gate import verify_gate
 
 log = logging.getLogger(__name__)
-
-# Slots an expert, on average, up to which the expert kernels were never measured slower than stock (docs/kernels.md).
-MAX_SLOTS_PER_EXPERT = 24
 
 
 @dataclass
@@ -51,7 +44,7 @@ class GatePlan:
     fallback_name: str
     config: SereConfig  # of this gate
     given: SereConfig  # of all gates
-    region: DispatchRegion | str
+    region: DispatchRegion | Skip
     graph: GraphModule
     inputs: list[Node]  # the graph's own inputs, in order
     status: str = IDENTITY
@@ -157,39 +150,82 @@ def apply_plan(
     Raises:
         GateNotFoundError: with strict=True, the gate cannot be re-routed.
     """
-    config = plan.config
     if plan.status == SKIPPED:
         return
-    if config.strict and plan.select_top_k < plan.gate.top_k:
-        # Before the speed passes: they replace what the check runs.
-        shown = verify_gate(plan.gate, plan.weight(example_inputs), _known_values(plan, example_inputs))
-        if isinstance(shown, Skip):
-            _skip(plan, shown, raising=not reporting)
-            return
-        plan.proof = shown
-    gate = lower(plan, config, example_inputs)
-    if plan.select_top_k >= gate.top_k:
-        plan.reason = f"S = {plan.select_top_k}: nothing to re-route"
-        return
-    if too_many_tokens(gate, config.max_tokens):
-        plan.reason = f"more than max_tokens = {config.max_tokens} tokens"
-        return
-    weight = plan.weight(example_inputs)
-    matrix = torch.empty(gate.num_experts, gate.num_experts, dtype=torch.float32, device=weight.device)
-    node = appended.input_for(plan, matrix, "similarity")
-    scale = appended.input_for(plan, matrix, "projection") if config.substitution == "projection" else None
-    settings = routing_settings(gate, config)
-    # A count of what changed reads the ids as they were.
-    joined = "its ids are counted" if config.collect_stats else fuse_reroute(gate, node, settings, scale)
-    done = reroute_dispatch(gate, node, settings, scale) if isinstance(joined, str) else joined
-    if isinstance(done, Skip):
+    run = _run(plan, appended, example_inputs)
+    refused = run_pipeline(run, _switches(plan, run))
+    plan.proof, plan.kernels = run.proof, _kernels(run)
+    for name, refusal in run.refused.items():
+        log.info("%s: %s: %s", plan.fallback_name, name, refusal)
+    if refused is not None:
         appended.drop_unused(plan)
-        _skip(plan, done, raising=config.strict and not reporting)
-        return
-    plan.status = REWRITTEN
-    if config.collect_stats:
-        buffer = torch.zeros(len(COUNTED), dtype=torch.int64, device=weight.device)
-        insert_count(done, appended.input_for(plan, buffer, "counts"))
+        _skip(plan, refused, raising=plan.config.strict and not reporting)
+    elif run.rewrite is not None:
+        plan.status = REWRITTEN
+
+
+def _run(plan: GatePlan, appended: AppendedInputs, example_inputs: Sequence[Any]) -> Run:
+    """What the passes ask of a Dynamo graph and of the call that it is compiled for."""
+    config, weight, experts = plan.config, plan.weight(example_inputs), plan.gate.num_experts
+
+    def input_for(kind: str) -> Node:
+        counting = kind == "counts"
+        shape, dtype = ((len(COUNTED),), torch.int64) if counting else ((experts, experts), torch.float32)
+        return appended.input_for(plan, torch.zeros(shape, dtype=dtype, device=weight.device), kind)
+
+    return Run(
+        gate=plan.gate,
+        region=plan.region,
+        settings=routing_settings(plan.gate, config),
+        sizes={
+            node: value.node.hint if isinstance(value, torch.SymInt) else value
+            for node, value in zip(plan.inputs, example_inputs, strict=False)
+            if isinstance(value, (int, torch.SymInt))
+        },
+        device=weight.device,
+        has_gradients=torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs),
+        prove=lambda gate: verify_gate(gate, weight, _known_values(plan, example_inputs)),
+        input_for=input_for,
+        projecting=config.substitution == "projection",
+        counting=config.collect_stats,
+    )
+
+
+def _switches(plan: GatePlan, run: Run) -> Callable[[str], bool]:
+    """Which of the pipeline's switches the options of a gate turn on."""
+    config = plan.config
+
+    def is_on(switch: str) -> bool:
+        match switch:
+            case "lower_experts" | "fuse_router":
+                option = getattr(config, switch)
+                return option == "always" or (bool(option) and run.device.type == "cuda")
+            case "strict":
+                return config.strict and plan.select_top_k < plan.gate.top_k
+            case "reroute":
+                plan.reason = _why_identity(plan, run.gate)
+                return not plan.reason
+            case "collect_stats":
+                return config.collect_stats and run.rewrite is not None
+        raise ValueError(f"no option turns on {switch}")
+
+    return is_on
+
+
+def _why_identity(plan: GatePlan, gate: Gate) -> str:
+    """Why a gate's ids stay as they are, by the options; empty where they do not."""
+    if plan.select_top_k >= gate.top_k:
+        return f"S = {plan.select_top_k}: nothing to re-route"
+    limit = plan.config.max_tokens
+    return f"more than max_tokens = {limit} tokens" if has_more_tokens(gate, limit) else ""
+
+
+def _kernels(run: Run) -> str:
+    """What the speed passes did, and why not more."""
+    speed = [entry for entry in PIPELINE if entry.replaces]
+    replaced = " and ".join(entry.replaces for entry in speed if entry.name in run.done)
+    kept = [f"stock {entry.replaces}: {run.refused[entry.name]}" for entry in speed if entry.name in run.refused]
+    return "; ".join([*([replaced] if replaced else []), *kept])
 
 
 def _skip(plan: GatePlan, refusal: Skip, *, raising: bool) -> None:
@@ -209,48 +245,6 @@ def _known_values(plan: GatePlan, example_inputs: Sequence[Any]) -> Callable[[No
     return value_of
 
 
-def lower(plan: GatePlan, config: SereConfig, example_inputs: Sequence[Any]) -> Gate:
-    """Apply the speed passes that are on to a gate, re-routed or not; the gate as it is then. The plan says why not."""
-    gate, device = plan.gate, plan.weight(example_inputs).device
-    options = {"experts": config.lower_experts, "routing": config.fuse_router}
-    wanted = [part for part, option in options.items() if option == "always" or (option and device.type == "cuda")]
-    sizes = {
-        node: value.node.hint if isinstance(value, torch.SymInt) else value
-        for node, value in zip(plan.inputs, example_inputs, strict=False)
-        if isinstance(value, (int, torch.SymInt))
-    }
-    replaced, kept = [], []
-    for part in wanted:
-        done: Gate | str | None = _stays(gate, part, example_inputs)
-        if done is None and part == "routing":
-            done = fuse_router(gate, sizes, device)
-        elif done is None:
-            done = plan.region if isinstance(plan.region, str) else fuse_experts(gate, plan.region, sizes, device)
-        if isinstance(done, str):
-            log.info("%s keeps its %s: %s", plan.fallback_name, part, done)
-            kept.append(f"stock {part}: {done}")
-        elif done is not None:
-            gate = done
-            replaced.append(part)
-    plan.kernels = "; ".join([*([" and ".join(replaced)] if replaced else []), *kept])
-    return gate
-
-
-def _stays(gate: Gate, part: str, example_inputs: Sequence[Any]) -> str | None:
-    """Why a part of a gate is left alone without looking at it."""
-    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs):
-        return "gradients are on"
-    if too_many_tokens(gate, MAX_TOKENS):
-        return f"more than {MAX_TOKENS} tokens"
-    if part == "experts" and nodes.value(gate.ids).numel() > MAX_SLOTS_PER_EXPERT * gate.num_experts:
-        return (
-            f"more than {MAX_SLOTS_PER_EXPERT} slots for each of its {gate.num_experts} experts, where stock is as fast"
-        )
-    if part == "experts" and nodes.value(gate.ids).numel() > MAX_SLOTS:
-        return f"more than {MAX_SLOTS} slots, which no kernel takes"
-    return None
-
-
 def refuse_shared_routers(plans: list[GatePlan]) -> None:
     """Skip gates that share a router weight but not their experts: one matrix cannot describe both."""
     experts: dict[Node, set[tuple[Node, ...]]] = {}
@@ -261,13 +255,6 @@ def refuse_shared_routers(plans: list[GatePlan]) -> None:
         if len(experts.get(plan.gate.router_weight, ())) > 1:
             plan.status, plan.reason = SKIPPED, "its router weight also selects from other experts"
             log.warning("%s is not re-routed: %s", plan.fallback_name, plan.reason)
-
-
-def too_many_tokens(gate: Gate, max_tokens: int | None) -> bool:
-    """Compares the batch with the limit. A symbolic batch makes Dynamo guard on the answer: two graphs at most."""
-    if max_tokens is None:
-        return False
-    return bool(nodes.value(gate.ids).numel() > max_tokens * gate.top_k)
 
 
 def experts_are_live(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[Node, int], int]:

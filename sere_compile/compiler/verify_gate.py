@@ -7,7 +7,7 @@ import torch
 from ..errors import SereError
 from ..experts.hidden_states import draw
 from ..experts.module_tree import Experts, find_experts_module
-from ..passes import Gate, Proof, Skip, SkipReason, verify_rewrite
+from ..passes import Evidence, Gate, Proof, Skip, SkipReason, verify_rewrite
 from ..passes.verify_rewrite import ValueOf, tolerance
 
 _ROWS = 16
@@ -35,7 +35,7 @@ def verify_gate(gate: Gate, weight: torch.Tensor, value_of: ValueOf) -> str | Sk
         return f"{shown.value} ({error})"
     if error > tolerance(weight.dtype):
         detail = f"the experts beside its router are off by {error:.2g} of their scale from the sum over experts"
-        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=5)
+        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
     return "what the traced code makes of merged ids and weights; the experts outside the graph sum them"
 
 

@@ -1,12 +1,12 @@
-"""`count_routing` and `insert_count`: the numbers equal a count by hand, inside the graph."""
+"""`count_routing` and `add_counts`: the numbers equal a count by hand, inside the graph."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_compile.passes import COUNTED, insert_count
-from sere_compile.passes.count_routing import count_routing
+from sere_compile.passes import COUNTED, count_routing
+from sere_compile.passes.count_routing import add_counts
 from sere_compile.passes.graph import nodes
 from sere_compile.testing import reroute_oracle
 
@@ -15,7 +15,7 @@ from .moe_modules import EXPERTS, TOP_K, TRACERS, Indexed, ScatterCombine, from_
 
 def counted(before, after, num_experts=EXPERTS):
     counts = torch.zeros(len(COUNTED), dtype=torch.int64)
-    count_routing(before, after, num_experts, counts)
+    add_counts(before, after, num_experts, counts)
     return dict(zip(COUNTED, counts.tolist(), strict=True))
 
 
@@ -57,7 +57,7 @@ class TestCount:
         address = counts.data_ptr()
         ids = torch.tensor([[0, 1, 2]])
         for _ in range(3):
-            count_routing(ids, ids, EXPERTS, counts)
+            add_counts(ids, ids, EXPERTS, counts)
         assert counts.tolist() == [3, 3, 9, 0, 9, 9]
         assert counts.data_ptr() == address
 
@@ -67,7 +67,7 @@ def insert(graph, done, counts):
     first = next(node for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr"))
     with graph.graph.inserting_before(first):
         buffer = graph.graph.get_attr("counts")
-    node = insert_count(done, buffer)
+    node = count_routing(done, buffer)
     graph.graph.lint()
     graph.recompile()
     return node

@@ -146,7 +146,7 @@ class TestCannot:
 
         graph = from_dynamo(Router(), rows())
         gate = find_gates(graph, lambda weight, experts: True).gates[0]
-        assert extract_dispatch(gate) == "its dispatch is outside the graph"
+        assert str(extract_dispatch(gate)) == "its dispatch is outside the graph"
 
     def test_weights_unknown(self):
         """The reason is that of the weights."""
@@ -156,8 +156,8 @@ class TestCannot:
                 ids = torch.topk(self.scores(x), self.top_k)[1]
                 return ids, torch.full(ids.shape, 0.5)
 
-        reason = extract_dispatch(one_gate(from_export(Unweighted(), rows())))
-        assert reason.startswith("its routing weights could not be told: its dispatch needs merged duplicates")
+        reason = str(extract_dispatch(one_gate(from_export(Unweighted(), rows()))))
+        assert reason.startswith("its routing weights could not be determined (its dispatch needs merged duplicates")
 
     def test_nothing_with_a_row_for_each_token(self):
         """A dispatch that ends in one number for the batch."""
@@ -167,8 +167,8 @@ class TestCannot:
                 y = torch.tanh(x)[:, None, None, :] @ self.experts[ids]
                 return (y.squeeze(2) * weights[..., None]).sum((0, 1))
 
-        reason = extract_dispatch(one_gate(from_export(Summed(), rows())))
-        assert reason == "no single tensor with one row a token follows from its dispatch"
+        reason = str(extract_dispatch(one_gate(from_export(Summed(), rows()))))
+        assert reason == "no single tensor with one row per token follows from its dispatch"
 
     def test_reads_computed_integers(self):
         """Integers that only a run knows, such as positions, cannot be made up."""
@@ -180,5 +180,7 @@ class TestCannot:
                 y = hidden[:, None, None, :] @ self.experts[(ids + x.argmax(-1, keepdim=True)) % EXPERTS]
                 return (y.squeeze(2) * weights[..., None]).sum(1)
 
-        reason = extract_dispatch(one_gate(from_export(Shifted(), rows())))
-        assert reason == "it also reads argmax, which is not a floating-point tensor"
+        reason = str(extract_dispatch(one_gate(from_export(Shifted(), rows()))))
+        assert reason == (
+            "its dispatch reads other tensors than ids, weights and hidden states (argmax, which is not floating-point)"
+        )

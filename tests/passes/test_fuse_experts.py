@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sere_compile.passes import Gate, extract_dispatch, find_gates, fuse_experts
+from sere_compile.passes import DispatchRegion, Gate, extract_dispatch, find_gates, fuse_experts
 from sere_compile.passes.graph.nodes import kind
 
 E, K, H, INNER, T = 8, 2, 24, 16, 12
@@ -79,7 +79,7 @@ def trace(layer: nn.Module, hidden: torch.Tensor):
 
 def lower(gate: Gate):
     region = extract_dispatch(gate)
-    assert not isinstance(region, str), region
+    assert isinstance(region, DispatchRegion), region
     return fuse_experts(gate, region, {}, torch.device("cpu"))
 
 
@@ -210,7 +210,7 @@ def test_ids_of_no_expert(layer, reason):
     with torch.no_grad():
         expected, lowered = run(), lower(gate)
         if reason is not None:
-            assert reason in lowered
+            assert reason in str(lowered)
             return
         assert isinstance(lowered, Gate), lowered
         graph.recompile()
@@ -221,7 +221,7 @@ def test_an_unknown_activation_stays():
     """An operation that no candidate has is named."""
     graph, _, gate = trace(Layer("elu_glu"), torch.randn(T, H))
     before = [node.name for node in graph.graph.nodes]
-    assert "operations (elu)" in lower(gate)
+    assert "operations (elu)" in str(lower(gate))
     assert [node.name for node in graph.graph.nodes] == before
 
 
@@ -240,4 +240,4 @@ def test_a_write_to_the_hidden_states_stays():
             return out.view(-1, K, H).sum(1) + hidden
 
     _, _, gate = trace(Writes(), torch.randn(T, H))
-    assert "shared with the rest of the graph at mul_" in lower(gate)
+    assert "shared with the rest of the graph (at mul_" in str(lower(gate))

@@ -77,8 +77,8 @@ def written(graph, gate):
     [
         (unfused, "its routing is not ours"),
         (merging, "its slots have to be merged"),
-        (looked_up, "clone reads its ids as well"),
-        (written, "add_ writes to its ids or weights"),
+        (looked_up, "more than its dispatch reads its results (clone reads its ids as well)"),
+        (written, "its memory is shared with the rest of the graph (add_ writes to its ids or weights)"),
     ],
 )
 def test_what_it_cannot_take_over_stays(change, reason):
@@ -86,5 +86,5 @@ def test_what_it_cannot_take_over_stays(change, reason):
     graph, gate, (similarity, _) = routed_gate()
     gate = change(graph, gate)
     arguments = gate.selection.args
-    assert fuse_reroute(gate, similarity, RoutingSettings(1)) == reason
+    assert str(fuse_reroute(gate, similarity, RoutingSettings(1))) == reason
     assert gate.selection.args == arguments

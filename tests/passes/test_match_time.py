@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import RoutingSettings, extract_dispatch, find_gates, reroute_dispatch
+from sere_compile.passes import DispatchRegion, RoutingSettings, extract_dispatch, find_gates, reroute_dispatch
 from sere_compile.passes.graph import nodes
 
 from .moe_modules import BiasCorrected, Grouped, Indexed, ScatterCombine, from_dynamo, from_make_fx, rows
@@ -32,7 +32,7 @@ class Layers(nn.Module):
 def find_and_cut(graph):
     """Everything that happens before a graph is changed."""
     gates = find_gates(graph).gates
-    assert all(not isinstance(extract_dispatch(gate), str) for gate in gates)
+    assert all(isinstance(extract_dispatch(gate), DispatchRegion) for gate in gates)
     return gates
 
 

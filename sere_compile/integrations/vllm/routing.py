@@ -15,7 +15,7 @@ from torch import Tensor
 from ...config import SereConfig
 from ...ops import reroute
 from ...passes import COUNTED
-from ...passes.count_routing import count_routing
+from ...passes.count_routing import add_counts
 from ...similarity.threshold import RANKED_THRESHOLD, ranked, resolve_threshold
 from ...statistics import GateStats
 
@@ -167,7 +167,7 @@ class RoutingHook:
         if mask is not None:
             before, after = (torch.where(mask[:, None], ids, -1) for ids in (before, after))
         batch = torch.zeros_like(counts)
-        count_routing(before, after, self.num_experts, batch)
+        add_counts(before, after, self.num_experts, batch)
         counts.add_(batch * self.state.active)
 
 

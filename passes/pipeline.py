@@ -1,0 +1,182 @@
+"""The passes, in the order in which they run over a gate.
+
+`find_gates` finds the gates of a graph, once; `extract_dispatch` cuts a gate's dispatch out of it,
+where it can. Then every gate goes through `PIPELINE`, at the end of this file. What differs between
+tracers and engines comes in with the `Run`: passes see a graph, numbers and devices, and ask for the
+inputs that they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from .count_routing import count_routing
+from .extract_dispatch import DispatchRegion
+from .fuse_experts import fuse_experts
+from .fuse_reroute import fuse_reroute
+from .fuse_router import fuse_router
+from .gate import Gate, Skip, SkipReason
+from .kernel_gains import check_experts_gain, check_router_gains
+from .reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
+
+
+@dataclass
+class Run:
+    """One gate on its way through the passes.
+
+    Attributes:
+        gate: as the passes so far have left it.
+        region: its dispatch as it was traced, or why that cannot be cut out.
+        settings: what re-routing it takes.
+        sizes: numbers for the graph inputs that are symbolic sizes, as one call would have them.
+        device: where the graph runs.
+        has_gradients: whether a call may ask for gradients, which the kernels do not give.
+        prove: what is proven of the gate's rewrite, in words, or the refusal where it is wrong.
+        input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for "counts".
+        projecting: whether weights are multiplied by projection coefficients.
+        counting: whether what re-routing does is counted.
+        proof: what was proven.
+        rewrite: how the gate was re-routed.
+        done: the passes that changed the gate.
+        refused: the passes that refused it, and why.
+    """
+
+    gate: Gate
+    region: DispatchRegion | Skip
+    settings: RoutingSettings
+    sizes: Mapping[Node, int]
+    device: torch.device
+    has_gradients: bool
+    prove: Callable[[Gate], str | Skip]
+    input_for: Callable[[str], Node]
+    projecting: bool = False
+    counting: bool = False
+    proof: str = ""
+    rewrite: Rewrite | None = None
+    done: list[str] = field(default_factory=list)
+    refused: dict[str, Skip] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One entry of the pipeline.
+
+    Attributes:
+        name: the name of its file.
+        switch: what turns it on, see `run_pipeline`.
+        check: a refusal by sizes and settings, before the graph is looked at.
+        rewrite: finds its part of the gate and changes it, or returns a refusal with the graph unchanged.
+        replaces: the part of the gate that keeps stock kernels after a refusal; empty where speed is not the aim.
+        unless: the pass whose work makes this one unnecessary.
+        required: whether a refusal ends the run: the gate is not re-routed then.
+    """
+
+    name: str
+    switch: str
+    check: Callable[[Run], Skip | None]
+    rewrite: Callable[[Run], Skip | None]
+    replaces: str = ""
+    unless: str = ""
+    required: bool = False
+
+
+def run_pipeline(run: Run, is_on: Callable[[str], bool]) -> Skip | None:
+    """Take a gate through the passes that are on. What was done and refused is recorded in `run`.
+
+    Args:
+        run: changed to what was done.
+        is_on: whether the caller's options turn a switch on. A switch is asked when its pass is reached and not before:
+            comparing a symbolic batch with a limit makes Dynamo guard on the answer.
+
+    Returns:
+        The refusal of a required pass, after which the gate must count as not re-routed.
+    """
+    for entry in PIPELINE:
+        if entry.unless in run.done or not is_on(entry.switch):
+            continue
+        refusal = entry.check(run) or entry.rewrite(run)
+        if refusal is None:
+            run.done.append(entry.name)
+            continue
+        run.refused[entry.name] = refusal
+        if entry.required:
+            return refusal
+    return None
+
+
+def _nothing(run: Run) -> None:
+    """A pass without conditions of its own."""
+
+
+def _prove(run: Run) -> Skip | None:
+    shown = run.prove(run.gate)
+    if isinstance(shown, Skip):
+        return shown
+    run.proof = shown
+    return None
+
+
+def _check_experts(run: Run) -> Skip | None:
+    return check_experts_gain(run.gate, run.has_gradients)
+
+
+def _fuse_experts(run: Run) -> Skip | None:
+    if isinstance(run.region, Skip):
+        return run.region
+    return _keep(run, fuse_experts(run.gate, run.region, run.sizes, run.device))
+
+
+def _check_router(run: Run) -> Skip | None:
+    return check_router_gains(run.gate, run.has_gradients)
+
+
+def _fuse_router(run: Run) -> Skip | None:
+    return _keep(run, fuse_router(run.gate, run.sizes, run.device))
+
+
+def _check_counting(run: Run) -> Skip | None:
+    # A count of what changed reads the ids as they were.
+    return Skip(SkipReason.COUNTED, run.gate.ids) if run.counting else None
+
+
+def _fuse_reroute(run: Run) -> Skip | None:
+    return _keep(run, fuse_reroute(run.gate, run.input_for("similarity"), run.settings, _projection(run)))
+
+
+def _reroute_dispatch(run: Run) -> Skip | None:
+    return _keep(run, reroute_dispatch(run.gate, run.input_for("similarity"), run.settings, _projection(run)))
+
+
+def _projection(run: Run) -> Node | None:
+    return run.input_for("projection") if run.projecting else None
+
+
+def _count_routing(run: Run) -> None:
+    if run.rewrite is not None:
+        count_routing(run.rewrite, run.input_for("counts"))
+
+
+def _keep(run: Run, found: Gate | Rewrite | Skip) -> Skip | None:
+    if isinstance(found, Skip):
+        return found
+    if isinstance(found, Rewrite):
+        run.rewrite = found
+    else:
+        run.gate = found
+    return None
+
+
+PIPELINE = (
+    # The proof comes before the speed passes, which replace what it runs.
+    Pass("verify_rewrite", "strict", _nothing, _prove, required=True),
+    Pass("fuse_experts", "lower_experts", _check_experts, _fuse_experts, replaces="experts"),
+    Pass("fuse_router", "fuse_router", _check_router, _fuse_router, replaces="routing"),
+    # One of the two re-routes.
+    Pass("fuse_reroute", "reroute", _check_counting, _fuse_reroute),
+    Pass("reroute_dispatch", "reroute", _nothing, _reroute_dispatch, unless="fuse_reroute", required=True),
+    Pass("count_routing", "collect_stats", _nothing, _count_routing),
+)
