@@ -92,6 +92,7 @@ class SkipReason(enum.Enum):
     GRADIENTS = "gradients are on"
     MANY_TOKENS = "more tokens than our kernels are faster for"
     MANY_SLOTS = "more slots than our kernels are faster for"
+    TOO_MANY_SLOTS = "more slots than our kernels take"
     DTYPE = "our kernels do not take its dtype"
     SHAPES = "its tensors have other shapes than our kernels take"
     SHARED_MEMORY = "its memory is shared with the rest of the graph"

@@ -31,7 +31,7 @@ def check_experts_gain(gate: Gate, has_gradients: bool) -> Skip | None:
     if slots > MAX_SLOTS_PER_EXPERT * gate.num_experts:
         detail = f"more than {MAX_SLOTS_PER_EXPERT} for each of its {gate.num_experts} experts"
         return Skip(SkipReason.MANY_SLOTS, gate.ids, detail)
-    return Skip(SkipReason.MANY_SLOTS, gate.ids, f"more than {MAX_SLOTS}") if slots > MAX_SLOTS else None
+    return Skip(SkipReason.TOO_MANY_SLOTS, gate.ids, f"more than {MAX_SLOTS}") if slots > MAX_SLOTS else None
 
 
 def has_more_tokens(gate: Gate, limit: int | None) -> bool:

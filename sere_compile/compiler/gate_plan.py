@@ -155,8 +155,9 @@ def apply_plan(
     run = _run(plan, appended, example_inputs)
     refused = run_pipeline(run, _switches(plan, run))
     plan.proof, plan.kernels = run.proof, _kernels(run)
-    for name, refusal in run.refused.items():
-        log.info("%s: %s: %s", plan.fallback_name, name, refusal)
+    for entry in PIPELINE:
+        if entry.replaces and entry.name in run.refused:
+            log.info("%s keeps its %s: %s", plan.fallback_name, entry.replaces, run.refused[entry.name])
     if refused is not None:
         appended.drop_unused(plan)
         _skip(plan, refused, raising=plan.config.strict and not reporting)
