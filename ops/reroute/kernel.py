@@ -10,7 +10,6 @@ repeats work across programs, but at decode sizes a launch costs more than the r
 first launch computes the map once per expert and a second one applies it.
 """
 
-import contextlib
 import dataclasses
 
 import torch
@@ -18,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import wrap_triton
-from triton.runtime.jit import JITFunction
+
+from ..launching import launchable
 
 SINGLE_LAUNCH_TOKENS = 1024
 GATHER_BLOCK = 1024
@@ -288,22 +287,6 @@ def launch_config(num_tokens: int, e_block: int) -> LaunchConfig:
     else:
         row_budget, set_budget, num_warps = 1024, 16384, 8
     return LaunchConfig(max(4, row_budget // e_block), max(64, set_budget // (e_block // 32)), num_warps)
-
-
-def device_guard(tensor: Tensor):
-    """Makes the tensor's GPU the current one, where Triton launches; nothing to do while CUDA is unused.
-
-    (A fake CUDA tensor on a machine without CUDA gets here as well.)
-    """
-    return torch.cuda.device_of(tensor) if torch.cuda.is_initialized() else contextlib.nullcontext()
-
-
-def launchable(kernel):
-    """`kernel` for `[grid](...)`: visible to tracers, or as it is under Triton's interpreter.
-
-    torch 2.11's `wrap_triton` refuses interpreted kernels; later ones hand them back.
-    """
-    return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 def expert_block(num_experts: int) -> int:

@@ -7,6 +7,7 @@ keeps it whole.
 import torch
 from torch import Tensor
 
+from ..checks import check_budget, check_ids, check_same_device, check_similarity, check_token_mask
 from ..registration import register_triton_op
 from .reference import reroute_reference
 
@@ -15,47 +16,15 @@ KERNEL_MAX_EXPERTS = 1024
 KERNEL_MAX_SLOTS = 64
 
 
-def check_arguments(topk_ids: Tensor, similarity: Tensor, min_active: int, token_mask: Tensor | None) -> None:
+def check_arguments(
+    topk_ids: Tensor, similarity: Tensor, min_active: int, token_mask: Tensor | None, max_active: int = 0
+) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"topk_ids: expected dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
-    if topk_ids.dim() == 0:
-        raise ValueError("topk_ids: expected shape [..., K], got a 0-dimensional tensor")
+    check_ids(topk_ids)
     check_similarity(similarity, min_active)
-    if token_mask is not None:
-        if token_mask.dtype != torch.bool:
-            raise TypeError(f"token_mask: expected dtype torch.bool, got {token_mask.dtype}")
-        if token_mask.shape != topk_ids.shape[:-1]:
-            raise ValueError(
-                f"token_mask: expected shape {list(topk_ids.shape[:-1])} (topk_ids without its last "
-                f"dimension), got {list(token_mask.shape)}"
-            )
-    check_same_device(topk_ids, similarity=similarity, token_mask=token_mask)
-
-
-def check_similarity(similarity: Tensor, min_active: int) -> None:
-    """Raise TypeError or ValueError for a matrix that is none, and for a number of experts."""
-    if similarity.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"similarity: expected dtype torch.float32, torch.bfloat16 or torch.float16, got {similarity.dtype}"
-        )
-    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1] or similarity.shape[0] == 0:
-        raise ValueError(f"similarity: expected shape [E, E] with E >= 1, got {list(similarity.shape)}")
-    if min_active < 0:
-        raise ValueError(f"min_active: expected 0 (off) or a number of experts, got {min_active}")
-
-
-def check_same_device(topk_ids: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError for the first of `others` that is not where topk_ids is."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != topk_ids.device:
-            raise ValueError(f"{name}: expected device {topk_ids.device} (of topk_ids), got {tensor.device}")
-
-
-def check_budget(max_active: int) -> None:
-    """Raise ValueError for a number of experts that is none."""
-    if max_active < 0:
-        raise ValueError(f"max_active: expected 0 (off) or a number of experts, got {max_active}")
+    check_token_mask(topk_ids, token_mask)
+    check_same_device(topk_ids, "topk_ids", similarity=similarity, token_mask=token_mask)
+    check_budget(max_active)
 
 
 def kernel_supports(topk_ids: Tensor, similarity: Tensor, select_top_k: int) -> bool:
@@ -77,12 +46,12 @@ def _reroute(
     token_mask: Tensor | None = None,
     max_active: int = 0,
 ) -> Tensor:
-    check_arguments(topk_ids, similarity, min_active, token_mask)
-    check_budget(max_active)
+    check_arguments(topk_ids, similarity, min_active, token_mask, max_active)
     # Under torch.compile(dynamic=True) these can be symbolic; the generated code depends on their value.
     options = int(select_top_k), float(threshold), int(min_active)
     if kernel_supports(topk_ids, similarity, options[0]):
-        from .kernel import device_guard, launch_reroute
+        from ..launching import device_guard
+        from .kernel import launch_reroute
 
         with device_guard(topk_ids):
             return launch_reroute(topk_ids, similarity, *options, token_mask, max_active=int(max_active))
@@ -94,8 +63,7 @@ _reroute_op = register_triton_op("sere::reroute", _reroute)
 
 @_reroute_op.register_fake
 def _reroute_fake(topk_ids, similarity, select_top_k, threshold=0.0, min_active=0, token_mask=None, max_active=0):
-    check_arguments(topk_ids, similarity, min_active, token_mask)
-    check_budget(max_active)
+    check_arguments(topk_ids, similarity, min_active, token_mask, max_active)
     return topk_ids.new_empty(topk_ids.shape)
 
 

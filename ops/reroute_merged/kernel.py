@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ..launching import launchable
 from ..reroute.kernel import (
     LaunchConfig,
     expert_block,
     expert_words,
     launch_expert_map,
-    launchable,
     slot_words,
     word_bits,
 )

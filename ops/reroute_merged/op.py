@@ -3,20 +3,10 @@
 import torch
 from torch import Tensor
 
+from ..checks import check_weights
 from ..registration import register_triton_op
-from ..reroute.op import check_arguments, check_same_device, kernel_supports
+from ..reroute.op import check_arguments, kernel_supports
 from .reference import first_slots, reroute_merged_reference
-
-
-def check_weights(topk_ids: Tensor, topk_weights: Tensor) -> None:
-    """Raise TypeError or ValueError when topk_weights does not go with topk_ids."""
-    if not topk_weights.is_floating_point():
-        raise TypeError(f"topk_weights: expected a floating-point dtype, got {topk_weights.dtype}")
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_weights: expected shape {list(topk_ids.shape)} (of topk_ids), got {list(topk_weights.shape)}"
-        )
-    check_same_device(topk_ids, topk_weights=topk_weights)
 
 
 def _reroute_merged(
@@ -33,7 +23,7 @@ def _reroute_merged(
     # Under torch.compile(dynamic=True) these can be symbolic; the generated code depends on their value.
     options = int(select_top_k), float(threshold), int(min_active)
     if kernel_supports(topk_ids, similarity, options[0]):
-        from ..reroute.kernel import device_guard
+        from ..launching import device_guard
         from .kernel import launch_reroute_merged
 
         with device_guard(topk_ids):

@@ -12,9 +12,7 @@ logits in L2. That is faster than two launches for few experts only, see `one_la
 import triton
 import triton.language as tl
 
-from ..reroute.kernel import device_guard, launchable, most_similar, similarity_rows
-
-__all__ = ["device_guard", "launchable", "route_kernel", "route_reroute_kernel"]
+from ..reroute.kernel import most_similar, similarity_rows
 
 
 @triton.jit
@@ -105,7 +103,7 @@ def limited_to_groups(
 
 @triton.jit
 def choice_keys(
-    logits, scores, bias_ptr, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    logits, scores, bias_ptr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr, G_BLOCK: tl.constexpr,
     E: tl.constexpr, E_BLOCK: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +139,7 @@ def select(
     column = tl.arange(0, E_BLOCK)[None, :]
     slot = tl.arange(0, K_BLOCK)[None, :]
     scores = logits if LOGITS_DECIDE else scores_of(logits, SCORING)
-    keys = choice_keys(logits, scores, bias_ptr, SCORING, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK,
+    keys = choice_keys(logits, scores, bias_ptr, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO, G_BLOCK,
                        E, E_BLOCK, NARROW, ROWS)  # fmt: skip
     winners = tl.zeros([ROWS, K_BLOCK], tl.int32 if NARROW else tl.int64)
     weights = tl.zeros([ROWS, K_BLOCK], tl.float32)
@@ -213,7 +211,7 @@ def chosen_experts(
         # Asked for before this chunk is worked on: L2 is hundreds of cycles away.
         coming = load_rows(logits_ptr, start + CHUNK + row, num_tokens, stride_t, E, E_BLOCK)
         scores = scores_of(logits, SCORING) if HAS_BIAS or TOP_GROUPS < GROUPS else logits
-        keys = choice_keys(logits, scores, bias_ptr, SCORING, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO,
+        keys = choice_keys(logits, scores, bias_ptr, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2, OUTSIDE_ZERO,
                            G_BLOCK, E, E_BLOCK, NARROW, CHUNK)  # fmt: skip
         left = keys
         for _ in range(width):

@@ -7,8 +7,9 @@ import triton
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ..launching import launchable
 from ..reroute.kernel import launch_reroute
-from .kernel import launchable, route_kernel, route_reroute_kernel
+from .kernel import route_kernel, route_reroute_kernel
 from .reference import Rerouting, Scoring, projected
 
 

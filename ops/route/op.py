@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..checks import check_budget, check_same_device, check_similarity
 from ..registration import register_triton_op
-from ..reroute.op import check_budget, check_similarity
 from .reference import GROUP_SCORES, SCORINGS, Rerouting, Scoring, route_reference
 
 # K maxima are taken one after the other, of a token's scores in registers.
@@ -22,11 +22,9 @@ def check_arguments(logits: Tensor, bias: Tensor | None, scoring: Scoring, rerou
         raise ValueError(f"top_k: expected 1 to E of logits {list(logits.shape)}, got {scoring.top_k}")
     if scoring.scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring.scoring!r}")
-    if bias is not None:
-        if bias.shape != logits.shape[-1:]:
-            raise ValueError(f"bias: expected shape {list(logits.shape[-1:])}, got {list(bias.shape)}")
-        if bias.device != logits.device:
-            raise ValueError(f"bias: expected device {logits.device} (of logits), got {bias.device}")
+    if bias is not None and bias.shape != logits.shape[-1:]:
+        raise ValueError(f"bias: expected shape {list(logits.shape[-1:])}, got {list(bias.shape)}")
+    check_same_device(logits, "logits", bias=bias, similarity=rerouting.similarity, projection=rerouting.projection)
     _check_groups(int(logits.shape[-1]), scoring)
     _check_rerouting(logits, rerouting)
 
@@ -50,8 +48,6 @@ def _check_rerouting(logits: Tensor, rerouting: Rerouting) -> None:
     for name, matrix in (("similarity", rerouting.similarity), ("projection", rerouting.projection)):
         if matrix is not None and matrix.shape != (logits.shape[-1], logits.shape[-1]):
             raise ValueError(f"{name}: expected shape {[int(logits.shape[-1])] * 2}, got {list(matrix.shape)}")
-        if matrix is not None and matrix.device != logits.device:
-            raise ValueError(f"{name}: expected device {logits.device} (of logits), got {matrix.device}")
     if rerouting.projection is not None and rerouting.projection.dtype != torch.float32:
         raise TypeError(f"projection: expected dtype torch.float32, got {rerouting.projection.dtype}")
 
@@ -85,7 +81,7 @@ def _route(
     rerouting = Rerouting(similarity, *numbers, projection)
     check_arguments(logits, bias, settings, rerouting)
     if logits.is_cuda and settings.top_k <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
-        from .kernel import device_guard
+        from ..launching import device_guard
         from .launch import launch_route
 
         with device_guard(logits):
