@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from .evidence.routing_weights import outer_consumers
 from .gate import Gate, Skip, SkipReason, UseKind
 from .graph import nodes
+from .graph.walk import walk
 
 _REARRANGING = nodes.VALUE_PRESERVING | {"transpose", "permute", "repeat_interleave", "repeat"}
 
@@ -84,28 +85,19 @@ def _starts(gate: Gate) -> list[Node]:
 
 def _closure(starts: list[Node], last: Node) -> set[Node]:
     """Everything computed from `starts`, themselves included, up to `last`."""
-    found, pending = set(starts), list(starts)
-    while pending:
-        fresh = [node for node in nodes.followers(pending.pop()) if node not in found and not last < node]
-        found.update(fresh)
-        pending.extend(fresh)
-    return found
+    return set(walk(starts, lambda node: [user for user in nodes.followers(node) if not last < user]))
 
 
 def _runs_experts(node: Node, gate: Gate) -> bool:
     """Whether inputs of the graph went into the node: a [T, E] table of the routing weights alone is no output."""
-    seen, pending = {node, gate.weights, *gate.all_ids}, [node]
-    while pending:
-        reader = pending.pop()
-        is_input = reader.op in ("placeholder", "get_attr") and nodes.is_floating(reader)
-        if is_input and len(nodes.shape(reader) or ()) >= 2:
-            return True
+
+    def behind(reader: Node) -> list[Node]:
         sources = [source for source in reader.all_input_nodes if nodes.reads_numbers(reader, source)]
         sources += [w for source in sources for w in nodes.writers(source) if w < node]
-        fresh = [source for source in sources if source not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
+        return [source for source in sources if source is not gate.weights and source not in gate.all_ids]
+
+    inputs = (reader for reader in walk([node], behind) if reader.op in ("placeholder", "get_attr"))
+    return any(nodes.is_floating(found) and len(nodes.shape(found) or ()) >= 2 for found in inputs)
 
 
 def _one_row_a_token(node: Node, ids: Node) -> bool:

@@ -1,8 +1,8 @@
 """Replace a dispatch whose cost does not follow the active experts by `sere.expert_mlp`.
 
     flat = view(ids, -1)                                  flat, sort, histc, grouped_mm, silu, ... are gone
-    up = bmm(gate_up_proj[flat], repeat(hidden))    ->    out = sere.expert_mlp(hidden, ids, weights, gate_up_proj,
-    act = silu(up[:, :I]) * up[:, I:]                         down_proj, None, None, "silu_glu", False, False)
+    up = bmm(gate_up_proj[flat], repeat(hidden))    ->    out = sere.expert_mlp(hidden, ids, weights,
+    act = silu(up[:, :I]) * up[:, I:]                         gate_up=gate_up_proj, down=down_proj, ..)
     out = (bmm(down_proj[flat], act) * w).sum(1)
 
 `W[ids]` + bmm copies weights for every slot, and sort + histc + grouped_mm runs at half of the memory's speed. What
@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ from ..ops.expert_mlp.reference import expert_mlp_reference, gate_width
 from .extract_dispatch import DispatchRegion
 from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .graph import nodes
+from .graph.aliases import aliases
 from .graph.columns import constant
-from .reroute_dispatch import aliases
 
 MATMULS = frozenset({"bmm", "grouped_mm", "transformers.grouped_mm_fallback"})
 # Moving rows, counting slots, multiplying by routing weights, adding biases and slots up.
@@ -69,11 +69,9 @@ class ExpertLayer:
     interleaved: bool
     transposed: bool
 
-    def call(self, hidden: Any, ids: Any, weights: Any, value: Any) -> tuple[Any, ...]:
-        """The operator's arguments, with `value(node)` for each tensor of the layer."""
-        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        given = (None if node is None else value(node) for node in tensors)
-        return (hidden, ids, weights, *given, self.activation, self.interleaved, self.transposed)
+    def arguments(self, value: Callable[[Node], Any] = lambda node: node) -> dict[str, Any]:
+        """The operator's arguments behind ids and weights, with `value(node)` for each tensor of the layer."""
+        return {name: value(given) if isinstance(given, Node) else given for name, given in vars(self).items()}
 
 
 def fuse_experts(gate: Gate, region: DispatchRegion, sizes: Mapping[Node, int], device: torch.device) -> Gate | Skip:
@@ -217,13 +215,10 @@ def _confirmed(
     device: torch.device,
 ) -> ExpertLayer | Skip:
     """The candidate that gives the region's numbers on random experts, tokens and routes, and 0 for ids `outside`."""
-    symbols = {
-        nodes.value(node).node.expr: size for node, size in sizes.items() if isinstance(nodes.value(node), torch.SymInt)
-    }
     generator = torch.Generator(device).manual_seed(0)
 
     def random(node: Node, *, matrix: bool = False) -> torch.Tensor:
-        shape = _numbers(node, symbols)
+        shape = nodes.shape_in_call(node, sizes)
         dtype = nodes.value(node).dtype
         if matrix:
             return _random_experts(shape, dtype, generator)
@@ -238,7 +233,7 @@ def _confirmed(
             dtype = nodes.value(candidates[0].down).dtype
             hidden = random(region.activations[0]) * 4  # far enough out for clamps to act
             experts = int((nodes.shape(candidates[0].down) or ())[0])
-            shape = _numbers(region.ids, symbols)
+            shape = nodes.shape_in_call(region.ids, sizes)
             weights = torch.rand(shape, generator=generator, device=device).to(nodes.value(region.weights).dtype)
             for ids in _routes(experts, outside, shape, generator):
                 ids = ids.to(nodes.value(region.ids).dtype)
@@ -248,7 +243,7 @@ def _confirmed(
                 tolerance = _TOLERANCE[dtype] * expected.square().mean().sqrt()
                 errors = []
                 for layer in candidates:
-                    actual = expert_mlp_reference(*layer.call(flat, ids, weights, values.__getitem__)).double()
+                    actual = expert_mlp_reference(flat, ids, weights, **layer.arguments(values.__getitem__)).double()
                     errors.append((actual - expected).square().mean().sqrt())
                 candidates = [layer for layer, error in zip(candidates, errors, strict=True) if error <= tolerance]
                 if not candidates:
@@ -280,12 +275,6 @@ def _routes(
         yield few.repeat(-(-slots // len(few)))[:slots].reshape(shape)
 
 
-def _numbers(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...]:
-    """Sizes as numbers, without asking the tracer's symbols: that would specialise the graph being compiled."""
-    sizes = nodes.shape(node) or ()
-    return tuple(int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size for size in sizes)
-
-
 def _random_experts(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Expert weights [E, N, M] that keep the scale of what they multiply; their storage overlaps."""
     experts, rows, columns = shape
@@ -298,8 +287,8 @@ def _replace(gate: Gate, region: DispatchRegion, layer: ExpertLayer, hidden: Nod
     result = _result(region)
     graph = result.graph
     with graph.inserting_before(region.output):
-        arguments = layer.call(hidden, gate.ids, region.weights, lambda node: node)
-        new = graph.call_function(torch.ops.sere.expert_mlp.default, arguments)
+        routed = (hidden, gate.ids, region.weights)
+        new = graph.call_function(torch.ops.sere.expert_mlp.default, routed, layer.arguments())
     new.meta = dict(result.meta)
     result.replace_all_uses_with(new)
     for node in reversed(dict.fromkeys((*region.inside, result))):

@@ -1,8 +1,9 @@
 """Let `sere.route` re-route what it selects: one operator, and one launch where that is faster than two.
 
-    routed = sere.route(logits, None, K, ..)          routed = sere.route(logits, None, K, .., similarity, S, rho, ..)
-    weights, ids = routed[0], routed[1]         ->    weights, ids = routed[0], routed[1]
-    y = experts(ids, weights)                         y = experts(ids, weights)
+    routed = sere.route(logits, top_k=K, ..)         routed = sere.route(logits, top_k=K, .., similarity=similarity,
+    weights, ids = routed[0], routed[1]        ->                        select_top_k=S, threshold=rho, ..)
+    y = experts(ids, weights)                        weights, ids = routed[0], routed[1]
+                                                     y = experts(ids, weights)
 
 Takes the place of `reroute_dispatch` behind `fuse_router`. A gate whose ids are read by more than the dispatch
 (case 1), or whose dispatch needs slots merged (case 2), is left to `reroute_dispatch`, with a reason.
@@ -14,10 +15,8 @@ from torch.fx import Node
 
 from .gate import Gate, Skip, SkipReason
 from .graph import nodes
+from .graph.arguments import update_operator_argument
 from .reroute_dispatch import Rewrite, RoutingSettings
-
-# The arguments of `sere.route` ahead of the similarity, from the fifth on, as the operator has them by default.
-_DEFAULTS = (False, 0.0, 1.0, None, 1, 1, "max", True)
 
 
 def fuse_reroute(
@@ -50,7 +49,6 @@ def fuse_reroute(
     matrices = [matrix for matrix in (similarity, projection) if matrix is not None]
     if any(not matrix < routed for matrix in matrices):
         return Skip(SkipReason.MATRIX_LATE, routed)
-    routing = (*routed.args, *_DEFAULTS[len(routed.args) - 4 :])
-    numbers = (settings.select_top_k, settings.threshold, settings.min_active, settings.max_active)
-    routed.args = (*routing, similarity, *numbers, projection)
+    for name, value in {"similarity": similarity, **vars(settings), "projection": projection}.items():
+        update_operator_argument(routed, name, value)
     return Rewrite(gate, gate.ids, merged=False)

@@ -39,6 +39,9 @@ from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from .evidence.routing_weights import outer_consumers
 from .gate import Evidence, Gate, Skip, SkipReason
 from .graph import nodes
+from .graph.aliases import aliases
+from .graph.arguments import update_argument
+from .graph.walk import walk
 
 # Where tracers keep a node's value.
 _VALUES = ("example_value", "val", "tensor_meta")
@@ -102,7 +105,7 @@ def reroute_dispatch(
     for node in late:
         first.prepend(node)
     if not gate.is_sorted:  # only a top-k makes no promise
-        _make_sorted(gate.selection)
+        update_argument(gate.selection, 4, "sorted", True)
     with graph.inserting_before(first):
         new_ids, new_weights = _insert(graph, gate, similarity, settings, projection)
     copies = dict.fromkeys(gate.all_ids, new_ids)
@@ -181,13 +184,6 @@ def _describe(new: Node, like: Node, value: object) -> None:
         new.meta[key] = value
 
 
-def _make_sorted(selection: Node) -> None:
-    if len(selection.args) > 4:
-        selection.args = (*selection.args[:4], True)
-    else:
-        selection.kwargs = {**selection.kwargs, "sorted": True}
-
-
 def _rebased(read: Node, copies: dict[Node, Node]) -> Node:
     """The view, cast, copy or mask `read` of the old ids, made from the new ids; `copies` starts as {ids: new_ids}."""
     if read not in copies:
@@ -215,12 +211,11 @@ def _erase_unused_views(gate: Gate) -> None:
 
 def _late_part(weights: Node, first: Node) -> list[Node]:
     """What the weights are computed by at or after `first`, in graph order: it has to move in front of it."""
-    late, pending = set(), [weights]
-    while pending:
-        node = pending.pop()
-        if not node < first and node not in late:
-            late.add(node)
-            pending.extend(node.all_input_nodes)
+
+    def is_late(node: Node) -> bool:
+        return not node < first
+
+    late = walk(filter(is_late, [weights]), lambda node: filter(is_late, node.all_input_nodes))
     return sorted(late)
 
 
@@ -252,24 +247,3 @@ def _changed_after(first: Node, watched: list[Node], ignoring: list[Node]) -> No
         if late:
             return min(late)
     return None
-
-
-def aliases(tensor: Node) -> set[Node]:
-    """Every node that may share memory with the tensor, forward and backward through views and in-place results."""
-    found, pending = {tensor}, [tensor]
-    while pending:
-        node = pending.pop()
-        near = [user for user in node.users if _shares_memory(user, node)]
-        base = nodes.operand(node) if node.op in ("call_function", "call_method") else None
-        if base is not None and _shares_memory(node, base):
-            near.append(base)
-        fresh = [n for n in near if n not in found]
-        found.update(fresh)
-        pending.extend(fresh)
-    return found
-
-
-def _shares_memory(result: Node, source: Node) -> bool:
-    if nodes.operand(result) is not source:
-        return False
-    return nodes.kind(result) in nodes.ALIASING or source in nodes.writes(result)

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from ..gate import Use, UseKind
 from ..graph import nodes
 from ..graph.columns import cut_from
+from ..graph.walk import walk
 from .duplicate_safety import COUNTS, consumers, slots_stay_apart
 from .expert_evidence import (
     is_multiplied,
@@ -146,16 +147,17 @@ def _only_masks(consumer: Node, columns: int) -> bool:
     """Whether a consumer only shapes scores [.., columns] that are selected from or looked up."""
     if nodes.last_size(consumer) != columns:
         return False
-    pending, seen = [consumer], {consumer}
-    while pending:
-        for user in nodes.followers(pending.pop()):
-            if nodes.last_size(user) == columns:
-                if user not in seen:
-                    seen.add(user)
-                    pending.append(user)
-            elif nodes.kind(user) not in _READS_SCORES and nodes.reads_numbers(user, consumer):
-                return False
-    return True
+
+    def scores_behind(node: Node) -> list[Node]:
+        return [user for user in nodes.followers(node) if nodes.last_size(user) == columns]
+
+    others = (
+        user
+        for node in walk([consumer], scores_behind)
+        for user in nodes.followers(node)
+        if nodes.last_size(user) != columns
+    )
+    return all(nodes.kind(user) in _READS_SCORES or not nodes.reads_numbers(user, consumer) for user in others)
 
 
 def _classify(

@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.columns import constant
+from ..graph.walk import walk
 
 # How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is 60 nodes.
 _HORIZON = 200
@@ -80,16 +81,10 @@ def is_multiplied(gathered: Node) -> bool:
 
     On the way they may be viewed, taken apart or scaled (dequantised).
     """
-    pending, seen = [gathered], {gathered}
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if nodes.kind(user) in _PRODUCTS and not _only_with_weights(user, node):
-                return True
-            if nodes.kind(user) in _REARRANGES | {"mul", "sub"} and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
+    kept = _REARRANGES | {"mul", "sub"}
+    weights = walk([gathered], lambda node: [user for user in node.users if nodes.kind(user) in kept])
+    products = ((user, node) for node in weights for user in node.users if nodes.kind(user) in _PRODUCTS)
+    return any(not _only_with_weights(user, node) for user, node in products)
 
 
 _MOVES = _REARRANGES | {"repeat", "repeat_interleave"}
@@ -102,18 +97,19 @@ def scales_experts(look_up: Node) -> bool:
 
     There it belongs to the expert (a scale of packed weights). Multiplied with the routing weights it does not.
     """
-    pending, seen = [look_up], {look_up}
-    while pending:
-        for user in pending.pop().users:
-            name = nodes.kind(user)
-            calculates = nodes.is_floating(user) or name in ("sub", "add", "mul")  # whole numbers are shifted as well
-            if name in _MOVES or (calculates and _looked_up(user)):
-                if user not in seen:
-                    seen.add(user)
-                    pending.append(user)
-            elif calculates and name not in _JOINS_SLOTS | _REDUCES and nodes.count(user) != nodes.count(look_up):
-                return True
-    return False
+
+    def calculates(user: Node) -> bool:  # whole numbers are shifted as well
+        return nodes.is_floating(user) or nodes.kind(user) in ("sub", "add", "mul")
+
+    def stays_single(user: Node) -> bool:
+        return nodes.kind(user) in _MOVES or (calculates(user) and _looked_up(user))
+
+    def meets_many(user: Node) -> bool:
+        joins = nodes.kind(user) in _JOINS_SLOTS | _REDUCES or stays_single(user)
+        return calculates(user) and not joins and nodes.count(user) != nodes.count(look_up)
+
+    single = walk([look_up], lambda node: filter(stays_single, node.users))
+    return any(meets_many(user) for node in single for user in node.users)
 
 
 def _looked_up(node: Node) -> bool:
@@ -216,19 +212,12 @@ def numbers_named(consumer: Node) -> set[int]:
         return {int(other)} if isinstance(other, (int, float)) and other == int(other) else set()
     if name not in ("one_hot", "scatter", "scatter_add"):
         return set()
-    columns: set[int] = set()
-    pending = nodes.followers(consumer)
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        picked = _picked_numbers(node)
-        columns |= picked
-        rearranged = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute"}
-        if not picked and (rearranged or nodes.same_shape(node, consumer)):
-            fresh = [user for user in nodes.followers(node) if user not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
-    return columns
+
+    def ahead(node: Node) -> list[Node]:
+        kept = nodes.kind(node) in nodes.VALUE_PRESERVING | {"transpose", "permute"} or nodes.same_shape(node, consumer)
+        return nodes.followers(node) if kept and not _picked_numbers(node) else []
+
+    return {number for node in walk(nodes.followers(consumer), ahead) for number in _picked_numbers(node)}
 
 
 def _picked_numbers(node: Node) -> set[int]:

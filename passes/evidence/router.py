@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -9,6 +10,7 @@ from torch.fx import Node
 from ..gate import Evidence, Skip, SkipReason
 from ..graph import nodes
 from ..graph.columns import cut_from
+from ..graph.walk import walk
 
 # Operations that keep one score per expert on their way from the projection to the selection.
 _SCORING = frozenset(
@@ -146,15 +148,10 @@ def _made_of(factor: Node) -> Node | None:
     root = nodes.parameter_root(factor)
     if root is not None:
         return root
-    pending, seen = [factor], {factor}
-    while pending and len(seen) < _FACTOR_NODES:
-        node = pending.pop()
-        if node.op in ("placeholder", "get_attr") and not nodes.is_model_state(node):
-            return None
-        fresh = [source for source in node.all_input_nodes if source not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    inputs = [node for node in seen if node.op in ("placeholder", "get_attr") and nodes.is_floating(node)]
+    made_of = list(itertools.islice(walk([factor], lambda node: node.all_input_nodes), _FACTOR_NODES))
+    inputs = [node for node in made_of if node.op in ("placeholder", "get_attr")]
+    if len(made_of) == _FACTOR_NODES or not all(map(nodes.is_model_state, inputs)):
+        return None
     # make_fx reads an attribute anew for each use.
-    matrices = {node.target: node for node in inputs if len(nodes.shape(node) or ()) == 2}
-    return next(iter(matrices.values())) if not pending and len(matrices) == 1 else None
+    matrices = {n.target: n for n in inputs if nodes.is_floating(n) and len(nodes.shape(n) or ()) == 2}
+    return next(iter(matrices.values())) if len(matrices) == 1 else None

@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..gate import Evidence, Skip, SkipReason, Use, UseKind
 from ..graph import nodes
 from ..graph.columns import columns_of
+from ..graph.walk import walk
 
 _BENDING = frozenset({"softmax", "log_softmax", "sigmoid", "tanh", "exp", "sqrt", "softplus", "log", "pow"}) | {
     "logsigmoid",
@@ -61,21 +62,19 @@ def weigh_a_product(ids: Node, values: list[Node], uses: list[Use]) -> bool:
 
     Experts' outputs are weighed, or their inputs scaled. Documents, prompts and keys that indices fetch are not.
     """
-    pending = _starts(values, uses)
-    seen = set(pending)
-    while pending and len(seen) < _FAR:
-        node = pending.pop()
-        for user in node.users:
-            others = [source for source in nodes.operands(user) if source is not node]
-            multiplies = nodes.kind(user) in _PRODUCTS | {"mul"} and not nodes.same_shape(user, ids)
-            if multiplies and any(nodes.is_floating(other) and not _is_weight(other) for other in others):
-                return True
-            # Added to hidden states they are part of these from there on.
-            added = nodes.kind(user) in ("add", "sub") and not nodes.same_shape(user, node)
-            if user not in seen and nodes.is_floating(user) and not added:
-                seen.add(user)
-                pending.append(user)
-    return False
+
+    def ahead(node: Node) -> list[Node]:
+        # Added to hidden states they are part of these from there on.
+        added = [u for u in node.users if nodes.kind(u) in ("add", "sub") and not nodes.same_shape(u, node)]
+        return [user for user in node.users if nodes.is_floating(user) and user not in added]
+
+    def multiplies(user: Node, node: Node) -> bool:
+        others = [source for source in nodes.operands(user) if source is not node]
+        product = nodes.kind(user) in _PRODUCTS | {"mul"} and not nodes.same_shape(user, ids)
+        return product and any(nodes.is_floating(other) and not _is_weight(other) for other in others)
+
+    scores = walk(_starts(values, uses), ahead, _FAR)
+    return any(multiplies(user, node) for node in scores for user in node.users)
 
 
 def _refused(weights: Node, ids: Node, projection: Node) -> Skip | None:
@@ -125,15 +124,8 @@ def _rearranged_from(node: Node) -> list[Node]:
 
 def _enters_product(node: Node) -> bool:
     """Whether a tensor is multiplied by a matrix before anything else is done to it."""
-    pending, seen = [node], {node}
-    while pending:
-        for user in pending.pop().users:
-            if nodes.kind(user) in _PRODUCTS:
-                return True
-            if nodes.kind(user) in _MOVES_ROWS and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
+    moved = walk([node], lambda seen: [user for user in seen.users if nodes.kind(user) in _MOVES_ROWS - _PRODUCTS])
+    return any(nodes.kind(user) in _PRODUCTS for seen in moved for user in seen.users)
 
 
 def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | None:
@@ -143,15 +135,15 @@ def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | N
     weights. Uses that keep slots apart cannot; the others are followed up to the first weight that they meet.
     """
     look_ups = {use.consumer for use in uses if use.kind is UseKind.LOOK_UP}
-    scores, pending = {projection}, [projection]
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            rows = nodes.last_size(user) == nodes.last_size(projection)
-            rows = rows and nodes.is_floating(user) and nodes.leading_count(user) == nodes.leading_count(ids)
-            if rows and user not in scores and user not in look_ups and nodes.reads_numbers(user, node):
-                scores.add(user)
-                pending.append(user)
+
+    def is_score(user: Node) -> bool:
+        rows = nodes.last_size(user) == nodes.last_size(projection) and nodes.is_floating(user)
+        return rows and nodes.leading_count(user) == nodes.leading_count(ids) and user not in look_ups
+
+    def scores_of(node: Node) -> list[Node]:
+        return [user for user in node.users if is_score(user) and nodes.reads_numbers(user, node)]
+
+    scores = set(walk([projection], scores_of))
     unsafe = [use.consumer for use in uses if use.kind.dispatches and not use.kind.sums_duplicates]
     # Behind the last reader of the scores nothing can meet them: the rest of a deep model is not walked.
     last = max((user for node in scores for user in node.users if user.op != "output"), default=projection)

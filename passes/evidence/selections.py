@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from ..gate import Evidence, Skip, SkipReason
 from ..graph import nodes
 from ..graph.columns import columns_of, constant
+from ..graph.walk import walk
 from .token_places import drops_tokens
 
 # What computes logits: nothing of one router's selection lies behind it.
@@ -277,15 +278,11 @@ def _concatenated(node: Node) -> list[Node]:
 def _depends(scores: Node, ids: tuple[Node, ...]) -> bool:
     """Whether the scores of a later step were made, in the shape of scores, with the ids of an earlier one."""
     width, views = nodes.last_size(scores), set(_views(ids))
-    pending, seen = [scores], {scores}
-    while pending:
-        node = pending.pop()
+
+    def sources(node: Node) -> list[Node]:
         if nodes.kind(node) in _PROJECTING:
-            continue
-        sources = [*node.all_input_nodes, *(w for w in nodes.writers(node) if w < scores)]
-        if any(source in views for source in sources):
-            return True
-        fresh = [s for s in dict.fromkeys(sources) if s not in seen and nodes.last_size(s) == width]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
+            return []
+        return [*node.all_input_nodes, *(writer for writer in nodes.writers(node) if writer < scores)]
+
+    made_of = walk([scores], lambda node: [source for source in sources(node) if nodes.last_size(source) == width])
+    return any(source in views for node in made_of for source in sources(node))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ..graph import nodes
+from ..graph.walk import walk
 
 # How many nodes ahead are looked at.
 _HORIZON = 200
@@ -57,16 +58,8 @@ def drops_tokens(consumer: Node) -> bool:
 
 def is_counted(table: Node | None) -> bool:
     """Whether a table is computed from counts, as the first row of each expert is."""
-    pending = [table] if table is not None else []
-    seen = set(pending)
-    while pending and len(seen) < _COUNTED_WITHIN:
-        node = pending.pop()
-        if nodes.kind(node) in _COUNTING:
-            return True
-        fresh = [source for source in nodes.operands(node) if source not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
+    made_of = walk([] if table is None else [table], nodes.operands, _COUNTED_WITHIN)
+    return any(nodes.kind(node) in _COUNTING for node in made_of)
 
 
 _TAKES_PARTS = frozenset({"split", "split_with_sizes", "tensor_split", "chunk", "slice", "narrow"})
@@ -84,16 +77,15 @@ def split_at_fixed_places(sort: Node, slots: object) -> Node | None:
     """
     if nodes.kind(sort) not in ("sort", "argsort") or not isinstance(slots, int):
         return None
-    pending, seen = [sort], {sort}
-    while pending and len(seen) < _HORIZON:
-        node = pending.pop()
+
+    def in_order(node: Node) -> list[Node]:
+        users = nodes.followers(node)
+        return [user for user in users if nodes.kind(user) == "item" or (nodes.shape(user) or (None,))[0] == slots]
+
+    for node in walk([sort], in_order, _HORIZON):
         for user in nodes.followers(node):
-            sizes = nodes.shape(user)
             if _takes_fixed_part(user, node, slots):
                 return user
-            if user not in seen and (nodes.kind(user) == "item" or (sizes and sizes[0] == slots)):
-                seen.add(user)
-                pending.append(user)
     return None
 
 

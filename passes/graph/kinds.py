@@ -1,0 +1,134 @@
+"""What a node is: one name for every tracer's spelling of an operation."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from .values import is_tensor
+
+# Different spellings of one operation. The left side is what a tracer records, the right side is the name
+# that passes use. A spelling that is missing here keeps its own name.
+_SPELLINGS = {
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "special_softmax": "softmax",
+    "_to_copy": "to",
+    "float": "to",
+    "double": "to",
+    "half": "to",
+    "bfloat16": "to",
+    "int": "to",
+    "long": "to",
+    "type": "to",
+    "type_as": "to",
+    "reshape": "view",
+    "flatten": "view",
+    "ravel": "view",
+    "unflatten": "view",
+    "view_as": "view",
+    "reshape_as": "view",
+    "_unsafe_view": "view",
+    "t": "transpose",
+    "swapaxes": "transpose",
+    "numpy_T": "transpose",
+    "alias": "detach",
+    "lift_fresh_copy": "clone",
+    "mm": "matmul",
+    "__matmul__": "matmul",
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "itruediv": "div_",
+    "floordiv": "floor_divide",
+    "ifloordiv": "floor_divide_",
+    "multiply": "mul",
+    "imul": "mul_",
+    "iadd": "add_",
+    "isub": "sub_",
+    "imod": "remainder_",
+    "mod": "remainder",
+    "ipow": "pow_",
+    "iand": "bitwise_and_",
+    "ior": "bitwise_or_",
+    "ixor": "bitwise_xor_",
+    # Not in-place: Python's `&`, `|` and `~`, whose functions end in an underscore to dodge keywords.
+    "and_": "bitwise_and",
+    "or_": "bitwise_or",
+    "__and__": "bitwise_and",
+    "__or__": "bitwise_or",
+    "__iand__": "bitwise_and_",
+    "__ior__": "bitwise_or_",
+    "__add__": "add",
+    "__mul__": "mul",
+    "_index_put_impl": "index_put",
+    "_unsafe_index": "index",
+    "setitem": "index_put_",
+    "_grouped_mm": "grouped_mm",
+    "_cdist_forward": "cdist",
+    "_euclidean_dist": "cdist",
+    "__eq__": "eq",
+}
+
+# Operations that return their tensor operand's values in the same order: views, casts and copies.
+VALUE_PRESERVING = frozenset(
+    {"view", "to", "clone", "contiguous", "detach", "unsqueeze", "squeeze", "expand", "expand_as"}
+)
+# ... and those whose result may share memory with the operand, so that a write to one is seen in the other.
+ALIASING = VALUE_PRESERVING - {"clone"} | {"transpose", "permute", "slice", "select", "chunk", "split", "unbind"}
+
+
+def raw_name(node: Node) -> str:
+    """The operation's name as the tracer wrote it, without namespace and overload."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return _without_namespace(target._schema.name)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _without_namespace(target._qualified_op_name)
+    if isinstance(target, str):
+        return target
+    return getattr(target, "__name__", type(target).__name__)
+
+
+def spelling(node: Node) -> str:
+    """The operation's canonical name, with the mark of an in-place variant."""
+    return _SPELLINGS.get(raw_name(node), raw_name(node))
+
+
+def _without_namespace(qualified: str) -> str:
+    namespace, _, name = qualified.partition("::")
+    return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
+
+
+def kind(node: Node) -> str:
+    """Canonical name of the operation, without the mark of an in-place variant (`div_` is `div`).
+
+    `placeholder`, `get_attr`, `output` and `call_module` nodes have their opcode as kind. Indexing is split:
+    `index` takes at least one index tensor, `slice` takes only numbers, slices, None and Ellipsis, `unsqueeze`
+    adds dimensions and takes everything, and `item` picks one result of an operation that returns several.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return node.op
+    name = spelling(node)
+    if name == "getitem":
+        return _kind_of_getitem(node)
+    if name == "getattr" and node.args[1] in ("T", "mT", "H", "mH"):
+        return "transpose"
+    if name == "index_select":
+        return "index"
+    return name[:-1] if marks_in_place(name) else name
+
+
+def _kind_of_getitem(node: Node) -> str:
+    source, index = node.args
+    if isinstance(source, Node) and not is_tensor(source) and isinstance(index, int):
+        return "item"
+    parts = index if isinstance(index, (tuple, list)) else (index,)
+    if all(part is None or part is Ellipsis or part == slice(None) for part in parts):
+        return "unsqueeze"
+    return "index" if any(isinstance(part, Node) and is_tensor(part) for part in parts) else "slice"
+
+
+def marks_in_place(name: str) -> bool:
+    """Whether a name is that of an in-place variant, `add_`, and not of a special method."""
+    return name.endswith("_") and not name.endswith("__")
