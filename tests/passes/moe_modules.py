@@ -56,6 +56,25 @@ class Indexed(Block):
         return (y.squeeze(2) * weights[..., None]).sum(1)
 
 
+class Used(Indexed):
+    """`Indexed` whose ids also go through a function of (block, x, ids, scores); its result is returned as well."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.scale = nn.Parameter(torch.rand(EXPERTS))
+        self.other = nn.Parameter(torch.rand(EXPERTS))
+        self.expert_bias = nn.Parameter(torch.rand(EXPERTS, HIDDEN))
+        self.register_buffer("load", torch.zeros(EXPERTS, dtype=torch.int64))
+        self.register_buffer("packed", torch.randint(-9, 9, (EXPERTS, HIDDEN, 4), dtype=torch.int8))
+        self.register_buffer("zero", torch.randint(-9, 9, (EXPERTS,), dtype=torch.int8))
+
+    def forward(self, x):
+        scores = self.scores(x)
+        values, ids = torch.topk(scores, self.top_k, dim=-1)
+        return self.dispatch(x, ids, values), self.function(self, x, ids, scores)
+
+
 class Grouped(Block):
     """Sorts slots by expert, counts them, writes the rows back: duplicates are summed."""
 

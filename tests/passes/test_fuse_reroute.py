@@ -40,10 +40,13 @@ def test_one_operator_routes_and_re_routes(projecting):
     (call,) = [node for node in graph.graph.nodes if kind(node) == "sere.route"]
     assert not [node for node in graph.graph.nodes if kind(node) == "sere.reroute"]
     logits, matrix, factors = torch.randn(T, E), torch.rand(E, E), torch.rand(E, E)
-    values = {call.args[0]: logits, similarity: matrix, projection: factors}
-    arguments = [values.get(argument, argument) for argument in call.args]
-    weights, ids = torch.ops.sere.route.default(*arguments)
-    old_weights, old_ids = torch.ops.sere.route.default(*arguments[:8])
+    values = {similarity: matrix, projection: factors}
+    arguments = {name: values.get(argument, argument) for name, argument in call.kwargs.items()}
+    weights, ids = torch.ops.sere.route.default(logits, **arguments)
+    rerouting = {"similarity", "select_top_k", "threshold", "min_active", "max_active", "projection"}
+    assert rerouting <= arguments.keys()
+    alone = {name: argument for name, argument in arguments.items() if name not in rerouting}
+    old_weights, old_ids = torch.ops.sere.route.default(logits, **alone)
     want = reroute(old_ids, matrix, 1, 0.25, 2)
     assert torch.equal(ids, want)
     assert not torch.equal(ids, old_ids)
@@ -85,6 +88,6 @@ def test_what_it_cannot_take_over_stays(change, reason):
     """Each refusal has its reason, and leaves the operator alone."""
     graph, gate, (similarity, _) = routed_gate()
     gate = change(graph, gate)
-    arguments = gate.selection.args
+    arguments = gate.selection.args, gate.selection.kwargs
     assert str(fuse_reroute(gate, similarity, RoutingSettings(1))) == reason
-    assert gate.selection.args == arguments
+    assert (gate.selection.args, gate.selection.kwargs) == arguments

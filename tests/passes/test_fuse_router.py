@@ -204,14 +204,15 @@ def test_one_operator_routes(route, options, tokens):
         graph.graph.lint()
         graph.recompile()
         (call,) = [node for node in graph.graph.nodes if kind(node) == "sere.route"]
-        assert call.args[3:7] == options
-        assert (call.args[1] is not None) == (route in (biased, grouped_biased))
+        assert tuple(map(call.kwargs.get, ("scoring", "renormalize", "epsilon", "scale"))) == options
+        assert (call.kwargs["bias"] is not None) == (route in (biased, grouped_biased))
         groups = {
             grouped: (4, 2, "max", True),
             grouped_biased: (4, 2, "top2", False),
             grouped_logits: (4, 2, "max", False),
         }
-        assert call.args[8:] == groups.get(route, (1, 1, "max", True))
+        names = ("num_groups", "top_groups", "group_score", "outside_zero")
+        assert tuple(map(call.kwargs.get, names)) == groups.get(route, (1, 1, "max", True))
         assert not {"topk", "softmax", "sigmoid", "gather"} & {kind(node) for node in graph.graph.nodes}
         again = torch.compile(layer, backend=_fusing, dynamic=False)
         torch._dynamo.reset()

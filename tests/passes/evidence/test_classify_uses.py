@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from sere_compile.passes import SkipReason, UseKind, find_gates
+from sere_compile.passes import UseKind, find_gates
 from sere_compile.passes.graph import nodes
 
 from ..moe_modules import (
@@ -17,12 +16,10 @@ from ..moe_modules import (
     TOP_K,
     TRACERS,
     Block,
-    ColumnLoop,
-    ExpertLoop,
     Grouped,
     Indexed,
+    Used,
     expected,
-    from_dynamo,
     from_export,
     one_gate,
     reroute,
@@ -30,31 +27,6 @@ from ..moe_modules import (
     run,
     similarity,
 )
-
-
-class Used(Indexed):
-    """`Indexed` whose ids also go through a function of (block, x, ids, scores); its result is returned as well."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-        self.scale = nn.Parameter(torch.rand(EXPERTS))
-        self.other = nn.Parameter(torch.rand(EXPERTS))
-        self.expert_bias = nn.Parameter(torch.rand(EXPERTS, HIDDEN))
-        self.register_buffer("load", torch.zeros(EXPERTS, dtype=torch.int64))
-        self.register_buffer("packed", torch.randint(-9, 9, (EXPERTS, HIDDEN, 4), dtype=torch.int8))
-        self.register_buffer("zero", torch.randint(-9, 9, (EXPERTS,), dtype=torch.int8))
-
-    def forward(self, x):
-        scores = self.scores(x)
-        values, ids = torch.topk(scores, self.top_k, dim=-1)
-        return self.dispatch(x, ids, values), self.function(self, x, ids, scores)
-
-
-def kinds(module, trace=from_export):
-    """{kind of operation: kind of use} over all uses of the only gate's ids."""
-    return {nodes.kind(use.consumer): use.kind for use in one_gate(trace(module, rows())).uses}
-
 
 # name -> (function of (block, x, ids, scores), operation that consumes the ids, kind of use)
 USES = {
@@ -112,31 +84,6 @@ USES = {
     "unsafe sort": (lambda b, x, ids, s: ids.flatten().sort()[0] + 1, "sort", UseKind.UNKNOWN),
 }
 
-# name -> (the same, kind of the uses that look numbers up)
-SCALES = {
-    "returned": (lambda b, x, ids, s: b.scale[ids], UseKind.LOOK_UP),
-    "of routing weights": (
-        lambda b, x, ids, s: ((s.gather(1, ids) * b.scale[ids]).unsqueeze(-1) * b.expert_bias[ids]).sum(1),
-        UseKind.LOOK_UP,
-    ),
-    "of rows of routing weights": (
-        lambda b, x, ids, s: b.scale[ids.flatten()].unsqueeze(-1) * s.gather(1, ids).reshape(-1, 1),
-        UseKind.LOOK_UP,
-    ),
-    "of outputs": (
-        lambda b, x, ids, s: b.expert_bias[ids.flatten()] * b.scale[ids.flatten()][:, None],
-        UseKind.EXPERT_INDEX,
-    ),
-    "of outputs, with a constant and another": (
-        lambda b, x, ids, s: b.expert_bias[ids] * (b.scale[ids] * 2 * b.other[ids]).unsqueeze(-1),
-        UseKind.EXPERT_INDEX,
-    ),
-    "a zero point": (
-        lambda b, x, ids, s: (b.packed[ids.flatten()] - b.zero[ids.flatten()].view(-1, 1, 1)).float().sum(),
-        UseKind.EXPERT_INDEX,
-    ),
-}
-
 
 class TestKinds:
     @pytest.mark.parametrize("tracer", ["dynamo", "export"])
@@ -147,16 +94,6 @@ class TestKinds:
         gate = one_gate(TRACERS[tracer](Used(function), rows()))
         found = {(nodes.kind(use.consumer), use.kind) for use in gate.uses}
         assert (operation, kind) in found, found
-
-    @pytest.mark.parametrize("tracer", ["dynamo", "export"])
-    @pytest.mark.parametrize("name", SCALES)
-    def test_a_number_an_expert(self, name, tracer):
-        """It goes with the expert where it meets the expert's weights or outputs, with the original ids elsewhere."""
-        function, kind = SCALES[name]
-        gate = one_gate(TRACERS[tracer](Used(function), rows()))
-        tables = [use.kind for use in gate.uses if len(nodes.shape(nodes.operand(use.consumer))) == 1]
-        assert tables
-        assert set(tables) == {kind}
 
     def test_dispatches(self):
         """Looking up and counting are no dispatch; only two kinds are proven to sum duplicates."""
@@ -230,127 +167,6 @@ def test_look_ups(name, tracer):
     gate = one_gate(TRACERS[tracer](Looked(), rows()))
     assert [use.kind for use in gate.uses if not use.kind.dispatches] == [UseKind.LOOK_UP]
     assert [use.kind for use in gate.dispatch_uses] == [UseKind.EXPERT_INDEX]
-
-
-class Sorted(Block):
-    """Slots in the order of their experts; `combine` says how rows get back to their tokens."""
-
-    def __init__(self, combine):
-        super().__init__()
-        self.combine = combine
-
-    def dispatch(self, x, ids, weights):
-        flat, order = torch.sort(ids.view(-1))
-        y = torch.bmm(torch.tanh(x[order // self.top_k])[:, None], self.experts[flat]).squeeze(1)
-        return self.combine(self, x, order, y * weights.view(-1)[order][:, None])
-
-
-def inverse_by_write(b, x, order, y):
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0])
-    return y[inverse].view(-1, TOP_K, HIDDEN).sum(1)
-
-
-SAFE = {
-    "index_add by token": lambda b, x, order, y: torch.zeros_like(x).index_add(0, order // TOP_K, y),
-    "index_put accumulating": lambda b, x, order, y: torch.zeros_like(x).index_put((order // TOP_K,), y, True),
-    "inverse by argsort": lambda b, x, order, y: y[order.argsort()].view(-1, TOP_K, HIDDEN).sum(1),
-    "inverse by write": inverse_by_write,
-    "write by slot": lambda b, x, order, y: torch.zeros_like(y).index_copy(0, order, y).view(-1, TOP_K, HIDDEN).sum(1),
-    "scatter_add": lambda b, x, order, y: torch.zeros_like(x).scatter_add(
-        0, (order // TOP_K)[:, None].expand(-1, HIDDEN), y
-    ),
-}
-UNSAFE = {
-    "write by token": lambda b, x, order, y: torch.zeros_like(x).index_put((order // TOP_K,), y),
-    "scatter by token": lambda b, x, order, y: torch.zeros_like(x).scatter(
-        0, (order // TOP_K)[:, None].expand(-1, HIDDEN), y
-    ),
-    "compared tokens": lambda b, x, order, y: ((order // TOP_K)[:, None] == torch.arange(x.shape[0])).float().T @ y,
-    "inverse used for more": lambda b, x, order, y: y[order.argsort() % 5],
-    "order as data": lambda b, x, order, y: x + (order * 1.0).sum(),
-}
-
-
-class Sentinels(Sorted):
-    """What is not a number of an expert is told by `compare`, and clamped, in place or not."""
-
-    def __init__(self, compare, in_place):
-        super().__init__(SAFE["inverse by write"])
-        self.compare, self.in_place = compare, in_place
-
-    def dispatch(self, x, ids, weights):
-        flat, order = torch.sort(ids.view(-1))
-        sentinel = self.compare(flat)[:, None]
-        flat = flat.clamp_(max=EXPERTS - 1) if self.in_place else flat.clamp(max=EXPERTS - 1)
-        y = torch.bmm(torch.tanh(x[order // self.top_k])[:, None], self.experts[flat]).squeeze(1)
-        return self.combine(self, x, order, (y * weights.view(-1)[order][:, None]).masked_fill(sentinel, 0.0))
-
-
-@pytest.mark.parametrize("tracer", ["dynamo", "export"])
-class TestSortedSlots:
-    @pytest.mark.parametrize("in_place", [True, False])
-    def test_sentinels(self, in_place, tracer):
-        """Rows of no expert, as transformers 5.17 masks them, are told by what no expert's number answers otherwise."""
-        gate = one_gate(TRACERS[tracer](Sentinels(lambda flat: flat >= EXPERTS, in_place), rows()))
-        assert {use.kind for use in gate.uses} == {UseKind.GROUPED}
-        gate = one_gate(TRACERS[tracer](Sentinels(lambda flat: flat >= EXPERTS - 1, in_place), rows()))
-        assert {use.kind for use in gate.uses} == {UseKind.UNKNOWN}
-
-    @pytest.mark.parametrize("name", SAFE)
-    def test_safe(self, name, tracer):
-        """Ways to bring sorted rows back that treat each slot on its own."""
-        gate = one_gate(TRACERS[tracer](Sorted(SAFE[name]), rows()))
-        assert {use.kind for use in gate.uses} == {UseKind.GROUPED}
-
-    @pytest.mark.parametrize("name", UNSAFE)
-    def test_unsafe(self, name, tracer):
-        """What could depend on two slots at once is not taken for safe."""
-        gate = one_gate(TRACERS[tracer](Sorted(UNSAFE[name]), rows()))
-        assert {use.kind for use in gate.uses} == {UseKind.UNKNOWN}
-
-
-class HalfLoop(ExpertLoop):
-    """Asks for seven of eight experts."""
-
-    def dispatch(self, x, ids, weights):
-        y = torch.zeros_like(x)
-        for number in range(self.num_experts - 1):
-            y = y + (weights * (ids == number)).sum(-1, keepdim=True) * self.expert(number, x)
-        return y
-
-
-class OneHotLoop(ExpertLoop):
-    """The one-hot mask that Hugging Face's old expert loops made, a row for each expert."""
-
-    def dispatch(self, x, ids, weights):
-        mask = F.one_hot(ids, self.num_experts).permute(2, 0, 1)
-        y = torch.zeros_like(x)
-        for number in range(self.num_experts):
-            y = y + (weights * mask[number]).sum(-1, keepdim=True) * self.expert(number, x)
-        return y
-
-
-class TestExpertModules:
-    """Experts that are modules of their own leave no stacked weight in the graph."""
-
-    @pytest.mark.parametrize("tracer", TRACERS)
-    @pytest.mark.parametrize("module", [ExpertLoop, ColumnLoop], ids=lambda module: module.__name__)
-    def test_every_number_asked_for(self, module, tracer):
-        """Comparing with, or taking the column of, each number 0 .. E-1 is evidence of experts."""
-        assert one_gate(TRACERS[tracer](module(), rows())).num_experts == EXPERTS
-
-    @pytest.mark.parametrize("trace", [from_dynamo, from_export])
-    def test_one_hot_rows(self, trace):
-        """So are the rows of a one-hot mask."""
-        assert one_gate(trace(OneHotLoop(), rows())).needs_merge
-
-    @pytest.mark.parametrize("tracer", TRACERS)
-    def test_some_numbers_asked_for(self, tracer):
-        """Seven of eight numbers are none."""
-        [skip] = find_gates(TRACERS[tracer](HalfLoop(), rows())).skips
-        assert skip.reason is SkipReason.NO_DISPATCH
-        assert skip.detail == "ids are used by eq: leaves the graph"
 
 
 def sorted_outside(b, x):
