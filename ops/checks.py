@@ -1,4 +1,4 @@
-"""Checks of the arguments that operators share: TypeError for a dtype, ValueError for a shape, a device or a number.
+"""Checks of arguments that operators share: TypeError for a dtype, ValueError for anything else.
 
 Each message names the argument, what was expected and what came.
 """
@@ -16,7 +16,7 @@ def check_ids(topk_ids: Tensor) -> None:
 
 
 def check_weights(topk_ids: Tensor, topk_weights: Tensor) -> None:
-    """Raise TypeError or ValueError unless the weights are floating-point, in the shape and place of the ids."""
+    """Raise unless the weights are floating-point, with the shape and device of the ids."""
     if not topk_weights.is_floating_point():
         raise TypeError(f"topk_weights: expected a floating-point dtype, got {topk_weights.dtype}")
     if topk_weights.shape != topk_ids.shape:
@@ -27,7 +27,7 @@ def check_weights(topk_ids: Tensor, topk_weights: Tensor) -> None:
 
 
 def check_token_mask(topk_ids: Tensor, token_mask: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the mask, where there is one, has a boolean for each row of the ids."""
+    """Raise unless the mask, if there is one, has one boolean per token of the ids."""
     if token_mask is None:
         return
     if token_mask.dtype != torch.bool:
@@ -40,7 +40,7 @@ def check_token_mask(topk_ids: Tensor, token_mask: Tensor | None) -> None:
 
 
 def check_similarity(similarity: Tensor, min_active: int) -> None:
-    """Raise TypeError or ValueError unless the matrix is fp32, bf16 or fp16 [E, E] and `min_active` at least 0."""
+    """Raise unless the matrix is fp32, bf16 or fp16 [E, E] and `min_active` at least 0."""
     if similarity.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"similarity: expected dtype torch.float32, torch.bfloat16 or torch.float16, got {similarity.dtype}"

@@ -1,4 +1,4 @@
-"""What every launcher of a Triton kernel needs. Imports Triton: only `kernel.py` and `launch.py` files import this."""
+"""What every launcher of a Triton kernel needs. Imports Triton, so import it late."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from triton.runtime.jit import JITFunction
 
 
 def device_guard(tensor: Tensor):
-    """Makes the tensor's GPU the current one, where Triton launches; nothing to do while CUDA is unused.
+    """Makes the tensor's GPU current, where Triton launches; does nothing while CUDA is unused.
 
     (A fake CUDA tensor on a machine without CUDA gets here as well.)
     """

@@ -1,9 +1,10 @@
 """FX passes: find MoE gates in traced graphs and re-route their dispatch.
 
-`find_gates` says which selections are gates, what each use of their ids does, what was refused and why. `PIPELINE`
-lists, in order, what is then done to each gate; `run_pipeline` does it.
+`find_gates` says which selections are gates, what each use of their ids does, what was refused and
+why. `PIPELINE` lists, in order, what is then done to each gate; `run_pipeline` does it.
 
-Passes know graphs only: no model, no file format, no tracer's own objects. `passes/README.md` has the invariants.
+Passes know graphs only: no model, no file format, no tracer's own objects. `passes/README.md` has
+the invariants.
 """
 
 from .count_routing import COUNTED, count_routing

@@ -3,7 +3,8 @@
     rerouted = sere.reroute(ids, ..)        ->    rerouted = sere.reroute(ids, ..)
                                                   add_counts(ids, rerouted, E, counts)
 
-`counts` is a graph input that the call adds to in place, so that it also counts inside a CUDA graph.
+`counts` is a graph input that the call adds to in place, so that it also counts inside a CUDA
+graph.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Cut the dispatch of a gate out of its graph, as a function of (hidden, ids, weights).
 
-The region runs from the router's hidden states, the ids and the routing weights to the post-dominator of the two
-latter with one row a token: the first node that every path from them passes through and that no longer has one
-row a slot. Running it with ids and weights of one's own choice (counterfactual routing) shows what each expert gives
-for the same tokens, without any knowledge of the model's code.
+The region runs from the router's hidden states, the ids and the routing weights to the
+post-dominator of the ids and weights that has one row per token: the first node that every path
+from them passes through and that no longer has one row per slot. Running it with chosen ids and
+weights (counterfactual routing) shows what each expert computes for the same tokens, without any
+knowledge of the model's code.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class DispatchRegion:
 
     Attributes:
         module: takes ids, weights, then `inputs`, then `activations`, in this order.
-        inputs: graph inputs and attributes (expert weights, sizes) that the region reads, as nodes of the graph.
+        inputs: graph inputs and attributes (expert weights, sizes) that the region reads, as nodes
+            of the graph.
         activations: other tensors it reads; their rows are tokens, or slots in token-major order.
         ids, weights: the nodes of the graph whose place the arguments take.
         output: the node of the graph that the region computes.
-        inside: the nodes of the graph that the region consists of, `output` among them, in graph order.
+        inside: the nodes of the graph that the region consists of, `output` among them, in graph
+            order.
     """
 
     module: GraphModule
@@ -60,7 +63,7 @@ def extract_dispatch(gate: Gate) -> DispatchRegion | Skip:
 
 
 def find_exit(gate: Gate) -> Node | None:
-    """The first node with one row a token that every path from the gate's dispatched ids and weights passes through."""
+    """The first node with one row per token on every path from the dispatched ids and weights."""
     if gate.weights is None or all(use.kind is UseKind.LEAVES for use in gate.dispatch_uses):
         return None
     starts = _starts(gate)
@@ -69,7 +72,7 @@ def find_exit(gate: Gate) -> Node | None:
     heapq.heapify(ahead)
     while ahead:
         node = heapq.heappop(ahead)
-        if not ahead and _one_row_a_token(node, gate.ids) and _runs_experts(node, gate):
+        if not ahead and _one_row_per_token(node, gate.ids) and _runs_experts(node, gate):
             return node
         for follower in nodes.followers(node):
             if follower not in seen:
@@ -89,7 +92,7 @@ def _closure(starts: list[Node], last: Node) -> set[Node]:
 
 
 def _runs_experts(node: Node, gate: Gate) -> bool:
-    """Whether inputs of the graph went into the node: a [T, E] table of the routing weights alone is no output."""
+    """Whether graph inputs went into the node: a table of routing weights alone is no output."""
 
     def behind(reader: Node) -> list[Node]:
         sources = [source for source in reader.all_input_nodes if nodes.reads_numbers(reader, source)]
@@ -100,7 +103,7 @@ def _runs_experts(node: Node, gate: Gate) -> bool:
     return any(nodes.is_floating(found) and len(nodes.shape(found) or ()) >= 2 for found in inputs)
 
 
-def _one_row_a_token(node: Node, ids: Node) -> bool:
+def _one_row_per_token(node: Node, ids: Node) -> bool:
     rows, tokens = nodes.shape(node), nodes.shape(ids)
     if rows is None or tokens is None or not nodes.is_floating(node):
         return False
@@ -113,7 +116,8 @@ def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] |
     hidden = gate.router_input
     while nodes.kind(hidden) in _REARRANGING and (source := nodes.operand(hidden)) is not None:
         hidden = source
-    # Experts that run for every token do not wait for the ids; they belong to the dispatch all the same.
+    # Experts that run for every token do not wait for the ids; they belong to the dispatch all the
+    # same.
     behind = behind | _closure([hidden], exit_node) - {hidden}
     pending = [exit_node]
     while pending:

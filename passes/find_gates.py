@@ -1,12 +1,14 @@
 """Find MoE gates by dataflow: from a selection back to a router weight and forward to the experts.
 
-A gate is a selection over the last dimension of scores that a weight projected, whose ids reach expert weights:
+A gate is a selection over the last dimension of scores that a weight projected, whose ids reach
+expert weights:
 
     logits  = linear(hidden, router_weight)         # [T, E]     evidence behind
     values, ids = topk(scoring(logits), K)          # [T, K]     the selection
     ... experts_weight[ids] / sort(ids) -> grouped_mm(.., experts_weight) / output          evidence ahead
 
-Both sides are needed. Everything else that looks like a selection of experts is refused with a reason.
+Both sides are needed. Everything else that looks like a selection of experts is refused with a
+reason.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from .graph import nodes
 
 _REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
 
-# Decides how many experts ids that leave the graph go to, from the router's weight node and the number of scores; 0
-# (or False) where it knows of none, True for as many as scores. Graphs alone cannot tell an expert loop behind a
-# graph break from a sampler that returns token ids.
+# Decides how many experts ids that leave the graph go to, from the router's weight node and the
+# number of scores; 0 (or False) where it knows of none, True for as many as scores. A graph alone
+# cannot tell an expert loop after a graph break from a sampler that returns token ids.
 OutsideEvidence = Callable[[Node, int], int]
 
 
@@ -52,7 +54,8 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
 
     Args:
         module: a graph from Dynamo, torch.export, make_fx or symbolic_trace, with recorded shapes.
-        experts_outside: see `OutsideEvidence`; by default ids that only leave the graph are no gate.
+        experts_outside: see `OutsideEvidence`; by default ids that only leave the graph are no
+            gate.
 
     Returns:
         The gates, and a `Skip` for each selection that is none.
@@ -148,7 +151,8 @@ def _experts_behind(
 ) -> tuple[Uses, int]:
     """The uses of the ids and E, 0 where no dispatch use is known to reach experts.
 
-    With more columns than experts (slots that compute nothing) E is a number that the ids are compared with.
+    With more columns than experts (slots that compute nothing) E is a number that the ids are
+    compared with.
     """
     uses = classify_uses(selection, router.projection, router.columns, router.columns, leaves)
     if uses.reach:
@@ -169,7 +173,7 @@ def _named_half(skip: Skip) -> Skip:
 
 
 def _hash_routing(module: GraphModule) -> list[Skip]:
-    """Ids that a table of the model gives for token ids, and that reach weights stacked over experts."""
+    """Ids that a table assigns to token ids, and that reach weights stacked over experts."""
     found = []
     for node in module.graph.nodes:
         if nodes.kind(node) not in ("index", "embedding") or nodes.is_floating(node) or not nodes.is_tensor(node):
@@ -182,14 +186,14 @@ def _hash_routing(module: GraphModule) -> list[Skip]:
 
 
 def _dispatches(ids: Node) -> bool:
-    """Whether weights stacked over any number of experts, of which the ids could choose, are close behind the ids."""
+    """Whether weights stacked over any number of experts are close behind the ids."""
     return any(
         nodes.kind(user) not in ("gather", "take_along_dim") and reaches_experts(user, None) for user in ids.users
     )
 
 
 def _nested(module: GraphModule) -> list[Skip]:
-    """Selections inside graphs that this one calls: gates there are refused, the others keep their reasons."""
+    """Selections in nested graphs: gates there are refused, the others keep their reasons."""
     found = []
     for node in module.graph.find_nodes(op="get_attr"):
         inner = getattr(module, str(node.target), None) if "." not in str(node.target) else None

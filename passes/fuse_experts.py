@@ -5,11 +5,12 @@
     act = silu(up[:, :I]) * up[:, I:]                         gate_up=gate_up_proj, down=down_proj, ..)
     out = (bmm(down_proj[flat], act) * w).sum(1)
 
-`W[ids]` + bmm copies weights for every slot, and sort + histc + grouped_mm runs at half of the memory's speed. What
-the region computes is not read off its nodes. Its weights, its operations and the activations that these allow leave
-a few candidates, and the one that gives the region's own numbers on random experts is taken (case 1). A region with an
-operation that no candidate has (case 2), whose numbers none reproduces (case 3), or that writes to or is written by
-the rest of the graph (case 4) stays as it is, with a reason.
+`W[ids]` + bmm copies weights for every slot, and sort + histc + grouped_mm runs at half of the
+memory's speed. What the region computes is not read off its nodes. Its weights, its operations and
+the activations that these allow leave a few candidates, and the one that computes the region's own
+numbers on random experts is taken (case 1). A region with an operation that no candidate has (case
+2), whose numbers none reproduces (case 3), or that writes to or is written by the rest of the graph
+(case 4) stays as it is, with a reason.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ROUTINE = (
     | {"sort", "argsort", "histc", "bincount", "cumsum", "arange", "empty_like", "floor_divide"}
     | {"repeat_interleave", "repeat", "size", "sym_size", "mul", "add", "sum", "getattr", "masked_fill"}
 )
-# What an activation is made of; `gpt_oss` is told by its constants as well.
+# The operations of each activation; `gpt_oss` is recognised by its constants as well.
 _ACTIVATING: Mapping[str, tuple[frozenset[str], ...]] = {
     "silu": (frozenset({"silu"}), frozenset({"sigmoid"})),
     "gelu": (frozenset({"gelu"}),),
@@ -51,15 +52,17 @@ _ACTIVATING: Mapping[str, tuple[frozenset[str], ...]] = {
     "gpt_oss": (frozenset({"clamp", "sigmoid"}),),
 }
 _GPT_OSS_CONSTANTS = frozenset({1.702, 7.0})
-# Share of the root mean square. The matmuls of float32 regions may be TF32; rounding to bfloat16 gives 0.004.
+# Relative to the root mean square. The matmuls of float32 regions may be TF32; rounding to bfloat16
+# gives 0.004.
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
-# Distance between two experts in the storage of the random weights, which overlap to need no more than one expert's.
+# Distance between two experts in the storage of the random weights, which overlap to need no more
+# than one expert's.
 _EXPERT_STEP = 64
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """What a region computes, as arguments of `sere.expert_mlp`; the tensors are inputs of the region."""
+    """What a region computes, as arguments of `sere.expert_mlp`; tensors are inputs of the region."""
 
     gate_up: Node
     down: Node
@@ -70,12 +73,12 @@ class ExpertLayer:
     transposed: bool
 
     def arguments(self, value: Callable[[Node], Any] = lambda node: node) -> dict[str, Any]:
-        """The operator's arguments behind ids and weights, with `value(node)` for each tensor of the layer."""
+        """The operator's arguments after the weights, with `value(node)` for each tensor."""
         return {name: value(given) if isinstance(given, Node) else given for name, given in vars(self).items()}
 
 
 def fuse_experts(gate: Gate, region: DispatchRegion, sizes: Mapping[Node, int], device: torch.device) -> Gate | Skip:
-    """Replace the gate's dispatch region by one `sere.expert_mlp`. Runs before the gate is re-routed.
+    """Replace the gate's dispatch region by one `sere.expert_mlp`, before the gate is re-routed.
 
     Args:
         gate: a gate of the graph; its ids and weights keep their nodes.
@@ -172,7 +175,7 @@ def _activations(region: DispatchRegion) -> list[str]:
 
 
 def _computing(region: DispatchRegion) -> list[Node]:
-    """What could be part of an activation: operations, but none on ids (a clamp of sentinels, a mask of their rows)."""
+    """Operations that may be part of an activation; those on ids (clamps, masks) are not."""
     computing = (node for node in region.inside if node.op in ("call_function", "call_method"))
     return [node for node in computing if not nodes.is_tensor(node) or nodes.value(node).is_floating_point()]
 
@@ -188,9 +191,10 @@ def _why_no_candidate(region: DispatchRegion) -> Skip:
 
 
 def _exposed(region: DispatchRegion, hidden: Node) -> Node | None:
-    """The first write that crosses the region's border, or a node inside that something outside reads."""
+    """The first write that crosses the region's border, or None."""
     inside = set(region.inside)
-    # Routing weights may be normalised in place before they are dispatched; the hidden states are read first.
+    # Routing weights may be normalised in place before they are dispatched; the hidden states are
+    # read first.
     dispatched = max(region.ids, region.weights)
     early = aliases(hidden)
     late = {alias for tensor in (region.ids, region.weights, *region.inputs) for alias in aliases(tensor)}
@@ -198,11 +202,8 @@ def _exposed(region: DispatchRegion, hidden: Node) -> Node | None:
         if node < region.inside[0] or region.output < node:
             continue
         for written in nodes.writes(node):
-            if (
-                written in early
-                or (written in late and dispatched < node)
-                or (node in inside and written not in inside)
-            ):
+            too_late = written in late and dispatched < node
+            if written in early or too_late or (node in inside and written not in inside):
                 return node
     return None
 
@@ -214,7 +215,7 @@ def _confirmed(
     sizes: Mapping[Node, int],
     device: torch.device,
 ) -> ExpertLayer | Skip:
-    """The candidate that gives the region's numbers on random experts, tokens and routes, and 0 for ids `outside`."""
+    """The candidate that computes the region's numbers on random inputs, and 0 for ids `outside`."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(node: Node, *, matrix: bool = False) -> torch.Tensor:
@@ -238,7 +239,7 @@ def _confirmed(
             for ids in _routes(experts, outside, shape, generator):
                 ids = ids.to(nodes.value(region.ids).dtype)
                 result = region.module(ids, weights, *values.values(), hidden)
-                # The region may begin before the cast that makes the hidden states.
+                # The region may begin before the cast that produces the hidden states.
                 flat, expected = hidden.to(dtype).reshape(result.shape), result.double()
                 tolerance = _TOLERANCE[dtype] * expected.square().mean().sqrt()
                 errors = []
@@ -255,10 +256,10 @@ def _confirmed(
 
 
 def _outside(gate: Gate) -> tuple[int, ...]:
-    """The numbers of no expert that the ids can be: columns behind the experts, and the one that marks padding."""
+    """Values of the ids that name no expert: columns after the experts, and the mark of padding."""
     scores = nodes.operand(gate.selection)
     columns = nodes.last_size(scores) if scores is not None else None
-    assert columns is not None  # else it were no gate
+    assert columns is not None  # otherwise it would not be a gate
     argument = {"where": "other", "masked_fill": "value"}.get(nodes.kind(gate.ids))
     padding = constant(nodes.argument(gate.ids, 2, argument)) if argument is not None else None
     return (*(() if padding is None else (int(padding),)), *range(gate.num_experts, columns))
@@ -267,7 +268,7 @@ def _outside(gate: Gate) -> tuple[int, ...]:
 def _routes(
     experts: int, outside: tuple[int, ...], shape: tuple[int, ...], generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """Random ids of experts; then every number outside, as many at a time as there are slots."""
+    """Random ids of experts; then every value outside, as many at a time as there are slots."""
     yield torch.randint(experts, shape, generator=generator, device=generator.device)
     slots = math.prod(shape)
     for start in range(0, len(outside), slots):
@@ -292,7 +293,7 @@ def _replace(gate: Gate, region: DispatchRegion, layer: ExpertLayer, hidden: Nod
     new.meta = dict(result.meta)
     result.replace_all_uses_with(new)
     for node in reversed(dict.fromkeys((*region.inside, result))):
-        # Some may serve others too; what writes has its effect inside the region only (see `_exposed`).
+        # Some have other users too; a write has its effect inside the region only (see `_exposed`).
         if not node.users:
             graph.erase_node(node)
     kept = tuple(use for use in gate.uses if not use.consumer._erased)

@@ -1,12 +1,13 @@
-"""Let `sere.route` re-route what it selects: one operator, and one launch where that is faster than two.
+"""Let `sere.route` re-route what it selects: one operator, and one launch where that is faster.
 
     routed = sere.route(logits, top_k=K, ..)         routed = sere.route(logits, top_k=K, .., similarity=similarity,
     weights, ids = routed[0], routed[1]        ->                        select_top_k=S, threshold=rho, ..)
     y = experts(ids, weights)                        weights, ids = routed[0], routed[1]
                                                      y = experts(ids, weights)
 
-Takes the place of `reroute_dispatch` behind `fuse_router`. A gate whose ids are read by more than the dispatch
-(case 1), or whose dispatch needs slots merged (case 2), is left to `reroute_dispatch`, with a reason.
+Takes the place of `reroute_dispatch` behind `fuse_router`. A gate whose ids are read by more than
+the dispatch (case 1), or whose dispatch needs slots merged (case 2), is left to `reroute_dispatch`,
+with a reason.
 """
 
 from __future__ import annotations

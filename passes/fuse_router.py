@@ -5,11 +5,11 @@
     values, ids = topk(probs, K)                    ->    weights, ids = routed[0], routed[1]
     weights = (values / values.sum(-1)).to(dtype)
 
-Like the experts (`fuse_experts.py`), the chain is not read off its nodes: its operations leave a few candidates, and
-the one that gives the chain's own ids and weights on made-up logits is taken (case 1), limited to groups of experts
-too (case 2). A chain with an operation that no candidate has (case 3), whose inner results others read (case 4), or
-whose numbers no candidate gives (case 5) stays as it is, with a reason. Logits that the model returns do not matter:
-they stay.
+Like the experts (`fuse_experts.py`), the chain is not read off its nodes: its operations leave a
+few candidates, and the one that computes the chain's own ids and weights on made-up logits is taken
+(case 1), limited to groups of experts too (case 2). A chain with an operation that no candidate has
+(case 3), whose inner results others read (case 4), or whose numbers no candidate gives (case 5)
+stays as it is, with a reason. Logits that the model returns do not matter: they stay.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from .evidence.routing_chain import Routing, RoutingChain, cast_like, find_chain
 from .gate import Gate, Skip, SkipReason
 from .graph import nodes
 
-# Draws of made-up logits; a difference that shows in one token of ten is missed once in 10 ** 7 then, with one token.
+# Draws of made-up logits. With one token each, a difference that shows in half of all tokens is
+# missed once in 65,000 times.
 _DRAWS = 16
-# In the graph's dtypes, rounded where the graph rounds. What the numbers mean is compared in float32.
+# In the graph's dtypes, rounded where the graph rounds. What the numbers mean is compared in
+# float32.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 _EXACT = 1e-5
-# Shifts of the made-up logits: to where a 0 outside the groups would win, and to where sums of sigmoids are some 1e-20
-# and what is added to them tells.
+# Shifts of the made-up logits: to where a 0 outside the groups would win, and to where sums of
+# sigmoids are about 1e-20, so that an epsilon added to them shows.
 _NEGATIVE, _TINY = 4.25, 48.0
 
 
 def fuse_router(gate: Gate, sizes: Mapping[Node, int], device: torch.device) -> Gate | Skip:
-    """Replace the gate's scoring, selection and weighing by `sere.route`. Runs before the gate is re-routed.
+    """Replace scoring, selection and weighing by `sere.route`, before the gate is re-routed.
 
     Args:
         gate: a gate of the graph.
@@ -59,7 +61,7 @@ def fuse_router(gate: Gate, sizes: Mapping[Node, int], device: torch.device) -> 
 def _confirmed(
     gate: Gate, chain: RoutingChain, candidates: list[Routing], sizes: Mapping[Node, int], device: torch.device
 ) -> Routing | Skip:
-    """The candidate that gives the chain's ids and weights in every draw: as the graph rounds, and without rounding."""
+    """The candidate that computes the chain's results in all draws, as rounded and in float32."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
         for exact in (False, True):
@@ -91,7 +93,7 @@ def _draw(
     shape = nodes.shape_in_call(chain.logits, sizes)
     bias, scoring, grouped = candidate.bias, candidate.scoring.scoring, candidate.scoring.num_groups > 1
     logits = _logits(shape, generator)
-    # Below 0, where it matters what stands outside the groups; the other way sums of 16 bits would tie.
+    # Below 0, where the value outside the groups matters; otherwise sums in 16 bits would tie.
     negative = grouped and draw % 2 == 1
     by_bias = bias is not None and scoring == "sigmoid"
     if negative and not by_bias:
@@ -132,7 +134,7 @@ def _agree(
 
 
 def _logits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Random orders of numbers from 4 downwards, 1/8 apart: distinct in bfloat16 where the selection can reach."""
+    """Random orders of 4, 3.875, ..: distinct in bfloat16 where the selection can reach."""
     keys = torch.rand(shape, generator=generator, device=generator.device)
     return 4 - keys.argsort(-1).clamp(max=64) / 8
 

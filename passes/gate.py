@@ -13,10 +13,10 @@ class UseKind(enum.Enum):
 
     LOOK_UP = "look-up"  # reads this token's scores or a per-expert scale: keeps the original ids
     STATISTIC = "statistic"  # counts for a loss or a log: keeps the original ids
-    RANKING = "masks the next choice"  # takes an expert out of the scores of the next step: keeps the original ids
+    RANKING = "masks the next choice"  # removes an expert from the scores of the next step: keeps the original ids
     EXPERT_INDEX = "indexed weights"  # gathers stacked expert weights per slot: duplicates are summed
     GROUPED = "grouped by expert"  # sorts slots by expert for a grouped matmul: duplicates are summed
-    LEAVES = "leaves the graph"  # goes to code that no graph shows: duplicates may be wrong
+    LEAVES = "leaves the graph"  # goes to code outside the graph: duplicates may be wrong
     UNKNOWN = "unknown dispatch"  # anything else on its way to the experts: duplicates may be wrong
 
     @property
@@ -31,14 +31,14 @@ class UseKind(enum.Enum):
 
 
 class Evidence(enum.IntEnum):
-    """The last of the matcher's questions that was answered with yes before a refusal, in the order they are asked."""
+    """The last question of the matcher that was answered with yes, in the order they are asked."""
 
     NONE = 0  # it is no selection of the largest scores along the last dimension
     SELECTION = 1  # does it select so?
     ROUTER = 2  # are its scores the projection of hidden states by a weight?
     IDS = 3  # are its indices used?
     DISPATCH = 4  # do they send tokens somewhere?
-    EXPERTS = 5  # do experts stand there? With yes it is what a user would call a gate.
+    EXPERTS = 5  # are there experts? If so, it is what a user would call a gate.
     REWRITING = 6  # is it re-routed already?
 
 
@@ -51,7 +51,7 @@ class SkipReason(enum.Enum):
     NO_ROUTER = "its scores do not come from a projection by a weight"
     AMBIGUOUS_ROUTER = "its scores come from several projections"
     ROUTER_SIZE = "its projection has more columns than there are scores to select from"
-    STEPS = "it selects experts one by one and uses each apart"
+    STEPS = "it selects experts one at a time and uses each separately"
     CAPACITY = "capacity-based dispatch: with other ids it would drop other tokens"
     FIXED_SIZES = (
         "its tokens are split among the experts at places that tracing fixed, which hold for the traced call only"
@@ -62,9 +62,11 @@ class SkipReason(enum.Enum):
         "it is inside a nested graph, as activation checkpointing makes, which is not rewritten: switch checkpointing "
         "off (model.gradient_checkpointing_disable(), or call the layer without torch.utils.checkpoint)"
     )
-    BENT_WEIGHTS = "its weights pass another function behind the dispatch, where those of two slots cannot be added"
-    SCALED_INPUT = "its weights scale what goes into the experts, where the weights of two slots cannot be added"
-    RESELECTED = "another selection chooses among its results, and new weights would change what that takes"
+    BENT_WEIGHTS = (
+        "its weights pass through another function after the dispatch, where those of two slots cannot be added"
+    )
+    SCALED_INPUT = "its weights scale the input of the experts, where the weights of two slots cannot be added"
+    RESELECTED = "another selection chooses among its results, and new weights would change that choice"
     ASCENDING = (
         "it takes the best scores in ascending order, and re-routing ranks them best first: write topk, or "
         "sort(descending=True)"
@@ -72,7 +74,7 @@ class SkipReason(enum.Enum):
     UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"
-    NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores weigh nothing that comes of them"
+    NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores do not weight what is computed from them"
     NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
     AMBIGUOUS_WEIGHTS = "its dispatch needs merged duplicates, but several tensors could be the routing weights"
     NO_SCALE = "its routing weights, which projection coefficients would scale, could not be determined"
@@ -116,14 +118,14 @@ class SkipReason(enum.Enum):
 
 @dataclass(frozen=True)
 class Skip:
-    """A selection, or a part of a gate, that was looked at and left alone. Every pass refuses in this form.
+    """A selection, or a part of a gate, that was left alone. Every pass refuses in this form.
 
     Attributes:
         reason: kind of refusal.
         node: the node at fault.
         detail: what was found, what was expected.
-        evidence: the last of the matcher's questions that was answered with yes; the refusal with the highest
-            is the nearest miss.
+        evidence: the last of the matcher's questions that was answered with yes; the refusal with
+            the highest is the nearest miss.
     """
 
     reason: SkipReason
@@ -133,7 +135,7 @@ class Skip:
 
     @property
     def is_refused_gate(self) -> bool:
-        """Whether a router was found behind it and experts ahead of it: what a user would call a gate."""
+        """Whether a router feeds it and experts follow it: what a user would call a gate."""
         return self.evidence >= Evidence.EXPERTS and self.reason is not SkipReason.REWRITTEN
 
     def __str__(self) -> str:
@@ -160,7 +162,8 @@ class Gate:
     """A top-k selection over router scores whose ids dispatch tokens to experts.
 
     Attributes:
-        selection: the node that selects, see `selections`; the first where several select an expert each.
+        selection: the node that selects, see `evidence/selections.py`; the first where several
+            select one expert each.
         form: how it selects: "top-k", "sort", "max" or "steps".
         ids: int [..., K], expert ids in descending order of score.
         all_ids: every node that holds the ids; tracers may take them out of the selection twice.
@@ -172,7 +175,8 @@ class Gate:
         scoring: operations between projection and selection that shape the scores, e.g. "softmax".
         is_sorted: whether the selection promises descending order.
         uses: every consumer of the ids.
-        weights: the routing weights [..., K] as the dispatch consumes them, where they could be determined.
+        weights: the routing weights [..., K] as the dispatch consumes them, where they could be
+            determined.
         weights_skip: why they could not.
     """
 

@@ -1,6 +1,7 @@
-"""Where the kernels of this library are no slower than stock ones: told from sizes, before a graph is looked at.
+"""The sizes for which the kernels of this library are no slower than stock ones.
 
-Comparing a symbolic batch with a limit makes Dynamo guard on the answer: two graphs per limit at most.
+Comparing a symbolic batch with a limit makes Dynamo guard on the answer: two graphs per limit at
+most.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from ..ops.expert_mlp.op import MAX_SLOTS, MAX_TOKENS
 from .gate import Gate, Skip, SkipReason
 from .graph import nodes
 
-# Slots per expert, on average, up to which the expert kernels were never measured slower than stock (docs/kernels.md).
+# Slots per expert, on average, up to which the expert kernels were never measured slower than stock
+# (docs/kernels.md).
 MAX_SLOTS_PER_EXPERT = 24
 
 
 def check_router_gains(gate: Gate, has_gradients: bool) -> Skip | None:
-    """A refusal where `sere.route` would not be faster than what the gate has, or where gradients are asked for."""
+    """A refusal where `sere.route` would not be faster, or where a call may need gradients."""
     if has_gradients:
         return Skip(SkipReason.GRADIENTS, gate.ids)
     if has_more_tokens(gate, MAX_TOKENS):
@@ -23,7 +25,7 @@ def check_router_gains(gate: Gate, has_gradients: bool) -> Skip | None:
 
 
 def check_experts_gain(gate: Gate, has_gradients: bool) -> Skip | None:
-    """The same for `sere.expert_mlp`, whose cost also follows the slots of an expert."""
+    """The same for `sere.expert_mlp`, whose cost also depends on the slots per expert."""
     refused = check_router_gains(gate, has_gradients)
     if refused is not None:
         return refused

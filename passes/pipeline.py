@@ -2,8 +2,8 @@
 
 `find_gates` finds the gates of a graph, once; `extract_dispatch` cuts a gate's dispatch out of it,
 where it can. Then every gate goes through `PIPELINE`, at the end of this file. What differs between
-tracers and engines comes in with the `Run`: passes see a graph, numbers and devices, and ask for the
-inputs that they need.
+tracers and engines comes in with the `Run`: passes see a graph, numbers and devices, and ask for
+the inputs that they need.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Run:
         device: where the graph runs.
         has_gradients: whether a call may ask for gradients, which the kernels do not give.
         prove: what is proven of the gate's rewrite, in words, or the refusal where it is wrong.
-        input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for "counts".
+        input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for
+            "counts".
         projecting: whether weights are multiplied by projection coefficients.
         counting: whether what re-routing does is counted.
         proof: what was proven.
@@ -69,8 +70,10 @@ class Pass:
         name: the name of its file.
         switch: what turns it on, see `run_pipeline`.
         check: a refusal by sizes and settings, before the graph is looked at.
-        rewrite: finds its part of the gate and changes it, or returns a refusal with the graph unchanged.
-        replaces: the part of the gate that keeps stock kernels after a refusal; empty where speed is not the aim.
+        rewrite: finds its part of the gate and changes it, or returns a refusal with the graph
+            unchanged.
+        replaces: the part of the gate that keeps stock kernels after a refusal; empty where speed
+            is not the aim.
         unless: the pass whose work makes this one unnecessary.
         required: whether a refusal ends the run: the gate is not re-routed then.
     """
@@ -89,8 +92,9 @@ def run_pipeline(run: Run, is_on: Callable[[str], bool]) -> Skip | None:
 
     Args:
         run: changed to what was done.
-        is_on: whether the caller's options turn a switch on. A switch is asked when its pass is reached and not before:
-            comparing a symbolic batch with a limit makes Dynamo guard on the answer.
+        is_on: whether the caller's options turn a switch on. A switch is asked when its pass is
+            reached and not before: comparing a symbolic batch with a limit makes Dynamo guard on
+            the answer.
 
     Returns:
         The refusal of a required pass, after which the gate must count as not re-routed.

@@ -17,11 +17,13 @@ With projection coefficients (case 6) weights change with the ids in both cases,
     weights = ..                                           factor = projection[ids, rerouted]    1 where ids stay
     y = expert_outputs * weights                   ->      y = expert_outputs * (weights * factor)
 
-A gather and a product in plain ATen, not a third result of the operator: Inductor fuses them into what reads the
-weights, exporters know them, and an operator with several results can become no TensorRT plug-in.
+A gather and a product in plain ATen, not a third result of the operator: Inductor fuses them into
+what reads the weights, exporters know them, and an operator with several results can become no
+TensorRT plug-in.
 
-Uses that look scores up by the ids keep the original ids (case 3). `topk(sorted=False)` becomes sorted, because
-re-routing ranks by score (case 4). What an in-place operation changes after the dispatch began is skipped (case 5).
+Uses that look scores up by the ids keep the original ids (case 3). `topk(sorted=False)` becomes
+sorted, because re-routing ranks by score (case 4). What an in-place operation changes after the
+dispatch began is skipped (case 5).
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ _VALUES = ("example_value", "val", "tensor_meta")
 
 @dataclass(frozen=True)
 class RoutingSettings:
-    """The numbers of one gate's re-routing: S, rho and the least and greatest number of primary experts (0: none)."""
+    """S, rho, and the least and greatest number of primary experts (0: no limit) of one gate."""
 
     select_top_k: int
     threshold: float = 0.0
@@ -73,10 +75,12 @@ def reroute_dispatch(
 
     Args:
         gate: a gate of the graph that `similarity` belongs to.
-        similarity: graph input or attribute holding the gate's [E, E] matrix; it must precede the gate's uses.
+        similarity: graph input or attribute holding the gate's [E, E] matrix; it must precede the
+            gate's uses.
         settings: with 0 < S < K; identities are the caller's to leave out.
-        projection: graph input or attribute like `similarity`, float32 [E, E] with ones on the diagonal: a slot that
-            goes from u to v has its weight multiplied by projection[u, v]. None leaves weights unchanged.
+        projection: graph input or attribute like `similarity`, float32 [E, E] with ones on the
+            diagonal: a slot that goes from u to v has its weight multiplied by projection[u, v].
+            None leaves weights unchanged.
 
     Returns:
         What was done, or why nothing was changed.
@@ -145,7 +149,7 @@ def _insert(
 
 
 def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection: Node) -> Node:
-    """The weights [..., K] times projection[old, new]; slots that stay, also out of range, read the 1 at [0, 0]."""
+    """The weights [..., K] times projection[old, new]; slots that stay read the 1 at [0, 0]."""
     aten = torch.ops.aten
     metadata = {key: value for key, value in weights.meta.items() if key not in _VALUES}
     key = next((key for key in _VALUES[:2] if key in weights.meta), None)
@@ -176,7 +180,7 @@ def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection
 
 
 def _describe(new: Node, like: Node, value: object) -> None:
-    """Give a new node the metadata of the node it stands for, and its value under the tracer's own key."""
+    """Give a new node the metadata of the node it replaces, and its value under the tracer's key."""
     new.meta = dict(like.meta)
     key = next((k for k in _VALUES if k in like.meta), None)
     new.meta.pop("tensor_meta", None)
@@ -185,7 +189,7 @@ def _describe(new: Node, like: Node, value: object) -> None:
 
 
 def _rebased(read: Node, copies: dict[Node, Node]) -> Node:
-    """The view, cast, copy or mask `read` of the old ids, made from the new ids; `copies` starts as {ids: new_ids}."""
+    """The view, cast, copy or mask `read`, made from the new ids; `copies` maps old to new nodes."""
     if read not in copies:
         parent = nodes.slot_source(read)
         assert parent is not None
@@ -210,7 +214,7 @@ def _erase_unused_views(gate: Gate) -> None:
 
 
 def _late_part(weights: Node, first: Node) -> list[Node]:
-    """What the weights are computed by at or after `first`, in graph order: it has to move in front of it."""
+    """What computes the weights at or after `first`, in graph order: it has to move before it."""
 
     def is_late(node: Node) -> bool:
         return not node < first
@@ -220,7 +224,7 @@ def _late_part(weights: Node, first: Node) -> list[Node]:
 
 
 def _cannot_move(late: list[Node], first: Node, consumers: list[Node]) -> Node | None:
-    """The dispatch among the nodes that should move before it, or a write that one of them would cross, or None."""
+    """A dispatch among the nodes that should move, or a write that one of them would cross."""
     if not late:
         return None
     blocked = next((node for node in late if node in consumers), None)

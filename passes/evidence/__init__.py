@@ -1,1 +1,1 @@
-"""What tells a gate: selections, routers, what ids and routing weights are used for, experts behind them."""
+"""What identifies a gate: selections, routers, the uses of ids and routing weights, experts."""

@@ -1,8 +1,8 @@
 """Say what each consumer of a gate's ids does with them.
 
-Ids are followed through views, casts and copies; every other consumer ends a path and gets one `UseKind`.
-A consumer counts as duplicate-safe only when it treats slots (token, rank) independently: then a token that
-names an expert twice gets the sum of both slots, whatever follows.
+Ids are followed through views, casts and copies; every other consumer ends a path and is given one
+`UseKind`. A consumer counts as duplicate-safe only when it treats slots (token, rank)
+independently: then a token that names an expert twice gets the sum of both slots, whatever follows.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from .expert_evidence import (
 from .selections import Selection
 from .token_places import MASKING
 
-# What a step of a selection may do with its id besides choosing: mask it out of the scores of the next step.
+# What a step of a selection may do with its id besides choosing: mask it out of the scores of the
+# next step.
 _READS_SCORES = frozenset({"gather", "take_along_dim", "max", "argmax", "topk", "sort", "argsort"})
-# What is done to a mask that becomes a statistic while it has a row a token.
+# What may happen to a mask on its way to a statistic while it has one row per token.
 _KEEPS_ROWS = nodes.VALUE_PRESERVING | nodes.CLAMPS | {"sum", "any", "amax", "mul", "div"}
 
 
@@ -72,7 +73,8 @@ def classify_uses(
     counts = {1, *(size * slots for size in (num_experts, columns) for slots in (1, selection.top_k))}
     uses = [_inside(use, counts) if inside else use for use, _ in classified]
     if not inside and any(use.kind.dispatches for use in uses):
-        # Sorted rows leave together with counts: experts outside the graph may split the ones by the others.
+        # Sorted rows leave together with counts: experts outside the graph may split the ones by
+        # the others.
         uses = [_outside(use, leaves) for use in uses]
     early = [pair for ids in (*selection.unnarrowed, *selection.steps) for pair in consumers(ids, selection.ids)]
     before = [_classify(consumer, ids, projection, num_experts, leaves)[0] for consumer, ids in early]
@@ -90,7 +92,7 @@ def _kept(use: Use) -> UseKind:
 
 
 def _inside(use: Use, counts: set[int]) -> Use:
-    """A use whose experts were not seen, next to one whose were: a statistic, or it meets them later in this graph."""
+    """A use that reaches no experts, beside one that does: a statistic, or an unknown dispatch."""
     if use.kind is UseKind.LEAVES and use.consumer.op != "output":
         kind = UseKind.STATISTIC if _only_counts(use.consumer, counts) else UseKind.UNKNOWN
         return Use(use.consumer, use.read, kind)
@@ -98,9 +100,10 @@ def _inside(use: Use, counts: set[int]) -> Use:
 
 
 def _only_counts(consumer: Node, counts: set[int]) -> bool:
-    """Whether all that comes of a mask is a loss that balances load, or a load: some numbers for all tokens together.
+    """Whether a mask only becomes a load, or a loss that balances load: numbers for all tokens.
 
-    A mask of the ids meets nothing else until its tokens are added up, and what comes of that meets nothing larger.
+    A mask of the ids meets nothing else until its tokens are added up, and what comes of that meets
+    nothing larger.
     """
     if nodes.kind(consumer) not in MASKING:
         return False
@@ -184,7 +187,7 @@ def _classify(
 
 
 def _classify_index(consumer: Node, read: Node, source: Node | None, num_experts: int) -> tuple[Use, bool]:
-    """`source[ids]`: stacked expert weights, a per-expert vector for the weights, or something else."""
+    """`source[ids]`: stacked expert weights, one number per expert, or something else."""
     root = nodes.parameter_root(source) if source is not None else None
     sizes = nodes.shape(source) if source is not None else None
     if root is None or sizes is None or len(nodes.index_tensors(consumer)) > 1:
@@ -197,7 +200,7 @@ def _classify_index(consumer: Node, read: Node, source: Node | None, num_experts
 
 
 def _reads_scores(consumer: Node, read: Node, projection: Node) -> bool:
-    """Whether the ids pick, from the last dimension, numbers that come from the router's projection.
+    """Whether the ids pick numbers of the router's projection along the last dimension.
 
     `scores.gather(1, ids)`, `scores.take_along_dim(ids, 1)` and `scores[rows, ids]`.
     """

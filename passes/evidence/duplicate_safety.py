@@ -1,4 +1,4 @@
-"""Prove that a dispatch by sorted slots gives a token that names an expert twice the sum of both slots."""
+"""Prove that a dispatch by sorted slots sums both slots of a token that names an expert twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNTS = frozenset({"histc", "bincount"})
 
 
 def consumers(ids: Node, stop: tuple[Node, ...] = (), masks: bool = True) -> Iterator[tuple[Node, Node]]:
-    """Pairs (consumer, the view, copy or mask of the ids that it reads) in graph order, none behind `stop`.
+    """Pairs (consumer, what it reads of the ids) in graph order, none behind `stop`.
 
     Without `masks` only views, casts and copies are followed: a masked permutation is none.
     """
@@ -30,9 +30,10 @@ def consumers(ids: Node, stop: tuple[Node, ...] = (), masks: bool = True) -> Ite
 def slots_stay_apart(sort: Node, num_experts: int) -> bool:
     """Whether everything made from the sorted order treats each (token, rank) slot on its own.
 
-    Sorting gives a permutation of the slots. Reading rows by it, counting, and writing rows by it are safe,
-    a permutation hits every row once. The token number of a slot (`order // K`) names a token K times: rows may
-    be read by it and added by it, but a plain write by it keeps one slot only.
+    Sorting gives a permutation of the slots. Reading rows by it, counting, and writing rows by it
+    are safe, a permutation hits every row once. The token number of a slot (`order // K`) names a
+    token K times: rows may be read by it and added by it, but a plain write by it keeps one slot
+    only.
     """
     if nodes.kind(sort) == "argsort":
         return _permutation_is_safe(sort)
@@ -48,12 +49,12 @@ def slots_stay_apart(sort: Node, num_experts: int) -> bool:
 def _counts_only(sorted_ids: Node, num_experts: int) -> bool:
     """Whether sorted ids are only counted, or index per-expert parameters row by row.
 
-    They may be told from sentinels outside [0, E), and clamped to the experts, in place or not.
+    They may be compared with sentinels outside [0, E) and clamped to the experts, in place or not.
     """
     for consumer, read in consumers(sorted_ids, masks=False):
         name = nodes.kind(consumer)
         by_row = name == "index" and read in nodes.index_tensors(consumer)
-        by_row = by_row and not is_counted(nodes.operand(consumer))  # that numbers an expert's slots
+        by_row = by_row and not is_counted(nodes.operand(consumer))  # such a table numbers an expert's slots
         if name in nodes.CLAMPS and nodes.same_shape(consumer, read) and _counts_only(consumer, num_experts):
             continue
         if not (name in COUNTS or by_row or same_for_every_expert(consumer, num_experts)):

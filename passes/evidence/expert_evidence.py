@@ -1,4 +1,4 @@
-"""Evidence that experts stand behind ids: weights stacked over the experts, or each expert asked for by its number."""
+"""Evidence of experts behind ids: weights stacked over experts, or each expert named by its number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from ..graph import nodes
 from ..graph.columns import constant
 from ..graph.walk import walk
 
-# How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is 60 nodes.
+# How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is
+# 60 nodes.
 _HORIZON = 200
 _SHARED = frozenset({"linear", "matmul", "addmm", "scaled_dot_product_attention"}) | {
     "embedding",
@@ -23,8 +24,9 @@ _BELOW = {"ge": 0, "lt": 0, "gt": 1, "le": 1, "eq": 0, "ne": 0}
 def reaches_experts(start: Node, num_experts: int | None) -> bool:
     """Whether weights stacked over the experts, [E, .., ..], are read somewhere behind `start`.
 
-    A matrix that all tokens share ends a path: what lies behind it is another part of the model. So does what becomes
-    part of the hidden states: an embedding of the ids that is added to them meets experts in a later layer.
+    A matrix that all tokens share ends a path: what lies behind it is another part of the model. So
+    does what becomes part of the hidden states: an embedding of the ids that is added to them meets
+    experts in a later layer.
 
     Args:
         start: a consumer of the ids.
@@ -51,7 +53,7 @@ _SCALES = frozenset({"mul", "div", "where", "addcmul"})
 
 
 def _becomes_data(mixing: Node, made_of_ids: Node, start: Node, num_experts: int | None) -> bool:
-    """Whether numbers made of the ids are added to ones that were there before, or scale them alike in all tokens.
+    """Whether numbers made of the ids become part of earlier data: added to it, or scaling it.
 
     A mask over the experts may be added to, and a token's own number may mask its hidden states.
     """
@@ -77,7 +79,7 @@ _REARRANGES = nodes.VALUE_PRESERVING | {"transpose", "permute", "slice", "select
 
 
 def is_multiplied(gathered: Node) -> bool:
-    """Whether gathered weights meet hidden states in a product: a row of a prompt pool is only looked up.
+    """Whether gathered weights meet hidden states in a product, unlike rows of a prompt pool.
 
     On the way they may be viewed, taken apart or scaled (dequantised).
     """
@@ -93,9 +95,10 @@ _REDUCES = frozenset({"sum", "mean", "prod", "amax", "amin", "max", "min", "norm
 
 
 def scales_experts(look_up: Node) -> bool:
-    """Whether one number an expert, looked up by the ids, meets what has many numbers a slot: weights or outputs.
+    """Whether one number per expert, looked up by the ids, scales weights or outputs of experts.
 
-    There it belongs to the expert (a scale of packed weights). Multiplied with the routing weights it does not.
+    There it belongs to the expert (a scale of packed weights). Multiplied with the routing weights
+    it does not.
     """
 
     def calculates(user: Node) -> bool:  # whole numbers are shifted as well
@@ -113,7 +116,7 @@ def scales_experts(look_up: Node) -> bool:
 
 
 def _looked_up(node: Node) -> bool:
-    """Whether a tensor is made of single numbers, and of such as are looked up in tables with one number an expert."""
+    """Whether a tensor is made of constants and of look-ups in tables with one number per expert."""
     pending, seen = [node], {node}
     while pending:
         source = pending.pop()
@@ -159,10 +162,11 @@ def _is_stacked(node: Node, num_experts: int | None) -> bool:
 
 
 def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:
-    """Whether each expert is asked for by its number, as a loop over separate expert modules does.
+    """Whether each expert is named by its number, as in a loop over separate expert modules.
 
-    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0 .. E-1 all occur,
-    and as many weights are met behind. A loop over classes that counts hits meets none.
+    `ids == e`, or a column e of a mask or of weights made from the ids, for every e: the numbers 0
+    .. E-1 all occur, and as many weights are met behind. A loop over classes that counts hits meets
+    no weights.
     """
     naming = {consumer: numbers for consumer in consumers if (numbers := numbers_named(consumer))}
     named = {number for numbers in naming.values() for number in numbers}
@@ -170,7 +174,7 @@ def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:
 
 
 def _weights_behind(masks: list[Node], enough: int) -> int:
-    """How many weights meet what is made of the masks within some steps: of the rows they choose, or beside them."""
+    """How many weights are multiplied, within some steps, with what is made of the masks."""
     met: set[object] = set()
     ahead, seen = list(masks), set(masks)
     for _ in range(_STEPS):
@@ -205,7 +209,7 @@ def _weights_of(operands: list[Node]) -> set[object]:
 
 
 def numbers_named(consumer: Node) -> set[int]:
-    """The constants that a consumer compares the ids with, or the columns that are taken of its mask."""
+    """The numbers that a consumer compares the ids with, or the columns taken of its mask."""
     name = nodes.kind(consumer)
     if name == "eq":
         other = nodes.argument(consumer, 1, "other")
@@ -241,7 +245,7 @@ def _picked_numbers(node: Node) -> set[int]:
 
 
 def limits_named(consumer: Node) -> set[int]:
-    """Numbers of experts that a consumer's comparison of the ids, or its clamp, would make sense of."""
+    """Numbers of experts for which a consumer's comparison or clamp of the ids makes sense."""
     name = nodes.kind(consumer)
     if name in _BELOW:
         number = constant(nodes.argument(consumer, 1, "other"))
@@ -254,7 +258,7 @@ def limits_named(consumer: Node) -> set[int]:
 
 
 def same_for_every_expert(consumer: Node, num_experts: int) -> bool:
-    """Whether the consumer only tells experts from ids outside [0, E): re-routing cannot change its answer."""
+    """Whether the consumer only separates experts from ids outside [0, E): all experts are alike."""
     name = nodes.kind(consumer)
     if name not in _BELOW:
         return False

@@ -1,12 +1,12 @@
-"""Find the normalisation in front of a gate: what scale and mean its hidden states have, channel by channel.
+"""Find the normalisation in front of a gate: the scale and mean of its hidden states per channel.
 
     variance = x.pow(2).mean(-1, keepdim=True)
     hidden = weight * (x * rsqrt(variance + eps))         ->    gain = weight, no bias
     hidden = layer_norm(x, (H,), weight, bias)            ->    gain = weight, bias = bias
     hidden = normalised * (1 + weight)                    ->    gain = 1 + weight
 
-Behind the norm stand numbers of mean 0 and scale 1, whatever the layers before it did; behind its gain g and bias b
-hidden states have scale |g| and mean b in each channel.
+Behind the norm stand numbers of mean 0 and scale 1, whatever the layers before it did; behind its
+gain g and bias b hidden states have scale |g| and mean b in each channel.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def find_norm_scale(hidden: Node) -> NormScale | str:
 
 
 def _split(node: Node) -> tuple[tuple[Node, float] | None, Node | None]:
-    """The operand [H] of a sum or product that is a parameter, with what is added to it, and the other operand."""
+    """The parameter [H] of a sum or product, with what is added to it, and the other operand."""
     left, right = (*node.args, None)[:2]
     for parameter, rest in ((left, right), (right, left)):
         if isinstance(parameter, Node) and isinstance(rest, Node) and (found := _vector(parameter)) is not None:

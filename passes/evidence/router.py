@@ -34,7 +34,8 @@ class Router:
     """What makes the scores of a selection.
 
     Attributes:
-        projection: the product of hidden states and weight; "cdist" where scores are distances to the weight's rows.
+        projection: the product of hidden states and weight; "cdist" where scores are distances to
+            the weight's rows.
         hidden: what is projected, [..., H].
         weight: graph input or attribute, [columns, H] or [H, columns].
         scoring: the operations in between that shape the scores, in words.
@@ -124,7 +125,7 @@ def _selection_behind(stop: Node) -> Node | None:
 
 
 def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | None:
-    """What is projected, and the graph input that it is multiplied by: a matrix with one row or column an expert."""
+    """What is projected, and the weight: a matrix with one row or column per expert."""
     arguments = list(projection.args)
     if nodes.kind(projection) == "einsum" and isinstance(arguments[1], (tuple, list)):
         arguments[1:] = arguments[1]
@@ -141,9 +142,10 @@ def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | 
 
 
 def _made_of(factor: Node) -> Node | None:
-    """The graph input that a factor is a view of, or what is computed of it and of other state of the model alone.
+    """The graph input that a factor is a view of, or is computed from with other model state.
 
-    Cosine routers normalise the weight, others scale or dequantise it: its identity still tells the layer.
+    Cosine routers normalise the weight, others scale or dequantise it: its identity still
+    identifies the layer.
     """
     root = nodes.parameter_root(factor)
     if root is not None:

@@ -1,4 +1,4 @@
-"""Read what lies between router logits and dispatch: its nodes, and the routings that they can amount to.
+"""What lies between router logits and dispatch: its nodes, and what they may compute.
 
 Which of these it is, only running it shows (`fuse_router.py`).
 """
@@ -42,7 +42,7 @@ _LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class RoutingChain:
-    """The nodes from the logits (not included) to ids and weights, in graph order, and the graph inputs they read."""
+    """The nodes between logits and dispatch, in graph order, and the graph inputs that they read."""
 
     logits: Node
     inside: tuple[Node, ...]
@@ -123,7 +123,7 @@ def _refusal(gate: Gate, chain: RoutingChain) -> Skip | None:
 
 
 def _written(chain: RoutingChain) -> Skip | None:
-    """The first write to the logits or to an input while the chain runs: one operator reads them all at one place."""
+    """The first write to the logits or an input while the chain runs: one operator reads once."""
     read = [chain.logits, *(node for node in chain.inputs if nodes.is_tensor(node))]
     held = {alias for tensor in read for alias in aliases(tensor)} - set(chain.inside)
     first, last = min(chain.logits, chain.inside[0]), chain.inside[-1]
@@ -134,7 +134,7 @@ def _written(chain: RoutingChain) -> Skip | None:
 
 
 def _groups(gate: Gate, inside: tuple[Node, ...]) -> list[tuple[Any, ...]]:
-    """The limits to groups that the selections ahead of the gate's own allow, as arguments of `sere.route`."""
+    """The limits to groups that the chain's other selections allow, as arguments of `sere.route`."""
     limiting = []
     for node in inside:
         scores = nodes.operand(node)
@@ -174,7 +174,7 @@ def possible_routings(gate: Gate, chain: RoutingChain) -> Iterator[Routing]:
     divisors = _numbers(tuple(node for node in chain.inside if nodes.kind(node) == "div"))
     factors = [*(float(value) for value in numbers if value > 0), *(1 / value for value in divisors if value > 0)]
     scales = dict.fromkeys([1.0, *factors])
-    # Where the chain has one it is taken: on most logits none can be told from one.
+    # If the chain has an epsilon it is used: on most logits it makes no visible difference.
     epsilons = dict.fromkeys([*(value for value in numbers if isinstance(value, float) and 0 < value < 1e-3), 0.0])
     dtype = nodes.value(gate.weights).dtype
     for groups, scale, renormalize in itertools.product(_groups(gate, chain.inside), scales, (False, True)):

@@ -1,7 +1,8 @@
 """Find the routing weights in the form in which the dispatch consumes them.
 
-Merging duplicate slots changes ids and weights together, so it has to happen on the weights' last form with one
-number a slot: after normalising, scaling and casting, before they meet expert outputs or leave the graph.
+Merging duplicate slots changes ids and weights together, so it has to happen on the weights' last
+form with one number per slot: after normalising, scaling and casting, before they meet expert
+outputs or leave the graph.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def _starts(values: list[Node], uses: list[Use]) -> list[Node]:
 
 
 def weigh_a_product(ids: Node, values: list[Node], uses: list[Use]) -> bool:
-    """Whether the selected scores are multiplied with anything that has more than one number a slot.
+    """Whether the selected scores are multiplied with more than one number per slot.
 
-    Experts' outputs are weighed, or their inputs scaled. Documents, prompts and keys that indices fetch are not.
+    Experts' outputs are weighed, or their inputs scaled. Documents, prompts and keys that indices
+    fetch are not.
     """
 
     def ahead(node: Node) -> list[Node]:
@@ -129,10 +131,11 @@ def _enters_product(node: Node) -> bool:
 
 
 def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | None:
-    """The first node where a mask or index made from dispatched ids meets the router's scores of the same tokens.
+    """The first node where something made from dispatched ids meets the scores of the same tokens.
 
-    There the weights of a token depend on the ids themselves (`probs * mask`), so new ids would choose new
-    weights. Uses that keep slots apart cannot; the others are followed up to the first weight that they meet.
+    There the weights of a token depend on the ids themselves (`probs * mask`), so new ids would
+    choose new weights. Uses that keep slots apart cannot; the others are followed up to the first
+    weight that they meet.
     """
     look_ups = {use.consumer for use in uses if use.kind is UseKind.LOOK_UP}
 
@@ -145,7 +148,8 @@ def _scores_read_again(ids: Node, uses: list[Use], projection: Node) -> Node | N
 
     scores = set(walk([projection], scores_of))
     unsafe = [use.consumer for use in uses if use.kind.dispatches and not use.kind.sums_duplicates]
-    # Behind the last reader of the scores nothing can meet them: the rest of a deep model is not walked.
+    # Behind the last reader of the scores nothing can meet them: the rest of a deep model is not
+    # walked.
     last = max((user for node in scores for user in node.users if user.op != "output"), default=projection)
     seen, pending = set(unsafe), list(unsafe)
     met: list[Node] = []
@@ -168,7 +172,7 @@ def _is_weight(node: Node) -> bool:
 
 
 def _slot_shaped(starts: list[Node], ids: Node) -> dict[Node, None]:
-    """Everything computed from `starts` that still has one number a slot, or one number a token to scale by."""
+    """Everything computed from `starts` with one number per slot, or one per token to scale by."""
     chain = dict.fromkeys(starts)
     pending = list(starts)
     # More scores than ids: columns are cut off later.
@@ -201,7 +205,8 @@ def _keeps_slots(node: Node, ids: Node) -> bool:
     if nodes.same_shape(node, ids):
         return nodes.is_floating(node)
     per_token = nodes.last_size(node) == 1 or nodes.kind(node) in _REDUCTIONS
-    # A reduction that is used for anything else than scaling the weights would not end in slot shape.
+    # A reduction that is used for anything else than scaling the weights would not end in slot
+    # shape.
     return per_token and bool(node.users) and all(_keeps_slots(user, ids) for user in node.users)
 
 

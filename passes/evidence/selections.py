@@ -36,12 +36,14 @@ class Selection:
         form: "top-k", "sort", "max" or "steps".
         scores: [..., E], what is selected from.
         top_k: K.
-        ids: the nodes that hold the selected indices [..., K], best first; of form "max" [...] or [..., 1].
+        ids: the nodes that hold the selected indices [..., K], best first; of form "max" [...] or
+            [..., 1].
         values: the nodes that hold the selected scores.
         is_sorted: whether descending order is promised.
         smallest: whether the smallest are selected.
         steps: of form "steps", the ids [..., 1] that each step chose.
-        unnarrowed: ids before columns were cut off or padding was marked; their other consumers keep them.
+        unnarrowed: ids before columns were cut off or padding was marked; their other consumers
+            keep them.
     """
 
     node: Node
@@ -142,7 +144,7 @@ def _is_last(dim: object, scores: Node) -> bool:
 
 
 def _refined(selection: Selection) -> Selection:
-    """The selection with ids as its consumers take them: cut to their first columns, padding marked."""
+    """The selection with ids as consumers take them: first columns only, padding marked."""
     cut = _cut_columns(selection.ids, selection.top_k)
     if cut and cut != selection.ids:
         width = nodes.last_size(cut[0])
@@ -167,7 +169,7 @@ def _replaced(old: Selection, ids: tuple[Node, ...], top_k: int) -> Selection:
 
 
 def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:
-    """The nodes that hold the first columns of the ids, where nothing but look-ups reads the others."""
+    """The nodes with the first columns of the ids, if only look-ups read the others."""
     cuts = [user for node in ids for user in node.users if columns_of(user, node) is not None]
     if _read_otherwise(ids, cuts):
         return ()
@@ -181,7 +183,7 @@ def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:
 
 
 def _padding_marked(ids: tuple[Node, ...]) -> Node | None:
-    """`where(real, ids, -1)` or `masked_fill(ids, padding, -1)`, where nothing else dispatches the ids."""
+    """`where(real, ids, -1)` or `masked_fill(ids, padding, -1)`, if that alone is dispatched."""
     if len(ids) != 1:
         return None
     [node] = ids
@@ -190,7 +192,7 @@ def _padding_marked(ids: tuple[Node, ...]) -> Node | None:
 
 
 def _read_otherwise(ids: tuple[Node, ...], known: list[Node]) -> bool:
-    """Whether anything but the known consumers and gathers (look-ups, classified later) reads the ids."""
+    """Whether other consumers than the known ones and gathers (classified later) read the ids."""
     others = [user for node in ids for user in node.users if user not in known and nodes.reads_numbers(user, node)]
     return any(nodes.kind(user) not in ("gather", "take_along_dim") for user in others)
 
@@ -210,7 +212,7 @@ def _marks_padding(user: Node, ids: Node) -> bool:
 
 
 def _join_steps(found: list[Selection | Skip]) -> list[Selection | Skip]:
-    """Put selections of one expert each together whose ids are concatenated; later steps that stay apart say so."""
+    """Join selections of one expert each whose ids are concatenated; refuse steps that stay apart."""
     single = {s.node: s for s in found if isinstance(s, Selection) and s.top_k == 1}
     if len(single) < 2:
         return found
@@ -276,7 +278,7 @@ def _concatenated(node: Node) -> list[Node]:
 
 
 def _depends(scores: Node, ids: tuple[Node, ...]) -> bool:
-    """Whether the scores of a later step were made, in the shape of scores, with the ids of an earlier one."""
+    """Whether a later step's scores were made, in the shape of scores, with an earlier one's ids."""
     width, views = nodes.last_size(scores), set(_views(ids))
 
     def sources(node: Node) -> list[Node]:

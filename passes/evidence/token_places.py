@@ -1,4 +1,4 @@
-"""Dispatches in which the place of a token depends on the ids of others: new ids would send other tokens elsewhere.
+"""Dispatches in which a token's place depends on the ids of other tokens.
 
 mask = one_hot(ids); place = cumsum(mask, 0); mask * (place < capacity)        an expert's buffer
 sorted, order = sort(ids); arange(n) - starts[sorted] < capacity               the same
@@ -17,17 +17,18 @@ _HORIZON = 200
 # What masks of the ids are made by.
 MASKING = frozenset({"one_hot", "scatter", "eq"})
 _REORDERS = nodes.VALUE_PRESERVING | {"transpose", "permute", "select", "slice", "unbind", "item"}
-# What the first row of each expert is told from; a table made of it has no number that belongs to the model.
+# What the first row of each expert is computed from: a table made of it holds none of the model's
+# numbers.
 _COUNTING = frozenset({"cumsum", "histc", "bincount", "searchsorted", "one_hot", "bucketize"})
 _COUNTED_WITHIN = 12
 _KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "select", "cat", "pad"}
 
 
 def drops_tokens(consumer: Node) -> bool:
-    """Whether an expert's tokens are numbered and compared with how many it takes.
+    """Whether an expert's tokens are numbered and compared with its capacity.
 
-    By the running sum of a mask, which may be made of the ids in another order (slots in front, or one rank at a
-    time), or in sorted order, counted from the expert's first row.
+    By the running sum of a mask, which may be made of the ids in another order (slots in front, or
+    one rank at a time), or in sorted order, counted from the expert's first row.
     """
     pending: list[tuple[Node, str]] = [(consumer, "ids")]
     seen: set[tuple[Node, str]] = set()
@@ -68,8 +69,8 @@ _TAKES_PARTS = frozenset({"split", "split_with_sizes", "tensor_split", "chunk", 
 def split_at_fixed_places(sort: Node, slots: object) -> Node | None:
     """The node that takes a part of the slots in sorted order at constant places, or None.
 
-    How many slots an expert has depends on the ids. make_fx and symbolic_trace write down what `counts.tolist()` was
-    in the traced call, and new ids would send other slots to each expert.
+    How many slots an expert has depends on the ids. make_fx and symbolic_trace write down what
+    `counts.tolist()` was in the traced call, and new ids would send other slots to each expert.
 
     Args:
         sort: a consumer of the ids that sorts them.

@@ -9,7 +9,7 @@ from .walk import walk
 
 
 def aliases(tensor: Node) -> set[Node]:
-    """Every node that may share memory with the tensor, forward and backward through views and in-place results."""
+    """Every node that may share memory with the tensor, through views and in-place results."""
     return set(walk([tensor], _neighbours))
 
 

@@ -30,7 +30,7 @@ def update_argument(node: Node, position: int, name: str, value: Any) -> None:
 
 
 def operator_argument(node: Node, name: str) -> Any:
-    """An argument of a registered operator by its name, with the operator's default where the call leaves it out.
+    """An argument of a registered operator by its name, or the operator's default.
 
     Raises:
         KeyError: the operator has no such argument.

@@ -10,7 +10,7 @@ from . import nodes
 
 
 def columns_of(node: Node, source: Node | None) -> tuple[int, int] | None:
-    """(start, stop) where the node is a range of columns of `source`, every other dimension whole, else None."""
+    """(start, stop) if the node is a range of columns of `source`, otherwise whole; else None."""
     if source is None or nodes.last_size(node) is None or nodes.last_size(source) is None:
         return None
     wide, narrow = nodes.shape(source) or (), nodes.shape(node) or ()

@@ -7,8 +7,8 @@ from torch.fx import Node
 
 from .values import is_tensor
 
-# Different spellings of one operation. The left side is what a tracer records, the right side is the name
-# that passes use. A spelling that is missing here keeps its own name.
+# Different spellings of one operation. The left side is what a tracer records, the right side is
+# the name that passes use. A spelling that is missing here keeps its own name.
 _SPELLINGS = {
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
@@ -52,7 +52,8 @@ _SPELLINGS = {
     "iand": "bitwise_and_",
     "ior": "bitwise_or_",
     "ixor": "bitwise_xor_",
-    # Not in-place: Python's `&`, `|` and `~`, whose functions end in an underscore to dodge keywords.
+    # Not in-place: Python's `&`, `|` and `~`, whose functions end in an underscore to dodge
+    # keywords.
     "and_": "bitwise_and",
     "or_": "bitwise_or",
     "__and__": "bitwise_and",
@@ -74,7 +75,8 @@ _SPELLINGS = {
 VALUE_PRESERVING = frozenset(
     {"view", "to", "clone", "contiguous", "detach", "unsqueeze", "squeeze", "expand", "expand_as"}
 )
-# ... and those whose result may share memory with the operand, so that a write to one is seen in the other.
+# ... and those whose result may share memory with the operand, so that a write to one is seen in
+# the other.
 ALIASING = VALUE_PRESERVING - {"clone"} | {"transpose", "permute", "slice", "select", "chunk", "split", "unbind"}
 
 
@@ -103,9 +105,10 @@ def _without_namespace(qualified: str) -> str:
 def kind(node: Node) -> str:
     """Canonical name of the operation, without the mark of an in-place variant (`div_` is `div`).
 
-    `placeholder`, `get_attr`, `output` and `call_module` nodes have their opcode as kind. Indexing is split:
-    `index` takes at least one index tensor, `slice` takes only numbers, slices, None and Ellipsis, `unsqueeze`
-    adds dimensions and takes everything, and `item` picks one result of an operation that returns several.
+    `placeholder`, `get_attr`, `output` and `call_module` nodes have their opcode as kind. Indexing
+    is split: `index` takes at least one index tensor, `slice` takes only numbers, slices, None and
+    Ellipsis, `unsqueeze` adds dimensions and takes everything, and `item` picks one result of an
+    operation that returns several.
     """
     if node.op not in ("call_function", "call_method"):
         return node.op

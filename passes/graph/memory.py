@@ -26,7 +26,7 @@ def writes(node: Node) -> list[Node]:
 
 
 def followers(node: Node) -> list[Node]:
-    """Every node that sees what this one did: its users, and the later users of the memory that it writes.
+    """Every node that sees what this one did: its users, and later users of memory that it writes.
 
     An in-place operation need not have users: `mask.scatter_(1, ids, 1)` is read through `mask`.
     """

@@ -1,9 +1,9 @@
 """One view of a node for every tracer.
 
-Dynamo graphs hold torch functions and tensor methods, torch.export and AOT graphs hold ATen overloads,
-`make_fx` graphs hold ATen overloads over fake or real values. Passes ask this module what a node *is*
-(`kinds.py`), what it works on (`arguments.py`), what it yields (`values.py`) and what it writes
-(`memory.py`), and never look at `node.target` themselves.
+Dynamo graphs hold torch functions and tensor methods, torch.export and AOT graphs hold ATen
+overloads, `make_fx` graphs hold ATen overloads over fake or real values. Passes ask this module
+what a node *is* (`kinds.py`), what it works on (`arguments.py`), what it yields (`values.py`) and
+what it writes (`memory.py`), and never look at `node.target` themselves.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def reads_numbers(node: Node, source: Node) -> bool:
 
 
 def picked(node: Node, position: int) -> list[Node]:
-    """The nodes that take one result out of a top-k or sort: a tracer may write `r[1]` and `r.indices` apart."""
+    """The nodes that take one result of a top-k or sort, as `r[1]` or as `r.indices`."""
     found = []
     for user in node.users:
         by_number = kind(user) == "item" and int(user.args[1]) % 2 == position  # type: ignore[arg-type]
@@ -99,12 +99,13 @@ def picked(node: Node, position: int) -> list[Node]:
     return found
 
 
-# Operations whose first result is the tensor operand with other numbers, as decompositions write them.
+# Operations whose first result is the tensor operand with other numbers, as decompositions write
+# them.
 _FIRST_OF_SEVERAL = frozenset({"log_sigmoid_forward", "native_layer_norm", "native_dropout"})
 
 
 def first_result(node: Node) -> Node | None:
-    """The operation whose only result of interest the node picks, elementwise over its operand, or None."""
+    """The elementwise operation whose first of several results the node picks, or None."""
     source = operand(node)
     picks = source is not None and kind(node) == "item" and node.args[1] == 0
     return source if picks and source is not None and raw_name(source) in _FIRST_OF_SEVERAL else None
@@ -126,8 +127,8 @@ _MASKS = CLAMPS | {"masked_fill", "remainder"}
 def slot_source(node: Node) -> Node | None:
     """The ids whose numbers a view, cast, copy or mask of ids passes on, slot by slot, or None.
 
-    A mask puts constants in place of some ids: `where(real, ids, -1)`, `masked_fill(ids, padding, 0)`, `clamp`, and
-    the `ids % E` that `take_along_dim` is traced with.
+    A mask puts constants in place of some ids: `where(real, ids, -1)`, `masked_fill(ids, padding,
+    0)`, `clamp`, and the `ids % E` that `take_along_dim` is traced with.
     """
     name = kind(node)
     if name in VALUE_PRESERVING:
@@ -174,12 +175,13 @@ def _permutation(node: Node, rank: int) -> list[int]:
 
 
 def is_model_state(node: Node) -> bool:
-    """Whether the tracer says that a graph input or attribute is a parameter, buffer or constant of the model."""
+    """Whether a graph input or attribute is a parameter, buffer or constant of the model."""
     if node.op == "get_attr":
         return True
     if isinstance(value(node), torch.nn.Parameter) or node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
         return True
-    # torch.export tells by prefix only, parameters, buffers and constants apart from the user's inputs.
+    # torch.export tells by prefix only, parameters, buffers and constants apart from the user's
+    # inputs.
     return "val" in node.meta and str(node.target).startswith(("p_", "b_", "c_"))
 
 

@@ -1,4 +1,4 @@
-"""What a node yields: the value that the tracer recorded, its shape, and the line of code that it came from."""
+"""What a node yields: the value that the tracer recorded, its shape, and its line of code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shape(node: Node) -> tuple[Any, ...] | None:
 
 
 def device(node: Node) -> torch.device:
-    """Where the node's value lies; symbolic_trace records that of parameters only, the CPU is taken for the others."""
+    """The device of the node's value; the CPU where none is recorded, as by symbolic_trace."""
     return getattr(value(node), "device", torch.device("cpu"))
 
 
@@ -50,7 +50,7 @@ def is_floating(node: Node) -> bool:
 
 
 def same_shape(left: Node, right: Node) -> bool:
-    """Whether both nodes yield tensors whose recorded sizes are written the same (symbols included)."""
+    """Whether both nodes yield tensors with the same recorded sizes, symbols included."""
     a, b = shape(left), shape(right)
     return (
         a is not None
@@ -61,7 +61,7 @@ def same_shape(left: Node, right: Node) -> bool:
 
 
 def leading_count(node: Node) -> Any:
-    """Product of all sizes but the last, as a number or a symbolic expression that compares without guarding."""
+    """Product of all sizes but the last: a number, or an expression that compares without guards."""
     return _product((shape(node) or ())[:-1])
 
 
@@ -75,7 +75,7 @@ def _product(sizes: tuple[Any, ...]) -> Any:
 
 
 def shape_in_call(node: Node, sizes: Mapping[Node, int]) -> tuple[int, ...]:
-    """The shape that one call would see, without asking the tracer's symbols: that would specialise the graph.
+    """The shape in one call, without asking the symbols: that would specialise the graph.
 
     Args:
         node: yields a tensor.

@@ -12,7 +12,8 @@ def walk(starts: Iterable[Node], step: Callable[[Node], Iterable[Node]], limit: 
 
     Args:
         starts: where the walk begins; they are visited too.
-        step: the nodes to go on to from a node. It is asked when the walk is taken up again after the visit.
+        step: the nodes to go on to from a node. It is asked when the walk is taken up again after
+            the visit.
         limit: how many nodes may be found, visited or not, before the walk ends; None for all.
     """
     pending = list(dict.fromkeys(starts))
