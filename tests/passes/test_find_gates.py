@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sere_compile.passes import RoutingSettings, SkipReason, find_gates, reroute_dispatch
+from sere_compile.passes import Evidence, RoutingSettings, SkipReason, find_gates, reroute_dispatch
 from sere_compile.passes.graph import nodes
 
 from .moe_modules import (
@@ -346,7 +346,8 @@ class TestNearestMiss:
             )
 
         found = find_gates(from_export(Function(function), rows()))
-        assert [skip.evidence for skip in found.skips] == [1, 0, 3, 2]
+        expected = [Evidence.SELECTION, Evidence.NONE, Evidence.IDS, Evidence.ROUTER]
+        assert [skip.evidence for skip in found.skips] == expected
         assert found.nearest_miss.reason is SkipReason.NO_DISPATCH
         assert found.nearest_miss is found.skips[2]
 
