@@ -163,6 +163,8 @@ def apply_plan(
         _skip(plan, refused, raising=plan.config.strict and not reporting)
     elif run.rewrite is not None:
         plan.status = REWRITTEN
+    else:
+        plan.reason = _why_identity(plan, run.gate)
 
 
 def _run(plan: GatePlan, appended: AppendedInputs, example_inputs: Sequence[Any]) -> Run:
@@ -204,8 +206,7 @@ def _switches(plan: GatePlan, run: Run) -> Callable[[str], bool]:
             case "strict":
                 return config.strict and plan.select_top_k < plan.gate.top_k
             case "reroute":
-                plan.reason = _why_identity(plan, run.gate)
-                return not plan.reason
+                return not _why_identity(plan, run.gate)
             case "collect_stats":
                 return config.collect_stats and run.rewrite is not None
         raise ValueError(f"no option turns on {switch}")
