@@ -16,6 +16,7 @@ from sere_compile.benchmark.result import Results
 from sere_compile.benchmark.subject import random_model
 from sere_compile.benchmark.timing import Timing, summarize, time_in_turn
 from sere_compile.cli import main
+from sere_compile.passes import Skip, SkipReason
 from sere_compile.testing import oracle_routing
 
 TINY = Geometry(
@@ -283,11 +284,13 @@ def test_token_error_is_not_moved_by_one_token_and_never_passes_nan():
 
 def test_gates_that_keep_their_experts_are_noted(subject, bench, monkeypatch):
     """What the passes refuse appears under the table, with the reason and how often."""
-    monkeypatch.setattr("sere_compile.compiler.gate_plan.lower_experts", lambda *_: "too odd")
+    refuse = lambda gate, *_: Skip(SkipReason.NOT_BATCHED, gate.ids, "too odd")  # noqa: E731
+    monkeypatch.setattr("sere_compile.passes.pipeline.fuse_experts", refuse)
     options = variant.sere_backend.with_options(lower_experts="always")
     monkeypatch.setattr(variant, "sere_backend", options)
     results = bench(["layer"], ["grouped_mm"])
-    assert results.notes == ["3 compiled gates keep their experts: too odd"]
+    reason = f"{SkipReason.NOT_BATCHED.value} (too odd)"
+    assert results.notes == [f"3 compiled gates keep their experts: {reason}"]
     assert results.table().endswith("\nNote: " + results.notes[0])
 
 
