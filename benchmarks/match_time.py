@@ -23,7 +23,9 @@ from torch.fx import GraphModule
 import sere_compile
 from sere_compile import SereConfig
 from sere_compile.backend import SereBackend
+from sere_compile.compiler.dynamo_graph import GraphInputs
 from sere_compile.compiler.gate_plan import experts_are_live
+from sere_compile.experts.owner import Owners
 from sere_compile.passes import find_gates
 from tests.zoo.registry import ENTRIES, build, implementations, inputs
 
@@ -42,9 +44,9 @@ def times(name: str) -> tuple[int, float, float]:
     total = [0, 0.0, 0.0]
 
     def timed(graph: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        evidence = experts_are_live(graph, example_inputs)
+        value_of = GraphInputs(graph).values_of(example_inputs)
         total[0] += len(graph.graph.nodes)
-        total[1] += min(_seconds(lambda: find_gates(graph, evidence)) for _ in range(_RUNS))
+        total[1] += min(_seconds(lambda: find_gates(graph, experts_are_live(value_of, Owners()))) for _ in range(_RUNS))
         total[2] += min(_seconds(lambda: backend(graph, example_inputs)) for _ in range(_RUNS))
         return graph.forward
 

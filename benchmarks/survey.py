@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sere_compile
 from sere_compile import GateRow, SereConfig, SimilarityProfile
 from sere_compile.backend import SereBackend
-from sere_compile.compiler.bound_graph import _skip_row, observer
-from sere_compile.rewrite import _Program
+from sere_compile.compiler.observed_graph import observer
+from sere_compile.compiler.program import Program
+from sere_compile.compiler.report_rows import row_of_skip
 from tests.zoo.oracle import counting, rerouted, router_weights
 from tests.zoo.registry import ENTRIES, build, inputs
 
@@ -247,9 +248,9 @@ def survey_ahead(name: str, experts: str, tracer: str = "torch.export") -> Surve
         return result
     finally:
         torch._dynamo.reset()
-    view = _Program(program)
+    view = Program(program)
     found = sere_compile.passes.find_gates(view.module)
-    result.rows = tuple(_row_of(gate, view) for gate in found.gates) + tuple(map(_skip_row, found.skips))
+    result.rows = tuple(_row_of(gate, view) for gate in found.gates) + tuple(map(row_of_skip, found.skips))
     if not result.gates:
         return result
 
@@ -275,7 +276,7 @@ def _rewritten(program: Any, profile: SimilarityProfile | None, select_top_k: in
     return sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=select_top_k))
 
 
-def _row_of(gate: Any, program: _Program) -> GateRow:
+def _row_of(gate: Any, program: Program) -> GateRow:
     status = "identity" if gate.top_k == 1 else "rewritten"
     return GateRow(
         program.weight_name(gate), gate.num_experts, gate.top_k, 1, gate.scoring, gate.is_sorted, gate.dispatch, status

@@ -24,7 +24,8 @@ from .evaluation import Evaluation, evaluate
 from .explain import explain
 from .report import GateReport, GateRow
 from .rewrite import rewrite
-from .similarity.profile import SimilarityProfile, attach, detach
+from .similarity.attach import attach, detach
+from .similarity.profile import SimilarityProfile
 from .statistics import GateStats, reset_stats, stats
 
 __all__ = [

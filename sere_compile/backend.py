@@ -10,10 +10,15 @@ import torch
 from torch.fx import GraphModule
 
 from .compiler import dynamo, missing_gates
-from .compiler.bound_graph import BoundGraph, ObservedGraph
-from .compiler.gate_plan import AppendedInputs, apply_plan, experts_are_live, plan_gate, refuse_shared_routers
+from .compiler.bound_graph import BoundGraph
+from .compiler.dynamo_graph import DynamoGraph
+from .compiler.gate_matrices import examples
+from .compiler.gate_plan import GatePlan, experts_are_live, plan_gates
+from .compiler.observed_graph import ObservedGraph
+from .compiler.rewrite_gate import rewrite_gate
 from .config import SereConfig, split_options
-from .errors import ConfigError
+from .errors import ConfigError, GateNotFoundError
+from .experts.owner import Owners
 from .passes import find_gates
 
 log = logging.getLogger(__name__)
@@ -71,27 +76,35 @@ class SereBackend:
         config, inner_options = split_options(self.config, options)
         if config.capture == "auto":
             raise ConfigError('capture="auto" acts before a backend is called: use sere_compile.compile(model, ...)')
-        graph = dynamo.copy_graph(module)
-        findings = find_gates(graph, experts_are_live(graph, example_inputs))
-        plans = [plan_gate(gate, config, graph, example_inputs) for gate in findings.gates]
-        refuse_shared_routers(plans)
-        appended = AppendedInputs(graph, list(example_inputs))
+        graph, owners = DynamoGraph(module, example_inputs), Owners()
+        findings = find_gates(graph.module, experts_are_live(graph.value_of, owners))
+        plans = plan_gates(findings.gates, config, graph.own_inputs.nodes, graph.value_of, owners)
         for plan in plans:
-            apply_plan(plan, appended, example_inputs, reporting=self._explaining)
-        graph.graph.lint()
-        graph.recompile()
+            self._rewrite(plan, graph, example_inputs, owners)
+        rewritten = graph.finish()
         whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
         if self._explaining:
             return ObservedGraph(module.forward, plans, findings.skips, whole_call=whole_call)
         if plans or not whole_call:  # else the warning below names it
             missing_gates.tell_refused(findings.skips, config)
-        log.debug("rewritten graph:\n%s", _LazyCode(graph))
-        compiled = _compile_inner(graph, appended.inputs, config, mode, inner_options)
+        log.debug("rewritten graph:\n%s", _LazyCode(rewritten))
+        compiled = _compile_inner(rewritten, graph.inputs, config, mode, inner_options)
         if not plans:
             return missing_gates.watch(compiled, findings, config, whole_call=whole_call)
-        bound = BoundGraph(compiled, appended.items, plans, None if whole_call else missing_gates.watch_others(config))
-        bound.bind(example_inputs)
+        bound = BoundGraph(compiled, graph, plans, None if whole_call else missing_gates.watch_others(config))
+        bound.bind(example_inputs, owners)
         return bound
+
+    def _rewrite(self, plan: GatePlan, graph: DynamoGraph, example_inputs: Sequence[Any], owners: Owners) -> None:
+        """Rewrite one gate; raise if it cannot be re-routed and has to be, unless refusals become rows of a report."""
+        weight = plan.weight(example_inputs)
+        matrices = examples(plan, weight) if plan.is_to_reroute else {}
+        refusal = rewrite_gate(plan, graph, matrices, weight, owners)
+        if refusal is None:
+            return
+        if plan.config.strict and not self._explaining:
+            raise GateNotFoundError(f"strict=True, and {plan.name} cannot be re-routed: {refusal}")
+        log.warning("%s is not re-routed: %s", plan.name, refusal)
 
     def reset(self) -> None:
         """Drop recorded CUDA graphs; torch._dynamo.reset() calls this."""

@@ -6,12 +6,12 @@ import dataclasses
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from .errors import ConfigError
-from .similarity.threshold import quantile
 
 SUBSTITUTIONS = ("reroute", "projection")
 # The options that may differ from gate to gate.
@@ -215,3 +215,21 @@ def _check_per_gate(config: SereConfig, pattern: str, options: dict[str, Any]) -
         config._without_gates(options)
     except ConfigError as error:
         raise ConfigError(f"per_gate[{pattern!r}]: {error}") from error
+
+
+def quantile(threshold: float | str) -> float | None:
+    """X of `"qX"`, or None of a number.
+
+    Raises:
+        ConfigError: a text of another form, or X outside of (0, 1).
+    """
+    if not isinstance(threshold, str):
+        return None
+    match = re.fullmatch(r"q(\d*\.?\d+)", threshold)
+    value = float(match[1]) if match else 0.0
+    if not 0 < value < 1:
+        raise ConfigError(
+            f'threshold must be a finite number, or a share of a gate\'s experts between "q0" and "q1" such as "q0.2", '
+            f"got {threshold!r}"
+        )
+    return value

@@ -11,10 +11,9 @@ import torch
 
 from .backend import SereBackend
 from .compiler import dynamo
-from .compiler.bound_graph import observer, on_whole_call
 from .compiler.eager_selections import WatchSelections
+from .compiler.observed_graph import observer, on_whole_call
 from .config import SereConfig
-from .experts.module_tree import find_owner
 from .report import SKIPPED, GateReport, GateRow
 
 _OUTSIDE = "it ran outside every graph"
@@ -46,13 +45,11 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     backend = SereBackend(config.replace(capture="default"), explaining=True)
     capture = dynamo.dynamic_shape_capture() if config.capture == "auto" else contextlib.nullcontext()
     original = getattr(model, "_orig_mod", model)
-    # A compile of its own must not run into the limit that the user's compiles of the same code count against.
-    limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
     again = _copied((args, kwargs))
     whole_calls: list[bool] = []
     tokens = observer.set(observe), on_whole_call.set(lambda: whole_calls.append(True))
     try:
-        with limits, capture, torch.no_grad(), dynamo.without_own_compile(original):
+        with dynamo.unlimited_recompiles(), capture, torch.no_grad(), dynamo.without_own_compile(original):
             torch.compile(original, backend=backend)(*args, **kwargs)
             if not whole_calls and again is not None:
                 for row in _rows_outside(original, *again, seen=tuple(rows.values())):
@@ -71,7 +68,7 @@ def _rows_outside(
     with WatchSelections() as watch:
         model(*args, **kwargs)
     for selection in watch.found:
-        owner = find_owner(selection.weight)
+        owner = watch.owners.find(selection.weight)
         name = owner.name if owner is not None else selection.place
         refused = any(row.num_experts is None and f"({selection.place})" in row.name for row in seen)
         if refused or any(row.name == name for row in seen):
@@ -81,7 +78,7 @@ def _rows_outside(
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy, or None of what has none."""
+    """A deep copy, or None of what cannot be copied."""
     try:
         return copy.deepcopy(value)
     except (RuntimeError, TypeError, NotImplementedError):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import SereError
-from ..similarity.profile import SimilarityProfile, attach
+from ..similarity.attach import attach
+from ..similarity.profile import SimilarityProfile
 from .geometries import GEOMETRIES
 
 

@@ -17,12 +17,14 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..compiler import dynamo
-from ..compiler.gate_plan import GatePlan, experts_are_live, plan_gate, refuse_shared_routers
+from ..compiler.dynamo_graph import DynamoGraph
+from ..compiler.gate_plan import GatePlan, experts_are_live, plan_gates
 from ..config import SereConfig
 from ..errors import CalibrationError
 from ..experts.counterfactual import CounterfactualExperts, agree, of_module, of_region
+from ..experts.experts_module import Experts, find_experts
 from ..experts.hidden_states import draw, scale_at
-from ..experts.module_tree import Experts, find_experts
+from ..experts.owner import Owners
 from ..passes import DispatchRegion, NormScale, UseKind, find_gates
 from ..passes.graph import nodes
 from ..report import SKIPPED
@@ -65,49 +67,46 @@ class ObservedModel:
         self.refused: list[str] = []
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._compiled = torch.compile(self.model, backend=self._compile)
+        self._owners = Owners()
         self._fast: dict[int, bool] = {}
         self._modules: dict[int, Experts | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Run the model, without gradients."""
-        # A compile of its own must not run into the limit that other compiles of the same code count against.
-        limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-        with limits, torch.no_grad(), dynamo.without_own_compile(self.model):
+        with dynamo.unlimited_recompiles(), torch.no_grad(), dynamo.without_own_compile(self.model):
             self._compiled(*args, **kwargs)
 
     def _compile(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = dynamo.copy_graph(module)
-        findings = find_gates(graph, experts_are_live(graph, inputs))
-        plans = [plan_gate(gate, SereConfig(), graph) for gate in findings.gates]
-        refuse_shared_routers(plans)
+        graph = DynamoGraph(module, inputs)
+        findings = find_gates(graph.module, experts_are_live(graph.value_of, self._owners))
+        plans = plan_gates(findings.gates, SereConfig(), graph.own_inputs.nodes, graph.value_of, self._owners)
         for plan in plans:
             if plan.status == SKIPPED:
-                self.refused.append(f"{plan.fallback_name}: {plan.reason}")
+                self.refused.append(f"{plan.name}: {plan.reason}")
             else:
                 self._insert(plan)
-        graph.graph.lint()
-        graph.recompile()
-        return graph.forward
+        return graph.finish().forward
 
     def _insert(self, plan: GatePlan) -> None:
         region = plan.region if isinstance(plan.region, DispatchRegion) else None
         inputs, activations = (region.inputs, region.activations) if region is not None else ((), ())
         read = (*activations, plan.gate.router_input) if self.drawn is not None else ()
-        scales = tuple(scale_at(node, plan.gate.router_input, plan.fallback_name) for node in read)
+        scales = tuple(scale_at(node, plan.gate.router_input, plan.name) for node in read)
         norms = tuple(dict.fromkeys(node for scale in scales for node in scale.parameters))
         arguments = (plan.gate.router_weight, plan.gate.router_input, plan.gate.ids, inputs, activations, norms)
         call = _Arrive(self, plan, region, scales, norms)
-        with plan.graph.graph.inserting_after(max(plan.gate.ids, plan.gate.router_input, *activations, *norms)):
-            plan.graph.graph.call_function(call, arguments)
+        graph = plan.gate.selection.graph
+        with graph.inserting_after(max(plan.gate.ids, plan.gate.router_input, *activations, *norms)):
+            graph.call_function(call, arguments)
 
     def name(self, weight: torch.Tensor, fallback: str) -> str:
         """The name of a router's weight in the model."""
         return self._names.get(id(weight), fallback)
 
     def module_beside(self, weight: torch.Tensor, num_experts: int) -> Experts | None:
-        """The experts module beside a router; looked for once, which scans the heap."""
+        """The experts module beside a router; looked for once."""
         if id(weight) not in self._modules:
-            self._modules[id(weight)] = find_experts(weight, num_experts)
+            self._modules[id(weight)] = find_experts(self._owners.find(weight), num_experts)
         return self._modules[id(weight)]
 
     def is_fast(self, weight: torch.Tensor, decide: Callable[[], bool]) -> bool:
@@ -141,7 +140,7 @@ class _Arrive:
         norms: Sequence[torch.Tensor],
     ) -> None:
         gate = self.plan.gate
-        name = self.observed.name(weight, self.plan.fallback_name)
+        name = self.observed.name(weight, self.plan.name)
         rows = hidden.reshape(-1, hidden.shape[-1])
         tables: list[torch.Tensor] | None = None
         if self.observed.drawn is not None:

@@ -12,7 +12,8 @@ from ..evaluation import evaluate_rules
 from ..evaluation.comparison import calibrated_profiles, comparison_rules, named_rule
 from ..evaluation.sweep import SweepRow, format_table, whole_batches, write_csv
 from ..evaluation.text import mixed_windows
-from ..similarity.profile import SimilarityProfile, attach
+from ..similarity.attach import attach
+from ..similarity.profile import SimilarityProfile
 from .options import Numbers, counts, data_options, load_subject, number_or_share, some_numbers
 from .output_file import OutputFile
 

@@ -9,7 +9,8 @@ import click
 from ..config import SereConfig
 from ..errors import SereError
 from ..evaluation import evaluate
-from ..similarity.profile import SimilarityProfile, attach
+from ..similarity.attach import attach
+from ..similarity.profile import SimilarityProfile
 from .options import data_options, load_subject, routing_options
 
 

@@ -11,7 +11,8 @@ from ..errors import SereError
 from ..evaluation.text import require_tokens
 from ..explain import explain
 from ..integrations.transformers import load_causal_lm
-from ..similarity.profile import SimilarityProfile, attach
+from ..similarity.attach import attach
+from ..similarity.profile import SimilarityProfile
 from .options import routing_options
 
 

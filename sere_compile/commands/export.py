@@ -10,7 +10,8 @@ import torch
 from ..config import SereConfig
 from ..errors import SereError
 from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
-from ..similarity.profile import SimilarityProfile, attach
+from ..similarity.attach import attach
+from ..similarity.profile import SimilarityProfile
 from .options import routing_options
 from .output_file import OutputFile
 

@@ -13,7 +13,8 @@ from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import SereError
 from ..evaluation.plots import plot_sweep
 from ..evaluation.sweep import GateSettings, SweepRow, format_table, recommend, settings, spend_budget, sweep, write_csv
-from ..similarity.profile import SimilarityProfile, attach
+from ..similarity.attach import attach
+from ..similarity.profile import SimilarityProfile
 from .options import Numbers, counts, data_options, load_subject, min_active_option, number_or_share, per_gate_option
 from .output_file import OutputFile, Picture
 

@@ -1,4 +1,4 @@
-"""Everything that touches Dynamo's own bookkeeping, so that a change in torch has one place to be met."""
+"""Everything that reads or changes Dynamo's own bookkeeping, so that a change in torch is met in one place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch.fx import GraphModule, Node
 
+from ..passes.graph.copy import copy_module
+
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
 # Attributes that AOTAutograd reads from a graph module that Dynamo made.
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id")
@@ -21,19 +23,13 @@ _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backe
 
 def copy_graph(module: GraphModule) -> GraphModule:
     """A copy to edit. Editing Dynamo's own graph in place breaks the guards it builds afterwards."""
-    mapping: dict[Node, Node] = {}
-    graph = torch.fx.Graph(tracer_cls=module.graph._tracer_cls)
-    output = graph.graph_copy(module.graph, mapping)
-    old_output = module.graph.output_node()
-    graph.output(output).meta.update(old_output.meta)
+    copied, mapping = copy_module(module)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
-    copied = GraphModule(module, graph, class_name=module.__class__.__name__)
-    copied.meta = dict(module.meta)
-    for attribute in _MODULE_ATTRIBUTES:
-        if hasattr(module, attribute):
-            setattr(copied, attribute, getattr(module, attribute))
+    for name in _MODULE_ATTRIBUTES:
+        if hasattr(module, name):
+            setattr(copied, name, getattr(module, name))
     return copied
 
 
@@ -113,8 +109,15 @@ def without_own_compile(model: Any) -> Iterator[None]:
         model._compiled_call_impl = own
 
 
+@contextlib.contextmanager
+def unlimited_recompiles() -> Iterator[None]:
+    """A compile of our own must not run into the limit that the user's compiles of the same code count against."""
+    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+        yield
+
+
 def has_graph_break() -> bool:
-    """Whether the graph being compiled ends at a graph break; True where Dynamo does not tell."""
+    """Whether the graph being compiled ends at a graph break; True where Dynamo does not say."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:

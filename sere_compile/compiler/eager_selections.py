@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..experts.module_tree import count_experts_beside
+from ..experts.experts_module import count_experts_beside
+from ..experts.owner import Owners
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm: 1, _aten.addmm: 2, _aten.bmm: 1, _aten.baddbmm: 2, _aten.matmul: 1, _aten.linear: 1}
@@ -44,10 +45,16 @@ class EagerSelection:
 
 
 class WatchSelections(TorchDispatchMode):
-    """Collects the selections of experts while it is active; each weight once."""
+    """Collects the selections of experts while it is active; each weight once.
+
+    Attributes:
+        found: the selections.
+        owners: of the weights.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.owners = Owners()
         self.found: list[EagerSelection] = []
         # Views and casts of a parameter, and scores that it projected, by the parameter.
         self._weights = WeakIdKeyDictionary()
@@ -94,7 +101,7 @@ class WatchSelections(TorchDispatchMode):
         if weight is None or not over_last or any(seen.weight is weight for seen in self.found):
             return
         top_k = {**_SELECTIONS, **_SORTS}[packet](args)
-        num_experts = count_experts_beside(weight, scores.shape[-1])
+        num_experts = count_experts_beside(self.owners.find(weight), scores.shape[-1])
         if num_experts:
             self.found.append(EagerSelection(weight, num_experts, top_k, _users_line(sys._getframe(2))))
 

@@ -18,16 +18,16 @@ from torch.fx import Node
 
 from ..config import SereConfig
 from ..errors import ConfigError
-from ..experts.module_tree import find_owner
+from ..experts.owner import Owner, Owners
 from ..similarity import binding
 from . import dynamo
 
 log = logging.getLogger(__name__)
 
 
-def config_of(config: SereConfig, weight: torch.Tensor, fallback_name: str) -> SereConfig:
+def config_of(config: SereConfig, weight: torch.Tensor, fallback_name: str, owners: Owners) -> SereConfig:
     """The options of the gate with this router weight."""
-    return config.for_gate(_name(weight, fallback_name)) if config.per_gate else config
+    return config.for_gate(_name(weight, fallback_name, owners)) if config.per_gate else config
 
 
 def guard(config: SereConfig, expected: SereConfig, node: Node, fallback_name: str) -> None:
@@ -43,21 +43,23 @@ def guard(config: SereConfig, expected: SereConfig, node: Node, fallback_name: s
         return
 
     def same(weight: object) -> bool:
-        return isinstance(weight, torch.Tensor) and config_of(config, weight, fallback_name) == expected
+        # Owners of their own: a guard lives as long as the compiled code, and would keep the modules alive.
+        return isinstance(weight, torch.Tensor) and config_of(config, weight, fallback_name, Owners()) == expected
 
     if not dynamo.guard_input(node, same, f"sere options of {fallback_name}"):
         log.debug("no guard on the options of %s: another gate with other options will be an error", fallback_name)
 
 
-def check(config: SereConfig, used: SereConfig, weight: torch.Tensor, fallback_name: str) -> None:
+def check(config: SereConfig, used: SereConfig, weight: torch.Tensor, fallback_name: str, owners: Owners) -> None:
     """Refuse a call whose router weight has other options than those in the graph.
 
     Raises:
         ConfigError: it has.
     """
-    if config.per_gate and config_of(config, weight, fallback_name) != used:
+    if config.per_gate and config_of(config, weight, fallback_name, owners) != used:
+        name = _name(weight, fallback_name, owners)
         raise ConfigError(
-            f"per_gate gives {_name(weight, fallback_name)} other options than the gate that this graph was compiled "
+            f"per_gate gives {name} other options than the gate that this graph was compiled "
             "for, and Dynamo runs one graph for both. Compile the whole model, not layer by layer"
         )
 
@@ -82,12 +84,11 @@ def tell_unknown(config: SereConfig, names: Iterable[str], where: str) -> None:
 _told: weakref.WeakKeyDictionary[nn.Module, set[object]] = weakref.WeakKeyDictionary()
 
 
-def tell_unknown_of_model(config: SereConfig, weight: torch.Tensor, num_experts: int) -> None:
-    """`tell_unknown` once a model, as soon as one of its gates is seen: others may run in later graphs.
+def tell_unknown_of_model(config: SereConfig, owner: Owner | None, num_experts: int) -> None:
+    """`tell_unknown` once for each model, as soon as one of its gates is seen: others may run in later graphs.
 
     Its matrices with a row or column for each of `num_experts` experts stand for the gates that are not seen yet.
     """
-    owner = find_owner(weight) if config.per_gate else None
     if owner is None or config.per_gate in _told.setdefault(owner.root, set()):
         return
     _told[owner.root].add(config.per_gate)
@@ -96,9 +97,9 @@ def tell_unknown_of_model(config: SereConfig, weight: torch.Tensor, num_experts:
     tell_unknown(config, [owner.name, *names], type(owner.root).__name__)
 
 
-def _name(weight: torch.Tensor, fallback_name: str) -> str:
+def _name(weight: torch.Tensor, fallback_name: str, owners: Owners) -> str:
     entry = binding.lookup(weight)
     if entry is None:
-        owner = find_owner(weight)
+        owner = owners.find(weight)
         entry = binding.name(weight, fallback_name if owner is None else owner.name)
     return entry.name

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import SereConfig
 from ..errors import GateNotFoundError
-from ..experts.module_tree import find_owner, routers_in
+from ..experts.owner import find_owner, routers_in
 from ..passes import Findings, Skip
 from ..passes.graph.nodes import source_line
 from .dynamo import current_call, skipped_codes

@@ -10,7 +10,7 @@ import torch
 from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity.profile import SimilarityProfile
-from ..similarity.threshold import RANKED_THRESHOLD, ranked, resolve_threshold
+from ..similarity.threshold import matrix_in_graph, threshold_in_graph
 from .rules import Reroute, RoutingBatch
 
 
@@ -30,9 +30,8 @@ class ConfiguredRule:
         if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
             return batch.ids, batch.weights
         select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
-        matrix, threshold = self.similarity[batch.name], config.threshold
-        if isinstance(threshold, str):
-            matrix, threshold = ranked(matrix, resolve_threshold(threshold, matrix)), RANKED_THRESHOLD
+        matrix = matrix_in_graph(self.similarity[batch.name], config.threshold)
+        threshold = threshold_in_graph(config.threshold)
         scale = self.projections if config.substitution == "projection" else None
         if config.substitution == "projection" and batch.name not in (scale or {}):
             raise EvaluationError(

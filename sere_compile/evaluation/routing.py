@@ -15,8 +15,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..compiler import dynamo
+from ..compiler.dynamo_graph import DynamoGraph
 from ..compiler.gate_plan import experts_are_live
 from ..errors import EvaluationError
+from ..experts.owner import Owners
 from ..passes import Gate, RoutingSettings, Skip, UseKind, find_gates, reroute_dispatch
 from ..passes.graph import nodes
 
@@ -63,21 +65,17 @@ class RoutedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, without gradients."""
         self._calls = 0
-        # A compile of its own must not run into the limit that other compiles of the same code count against.
-        limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
-        with limits, torch.no_grad():
+        with dynamo.unlimited_recompiles(), torch.no_grad():
             output = self._compiled(*args, **kwargs)
         if not self._calls:
             raise EvaluationError("no MoE gate ran in a graph of this model: see sere_compile.explain(model, ...)")
         return output
 
     def _compile(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = dynamo.copy_graph(module)
-        for gate in find_gates(graph, experts_are_live(graph, inputs)).gates:
+        graph = DynamoGraph(module, inputs)
+        for gate in find_gates(graph.module, experts_are_live(graph.value_of, Owners())).gates:
             self._insert(gate)
-        graph.graph.lint()
-        graph.recompile()
-        return graph.forward
+        return graph.finish().forward
 
     def _insert(self, gate: Gate) -> None:
         """Both ids and weights have to change hands, as in a merged rewrite; its operator makes room for the call."""

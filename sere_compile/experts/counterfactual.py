@@ -16,7 +16,7 @@ import torch
 
 from ..errors import CalibrationError
 from ..passes import DispatchRegion
-from .module_tree import Experts
+from .experts_module import Experts
 
 # (token number of each row [R], ids [R, K], weights [R, K] float32) -> outputs [R, H]
 Dispatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

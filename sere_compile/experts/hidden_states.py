@@ -1,8 +1,8 @@
 """Hidden states for experts where there is no data: drawn at the mean and scale that the layer sees.
 
 The norm in front of a gate hands on numbers of mean 0 and scale 1 in each channel, times its gain g, plus its bias b.
-So each channel is drawn from a normal distribution of mean b and deviation |g|. What data has beyond that,
-correlations of channels and differences between tokens, is not there.
+So each channel is drawn from a normal distribution of mean b and standard deviation |g|. What data has beyond that,
+correlations between channels and differences between tokens, is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..passes import NormScale, find_norm_scale
+from ..passes import Gate, NormScale, find_norm_scale
 from ..passes.graph import nodes
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,23 @@ def scale_at(read: Node, router_input: Node, gate: str) -> NormScale:
         log.info("hidden states for %s are drawn standard normal: no norm was found in front of it, %s", gate, found)
         return NormScale()
     return found
+
+
+def hidden_size_of(weight: torch.Tensor, gate: Gate) -> int:
+    """H, the number of channels that a gate's router projects.
+
+    The router's input gives it. A weight alone does not: it is [E, H] or [H, E], and may have further rows or columns
+    for a shared expert or for none.
+
+    Args:
+        weight: the router's, for graphs in which the size of the input is no plain number.
+        gate: whose router it is.
+    """
+    size = nodes.last_size(gate.router_input)
+    if size is not None:
+        return size
+    rows, columns = weight.shape
+    return rows if columns == gate.num_experts and rows != gate.num_experts else columns
 
 
 def draw(

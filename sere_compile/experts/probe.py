@@ -14,12 +14,13 @@ import torch
 from torch.fx import Node
 
 from ..errors import ProbeError
-from ..passes import DispatchRegion, NormScale
+from ..passes import DispatchRegion, Gate, NormScale, Skip
 from ..passes.graph import nodes
+from ..passes.graph.run_part import ValueOf
 from .counterfactual import CounterfactualExperts, Dispatch
-from .hidden_states import draw
+from .experts_module import Experts
+from .hidden_states import draw, hidden_size_of, scale_at
 from .metrics import FrobeniusAccumulator
-from .module_tree import Experts
 
 PROBE_TOKENS = 64
 PROBE_SEED = 0
@@ -40,9 +41,46 @@ class Probed:
     projection: torch.Tensor
 
 
-def probe_similarity(dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device) -> torch.Tensor:
-    """The similarity alone, see `probe_experts`."""
-    return probe_experts(dispatch, rows, num_experts, top_k, device).similarity
+def probe_gate(
+    gate: Gate,
+    region: DispatchRegion | Skip,
+    name: str,
+    weight: torch.Tensor,
+    find_experts: Callable[[], Experts | None],
+    value_of: ValueOf,
+    advice: str,
+) -> Probed:
+    """Measure how alike a gate's experts are: run in the graph, else beside the router in the live model.
+
+    The graph's own dispatch needs every tensor that it reads and a known number of tokens. Where it takes few rows at
+    once, thousands of runs would be needed, and an experts module beside the router is run instead.
+
+    Args:
+        gate: as it was found.
+        region: its dispatch, from `passes.extract_dispatch`, or why there is none.
+        name: of the router's weight.
+        weight: the router's.
+        find_experts: gives the experts beside the router, see `experts_module.find_experts`; called if needed.
+        value_of: what graph inputs and attributes hold; None for what only a call has.
+        advice: what the user can do where the experts cannot be run; the end of the error's message.
+
+    Raises:
+        ProbeError: the experts can be run in neither place, or one gives NaN or infinity.
+    """
+    found = _dispatch_in_graph(gate, region, name, value_of)
+    experts = None if not isinstance(found, str) and found[1] >= PROBE_TOKENS else find_experts()
+    if not isinstance(found, str) and experts is None:
+        dispatch, rows = found
+        return probe_experts(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
+    if experts is None:
+        raise ProbeError(
+            f"the experts of {name} cannot be probed: {found}, and no experts module stands beside its router in a "
+            f"model of this process. {advice}"
+        )
+    scale = _known_scale(gate.router_input, gate, name, value_of)
+    hidden_size = hidden_size_of(weight, gate)
+    dispatch = module_dispatch(experts, hidden_size, weight.dtype, weight.device, scale, value_of)
+    return probe_experts(dispatch, MODULE_ROWS, gate.num_experts, gate.top_k, weight.device)
 
 
 def probe_experts(dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device) -> Probed:
@@ -73,63 +111,95 @@ def module_dispatch(
     dtype: torch.dtype,
     device: torch.device,
     scale: NormScale | None = None,
-    value: Callable[[Node], Any] = lambda node: None,
+    value_of: ValueOf = lambda node: None,
 ) -> Dispatch:
     """The dispatch of an experts module that takes (hidden [T, H], ids [T, K], weights [T, K]).
 
-    `scale` and `value` are those of `hidden_states.draw`.
+    `scale` and `value_of` are those of `hidden_states.draw`.
     """
-    table = draw(PROBE_TOKENS, hidden_size, PROBE_SEED, dtype, device, scale, value)
+    table = draw(PROBE_TOKENS, hidden_size, PROBE_SEED, dtype, device, scale, value_of)
     return lambda token, ids, weights: experts(table[token], ids, weights.to(dtype))
 
 
-def region_dispatch(
+def _dispatch_in_graph(
+    gate: Gate, region: DispatchRegion | Skip, name: str, value_of: ValueOf
+) -> tuple[Dispatch, int] | str:
+    """The gate's dispatch as a function and its number of rows, or why the graph alone does not give it."""
+    if isinstance(region, Skip):
+        return str(region)
+    unknown = next((node for node in region.inputs if value_of(node) is None), None)
+    if unknown is not None:
+        return f"their dispatch reads {unknown.name}, which only a call has"
+    symbols = _symbols(gate, value_of)
+    ids_shape = _concrete_shape(region.ids, symbols)
+    shapes = [_concrete_shape(node, symbols) for node in region.activations]
+    known = [shape for shape in shapes if shape is not None]
+    if ids_shape is None or len(known) < len(shapes):
+        return "their dispatch is traced for any number of tokens"
+    scales = [_known_scale(node, gate, name, value_of) for node in region.activations]
+    return _region_dispatch(region, ids_shape, known, scales, value_of)
+
+
+def _region_dispatch(
     region: DispatchRegion,
-    values: Mapping[Node, Any],
-    scales: Sequence[NormScale] | None = None,
-    value: Callable[[Node], Any] = lambda node: None,
+    ids_shape: tuple[int, ...],
+    shapes: Sequence[tuple[int, ...]],
+    scales: Sequence[NormScale],
+    value_of: ValueOf,
 ) -> tuple[Dispatch, int]:
-    """The dispatch of a traced region, and how many rows one run of it takes.
+    """The dispatch of a traced region on drawn hidden states, and how many rows one run of it takes.
 
     Args:
         region: from `passes.extract_dispatch`.
-        values: what a call of the graph passed, for each graph input: tensors, and ints for symbolic sizes.
-        scales: for each of the region's activations, see `hidden_states.draw`.
-        value: see there.
+        ids_shape: of the ids that it takes.
+        shapes: of its activations.
+        scales: of its activations, see `hidden_states.draw`.
+        value_of: of its inputs.
     """
-    symbols = {_fake(node).node.expr: int(v) for node, v in values.items() if isinstance(_fake(node), torch.SymInt)}
-    inputs = [values[node] for node in region.inputs]
-    ids_shape, ids_dtype = _concrete_shape(region.ids, symbols), _fake(region.ids).dtype
-    weights_dtype = _fake(region.weights).dtype
+    inputs = [value_of(node) for node in region.inputs]
+    ids_dtype, weights_dtype = nodes.value(region.ids).dtype, nodes.value(region.weights).dtype
     # ShapeProp, which symbolic_trace needs, records no device; the experts' weights are on the same one.
-    on = [_fake(region.ids), *inputs]
+    on = [nodes.value(region.ids), *inputs]
     device = next((value.device for value in on if hasattr(value, "device")), torch.device("cpu"))
     rows = int(torch.Size(ids_shape[:-1]).numel())
-    shapes = [_concrete_shape(node, symbols) for node in region.activations]
-    given: Sequence[NormScale | None] = scales or [None] * len(shapes)
     tables = [
-        draw(PROBE_TOKENS, shape[-1], PROBE_SEED, _fake(node).dtype, device, scale, value)
-        for node, shape, scale in zip(region.activations, shapes, given, strict=True)
+        draw(PROBE_TOKENS, shape[-1], PROBE_SEED, nodes.value(node).dtype, device, scale, value_of)
+        for node, shape, scale in zip(region.activations, shapes, scales, strict=True)
     ]
 
     def dispatch(token: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         activations = [_spread(table[token], shape) for table, shape in zip(tables, shapes, strict=True)]
         ids = ids.to(ids_dtype).reshape(ids_shape)
         weights = weights.to(weights_dtype).reshape(ids_shape)
-        result = region.module(ids, weights, *inputs, *activations)
-        return result.reshape(rows, -1)
+        return region.module(ids, weights, *inputs, *activations).reshape(rows, -1)
 
     return dispatch, rows
 
 
-def _fake(node: Node) -> Any:
-    return nodes.value(node)
+def _known_scale(read: Node, gate: Gate, name: str, value_of: ValueOf) -> NormScale:
+    """The scale of the hidden states at a node, as far as the graph holds its tensors; else standard normal."""
+    found = scale_at(read, gate.router_input, name)
+    return found if all(value_of(node) is not None for node in found.parameters) else NormScale()
 
 
-def _concrete_shape(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...]:
+def _symbols(gate: Gate, value_of: ValueOf) -> dict[Any, int]:
+    """The numbers behind symbolic sizes, where they are inputs of the graph."""
+    sizes = [
+        (nodes.value(node).node.expr, value_of(node))
+        for node in gate.selection.graph.find_nodes(op="placeholder")
+        if isinstance(nodes.value(node), torch.SymInt)
+    ]
+    return {symbol: int(number) for symbol, number in sizes if number is not None}
+
+
+def _concrete_shape(node: Node, symbols: Mapping[Any, int]) -> tuple[int, ...] | None:
     """Sizes as numbers, without asking the tracer's symbols: that would specialise the graph being compiled."""
-    sizes = _fake(node).shape
-    return tuple(int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size for size in sizes)
+    sizes = [
+        size.node.expr.subs(symbols) if isinstance(size, torch.SymInt) else size for size in nodes.value(node).shape
+    ]
+    if not all(isinstance(size, int) or size.is_number for size in sizes):
+        return None
+    return tuple(int(size) for size in sizes)
 
 
 def _spread(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import ProfileError
 from ..passes import COUNTED
-from .threshold import ranked, resolve_threshold
+from .fit import required_projection
+from .threshold import matrix_in_graph
 
 
 @dataclass
@@ -47,20 +47,16 @@ class GateEntry:
             if not isinstance(threshold, str):
                 return self.matrix
             if threshold not in self.ranks or self.ranks[threshold].device != device:
-                self.ranks[threshold] = ranked(self.matrix, resolve_threshold(threshold, self.matrix))
+                self.ranks[threshold] = matrix_in_graph(self.matrix, threshold)
         return self.ranks[threshold]
 
     def projection_on(self, device: torch.device) -> torch.Tensor:
         """The projection coefficients on a device; moved once."""
-        if self.projection is None:
-            raise ProfileError(
-                f'substitution="projection" needs projection coefficients, and the profile attached for {self.name} '
-                f"has none: make one with sere_compile.calibrate(model, batches), whose profiles have them"
-            )
-        if self.projection.device != device:
+        projection = required_projection(self.projection, self.name)
+        if projection.device != device:
             with torch.inference_mode(False):
-                self.projection = self.projection.to(device)
-        return self.projection
+                projection = self.projection = projection.to(device)
+        return projection
 
     def counts_on(self, device: torch.device) -> torch.Tensor:
         """The counters on a device, made at first use."""

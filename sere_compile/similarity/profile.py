@@ -1,30 +1,23 @@
-"""Similarity profiles: one expert-similarity matrix per MoE gate, on disk and attached to a model.
+"""Similarity profiles: one expert-similarity matrix per MoE gate, in memory and on disk.
 
-A matrix belongs to the *weight of a router*, not to a graph: a compiled graph is re-used for every layer with
-the same code, so the backend finds the matrix of a call from the identity of the router weight it is given.
-`attach` records that relation; `SimilarityProfile` is what travels between calibration, disk and `attach`.
+A profile is what travels between calibration, disk and a model, see `attach`.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from ..errors import ProfileError
-from ..experts.module_tree import Owner, experts_stand_beside
-from . import binding
 from .profile_file import RESERVED_METADATA, read_profile, some, write_profile
-from .reference_import import DEFAULT_NAME, parameters_by_plain_name, plain_name, read_reference
+from .reference_import import DEFAULT_NAME, read_reference
 
 # Relative to the largest entry: the rounding of a float32 product, far below a matrix that is not symmetric.
 _SYMMETRY_TOLERANCE = 1e-4
-# Where a model keeps the profile attached to it.
-_PROFILE_ATTRIBUTE = "_sere_profile"
 
 
 class SimilarityProfile(Mapping[str, torch.Tensor]):
@@ -149,7 +142,7 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
 
         Raises:
             ProfileError: unreadable or unsafe file, no matrices in it, an identity matrix (what a calibration
-                that failed leaves behind), or a layer whose router cannot be told for certain. No layer is
+                that failed leaves behind), or a layer whose router cannot be determined for certain. No layer is
                 ever left out.
         """
         path = Path(path)
@@ -169,74 +162,11 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
         tokens = self._metadata.get("tokens")
         return ", ".join(filter(None, [made_by, f"{tokens} tokens" if tokens else None]))
 
-    def _source(self) -> str:
+    @property
+    def source(self) -> str:
         """What a report says of a matrix from this profile: `profile (frobenius, 51200 tokens)`."""
         origin = self._origin()
         return f"profile ({origin})" if origin else "profile"
-
-
-def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
-    """Give every router of `model` its matrix of `profile`, for `torch.compile(model, backend="sere")`.
-
-    All or nothing: the profile is checked against the whole model before anything is recorded. The model may be on
-    any device (meta included) and compiled already. It keeps the profile as an attribute, so that copies of the
-    model and weights that are loaded into it later have it too. Attaching again replaces.
-
-    Raises:
-        ProfileError: `profile` is not a `SimilarityProfile`; a gate the model does not have; a router weight
-            that is not 2-D with a dimension of E; a router like the profile's that has no matrix; two gates
-            that are one parameter.
-    """
-    if not isinstance(profile, SimilarityProfile):
-        raise ProfileError(
-            f"attach needs a SimilarityProfile, got {type(profile).__name__}; "
-            "wrap a dict as SimilarityProfile({name: matrix})"
-        )
-    parameters = parameters_by_plain_name(model)
-    gates = {gate: plain_name(gate) for gate in profile}
-    _check_known(gates.values(), parameters)
-    _check_distinct(gates.values(), parameters)
-    for gate, name in gates.items():
-        _check_router_shape(name, parameters[name], profile._matrices[gate])
-    _check_complete(gates.values(), parameters)
-    setattr(_plain_module(model), _PROFILE_ATTRIBUTE, profile)
-    for gate, name in gates.items():
-        binding.assign(parameters[name], name, profile[gate], profile._source(), projection=profile.projection(gate))
-
-
-def attach_from_owner(weight: torch.Tensor, owner: Owner) -> None:
-    """Bind a router weight by its name, where a module that owns it has a profile: a copy, or weights loaded later.
-
-    Raises:
-        ProfileError: a profile is attached, and it has no matrix for this gate.
-    """
-    names = owner.name.split(".")
-    for depth, module in enumerate(owner.chain, start=1):
-        profile = module.__dict__.get(_PROFILE_ATTRIBUTE)
-        if profile is None:
-            continue
-        name = ".".join(names[-depth:])
-        gate = next((gate for gate in profile if plain_name(gate) == name), None)
-        if gate is None:
-            raise ProfileError(
-                f"a similarity profile is attached to this model, but it has no matrix for the gate {name}. "
-                f"Calibrate the whole model again, or call sere_compile.detach(model) to probe every gate"
-            )
-        binding.assign(weight, owner.name, profile[gate], profile._source(), projection=profile.projection(gate))
-        return
-
-
-def _plain_module(model: torch.nn.Module) -> torch.nn.Module:
-    return getattr(model, "_orig_mod", model)
-
-
-def detach(model: torch.nn.Module) -> None:
-    """Forget the matrices, attached or probed, and the counters of `model`'s routers, if there are any."""
-    _plain_module(model).__dict__.pop(_PROFILE_ATTRIBUTE, None)
-    for parameter in model.parameters():
-        # `forget` makes compiled graphs ask for their matrices again; spare them that for nothing.
-        if binding.lookup(parameter) is not None:
-            binding.forget(parameter)
 
 
 def _copy(matrix: torch.Tensor) -> torch.Tensor:
@@ -339,59 +269,3 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
         if key in RESERVED_METADATA:
             raise ProfileError(f"the metadata key {key!r} is reserved: save() writes it")
     return dict(metadata)
-
-
-def _check_known(gates: Iterable[str], parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    unknown = [gate for gate in gates if gate not in parameters]
-    if not unknown:
-        return
-    routers = [name for name, parameter in parameters.items() if parameter.ndim == 2]
-    near = difflib.get_close_matches(unknown[0], routers, n=3, cutoff=0.0)
-    raise ProfileError(
-        f"the profile's gate {unknown[0]} is not a parameter of the model ({len(unknown)} unknown: "
-        f"{some(unknown)}); the nearest names in the model are {some(near)}"
-    )
-
-
-def _check_distinct(gates: Iterable[str], parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    seen: dict[int, str] = {}
-    for gate in gates:
-        other = seen.setdefault(id(parameters[gate]), gate)
-        if other != gate:
-            raise ProfileError(f"{other} and {gate} are one parameter; it can have one matrix only")
-
-
-def _check_router_shape(name: str, weight: torch.nn.Parameter, matrix: torch.Tensor) -> None:
-    if weight.ndim == 2 and (len(matrix) in weight.shape or _has_further_columns(weight, len(matrix))):
-        return
-    raise ProfileError(
-        f"{name}: the similarity matrix of shape {tuple(matrix.shape)} does not fit the router weight of "
-        f"shape {tuple(weight.shape)}, which must be 2-D with one row (or column) for each of {len(matrix)} "
-        "experts; the profile was made for another model, or the router scores more than real experts"
-    )
-
-
-def _has_further_columns(weight: torch.nn.Parameter, num_experts: int) -> bool:
-    """Whether a router scores more than its experts: a shared expert, or a choice of none."""
-    return weight.shape[0] > num_experts and experts_stand_beside(weight, num_experts)
-
-
-def _check_complete(gates: Iterable[str], parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Every parameter that is a profile's gate but for the layer index must have a matrix of its own."""
-    gates = list(gates)
-    kinds = {(_any_layer(gate), parameters[gate].shape) for gate in gates}
-    covered = {id(parameters[gate]) for gate in gates}
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if id(parameter) not in covered and (_any_layer(name), parameter.shape) in kinds
-    ]
-    if missing:
-        raise ProfileError(
-            f"the model's router {missing[0]} has no matrix in the profile ({len(missing)} without: "
-            f"{some(missing)}); the profile's gates are {some(gates)}. Calibrate this model anew"
-        )
-
-
-def _any_layer(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

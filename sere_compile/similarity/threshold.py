@@ -12,38 +12,28 @@ similarities with each other and with the threshold, and ranks counted from the 
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-from ..errors import ConfigError
+from ..config import quantile
 
 RANKED_THRESHOLD = 1.0
 
 
-def quantile(threshold: float | str) -> float | None:
-    """X of `"qX"`, or None of a number.
+def threshold_in_graph(threshold: float | str) -> float:
+    """The number that a graph compares with, for a threshold of any form."""
+    return RANKED_THRESHOLD if isinstance(threshold, str) else float(threshold)
 
-    Raises:
-        ConfigError: a text of another form, or X outside of (0, 1).
-    """
-    if not isinstance(threshold, str):
-        return None
-    match = re.fullmatch(r"q(\d*\.?\d+)", threshold)
-    value = float(match[1]) if match else 0.0
-    if not 0 < value < 1:
-        raise ConfigError(
-            f'threshold must be a finite number, or a share of a gate\'s experts between "q0" and "q1" such as "q0.2", '
-            f"got {threshold!r}"
-        )
-    return value
+
+def matrix_in_graph(similarity: torch.Tensor, threshold: float | str) -> torch.Tensor:
+    """The matrix [E, E] that a graph compares with `threshold_in_graph`: ranks for `"q0.2"`, else the similarity."""
+    return ranked(similarity, resolve_threshold(threshold, similarity)) if isinstance(threshold, str) else similarity
 
 
 def resolve_threshold(threshold: float | str, similarity: torch.Tensor) -> float:
     """The number rho that a threshold is for a gate with this similarity [E, E]; numbers are themselves.
 
     Raises:
-        ConfigError: see `quantile`.
+        ConfigError: see `config.quantile`.
     """
     share = quantile(threshold)
     if share is None:

@@ -216,8 +216,8 @@ class TestRunning:
         """A module that takes ids of any width gets one a row, in a handful of calls."""
         calls, find = [], observed_model.find_experts
 
-        def found(weight, number):
-            module = find(weight, number)
+        def found(owner, number):
+            module = find(owner, number)
 
             def recorded(hidden, ids, weights):
                 calls.append(tuple(ids.shape))
@@ -235,7 +235,7 @@ class TestRunning:
         model, batches = build("mixtral"), [tokens(2, 5)]
         expected = run(model, batches)
         monkeypatch.setattr(
-            observed_model, "find_experts", lambda weight, number: lambda hidden, ids, weights: hidden * ids.float()
+            observed_model, "find_experts", lambda owner, number: lambda hidden, ids, weights: hidden * ids.float()
         )
         torch._dynamo.reset()
         got = run(model, batches)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import sere_compile
 from sere_compile import GateNotFoundError, SimilarityProfile, sere_backend
 from sere_compile.compiler.missing_gates import routers_outside
-from sere_compile.experts.module_tree import routers_in
+from sere_compile.experts.owner import routers_in
 
 from ..zoo.outside.loops import EXPERTS, HIDDEN, Loop, MaskLoop
 

@@ -82,7 +82,7 @@ def test_more_than_256_tokens_stay():
 def test_gradients_keep_the_stock_dispatch(caplog):
     """The operator has no gradient."""
     model, seen = tiny_models.build("mixtral", "batched_mm"), []
-    with caplog.at_level(logging.INFO, logger="sere_compile.compiler.gate_plan"):
+    with caplog.at_level(logging.INFO, logger="sere_compile.compiler.rewrite_gate"):
         run = compiled(model, seen, select_top_k=2, lower_experts="always", fuse_router="always")
         run(tiny_models.tokens(), use_cache=False)
     assert not {"sere.expert_mlp", "sere.route"} & set(seen[0])
@@ -95,7 +95,7 @@ def test_many_slots_an_expert_keep_the_stock_dispatch(caplog):
     experts, top_k = model.config.num_local_experts, tiny_models.TOP_K["mixtral"]
     few = 24 * experts // top_k
     for tokens, is_lowered in ((few, True), (few + 1, False)):
-        with torch.no_grad(), caplog.at_level(logging.INFO, logger="sere_compile.compiler.gate_plan"):
+        with torch.no_grad(), caplog.at_level(logging.INFO, logger="sere_compile.compiler.rewrite_gate"):
             compiled(model, seen, select_top_k=1, lower_experts="always")(
                 tiny_models.tokens(1, tokens), use_cache=False
             )
@@ -130,7 +130,7 @@ def test_more_slots_than_a_kernel_takes_keep_the_stock_dispatch(caplog):
     """The operator would fall back on copies of the weights of every slot."""
     seen = []
     for tokens in (240, 241):
-        with torch.no_grad(), caplog.at_level(logging.INFO, logger="sere_compile.compiler.gate_plan"):
+        with torch.no_grad(), caplog.at_level(logging.INFO, logger="sere_compile.compiler.rewrite_gate"):
             compiled(ManySlots(), seen, select_top_k=17, lower_experts="always", dynamic=False)(torch.randn(tokens, 8))
     assert ["sere.expert_mlp" in kinds for kinds in seen] == [True, False]
     assert "keeps its experts: more slots than our kernels take (more than 4096)" in caplog.text

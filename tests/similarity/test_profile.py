@@ -15,7 +15,8 @@ from torch import nn
 
 from sere_compile.errors import ProfileError
 from sere_compile.similarity import binding, profile_file
-from sere_compile.similarity.profile import SimilarityProfile, attach, detach
+from sere_compile.similarity.attach import attach, detach
+from sere_compile.similarity.profile import SimilarityProfile
 
 E, H = 8, 16
 NAME = "model.layers.{layer}.mlp.gate.weight"

@@ -17,7 +17,8 @@ from torch import nn
 
 from sere_compile.errors import ProfileError
 from sere_compile.similarity import binding
-from sere_compile.similarity.profile import SimilarityProfile, attach
+from sere_compile.similarity.attach import attach
+from sere_compile.similarity.profile import SimilarityProfile
 
 from .test_profile import GATES, E, H, ListMoe, build, changed, matrices, matrix, stack
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...compiler.gate_options import tell_unknown
 from ...config import SereConfig
-from ...errors import ConfigError, ProfileError
-from ...similarity.profile import SimilarityProfile
+from ...errors import ConfigError
+from ...similarity.fit import required_projection
 from .engine import EngineMismatchError
 from .matrices import agree, find_profile, match_layers, probe_layer
 from .options import VllmOptions
@@ -110,25 +110,15 @@ def plan_layers(
         if config.resolved_top_k(top_k) >= top_k:
             log.info("SERE: %s is not re-routed: S = K = %d", name, top_k)
             continue
+        projects = config.substitution == "projection"
         if profile is not None:
-            similarity, projection = profile[gates[name]], _projection(profile, gates[name], config)
+            similarity = profile[gates[name]]
+            projection = required_projection(profile.projection(gates[name]), gates[name]) if projects else None
         else:
             if not plans:
                 log.info("SERE: no similarity profile given; the experts are probed on random hidden states")
             probed = probe_layer(runner, vllm_config, device)
             similarity = agree(probed.similarity)
-            projection = agree(probed.projection) if config.substitution == "projection" else None
+            projection = agree(probed.projection) if projects else None
         plans[name] = LayerPlan(runner, config, top_k, similarity, projection)
-    return plans, "probed at start" if profile is None else profile._source()
-
-
-def _projection(profile: SimilarityProfile, gate: str, config: SereConfig) -> Tensor | None:
-    if config.substitution != "projection":
-        return None
-    projection = profile.projection(gate)
-    if projection is None:
-        raise ProfileError(
-            f'substitution="projection" needs projection coefficients, and the profile has none for {gate}: make one '
-            "with sere_compile.calibrate(model, batches), whose profiles have them"
-        )
-    return projection
+    return plans, "probed at start" if profile is None else profile.source

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import GateNotFoundError, SereError
-from ...statistics import GateStats
+from ...gate_stats import GateStats
 from .engine import EngineMismatchError, check_internals, check_modes
 from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options

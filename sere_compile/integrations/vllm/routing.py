@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ...config import SereConfig
+from ...gate_stats import GateStats
 from ...ops import reroute
 from ...passes import COUNTED
 from ...passes.count_routing import add_counts
-from ...similarity.threshold import RANKED_THRESHOLD, ranked, resolve_threshold
-from ...statistics import GateStats
+from ...similarity.threshold import matrix_in_graph, threshold_in_graph
 
 NO_PADDING = torch.iinfo(torch.int64).max
 
@@ -95,14 +95,12 @@ class RoutingHook:
     ) -> None:
         self.router = router
         self.original: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
-        device, threshold = state.active.device, config.threshold
-        if isinstance(threshold, str):
-            rho = resolve_threshold(threshold, similarity)
-            similarity, threshold = ranked(similarity, rho), RANKED_THRESHOLD
-        self.matrix = similarity.to(device)
+        device = state.active.device
+        self.matrix = matrix_in_graph(similarity, config.threshold).to(device)
         self.projection = None if projection is None else projection.to(device)
         top_k = int(router.top_k)
-        self.options = (config.resolved_top_k(top_k), float(threshold), config.resolved_min_active(top_k))
+        rho = threshold_in_graph(config.threshold)
+        self.options = (config.resolved_top_k(top_k), rho, config.resolved_min_active(top_k))
         self.max_active = config.max_active or 0
         self.state = state
         self.mask_padding = mask_padding

@@ -46,7 +46,7 @@ def test_projection_needs_coefficients(profile, tmp_path):
     path = tmp_path / "profile.safetensors"
     sere_compile.SimilarityProfile(dict(sere_compile.SimilarityProfile.load(profile))).save(path)
     with (
-        pytest.raises(sere_compile.ProfileError, match="needs projection coefficients, and the profile has none for"),
+        pytest.raises(sere_compile.ProfileError, match="needs projection coefficients, and this profile has none for"),
         engine(MODEL, {"select_top_k": 1, "substitution": "projection", "profile": str(path)}),
     ):
         pass

@@ -1,27 +1,24 @@
-"""Finding the owner of a weight and the experts beside it."""
+"""Finding the experts beside a router."""
 
 import torch
 from torch import nn
 
-from sere_compile.experts.module_tree import count_experts_beside, experts_stand_beside, find_experts, find_owner
+from sere_compile.experts import experts_module
+from sere_compile.experts.owner import find_owner
 
 from ..tiny_models import build, gate_names, tokens
 
 
-def test_owner_of_every_router():
-    """The name is the one in the outermost module, also when torch.compile wraps it."""
-    model = build("qwen2_moe")
-    wrapped = torch.compile(model, backend="eager")
-    for name in gate_names():
-        owner = find_owner(model.get_parameter(name))
-        assert owner.name == name
-        assert owner.root is model
-    assert wrapped._orig_mod is model
+def find_experts(weight, num_experts):
+    return experts_module.find_experts(find_owner(weight), num_experts)
 
 
-def test_no_owner():
-    """A tensor that no module holds has none."""
-    assert find_owner(nn.Parameter(torch.ones(2))) is None
+def experts_stand_beside(weight, num_experts):
+    return experts_module.experts_stand_beside(find_owner(weight), num_experts)
+
+
+def count_experts_beside(weight, columns):
+    return experts_module.count_experts_beside(find_owner(weight), columns)
 
 
 def test_experts_beside_the_router():

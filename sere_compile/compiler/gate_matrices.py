@@ -1,0 +1,116 @@
+"""What a gate of a compiled graph reads beside the graph's own inputs: found by its weight, or probed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+
+from ..experts.experts_module import find_experts
+from ..experts.owner import Owners
+from ..experts.probe import Probed, probe_gate
+from ..passes.graph.run_part import ValueOf
+from ..report import REWRITTEN
+from ..similarity import binding
+from ..similarity.attach import attach_from_owner
+from ..similarity.fit import check_size
+from . import gate_options
+from .dynamo_graph import AppendedInput
+from .gate_plan import GatePlan
+
+log = logging.getLogger(__name__)
+
+
+def examples(plan: GatePlan, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors like the matrices that calls will bring, by kind."""
+    size = plan.gate.num_experts
+    matrix = torch.empty(size, size, dtype=torch.float32, device=weight.device)
+    return {"similarity": matrix, "projection": matrix}
+
+
+def appended_value(item: AppendedInput, weight: torch.Tensor) -> torch.Tensor:
+    """What an appended input holds in a call with this router weight, which is bound."""
+    entry = binding.lookup(weight)
+    assert entry is not None
+    if item.kind == "counts":
+        return entry.counts_on(weight.device)
+    if item.kind == "projection":
+        return entry.projection_on(weight.device)
+    return entry.matrix_on(weight.device, item.plan.config.threshold)
+
+
+def named_entry(plan: GatePlan, weight: torch.Tensor, owners: Owners) -> binding.GateEntry:
+    """The weight's entry, named at first sight, with the matrix of the profile attached to its model.
+
+    Raises:
+        ProfileError: the matrix is of another size than the gate, or an attached profile has none for it.
+    """
+    entry = binding.lookup(weight)
+    if entry is None or entry.matrix is None:
+        owner = owners.find(weight)
+        entry = binding.name(weight, owner.name if owner is not None else plan.name)
+        if owner is not None and entry.matrix is None:
+            attach_from_owner(owner)
+            entry = binding.name(weight, owner.name)
+    if entry.matrix is not None:
+        check_size(entry.matrix, entry.name, plan.gate.num_experts)
+    return entry
+
+
+def bind_weight(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners: Owners) -> None:
+    """Find or measure the matrix of the weight that a call passes.
+
+    Raises:
+        ConfigError: per_gate gives the weight other options than those in the graph.
+        ProfileError: see `named_entry`.
+        ProbeError: no matrix is attached and the experts cannot be run.
+    """
+    gate_options.check(plan.given, plan.config, weight, plan.name, owners)
+    # A gate that is not rewritten never gets a matrix: looking for its owner would scan the heap on each call.
+    if plan.status != REWRITTEN:
+        return
+    entry = named_entry(plan, weight, owners)
+    if entry.matrix is None:
+        found = _probe(plan, weight, value_of, entry.name, owners)
+        binding.assign(weight, entry.name, found.similarity, "probed", from_profile=False, projection=found.projection)
+
+
+def _probe(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, name: str, owners: Owners) -> Probed:
+    gate = plan.gate
+    log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, gate.num_experts)
+    warn_of_probing()
+    return probe_gate(
+        gate,
+        plan.region,
+        name,
+        weight,
+        lambda: find_experts(owners.find(weight), gate.num_experts),
+        value_of,
+        "Attach a profile: sere_compile.attach(model, profile)",
+    )
+
+
+class _ProbingWarning:
+    """Says once in a process, whichever thread comes first, that there is no profile."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._given = False
+
+    def __call__(self) -> None:
+        with self._lock:
+            if self._given:
+                return
+            self._given = True
+        log.warning(
+            "no similarity profile is attached: experts are probed with random hidden states, once per gate. "
+            "A calibrated profile is better: sere_compile.attach(model, SimilarityProfile.load(path))"
+        )
+
+    def reset(self) -> None:
+        """Say it again the next time."""
+        self._given = False
+
+
+warn_of_probing = _ProbingWarning()

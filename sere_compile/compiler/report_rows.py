@@ -1,0 +1,45 @@
+"""Plans and refused selections as lines of a report."""
+
+from __future__ import annotations
+
+from ..passes import Skip
+from ..passes.graph import nodes
+from ..report import REWRITTEN, SKIPPED, GateRow
+from ..similarity.binding import GateEntry
+from ..similarity.threshold import resolve_threshold
+from .gate_plan import GatePlan
+
+
+def row_of(plan: GatePlan, entry: GateEntry) -> GateRow:
+    """What was done to a gate, for the layer whose entry is given."""
+    gate = plan.gate
+    rewritten = plan.status == REWRITTEN
+    return GateRow(
+        name=entry.name,
+        num_experts=gate.num_experts,
+        top_k=gate.top_k,
+        select_top_k=plan.select_top_k if rewritten else gate.top_k,
+        scoring=gate.scoring,
+        is_sorted=gate.is_sorted,
+        dispatch=gate.dispatch + (", merged" if rewritten and gate.needs_merge else ""),
+        status=plan.status,
+        reason=plan.reason,
+        similarity=(entry.source or "none attached: probed at compile time") if rewritten else "",
+        threshold=_threshold(plan, entry) if rewritten else 0.0,
+        substitution=plan.config.substitution if rewritten else "reroute",
+        kernels=plan.kernels,
+        proof=plan.proof if rewritten else "",
+    )
+
+
+def row_of_skip(skip: Skip) -> GateRow:
+    """A selection that is no gate, or none that can be re-routed."""
+    place = nodes.source_line(skip.node)
+    name = f"{skip.node.name} ({place})" if place else skip.node.name
+    return GateRow(name, None, None, None, "", None, "", SKIPPED, str(skip))
+
+
+def _threshold(plan: GatePlan, entry: GateEntry) -> float | str:
+    """The threshold of a gate, as a number where its matrix is known."""
+    threshold = plan.config.threshold
+    return threshold if entry.matrix is None else resolve_threshold(threshold, entry.matrix)

@@ -1,0 +1,146 @@
+"""Take one gate of a graph through the passes: the one place where a graph's routing changes, and is proven."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.fx import Node
+
+from ..experts.experts_module import find_experts_module
+from ..experts.owner import Owners
+from ..experts.sum_check import distance_from_sum
+from ..passes import (
+    COUNTED,
+    PIPELINE,
+    Evidence,
+    Gate,
+    Proof,
+    Run,
+    Skip,
+    SkipReason,
+    run_pipeline,
+    verify_rewrite,
+)
+from ..passes.verify_rewrite import tolerance
+from ..report import REWRITTEN, SKIPPED
+from .gate_plan import GatePlan
+from .traced_graph import TracedGraph
+
+log = logging.getLogger(__name__)
+
+
+def rewrite_gate(
+    plan: GatePlan,
+    graph: TracedGraph,
+    matrices: Mapping[str, torch.Tensor],
+    weight: torch.Tensor,
+    owners: Owners,
+) -> Skip | None:
+    """Do what a plan says, and record in it what was done.
+
+    Args:
+        plan: of a gate of the graph.
+        graph: is changed.
+        matrices: what re-routing reads, by kind, see `TracedGraph.place`; empty where there is nothing to re-route.
+        weight: the router's.
+        owners: of the router weights.
+
+    Returns:
+        Why the gate cannot be re-routed, where that was to be done.
+    """
+    if plan.status == SKIPPED:
+        return None
+    run = _run(plan, graph, matrices, weight, owners)
+    refusal = run_pipeline(run, _switches(plan, run, graph.takes_kernels))
+    plan.proof, plan.kernels = run.proof, _kernels(run)
+    _log(plan, run)
+    if refusal is not None:
+        graph.drop_unused(plan)
+        plan.refuse(refusal)
+    elif run.rewrite is not None:
+        plan.status = REWRITTEN
+    return refusal
+
+
+def _run(
+    plan: GatePlan, graph: TracedGraph, matrices: Mapping[str, torch.Tensor], weight: torch.Tensor, owners: Owners
+) -> Run:
+    """What the passes ask of the graph and of the call that it is rewritten for."""
+
+    def input_for(kind: str) -> Node:
+        counting = kind == "counts"
+        value = torch.zeros(len(COUNTED), dtype=torch.int64, device=weight.device) if counting else matrices[kind]
+        return graph.place(plan, kind, value)
+
+    inputs = graph.module.graph.find_nodes(op="placeholder")
+    return Run(
+        gate=plan.gate,
+        region=plan.region,
+        settings=plan.settings,
+        sizes={node: value for node in inputs if isinstance(value := graph.value_of(node), int)},
+        device=weight.device,
+        has_gradients=graph.has_gradients,
+        prove=lambda gate: _prove(gate, weight, graph, owners),
+        input_for=input_for,
+        projecting=plan.config.substitution == "projection",
+        counting=plan.config.collect_stats,
+    )
+
+
+def _switches(plan: GatePlan, run: Run, takes_kernels: bool) -> Callable[[str], bool]:
+    """Which of the pipeline's switches the options of a gate turn on."""
+    config = plan.config
+
+    def is_on(switch: str) -> bool:
+        match switch:
+            case "lower_experts" | "fuse_router":
+                option = getattr(config, switch)
+                return takes_kernels and (option == "always" or (bool(option) and run.device.type == "cuda"))
+            case "strict":
+                return config.strict and plan.is_to_reroute
+            case "reroute":
+                return plan.is_to_reroute
+            case "collect_stats":
+                return config.collect_stats and run.rewrite is not None
+        raise ValueError(f"no option turns on {switch}")
+
+    return is_on
+
+
+def _kernels(run: Run) -> str:
+    """What the speed passes did, and why not more."""
+    speed = [entry for entry in PIPELINE if entry.replaces]
+    replaced = " and ".join(entry.replaces for entry in speed if entry.name in run.done)
+    kept = [f"stock {entry.replaces}: {run.refused[entry.name]}" for entry in speed if entry.name in run.refused]
+    return "; ".join([*([replaced] if replaced else []), *kept])
+
+
+def _log(plan: GatePlan, run: Run) -> None:
+    if run.proof:
+        log.info("%s: proven: S = K changes no bit; S < K gives %s", plan.name, run.proof)
+    for entry in PIPELINE:
+        if entry.replaces and entry.name in run.refused:
+            log.info("%s keeps its %s: %s", plan.name, entry.replaces, run.refused[entry.name])
+
+
+def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners) -> str | Skip:
+    """What is proven of a gate's rewrite, in words for a report, or the refusal where it is wrong.
+
+    Ids and weights that leave the graph go to code that it does not show. Where an experts module beside the router
+    takes them, it is run on random hidden states: it has to give the sum over distinct experts.
+    """
+    proven = verify_rewrite(gate, graph.value_of)
+    if isinstance(proven, Skip):
+        return proven
+    experts = find_experts_module(owners.find(weight), gate.num_experts) if proven is Proof.MERGED else None
+    if experts is None:
+        return proven.value
+    error = distance_from_sum(experts, gate, weight)
+    if isinstance(error, str):
+        return f"{proven.value} ({error})"
+    if error > tolerance(weight.dtype):
+        detail = f"the experts beside its router are off by {error:.2g} of their scale from the sum over experts"
+        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
+    return "what the traced code makes of merged ids and weights; the experts outside the graph sum them"
