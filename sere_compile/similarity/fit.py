@@ -25,7 +25,7 @@ def required_projection(projection: torch.Tensor | None, gate: str) -> torch.Ten
     """
     if projection is None:
         raise ProfileError(
-            f'substitution="projection" needs projection coefficients, and the profile has none for {gate}: make one '
+            f'substitution="projection" needs projection coefficients, and this profile has none for {gate}: make one '
             "with sere_compile.calibrate(model, batches), whose profiles have them"
         )
     return projection
