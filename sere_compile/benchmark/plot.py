@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..extras import require
 from ..whole_file import whole_file
 from .result import Results, batches
 
@@ -17,14 +17,10 @@ def plot(results: Results, path: str | Path) -> None:
         MissingExtraError: matplotlib is not installed.
         OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("--plot needs matplotlib: pip install 'sere-compile[plot]'") from error
+    agg, figures = require("plot", "matplotlib.backends.backend_agg", "matplotlib.figure", needed_for="--plot needs")
     kinds = list(dict.fromkeys(row.what for row in results.rows))
-    figure = Figure(figsize=(6 * len(kinds), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.Figure(figsize=(6 * len(kinds), 4.5), layout="constrained")
+    agg.FigureCanvasAgg(figure)
     for number, what in enumerate(kinds):
         _panel(figure.add_subplot(1, len(kinds), number + 1), what, results)
     figure.suptitle(f"{results.subject}\n{results.machine}", fontsize=9)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..benchmark.geometries import GEOMETRIES
-from ..errors import SereError
+from ..errors import MissingExtraError, SereError
+from ..extras import require
 from .options import Numbers, positive
 from .output_file import OutputFile, Picture
 
@@ -98,11 +99,11 @@ def bench_command(
 def _experts(stock: str) -> list[str]:
     """Names of experts implementations with commas between, checked against those of transformers."""
     try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ModuleNotFoundError as error:
-        raise click.ClickException("sere bench needs transformers: pip install 'sere-compile[hf]'") from error
+        (moe,) = require("hf", "transformers.integrations.moe", needed_for="sere bench needs")
+    except MissingExtraError as error:
+        raise click.ClickException(str(error)) from error
     names = list(dict.fromkeys(name.strip() for name in stock.split(",")))
-    known = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    known = ["eager", *moe.ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"--stock: {unknown[0]!r} is none of {', '.join(known)}")
     return names

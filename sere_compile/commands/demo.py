@@ -9,7 +9,8 @@ import torch
 
 from ..backend import SereBackend
 from ..config import SereConfig
-from ..errors import MissingExtraError, SereError
+from ..errors import SereError
+from ..extras import require
 from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
 from ..statistics import stats
 
@@ -51,12 +52,9 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
 
 def _continuations(model: Any, tokenizer: Any, new_tokens: int, backend: SereBackend | None) -> list[str]:
     """Greedy continuations of the prompts; `backend` compiles the decode step, None leaves it eager."""
-    try:
-        from transformers import CompileConfig
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("the demo needs transformers: pip install 'sere-compile[hf]'") from error
+    (transformers,) = require("hf", "transformers", needed_for="the demo needs")
     settings: dict[str, Any] = {"mode": None, "fullgraph": False}
-    compile_config: Any = CompileConfig(backend=backend or "eager", **settings)
+    compile_config: Any = transformers.CompileConfig(backend=backend or "eager", **settings)
     compile_config._compile_all_devices = True  # transformers compiles on a CPU only when told so
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(model.device)
     output = model.generate(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingExtraError
+from ..extras import require
 from ..similarity.profile import SimilarityProfile
 from ..similarity.threshold import resolve_threshold
 from ..whole_file import whole_file
@@ -99,8 +99,5 @@ def _save(figure: Any, path: str | Path) -> None:
 
 
 def _figures() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'sere-compile[plot]'") from error
-    return Figure
+    (figure,) = require("plot", "matplotlib.figure", needed_for="plots need")
+    return figure.Figure

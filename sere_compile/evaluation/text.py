@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import EvaluationError, MissingExtraError
+from ..errors import EvaluationError
+from ..extras import require
 
 
 def read_texts(path: str | Path, field: str = "text") -> list[str]:
@@ -98,13 +99,9 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 
 
 def _parquet(path: Path, field: str) -> list[str]:
+    pyarrow, parquet = require("parquet", "pyarrow", "pyarrow.parquet", needed_for="reading .parquet needs")
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("reading .parquet needs pyarrow: pip install 'sere-compile[parquet]'") from error
-    try:
-        table = pyarrow.parquet.read_table(path)
+        table = parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
         raise EvaluationError(f"{path} is not a parquet file: {error}") from error
     if field not in table.column_names:

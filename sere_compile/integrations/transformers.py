@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, MissingExtraError, ModelNotFoundError
+from ..errors import ConfigError, ModelNotFoundError
+from ..extras import require
 
 # Small trained models that come with the package (models/README.md); their weights are bfloat16.
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
@@ -40,18 +41,15 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
         raise ConfigError(
             f"dtype must be auto or a floating-point type of torch of 16 bits or more such as bfloat16, got {dtype!r}"
         )
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("loading a checkpoint needs transformers: pip install 'sere-compile[hf]'") from error
+    (transformers,) = require("hf", "transformers", needed_for="loading a checkpoint needs")
     if is_shipped(name_or_path):
         name_or_path = str(SHIPPED / name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_name(name_or_path)
     with _errors_name("tokenizer", name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     with _errors_name("causal language model", name_or_path):
-        model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer

@@ -15,12 +15,13 @@ from torch.fx import Node
 
 from ..config import SereConfig
 from ..errors import ConfigError, LoweringError
+from ..extras import require
 from ..passes.graph import nodes
 from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
 from .export import export_rewritten
 from .onnx_functions import DOMAIN, Functions, translate
-from .standard_operators import decompose, require, rerouted_gates
+from .standard_operators import decompose, rerouted_gates
 
 # What torch.onnx translates to; below it torch has to convert the finished graph, which can fail.
 LOWEST_OPSET = 18

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from ..errors import LoweringError, MissingExtraError
+from ..errors import LoweringError
 from ..ops.reroute.reference import reroute_reference
 from ..ops.reroute_merged.reference import reroute_merged_reference
 
@@ -21,19 +19,6 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     torch.ops.sere.reroute.default: reroute_reference,
     torch.ops.sere.reroute_merged.default: reroute_merged_reference,
 }
-
-
-def require(extra: str, *modules: str) -> list[ModuleType]:
-    """Import optional dependencies.
-
-    Raises:
-        MissingExtraError: one is not installed; the message names the extra.
-    """
-    try:
-        return [importlib.import_module(module) for module in modules]
-    except ImportError as error:
-        missing = error.name or modules[0]
-        raise MissingExtraError(f"this needs {missing}: pip install 'sere-compile[{extra}]'") from error
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ from torch.export import ExportedProgram
 
 from ..config import SereConfig
 from ..errors import LoweringError
+from ..extras import require
 from ..similarity.profile import SimilarityProfile
 from .export import export_rewritten
-from .standard_operators import REFERENCES, decompose, require
+from .standard_operators import REFERENCES, decompose
 
 # Smallest, best and largest size of a dynamic input.
 ShapeRange = tuple[Sequence[int], Sequence[int], Sequence[int]]

@@ -1,12 +1,15 @@
 """Finding the module that owns a weight."""
 
+import pytest
 import torch
 from torch import nn
 
+import sere_compile
+from sere_compile import sere_backend
 from sere_compile.experts import owner as owner_module
 from sere_compile.experts.owner import Owners, find_owner
 
-from ..tiny_models import build, gate_names
+from ..tiny_models import build, gate_names, random_profile, tokens
 
 
 def test_owner_of_every_router():
@@ -25,12 +28,44 @@ def test_no_owner():
     assert find_owner(nn.Parameter(torch.ones(2))) is None
 
 
-def test_one_scan_answers_for_every_weight(monkeypatch):
+@pytest.fixture
+def scans(monkeypatch):
+    """Grows with each scan of the heap."""
+    scans, scan = [], owner_module.live_modules
+    monkeypatch.setattr(owner_module, "live_modules", lambda: scans.append(1) or scan())
+    return scans
+
+
+@pytest.mark.parametrize(("how", "expected"), [("probed", 1), ("per_gate", 1), ("attached", 0)])
+def test_one_scan_for_a_compiled_graph(scans, how, expected):
+    """However many layers it holds, whatever is asked of their weights; none where a profile has every answer."""
+    torch._dynamo.reset()
+    model = build("mixtral", "grouped_mm")
+    if how == "attached":
+        sere_compile.attach(model, random_profile(model))
+    options = {"per_gate": {"*.0.*": {"threshold": 0.1}}} if how == "per_gate" else {}
+    compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager", **options))
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(tokens(), use_cache=False)
+    assert len(gate_names()) > 1
+    assert len(scans) == expected
+
+
+def test_one_scan_for_each_layer_that_shares_a_graph(scans):
+    """Where Dynamo runs one graph for all layers, each layer's weight is met in a call of its own."""
+    torch._dynamo.reset()
+    model = build("mixtral", "eager")
+    compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(tokens(), use_cache=False)
+    assert len(scans) == len(gate_names())
+
+
+def test_one_scan_answers_for_every_weight(scans):
     """The heap is scanned at the first question, and not again, whatever is asked."""
     model = build("mixtral")
-    scans = []
-    scan = owner_module.live_modules
-    monkeypatch.setattr(owner_module, "live_modules", lambda: scans.append(1) or scan())
     owners = Owners()
     assert scans == []
     assert [owners.find(model.get_parameter(name)).name for name in gate_names()] == gate_names()
