@@ -17,7 +17,7 @@ from .fuse_router import fuse_router
 from .gate import Evidence, Gate, Skip, SkipReason, Use, UseKind
 from .kernel_gains import has_more_tokens
 from .pipeline import PIPELINE, Pass, Run, run_pipeline
-from .reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
+from .reroute_dispatch import Rewrite, RoutingSettings, redirect_dispatch, reroute_dispatch
 from .verify_rewrite import Proof, verify_rewrite
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "fuse_reroute",
     "fuse_router",
     "has_more_tokens",
+    "redirect_dispatch",
     "reroute_dispatch",
     "run_pipeline",
     "verify_rewrite",

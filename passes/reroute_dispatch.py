@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,14 +95,33 @@ def reroute_dispatch(
     if merged and settings.max_active:
         return Skip(SkipReason.BUDGET, gate.ids, evidence=Evidence.EXPERTS)
     graph = gate.selection.graph
-    weight_consumers = outer_consumers(gate.weights, gate.ids) if weighing and gate.weights is not None else []
+    new_ids = redirect_dispatch(
+        gate, lambda: _insert(graph, gate, similarity, settings, projection), with_weights=weighing
+    )
+    return new_ids if isinstance(new_ids, Skip) else Rewrite(gate, new_ids, merged)
+
+
+def redirect_dispatch(gate: Gate, insert: Callable[[], tuple[Node, Node | None]], *, with_weights: bool) -> Node | Skip:
+    """Let the dispatch of a gate read other ids, and other weights, than the gate chose.
+
+    Args:
+        gate: a gate whose dispatch reads its own ids.
+        insert: makes the new ids, and the new weights or None, at the graph's insertion point: ahead
+            of the dispatch and behind the gate's ids and weights.
+        with_weights: whether there are new weights, for which `gate.weights` has to be known.
+
+    Returns:
+        The new ids, or why nothing was changed.
+    """
+    weights = gate.weights if with_weights else None
+    weight_consumers = outer_consumers(weights, gate.ids) if weights is not None else []
     consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
     first = min(consumers)
-    late = _late_part(gate.weights, first) if weighing and gate.weights is not None else []
+    late = _late_part(weights, first) if weights is not None else []
     stuck = _cannot_move(late, first, consumers)
     if stuck is not None:
         return Skip(SkipReason.WEIGHTS_LATE, stuck, nodes.place(stuck), evidence=Evidence.EXPERTS)
-    watched = list(gate.all_ids) + ([gate.weights] if weighing and gate.weights is not None else [])
+    watched = list(gate.all_ids) + ([weights] if weights is not None else [])
     changed = _changed_after(first, watched, ignoring=late)
     if changed is not None:
         return Skip(SkipReason.MUTATED, changed, nodes.place(changed), evidence=Evidence.EXPERTS)
@@ -110,17 +130,17 @@ def reroute_dispatch(
         first.prepend(node)
     if not gate.is_sorted:  # only a top-k makes no promise
         update_argument(gate.selection, 4, "sorted", True)
-    with graph.inserting_before(first):
-        new_ids, new_weights = _insert(graph, gate, similarity, settings, projection)
+    with first.graph.inserting_before(first):
+        new_ids, new_weights = insert()
     copies = dict.fromkeys(gate.all_ids, new_ids)
     for use in gate.dispatch_uses:
         use.consumer.replace_input_with(use.read, _rebased(use.read, copies))
     for consumer in weight_consumers:
-        assert gate.weights is not None
+        assert weights is not None
         assert new_weights is not None
-        consumer.replace_input_with(gate.weights, new_weights)
+        consumer.replace_input_with(weights, new_weights)
     _erase_unused_views(gate)
-    return Rewrite(gate, new_ids, merged)
+    return new_ids
 
 
 def _insert(

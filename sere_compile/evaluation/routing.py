@@ -5,7 +5,7 @@ The graphs run eagerly, so that a rule is ordinary PyTorch on concrete tensors a
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ..compiler.dynamo_graph import DynamoGraph
 from ..compiler.gate_plan import experts_are_live
 from ..errors import EvaluationError
 from ..experts.owner import Owners
-from ..passes import Gate, RoutingSettings, Skip, UseKind, find_gates, reroute_dispatch
+from ..passes import Gate, Skip, SkipReason, find_gates, redirect_dispatch
 from ..passes.graph import nodes
 
 
@@ -78,23 +78,33 @@ class RoutedModel:
         return graph.finish().forward
 
     def _insert(self, gate: Gate) -> None:
-        """Both ids and weights have to change hands, as in a merged rewrite; its operator makes room for the call."""
-        unproven = tuple(
-            dataclasses.replace(use, kind=UseKind.UNKNOWN) if use.kind.dispatches else use for use in gate.uses
-        )
-        done = reroute_dispatch(dataclasses.replace(gate, uses=unproven), gate.ids, RoutingSettings(select_top_k=1))
-        scores = nodes.operand(gate.selection)
-        if isinstance(done, Skip) or scores is None:
-            raise EvaluationError(f"the gate at {nodes.source_line(gate.selection)} cannot be re-routed: {done}")
-        both = done.new_ids.args[0]
-        assert isinstance(both, Node)
-        both.target = _Call(self, probabilities=_bounded(gate.scoring), merge=gate.needs_merge)
-        both.args = (gate.ids, done.gate.weights, scores, gate.router_input, gate.router_weight)
+        """Let the dispatch read the ids and weights that a call gives, in place of the gate's own."""
+        weights, scores = gate.weights, nodes.operand(gate.selection)
+        if weights is None or scores is None:
+            refusal = gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
+            raise EvaluationError(_refused(gate, refusal))
+        call = _Call(self, probabilities=_bounded(gate.scoring), merge=gate.needs_merge)
+        arguments = (gate.ids, weights, scores, gate.router_input, gate.router_weight)
+
+        def ask() -> tuple[Node, Node]:
+            graph = gate.selection.graph
+            both = graph.call_function(call, arguments)
+            new = [graph.call_function(operator.getitem, (both, position)) for position in (0, 1)]
+            new[0].meta, new[1].meta = dict(gate.ids.meta), dict(weights.meta)
+            return new[0], new[1]
+
+        done = redirect_dispatch(gate, ask, with_weights=True)
+        if isinstance(done, Skip):
+            raise EvaluationError(_refused(gate, done))
 
     def answer(self, call: GateCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Ask the rule of the day."""
         self._calls += 1
         return self.decide(call)
+
+
+def _refused(gate: Gate, refusal: Skip) -> str:
+    return f"the gate at {nodes.source_line(gate.selection)} cannot be re-routed: {refusal}"
 
 
 def _bounded(scoring: str) -> bool:
