@@ -27,12 +27,13 @@ log = logging.getLogger(__name__)
 class SereBackend:
     """A backend for `torch.compile`: SERE re-routing in front of an inner compiler.
 
-    Two backends with equal options are equal, so making one anew does not recompile a model. Options given to
-    `torch.compile(options={...})` are laid over the backend's own.
+    Two backends with equal options are equal, so making one anew does not recompile a model.
+    Options given to `torch.compile(options={...})` are laid over the backend's own.
 
     Example:
         >>> torch.compile(model, backend="sere", options={"select_top_k": 2})
-        >>> torch.compile(model, backend=sere_backend.with_options(select_top_k=2), mode="reduce-overhead")
+        >>> torch.compile(model, backend=sere_backend.with_options(select_top_k=2),
+        mode="reduce-overhead")
     """
 
     def __init__(self, config: SereConfig | None = None, *, explaining: bool = False) -> None:
@@ -68,8 +69,10 @@ class SereBackend:
         torch wraps what is raised here in its `BackendCompilerFailed`, with the error as its cause.
 
         Raises:
-            ConfigError: an unknown option, or a mode or option that the inner compiler does not take.
-            GateNotFoundError: with strict=True, no gate in the compiled callable, or one that cannot be re-routed.
+            ConfigError: an unknown option, or a mode or option that the inner compiler does not
+                take.
+            GateNotFoundError: with strict=True, no gate in the compiled callable, or one that
+                cannot be re-routed.
             ProfileError: a profile is attached to the model and lacks a matrix for a gate.
             ProbeError: no matrix is attached and the experts could not be run to measure one.
         """

@@ -22,15 +22,15 @@ _OUTSIDE = "it ran outside every graph"
 def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: Any) -> GateReport:
     """Trace one call of a model and report every gate: what would be done, and why not.
 
-    The model runs once, unchanged, without gradients and without probing. Where Dynamo breaks it into several graphs or
-    skips a frame, it runs a second time, in eager mode and on copies of the arguments, to find gates that no graph
-    shows; arguments that cannot be copied leave that out.
+    The model runs once, unchanged, without gradients and without probing. Where Dynamo breaks it
+    into several graphs or skips a frame, it runs a second time, in eager mode and on copies of the
+    arguments, to find gates that no graph shows; arguments that cannot be copied leave that out.
 
     Args:
         model: an nn.Module or function, compiled or not.
         *args: passed to the model.
-        config: options to explain with; the defaults of the backend otherwise. With strict=True each gate is run, as
-            traced and re-routed, and the report says what that proved.
+        config: options to explain with; the defaults of the backend otherwise. With strict=True
+            each gate is run, as traced and re-routed, and the report says what that proved.
         **kwargs: passed to the model.
 
     Returns:

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 Traced = TypeVar("Traced", GraphModule, ExportedProgram)
 
 
-# The options that say what re-routing is in a program, and those that only say how a graph is captured and compiled.
+# The options that say what re-routing is in a program, and those that only say how a graph is
+# captured and compiled.
 _USED = frozenset(
     {"select_top_k", "threshold", "min_active", "max_active", "max_tokens", "substitution", "per_gate", "strict"}
 )
@@ -46,21 +47,23 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
     """Re-route every gate of a traced graph. Similarity matrices become buffers of the result.
 
     Args:
-        traced: an `ExportedProgram`, or a `GraphModule` whose nodes carry shapes. It is not changed.
-        profile: a matrix for every gate, by the name of its router weight (in the live model, or as make_fx names it).
-            Without one the experts are probed: in the graph where its batch size is fixed, else in the model it was
-            traced from, which has to be there still.
-        config: S, threshold, min_active, max_active, max_tokens, substitution, per_gate and strict; the backend's
-            defaults otherwise. `inner` has no meaning here.
+        traced: an `ExportedProgram`, or a `GraphModule` whose nodes carry shapes. It is not
+            changed.
+        profile: a matrix for every gate, by the name of its router weight (in the live model, or as
+            make_fx names it). Without one the experts are probed: in the graph where its batch size
+            is fixed, else in the model it was traced from, which has to be there still.
+        config: S, threshold, min_active, max_active, max_tokens, substitution, per_gate and strict;
+            the backend's defaults otherwise. `inner` has no meaning here.
 
     Returns:
         A rewritten copy that shares the weights.
 
     Raises:
         GateNotFoundError: no gate was found or every gate was refused; the message says why.
-        ConfigError: max_tokens is given, and the program takes batches on both sides of it; or collect_stats is.
-        ProfileError: the profile has no matrix for a gate, or one of another size, or lacks projections that are
-            asked for.
+        ConfigError: max_tokens is given, and the program takes batches on both sides of it; or
+            collect_stats is.
+        ProfileError: the profile has no matrix for a gate, or one of another size, or lacks
+            projections that are asked for.
         ProbeError: without a profile, an expert could not be run.
     """
     config = config or SereConfig()

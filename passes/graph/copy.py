@@ -10,7 +10,8 @@ from torch.fx import Graph, GraphModule, Node
 def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     """A copy with a graph of its own that shares parameters and buffers, and the copy of each node.
 
-    Names of nodes, metadata, the tracer and the form of inputs and outputs are those of the original.
+    Names of nodes, metadata, the tracer and the form of inputs and outputs are those of the
+    original.
     """
     source = module.graph
     graph = Graph(tracer_cls=source._tracer_cls)

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import CalibrationError
 
-# What a causal language model of transformers need not make for calibration, by the name of the argument.
+# What a causal language model of transformers need not make for calibration, by the name of the
+# argument.
 _SPARED = {"use_cache": False, "logits_to_keep": 1}
 
 
@@ -34,7 +35,8 @@ class Batch:
         """The numbers of the tokens that are no padding, int64, at a gate that sees so many.
 
         Raises:
-            CalibrationError: no mask is of the tokens that the gate sees, or several that differ are.
+            CalibrationError: no mask is of the tokens that the gate sees, or several that differ
+                are.
         """
         if not self.masks:
             return torch.arange(tokens)
@@ -42,7 +44,8 @@ class Batch:
         if not fitting or any(not torch.equal(mask, fitting[0]) for mask in fitting):
             masks = ", ".join(f"{name} {tuple(mask.shape)}" for name, mask in self.masks.items())
             raise CalibrationError(
-                f"which tokens are padding cannot be told at {gate}, which sees {tokens} tokens: the batch has {masks}"
+                f"which tokens are padding cannot be determined at {gate}, which sees {tokens} tokens: "
+                f"the batch has {masks}"
             )
         return fitting[0].nonzero().flatten()
 

@@ -46,37 +46,44 @@ def calibrate(
 ) -> SimilarityProfile:
     """Measure how alike the experts of every gate are: all experts run on the same tokens, all layers in one pass.
 
-    Works for every model whose gates are found (`sere_compile.explain`). Memory does not grow with the data: at most
-    the outputs of all experts on `chunk` tokens of one layer are held, and one `[E, E]` float64 sum for each gate.
+    Works for every model whose gates are found (`sere_compile.explain`). Memory does not grow with
+    the data: at most the outputs of all experts on `chunk` tokens of one layer are held, and one
+    `[E, E]` float64 sum for each gate.
 
     Example:
         >>> batches = ({"input_ids": rows} for rows in token_ids.split(8))
         >>> sere_compile.calibrate(model, batches, max_tokens=51_200).save("model.safetensors")
 
     Args:
-        model: an nn.Module, compiled or not. It runs in eval mode, without gradients, and computes what it always does.
-        batches: what to call it with: mappings of keyword arguments, or tensors as its only argument. Tokens that an
-            `attention_mask` [batch, length] in a mapping marks with 0 do not count. None: data-free, each gate's
-            experts run on `max_tokens` (1024 by default) hidden states of mean b and scale |g|, the bias and gain of
-            the norm in front of the gate; standard normal where no norm is found.
-        method: "frobenius" (the paper's choice), "cosine" or "cka", see `sere_compile.experts.metrics`.
+        model: an nn.Module, compiled or not. It runs in eval mode, without gradients, and computes
+            what it always does.
+        batches: what to call it with: mappings of keyword arguments, or tensors as its only
+            argument. Tokens that an `attention_mask` [batch, length] in a mapping marks with 0 do
+            not count. None: data-free, each gate's experts run on `max_tokens` (1024 by default)
+            hidden states of mean b and scale |g|, the bias and gain of the norm in front of the
+            gate; standard normal where no norm is found.
+        method: "frobenius" (the paper's choice), "cosine" or "cka", see
+            `sere_compile.experts.metrics`.
         kernel: of "cka": "linear", "rbf" or "polynomial".
         max_tokens: stop after so many tokens; the last batch counts in part. None: all.
         chunk: tokens that are compared at once; the minibatch of "cka".
         seed: of what is drawn where there are no batches.
-        resume: a file that keeps what was done: every minute, when interrupted, and at the end. Where it exists
-            already, the calibration goes on behind the batches that it holds; give the same batches again.
+        resume: a file that keeps what was done: every minute, when interrupted, and at the end.
+            Where it exists already, the calibration goes on behind the batches that it holds; give
+            the same batches again.
         progress: show a bar.
-        example: batches=None: what to call the model with once, to trace it; models of transformers need none.
+        example: batches=None: what to call the model with once, to trace it; models of transformers
+            need none.
 
     Returns:
-        Matrices and projections by the name of each router's weight. Metadata: method, tokens, model_type, seed,
-        sere_compile (version).
+        Matrices and projections by the name of each router's weight. Metadata: method, tokens,
+        model_type, seed, sere_compile (version).
 
     Raises:
         ConfigError: an unknown method or kernel, or a number out of range.
-        CalibrationError: no gates, no data, fewer tokens than `max_tokens`, a batch of a wrong type, experts that
-            cannot be run or give NaN or infinity, or a resume file of another calibration.
+        CalibrationError: no gates, no data, fewer tokens than `max_tokens`, a batch of a wrong
+            type, experts that cannot be run or give NaN or infinity, or a resume file of another
+            calibration.
         OutputError: the resume file cannot be written.
     """
     settings = _method_name(method, kernel)

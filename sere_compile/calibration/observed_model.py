@@ -1,8 +1,8 @@
 """Run a model and see, at each of its gates, what every expert would give for the tokens that arrive there.
 
-The model is compiled with a backend that leaves Dynamo's graphs as they are, but for one call in front of each gate's
-dispatch. Where the experts run outside the graph (loops that Dynamo does not capture), the module beside the router
-stands in for them.
+The model is compiled with a backend that leaves Dynamo's graphs as they are, but for one call in
+front of each gate's dispatch. Where the experts run outside the graph (loops that Dynamo does not
+capture), the module beside the router stands in for them.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class ObservedModel:
     Args:
         model: an nn.Module, compiled or not.
         see: called at each gate that runs.
-        drawn: None; or how many hidden states to put in the place of those that arrive, at the scale of the norm in
-            front of the gate, and the seed to draw them with.
+        drawn: None; or how many hidden states to put in the place of those that arrive, at the
+            scale of the norm in front of the gate, and the seed to draw them with.
     """
 
     def __init__(self, model: nn.Module, see: Callable[[Arrival], None], drawn: tuple[int, int] | None = None) -> None:
@@ -110,7 +110,7 @@ class ObservedModel:
         return self._modules[id(weight)]
 
     def is_fast(self, weight: torch.Tensor, decide: Callable[[], bool]) -> bool:
-        """Whether a gate's experts run with one slot a row; decided at its first tokens."""
+        """Whether a gate's experts run with one slot per row; decided at its first tokens."""
         if id(weight) not in self._fast:
             self._fast[id(weight)] = decide()
         return self._fast[id(weight)]
@@ -146,7 +146,8 @@ class _Arrive:
         if self.observed.drawn is not None:
             value = dict(zip(self.norms, norms, strict=True)).__getitem__
             count, seed = self.observed.drawn
-            # One seed for all: what the dispatch and the router read are mostly casts of the same hidden states.
+            # One seed for all: what the dispatch and the router read are mostly casts of the same
+            # hidden states.
             drawn = [
                 draw(count, tensor.shape[-1], seed, tensor.dtype, tensor.device, scale, value)
                 for scale, tensor in zip(self.scales, (*activations, hidden), strict=True)
@@ -195,7 +196,7 @@ class _Arrive:
                 return False
 
         fast = self.observed.is_fast(weight, decide)
-        log.debug("%s: experts run by %s", name, "module, one slot a row" if fast else "its own dispatch")
+        log.debug("%s: experts run by %s", name, "module, one slot per row" if fast else "its own dispatch")
         return one_slot if fast else sure
 
 

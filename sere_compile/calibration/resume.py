@@ -26,7 +26,8 @@ class Progress:
     Attributes:
         batches: how many.
         tokens: how many tokens counted.
-        sums: for each gate and accumulator its sums and number of tokens; tensors that nobody writes to.
+        sums: for each gate and accumulator its sums and number of tokens; tensors that nobody
+            writes to.
     """
 
     batches: int = 0
@@ -44,7 +45,7 @@ class Identity:
 
     @classmethod
     def of(cls, method: str, chunk: int, model: nn.Module) -> Identity:
-        """Of a calibration: the model is told by names, shapes and the numbers in its smallest matrices."""
+        """Of a calibration: the model is identified by names, shapes and the numbers in its smallest matrices."""
         digest = hashlib.sha256()
         for name, parameter in sorted(model.named_parameters()):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

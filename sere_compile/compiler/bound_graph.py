@@ -21,9 +21,11 @@ class BoundGraph:
 
     Args:
         compiled: the rewritten graph, compiled.
-        graph: the same before that; only its inputs are kept, since its example inputs would keep the weights alive.
+        graph: the same before that; only its inputs are kept, since its example inputs would keep
+            the weights alive.
         plans: of its gates.
-        watch: told which gates run until it has nothing left to tell, see `missing_gates.watch_others`.
+        watch: told which gates run until it has nothing left to tell, see
+            `missing_gates.watch_others`.
     """
 
     def __init__(
@@ -38,8 +40,8 @@ class BoundGraph:
         self._inputs = graph.own_inputs
         self._appended = graph.appended
         self._plans = plans
-        # What the last call bound: version of the registry, weights, extra inputs. One tuple, so that threads that
-        # share the graph never see one call's weights with another's matrices.
+        # What the last call bound: version of the registry, weights, extra inputs. One tuple, so
+        # that threads that share the graph never see one call's weights with another's matrices.
         self._last: tuple[int, list[Callable[[], torch.Tensor | None]], list[torch.Tensor]] = (-1, [], [])
 
     def __call__(self, *arguments: Any) -> Any:

@@ -41,8 +41,8 @@ def append_input(
     Args:
         module: a copy made by `copy_graph`.
         name: of the placeholder.
-        value: a tensor like the ones that calls will pass; its address stays the same from call to call, so
-            that CUDA graphs need not copy it.
+        value: a tensor like the ones that calls will pass; its address stays the same from call to
+            call, so that CUDA graphs need not copy it.
         example_inputs: the graph's inputs, to find the fake mode of its shapes.
 
     Returns:
@@ -146,7 +146,8 @@ def current_call() -> FrameType | None:
 def is_outermost() -> bool:
     """Whether the frame being compiled is the one torch.compile was asked for, not one called from broken code.
 
-    Only Dynamo's frames and nn.Module's call machinery stand between it and torch.compile's wrapper.
+    Only Dynamo's frames and nn.Module's call machinery stand between it and torch.compile's
+    wrapper.
     """
     inside_dynamo = False
     torch_folder = os.path.dirname(torch.__file__) + os.sep
@@ -175,8 +176,8 @@ def dynamic_shape_capture() -> Iterator[None]:
 def forget_codes(model: Any) -> None:
     """Make Dynamo look anew at the code of a model or function and of what it called.
 
-    Dynamo keeps compiled code and the decision to skip a frame with the code object, for whatever traced it. Others
-    who compiled the same code compile it again.
+    Dynamo keeps compiled code and the decision to skip a frame with the code object, for whatever
+    traced it. Others who compiled the same code compile it again.
     """
     from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo.convert_frame import input_codes

@@ -1,7 +1,7 @@
 """A graph that Dynamo traced, while it is rewritten: matrices become further inputs of it.
 
-Dynamo re-uses one compiled graph for every layer with the same code, so a matrix cannot be part of the graph: each call
-brings the matrices of the weights that it passes.
+Dynamo re-uses one compiled graph for every layer with the same code, so a matrix cannot be part of
+the graph: each call brings the matrices of the weights that it passes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class GraphInputs:
 class DynamoGraph:
     """A copy of one graph, with the inputs that Dynamo compiles it for; see `TracedGraph`.
 
-    A weight that two gates of a graph share has one matrix and one counter: two graph inputs with the same memory
-    would be taken for different memory.
+    A weight that two gates of a graph share has one matrix and one counter: two graph inputs with
+    the same memory would be taken for different memory.
 
     Attributes:
         module: the copy.

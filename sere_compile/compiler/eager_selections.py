@@ -1,7 +1,8 @@
 """Find gates in an eager run: what a traced graph does not show because it never got into one.
 
-Scores are followed from a router's weight through the operations that keep one score per expert, to a selection over
-them. Experts that stand beside the weight make it a gate. Graphs, and `passes`, play no part.
+Scores are followed from a router's weight through the operations that keep one score per expert, to
+a selection over them. Experts that stand beside the weight make it a gate. Graphs, and `passes`,
+play no part.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def named_entry(plan: GatePlan, weight: torch.Tensor, owners: Owners) -> binding
     """The weight's entry, named at first sight, with the matrix of the profile attached to its model.
 
     Raises:
-        ProfileError: the matrix is of another size than the gate, or an attached profile has none for it.
+        ProfileError: the matrix is of another size than the gate, or an attached profile has none
+            for it.
     """
     entry = binding.lookup(weight)
     if entry is None or entry.matrix is None:
@@ -67,7 +68,8 @@ def bind_weight(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners:
         ProbeError: no matrix is attached and the experts cannot be run.
     """
     gate_options.check(plan.given, plan.config, weight, plan.name, owners)
-    # A gate that is not rewritten never gets a matrix: looking for its owner would scan the heap on each call.
+    # A gate that is not rewritten never gets a matrix: looking for its owner would scan the heap on
+    # each call.
     if plan.status != REWRITTEN:
         return
     entry = named_entry(plan, weight, owners)

@@ -1,8 +1,9 @@
 """Options that differ from gate to gate, where a compiled graph knows a gate only by the weight that a call passes.
 
-Dynamo re-uses one graph for every layer with the same code, and the numbers of a gate are constants in it. So a
-graph with per-gate options carries a guard on each router weight: a layer with other options compiles a graph of its
-own (one for each set of options, not for each layer). Binding checks again, in case the guard could not be had.
+Dynamo re-uses one graph for every layer with the same code, and the numbers of a gate are constants
+in it. So a graph with per-gate options carries a guard on each router weight: a layer with other
+options compiles a graph of its own (one for each set of options, not for each layer). Binding
+checks again, in case the guard could not be had.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def guard(config: SereConfig, expected: SereConfig, node: Node, fallback_name: s
         return
 
     def same(weight: object) -> bool:
-        # Owners of their own: a guard lives as long as the compiled code, and would keep the modules alive.
+        # Owners of their own: a guard lives as long as the compiled code, and would keep the
+        # modules alive.
         return isinstance(weight, torch.Tensor) and config_of(config, weight, fallback_name, Owners()) == expected
 
     if not dynamo.guard_input(node, same, f"sere options of {fallback_name}"):
@@ -87,7 +89,8 @@ _told: weakref.WeakKeyDictionary[nn.Module, set[object]] = weakref.WeakKeyDictio
 def tell_unknown_of_model(config: SereConfig, owner: Owner | None, num_experts: int) -> None:
     """`tell_unknown` once for each model, as soon as one of its gates is seen: others may run in later graphs.
 
-    Its matrices with a row or column for each of `num_experts` experts stand for the gates that are not seen yet.
+    Its matrices with a row or column for each of `num_experts` experts stand for the gates that are
+    not seen yet.
     """
     if owner is None or config.per_gate in _told.setdefault(owner.root, set()):
         return

@@ -1,7 +1,7 @@
 """Tell the user of gates that are not re-routed, once, and as soon as it is certain.
 
-That a compiled callable holds no gate at all, or that some of its gates run outside every graph, is certain when its
-second call begins: the first has compiled all that it runs.
+That a compiled callable holds no gate at all, or that some of its gates run outside every graph, is
+certain when its second call begins: the first has compiled all that it runs.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def watch(
 ) -> Callable[..., Any]:
     """Tell now if the graph is all that will run; else when the callable ran once and is called again.
 
-    Dynamo breaks a callable into graphs, and gates may follow in a later one: that none did is certain when a second
-    call begins.
+    Dynamo breaks a callable into graphs, and gates may follow in a later one: that none did is
+    certain when a second call begins.
 
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
@@ -90,7 +90,11 @@ def watch_others(config: SereConfig) -> Callable[[list[torch.Tensor]], bool]:
 
 
 def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor]) -> bool:
-    """Record that a graph runs; tell what the callable's last call has shown; whether there is nothing left to tell."""
+    """Record that a graph runs, and report what the callable's last call has shown.
+
+    Returns:
+        Whether nothing is left to report.
+    """
     frame = current_call()
     if frame is None:
         return False
@@ -103,7 +107,8 @@ def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor])
         return True
     call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
     if call.frame is not frame:
-        # Holding the frame keeps its id from being used again; it is let go of once this is settled.
+        # Holding the frame keeps its id from being used again; it is let go of once this is
+        # settled.
         call.settled, call.frame = True, None
         _settle(call, config)
         return True
@@ -128,7 +133,8 @@ def _settle(call: _Call, config: SereConfig) -> None:
 def routers_outside(seen: list[torch.Tensor]) -> list[str]:
     """Names of routers beside experts whose code Dynamo skipped, in the model that the weights seen belong to.
 
-    Another layer of the same code that was seen shows that its code gets into a graph: such a layer did not run.
+    Another layer of the same code that was seen shows that its code gets into a graph: such a layer
+    did not run.
     """
     owner = find_owner(seen[0]) if seen else None
     if owner is None:

@@ -13,8 +13,8 @@ from .gate_matrices import named_entry
 from .gate_plan import GatePlan
 from .report_rows import row_of, row_of_skip
 
-# Where `explain` collects rows. Not part of a backend: two explaining backends have to be equal, or each would leave
-# a compiled version of its own in Dynamo's cache.
+# Where `explain` collects rows. Not part of a backend: two explaining backends have to be equal, or
+# each would leave a compiled version of its own in Dynamo's cache.
 observer: ContextVar[Callable[[GateRow], None]] = ContextVar("observer", default=lambda row: None)
 # ... and is told that one graph was all of the call, so that nothing ran outside.
 on_whole_call: ContextVar[Callable[[], None]] = ContextVar("on_whole_call", default=lambda: None)

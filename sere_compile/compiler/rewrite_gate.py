@@ -43,7 +43,8 @@ def rewrite_gate(
     Args:
         plan: of a gate of the graph.
         graph: is changed.
-        matrices: what re-routing reads, by kind, see `TracedGraph.place`; empty where there is nothing to re-route.
+        matrices: what re-routing reads, by kind, see `TracedGraph.place`; empty where there is
+            nothing to re-route.
         weight: the router's.
         owners: of the router weights.
 
@@ -128,8 +129,9 @@ def _log(plan: GatePlan, run: Run) -> None:
 def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners) -> str | Skip:
     """What is proven of a gate's rewrite, in words for a report, or the refusal where it is wrong.
 
-    Ids and weights that leave the graph go to code that it does not show. Where an experts module beside the router
-    takes them, it is run on random hidden states: it has to give the sum over distinct experts.
+    Ids and weights that leave the graph go to code that it does not show. Where an experts module
+    beside the router takes them, it is run on random hidden states: it has to give the sum over
+    distinct experts.
     """
     proven = verify_rewrite(gate, graph.value_of)
     if isinstance(proven, Skip):

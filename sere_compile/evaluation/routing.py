@@ -1,6 +1,7 @@
 """Put any routing rule into a model: the gates are found in Dynamo's graphs, each calls back with what it decided.
 
-The graphs run eagerly, so that a rule is ordinary PyTorch on concrete tensors and may keep what it sees.
+The graphs run eagerly, so that a rule is ordinary PyTorch on concrete tensors and may keep what it
+sees.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class GateCall:
     weights: torch.Tensor
 
 
-# Gets what a gate decided and gives ids [T, K] and weights [T, K] in its place; a token may name an expert twice.
+# Gets what a gate decided and gives ids [T, K] and weights [T, K] in its place; a token may name an
+# expert twice.
 Decide = Callable[[GateCall], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -151,8 +153,8 @@ def merge_slots(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> t
         num_experts: E, at least K.
 
     Returns:
-        ids and weights [T, K]: weights summed in an expert's first slot; other slots get experts that the token does
-        not name, at weight 0.
+        ids and weights [T, K]: weights summed in an expert's first slot; other slots get experts
+        that the token does not name, at weight 0.
     """
     same = ids[:, :, None] == ids[:, None, :]
     repeated = same.tril(-1).any(-1)

@@ -1,10 +1,11 @@
 """Run every expert of a gate on the same tokens, without knowing the model's code.
 
-Counterfactual routing: the dispatch runs with expert e in a token's first slot at weight 1 and other experts behind
-it at weight 0, which leaves e's own output. Two functions can be the dispatch. The region between routing and its
-post-dominator in the traced graph is there for any code, but computes all K slots of a row, and takes as many rows as
-the graph was traced with. An experts module beside the router that takes ids of any width does with one slot, and any
-number of rows; it is used where it is all there is, or where it gives what the region gives.
+Counterfactual routing: the dispatch runs with expert e in a token's first slot at weight 1 and
+other experts behind it at weight 0, which leaves e's own output. Two functions can be the dispatch.
+The region between routing and its post-dominator in the traced graph is there for any code, but
+computes all K slots of a row, and takes as many rows as the graph was traced with. An experts
+module beside the router that takes ids of any width does with one slot, and any number of rows; it
+is used where it is all there is, or where it gives what the region gives.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .experts_module import Experts
 # (token number of each row [R], ids [R, K], weights [R, K] float32) -> outputs [R, H]
 Dispatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Rows that an experts module runs at once, as bytes of the weights that "batched_mm" would copy for them.
+# Rows that an experts module runs at once, as bytes of the weights that "batched_mm" would copy for
+# them.
 _COPIED_BYTES = 2**28
 # Share of the root mean square by which a module may differ from the region, by rounding alone.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -83,7 +85,8 @@ def of_region(
         ids: [..., K], as the gate chose them; shape and dtype are what the region takes.
         weights_dtype: of the routing weights.
         inputs: the tensors and sizes behind `region.inputs`.
-        activations: the tensors behind `region.activations`; their rows are tokens, or K equal ones a token.
+        activations: the tensors behind `region.activations`; their rows are tokens, or K equal ones
+            per token.
         tables: rows [N, H] for each activation to choose from in their place.
     """
     rows, slots = ids.numel() // ids.shape[-1], ids.shape[-1]
@@ -132,7 +135,8 @@ def of_module(experts: Experts, hidden: torch.Tensor, slots: int, expert_bytes: 
 def agree(left: CounterfactualExperts, right: CounterfactualExperts, tokens: torch.Tensor, num_experts: int) -> bool:
     """Whether two dispatches give the same expert outputs on some tokens, but for rounding.
 
-    Only finite rows of the left are compared: behind an expert of weight 0 that gives NaN, every row is NaN.
+    Only finite rows of the left are compared: behind an expert of weight 0 that gives NaN, every
+    row is NaN.
     """
     expected = left.outputs(tokens, num_experts)
     actual = right.outputs(tokens, num_experts)

@@ -23,10 +23,12 @@ def find_experts(owner: Owner | None, num_experts: int) -> Experts | None:
     """The experts beside a router as a function (hidden [T, H], ids [T, K], weights [T, K]) -> [T, H].
 
     Looks in the modules around the router, innermost first, for a module with the signature
-    (hidden_states, top_k_index, top_k_weights), or a list of `num_experts` modules that each take hidden states.
+    (hidden_states, top_k_index, top_k_weights), or a list of `num_experts` modules that each take
+    hidden states.
 
     Args:
-        owner: of the router's weight, see `owner.Owners`; None: no module holds it, and there are no experts.
+        owner: of the router's weight, see `owner.Owners`; None: no module holds it, and there are
+            no experts.
         num_experts: E.
     """
     if owner is None:
@@ -49,8 +51,9 @@ def find_experts_module(owner: Owner | None, num_experts: int) -> nn.Module | No
 def experts_stand_beside(owner: Owner | None, num_experts: int) -> bool:
     """Whether experts are seen around the router, callable or not: evidence for ids that leave a graph.
 
-    Beyond `find_experts`: weights stacked over the experts, [E, .., ..], in a module around the router, for experts
-    that take sorted rows and counts instead of ids; or a dictionary of `num_experts` modules.
+    Beyond `find_experts`: weights stacked over the experts, [E, .., ..], in a module around the
+    router, for experts that take sorted rows and counts instead of ids; or a dictionary of
+    `num_experts` modules.
     """
     if owner is None:
         return False
@@ -66,8 +69,9 @@ def experts_stand_beside(owner: Owner | None, num_experts: int) -> bool:
 def count_experts_beside(owner: Owner | None, columns: int) -> int:
     """How many experts compute something around a router with `columns` columns; 0 where none are seen.
 
-    Some experts of a router may compute nothing. They may still have a row in one of two stacks of weights: then the
-    smaller stack gives the number. Or they have none at all: then the experts that take routing beside the router do.
+    Some experts of a router may compute nothing. They may still have a row in one of two stacks of
+    weights: then the smaller stack gives the number. Or they have none at all: then the experts
+    that take routing beside the router do.
     """
     if owner is None:
         return 0

@@ -1,8 +1,9 @@
 """Hidden states for experts where there is no data: drawn at the mean and scale that the layer sees.
 
-The norm in front of a gate hands on numbers of mean 0 and scale 1 in each channel, times its gain g, plus its bias b.
-So each channel is drawn from a normal distribution of mean b and standard deviation |g|. What data has beyond that,
-correlations between channels and differences between tokens, is missing.
+The norm in front of a gate hands on numbers of mean 0 and scale 1 in each channel, times its gain
+g, plus its bias b. So each channel is drawn from a normal distribution of mean b and standard
+deviation |g|. What data has beyond that, correlations between channels and differences between
+tokens, is missing.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def scale_at(read: Node, router_input: Node, gate: str) -> NormScale:
 def hidden_size_of(weight: torch.Tensor, gate: Gate) -> int:
     """H, the number of channels that a gate's router projects.
 
-    The router's input gives it. A weight alone does not: it is [E, H] or [H, E], and may have further rows or columns
-    for a shared expert or for none.
+    The router's input gives it. A weight alone does not: it is [E, H] or [H, E], and may have
+    further rows or columns for a shared expert or for none.
 
     Args:
         weight: the router's, for graphs in which the size of the input is no plain number.

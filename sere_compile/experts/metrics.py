@@ -1,11 +1,13 @@
 """How alike experts are, from their outputs on the same tokens: the metrics of SERE, in streaming form.
 
-Every metric is an accumulator: `update` takes the outputs of all E experts on some tokens, any number of
-times, and `similarity` gives the `[E, E]` matrix over all of them. Memory does not grow with the tokens.
+Every metric is an accumulator: `update` takes the outputs of all E experts on some tokens, any
+number of times, and `similarity` gives the `[E, E]` matrix over all of them. Memory does not grow
+with the tokens.
 
-Sources: SERE, arXiv:2602.07616 (the choice of metrics); Kornblith et al. 2019, arXiv:1905.00414 (CKA); Nguyen
-et al. 2021, arXiv:2010.15327 (CKA from minibatches). Sums are kept in float64, because a distance comes out
-of a difference of large inner products and some experts are nearly copies of each other.
+Sources: SERE, arXiv:2602.07616 (the choice of metrics); Kornblith et al. 2019, arXiv:1905.00414
+(CKA); Nguyen et al. 2021, arXiv:2010.15327 (CKA from minibatches). Sums are kept in float64,
+because a distance comes out of a difference of large inner products and some experts are nearly
+copies of each other.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from ..errors import ConfigError, ProbeError
 
 # Float64 elements of the largest temporary: 128 MiB.
 DEFAULT_MAX_ELEMENTS = 2**24
-# Relative to squared norms. The float64 Gram of two equal experts can be off by some 1e-14; distances below
-# 1e-6 of the outputs' norm are therefore nought, or the noise of equal experts would be scaled up to [0, 1].
+# Relative to squared norms. The float64 Gram of two equal experts can be off by some 1e-14;
+# distances below 1e-6 of the outputs' norm are therefore nought, or the noise of equal experts
+# would be scaled up to [0, 1].
 _NOISE = 1e-12
 
 
@@ -49,8 +52,8 @@ class _GramAccumulator:
 
     Args:
         num_experts: E.
-        max_elements: bound on the float64 temporary; tokens are taken in chunks of at most this many
-            elements over all experts, and of one token at least.
+        max_elements: bound on the float64 temporary; tokens are taken in chunks of at most this
+            many elements over all experts, and of one token at least.
     """
 
     def __init__(self, num_experts: int, max_elements: int = DEFAULT_MAX_ELEMENTS) -> None:
@@ -64,7 +67,8 @@ class _GramAccumulator:
         """Add the outputs `[E, n, H]` of all experts on the same n tokens; any floating dtype, any device.
 
         Raises:
-            ProbeError: wrong shape or dtype, or outputs that are not finite (nothing is added then).
+            ProbeError: wrong shape or dtype, or outputs that are not finite (nothing is added
+                then).
         """
         _check_outputs(outputs, self.num_experts)
         if not outputs.shape[1]:
@@ -102,8 +106,8 @@ class _GramAccumulator:
 class FrobeniusAccumulator(_GramAccumulator):
     """`1 - d(p, q) / max d` with `d(p, q) = ||A_p - A_q||_F` over all tokens; the paper's recommendation.
 
-    Distances come from the Gram matrix, `d^2 = G_pp + G_qq - 2 G_pq`, so no pair of outputs is ever formed.
-    Experts that are all equal are all similar: a matrix of ones.
+    Distances come from the Gram matrix, `d^2 = G_pp + G_qq - 2 G_pq`, so no pair of outputs is ever
+    formed. Experts that are all equal are all similar: a matrix of ones.
     """
 
     def similarity(self) -> torch.Tensor:
@@ -123,8 +127,8 @@ class FrobeniusAccumulator(_GramAccumulator):
     def projection(self) -> torch.Tensor:
         """`[E, E]` float32, `a[u, v] = <A_u, A_v> / <A_v, A_v>`: the scale of v that comes closest to u.
 
-        Not symmetric. Ones on the diagonal; a column v whose expert always gives zero is zero, its diagonal
-        entry included.
+        Not symmetric. Ones on the diagonal; a column v whose expert always gives zero is zero, its
+        diagonal entry included.
 
         Raises:
             ProbeError: no outputs were added.
@@ -137,8 +141,9 @@ class FrobeniusAccumulator(_GramAccumulator):
 class CosineAccumulator(_GramAccumulator):
     """The mean over tokens of `cos(A_p[t], A_q[t])`.
 
-    A token for which an expert gives zeros counts as cosine 0 with every other expert. The reference
-    implementation maps this to [0, 1] by `(c + 1) / 2`: the same choices, other thresholds.
+    A token for which an expert gives zeros counts as cosine 0 with every other expert. The
+    reference implementation maps this to [0, 1] by `(c + 1) / 2`: the same choices, other
+    thresholds.
     """
 
     def similarity(self) -> torch.Tensor:
@@ -158,22 +163,26 @@ class CosineAccumulator(_GramAccumulator):
 class CkaAccumulator:
     """Centred kernel alignment, from minibatches: one `update` is one minibatch.
 
-    With the kernel matrix `K_p[i, j] = k(A_p[i], A_p[j])` over the n tokens of a batch and the centring
-    `C = I - 1/n`, the biased HSIC is `h(p, q) = tr(K_p C K_q C) / (n - 1)^2`, and
-    `CKA(p, q) = H_pq / sqrt(H_pp H_qq)` where H is the mean of h over batches, weighted by their tokens.
-    A single batch gives the full CKA exactly. Summing before dividing is the minibatch estimator of Nguyen et
-    al.; they sum the unbiased HSIC, which differs from the full CKA on one batch and can be negative. The
-    price is a bias towards 1 where a batch has fewer tokens than the outputs have dimensions.
+    With the kernel matrix `K_p[i, j] = k(A_p[i], A_p[j])` over the n tokens of a batch and the
+    centring `C = I - 1/n`, the biased HSIC is `h(p, q) = tr(K_p C K_q C) / (n - 1)^2`, and
+    `CKA(p, q) = H_pq / sqrt(H_pp H_qq)` where H is the mean of h over batches, weighted by their
+    tokens. A single batch gives the full CKA exactly. Summing before dividing is the minibatch
+    estimator of Nguyen et al.; they sum the unbiased HSIC, which differs from the full CKA on one
+    batch and can be negative. The price is a bias towards 1 where a batch has fewer tokens than the
+    outputs have dimensions.
 
     Kernels, on outputs x, y:
         linear: `<x, y>`.
-        rbf: `exp(-|x - y|^2 / (2 s^2))` with s = `bandwidth` times the median distance between two tokens of
-            the batch, for each expert its own (Kornblith et al. use fractions from 0.2 to 0.8).
-        polynomial: `(<x, y> + 1)^3`; it depends on the scale of the outputs, which the others do not.
+        rbf: `exp(-|x - y|^2 / (2 s^2))` with s = `bandwidth` times the median distance between two
+            tokens of the batch, for each expert its own (Kornblith et al. use fractions from 0.2 to
+            0.8).
+        polynomial: `(<x, y> + 1)^3`; it depends on the scale of the outputs, which the others do
+            not.
     (The reference implementation has degree 2, and for s^2 the variance of the squared distances.)
 
-    An update costs time E^2 n^2 + E n^2 H. Its temporaries are of `max_elements` float64 elements (or E n, if
-    that is more) plus a few n x n matrices. An expert whose output does not vary aligns with none: 0.
+    An update costs time E^2 n^2 + E n^2 H. Its temporaries are of `max_elements` float64 elements
+    (or E n, if that is more) plus a few n x n matrices. An expert whose output does not vary aligns
+    with none: 0.
     """
 
     KERNELS = ("linear", "rbf", "polynomial")
@@ -202,7 +211,8 @@ class CkaAccumulator:
         A batch of one token has no variance, and adds nothing; nor does an empty one.
 
         Raises:
-            ProbeError: wrong shape or dtype, or outputs that are not finite (nothing is added then).
+            ProbeError: wrong shape or dtype, or outputs that are not finite (nothing is added
+                then).
         """
         _check_outputs(outputs, self.num_experts)
         tokens = outputs.shape[1]
@@ -267,7 +277,8 @@ class CkaAccumulator:
         squared = _squared_distances(outputs, slice(None))
         # Cut after the first entry, rows of n + 1 end on the diagonal.
         between = squared.flatten()[1:].view(tokens - 1, tokens + 1)[:, :-1]
-        # Where most tokens are equal the median is 0, and the limit of the kernel is "are they equal".
+        # Where most tokens are equal the median is 0, and the limit of the kernel is "are they
+        # equal".
         return (2 * self.bandwidth**2 * between.median()).clamp_min(torch.finfo(torch.float64).tiny)
 
 

@@ -1,7 +1,8 @@
 """Find the module that owns a weight, among all live modules.
 
-A compiled graph only sees tensors. One graph may serve every layer of a model, so the weight that a call passes
-is the only thing that identifies the layer; the live modules say where that weight belongs.
+A compiled graph only sees tensors. One graph may serve every layer of a model, so the weight that a
+call passes is the only thing that identifies the layer; the live modules say where that weight
+belongs.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Owner:
 class Owners:
     """Finds the owners of any number of weights with one scan of the heap, at the first question.
 
-    It keeps every module alive that it has seen, and does not see later ones. So make one for one compilation or one
-    call, and let go of it.
+    It keeps every module alive that it has seen, and does not see later ones. So make one for one
+    compilation or one call, and let go of it.
     """
 
     def __init__(self) -> None:
@@ -82,7 +83,8 @@ class Owners:
         assert self._holders is not None
         for module in modules:
             for name, child in module.__dict__.get("_modules", {}).items():
-                # Of several parents the wrapper that torch.compile made counts: it has the user's name of the model.
+                # Of several parents the wrapper that torch.compile made counts: it has the user's
+                # name of the model.
                 if child is not None and (name == _COMPILED_PREFIX or id(child) not in self._parents):
                     self._parents[id(child)] = (module, name)
             if isinstance(module, torch.fx.GraphModule):
@@ -122,7 +124,8 @@ class RouterModule:
 def routers_in(root: nn.Module) -> list[RouterModule]:
     """Every weight of a model that has a row or column for each of the experts around it, whether it runs or not.
 
-    Of several such weights around the same experts the nearest are taken: a head of the model is farther than a router.
+    Of several such weights around the same experts the nearest are taken: a head of the model is
+    farther than a router.
     """
     modules = dict(root.named_modules())
     counts = {len(m) for m in modules.values() if isinstance(m, (nn.ModuleList, nn.ModuleDict))}

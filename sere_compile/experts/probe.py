@@ -1,7 +1,8 @@
 """Measure how similar experts are without data: run each of them on the same random hidden states.
 
-Counterfactual routing needs no knowledge of the model's code: the dispatch is run with expert e in the first slot
-of a token at weight 1 and other experts behind it at weight 0, which leaves e's own output for that token.
+Counterfactual routing needs no knowledge of the model's code: the dispatch is run with expert e in
+the first slot of a token at weight 1 and other experts behind it at weight 0, which leaves e's own
+output for that token.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Probed:
     """How alike a gate's experts are, float32 [E, E] each.
 
     Attributes:
-        similarity: 1 - d / max d with d the Frobenius distance of the outputs, SERE (arXiv 2602.07616).
+        similarity: 1 - d / max d with d the Frobenius distance of the outputs, SERE (arXiv
+            2602.07616).
         projection: <A_u, A_v> / <A_v, A_v>, the scale of expert v that comes closest to u.
     """
 
@@ -52,17 +54,20 @@ def probe_gate(
 ) -> Probed:
     """Measure how alike a gate's experts are: run in the graph, else beside the router in the live model.
 
-    The graph's own dispatch needs every tensor that it reads and a known number of tokens. Where it takes few rows at
-    once, thousands of runs would be needed, and an experts module beside the router is run instead.
+    The graph's own dispatch needs every tensor that it reads and a known number of tokens. Where it
+    takes few rows at once, thousands of runs would be needed, and an experts module beside the
+    router is run instead.
 
     Args:
         gate: as it was found.
         region: its dispatch, from `passes.extract_dispatch`, or why there is none.
         name: of the router's weight.
         weight: the router's.
-        find_experts: gives the experts beside the router, see `experts_module.find_experts`; called if needed.
+        find_experts: gives the experts beside the router, see `experts_module.find_experts`; called
+            if needed.
         value_of: what graph inputs and attributes hold; None for what only a call has.
-        advice: what the user can do where the experts cannot be run; the end of the error's message.
+        advice: what the user can do where the experts cannot be run; the end of the error's
+            message.
 
     Raises:
         ProbeError: the experts can be run in neither place, or one gives NaN or infinity.
@@ -158,7 +163,8 @@ def _region_dispatch(
     """
     inputs = [value_of(node) for node in region.inputs]
     ids_dtype, weights_dtype = nodes.value(region.ids).dtype, nodes.value(region.weights).dtype
-    # ShapeProp, which symbolic_trace needs, records no device; the experts' weights are on the same one.
+    # ShapeProp, which symbolic_trace needs, records no device; the experts' weights are on the same
+    # one.
     on = [nodes.value(region.ids), *inputs]
     device = next((value.device for value in on if hasattr(value, "device")), torch.device("cpu"))
     rows = int(torch.Size(ids_shape[:-1]).numel())

@@ -1,7 +1,8 @@
 """Attach a profile to a model: every router's weight gets its matrix.
 
-A matrix belongs to the *weight of a router*, not to a graph: a compiled graph is re-used for every layer with
-the same code, so the backend finds the matrix of a call by the identity of the router weight that it is given.
+A matrix belongs to the *weight of a router*, not to a graph: a compiled graph is re-used for every
+layer with the same code, so the backend finds the matrix of a call by the identity of the router
+weight that it is given.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ _PROFILE_ATTRIBUTE = "_sere_profile"
 def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
     """Give every router of `model` its matrix of `profile`, for `torch.compile(model, backend="sere")`.
 
-    All or nothing: the profile is checked against the whole model before anything is recorded. The model may be on
-    any device (meta included) and compiled already. It keeps the profile as an attribute, so that copies of the
-    model and weights that are loaded into it later have it too. Attaching again replaces.
+    All or nothing: the profile is checked against the whole model before anything is recorded. The
+    model may be on any device (meta included) and compiled already. It keeps the profile as an
+    attribute, so that copies of the model and weights that are loaded into it later have it too.
+    Attaching again replaces.
 
     Raises:
-        ProfileError: `profile` is not a `SimilarityProfile`; a gate the model does not have; a router weight
-            that is not 2-D with a dimension of E; a router like the profile's that has no matrix; two gates
-            that are one parameter.
+        ProfileError: `profile` is not a `SimilarityProfile`; a gate the model does not have; a
+            router weight that is not 2-D with a dimension of E; a router like the profile's that
+            has no matrix; two gates that are one parameter.
     """
     if not isinstance(profile, SimilarityProfile):
         raise ProfileError(

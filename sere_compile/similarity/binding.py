@@ -1,7 +1,7 @@
 """Which similarity matrix belongs to which router weight.
 
-Matrices belong to weights, not to graphs: Dynamo re-uses one compiled graph for every layer with the same code. The
-registry is keyed by the identity of the weight and does not keep it alive.
+Matrices belong to weights, not to graphs: Dynamo re-uses one compiled graph for every layer with
+the same code. The registry is keyed by the identity of the weight and does not keep it alive.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def assign(
     previous = _entries.get(weight)
     counts = previous.counts if previous is not None else None
     device = torch.device("cpu") if weight.is_meta else weight.device
-    # A clone: the user's tensor may change later, a compiled graph's input must not. Outside inference mode, because
-    # a matrix bound there must also serve calls that record gradients.
+    # A clone: the user's tensor may change later, a compiled graph's input must not. Outside
+    # inference mode, because a matrix bound there must also serve calls that record gradients.
     with torch.inference_mode(False), torch.no_grad():
         matrix = matrix.to(device=device, dtype=torch.float32, copy=True).contiguous()
         if projection is not None:

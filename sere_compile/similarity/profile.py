@@ -16,31 +16,35 @@ from ..errors import ProfileError
 from .profile_file import RESERVED_METADATA, read_profile, some, write_profile
 from .reference_import import DEFAULT_NAME, read_reference
 
-# Relative to the largest entry: the rounding of a float32 product, far below a matrix that is not symmetric.
+# Relative to the largest entry: the rounding of a float32 product, far below a matrix that is not
+# symmetric.
 _SYMMETRY_TOLERANCE = 1e-4
 
 
 class SimilarityProfile(Mapping[str, torch.Tensor]):
     """A read-only mapping from the name of a router's weight to its expert-similarity matrix.
 
-    Keys are fully qualified parameter names (`model.layers.3.mlp.gate.weight`), iterated in natural order
-    (layer 2 before layer 10). Values are `[E, E]` float32 CPU tensors, E being the number of experts.
+    Keys are fully qualified parameter names (`model.layers.3.mlp.gate.weight`), iterated in natural
+    order (layer 2 before layer 10). Values are `[E, E]` float32 CPU tensors, E being the number of
+    experts.
 
-    The profile owns copies of what it is given, and every access hands out a *fresh copy*: writing into a
-    tensor that came from a profile changes that tensor only. Two profiles are equal when they hold the same
-    gates with bitwise the same matrices; metadata says where the numbers came from and does not take part.
-    Profiles are not hashable, since a hash by value would read every matrix.
+    The profile owns copies of what it is given, and every access hands out a *fresh copy*: writing
+    into a tensor that came from a profile changes that tensor only. Two profiles are equal when
+    they hold the same gates with bitwise the same matrices; metadata says where the numbers came
+    from and does not take part. Profiles are not hashable, since a hash by value would read every
+    matrix.
 
     Args:
-        matrices: for each gate a symmetric, finite, floating-point `[E, E]` tensor of any device and dtype.
+        matrices: for each gate a symmetric, finite, floating-point `[E, E]` tensor of any device
+            and dtype.
         metadata: strings about the origin; `method`, `tokens` and `model_type` are the usual keys.
         projections: None, or for each gate a finite, floating-point `[E, E]` tensor a with
             `a[u, v] = <A_u, A_v> / <A_v, A_v>`, for `substitution="projection"`.
 
     Raises:
-        ProfileError: a matrix is not a tensor, not square, not floating point, not finite or not symmetric;
-            there is no matrix at all; a name or the metadata is not made of strings; projections of other gates
-            or sizes.
+        ProfileError: a matrix is not a tensor, not square, not floating point, not finite or not
+            symmetric; there is no matrix at all; a name or the metadata is not made of strings;
+            projections of other gates or sizes.
     """
 
     def __init__(
@@ -102,8 +106,8 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to `path` as safetensors, all of it or nothing.
 
-        The file is written beside its destination and renamed, so an interrupted save leaves an earlier file
-        as it was. Its header holds the format, the library's version and `metadata`.
+        The file is written beside its destination and renamed, so an interrupted save leaves an
+        earlier file as it was. Its header holds the format, the library's version and `metadata`.
 
         Raises:
             OutputError: the folder is missing or not writable, or the disk is full.
@@ -115,8 +119,8 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
         """Read a profile that `save` wrote; matrices and metadata come back bit for bit.
 
         Raises:
-            ProfileError: no such file, not safetensors, safetensors of another kind (a model, say), a format
-                newer than this library's, or contents that are not valid matrices.
+            ProfileError: no such file, not safetensors, safetensors of another kind (a model, say),
+                a format newer than this library's, or contents that are not valid matrices.
         """
         return cls(*read_profile(Path(path)))
 
@@ -129,26 +133,29 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
     ) -> SimilarityProfile:
         """Read matrices that the SERE authors' calibration wrote.
 
-        `path` is their `similarity_matrices.pt` (`{layer index: [E, E] tensor}`), or a calibrated checkpoint
-        whose MoE modules hold a `similarity_matrix` buffer: a safetensors file, a `.pt`/`.bin` state dict, or
-        a folder of either, sharded or not. In a folder a `similarity_matrices.pt` wins, being the unrounded
-        original. Pickled files are read with `torch.load(weights_only=True)` only.
+        `path` is their `similarity_matrices.pt` (`{layer index: [E, E] tensor}`), or a calibrated
+        checkpoint whose MoE modules hold a `similarity_matrix` buffer: a safetensors file, a
+        `.pt`/`.bin` state dict, or a folder of either, sharded or not. In a folder a
+        `similarity_matrices.pt` wins, being the unrounded original. Pickled files are read with
+        `torch.load(weights_only=True)` only.
 
         Args:
             path: file or folder.
-            model: the model the matrices are for. With it every router is looked up in the model, so models
-                with other names than `name` work as well.
-            name: the name of a router's weight with `{layer}` for the layer index; it is tried first.
+            model: the model the matrices are for. With it every router is looked up in the model,
+                so models with other names than `name` work as well.
+            name: the name of a router's weight with `{layer}` for the layer index; it is tried
+                first.
 
         Raises:
-            ProfileError: unreadable or unsafe file, no matrices in it, an identity matrix (what a calibration
-                that failed leaves behind), or a layer whose router cannot be determined for certain. No layer is
-                ever left out.
+            ProfileError: unreadable or unsafe file, no matrices in it, an identity matrix (what a
+                calibration that failed leaves behind), or a layer whose router cannot be determined
+                for certain. No layer is ever left out.
         """
         path = Path(path)
         profile = cls(read_reference(path, model, name), {"source": path.name})
         for gate, matrix in profile._matrices.items():
-            # With two experts the only distance is the largest one, and the identity is the right answer.
+            # With two experts the only distance is the largest one, and the identity is the right
+            # answer.
             if len(matrix) > 2 and torch.equal(matrix, torch.eye(len(matrix), device="cpu")):
                 raise ProfileError(
                     f"{path}: the matrix of {gate} is the identity, every two experts equally unlike: what a "
@@ -171,8 +178,8 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
 
 def _copy(matrix: torch.Tensor) -> torch.Tensor:
     """A contiguous float32 CPU copy of `matrix`."""
-    # Calibration and serving often run in inference mode; an inference tensor made there could not be used
-    # by a compiled graph outside of it.
+    # Calibration and serving often run in inference mode; an inference tensor made there could not
+    # be used by a compiled graph outside of it.
     with torch.inference_mode(False), torch.no_grad():
         return matrix.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
 

@@ -16,11 +16,13 @@ from ..errors import ProfileError
 from ..whole_file import write_whole
 
 FORMAT = "sere_compile.similarity"
-# 2: with projections. A profile without any is written as 1, which earlier versions of this library read.
+# 2: with projections. A profile without any is written as 1, which earlier versions of this library
+# read.
 FORMAT_VERSION = 2
 _PROJECTION = "projection/"
 
-# `write_profile` writes these keys itself; a caller's entry of the same name would be lost or would spoil the file.
+# `write_profile` writes these keys itself; a caller's entry of the same name would be lost or would
+# spoil the file.
 RESERVED_METADATA = ("format", "format_version", "library_version")
 
 
@@ -101,7 +103,8 @@ def is_torch_file(path: Path) -> bool:
             head = file.read(9)
     except FileNotFoundError:
         raise ProfileError(f"there is no file {path}") from None
-    # A safetensors file opens with the length of its JSON header in 8 bytes, which may look like a pickle's.
+    # A safetensors file opens with the length of its JSON header in 8 bytes, which may look like a
+    # pickle's.
     if head[8:] == b"{":
         return False
     return head.startswith((b"PK\x03\x04", b"\x80")) or path.suffix in (".pt", ".pth", ".bin")

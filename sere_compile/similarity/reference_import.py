@@ -1,11 +1,13 @@
-"""Read the files that the SERE authors' calibration writes, and tell which router each of their matrices is for.
+"""Read the files that the SERE authors' calibration writes, and find the router of each of their matrices.
 
 Those files know layers and modules, not router weights:
 
     similarity_matrices.pt                                     {3: [E, E], ...}
-    a calibrated checkpoint, in one file or in shards          model.layers.3.mlp.similarity_matrix: [E, E]
+    a calibrated checkpoint, in one file or in shards          model.layers.3.mlp.similarity_matrix:
+    [E, E]
 
-The router's weight comes from a template of its name, or from the shapes and names of a model's parameters.
+The router's weight comes from a template of its name, or from the shapes and names of a model's
+parameters.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ def read_reference(path: Path, model: torch.nn.Module | None, name: str) -> dict
         name: name of a router's weight with `{layer}` for the layer index; it is tried first.
 
     Returns:
-        Each matrix [E, E] as it is in the file, by the name of its router's weight. Only that it is square has
-        been checked.
+        Each matrix [E, E] as it is in the file, by the name of its router's weight. Only that it is
+        square has been checked.
 
     Raises:
-        ProfileError: `name` is no template, the file is unreadable, unsafe or holds no matrices, or the router of
-            a matrix cannot be told for certain. None is ever left out.
+        ProfileError: `name` is no template, the file is unreadable, unsafe or holds no matrices, or
+            the router of a matrix cannot be determined for certain. None is ever left out.
     """
     _check_template(name)
     shapes = None if model is None else {key: p.shape for key, p in parameters_by_plain_name(model).items()}
@@ -129,7 +131,8 @@ def _read_file(path: Path) -> dict[Place, Any]:
         if (file.metadata() or {}).get("format") == FORMAT:
             raise ProfileError(f"{path} is a sere_compile profile; read it with SimilarityProfile.load(path)")
         names = list(file.keys())
-        # A checkpoint is large; only its matrices are read, and with none the names alone tell what it is.
+        # A checkpoint is large; only its matrices are read, and with none the names alone say what
+        # it is.
         return _by_place(path, {n: file.get_tensor(n) for n in names if _buffer_owner(n)} or dict.fromkeys(names))
 
 
@@ -191,7 +194,7 @@ def _router_of_module(module: str, num_experts: int, template: str, shapes: Shap
             "with {layer} that matches the model's router weights"
         )
     found = _routers_under(shapes, module, num_experts)
-    why = "the names of its parameters do not tell" if found else "the model has no such weight under it"
+    why = "the names of its parameters do not show it" if found else "the model has no such weight under it"
     return _the_one(_well_named(found, module) or found, f"{module} ({num_experts} experts)", why)
 
 
@@ -199,7 +202,7 @@ def _the_one(found: list[str], what: str, why: str) -> str:
     if len(found) == 1:
         return found[0]
     raise ProfileError(
-        f"cannot tell the router of {what}: {why}, and {len(found)} parameters could be it: "
+        f"the router of {what} cannot be determined: {why}, and {len(found)} parameters could be it: "
         f"{some(found, limit=8)}. Pass name= with {{layer}} for the layer index"
     )
 
@@ -207,8 +210,8 @@ def _the_one(found: list[str], what: str, why: str) -> str:
 def _layer_routers(shapes: Shapes, layer: int, num_experts: int) -> list[str]:
     """Candidates for the router of a decoder layer: of each stack of experts in it, the nearest and best named.
 
-    Going up from the experts to the layer finds `mlp.gate` beside `mlp.experts` before it meets an attention
-    projection that happens to have E rows.
+    Going up from the experts to the layer finds `mlp.gate` beside `mlp.experts` before it meets an
+    attention projection that happens to have E rows.
     """
     found: dict[str, None] = {}
     for holder in _expert_holders(shapes, num_experts):
@@ -246,7 +249,8 @@ def _routers_under(shapes: Shapes, module: str, num_experts: int) -> list[str]:
         if inner == name or len(shape) != 2 or shape[0] != num_experts:
             continue
         of_experts = "expert" in inner or inner.split(".")[0].isdecimal()
-        # gpt-oss keeps a bias per expert, quantised models a scale: [E, N] beside the stacked weights.
+        # gpt-oss keeps a bias per expert, quantised models a scale: [E, N] beside the stacked
+        # weights.
         if not of_experts and not re.search("bias|scale", inner.rpartition(".")[2]):
             found.append(name)
     return found

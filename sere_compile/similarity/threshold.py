@@ -1,13 +1,15 @@
 """Thresholds that mean the same for every gate: `"q0.2"`, the least similar 20 % of a gate's experts are critical.
 
-Let b(u) be the similarity of expert u to the other expert that is most like it. `"qX"` resolves to the least rho for
-which the round(X * E) experts of the smallest b have b(u) < rho: the b of the next expert up. An expert stays when its
-best *primary* substitute is less similar than rho, so those experts always stay, and others stay in batches whose
-primary experts are all unlike them. Where experts are equally similar at the cut, none of them is cut off.
+Let b(u) be the similarity of expert u to the other expert that is most like it. `"qX"` resolves to
+the least rho for which the round(X * E) experts of the smallest b have b(u) < rho: the b of the
+next expert up. An expert stays when its best *primary* substitute is less similar than rho, so
+those experts always stay, and others stay in batches whose primary experts are all unlike them.
+Where experts are equally similar at the cut, none of them is cut off.
 
-The number differs from gate to gate, but one compiled graph may serve many gates, with the threshold as a constant
-in it. So the graph gets `RANKED_THRESHOLD`, and each gate a matrix of ranks: re-routing only ever compares
-similarities with each other and with the threshold, and ranks counted from the threshold answer both the same, exactly.
+The number differs from gate to gate, but one compiled graph may serve many gates, with the
+threshold as a constant in it. So the graph gets `RANKED_THRESHOLD`, and each gate a matrix of
+ranks: re-routing only ever compares similarities with each other and with the threshold, and ranks
+counted from the threshold answer both the same, exactly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which vLLM this plug-in fits, and what of the engine it relies on.
 
-Everything used of vLLM's internals is listed here and checked before a model is loaded: a release that changed
-one of them gives one error at start, never an engine that quietly serves without re-routing.
+Everything used of vLLM's internals is listed here and checked before a model is loaded: a release
+that changed one of them gives one error at start, never an engine that quietly serves without
+re-routing.
 """
 
 from __future__ import annotations

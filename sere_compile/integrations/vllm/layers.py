@@ -43,8 +43,8 @@ class LayerPlan:
 def find_runners(vllm_config: Any, model: nn.Module) -> dict[str, Any]:
     """The MoE layers of this worker by name, without those of a draft model.
 
-    A draft proposes tokens and the model decides, so a draft that is left alone changes no token; and a profile, which
-    knows layers by their numbers, says nothing of it.
+    A draft proposes tokens and the model decides, so a draft that is left alone changes no token;
+    and a profile, which knows layers by their numbers, says nothing of it.
 
     Args:
         vllm_config: the engine's configuration, which lists the layers.
@@ -96,7 +96,8 @@ def plan_layers(
         device: of the experts.
 
     Raises:
-        ConfigError, ProfileError, ProbeError: see `matrices`; with `strict`, a pattern of per_gate that fits no layer.
+        ConfigError, ProfileError, ProbeError: see `matrices`; with `strict`, a pattern of per_gate
+            that fits no layer.
     """
     profile = find_profile(options.profile, vllm_config.model_config.model)
     complete = vllm_config.parallel_config.pipeline_parallel_size == 1

@@ -55,8 +55,9 @@ def _is_calibrated(folder: Path) -> bool:
 def match_layers(profile: SimilarityProfile, experts: Mapping[str, int], complete: bool) -> dict[str, str]:
     """The gate in the profile of each MoE layer, by the layer's name in vLLM.
 
-    vLLM names a layer by its experts (`model.layers.3.block_sparse_moe.experts`), a profile by its router's weight in
-    transformers (`model.layers.3.mlp.gate.weight`): the numbers in both names tell the layer.
+    vLLM names a layer by its experts (`model.layers.3.block_sparse_moe.experts`), a profile by its
+    router's weight in transformers (`model.layers.3.mlp.gate.weight`): the numbers in both names
+    identify the layer.
 
     Args:
         profile: to take matrices from.
@@ -64,7 +65,8 @@ def match_layers(profile: SimilarityProfile, experts: Mapping[str, int], complet
         complete: whether `experts` are all layers of the model (no pipeline stages).
 
     Raises:
-        ProfileError: a layer without a matrix, with several, or with one of another size; a matrix without a layer.
+        ProfileError: a layer without a matrix, with several, or with one of another size; a matrix
+            without a layer.
     """
     by_numbers: dict[tuple[int, ...], list[str]] = {}
     for gate in profile:
@@ -99,11 +101,13 @@ def _numbers(name: str) -> tuple[int, ...]:
 def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
     """How alike a layer's experts are, without data, through the layer's own kernel.
 
-    Each expert runs on the same random hidden states as the only one with weight. That needs no knowledge of how the
-    weights are packed or quantised, and under tensor parallelism the summed outputs are the same on every rank.
+    Each expert runs on the same random hidden states as the only one with weight. That needs no
+    knowledge of how the weights are packed or quantised, and under tensor parallelism the summed
+    outputs are the same on every rank.
 
     Raises:
-        ConfigError: the engine balances experts over ranks; their logical weights cannot be told apart then.
+        ConfigError: the engine balances experts over ranks; their logical weights cannot be
+            distinguished then.
         ProbeError: the layer's kernel gives no plain tensor, or not finite ones.
     """
     from vllm.distributed import tensor_model_parallel_all_reduce
@@ -116,8 +120,8 @@ def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
     ids_dtype = runner._quant_method.topk_indices_dtype or torch.int32
     runner.routed_experts._ensure_moe_quant_config_init()
     if device.type == "cpu":
-        # Linux ends a process that uses AMX without having asked for it. torch asks before its first product, vLLM's
-        # experts do not, and nothing but they has run yet.
+        # Linux ends a process that uses AMX without having asked for it. torch asks before its
+        # first product, vLLM's experts do not, and nothing but they has run yet.
         torch.cpu._init_amx()
 
     def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

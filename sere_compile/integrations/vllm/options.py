@@ -11,13 +11,15 @@ from typing import Any
 from ...config import SereConfig
 from ...errors import ConfigError
 
-# The options of `SereConfig` that mean something inside a serving engine, which does its own compiling.
+# The options of `SereConfig` that mean something inside a serving engine, which does its own
+# compiling.
 ROUTING = (
     "select_top_k", "max_active", "threshold", "substitution", "per_gate", "min_active", "max_tokens", "strict",
     "collect_stats",
 )  # fmt: skip
 PHASES = ("decode", "all")
-# How the reference implementation is switched on: `hf_overrides={"select_top_k": 1, "threshold": 0.1}`.
+# How the reference implementation is switched on: `hf_overrides={"select_top_k": 1, "threshold":
+# 0.1}`.
 OVERRIDES = ("select_top_k", "threshold")
 
 
@@ -27,9 +29,12 @@ class VllmOptions:
 
     Attributes:
         config: the routing options, with the meaning they have everywhere in sere-compile.
-        profile: a file of `SimilarityProfile.save`, or a file or folder that the reference implementation calibrated.
-            None: the checkpoint's own matrices where it has them, else the experts are probed at start.
-        phase: "decode" leaves every batch alone that holds a prompt's tokens; "all" re-routes every batch.
+        profile: a file of `SimilarityProfile.save`, or a file or folder that the reference
+            implementation calibrated.
+            None: the checkpoint's own matrices where it has them, else the experts are probed at
+                start.
+        phase: "decode" leaves every batch alone that holds a prompt's tokens; "all" re-routes every
+            batch.
     """
 
     config: SereConfig

@@ -21,7 +21,8 @@ from .routing import BatchState, RoutingHook
 
 log = logging.getLogger("vllm.sere_compile")
 
-# Forwards after which a hook that never ran is reported, and seconds between two lines of statistics.
+# Forwards after which a hook that never ran is reported, and seconds between two lines of
+# statistics.
 FORWARDS_BEFORE_WARNING = 8
 LOG_SECONDS = 10.0
 
@@ -29,8 +30,8 @@ LOG_SECONDS = 10.0
 def register() -> None:
     """Entry point of `vllm.general_plugins`: called in every process of vLLM, possibly several times.
 
-    Engines that do not ask for SERE are left as they are: options are read when a configuration is made, and
-    everything else happens when a worker has loaded its model.
+    Engines that do not ask for SERE are left as they are: options are read when a configuration is
+    made, and everything else happens when a worker has loaded its model.
     """
     from vllm.config import VllmConfig
     from vllm.v1.worker.worker_base import WorkerBase
@@ -138,7 +139,8 @@ class WorkerHooks:
         speculative = config.speculative_config
         decode_tokens = 1 + int(getattr(speculative, "num_speculative_tokens", 0) or 0)
         self.state = BatchState(device, options.phase, options.config.max_tokens, decode_tokens)
-        # A later profile run of a hook needs its matrix; probing runs the experts, so it comes before the hooks.
+        # A later profile run of a hook needs its matrix; probing runs the experts, so it comes
+        # before the hooks.
         with torch.inference_mode(False), torch.no_grad():
             plans, source = plan_layers(runners, options, config, device)
             self.hooks = {name: _hook(plan, self.state) for name, plan in plans.items()}
@@ -190,7 +192,8 @@ class WorkerHooks:
 
 
 def _hook(plan: LayerPlan, state: BatchState) -> RoutingHook:
-    # Sequence parallelism gives each rank a part of the rows, and the padding is counted over all of them.
+    # Sequence parallelism gives each rank a part of the rows, and the padding is counted over all
+    # of them.
     masked = not plan.runner.moe_config.is_sequence_parallel
     return RoutingHook(plan.runner.router, plan.similarity, plan.config, state, plan.projection, masked)
 
@@ -206,8 +209,8 @@ def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool)
         )
     elif state.unknown:
         text = (
-            f"SERE re-routes nothing: the attention metadata of this model ({state.unknown}) does not tell decoding "
-            'from prefill; set "phase": "all"'
+            f"SERE re-routes nothing: the attention metadata of this model ({state.unknown}) does not "
+            'distinguish decoding from prefill; set "phase": "all"'
         )
     if text and strict:
         raise GateNotFoundError(text)

@@ -1,7 +1,8 @@
 """The hook behind a router: re-routes the logical expert ids that it has chosen.
 
-Everything that changes from one forward to the next is a tensor at a fixed address, written before the forward, so
-that a recorded CUDA graph and a compiled graph follow it: no branch depends on the batch.
+Everything that changes from one forward to the next is a tensor at a fixed address, written before
+the forward, so that a recorded CUDA graph and a compiled graph follow it: no branch depends on the
+batch.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class BatchState:
             return True
         longest = [int(m.max_query_len) for m in distinct if hasattr(m, "max_query_len")]
         if longest:
-            # Not `num_prefills`: latent attention counts the tokens of speculative decoding as prefills.
+            # Not `num_prefills`: latent attention counts the tokens of speculative decoding as
+            # prefills.
             return max(longest) <= self.decode_tokens
         prefills = [int(m.num_prefills) for m in distinct if hasattr(m, "num_prefills")]
         if not prefills:
@@ -80,8 +82,10 @@ class RoutingHook:
         similarity: float32 [E, E].
         config: the options of this layer, with S < K.
         state: of this worker; the hook's tensors are made on its device.
-        projection: float32 [E, E], what a slot's weight is multiplied by where its expert changes; None: by nothing.
-        mask_padding: whether rows of this router are rows of the batch, so that the padding is known.
+        projection: float32 [E, E], what a slot's weight is multiplied by where its expert changes;
+            None: by nothing.
+        mask_padding: whether rows of this router are rows of the batch, so that the padding is
+            known.
     """
 
     def __init__(
@@ -172,8 +176,8 @@ class RoutingHook:
 def selection_scores(router: Any, ids: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
     """By what a router ranked the experts it chose: float32 [T, K] in the order of `ids`.
 
-    A correction bias takes part in the choice and not in the weights. Where the choice is not a function of logits
-    and bias (a custom function, a table of hashes), the weights are the order.
+    A correction bias takes part in the choice and not in the weights. Where the choice is not a
+    function of logits and bias (a custom function, a table of hashes), the weights are the order.
     """
     opaque = ("custom_routing_function", "_hash_indices_table", "hash_indices_table", "zero_expert_type")
     if any(getattr(router, name, None) is not None for name in opaque):
