@@ -42,7 +42,7 @@ class Program:
         self.module, _ = copy_module(source)
         self.owners = Owners()
         self._buffers: dict[Node, tuple[str, torch.Tensor]] = {}
-        self._places: dict[int, list[Node]] = {}  # of each plan, by identity
+        self._places: dict[int, dict[str, Node]] = {}  # by identity of the plan, and kind
 
     def has_shapes(self) -> bool:
         """Whether the tracer recorded what the operations yield."""
@@ -89,10 +89,13 @@ class Program:
 
     def place(self, plan: GatePlan, kind: str, value: torch.Tensor) -> Node:
         """See `TracedGraph`; what is placed becomes a buffer, ahead of every computation."""
+        places = self._places.setdefault(id(plan), {})
+        if kind in places:
+            return places[kind]
         name = f"sere_{kind}_{sum(known.startswith(f'sere_{kind}_') for known, _ in self._buffers.values())}"
         node = self._attribute(name, value) if self._exported is None else self._input(name, value, self._exported)
         self._buffers[node] = (name, value)
-        self._places.setdefault(id(plan), []).append(node)
+        places[kind] = node
         return node
 
     def _attribute(self, name: str, value: torch.Tensor) -> Node:
@@ -114,7 +117,7 @@ class Program:
 
     def drop_unused(self, plan: GatePlan) -> None:
         """See `TracedGraph`."""
-        for node in reversed(self._places.pop(id(plan), [])):
+        for node in reversed(self._places.pop(id(plan), {}).values()):
             if node.users:
                 continue
             name, _ = self._buffers.pop(node)
