@@ -125,8 +125,9 @@ def memory(sequences: int) -> None:
     """A process for each size, whose own peak counts."""
     print("| tokens | seconds | peak of the process, MB | of which before calibrating |\n| --- | --- | --- | --- |")
     for times in (1, 8):
-        command = [sys.executable, "-m", "benchmarks.calibration", "one", "--times", str(times), "--sequences", str(sequences)]
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
+        one = ["-m", "benchmarks.calibration", "one", "--times", str(times), "--sequences", str(sequences)]
+        done = subprocess.run([sys.executable, *one], check=True, capture_output=True, text=True)
+        print(done.stdout.strip(), flush=True)
 
 
 def one(times: int, sequences: int) -> None:
