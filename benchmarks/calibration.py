@@ -26,7 +26,7 @@ SEQUENCES, LENGTH = 400, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layer", "memory", "one"])
     parser.add_argument("--times", type=int, default=1, help="one: multiples of the data")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)

@@ -9,6 +9,7 @@ but one differs from the traced one. `tests/benchmarks/test_lowering_page.py` ho
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -230,9 +231,12 @@ def write(page: Path, rows: list[Row]) -> None:
 
 def main() -> None:
     """Measure everything, print it, and write it where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into the page")
+    arguments = parser.parse_args()
     print(HEADER, end="", flush=True)
     rows = [row for model in MODELS for graph in GRAPHS for row in measure(Case(model, graph))]
-    if "--write" in sys.argv[1:]:
+    if arguments.write:
         write(PAGE, rows)
     if not all(row.ids_equal and row.difference <= TOLERANCE for row in rows):
         sys.exit("a lowering differs from the oracle")

@@ -1,7 +1,7 @@
-"""How long finding the gates of every architecture takes, in milliseconds for 1,000 nodes of its graph.
+"""How long finding the gates of every architecture takes, in milliseconds per 1,000 nodes of its graph.
 
-python -m benchmarks.match_time         prints the median and the worst of the zoo
-python -m benchmarks.match_time mixtral prints these architectures
+    python -m benchmarks.match_time            # prints the median and the worst of the zoo
+    python -m benchmarks.match_time mixtral    # only these architectures
 
 The graph is Dynamo's of the whole small model, with the first experts implementation. Two figures: `find_gates` alone,
 and all that the backend does to a graph before it hands it over (copy, find, cut out dispatches, rewrite, check).
@@ -9,10 +9,10 @@ and all that the backend does to a graph before it hands it over (copy, find, cu
 
 from __future__ import annotations
 
+import argparse
 import gc
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -63,8 +63,13 @@ def _seconds(work: Any) -> float:
     return time.process_time() - start
 
 
-def main(names: list[str]) -> None:
-    """One line an architecture, then the zoo's median and worst."""
+def main() -> None:
+    """One line per architecture, then the zoo's median and worst."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all of them if none is given")
+    names = parser.parse_args().names
+    if unknown := set(names) - set(ENTRIES):
+        parser.error(f"no architecture of tests/zoo/registry.py: {', '.join(sorted(unknown))}")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     gc.collect()
@@ -81,4 +86,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

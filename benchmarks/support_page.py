@@ -1,19 +1,19 @@
 """Writes docs/support.md: what is found and done in every architecture, tracer and experts implementation.
 
-python -m benchmarks.support_page            every cell, 45 minutes of one core
-python -m benchmarks.support_page --missing  only cells that are not measured yet
-python -m benchmarks.support_page dbrx doge  only the rows of these architectures
+    python -m benchmarks.support_page            # every cell, 45 minutes of one core
+    python -m benchmarks.support_page --missing  # only cells that are not measured yet
+    python -m benchmarks.support_page dbrx doge  # only the rows of these architectures
 
 SERE_ZOO_ACCEPT=1 pytest -n 0 -m "zoo or not zoo" tests/zoo/test_zoo.py writes what the tests measure.
 """
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import gc
 import logging
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -189,12 +189,17 @@ def _job(key: Key, known: Row) -> tuple[Key, Row]:
     return key, measure(key, known)
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Survey and write; rows of other architectures are kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all of them if none is given")
+    parser.add_argument("--missing", action="store_true", help="only cells that are not measured yet")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(ENTRIES):
+        parser.error(f"no architecture of tests/zoo/registry.py: {', '.join(sorted(unknown))}")
     _, rows = read()
-    missing = names == ["--missing"]
-    chosen = keys(sorted(ENTRIES) if missing or not names else names)
-    known = {key: rows[key] if missing and key in rows else unmeasured(key) for key in chosen}
+    chosen = keys(arguments.names or sorted(ENTRIES))
+    known = {key: rows[key] if arguments.missing and key in rows else unmeasured(key) for key in chosen}
     todo = sorted((key for key in chosen if UNMEASURED in known[key]), key=lambda key: key[1] == "eager")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, initializer=_prepare) as pool:
         for key, made in pool.map(_job, todo, [known[key] for key in todo]):
@@ -205,4 +210,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,12 +1,12 @@
 """Writes the table in docs/vllm.md, in vLLM's environment: what each model gives in the real engine.
 
-python -m benchmarks.vllm_page            every row, three minutes on two cores
-python -m benchmarks.vllm_page mixtral    only the rows of these models
+python -m benchmarks.vllm_page            # every row, three minutes on two cores
+python -m benchmarks.vllm_page mixtral    # only the rows of these models
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -20,6 +20,7 @@ COLUMNS = (
     "active experts before",
     "after",
 )
+RUN = "run `python -m benchmarks.vllm_page`"
 # Of columns that are measured: another machine rounds otherwise, and greedy decoding of a random model follows.
 TOLERANCE = 0.5
 
@@ -43,7 +44,7 @@ def differs(written: tuple[str, ...], measured: tuple[str, ...]) -> str:
         if column in COLUMNS[-2:] and abs(float(old) - float(new)) <= TOLERANCE:
             continue
         if old != new:
-            return f"{written[0]}, {column}: {old!r} in docs/vllm.md, {new!r} measured; run the module `table`"
+            return f"{written[0]}, {column}: {old!r} in docs/vllm.md, {new!r} measured; {RUN}"
     return ""
 
 
@@ -60,8 +61,11 @@ def _line(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(wanted: list[str]) -> None:
+def main() -> None:
     """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="MODEL", help="all of them if none is given")
+    wanted = parser.parse_args().names
     # First of all conftest: vLLM reads its environment variables when it is imported.
     from tests.integrations.vllm import conftest  # noqa: F401
     from tests.integrations.vllm import models  # isort: skip
@@ -76,4 +80,4 @@ def main(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

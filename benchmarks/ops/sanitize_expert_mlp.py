@@ -5,10 +5,12 @@
 The caching allocator hides reads past a tensor's end, so it is switched off.
 """
 
+import argparse
 import dataclasses
 import os
 
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+if __name__ == "__main__":  # before torch reads it
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 
@@ -24,7 +26,15 @@ LAYERS = [
     Layer(tokens=70, slots=3, experts=3),
 ]
 
-for layer in LAYERS:
-    arguments = layer.draw(device="cuda")
-    assert_close_to_oracle(expert_mlp(*arguments), arguments)
-    print("ran", dataclasses.astuple(layer), flush=True)
+
+def main() -> None:
+    """Run each layer once and compare it with the oracle."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for layer in LAYERS:
+        arguments = layer.draw(device="cuda")
+        assert_close_to_oracle(expert_mlp(*arguments), arguments)
+        print("ran", dataclasses.astuple(layer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
