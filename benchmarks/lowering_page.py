@@ -4,7 +4,7 @@
     python -m benchmarks.lowering_page --write      # and write it into the page
 
 Two layers of the real transformers classes with small random weights, S = 1, rho = 0, min_active = 0. Every batch size
-but one differs from the traced one. `tests/benchmarks/test_lowering_page.py` holds the page to these measurements.
+but one differs from the traced one. `tests/pages/test_lowering_page.py` holds the page to these measurements.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     DeepseekV2Config,
@@ -13,6 +14,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -116,3 +118,11 @@ def random_profile(model: nn.Module, seed: int = 0):
         half = torch.rand(experts, experts, generator=generator)
         matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)
     return SimilarityProfile(matrices, {"method": "random"})
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter from a to j."""
+    words = {word: i for i, word in enumerate(["<end>", "<unk>", *"abcdefghij"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>")

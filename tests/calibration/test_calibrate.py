@@ -3,116 +3,21 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import math
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sere_compile
 from sere_compile import CalibrationError, ConfigError, calibrate
-from sere_compile.calibration import calibrate as calibrate_module
 from sere_compile.calibration import observed_model
-from sere_compile.experts.counterfactual import CounterfactualExperts
-from sere_compile.whole_file import write_whole
 
 from ..passes.moe_modules import DUPLICATE_UNSAFE, EXPERTS, HIDDEN, SUMS_DUPLICATES, Block, Indexed, rows
 from ..tiny_models import IMPLEMENTATIONS, build, gate_names, tokens
-
-FIRST, SECOND = gate_names()
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    return build("qwen3_moe")
-
-
-def run(model, batches, **options):
-    return calibrate(model, batches, progress=False, **options)
-
-
-def expert_outputs(model, batches):
-    """[E, T, H] float64 for each gate: hidden states by hooks, experts one after the other from their weights."""
-    seen: dict[str, list[torch.Tensor]] = {}
-    handles = [
-        model.get_submodule(f"model.layers.{i}.mlp").register_forward_hook(
-            lambda module, inputs, output, i=i: seen.setdefault(gate_names()[i], []).append(inputs[0].flatten(0, -2))
-        )
-        for i in range(2)
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch, use_cache=False) if isinstance(batch, dict) else model(batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    found = {}
-    for i, name in enumerate(gate_names()):
-        found[name] = outputs_of(model.model.layers[i].mlp.experts, torch.cat(seen[name]))
-    return found
-
-
-def outputs_of(experts, hidden):
-    """[E, T, H] float64: experts one after the other."""
-    outputs = []
-    for up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-        gate, value = F.linear(hidden, up).chunk(2, -1)
-        outputs.append(F.linear(F.silu(gate) * value, down))
-    return torch.stack(outputs).detach().double()
-
-
-def pairs(outputs, function):
-    """The matrix of a function of two experts' outputs."""
-    number = len(outputs)
-    matrix = torch.empty(number, number, dtype=torch.float64)
-    for p, q in itertools.product(range(number), repeat=2):
-        matrix[p, q] = function(outputs[p], outputs[q])
-    return matrix
-
-
-def plain_frobenius(outputs):
-    distance = pairs(outputs, lambda a, b: (a - b).norm())
-    return 1 - distance / distance.max()
-
-
-def plain_cosine(outputs):
-    return pairs(outputs, lambda a, b: F.cosine_similarity(a, b, dim=-1).mean())
-
-
-def plain_cka(kernel):
-    def of_kernel(x):
-        if kernel == "linear":
-            return x @ x.T
-        if kernel == "polynomial":
-            return (x @ x.T + 1) ** 3
-        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-        between = distances[~torch.eye(len(x), dtype=torch.bool)]
-        return torch.exp(-distances / (2 * 0.8**2 * between.median()))
-
-    def hsic(a, b):
-        centring = torch.eye(len(a), dtype=torch.float64) - 1 / len(a)
-        return torch.trace(of_kernel(a) @ centring @ of_kernel(b) @ centring)
-
-    return lambda outputs: pairs(outputs, lambda a, b: hsic(a, b) / torch.sqrt(hsic(a, a) * hsic(b, b)))
-
-
-METRICS = {
-    ("frobenius", "linear"): plain_frobenius,
-    ("cosine", "linear"): plain_cosine,
-    ("cka", "linear"): plain_cka("linear"),
-    ("cka", "rbf"): plain_cka("rbf"),
-    ("cka", "polynomial"): plain_cka("polynomial"),
-}
+from .plain import METRICS, expert_outputs, outputs_of, pairs, plain_frobenius, run
 
 
 class TestNumbers:
@@ -174,74 +79,8 @@ class TestNumbers:
         for name, outputs in expert_outputs(model, batches).items():
             torch.testing.assert_close(got[name], plain_frobenius(outputs).float(), rtol=0, atol=2e-3)
 
-    def test_padding_does_not_count(self, qwen):
-        """Tokens with mask 0, on either side, are run but not compared."""
-        ids, mask = tokens(3, 6), torch.ones(3, 6, dtype=torch.long)
-        mask[0, :4], mask[2, 3:] = 0, 0
-        batch = {"input_ids": ids, "attention_mask": mask}
-        got = run(qwen, [batch], chunk=5)
-        assert got.metadata["tokens"] == str(int(mask.sum()))
-        for name, outputs in expert_outputs(qwen, [batch]).items():
-            expected = plain_frobenius(outputs[:, mask.flatten().bool()])
-            torch.testing.assert_close(got[name], expected.float(), rtol=0, atol=1e-5)
-
-    def test_stops_at_max_tokens(self, qwen):
-        """The last batch counts in part, those behind it are not read."""
-        batches = iter([tokens(2, 5, seed) for seed in range(4)])
-        got = run(qwen, batches, max_tokens=13)
-        assert got.metadata["tokens"] == "13"
-        assert len(list(batches)) <= 2
-        outputs = expert_outputs(qwen, [tokens(2, 5, seed) for seed in range(2)])
-        for name in gate_names():
-            torch.testing.assert_close(got[name], plain_frobenius(outputs[name][:, :13]).float(), rtol=0, atol=1e-5)
-
 
 class TestRunning:
-    def test_holds_one_chunk_only(self, qwen, monkeypatch):
-        """Never the outputs of all experts on more than `chunk` tokens."""
-        sizes = []
-        original = CounterfactualExperts.outputs
-
-        def outputs(self, numbers, num_experts):
-            sizes.append(len(numbers))
-            return original(self, numbers, num_experts)
-
-        monkeypatch.setattr(CounterfactualExperts, "outputs", outputs)
-        run(qwen, [tokens(4, 9)], chunk=8)
-        assert max(sizes) == 8
-        assert sum(sizes) >= 2 * 4 * 9
-
-    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
-    def test_nothing_is_computed_for_slots_without_weight(self, experts, monkeypatch):
-        """A module that takes ids of any width gets one a row, in a handful of calls."""
-        calls, find = [], observed_model.find_experts
-
-        def found(owner, number):
-            module = find(owner, number)
-
-            def recorded(hidden, ids, weights):
-                calls.append(tuple(ids.shape))
-                return module(hidden, ids, weights)
-
-            return recorded
-
-        monkeypatch.setattr(observed_model, "find_experts", found)
-        run(build("qwen3_moe", experts), [tokens(4, 8)], chunk=32)
-        assert calls.count((16 * 32, 1)) == 2
-        assert len(calls) <= 6, "two for the chunks, the others to compare"
-
-    def test_a_module_that_disagrees_is_not_used(self, monkeypatch):
-        """What the graph computes decides, not what stands beside the router."""
-        model, batches = build("mixtral"), [tokens(2, 5)]
-        expected = run(model, batches)
-        monkeypatch.setattr(
-            observed_model, "find_experts", lambda owner, number: lambda hidden, ids, weights: hidden * ids.float()
-        )
-        torch._dynamo.reset()
-        got = run(model, batches)
-        for name in gate_names():
-            torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
-
     @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
     def test_compiled_models(self, how):
         """A model that is compiled already is calibrated as it was, and stays compiled."""
@@ -286,111 +125,7 @@ class TestRunning:
         assert "10/10" in capsys.readouterr().err
 
 
-class TestResume:
-    def batches(self, stop=None):
-        for seed in range(4):
-            if seed == stop:
-                raise KeyboardInterrupt
-            yield tokens(2, 5, seed)
-
-    def test_goes_on_where_it_was_interrupted(self, qwen, tmp_path):
-        """Between two batches; the result is bit for bit that of one run."""
-        path = tmp_path / "state"
-        with pytest.raises(KeyboardInterrupt):
-            run(qwen, self.batches(stop=2), resume=path, method="cosine")
-        got = run(qwen, self.batches(), resume=path, method="cosine")
-        assert got == run(qwen, self.batches(), method="cosine")
-        assert got.metadata["tokens"] == "40"
-
-    def test_a_batch_counts_as_a_whole_or_not_at_all(self, qwen, tmp_path, monkeypatch):
-        """Interrupted between two layers of a forward, the first layer's part of it is dropped."""
-        path, original, calls = tmp_path / "state", calibrate_module._Calibration._see, []
-
-        def see(self, arrival):
-            calls.append(arrival.name)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            original(self, arrival)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(calibrate_module._Calibration, "_see", see)
-            with pytest.raises(KeyboardInterrupt):
-                run(qwen, self.batches(), resume=path)
-        assert calls == [FIRST, SECOND] * 2
-        torch._dynamo.reset()
-        assert run(qwen, self.batches(), resume=path) == run(qwen, self.batches())
-
-    def test_a_finished_one_returns_at_once(self, qwen, tmp_path):
-        """The file holds all that the profile is made of; batches that it holds are not run again."""
-        path = tmp_path / "state"
-        first = run(qwen, self.batches(), resume=path, max_tokens=20)
-        assert run(qwen, iter([None]), resume=path, max_tokens=20) == first
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"method": "cosine"}, r"another method \(frobenius, not cosine\); remove it"),
-            ({"chunk": 3}, r"another chunk \(256, not 3\)"),
-        ],
-    )
-    def test_of_another_calibration(self, qwen, tmp_path, change, message):
-        """What cannot be added up is refused."""
-        path = tmp_path / "state"
-        run(qwen, self.batches(), resume=path, max_tokens=10)
-        with pytest.raises(CalibrationError, match=message):
-            run(qwen, self.batches(), resume=path, **change)
-
-    def test_of_another_model(self, qwen, tmp_path):
-        """The same class with other weights."""
-        path = tmp_path / "state"
-        run(qwen, self.batches(), resume=path, max_tokens=10)
-        other = copy.deepcopy(qwen)
-        with torch.no_grad():
-            other.get_parameter(FIRST).add_(0.01)
-        with pytest.raises(CalibrationError, match="another model; remove it"):
-            run(other, self.batches(), resume=path)
-
-    def test_in_no_folder(self, qwen, tmp_path):
-        """Told before the first batch, not when an hour's work is to be kept."""
-        seen = []
-        with pytest.raises(sere_compile.OutputError, match="there is no folder"):
-            run(qwen, (seen.append(batch) or batch for batch in self.batches()), resume=tmp_path / "missing" / "state")
-        assert not seen
-
-    def test_of_no_calibration(self, qwen, tmp_path):
-        """A file that somebody else wrote is neither read nor overwritten."""
-        path = tmp_path / "m.safetensors"
-        sere_compile.SimilarityProfile({FIRST: torch.eye(3)}).save(path)
-        content = path.read_bytes()
-        with pytest.raises(CalibrationError, match="is no file of an interrupted calibration"):
-            run(qwen, self.batches(), resume=path)
-        assert path.read_bytes() == content
-        write_whole(tmp_path / "text", b"hello")
-        with pytest.raises(sere_compile.ProfileError, match="not a readable safetensors file"):
-            run(qwen, self.batches(), resume=tmp_path / "text")
-
-
 class TestErrors:
-    @pytest.mark.parametrize(
-        ("batches", "message"),
-        [
-            ([], "the data set is empty: batches gave no batch"),
-            ([{"input_ids": tokens(2, 3), "attention_mask": torch.zeros(2, 3)}], "all its tokens are padding"),
-            (tokens(2, 3), "batches is an iterable of batches, got Tensor; a single batch goes in a list"),
-            ({"input_ids": tokens(2, 3)}, "got dict; a single batch"),
-            ("text", "got str"),
-            (3, "got int"),
-            ([[1, 2]], "a batch is a mapping of keyword arguments, .* or a tensor; got list"),
-            (["text"], "got str"),
-            ([{1: tokens(2, 3)}], "got dict"),
-            ([{"input_ids": tokens(2, 3), "attention_mask": torch.ones(2)}], r"must be a tensor \[batch, length\]"),
-        ],
-    )
-    def test_data_of_a_wrong_kind(self, qwen, batches, message):
-        """The message says what is wrong and what is right."""
-        with pytest.raises(CalibrationError, match=message):
-            run(qwen, batches)
-
     def test_too_few_tokens(self, qwen, tmp_path):
         """What there is stays in the resume file, for more batches."""
         path = tmp_path / "state"
@@ -432,22 +167,6 @@ class TestErrors:
 
         with pytest.raises(CalibrationError, match=r"the experts of router cannot be run: its dispatch is outside"):
             run(Away(), [rows()])
-
-    def test_mask_of_other_tokens(self, qwen):
-        """A model that routes other tokens than the mask is of."""
-        batch = {"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
-
-        class Twice(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.inner = qwen
-
-            def forward(self, input_ids, attention_mask):
-                return self.inner(torch.cat([input_ids, input_ids]), use_cache=False)
-
-        message = r"cannot be determined at inner.* which sees 20 tokens: .*mask \(2, 5\)"
-        with pytest.raises(CalibrationError, match=message):
-            run(Twice(), [batch])
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -1,9 +1,4 @@
-"""The passes' work grows with the graph, not with its square; a figure in milliseconds comes from the command below.
-
-python -m tests.passes.test_match_time
-"""
-
-import time
+"""The passes' work grows with the graph, not with its square (in milliseconds: `benchmarks/match_time.py`)."""
 
 import pytest
 import torch
@@ -68,23 +63,3 @@ def test_work_is_linear_in_the_graph(trace, monkeypatch):
     """Four times the layers: as many looks at each node as before."""
     few, many = (visits(count, trace, monkeypatch) for count in (4, 16))
     assert many < 1.2 * few, (few, many)
-
-
-def main():
-    """Prints milliseconds for 1,000 nodes, best of five."""
-    for count in (8, 64):
-        graph = from_make_fx(Layers(count), rows())
-        size, best = len(graph.graph.nodes), [float("inf")] * 2
-        for _ in range(5):
-            for i, work in enumerate((find_gates, find_and_cut)):
-                start = time.perf_counter()
-                work(graph)
-                best[i] = min(best[i], time.perf_counter() - start)
-        found, cut = (1e6 * seconds / size for seconds in best)
-        print(
-            f"{size} nodes, {count} gates: find_gates {found:.1f} ms, with extract_dispatch {cut:.1f} ms / 1,000 nodes"
-        )
-
-
-if __name__ == "__main__":
-    main()

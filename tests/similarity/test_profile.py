@@ -1,79 +1,20 @@
-"""Similarity profiles: validation, files, attaching to models."""
+"""Similarity profiles: validation, attaching to models."""
 
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import re
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from sere_compile.errors import ProfileError
-from sere_compile.similarity import binding, profile_file
-from sere_compile.similarity.attach import attach, detach
-from sere_compile.similarity.profile import SimilarityProfile
+from sere_compile.similarity import binding
+from sere_compile.similarity.profile import SimilarityProfile, attach, detach
 
-E, H = 8, 16
-NAME = "model.layers.{layer}.mlp.gate.weight"
-GATES = [NAME.format(layer=layer) for layer in range(3)]
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": H,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-def matrix(seed=0, experts=E):
-    """A random similarity matrix [experts, experts]: symmetric, ones on the diagonal."""
-    half = torch.rand(experts, experts, generator=torch.Generator().manual_seed(seed))
-    return ((half + half.T) / 2).fill_diagonal_(1.0)
-
-
-def matrices(names=GATES, experts=E):
-    return {name: matrix(seed, experts) for seed, name in enumerate(names)}
-
-
-def changed(value, row=1, column=2):
-    """A matrix with one entry replaced."""
-    result = matrix()
-    result[row, column] = value
-    return result
-
-
-def build(kind, device="cpu"):
-    """A tiny model of transformers with three MoE layers of E experts."""
-    transformers = pytest.importorskip("transformers")
-    options = {
-        "Mixtral": {"num_local_experts": E, "intermediate_size": H},
-        "Qwen2Moe": {"num_experts": E, "intermediate_size": H, "moe_intermediate_size": E},
-        "Qwen3Moe": {"num_experts": E, "intermediate_size": H, "moe_intermediate_size": E, "head_dim": E},
-        "GptOss": {"num_local_experts": E, "intermediate_size": E, "head_dim": E},
-        "Phimoe": {"num_local_experts": E, "intermediate_size": H},
-        "Jamba": {
-            "num_experts": E,
-            "intermediate_size": H,
-            "expert_layer_offset": 0,
-            "expert_layer_period": 1,
-        },
-        "JetMoe": {"num_local_experts": E, "intermediate_size": H, "kv_channels": E},
-        "LongcatFlash": {
-            "num_layers": 1,
-            "n_routed_experts": E,
-            "zero_expert_num": 2,
-            "ffn_hidden_size": H,
-            "expert_ffn_hidden_size": E,
-        },
-    }[kind]
-    config = getattr(transformers, kind + "Config")(**TINY, **options)
-    with torch.device(device):
-        return getattr(transformers, kind + "ForCausalLM")(config)
+from .made import GATES, E, H, build, changed, coefficients, matrices, matrix
 
 
 @pytest.fixture(params=["Mixtral", "Qwen2Moe", "Qwen3Moe"])
@@ -105,9 +46,6 @@ def stack(*layers):
         block.k_proj, block.ffn = nn.Linear(H, E, bias=False), ffn
         model.blocks.append(block)
     return model
-
-
-# The mapping
 
 
 def test_values_are_float32_cpu_copies_in_natural_order():
@@ -245,142 +183,6 @@ def test_bad_names_and_metadata_are_refused(mapping, metadata, message):
     """What is not a mapping of names to matrices, or metadata that a file could not hold as it is."""
     with pytest.raises(ProfileError, match=message):
         SimilarityProfile(mapping, metadata)
-
-
-# Files
-
-
-def test_save_and_load_keep_every_bit_and_the_metadata(tmp_path):
-    """A round trip is the identity, subnormals and signed zeros included."""
-    extreme = changed(1e-45)
-    extreme[2, 1], extreme[0, 0] = 1e-45, -0.0
-    metadata = {"method": "cosine", "tokens": "512", "model_type": "mixtral"}
-    names = [NAME.format(layer=layer) for layer in (0, 2, 10)]
-    profile = SimilarityProfile({**matrices(names), names[1]: extreme}, metadata)
-    profile.save(tmp_path / "p.safetensors")
-    loaded = SimilarityProfile.load(str(tmp_path / "p.safetensors"))
-    assert loaded == profile
-    assert loaded.metadata == metadata
-    assert list(loaded) == names
-
-
-def test_the_file_says_what_it_is(tmp_path):
-    """Other tools can read the format, its version and the library's from the header."""
-    SimilarityProfile(matrices(), {"method": "cka"}).save(tmp_path / "p.safetensors")
-    with safe_open(tmp_path / "p.safetensors", framework="pt") as file:
-        header = file.metadata()
-        assert sorted(file.keys()) == GATES
-    assert header.pop("library_version")
-    assert header == {"format": "sere_compile.similarity", "format_version": "1", "method": "cka"}
-
-
-def test_an_interrupted_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    """The rename is the last step: when it does not happen the earlier profile is whole, with no litter."""
-    path = tmp_path / "p.safetensors"
-    old = SimilarityProfile(matrices())
-    old.save(path)
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        SimilarityProfile({"a": matrix(9)}).save(path)
-    assert SimilarityProfile.load(path) == old
-    assert os.listdir(tmp_path) == ["p.safetensors"]
-
-
-def test_save_replaces_and_follows_links(tmp_path):
-    """Saving again replaces the contents; through a symbolic link it replaces the file, not the link."""
-    path, link = tmp_path / "p.safetensors", tmp_path / "link"
-    SimilarityProfile(matrices()).save(path)
-    link.symlink_to(path)
-    SimilarityProfile({"a": matrix(9)}).save(link)
-    assert link.is_symlink()
-    assert list(SimilarityProfile.load(path)) == ["a"]
-
-
-def test_a_saved_file_has_ordinary_permissions(tmp_path):
-    """Temporary files of the standard library are private; the profile must be readable like any new file."""
-    (tmp_path / "plain").touch()
-    SimilarityProfile(matrices()).save(tmp_path / "p")
-    assert (tmp_path / "p").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def write_profile(path, **header):
-    """A profile file with some header entries replaced."""
-    full = {"format": "sere_compile.similarity", "format_version": "1", "library_version": "9.9"}
-    save_file(matrices(), path, metadata=full | header)
-
-
-def test_load_of_a_missing_file(tmp_path):
-    with pytest.raises(ProfileError, match=r"there is no file .*none\.safetensors"):
-        SimilarityProfile.load(tmp_path / "none.safetensors")
-
-
-def test_load_of_a_folder_points_to_from_reference(tmp_path):
-    with pytest.raises(ProfileError, match=r"is a folder; .*from_reference"):
-        SimilarityProfile.load(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"hello" * 20])
-def test_load_of_something_else(tmp_path, content):
-    """Neither safetensors nor torch."""
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ProfileError, match=r"x\.safetensors is not a readable safetensors file"):
-        SimilarityProfile.load(tmp_path / "x.safetensors")
-
-
-def test_load_of_a_truncated_profile(tmp_path):
-    """Half a download is refused as a whole."""
-    path = tmp_path / "p.safetensors"
-    SimilarityProfile(matrices()).save(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ProfileError, match="not a readable safetensors file"):
-        SimilarityProfile.load(path)
-
-
-def test_load_of_a_model_says_what_it_saw_and_what_to_do(tmp_path):
-    """A checkpoint is safetensors as well; its first tensors show the user which file it was."""
-    save_file({f"model.w{i}": torch.ones(1) for i in range(7)}, tmp_path / "m.safetensors", {"format": "pt"})
-    with pytest.raises(ProfileError) as caught:
-        SimilarityProfile.load(tmp_path / "m.safetensors")
-    assert re.search(r"not a similarity profile.*model\.w0, .*model\.w4, \.\.\. \(7 in all\)", str(caught.value))
-    assert "from_reference" in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_load_of_a_torch_file_names_from_reference(tmp_path, suffix, zipped):
-    """By suffix or by contents, in torch's new and old format."""
-    path = tmp_path / f"similarity_matrices{suffix}"
-    torch.save({0: matrix()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ProfileError, match=r"torch\.save file.*SimilarityProfile\.from_reference\(path\)"):
-        SimilarityProfile.load(path)
-
-
-def test_load_of_a_newer_format(tmp_path):
-    """A later library's file is refused with the version that wrote it, not misread."""
-    write_profile(tmp_path / "p", format_version="3")
-    with pytest.raises(ProfileError, match=r"version 3, written by sere-compile 9\.9.*reads up to 2: upgrade"):
-        SimilarityProfile.load(tmp_path / "p")
-
-
-def test_load_of_a_damaged_version(tmp_path):
-    write_profile(tmp_path / "p", format_version="one")
-    with pytest.raises(ProfileError, match="format version 'one' is not a number"):
-        SimilarityProfile.load(tmp_path / "p")
-
-
-def test_load_validates_the_matrices(tmp_path):
-    """A file with the right mark may still hold wrong matrices."""
-    header = {"format": "sere_compile.similarity", "format_version": "1"}
-    save_file({"a": torch.ones(2, 3)}, tmp_path / "p", metadata=header)
-    with pytest.raises(ProfileError, match=r"a: a similarity matrix is square"):
-        SimilarityProfile.load(tmp_path / "p")
-
-
-# Attaching
 
 
 def bound(model):
@@ -561,24 +363,6 @@ def test_attach_of_a_dict_says_how_to_wrap_it(mixtral):
         attach(mixtral, matrices())
 
 
-def test_library_version_has_a_fallback(monkeypatch):
-    """A checkout that was never installed can save profiles too."""
-
-    def missing(name):
-        raise profile_file.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(profile_file.importlib.metadata, "version", missing)
-    assert profile_file.library_version() == "unknown"
-
-
-# Projections
-
-
-def coefficients(names=GATES, experts=E):
-    generator = torch.Generator().manual_seed(9)
-    return {name: torch.randn(experts, experts, generator=generator) for name in names}
-
-
 def test_projections_travel_with_the_profile(tmp_path):
     """Saved, loaded, compared and attached; they need not be symmetric."""
     given_ = coefficients()
@@ -596,18 +380,6 @@ def test_projections_travel_with_the_profile(tmp_path):
     attach(model, loaded)
     bound = binding.lookup(model.get_parameter(GATES[1])).projection
     assert torch.equal(bound, given_[GATES[1]].clone().fill_diagonal_(1.0)), "an expert that stays keeps its weight"
-
-
-def test_a_profile_without_projections_is_read_by_earlier_versions(tmp_path):
-    """Only a file that they would misread has the newer format."""
-    SimilarityProfile(matrices()).save(tmp_path / "plain")
-    SimilarityProfile(matrices(), None, coefficients()).save(tmp_path / "both")
-    versions = []
-    for name in ("plain", "both"):
-        with safe_open(tmp_path / name, framework="pt") as file:
-            versions.append(file.metadata()["format_version"])
-    assert versions == ["1", "2"]
-    assert SimilarityProfile.load(tmp_path / "plain").projections is None
 
 
 @pytest.mark.parametrize(
