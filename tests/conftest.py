@@ -38,6 +38,14 @@ def kernel_device():
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled before is found, nothing compiled here is left."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def no_room():
     """A context in which no file can grow beyond a few bytes, as on a full disk."""
 

@@ -10,12 +10,7 @@ from sere_compile import ConfigError, SereConfig, SimilarityProfile
 
 from .zoo.outside.loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, SortedLoop
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def prepared(kind):

@@ -12,7 +12,9 @@ ELSEWHERE: dict[str, str] = {}
 
 def modules() -> list[str]:
     """Paths of all modules of the repository that are no tests."""
-    found = (path for folder in ("sere_compile", "passes", "ops", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    found = (
+        path for folder in ("sere_compile", "passes", "ops", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    )
     return sorted(str(path.relative_to(ROOT)) for path in found if not path.name.startswith("__"))
 
 

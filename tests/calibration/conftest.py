@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from ..tiny_models import build
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def every_test_compiles_anew(fresh_dynamo):
+    """Graphs of one test's model do not serve another's."""
 
 
 @pytest.fixture(scope="session")

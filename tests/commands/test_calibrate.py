@@ -5,25 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import sere_compile
 from sere_compile import SimilarityProfile
 from sere_compile.cli import main
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 MODEL = Path(sere_compile.__file__).parent / "models" / "mixtral"
 
 
 def sere(*arguments):
     return CliRunner().invoke(main, ["calibrate", "--model", str(MODEL), *map(str, arguments)])
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_text_to_profile(tmp_path):

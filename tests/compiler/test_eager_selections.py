@@ -14,12 +14,7 @@ from ..tiny_models import build, gate_names, tokens
 from ..zoo import registry as zoo
 from ..zoo.outside.loops import EXPERTS, HIDDEN, TOP_K, Loop, MaskLoop
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def rows():

@@ -19,14 +19,9 @@ from sere_compile.testing import oracle_routing, reroute_oracle
 
 from ..tiny_models import build, gate_names, random_profile, tokens
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 FIRST, SECOND = gate_names()
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from sere_compile import SereConfig, SimilarityProfile
 from .loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, RowLoop, SortedLoop
 from .stacked import FairScale, GptFast, MakeMoe, MegaBlocks, StMoe, TorchTitan
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 REROUTED = (MaskLoop, RowLoop, CountLoop, SortedLoop, GptFast, TorchTitan, MegaBlocks)
 # A place in an expert's buffer depends on the other tokens: re-routing would drop other ones.
 CAPACITY = (StMoe, FairScale)
@@ -16,13 +18,6 @@ CAPACITY = (StMoe, FairScale)
 
 # Selected logits become weights behind the scatter: those of two slots cannot be merged.
 REFUSED = (MakeMoe,)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def prepared(kind):

@@ -12,12 +12,7 @@ import sere_compile
 from sere_compile import SereConfig, SimilarityProfile
 from sere_compile.testing import reroute_oracle
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def imported(module):

@@ -1,0 +1,196 @@
+"""One graph for many layers: each call gets the matrices of its own router weights."""
+
+import copy
+import logging
+import sys
+import threading
+
+import pytest
+import torch
+
+import sere_compile
+from sere_compile import SereConfig, sere_backend
+
+from ..compiled import CountingInner, logits, oracle_logits
+from ..tiny_models import IMPLEMENTATIONS, TOP_K, build, gate_names, random_profile, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class TestBinding:
+    def test_one_graph_serves_layers_with_a_matrix_each(self):
+        """Layers compiled one by one share one graph, and each still gets its own matrix."""
+        model, ids = build("qwen3_moe"), tokens()
+        profile = random_profile(model)
+        expected = oracle_logits(model, profile, ids, 1)
+        swapped = dict(zip(profile, reversed(list(profile.values())), strict=True))
+        assert not torch.allclose(expected, oracle_logits(model, swapped, ids, 1), atol=1e-4), "layers look alike"
+        sere_compile.attach(model, profile)
+        counter = CountingInner()
+        for layer in model.model.layers:
+            layer.compile(backend=sere_backend.with_options(select_top_k=1, inner=counter))
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+        assert counter.graphs == 1
+
+    def test_an_identity_gate_never_looks_for_its_owner(self, monkeypatch):
+        """S = K: the search through all live objects does not run, however often layers take turns in one graph."""
+        model, ids = build("qwen3_moe"), tokens()
+        searched = []
+        monkeypatch.setattr("sere_compile.compiler.bound_graph.find_owner", searched.append)
+        for layer in model.model.layers:
+            layer.compile(backend=sere_backend.with_options(select_top_k=TOP_K["qwen3_moe"], inner="eager"))
+        for _ in range(2):
+            logits(model, ids)
+        assert searched == []
+
+    @pytest.mark.parametrize("change", ["deepcopy", "load_state_dict"])
+    def test_profile_follows_the_model(self, change):
+        """A copy of the model, and weights assigned to it after attaching, have the profile; nothing is probed."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        expected = oracle_logits(model, profile, ids, 1)
+        sere_compile.attach(model, profile)
+        if change == "deepcopy":
+            model = copy.deepcopy(model)
+        else:
+            model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_default_dtype_does_not_matter(self, dtype):
+        """The matrix is float32 to the inner compiler whatever torch's default dtype is."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        expected = oracle_logits(model, profile, ids, 1)
+        sere_compile.attach(model, profile)
+        seen = []
+
+        def inner(graph, inputs):
+            seen.extend(n for n in graph.graph.find_nodes(op="placeholder") if "sere_similarity" in n.name)
+            return graph.forward
+
+        torch.set_default_dtype(dtype)
+        try:
+            compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner=inner))
+            got = logits(compiled, ids)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert [node.meta["example_value"].dtype for node in seen] == [torch.float32] * 2
+
+    def test_threads_share_a_graph(self):
+        """Threads that run different layers through one graph get each its own layer's matrix."""
+        model = build("qwen3_moe", "batched_mm")
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        blocks = [layer.mlp for layer in model.model.layers]
+        backend = sere_compile.SereBackend(SereConfig(select_top_k=1, inner="eager"))
+        bound = []
+        original = sere_compile.backend.BoundGraph
+
+        class Kept(original):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                bound.append(self)
+
+        sere_compile.backend.BoundGraph = Kept
+        try:
+            for block in blocks:
+                block.compile(backend=backend)
+                with torch.no_grad():
+                    block(torch.randn(4, 2, 32))
+        finally:
+            sere_compile.backend.BoundGraph = original
+        [graph] = bound
+        weights = [block.gate.weight for block in blocks]
+        expected = [profile[name] for name in gate_names()]
+        position = graph._plans[0].position
+        wrong = []
+
+        def run(index):
+            arguments = [None] * position + [weights[index]]
+            for _ in range(2000):
+                if not torch.equal(graph.bind(arguments)[0], expected[index]):
+                    wrong.append(index)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert not wrong
+
+    def test_attaching_another_profile_needs_no_recompile(self):
+        """A compiled model uses the profile that is attached now."""
+        model, ids = build("mixtral"), tokens()
+        counter = CountingInner()
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner=counter))
+        for seed in (1, 2):
+            profile = random_profile(model, seed)
+            sere_compile.attach(model, profile)
+            expected = oracle_logits(model, profile, ids, 1)
+            torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+        assert counter.graphs == 1
+
+    def test_profile_that_lacks_a_gate_is_an_error(self):
+        """A model with a profile never falls back to probing for the gates the profile lacks."""
+        model, ids = build("mixtral"), tokens()
+        model._sere_profile = sere_compile.SimilarityProfile({gate_names()[0]: torch.ones(8, 8)})
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"no matrix for the gate model\.layers\.1"):
+            logits(compiled, ids)
+
+    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+    def test_probing_measures_the_experts(self, experts, caplog):
+        """With nothing attached, twins are found by probing and the log says so once."""
+        model, ids = build("mixtral", experts), tokens()
+        twins = (3, 5)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                    weight[twins[1]] = weight[twins[0]]
+        sere_compile.compiler.bound_graph.warn_of_probing.reset()
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        with caplog.at_level(logging.WARNING):
+            logits(compiled, ids)
+        assert sum("experts are probed" in record.message for record in caplog.records) == 1
+        for gate in gate_names():
+            entry = sere_compile.similarity.binding.lookup(model.get_parameter(gate))
+            matrix = entry.matrix.clone().fill_diagonal_(-1)
+            assert entry.name == gate
+            assert matrix[twins].item() == pytest.approx(1.0, abs=1e-3)
+            assert matrix.argmax().item() in (3 * 8 + 5, 5 * 8 + 3)
+
+    def test_probing_a_block_compiled_alone(self):
+        """A compiled MoE block, whose hidden states are an input of its graph, measures what the model does."""
+        matrices = []
+        for alone in (False, True):
+            torch._dynamo.reset()
+            model = build("mixtral")
+            backend = sere_backend.with_options(select_top_k=1, inner="eager")
+            if alone:
+                for layer in model.model.layers:
+                    layer.mlp.compile(backend=backend)
+                logits(model, tokens())
+            else:
+                logits(torch.compile(model, backend=backend), tokens())
+            matrices.append(sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
+        torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
+
+    def test_probing_agrees_between_implementations(self):
+        """The traced dispatch region and the experts module give the same matrix."""
+        matrices = []
+        for experts in IMPLEMENTATIONS:
+            torch._dynamo.reset()
+            model = build("qwen3_moe", experts)
+            compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+            logits(compiled, tokens())
+            matrices.append(sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
+        torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(matrices[2], matrices[0], rtol=1e-4, atol=1e-5)

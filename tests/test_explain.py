@@ -1,0 +1,58 @@
+"""`explain` on models, compiled or not."""
+
+import pytest
+import torch
+
+import sere_compile
+from sere_compile import SereConfig, sere_backend
+
+from .compiled import Dense, logits, oracle_logits
+from .tiny_models import build, gate_names, random_profile, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class TestExplain:
+    def test_changes_nothing_and_probes_nothing(self):
+        """`explain` runs the original model and measures no similarity."""
+        model, ids = build("mixtral"), tokens()
+        before = logits(model, ids)
+        sere_compile.explain(model, ids, use_cache=False)
+        assert sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[0])).matrix is None
+        assert torch.equal(logits(model, ids), before)
+
+    def test_identity_and_skips_have_reasons(self):
+        """S = K is reported as identity; a selection that is no gate as skipped, with its line."""
+        model, ids = build("mixtral"), tokens()
+        report = sere_compile.explain(model, ids, use_cache=False, config=SereConfig(select_top_k=2))
+        assert [row.status for row in report] == ["identity"] * 2
+        dense = sere_compile.explain(Dense(), torch.randn(2, 8))
+        assert "0 MoE gates found" in str(dense)
+        assert "test_backend.py" in dense.rows[0].name
+        assert dense.rows[0].status == "skipped"
+
+    def test_leaves_the_recompile_limit_to_the_user(self):
+        """Explaining many times does not use up the recompiles that the user's own compile is allowed."""
+        model, ids = build("mixtral"), tokens()
+        profile = random_profile(model)
+        sere_compile.attach(model, profile)
+        for _ in range(12):
+            assert len(sere_compile.explain(model, ids, use_cache=False).rewritten) == 2
+        compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        expected = oracle_logits(model, profile, ids, 1)
+        torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
+
+    def test_works_on_a_model_compiled_in_place(self):
+        """`model.compile()` does not hide the model from `explain`, and stays in force afterwards."""
+        model, ids = build("mixtral"), tokens()
+        model.compile(backend=sere_backend.with_options(select_top_k=1, inner="eager"))
+        logits(model, ids)
+        assert len(sere_compile.explain(model, ids, use_cache=False).rewritten) == 2
+        assert model._compiled_call_impl is not None
+
+    def test_works_on_a_compiled_model(self):
+        """A model that is compiled already is explained all the same."""
+        model, ids = build("mixtral"), tokens()
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
+        logits(compiled, ids)
+        assert len(sere_compile.explain(compiled, ids, use_cache=False).rewritten) == 2
