@@ -1,4 +1,4 @@
-"""Every option of sere-compile, validated in one place."""
+"""All options of sere-compile, validated in one place."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ class SereConfig:
             whose primary experts are at most `max_active`, at least 1.
         max_active: with select_top_k="auto", a gate's budget of primary experts.
         threshold: rho in the similarity's own unit. An expert less similar than this to its substitute stays
-            ("critical"). 0.0 means that no expert is critical. "q0.2": what makes the least similar 20 % of each
-            gate's experts critical, see `sere_compile.similarity.threshold`.
+            ("critical"). 0.0 means that no expert is critical. "q0.2": the least similar 20 % of each
+            gate's experts are critical, see `sere_compile.similarity.threshold`.
         min_active: with fewer primary experts than this in a batch, S grows until they are reached. None means K,
             so that a batch of one token is never changed, or `max_active` where that is less; 0 switches the rule off
             (the paper's behaviour).
         max_tokens: forwards with more tokens than this are left alone (prefill gains nothing). None: no limit.
         inner: the backend that compiles the rewritten graph: a name that torch.compile knows, or a callable
             taking (graph_module, example_inputs).
-        strict: raise `GateNotFoundError` where a warning would tell that nothing was re-routed, and run each gate at
+        strict: raise `GateNotFoundError` where a warning would say that nothing was re-routed, and run each gate at
             compile time, as traced and re-routed, to prove the rewrite (`passes.verify_rewrite`).
         capture: "default", or "auto": try Dynamo's dynamic-shape capture first. Only `sere_compile.compile` and
             `explain` can do so; a backend gets graphs that are captured already.
         fuse_router: replace scoring, top-k and normalising of up to 256 tokens by one kernel, where the graph is on
             CUDA and needs no gradients. "always": on a CPU as well.
-        lower_experts: replace dispatches of up to 256 tokens, and 24 slots an expert on average, by kernels that read
+        lower_experts: replace dispatches of up to 256 tokens, and 24 slots per expert on average, by kernels that read
             only the active experts, where the graph is on CUDA and needs no gradients. They round like any fusing
-            compiler. "always": on a CPU as well. `explain` and the log tell what stayed, and why.
+            compiler. "always": on a CPU as well. `explain` and the log say what stayed, and why.
         substitution: "reroute" is the paper's rule, weights unchanged. "projection" multiplies a re-routed slot's
-            weight by a(u, v) = <A_u, A_v> / <A_v, A_v>, how much of expert u its substitute v gives; needs a profile
-            with projections.
+            weight by a(u, v) = <A_u, A_v> / <A_v, A_v>, how much of expert u its substitute v reproduces; needs a
+            profile with projections.
         per_gate: {pattern: {option: value}} for gates whose name (of the router's weight) matches the pattern, a glob
             such as "model.layers.0.*"; the options are those of `PER_GATE`. Of several that match, later ones win.
         collect_stats: count tokens, changed slots and active experts on the device; `sere_compile.stats` reads them.
@@ -129,15 +129,15 @@ class SereConfig:
         return dataclasses.replace(self, per_gate=(), **options)
 
     def resolved_top_k(self, top_k: int) -> int:
-        """S for a gate that selects K = `top_k` experts, at most K (the identity); the least one with "auto"."""
+        """S for a gate that selects K = `top_k` experts, at most K (the identity); with "auto" the smallest."""
         if isinstance(self.select_top_k, str):
-            return 1  # "auto": the least S
+            return 1  # "auto": the smallest S
         wanted = min(2, top_k - 1) if self.select_top_k is None else self.select_top_k
         # S = 0 only comes from K = 1, where there is nothing to re-route either.
         return top_k if wanted == 0 else min(wanted, top_k)
 
     def resolved_min_active(self, top_k: int) -> int:
-        """The least number of primary experts for a gate that selects K = `top_k` experts."""
+        """The minimum number of primary experts for a gate that selects K = `top_k` experts."""
         if self.min_active is not None:
             return self.min_active
         return top_k if self.max_active is None else min(top_k, self.max_active)
@@ -149,10 +149,10 @@ def option_names() -> tuple[str, ...]:
 
 
 def split_options(config: SereConfig, options: Mapping[str, Any] | None) -> tuple[SereConfig, dict[str, Any]]:
-    """Separate `torch.compile(options=...)` into ours and those of the inner compiler.
+    """Separate `torch.compile(options=...)` into our options and those of the inner compiler.
 
     Raises:
-        ConfigError: neither we nor Inductor know a name.
+        ConfigError: a name is known neither to us nor to Inductor.
     """
     ours = {name: value for name, value in (options or {}).items() if name in option_names()}
     config = config.replace(**ours)

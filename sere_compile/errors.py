@@ -1,4 +1,4 @@
-"""The exceptions sere-compile raises: one class per kind of mistake, all children of `SereError`."""
+"""The exceptions that sere-compile raises: one class per kind of mistake, all subclasses of `SereError`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ProbeError(SereError, RuntimeError):
 
 
 class CalibrationError(SereError, RuntimeError):
-    """Similarity cannot be measured: wrong data, no gate, or experts that cannot be run or give no finite numbers."""
+    """Similarity cannot be measured: wrong data, no gate, or experts that cannot be run or return NaN or infinity."""
 
 
 class MissingExtraError(SereError, ImportError):
@@ -44,4 +44,4 @@ class EvaluationError(SereError, ValueError):
 
 
 class OutputError(SereError, OSError):
-    """A file cannot be written; what was there under its name is as it was."""
+    """A file cannot be written; a file that was there under its name is unchanged."""

@@ -23,11 +23,11 @@ class GateRow:
         status: "rewritten", "identity" (nothing to re-route, by S >= K) or "skipped".
         reason: why it was not rewritten, empty where it was.
         similarity: where the similarity matrix comes from.
-        threshold: rho in force; "q0.2" as the number that it is for this gate, once its matrix is known.
+        threshold: rho in force; "q0.2" becomes the number that it stands for in this gate once its matrix is known.
         substitution: "reroute" or "projection".
-        kernels: what of "experts" and "routing" our kernels compute, and for the rest why stock operations stay; empty
-            where both are switched off, as by default on a CPU.
-        proof: with strict=True, what running the gate has proven of S < K; with S = K no bit changes.
+        kernels: which of "experts" and "routing" our kernels compute, and why stock operations stay for the others;
+            empty where both are switched off, as by default on a CPU.
+        proof: with strict=True, what running the gate has proven for S < K; with S = K no bit changes.
     """
 
     name: str

@@ -30,14 +30,14 @@ class SortedTopK(TorchFunctionMode):
 def reroute_oracle(
     ids: torch.Tensor, similarity: torch.Tensor, select_top_k: int, threshold: float | str = 0.0, min_active: int = 0
 ) -> torch.Tensor:
-    """Re-routed ids, one Python loop a sentence of SERE (arXiv 2602.07616); slow on purpose.
+    """Re-routed ids, one Python loop per sentence of SERE (arXiv 2602.07616); slow on purpose.
 
     Args:
         ids: int [..., K], in descending order of router score.
         similarity: [E, E].
         select_top_k: S.
-        threshold: rho; "q0.2": so that the least similar 20 % of experts are critical.
-        min_active: least number of primary experts, 0 for none.
+        threshold: rho; with "q0.2" the least similar 20 % of experts are critical.
+        min_active: minimum number of primary experts, 0 for none.
 
     Returns:
         A new tensor like `ids`.
@@ -77,7 +77,7 @@ def _critical_below(threshold: float | str, matrix: list[list[float]]) -> float:
 def projection_oracle(
     weights: torch.Tensor, ids: torch.Tensor, new_ids: torch.Tensor, projection: torch.Tensor
 ) -> torch.Tensor:
-    """Routing weights under `substitution="projection"`: those of slots that moved, times projection[old, new].
+    """Routing weights under `substitution="projection"`: those of re-routed slots times projection[old, new].
 
     Args:
         weights: [..., K].
@@ -105,7 +105,7 @@ def oracle_routing(
     """Let an eager model route as SERE would, by hooks on its routers.
 
     Works for routers that are modules of their own and return the expert ids [T, K] among their results, as those
-    of transformers do. Their top-k is sorted meanwhile, whatever they ask for.
+    of transformers do. Inside the context their top-k is sorted, whatever they ask for.
 
     Args:
         model: run it eagerly inside the context.
@@ -114,11 +114,11 @@ def oracle_routing(
         threshold: rho, a number or "q0.2".
         projections: coefficients by the name of each router's weight, for substitution="projection"; then the router
             has to return the weights [T, K] beside the ids, in the form in which they are used.
-        min_active: least number of primary experts; None means K, the backend's default.
+        min_active: minimum number of primary experts; None means K, the backend's default.
         active: collects (experts before, experts after) for each call of each gate.
 
     Raises:
-        SereError: when the model runs: a router returns no ids.
+        SereError: a router returns no ids, when the model runs.
     """
 
     def hook_for(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files that are written all of them or not at all: what stood there before is lost only to a finished successor."""
+"""Files that are written completely or not at all: the old file stays until the new one is complete."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .errors import OutputError
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write a file: what is there when the block ends takes the place of `path`, and nothing if it fails.
+    """Where to write a file: it replaces `path` when the block ends, and `path` is unchanged if the block fails.
 
-    It has the name of `path`, in a folder of its own beside it: writers go by a name's ending, and what one writes
-    next to it, such as the weights of an ONNX file, moves along. A pipe or device is written to as it is.
+    It has the name of `path`, in a folder of its own beside it: writers choose a format by a name's ending, and
+    further files, such as the weights of an ONNX file, move along. A pipe or device is written to directly.
 
     Raises:
-        OutputError: the block, or taking the place, met an OSError.
+        OutputError: the block, or the replacing, met an OSError.
     """
     with _errors_name(path):
         if _keeps_nothing(path):
@@ -33,7 +33,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, all of it or nothing.
+    """Write a file completely or not at all.
 
     Raises:
         OutputError: it cannot be written.
@@ -46,7 +46,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise what `whole_file` would raise at its end, before the work whose result is to be written.
 
     Raises:
-        OutputError: `path` is a folder or lies in none, or no file of that name can be made there, as trying shows.
+        OutputError: `path` is a folder, its folder does not exist, or creating a file of that name there failed.
     """
     with _errors_name(path):
         if _keeps_nothing(path):
@@ -62,7 +62,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError becomes ours: its own text is about a temporary name."""
+    """An OSError becomes an OutputError: its own text names a temporary file."""
     try:
         yield
     except OutputError:
@@ -84,7 +84,7 @@ def _keeps_nothing(path: str | os.PathLike[str]) -> bool:
 
 
 def _replace(folder: Path, target: Path) -> None:
-    """Move what was written, the file itself last: it may refer to those beside it."""
+    """Move what was written, the file itself last: it may refer to the others."""
     written = sorted(folder.iterdir(), key=lambda file: (file.name == target.name, file.name))
     for file in written:
         with open(file, "rb") as content:

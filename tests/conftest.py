@@ -6,6 +6,7 @@ test that needs real Triton compilation on such a machine must start a process w
 """
 
 import contextlib
+import gc
 import os
 import resource
 
@@ -23,6 +24,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session):
+    """What imports made is never collected nor scanned again.
+
+    Finding a weight's owner scans the heap, and Dynamo's reset collects it. A model has to be made after this, in a
+    test or a fixture, to be found.
+    """
+    if session.items:
+        import torch._dynamo  # noqa: F401  (most tests need it)
+
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,4 +1,4 @@
-"""Time whole decode steps with a static cache: model, argmax and cache update in one CUDA graph a variant."""
+"""Time whole decode steps with a static cache: model, argmax and cache update in one CUDA graph per variant."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def bench_decode_step(
     steps: int = 32,
     rounds: int = 5,
 ) -> list[Row]:
-    """Rows for decoding `steps` tokens after `prompt` tokens, in microseconds a step."""
+    """Rows for decoding `steps` tokens after `prompt` tokens, in microseconds per step."""
     use_experts(subject.model, "grouped_mm")
     decoder = Decoder(subject, batch, prompt, steps)
     top_k = subject.blocks[0].top_k
@@ -124,7 +124,7 @@ def _eager_run(decoder: Decoder, forward: Callable[[], torch.Tensor]) -> Callabl
 def _references(
     subject: Subject, decoder: Decoder, selects: Sequence[int], top_k: int
 ) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
-    """Eager logits of the first step, and mean active experts of a layer over all steps, by S."""
+    """Eager logits of the first step, and mean active experts per layer over all steps, by S."""
     expected, active = {}, {}
     for select in {*(min(s, top_k) for s in selects), top_k}:
         counts: dict[str, list[tuple[int, int]]] = {}
@@ -155,7 +155,7 @@ def _row(
 
 
 def _dense_bytes(subject: Subject) -> int:
-    """Weights that every step reads: all but experts and the embedding table, of which a step reads a row a token."""
+    """Weights that every step reads: all but experts and the embedding table (a step reads one row of it per token)."""
     model = subject.model
     sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     experts = sum(block.experts * block.expert_bytes for block in subject.blocks)

@@ -16,7 +16,7 @@ from .subject import Block, Subject
 from .timing import time_in_turn
 from .variant import Variant, all_variants, token_error
 
-# Calls in one graph: a call takes a few microseconds, a replay must not be measured for its own start.
+# Calls in one graph: a call takes a few microseconds, and the start of a replay must not be what is measured.
 CALLS = 20
 # A weighted sum of table rows in the model's dtype.
 TOLERANCE = 3e-2
@@ -33,7 +33,7 @@ class GatingOnly(nn.Module):
         self.router = block.module.get_submodule(block.router_weight.rpartition(".")[0])
         weight: Any = self.router.weight
         generator = torch.Generator().manual_seed(seed)
-        # Stacked weights that the ids choose and hidden states are multiplied with: that is what tells a gate.
+        # Stacked weights that the ids select and hidden states are multiplied by: this is what identifies a gate.
         table = torch.randn(block.experts, 8, 8, generator=generator).to(weight)
         self.table = nn.Parameter(table, requires_grad=False)
 
@@ -47,7 +47,7 @@ class GatingOnly(nn.Module):
         return ids[0], weights[0]
 
     def consume(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The experts, if they can be called that."""
+        """What stands in for the experts."""
         rows = torch.matmul(hidden[:, None, None, :8], self.table[ids])
         return (rows * weights[..., None, None]).sum(1).flatten(1)
 
@@ -75,8 +75,8 @@ def bench_gating(
 ) -> list[Row]:
     """Rows for the router of one block on Gaussian hidden states [batch, H]; `stock` experts make no difference here.
 
-    All times hold the router's projection and what reads the ids. The last row is these alone: take it from the
-    others to have the gating.
+    All times include the router's projection and what reads the ids. The last row is these alone: subtract it from
+    the others to get the gating.
     """
     block = subject.blocks[-1]
     module = GatingOnly(block)

@@ -17,7 +17,7 @@ class Geometry:
         top_k: K.
         hidden: H.
         inner: I, of one routed expert.
-        options: of the transformers configuration, beside the number of layers.
+        options: of the transformers configuration, except the number of layers.
         activation: of the experts, as `sere::expert_mlp` names it.
         expert_layout: the other options of that operator: interleaved, transposed; bias.
     """
@@ -39,7 +39,7 @@ class Geometry:
         return 3 * self.hidden * self.inner
 
     def config(self, num_layers: int) -> Any:
-        """The transformers configuration with so many layers."""
+        """The transformers configuration with this many layers."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(self.model_type, num_hidden_layers=num_layers, **self.options)

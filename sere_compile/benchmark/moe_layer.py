@@ -22,7 +22,7 @@ from .variant import (
     without_effect,
 )
 
-# Each call of a graph has its own tokens, so that no expert stays in the L2 cache by always being the same.
+# Each call of a graph has its own tokens, so that no expert stays in the L2 cache because all calls use it.
 CALLS = 6
 # One block in bf16: rounding of two projections and of the router weights.
 TOLERANCE = 3e-2
@@ -45,7 +45,7 @@ def bench_moe_layer(
         use_experts(subject.model, variant.experts)
         runs[variant.name], results = variant.run_of(block.module, inputs, keep)
         wanted = expected[variant.select_top_k or block.top_k]
-        # The median of the inputs: with S = 1 one tie of two scores, settled otherwise, re-routes all of a small batch.
+        # The median of the inputs: with S = 1 one tie of two scores, resolved differently, moves a whole small batch.
         errors[variant.name] = statistics.median(
             token_error(_tensor(result), want) for result, want in zip(results, wanted, strict=True)
         )
@@ -85,7 +85,7 @@ def _hidden(subject: Subject, block: Block, batch: int, seed: int) -> torch.Tens
 def _references(
     subject: Subject, block: Block, inputs: list[torch.Tensor], selects: Sequence[int]
 ) -> tuple[dict[int, list[torch.Tensor]], dict[int, float]]:
-    """Eager outputs and mean active experts by S, the re-routing done by the oracle; K is always among them."""
+    """Eager outputs and mean active experts by S, the re-routing done by the oracle; always including K."""
     use_experts(subject.model, "grouped_mm")
     matrices = {block.router_weight: subject.matrices[f"{block.name}.{block.router_weight}"]}
     expected, active = {}, {}

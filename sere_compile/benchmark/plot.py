@@ -11,7 +11,7 @@ from .result import Results, batches
 
 
 def plot(results: Results, path: str | Path) -> None:
-    """One panel for each kind of measurement: microseconds against batch size, a line for each variant.
+    """One panel per kind of measurement: microseconds against batch size, one line per variant.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

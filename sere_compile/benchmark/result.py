@@ -24,9 +24,9 @@ class Row:
         ours: whether it is not a stock variant.
         timing: microseconds.
         error: median relative error of a token against the reference of the same S; None where there is none.
-        tolerance: what the error may be.
-        active: mean number of active experts of a layer, None where there are no experts.
-        bytes_read: weights that have to be read: of the active experts, and all else in the layer or the model.
+        tolerance: the largest error allowed.
+        active: mean number of active experts per layer, None where there are no experts.
+        bytes_read: weights that have to be read: those of the active experts, and all others in the layer or model.
         bandwidth_share: of the copy bandwidth.
     """
 
@@ -56,8 +56,8 @@ class Results:
         machine: device and versions.
         copy_bandwidth: bytes per second, measured in the same run.
         routing: where ids come from.
-        notes: what a reader of the figures has to know, such as gates whose experts could not be lowered.
-        failures: what was asked for and could not be measured, and why.
+        notes: what a reader of the figures has to know, such as gates whose experts could not be fused.
+        failures: what was asked for but could not be measured, and why.
     """
 
     subject: str
@@ -70,13 +70,13 @@ class Results:
 
     @property
     def is_sound(self) -> bool:
-        """Whether all that was asked for was measured, and every output agrees."""
+        """Whether everything asked for was measured, and every output agrees."""
         return not self.failures and all(row.agrees for row in self.rows)
 
     def speedup(self, row: Row, over: str | None = None) -> float | None:
         """Over the fastest stock variant at this batch size, or over the one named; None if an output disagrees.
 
-        One wrong output withholds all speed-ups of that batch size: the reference itself may be the wrong one.
+        One wrong output withholds all speed-ups of that batch size: the reference itself may be wrong.
         """
         same = [r for r in self.rows if (r.what, r.batch) == (row.what, row.batch)]
         stock = [r for r in same if not r.ours and over in (None, r.variant)]
@@ -85,7 +85,7 @@ class Results:
         return min(r.timing.median for r in stock) / row.timing.median
 
     def table(self) -> str:
-        """Markdown: a section for each kind of measurement."""
+        """Markdown: one section per kind of measurement."""
         lines = [f"{self.subject}", f"{self.machine}, copy {self.copy_bandwidth / 1e12:.2f} TB/s; {self.routing}"]
         for what in dict.fromkeys(row.what for row in self.rows):
             lines += ["", f"### {what}", "", "| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
@@ -132,5 +132,5 @@ HEADINGS = (
 
 
 def batches(rows: Iterable[Row]) -> list[int]:
-    """The batch sizes of some rows, ascending."""
+    """The batch sizes of the rows, ascending."""
     return sorted({row.batch for row in rows})

@@ -26,8 +26,10 @@ KINDS: dict[str, Callable[..., list[Row]]] = {
     "layer": bench_moe_layer,
     "decode": bench_decode_step,
 }
-# What the figures of a kind hold.
-_ABOUT = {"gating": "times and speed-ups of gating hold the router's projection and what reads the ids, timed apart"}
+# What the figures of a kind include.
+_ABOUT = {
+    "gating": "times and speed-ups of gating include the router's projection and what reads the ids, both timed apart"
+}
 
 
 def require_device() -> None:
@@ -64,9 +66,9 @@ def run_bench(
     stock: Sequence[str],
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Measure everything asked for, one kind and batch after the other; what was measured stands in `results` at once.
+    """Measure everything asked for, one kind and batch after the other, and add each measurement to `results` at once.
 
-    What a model does not allow, or the device has no memory for, becomes one of the results' failures.
+    What a model does not allow, or the device has no memory for, becomes a failure in the results.
 
     Args:
         results: from `begin`.
@@ -75,7 +77,7 @@ def run_bench(
         batches: numbers of tokens.
         selects: S; K or more is the model as it is.
         stock: experts implementations of transformers to compare with.
-        tell: told what is being measured.
+        tell: called with what is being measured.
     """
     with torch.no_grad(), _logged_to(results):
         results.notes += [note for kind, note in _ABOUT.items() if kind in kinds]
@@ -93,9 +95,9 @@ def run_bench(
 
 @contextlib.contextmanager
 def _logged_to(results: Results) -> Iterator[None]:
-    """Note what the speed passes left as it was, and why, and what the comparison of outputs could not tell.
+    """Note what the speed passes left unchanged, and why, and what the comparison of outputs could not show.
 
-    Variants without memory are failures: a figure without them is not what it seems.
+    Variants that ran out of memory are failures: figures without them would mislead.
     """
     refused: collections.Counter[str] = collections.Counter()
 

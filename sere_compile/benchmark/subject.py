@@ -41,11 +41,11 @@ class Subject:
     """A model on the device with matrices attached.
 
     Attributes:
-        name: of the geometry or the checkpoint, with the number of layers.
+        name: of the geometry or checkpoint, with the number of layers.
         model: a causal language model in eval mode.
         blocks: its Mixture-of-Experts blocks.
         matrices: similarity by the name of each router's weight in the model.
-        routing: in words, where routing and matrices come from.
+        routing: where routing and matrices come from, in words.
     """
 
     name: str
@@ -67,7 +67,7 @@ def random_model(geometry: str, num_layers: int, dtype: torch.dtype = torch.bflo
 
 
 def loaded_model(name_or_path: str, profile: SimilarityProfile | None, device: str = "cuda") -> Subject:
-    """A user's checkpoint; random matrices where it comes without a profile: they cost what real ones do."""
+    """A user's checkpoint; random matrices if there is no profile: they cost the same as real ones."""
     from ..integrations.transformers import load_causal_lm
 
     model, _ = load_causal_lm(name_or_path, device=device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-# Cycles: some 0.2 ms, several times what the host needs to launch a graph.
+# Cycles: about 0.2 ms, several times what the host needs to launch a graph.
 HEAD_START = 400_000
 
 
@@ -63,14 +63,14 @@ def capture(
 def time_in_turn(
     runs: Mapping[str, Callable[[], object] | torch.cuda.CUDAGraph], calls: int, rounds: int, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Time every run once a round, with CUDA events, so that a drift of the clocks meets all of them alike.
+    """Time every run once per round, with CUDA events, so that a drift of the clocks affects all of them alike.
 
     Args:
         runs: what to time. The device waits while the host launches a graph, so that its time is the device's alone;
             a function, such as an eager model, is timed with what the host does.
-        calls: how many calls of the thing measured one run holds; the times are divided by it.
-        rounds: samples of each.
-        warmup: rounds before, not counted.
+        calls: number of calls of the measured function in one run; the times are divided by it.
+        rounds: samples per run.
+        warmup: rounds before these, not counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -45,9 +45,9 @@ class Variant:
     def run_of(
         self, function: Callable[..., Any], inputs: list[torch.Tensor], keep: list[Any]
     ) -> tuple[Callable[[], object] | torch.cuda.CUDAGraph, list[Any]]:
-        """What calls the function on all inputs, a graph, or one by one if eager, and what that gave.
+        """What calls the function on all inputs (a graph, or one by one if eager), and what it returned.
 
-        `keep` takes what has to live as long as the graph.
+        `keep` collects what has to live as long as the graph.
         """
         function = self.compiled(function)
         if self.backend is None:
@@ -76,7 +76,7 @@ def all_variants(
 
 
 def without_effect(top_k: int) -> Variant:
-    """Re-routing at full cost that changes nothing: S=1, and no expert is similar enough to stand in for another."""
+    """Re-routing at full cost that changes nothing: S=1, and no expert is similar enough to replace another."""
     backend = sere_backend.with_options(select_top_k=1, threshold=NEVER_SIMILAR, strict=True, inner=INNER)
     return Variant("sere, re-routes nothing", "grouped_mm", backend, top_k)
 
@@ -85,7 +85,7 @@ def token_error(result: torch.Tensor, want: torch.Tensor) -> float:
     """The median over tokens (rows) of the relative error.
 
     The median, because two correct programs may round a router's score differently, and where two scores are nearly
-    tied a token then goes to another expert: few tokens differ much, a wrong program differs everywhere.
+    tied the token then goes to another expert: few tokens differ much, whereas a wrong program differs everywhere.
     """
     result, want = (x.detach().double().reshape(-1, x.shape[-1]) for x in (result, want))
     return ((result - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-30)).median().item()
@@ -94,7 +94,7 @@ def token_error(result: torch.Tensor, want: torch.Tensor) -> float:
 def those_that_fit(variants: Sequence[Variant], prepare: Callable[[Variant], None]) -> list[Variant]:
     """Prepare each variant, and leave out those for which the device has no memory; the log says which.
 
-    `batched_mm` copies the weights of every slot, which at large batches are more than the model.
+    `batched_mm` copies the weights of every slot, which at large batches exceed the whole model.
     """
     fitting = []
     for variant in variants:
@@ -116,7 +116,7 @@ def use_experts(model: Any, implementation: str) -> None:
     """Let a model of transformers run its experts by one of its implementations.
 
     Raises:
-        SereError: the model has no choice of them.
+        SereError: the model does not offer them.
     """
     try:
         model.set_experts_implementation(implementation)
@@ -125,7 +125,7 @@ def use_experts(model: Any, implementation: str) -> None:
 
 
 def tell_if_blind(what: str, expected: dict[int, torch.Tensor], top_k: int, tolerance: float) -> None:
-    """Log which re-routed references lie so near to the model's own output that comparing could not tell them apart."""
+    """Log which re-routed references are too close to the model's own output for a comparison to tell them apart."""
     for select in sorted(set(expected) - {top_k}):
         distance = token_error(expected[select], expected[top_k])
         if distance <= tolerance:

@@ -9,9 +9,9 @@ import click
 # Name, and the line that `sere --help` prints: known without importing the file.
 COMMANDS = {
     "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this GPU.",
-    "calibrate": "Measure how alike the experts of every gate are, on text or without any.",
-    "compare": "Quality and active experts of re-routing beside every other rule, on one's own model and text.",
-    "demo": "Decode with a small trained model that comes with the package, as it is and re-routed.",
+    "calibrate": "Measure how alike the experts of every gate are, on text or without data.",
+    "compare": "Compare quality and active experts of re-routing and every other rule, on your model and text.",
+    "demo": "Decode with a small trained model that comes with the package, unchanged and re-routed.",
     "eval": "Perplexity, divergence from the original and active experts under re-routing, as decoding sees them.",
     "explain": "Print every gate of a model, what re-routing would do to it, and why not.",
     "export": "Write a model with its gates re-routed.",

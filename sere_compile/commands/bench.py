@@ -15,19 +15,19 @@ from .output_file import OutputFile, Picture
 if TYPE_CHECKING:
     from ..benchmark.result import Results
 
-# Of a geometry, where none are asked for.
+# Layers of a geometry unless --layers is given.
 LAYERS = 12
 
 
 def _size(text: str) -> int:
-    """A whole number of at least 1: digits alone, and no more of them than a size of anything has."""
+    """A whole number of at least 1: digits only, and no more of them than any size has."""
     if not text.isdecimal() or len(text) > 9:
         raise ValueError(f"{text} is no size")
     return positive(text)
 
 
 def _size_or_k(text: str) -> int:
-    """K stands for a number that is at least any model's."""
+    """K stands for a number that no model's K exceeds."""
     return 1_000_000 if text == "K" else _size(text)
 
 
@@ -61,8 +61,8 @@ def bench_command(
 ) -> None:
     """Time gating, Mixture-of-Experts layer and decode step of a model, stock against ours, on this GPU.
 
-    Every compiled variant is a CUDA graph, all variants take turns in one process. Outputs are compared first: where
-    one disagrees no speed-up is printed, and the exit status is 1. So it is where something could not be measured.
+    Every compiled variant is a CUDA graph; all variants take turns in one process. Outputs are compared first: where
+    one disagrees, no speed-up is printed and the exit status is 1, as it is where something could not be measured.
     """
     from ..benchmark.run import KINDS, begin, require_device, run_bench
     from ..benchmark.subject import loaded_model, random_model
@@ -76,7 +76,7 @@ def bench_command(
     if profile is not None and name is None:
         raise click.UsageError("--profile is for --model")
     if layers is not None and geometry is None:
-        raise click.UsageError("--layers is for --geometry; a model has those that it has")
+        raise click.UsageError("--layers is for --geometry; a model has a fixed number of layers")
     implementations = _experts(stock)
     try:
         require_device()
@@ -90,14 +90,14 @@ def bench_command(
         raise click.ClickException(str(error)) from error
     try:
         run_bench(results, subject, kinds, batch, select_top_k, implementations, lambda m: click.echo(m, err=True))
-    finally:  # also where the run ended early: hours may have gone into it
+    finally:  # also if the run ended early: it may have taken hours
         _report(results, json_path, plot_path)
     if not results.is_sound:
         raise SystemExit(1)
 
 
 def _experts(stock: str) -> list[str]:
-    """Names of experts implementations with commas between, checked against those of transformers."""
+    """Names of experts implementations, separated by commas, checked against those of transformers."""
     try:
         (moe,) = require("hf", "transformers.integrations.moe", needed_for="sere bench needs")
     except MissingExtraError as error:

@@ -1,4 +1,4 @@
-"""`sere calibrate`: a similarity profile of a model from text, or from none."""
+"""`sere calibrate`: a similarity profile of a model, from text or without data."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from .output_file import OutputFile
     "--data",
     multiple=True,
     type=click.Path(dir_okay=False),
-    help="Text: .txt, .jsonl, .parquet; any number of files, in equal shares. Without: data-free.",
+    help="Text: .txt, .jsonl, .parquet; any number of files, in equal shares. Data-free without it.",
 )
 @click.option("--out", required=True, type=OutputFile(), help="File to write, .safetensors.")
 @click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")
-@click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a sequence.")
-@click.option("--sequences", type=click.IntRange(min=1), default=400, show_default=True, help="How many.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences a forward.")
+@click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per sequence.")
+@click.option("--sequences", type=click.IntRange(min=1), default=400, show_default=True, help="Number of sequences.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per forward.")
 @click.option("--method", type=click.Choice(["frobenius", "cosine", "cka"]), default="frobenius", show_default=True)
 @click.option(
-    "--kernel", type=click.Choice(CkaAccumulator.KERNELS), default="linear", show_default=True, help="Of CKA."
+    "--kernel", type=click.Choice(CkaAccumulator.KERNELS), default="linear", show_default=True, help="Kernel of CKA."
 )
 @click.option("--chunk", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens compared at once.")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Of drawing without data.")
-@click.option("--resume", type=OutputFile(), help="File that keeps what was done; goes on from it.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ...")
+@click.option(
+    "--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True, help="Seed of data-free calibration."
+)
+@click.option("--resume", type=OutputFile(), help="File that keeps the progress; an interrupted run continues from it.")
+@click.option("--dtype", default="auto", show_default=True, help="Dtype of the weights: float32, bfloat16, ...")
 def calibrate_command(
     name: str,
     data: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""`sere compare`: re-routing beside every other rule, on one's own model and text."""
+"""`sere compare`: re-routing and every other rule, on your model and text."""
 
 from __future__ import annotations
 
@@ -25,30 +25,37 @@ from .output_file import OutputFile
     "profiles",
     multiple=True,
     type=click.Path(dir_okay=False),
-    help="Similarity profile, any number of them; rows have their files' names, the first serves random matrices too.",
+    help="Similarity profile, any number of them; rows are named after the files, random matrices take the first.",
 )
 @click.option(
     "--calibrate-on",
     multiple=True,
     type=click.Path(dir_okay=False),
-    help="Text to make profiles of every metric from, and one without data; in place of --profile.",
+    help="Text from which a profile of every metric is made, and one without data; instead of --profile.",
 )
 @click.option(
-    "--calibration-sequences", type=click.IntRange(min=1), default=400, show_default=True, help="Of --calibrate-on."
+    "--calibration-sequences",
+    type=click.IntRange(min=1),
+    default=400,
+    show_default=True,
+    help="Sequences of --calibrate-on.",
 )
 @click.option("--select-top-k", type=counts, default="1,2", show_default=True, help="Values of S.")
 @click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
 @click.option("--batch", type=counts, default="16", show_default=True, help="Sequences decoded together.")
-@click.option("--fill", type=some_numbers, default="0.75", show_default=True, help="Of the rule `recombine`.")
-@click.option("--restore", type=some_numbers, default="0.5", show_default=True, help="Of the rule `recombine`.")
-@click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION, (profile, S) to a rule of your own.")
+@click.option("--fill", type=some_numbers, default="0.75", show_default=True, help="Option of the rule `recombine`.")
+@click.option("--restore", type=some_numbers, default="0.5", show_default=True, help="Option of the rule `recombine`.")
+@click.option("--rule", "others", multiple=True, help="MODULE:FUNCTION that makes a rule from (profile, S).")
 @click.option("--csv", "csv_path", type=OutputFile(), help="File for the table.")
 def compare_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str, profiles: tuple[str, ...],
     calibrate_on: tuple[str, ...], calibration_sequences: int, select_top_k: list[int], threshold: list[float | str],
     batch: list[int], fill: list[float], restore: list[float], others: tuple[str, ...], csv_path: str | None,
 ) -> None:  # fmt: skip
-    """Quality and active experts of naive top-S, drop, fill, re-routing by profiles and by chance, and recombining."""
+    """Compare naive top-S, drop, fill, re-routing by profiles and by random matrices, and recombining.
+
+    Printed are quality and active experts of each.
+    """
     if bool(profiles) == bool(calibrate_on):
         raise click.UsageError("give either --profile or --calibrate-on")
     try:
@@ -63,7 +70,7 @@ def compare_command(
             train = mixed_windows(tokenizer, calibrate_on, field, length, calibration_sequences)
             loaded = calibrated_profiles(model, train)
         for profile in loaded.values():
-            attach(model, profile)  # it fits the model, or this says why not
+            attach(model, profile)  # raises if it does not fit the model
         rules = comparison_rules(
             loaded, reference=next(iter(loaded)), select_top_k=select_top_k, thresholds=threshold,
             fills=fill, restores=restore, others=own,

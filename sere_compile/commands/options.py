@@ -47,12 +47,12 @@ def finite(text: str) -> float:
 
 
 class Numbers(click.ParamType):
-    """Numbers with commas between them, each once.
+    """Numbers separated by commas, without duplicates.
 
     Args:
-        kind: what makes one of them from a text; ValueError where it is none.
-        what: they are, for the message.
-        none: whether there may be none, as an empty text.
+        kind: converts the text of one number; raises ValueError for anything else.
+        what: what they are, for the message.
+        none: whether the list may be empty.
     """
 
     name = "numbers"
@@ -76,18 +76,18 @@ _DATA_OPTIONS = [
     click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model."),
     click.option(
         "--data", required=True, multiple=True, type=click.Path(dir_okay=False),
-        help="Text: .txt, .jsonl, .parquet; given several times, decoding batches are mixed.",
+        help="Text: .txt, .jsonl, .parquet; if given several times, decoding batches are mixed.",
     ),
     click.option("--field", default="text", show_default=True, help="Field or column that holds the text."),
-    click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens a sequence."),
-    click.option("--sequences", type=click.IntRange(min=1), default=64, show_default=True, help="How many."),
-    click.option("--dtype", default="float32", show_default=True, help="Of the weights; auto keeps the checkpoint's."),
+    click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per sequence."),
+    click.option("--sequences", type=click.IntRange(min=1), default=64, show_default=True, help="Number of sequences."),
+    click.option("--dtype", default="float32", show_default=True, help="Dtype of the weights; auto: the checkpoint's."),
 ]  # fmt: skip
 
 
 counts = Numbers(positive, "positive whole numbers such as 4,16")
 some_numbers = Numbers(finite, none=True)
-min_active_option = click.option("--min-active", type=int, help="Least number of primary experts; K by default.")
+min_active_option = click.option("--min-active", type=int, help="Minimum number of primary experts; K by default.")
 per_gate_option = click.option(
     "--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}."
 )

@@ -1,4 +1,4 @@
-"""Options for files that a command writes when its work is done: whether that can be is found out before."""
+"""Options for files that a command writes when its work is done: that they can be written is checked first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..whole_file import check_writable
 
 
 class OutputFile(click.ParamType):
-    """A file to write; its folder is there and takes a file of this name, which is tried."""
+    """A file to write; its folder exists, and creating a file of this name there was tried."""
 
     name = "file"
 

@@ -28,7 +28,7 @@ from .output_file import Picture
 def plot_command(source: str, out: str, threshold: float | str) -> None:
     """Draw SOURCE: heat maps of a profile (.safetensors), or quality against active experts (.csv of `sere sweep`)."""
     try:
-        SereConfig(threshold=threshold)  # or this says what is wrong with it
+        SereConfig(threshold=threshold)  # raises if it is wrong
         if Path(source).suffix == ".csv":
             plot_sweep(read_csv(source), out)
         else:

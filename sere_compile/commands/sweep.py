@@ -1,4 +1,4 @@
-"""`sere sweep`: choose the options by what they cost on one's own text at one's own batch size."""
+"""`sere sweep`: choose the options by what they cost on your text at your batch size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .output_file import OutputFile, Picture
 @click.option("--profile", required=True, type=click.Path(dir_okay=False), help="Similarity profile.")
 @click.option("--select-top-k", type=Numbers(int, none=True), default="1,2,3", show_default=True, help="Values of S.")
 @click.option(
-    "--max-active", type=Numbers(int, none=True), default="", help="Budgets of primary experts (S = auto), beside them."
+    "--max-active", type=Numbers(int, none=True), default="", help="Budgets of primary experts (S = auto), besides S."
 )
 @click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
 @click.option(
@@ -32,12 +32,12 @@ from .output_file import OutputFile, Picture
     type=click.Choice([*SUBSTITUTIONS, "both"]),
     default="reroute",
     show_default=True,
-    help="What becomes of a re-routed slot's weight.",
+    help="What happens to the weight of a re-routed slot.",
 )
 @min_active_option
 @per_gate_option
 @click.option("--batch", type=counts, default="4,16,64", show_default=True, help="Sequences decoded together.")
-@click.option("--budget", type=float, default=1.0, show_default=True, help="Growth of perplexity allowed, in percent.")
+@click.option("--budget", type=float, default=1.0, show_default=True, help="Allowed growth of perplexity, in percent.")
 @click.option("--csv", "csv_path", type=OutputFile(), help="File for the table.")
 @click.option("--plot", "plot_path", type=Picture(), help="File for the Pareto plot.")
 @click.option("--per-layer", is_flag=True, help="Spend the budget gate by gate, at the first batch size.")
@@ -62,7 +62,7 @@ def sweep_command(
         configs = settings(select_top_k, max_active, threshold, substitutions, config)
         matrices = SimilarityProfile.load(profile)
         model, _, tokens = load_subject(name, data, field, length, sequences, dtype)
-        attach(model, matrices)  # it fits the model, or this says why not
+        attach(model, matrices)  # raises if it does not fit the model
         if per_layer:
             config = config.replace(threshold=threshold[0], substitution=substitution)
             _per_layer(model, matrices, tokens, select_top_k, batch[0], budget, config)

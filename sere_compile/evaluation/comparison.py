@@ -1,4 +1,4 @@
-"""Every routing rule beside every other on one model: the rows of docs/quality.md."""
+"""All routing rules on one model: the rows of docs/quality.md."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Setting:
 
     Attributes:
         rule: "naive top-S", "drop", "reroute", ...
-        similarity: what chooses substitutes; "" where nothing does.
+        similarity: what chooses substitutes; "" for rules without substitutes.
         select_top_k: S.
         threshold: as in `SereConfig`.
         draw: which of several random matrices.
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def similarity_name(self) -> str:
-        """With the number of the draw, where there are several."""
+        """With the number of the draw if there are several."""
         return f"{self.similarity} {self.draw}" if self.similarity == RANDOM else self.similarity
 
 
@@ -74,10 +74,10 @@ def comparison_rules(
         reference: the profile whose projection coefficients serve random matrices and `Recombine`.
         select_top_k: values of S.
         thresholds: for rules that a similarity guides.
-        random_draws: how many random similarity matrices.
+        random_draws: number of random similarity matrices.
         fills: of `Recombine`.
         restores: of `Recombine`.
-        others: further rules by name: what makes one from the reference profile and S.
+        others: further rules by name: functions that make one from the reference profile and S.
 
     Raises:
         EvaluationError: the reference has no projections.
@@ -108,7 +108,7 @@ def comparison_rules(
 
 
 def calibrated_profiles(model: nn.Module, tokens: torch.Tensor, rows: int = 8) -> dict[str, SimilarityProfile]:
-    """A profile of each metric on tokens [N, length], `rows` sequences a forward, and one without data."""
+    """A profile of each metric on tokens [N, length], `rows` sequences per forward, and one without data."""
     batches = [{"input_ids": part} for part in tokens.split(rows)]
     profiles = {method: calibrate(model, batches, method=method) for method in ("frobenius", "cosine", "cka")}
     return {**profiles, "data-free": calibrate(model, None)}

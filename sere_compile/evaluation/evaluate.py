@@ -1,4 +1,4 @@
-"""Quality under re-routing, as decoding would see it.
+"""Quality under re-routing, as in decoding.
 
 One teacher-forced forward over many tokens is one huge routing batch: its primary set saturates, and re-routing looks
 lossless. Here every position of B aligned sequences is a routing batch of its own, as in a lockstep decode, and all of
@@ -22,7 +22,7 @@ from .result import Evaluation, Totals
 from .routing import GateCall, RoutedModel
 from .rules import RoutingBatch, Rule, active_experts
 
-# What rules are kept under: a string, a setting, a configuration.
+# The type of the keys of rules: a string, a setting, a configuration.
 Name = TypeVar("Name", bound=Hashable)
 
 # Logits of one forward, unless a single decoding batch makes more.
@@ -38,7 +38,7 @@ def evaluate(
     attention_mask: torch.Tensor | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Compare a model decoding with re-routing with itself, on held-out tokens.
+    """Compare a model that decodes with re-routing to the unchanged model, on held-out tokens.
 
     Sequences i*B .. i*B + B - 1 decode together, and every position of them is a routing batch of its own.
 
@@ -80,7 +80,7 @@ def evaluate_rules(
     decode_batch: int = 16,
     attention_mask: torch.Tensor | None = None,
 ) -> dict[Name, Evaluation]:
-    """Compare a model under each of several routing rules with the model as it is.
+    """Compare a model under each of several routing rules to the unchanged model.
 
     Sequences i*B .. i*B + B - 1 decode together: order them as they would be served, mixed or by domain.
 
@@ -90,7 +90,7 @@ def evaluate_rules(
         tokens: int64 [N, L], N a multiple of `decode_batch`.
         rules: by name; see `sere_compile.evaluation.rules`.
         decode_batch: B.
-        attention_mask: [N, L], 0 at padding: such tokens make no expert active and predictions of them or from them
+        attention_mask: [N, L], 0 at padding: padding activates no expert, and predictions of padding or from it
             do not count.
 
     Raises:
@@ -174,7 +174,7 @@ def _checked_mask(tokens: torch.Tensor, attention_mask: torch.Tensor | None, dec
 
 
 def _batches_a_forward(model: nn.Module, length: int, decode_batch: int) -> int:
-    """How many decoding batches go through the model at once: they do not touch each other."""
+    """How many decoding batches go through the model at once; they do not affect each other."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int):
         return 1

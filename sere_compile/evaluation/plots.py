@@ -16,9 +16,9 @@ from .sweep import SweepRow
 
 
 def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float | str = 0.0) -> None:
-    """One heat map a gate; experts less similar than `threshold` to all others, always critical, have a red mark.
+    """One heat map per gate; experts less similar than `threshold` to all others (always critical) have a red mark.
 
-    A threshold such as "q0.2" is another number for each gate, see `sere_compile.similarity.threshold`.
+    A threshold such as "q0.2" is a different number for each gate, see `sere_compile.similarity.threshold`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -48,7 +48,7 @@ def plot_profile(profile: SimilarityProfile, path: str | Path, threshold: float 
 
 
 def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
-    """Growth of perplexity against active experts, one line of colour a decode batch; the Pareto front is joined.
+    """Growth of perplexity against active experts, one colour per decode batch; lines join the Pareto front.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -69,14 +69,14 @@ def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
         )
         for row in front:
             axis.annotate(row.label, (row.active_after, 100 * row.perplexity_change), fontsize=6)
-    axis.set_xlabel("active experts a layer")
+    axis.set_xlabel("active experts per layer")
     axis.set_ylabel("perplexity, % above the original")
     axis.legend(fontsize=8)
     _save(figure, path)
 
 
 def pareto_front(rows: Iterable[SweepRow]) -> list[SweepRow]:
-    """The rows that no other beats in both active experts and perplexity, fewest experts first."""
+    """The rows that no other row beats in both active experts and perplexity, fewest experts first."""
     front: list[SweepRow] = []
     for row in sorted(rows, key=lambda row: (row.active_after, row.perplexity_change)):
         if not front or row.perplexity_change < front[-1].perplexity_change:

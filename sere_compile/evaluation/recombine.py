@@ -1,4 +1,4 @@
-"""Rules that approximate a token's lost experts inside of the primary set, from inner products of expert outputs."""
+"""Rules that approximate a token's lost experts within the primary set, from inner products of expert outputs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ SUBSTITUTES = ("none", "one", "all")
 
 @dataclass(frozen=True)
 class Recombine:
-    """Kept experts take over, at the weights that serve best on text: the rule that loses least in docs/quality.md.
+    """Kept experts take over, at the weights that work best on text: the rule that loses least in docs/quality.md.
 
-    Experts that are kept keep their weights. To them come
+    Experts that are kept keep their weights. Added to them are
 
-    - for each kept expert that the token did not choose, what its own score is worth, times `fill`;
+    - for each kept expert that the token did not choose, the weight that its own score is worth, times `fill`;
     - for each slot of an expert u that is not kept, its weight times the coefficients of u on kept experts: with "one"
       <A_u, A_v> / <A_v, A_v> on the v that explains most of u, the largest <A_u, A_v> / (|A_u| |A_v|); with "all"
       those of least squares, (G_PP + r diag G_PP)^-1 G_Pu.
 
-    The K of the largest contribution |w_v| |A_v| remain. Their sum differs from what the token's weights were; they are
-    multiplied by the quotient of the two to the power of `restore`.
+    The K experts with the largest contribution |w_v| |A_v| remain. The sum of their weights differs from the token's
+    original sum; they are multiplied by the quotient of the two to the power of `restore`.
 
     Attributes:
         gram: G, [E, E] for each gate: inner products of expert outputs over calibration tokens, at any scale. None:
-            no substitutes, and the K of the largest weight remain.
+            no substitutes, and the K experts with the largest weight remain.
         select_top_k: S.
         substitutes: "none", "one" or "all".
-        fill: a score is worth what the token's weights are of its chosen experts' scores, times this.
-        restore: from 0, sums may change, to 1, they do not.
-        heaviest: keep not the primary experts but as many of the largest sum of squared weights in the batch.
+        fill: a score is worth this times (sum of the token's weights / sum of its chosen experts' scores).
+        restore: from 0 (sums may change) to 1 (they do not).
+        heaviest: instead of the primary experts keep as many with the largest sum of squared weights in the batch.
         ridge: r.
         min_active: as in `SereConfig`.
 
@@ -82,7 +82,7 @@ class Recombine:
         return torch.where(same, batch.ids, ids.to(batch.ids.dtype)), torch.where(same, weights, new)
 
     def _coefficients(self, gram: Tensor, kept: Tensor) -> Tensor:
-        """What each expert gives to each kept one: [P, E, E]."""
+        """What each expert contributes to each kept one: [P, E, E]."""
         if self.substitutes == "all":
             return least_squares(gram, kept, self.ridge)
         identity = torch.diag_embed(kept.to(gram))
@@ -97,7 +97,7 @@ def heaviest_experts(spread: Tensor, primary: Tensor) -> Tensor:
     """As many experts as are primary, the heaviest of each routing batch: bool [P, E].
 
     Args:
-        spread: what each token gives each expert, [P, B, E].
+        spread: the weight of each token for each expert, [P, B, E].
         primary: bool [P, E].
     """
     rank = spread.sum(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -110,14 +110,14 @@ def least_squares(gram: Tensor, primary: Tensor, ridge: float) -> Tensor:
     identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     scale = gram.diagonal().mean()
     system = torch.where(kept, gram / scale, 0.0) + identity * (ridge * gram.diagonal() / scale + 1e-6)
-    # Outside of the primary set the system is diagonal and the right side zero.
+    # Outside the primary set the system is diagonal and the right side zero.
     system = torch.where(primary[:, :, None] | primary[:, None, :], system, identity)
     solved = torch.linalg.solve(system, torch.where(primary[:, :, None], gram / scale, 0.0)).transpose(1, 2)
     return torch.where(primary[:, :, None], identity, solved)
 
 
 def coefficient(gram: Tensor) -> Tensor:
-    """a[u, v] = <A_u, A_v> / <A_v, A_v>; 0 where v gives nothing."""
+    """a[u, v] = <A_u, A_v> / <A_v, A_v>; 0 where the output of v is zero."""
     squares = gram.diagonal()
     return torch.where(squares > 0, gram / squares, 0.0)
 
@@ -130,9 +130,9 @@ def explained(gram: Tensor) -> Tensor:
 
 
 def gram_matrices(profile: SimilarityProfile) -> dict[str, Tensor]:
-    """The inner products of expert outputs behind a profile's projections, each gate's at a scale of its own.
+    """The inner products of expert outputs behind a profile's projections, each gate's at its own scale.
 
-    a[u, v] / a[v, u] is |A_u|^2 / |A_v|^2, so the mean of its logarithm over v tells |A_u|^2 but for a common factor.
+    a[u, v] / a[v, u] is |A_u|^2 / |A_v|^2, so the mean of its logarithm over v gives |A_u|^2 up to a common factor.
 
     Raises:
         EvaluationError: the profile has no projections.

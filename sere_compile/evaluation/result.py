@@ -1,4 +1,4 @@
-"""What an evaluation finds, and how it is added up over forwards."""
+"""The result of an evaluation, and how it is summed over forwards."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model with another routing predicts held-out tokens.
+    """How well a model with changed routing predicts held-out tokens.
 
     Attributes:
         perplexity: of the re-routed model.
-        original_perplexity: of the model as it is, on the same tokens.
-        kl: mean Kullback-Leibler divergence of its predictions from the original's, in nats a token.
+        original_perplexity: of the unchanged model, on the same tokens.
+        kl: mean Kullback-Leibler divergence of its predictions from the original's, in nats per token.
         top1_agreement: how often the most likely next token is the original's, in [0, 1].
-        active_before: mean number of experts that a decoding batch touches in each gate, by its own routing.
+        active_before: mean number of experts per gate that a decoding batch activates with its original routing.
         active_after: the same under the rule; the hidden states are those of the re-routed model.
-        tokens: how many predictions were compared.
+        tokens: number of predictions compared.
         decode_batch: B.
-        losses: mean loss of the re-routed model on each decoding batch, in nats a token.
-        original_losses: the same of the model as it is.
+        losses: mean loss of the re-routed model on each decoding batch, in nats per token.
+        original_losses: the same for the unchanged model.
     """
 
     perplexity: float
@@ -40,7 +40,7 @@ class Evaluation:
 
     @property
     def standard_error(self) -> float:
-        """Of `perplexity_change`, from how it differs between decoding batches; NaN with fewer than two."""
+        """Standard error of `perplexity_change` over decoding batches; NaN with fewer than two."""
         growth = torch.tensor(self.losses, dtype=torch.float64) - torch.tensor(self.original_losses).double()
         if len(growth) < 2:
             return math.nan
@@ -106,7 +106,7 @@ class Totals:
                 mine[name] = mine.get(name, 0.0) + active
 
     def result(self, decode_batch: int) -> Evaluation:
-        """Means over all that was added."""
+        """Means over everything that was added."""
         return Evaluation(
             perplexity=math.exp(sum(loss for loss, _, _ in self.losses) / self.tokens),
             original_perplexity=math.exp(sum(loss for _, loss, _ in self.losses) / self.tokens),

@@ -1,7 +1,7 @@
-"""Routing rules: what becomes of the experts that a decoding batch should not touch.
+"""Routing rules: what happens to slots of experts that a decoding batch should not activate.
 
 A rule is any callable from a `RoutingBatch` to ids and weights; those here are small frozen dataclasses. All but
-`TopS` keep to the batch's primary set, the union of its tokens' first S experts, and so touch equally many experts.
+`TopS` keep to the batch's primary set, the union of its tokens' first S experts, and so activate equally many experts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def primary_experts(
 ) -> Tensor:
     """The experts that stay in each routing batch: bool [P, E].
 
-    Padding rows make none. S grows while the union holds at most `max_active`, and until it holds `min_active` (None:
+    Padding rows add none. S grows while the union holds at most `max_active`, and until it holds `min_active` (None:
     K). Where S reaches K, every expert is primary, which is the identity.
     """
     top_k = batch.ids.shape[-1]
@@ -63,7 +63,7 @@ def primary_experts(
 
 
 def active_experts(batch: RoutingBatch, ids: Tensor, weights: Tensor) -> Tensor:
-    """How many experts each routing batch touches, [P]; slots of weight 0 and padding touch none."""
+    """Number of experts that each routing batch activates, [P]; slots of weight 0 and padding activate none."""
     used = _in_range(ids, batch.num_experts) & (weights != 0) & batch.real[:, :, None]
     index = torch.where(used, ids.long(), batch.num_experts).flatten(1)
     named = torch.zeros(len(ids), batch.num_experts + 1, device=ids.device).scatter_(1, index, 1.0)
@@ -84,7 +84,7 @@ class TopS:
 
 @dataclass(frozen=True)
 class Drop:
-    """Slots outside of the primary set get weight 0; `renormalise` scales the others up to the old sum."""
+    """Slots outside the primary set get weight 0; `renormalise` scales the others up to the old sum."""
 
     select_top_k: int
     renormalise: bool = False
@@ -99,14 +99,14 @@ class Drop:
 
 @dataclass(frozen=True)
 class Reroute:
-    """SERE (arXiv 2602.07616): a slot outside of the primary set goes to the most similar primary expert.
+    """SERE (arXiv 2602.07616): a slot outside the primary set goes to the most similar primary expert.
 
     Attributes:
         similarity: [E, E] for each gate.
         select_top_k: S.
         threshold: rho; experts less similar than this to their substitute stay.
         min_active: as in `SereConfig`.
-        max_active: as in `SereConfig`, with S = 1 the least.
+        max_active: as in `SereConfig`, with S at least 1.
         scale: [E, E] for each gate: a moved slot's weight is multiplied by scale[old, new] ("projection"); None: the
             paper's rule, weights unchanged.
     """
@@ -132,7 +132,7 @@ class Reroute:
 
 @dataclass(frozen=True)
 class Fill:
-    """Every token takes its best K experts inside of the primary set by its own router (arXiv 2511.02237).
+    """Every token takes its best K experts within the primary set by its own router (arXiv 2511.02237).
 
     Their weights are their scores, scaled to the old sum.
     """
@@ -177,7 +177,7 @@ def _safe(batch: RoutingBatch, ids: Tensor) -> Tensor:
 
 
 def _look_up(table: Tensor, ids: Tensor, default: Tensor | None = None) -> Tensor:
-    """`table[p, ids[p]]` [P, B, K]; ids that name no expert give `default`, or False."""
+    """`table[p, ids[p]]` [P, B, K]; `default`, or False, for ids that name no expert."""
     named = _in_range(ids, table.shape[-1])
     found = table.gather(1, torch.where(named, ids.long(), 0).flatten(1)).view(ids.shape)
     return found & named if default is None else torch.where(named, found.to(default.dtype), default)

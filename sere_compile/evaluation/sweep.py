@@ -30,7 +30,7 @@ class SweepRow:
 
     Attributes:
         rule: the substitution, or the name of another rule.
-        similarity: what the profile measures, where the rule has one.
+        similarity: the metric of the profile, for rules that have one.
         select_top_k: S, or "auto".
         max_active: the budget of primary experts with "auto", else "".
         threshold: as in `SereConfig`.
@@ -72,7 +72,7 @@ class SweepRow:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What to give the backend for this row, where its rule is one of the backend's."""
+        """The options of the backend for this row, if its rule is one of the backend's."""
         automatic = self.select_top_k == "auto"
         options: dict[str, Any] = {"select_top_k": "auto" if automatic else int(self.select_top_k)}
         if automatic:
@@ -98,7 +98,7 @@ def settings(
     substitutions: Iterable[str] = ("reroute",),
     config: SereConfig | None = None,
 ) -> list[SereConfig]:
-    """Every combination; budgets of `max_active` stand beside the values of S.
+    """All combinations; budgets of `max_active` are added to the values of S.
 
     Args:
         select_top_k: values of S.
@@ -123,7 +123,7 @@ def sweep(
     configs: Iterable[SereConfig],
     decode_batches: Iterable[int] = (4, 16, 64),
 ) -> list[SweepRow]:
-    """Evaluate every setting at every decode batch; the original model runs once for each decode batch.
+    """Evaluate every setting at every decode batch; the original model runs once per decode batch.
 
     Args:
         model: a causal language model.
@@ -142,7 +142,7 @@ def sweep(
 
 
 def recommend(rows: Iterable[SweepRow], budget: float) -> dict[int, SweepRow | None]:
-    """For each decode batch the setting with fewest active experts whose perplexity grows by at most `budget`."""
+    """For each decode batch, the setting with the fewest active experts whose perplexity grows by at most `budget`."""
     best: dict[int, SweepRow | None] = {}
     for row in rows:
         current = best.setdefault(row.decode_batch, None)
@@ -166,13 +166,13 @@ class PerGate:
 
 @dataclass(frozen=True)
 class GateSettings:
-    """S of each gate that is re-routed, and what the model is like with them."""
+    """S of each gate that is re-routed, and the evaluation of the model with them."""
 
     select_top_k: Mapping[str, int]
     result: Evaluation
 
     def options(self, similarity: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """What to give the backend: gates without an S get one that no token's number of experts exceeds."""
+        """The options of the backend: gates without an S get one that no K exceeds."""
         per_gate = {name: {"select_top_k": s} for name, s in self.select_top_k.items()}
         return {"select_top_k": max(len(matrix) for matrix in similarity.values()), "per_gate": per_gate}
 
@@ -188,7 +188,7 @@ def spend_budget(
     config: SereConfig | None = None,
     progress: Callable[[GateSettings], None] = lambda settings: None,
 ) -> GateSettings:
-    """Lower S gate by gate, always where most active experts are saved for the perplexity lost, within a budget.
+    """Lower S gate by gate, always where the most active experts are saved per perplexity lost, within a budget.
 
     Greedy: each round evaluates one step down for every gate, at most (number of gates) x (number of S) rounds.
 
@@ -197,7 +197,7 @@ def spend_budget(
         tokens: int64 [N, L].
         similarity: [E, E] for each gate; a profile brings its projections.
         budget: relative growth of perplexity, 0.01 for one percent.
-        select_top_k: values of S to go through; each gate begins unchanged, then takes them from the largest down.
+        select_top_k: values of S to go through; each gate starts unchanged, then takes them from the largest down.
         decode_batch: B.
         config: the other options.
         progress: called after each step taken.
@@ -231,17 +231,17 @@ def spend_budget(
 
 
 def _gain(now: Evaluation, then: Evaluation) -> tuple[bool, float]:
-    """Experts saved for what they cost; steps that cost nothing come first, by what they save."""
+    """Experts saved per cost; steps that cost nothing come first, by what they save."""
     saved = now.mean_active_after - then.mean_active_after
     cost = then.perplexity - now.perplexity
     return (True, saved) if cost <= 0 and saved > 0 else (False, saved / max(cost, 1e-12))
 
 
 def whole_batches(tokens: torch.Tensor, decode_batch: int) -> torch.Tensor:
-    """The sequences that make whole decoding batches.
+    """The sequences that fill whole decoding batches.
 
     Raises:
-        EvaluationError: not even one.
+        EvaluationError: they do not fill even one.
     """
     usable = len(tokens) // decode_batch * decode_batch
     if not usable:
@@ -256,7 +256,7 @@ _COLUMNS: dict[str, Callable[[str], Any]] = {
 
 
 def write_csv(rows: Iterable[SweepRow], path: str | Path) -> None:
-    """One line a row, columns named as the fields.
+    """One line per row, columns named after the fields.
 
     Raises:
         OutputError: the file cannot be written.
@@ -284,7 +284,7 @@ def read_csv(path: str | Path) -> list[SweepRow]:
 
 
 def format_table(rows: Sequence[SweepRow]) -> str:
-    """Rows as a table in Markdown; changes with their standard error, where there are batches enough to tell."""
+    """Rows as a table in Markdown; changes with their standard error, where there are enough batches for one."""
     columns = "rule, similarity, S, threshold, decode batch, perplexity, change, KL, top-1 same, active experts"
     lines = [f"| {columns.replace(', ', ' | ')} |", "| --- " * len(columns.split(", ")) + "|"]
     for row in rows:

@@ -17,7 +17,7 @@ def read_texts(path: str | Path, field: str = "text") -> list[str]:
     """The documents of a .jsonl or .parquet file by `field`, or any other file as one text.
 
     Raises:
-        EvaluationError: no such file, not what its name says, no such field, or no text.
+        EvaluationError: no such file, not the format that its name says, no such field, or no text.
         MissingExtraError: a .parquet file, and pyarrow is not installed.
     """
     path = Path(path)
@@ -32,13 +32,13 @@ def read_texts(path: str | Path, field: str = "text") -> list[str]:
 
 
 def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | None = None) -> torch.Tensor:
-    """Windows [N, length] of the texts' tokens, documents one behind the other with the end-of-text token between.
+    """Windows [N, length] of the texts' tokens: documents one after the other, separated by the end-of-text token.
 
     Args:
         tokenizer: of transformers.
         texts: documents.
         length: tokens in a window.
-        count: take so many windows, spread evenly over all of them; None: all.
+        count: take this many windows, spread evenly over all of them; None: all.
 
     Raises:
         EvaluationError: no tokens, or fewer than one window or than `count` windows hold.
@@ -57,7 +57,7 @@ def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | No
 
 
 def require_tokens(tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
-    """Raise EvaluationError where a tokenizer found nothing: for a folder without one transformers makes it empty."""
+    """Raise EvaluationError if the tokenizer is empty: transformers makes such a one for a folder without tokenizer."""
     if not any(rows):
         raise EvaluationError(
             f"the tokenizer of {tokenizer.name_or_path!r} makes no tokens of the text; are its files, such as "
@@ -66,7 +66,7 @@ def require_tokens(tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
 
 
 def mixed_windows(tokenizer: Any, paths: Sequence[str], field: str, length: int, count: int) -> torch.Tensor:
-    """Windows [count, length], those of several files in turn, so that sequences which decode together are mixed.
+    """Windows [count, length], those of several files alternating, so that sequences that decode together are mixed.
 
     Raises:
         EvaluationError: `count` is no multiple of the number of files, or what the functions above raise.
