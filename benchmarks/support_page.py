@@ -27,14 +27,16 @@ FILE = Path(__file__).parents[1] / "docs" / "support.md"
 _HEADER = """\
 # Supported architectures
 
-What `sere-compile` makes of every Mixture-of-Experts architecture of transformers {transformers}, with torch {torch}:
-small models with random weights, on a CPU. `n/m` are gates found of selections that ran in eager mode. A rewritten
-gate was compared: S = K changes no bit, S = 1 equals an eager oracle. "own" experts have no implementation to choose.
-`--missing` measures what is not measured yet. Written by `python -m benchmarks.support_page`.
+What `sere-compile` does with every Mixture-of-Experts architecture of transformers {transformers},
+with torch {torch}: small models with random weights, on a CPU. `n/m` are gates found of selections
+that ran in eager mode. A rewritten gate was compared: S = K changes no bit, S = 1 equals an eager
+oracle. "own" experts have no implementation to choose. `--missing` measures what is not measured
+yet. Written by `python -m benchmarks.support_page`.
 
-Matching, on one core of a 2-core x86 machine (`python -m benchmarks.match_time`): `find_gates` takes 5.1 ms for 1,000
-nodes in the median over these architectures and 30.6 ms in the worst (zaya); all that the backend does to a graph
-before it hands it over takes 96 ms in the median and 181 ms in the worst (longcat_flash).
+Matching, on one core of a 2-core x86 machine (`python -m benchmarks.match_time`): `find_gates`
+takes 5.1 ms for 1,000 nodes in the median over these architectures and 30.6 ms in the worst (zaya);
+all that the backend does to a graph before it hands it over takes 96 ms in the median and 181 ms in
+the worst (longcat_flash).
 
 | architecture | experts | Dynamo | graphs | torch.export |
 | --- | --- | --- | --- | --- |
@@ -42,14 +44,16 @@ before it hands it over takes 96 ms in the median and 181 ms in the worst (longc
 _FURTHER_HEADER = """
 ## Further tracers
 
-The same comparison with the first experts implementation: Dynamo of a model in bfloat16 (ids exactly, outputs within
-5 % of what re-routing changes; where rounding turns a near-tie in a later layer, the gates up to there),
-`torch.export(strict=True)`, `run_decompositions()` of a program, and `make_fx` of the model's call, which asks nothing
-of its values (`torch.compiler.is_exporting()`), as for an exporter. `symbolic_trace` takes none of these models: each
-decides by its arguments what it runs.
+The same comparison with the first experts implementation: Dynamo of a model in bfloat16 (ids
+exactly, outputs within 5 % of what re-routing changes; where rounding turns a near-tie in a later
+layer, the gates up to there), `torch.export(strict=True)`, `run_decompositions()` of a program, and
+`make_fx` of the model's call, which asks nothing of its values (`torch.compiler.is_exporting()`),
+as for an exporter. `symbolic_trace` takes none of these models: each decides by its arguments what
+it runs.
 
-`make_fx` was run with the versions above, and so were the other columns where transformers 5.17.0 lacks or cannot run
-an architecture; the rest of them with torch 2.11.0 and transformers 5.17.0. `--missing` measures what is not measured.
+`make_fx` was run with the versions above, and so were the other columns where transformers 5.17.0
+lacks or cannot run an architecture; the rest of them with torch 2.11.0 and transformers 5.17.0.
+`--missing` measures what is not measured.
 
 | architecture | experts | Dynamo, bfloat16 | strict | decomposed | make_fx |
 | --- | --- | --- | --- | --- | --- |
