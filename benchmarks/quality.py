@@ -136,7 +136,7 @@ def row(name: str, part: str, data: str, setting: Setting, result: Evaluation) -
 
 
 def write(rows: Iterable[dict], path: Path) -> None:
-    """One line a row."""
+    """One line per row."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -157,7 +157,7 @@ def main() -> None:
     one.add_argument("--model", required=True, choices=MODELS)
     one.add_argument("--out", type=Path, required=True)
     page = commands.add_parser("page")
-    page.add_argument("tables", type=Path, nargs="*", help="of `measure`; none: docs/quality.csv stays as it is")
+    page.add_argument("tables", type=Path, nargs="*", help="of `measure`; none: docs/quality.csv is left unchanged")
     parsed = parser.parse_args()
     if parsed.what == "page":
         if parsed.tables:

@@ -53,8 +53,8 @@ def compare(
     error = float(np.abs(logits - expected).max())
     before, after = np.mean([counts for (counts,) in active.values()], axis=0)
     same = (logits.argmax(-1) == plain.argmax(-1)).mean()
-    print(f"{rows.numel()} tokens: {before:.1f} -> {after:.1f} active experts a gate, logits within {error:.1e} of the "
-          f"oracle's, best next token as without re-routing in {same:.0%}")  # fmt: skip
+    print(f"{rows.numel()} tokens: {before:.1f} -> {after:.1f} active experts per gate, logits within {error:.1e} of "
+          f"the oracle's, best next token as without re-routing in {same:.0%}")  # fmt: skip
     return error
 
 

@@ -263,7 +263,7 @@ def compare(name, geometry, cases, bandwidth):
     if len(points) > 1:
         mean_x, mean_y = (statistics.mean(c) for c in zip(*points, strict=True))
         slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-        print(f"a line through the times: fixed {mean_y - slope * mean_x:.1f} us, {slope:.2f} us an expert")
+        print(f"a line through the times: fixed {mean_y - slope * mean_x:.1f} us, {slope:.2f} us per expert")
 
 
 def main():

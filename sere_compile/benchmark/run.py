@@ -75,7 +75,7 @@ def run_bench(
         subject: on a CUDA device.
         kinds: some of `KINDS`.
         batches: numbers of tokens.
-        selects: S; K or more is the model as it is.
+        selects: S; K or more leaves the model unchanged.
         stock: experts implementations of transformers to compare with.
         tell: called with what is being measured.
     """

@@ -12,7 +12,7 @@ COMMANDS = {
     "calibrate": "Measure how alike the experts of every gate are, on text or without data.",
     "compare": "Compare quality and active experts of re-routing and every other rule, on your model and text.",
     "demo": "Decode with a small trained model that comes with the package, unchanged and re-routed.",
-    "eval": "Perplexity, divergence from the original and active experts under re-routing, as decoding sees them.",
+    "eval": "Perplexity, divergence from the original and active experts under re-routing, as in decoding.",
     "explain": "Print every gate of a model, what re-routing would do to it, and why not.",
     "export": "Write a model with its gates re-routed.",
     "plot": "Draw a similarity profile, or the table of a sweep.",

@@ -32,7 +32,7 @@ PROMPTS = (
 @click.option("--select-top-k", type=int, default=1, show_default=True, help="S.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="Tokens to decode.")
 def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
-    """Decode a batch of prompts with a small trained model, as it is and re-routed, and count its active experts."""
+    """Decode a batch of prompts with a small trained model, unchanged and re-routed, and count its active experts."""
     try:
         # The graph is small: on a CPU, compiling it would take longer than the demo.
         inner = "inductor" if torch.cuda.is_available() else "eager"
@@ -44,8 +44,8 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
     except SereError as error:
         raise click.ClickException(str(error)) from error
     for prompt, before, after in zip(PROMPTS, original, rerouted, strict=True):
-        click.echo(f"{prompt!r}\n    as it is   {before!r}\n    re-routed  {after!r}")
-    click.echo(f"\nactive experts a step, decode batch {len(PROMPTS)}, S = {select_top_k}")
+        click.echo(f"{prompt!r}\n    unchanged  {before!r}\n    re-routed  {after!r}")
+    click.echo(f"\nactive experts per step, decode batch {len(PROMPTS)}, S = {select_top_k}")
     for name, gate in counted.items():
         click.echo(f"{name}: {gate.mean_active_before:.1f} -> {gate.mean_active_after:.1f}")
 

@@ -1,4 +1,4 @@
-"""`sere eval`: what re-routing costs in quality, as decoding would see it."""
+"""`sere eval`: what re-routing costs in quality when decoding."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def eval_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str,
     profile: str, batch: int, **options: Any,
 ) -> None:  # fmt: skip
-    """Perplexity, divergence from the original and active experts; every position of a batch is routed by itself."""
+    """Perplexity, divergence from the original and active experts; every position of a batch is routed on its own."""
     try:
         SereConfig(**options)  # before a model is loaded
         matrices = SimilarityProfile.load(profile)
         model, _, tokens = load_subject(name, data, field, length, sequences, dtype)
-        attach(model, matrices)  # it fits the model, or this says why not
+        attach(model, matrices)  # raises if it does not fit the model
         result = evaluate(model, tokens, profile=matrices, decode_batch=batch, **options)
     except SereError as error:
         raise click.ClickException(str(error)) from error

@@ -34,12 +34,12 @@ from .output_file import OutputFile
     "--decode",
     "cache_length",
     type=click.IntRange(min=1),
-    help="One decoding step with a static cache of so many tokens.",
+    help="One decoding step with a static cache of this many tokens.",
 )
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
 @click.option("--experts", type=click.Choice(["grouped_mm", "batched_mm"]), help="How the graph computes experts.")
 @click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")
-@click.option("--dtype", help="Of the weights; the checkpoint's by default, float32 for models of the package.")
+@click.option("--dtype", help="Dtype of the weights; the checkpoint's by default, float32 for models of the package.")
 def export_command(
     target: str,
     name: str,
@@ -55,8 +55,8 @@ def export_command(
     """Write a model with its gates re-routed.
 
     Without --decode the graph takes input_ids of any batch size and length and returns logits, for prefill and scoring.
-    With it, (input_ids, position, keys, values) to (logits, keys, values), for any batch size. Exits with 1 when there
-    is no gate. ONNX files use batched_mm, the other targets what the model is set to, unless --experts says otherwise.
+    With it, (input_ids, position, keys, values) to (logits, keys, values), for any batch size. Exits with 1 if there
+    is no gate. Unless --experts is given, ONNX files use batched_mm, other targets what the model is set to.
     """
     try:
         config = SereConfig(**options)

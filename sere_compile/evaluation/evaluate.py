@@ -122,7 +122,7 @@ class _Recorder:
     """Applies a rule to every position of every decoding batch, and keeps the number of active experts.
 
     Args:
-        rule: None leaves routing as it is.
+        rule: None leaves routing unchanged.
         real: bool [rows, length], False at padding.
         decode_batch: B, divides rows; None: all rows are one decoding batch.
     """
