@@ -15,8 +15,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    # A pool of compile processes is for Triton: on a CPU it only costs the start of processes that import torch.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Workers share the cores: more threads than that wait for each other. Processes that tests start keep to it too.
