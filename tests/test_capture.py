@@ -6,20 +6,11 @@ import pytest
 import torch
 
 import sere_compile
-from sere_compile import ConfigError, SereConfig, SimilarityProfile
+from sere_compile import ConfigError, SereConfig
 
-from .zoo.outside.loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, SortedLoop
+from .zoo.outside.loops import CountLoop, MaskLoop, SortedLoop, prepared
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def prepared(kind):
-    """A model with a profile, its matrix and rows for a call."""
-    model = kind().eval().requires_grad_(False)
-    half = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1))
-    matrix = ((half + half.T) / 2).fill_diagonal_(1.0)
-    sere_compile.attach(model, SimilarityProfile({"gate.weight": matrix}))
-    return model, matrix, torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(2))
 
 
 def close(left, right):

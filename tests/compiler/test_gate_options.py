@@ -17,6 +17,7 @@ from sere_compile.evaluation.routing import RoutedModel
 from sere_compile.similarity.threshold import resolve_threshold
 from sere_compile.testing import oracle_routing
 
+from ..compiled import CountingInner, logits
 from ..tiny_models import build, gate_names, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -37,11 +38,6 @@ def qwen():
     return model, profile, tokens()
 
 
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
-
-
 def compiled_logits(model, ids, **options):
     return logits(torch.compile(model, backend=sere_backend.with_options(**{"inner": "eager", **options})), ids)
 
@@ -52,17 +48,6 @@ def oracle_logits(model, profile, ids, per_gate):
         for name, (select_top_k, options) in per_gate.items():
             stack.enter_context(oracle_routing(model, {name: profile[name]}, select_top_k, **options))
         return logits(model, ids)
-
-
-class CountingInner:
-    """An inner backend that counts the graphs it compiles."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
 
 
 class TestThreshold:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sere_compile
+from sere_compile import SimilarityProfile
 from sere_compile.testing import reroute_oracle
 
 HIDDEN, EXPERTS, TOP_K = 16, 8, 3
@@ -111,3 +113,12 @@ class RowLoop(Loop):
             token, slot = torch.where(ids == number)
             y[token] += weights[token, slot, None] * F.silu(expert(rows[token]))
         return y.view(x.shape)
+
+
+def prepared(kind):
+    """A model with a profile, its matrix and rows for a call."""
+    model = kind().eval().requires_grad_(False)
+    half = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1))
+    matrix = ((half + half.T) / 2).fill_diagonal_(1.0)
+    sere_compile.attach(model, SimilarityProfile({"gate.weight": matrix}))
+    return model, matrix, torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(2))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sere_compile
-from sere_compile import SereConfig, SimilarityProfile
+from sere_compile import SereConfig
 
-from .loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, RowLoop, SortedLoop
+from .loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, RowLoop, SortedLoop, prepared
 from .stacked import FairScale, GptFast, MakeMoe, MegaBlocks, StMoe, TorchTitan
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -18,14 +18,6 @@ CAPACITY = (StMoe, FairScale)
 
 # Selected logits become weights behind the scatter: those of two slots cannot be merged.
 REFUSED = (MakeMoe,)
-
-
-def prepared(kind):
-    model = kind().eval().requires_grad_(False)
-    half = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1))
-    matrix = ((half + half.T) / 2).fill_diagonal_(1.0)
-    sere_compile.attach(model, SimilarityProfile({"gate.weight": matrix}))
-    return model, matrix, torch.randn(2, 4, HIDDEN, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("kind", REROUTED + REFUSED)
