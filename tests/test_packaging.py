@@ -162,6 +162,48 @@ def test_arrows_point_one_way(folder, allowed):
     assert {FOLDERS[folder], "torch"} <= seen
 
 
+# Each may import those above it. What stands alone is one file of the top level, the others are folders.
+ORDER = [
+    *("errors", "extras", "report", "gate_stats", "testing", "whole_file", "config"),
+    *("experts", "similarity", "compiler"),
+    *("backend", "rewrite", "capture", "explain"),
+    *("calibration", "integrations", "statistics", "lowering", "evaluation", "benchmark"),
+    *("commands", "cli", "__main__", "__init__"),
+]
+
+
+def inner_imports():
+    """(file, name) of every import within sere_compile, of the library's own modules."""
+    for path in sorted((ROOT / "sere_compile").rglob("*.py")):
+        file = path.relative_to(ROOT / "sere_compile")
+        package = ".".join(["sere_compile", *file.parent.parts])
+        for name in imports(path.read_text(encoding="utf-8"), package):
+            if name.startswith("sere_compile."):
+                yield file, name.removeprefix("sere_compile.")
+
+
+def test_arrows_between_the_folders_point_one_way():
+    """From the commands down to the ground; the order says which may use which."""
+    wrong, seen = [], set()
+    for file, name in inner_imports():
+        user, used = file.parts[0].removesuffix(".py"), name.partition(".")[0]
+        if used in ("ops", "passes"):
+            continue
+        seen.add((user, used))
+        if used not in ORDER or ORDER.index(used) > ORDER.index(user):
+            wrong.append(f"{file} imports {name}")
+    assert wrong == []
+    assert {("compiler", "experts"), ("commands", "lowering"), ("__init__", "backend")} <= seen
+
+
+def test_only_calibrate_is_taken_from_calibration():
+    """Whoever has to run experts finds that in `experts`; from `calibration` others take its function alone."""
+    taken = {(file.parts[0], name) for file, name in inner_imports() if name.startswith("calibration")}
+    outside = {name for user, name in taken if user != "calibration"}
+    assert "calibration.calibrate.calibrate" in outside
+    assert {name.rpartition(".")[0] for name in outside} == {"calibration.calibrate"}
+
+
 def test_the_package_imports_neither_benchmarks_nor_tests():
     """Both use the package and are not installed; benchmarks may use what tests share, an oracle or a model."""
     found = {"benchmarks": set(), "tests": set()}

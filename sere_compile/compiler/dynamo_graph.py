@@ -1,6 +1,6 @@
 """A graph that Dynamo traced, while it is rewritten: matrices become further inputs of it.
 
-Dynamo re-uses one compiled graph for every layer with the same code, so a matrix cannot be part of
+Dynamo reuses one compiled graph for every layer with the same code, so a matrix cannot be part of
 the graph: each call brings the matrices of the weights that it passes.
 """
 

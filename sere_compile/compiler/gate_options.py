@@ -1,6 +1,6 @@
 """Options that differ from gate to gate, where a compiled graph knows a gate only by the weight that a call passes.
 
-Dynamo re-uses one graph for every layer with the same code, and the numbers of a gate are constants
+Dynamo reuses one graph for every layer with the same code, and the numbers of a gate are constants
 in it. So a graph with per-gate options carries a guard on each router weight: a layer with other
 options compiles a graph of its own (one for each set of options, not for each layer). Binding
 checks again, in case the guard could not be had.

@@ -1,6 +1,6 @@
 """Attach a profile to a model: every router's weight gets its matrix.
 
-A matrix belongs to the *weight of a router*, not to a graph: a compiled graph is re-used for every
+A matrix belongs to the *weight of a router*, not to a graph: a compiled graph is reused for every
 layer with the same code, so the backend finds the matrix of a call by the identity of the router
 weight that it is given.
 """

@@ -1,6 +1,6 @@
 """Which similarity matrix belongs to which router weight.
 
-Matrices belong to weights, not to graphs: Dynamo re-uses one compiled graph for every layer with
+Matrices belong to weights, not to graphs: Dynamo reuses one compiled graph for every layer with
 the same code. The registry is keyed by the identity of the weight and does not keep it alive.
 """
 

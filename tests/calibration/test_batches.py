@@ -45,7 +45,8 @@ def test_mask_of_other_tokens(qwen):
         def forward(self, input_ids, attention_mask):
             return self.inner(torch.cat([input_ids, input_ids]), use_cache=False)
 
-    with pytest.raises(CalibrationError, match=r"cannot be told at inner.* which sees 20 tokens: .*mask \(2, 5\)"):
+    message = r"cannot be determined at inner.* which sees 20 tokens: .*mask \(2, 5\)"
+    with pytest.raises(CalibrationError, match=message):
         run(Twice(), [batch])
 
 

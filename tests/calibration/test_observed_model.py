@@ -32,8 +32,8 @@ def test_nothing_is_computed_for_slots_without_weight(experts, monkeypatch):
     """A module that takes ids of any width gets one a row, in a handful of calls."""
     calls, find = [], observed_model.find_experts
 
-    def found(weight, number):
-        module = find(weight, number)
+    def found(owner, number):
+        module = find(owner, number)
 
         def recorded(hidden, ids, weights):
             calls.append(tuple(ids.shape))
@@ -52,7 +52,7 @@ def test_a_module_that_disagrees_is_not_used(monkeypatch):
     model, batches = build("mixtral"), [tokens(2, 5)]
     expected = run(model, batches)
     monkeypatch.setattr(
-        observed_model, "find_experts", lambda weight, number: lambda hidden, ids, weights: hidden * ids.float()
+        observed_model, "find_experts", lambda owner, number: lambda hidden, ids, weights: hidden * ids.float()
     )
     torch._dynamo.reset()
     got = run(model, batches)

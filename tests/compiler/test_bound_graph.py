@@ -36,7 +36,7 @@ class TestBinding:
         """S = K: the search through all live objects does not run, however often layers take turns in one graph."""
         model, ids = build("qwen3_moe"), tokens()
         searched = []
-        monkeypatch.setattr("sere_compile.compiler.bound_graph.find_owner", searched.append)
+        monkeypatch.setattr("sere_compile.experts.owner.live_modules", lambda: searched.append(1) or [])
         for layer in model.model.layers:
             layer.compile(backend=sere_backend.with_options(select_top_k=TOP_K["qwen3_moe"], inner="eager"))
         for _ in range(2):
@@ -155,7 +155,7 @@ class TestBinding:
             for layer in model.model.layers:
                 for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
                     weight[twins[1]] = weight[twins[0]]
-        sere_compile.compiler.bound_graph.warn_of_probing.reset()
+        sere_compile.compiler.gate_matrices.warn_of_probing.reset()
         compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
         with caplog.at_level(logging.WARNING):
             logits(compiled, ids)

@@ -10,7 +10,8 @@ import torch
 
 from sere_compile.errors import ProfileError
 from sere_compile.similarity import binding
-from sere_compile.similarity.profile import SimilarityProfile, attach
+from sere_compile.similarity.attach import attach
+from sere_compile.similarity.profile import SimilarityProfile
 
 from .made import GATES, E, build, changed, coefficients, matrices, matrix
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from sere_compile.errors import ProfileError
 from sere_compile.similarity import binding
-from sere_compile.similarity.profile import SimilarityProfile, attach, detach
+from sere_compile.similarity.attach import attach, detach
+from sere_compile.similarity.profile import SimilarityProfile
 
 from .made import GATES, E, H, build, matrices, matrix
 
