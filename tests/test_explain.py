@@ -28,7 +28,7 @@ class TestExplain:
         assert [row.status for row in report] == ["identity"] * 2
         dense = sere_compile.explain(Dense(), torch.randn(2, 8))
         assert "0 MoE gates found" in str(dense)
-        assert "test_backend.py" in dense.rows[0].name
+        assert "compiled.py" in dense.rows[0].name
         assert dense.rows[0].status == "skipped"
 
     def test_leaves_the_recompile_limit_to_the_user(self):

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch._dynamo.exc import BackendCompilerFailed
 
+from ..compiler import rewrite_gate
 from ..errors import SereError
 from . import variant
 from .decode_step import bench_decode_step
@@ -112,7 +113,7 @@ def _logged_to(results: Results) -> Iterator[None]:
                 results.notes.append(message)
 
     handler = Notes(logging.INFO)
-    logs = [logging.getLogger(name) for name in ("sere_compile.compiler.gate_plan", variant.__name__)]
+    logs = [logging.getLogger(name) for name in (rewrite_gate.__name__, variant.__name__)]
     levels = [log.level for log in logs]
     for log in logs:
         log.addHandler(handler)
