@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from .evidence.routing_weights import outer_consumers
 from .gate import Gate, Skip, SkipReason, UseKind
 from .graph import nodes
+from .graph.state import computed_of_state
 from .graph.walk import walk
 
 _REARRANGING = nodes.VALUE_PRESERVING | {"transpose", "permute", "repeat_interleave", "repeat"}
@@ -142,7 +143,8 @@ def _role(node: Node, gate: Gate, behind: set[Node]) -> str:
     rearranges = nodes.kind(node) in _REARRANGING
     if node in behind or rearranges or not nodes.is_tensor(node) or not any(map(nodes.is_tensor, node.all_input_nodes)):
         return "inside"
-    return "activation"
+    # Parts and sums of parameters are computed: made up they would be other experts' weights.
+    return "inside" if computed_of_state(node) else "activation"
 
 
 def _varies_by_token(node: Node, ids: Node) -> bool:

@@ -72,6 +72,11 @@ class SkipReason(enum.Enum):
         "sort(descending=True)"
     )
     UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"
+    ONE_TOKEN = (
+        "it is inside torch.func.vmap, where its batch is one example, and re-routing takes the tokens of a batch "
+        "together: call the layer on the whole batch instead"
+    )
+    FETCHED = "its indices fetch values, keys or prompts of the model; none is a weight that acts on hidden states"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"
     NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores do not weight what is computed from them"

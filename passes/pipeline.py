@@ -22,6 +22,9 @@ from .fuse_router import fuse_router
 from .gate import Gate, Skip, SkipReason
 from .kernel_gains import check_experts_gain, check_router_gains
 from .reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
+from .verify_rewrite import Proof
+
+_REROUTE = "reroute"  # the switch of all that re-routing takes
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Run:
         sizes: numbers for the graph inputs that are symbolic sizes, as one call would have them.
         device: where the graph runs.
         has_gradients: whether a call may ask for gradients, which the kernels do not give.
-        prove: what is proven of the gate's rewrite, in words, or the refusal where it is wrong.
+        prove: how the gate can be rewritten with proof, or the refusal where nothing is proven.
         input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for
             "counts".
         projecting: whether weights are multiplied by projection coefficients.
@@ -52,14 +55,21 @@ class Run:
     sizes: Mapping[Node, int]
     device: torch.device
     has_gradients: bool
-    prove: Callable[[Gate], str | Skip]
+    prove: Callable[[Gate], Proof | Skip]
     input_for: Callable[[str], Node]
     projecting: bool = False
     counting: bool = False
-    proof: str = ""
+    proof: Proof | None = None
     rewrite: Rewrite | None = None
     done: list[str] = field(default_factory=list)
     refused: dict[str, Skip] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> bool:
+        """Whether a token's duplicates are merged: as proven, unless the experts are one operator of ours by now."""
+        if self.proof is None or self.gate.dispatch_uses != self.proof.gate.dispatch_uses:
+            return self.gate.needs_merge
+        return self.proof.merged
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Pass:
         replaces: the part of the gate that keeps stock kernels after a refusal; empty where speed
             is not the aim.
         unless: the pass whose work makes this one unnecessary.
-        required: whether a refusal ends the run: the gate is not re-routed then.
+        required: whether the gate is not re-routed after a refusal. Passes for speed run all the same.
     """
 
     name: str
@@ -99,8 +109,10 @@ def run_pipeline(run: Run, is_on: Callable[[str], bool]) -> Skip | None:
     Returns:
         The refusal of a required pass, after which the gate must count as not re-routed.
     """
+    required: Skip | None = None
     for entry in PIPELINE:
-        if entry.unless in run.done or not is_on(entry.switch):
+        stays = required is not None and entry.switch == _REROUTE
+        if stays or entry.unless in run.done or not is_on(entry.switch):
             continue
         refusal = entry.check(run) or entry.rewrite(run)
         if refusal is None:
@@ -108,8 +120,8 @@ def run_pipeline(run: Run, is_on: Callable[[str], bool]) -> Skip | None:
             continue
         run.refused[entry.name] = refusal
         if entry.required:
-            return refusal
-    return None
+            required = refusal
+    return required
 
 
 def _nothing(run: Run) -> None:
@@ -117,10 +129,10 @@ def _nothing(run: Run) -> None:
 
 
 def _prove(run: Run) -> Skip | None:
-    shown = run.prove(run.gate)
-    if isinstance(shown, Skip):
-        return shown
-    run.proof = shown
+    proof = run.prove(run.gate)
+    if isinstance(proof, Skip):
+        return proof
+    run.proof, run.gate = proof, proof.gate
     return None
 
 
@@ -142,7 +154,9 @@ def _fuse_router(run: Run) -> Skip | None:
     return _keep(run, fuse_router(run.gate, run.sizes, run.device))
 
 
-def _check_counting(run: Run) -> Skip | None:
+def _check_joining(run: Run) -> Skip | None:
+    if run.merged:
+        return Skip(SkipReason.MERGES, run.gate.ids)
     # A count of what changed reads the ids as they were.
     return Skip(SkipReason.COUNTED, run.gate.ids) if run.counting else None
 
@@ -152,7 +166,9 @@ def _fuse_reroute(run: Run) -> Skip | None:
 
 
 def _reroute_dispatch(run: Run) -> Skip | None:
-    return _keep(run, reroute_dispatch(run.gate, run.input_for("similarity"), run.settings, _projection(run)))
+    inputs = run.input_for("similarity"), run.settings, _projection(run)
+    readers = None if run.proof is None else run.proof.readers
+    return _keep(run, reroute_dispatch(run.gate, *inputs, merged=run.merged, readers=readers))
 
 
 def _projection(run: Run) -> Node | None:
@@ -176,11 +192,11 @@ def _keep(run: Run, found: Gate | Rewrite | Skip) -> Skip | None:
 
 PIPELINE = (
     # The proof comes before the speed passes, which replace what it runs.
-    Pass("verify_rewrite", "strict", _nothing, _prove, required=True),
+    Pass("verify_rewrite", _REROUTE, _nothing, _prove, required=True),
     Pass("fuse_experts", "lower_experts", _check_experts, _fuse_experts, replaces="experts"),
     Pass("fuse_router", "fuse_router", _check_router, _fuse_router, replaces="routing"),
     # One of the two re-routes.
-    Pass("fuse_reroute", "reroute", _check_counting, _fuse_reroute),
-    Pass("reroute_dispatch", "reroute", _nothing, _reroute_dispatch, unless="fuse_reroute", required=True),
+    Pass("fuse_reroute", _REROUTE, _check_joining, _fuse_reroute),
+    Pass("reroute_dispatch", _REROUTE, _nothing, _reroute_dispatch, unless="fuse_reroute", required=True),
     Pass("count_routing", "collect_stats", _nothing, _count_routing),
 )

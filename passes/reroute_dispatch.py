@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,13 @@ class Rewrite:
 
 
 def reroute_dispatch(
-    gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None = None
+    gate: Gate,
+    similarity: Node,
+    settings: RoutingSettings,
+    projection: Node | None = None,
+    *,
+    merged: bool | None = None,
+    readers: Sequence[Node] | None = None,
 ) -> Rewrite | Skip:
     """Insert the re-routing operator behind a gate and point its dispatch uses to it.
 
@@ -82,11 +88,14 @@ def reroute_dispatch(
         projection: graph input or attribute like `similarity`, float32 [E, E] with ones on the
             diagonal: a slot that goes from u to v has its weight multiplied by projection[u, v].
             None leaves weights unchanged.
+        merged: whether a token's duplicates are merged; by the kinds of the gate's uses where it is
+            not said.
+        readers: the consumers of the routing weights that see merged or scaled ones; all by default.
 
     Returns:
         What was done, or why nothing was changed.
     """
-    merged = gate.needs_merge
+    merged = gate.needs_merge if merged is None else merged
     weighing = merged or projection is not None
     if projection is not None and gate.weights is None:
         return Skip(SkipReason.NO_SCALE, gate.ids, str(gate.weights_skip or ""), evidence=Evidence.EXPERTS)
@@ -96,12 +105,21 @@ def reroute_dispatch(
         return Skip(SkipReason.BUDGET, gate.ids, evidence=Evidence.EXPERTS)
     graph = gate.selection.graph
     new_ids = redirect_dispatch(
-        gate, lambda: _insert(graph, gate, similarity, settings, projection), with_weights=weighing
+        gate,
+        lambda: _insert(graph, gate, similarity, settings, projection, merged),
+        with_weights=weighing,
+        readers=readers,
     )
     return new_ids if isinstance(new_ids, Skip) else Rewrite(gate, new_ids, merged)
 
 
-def redirect_dispatch(gate: Gate, insert: Callable[[], tuple[Node, Node | None]], *, with_weights: bool) -> Node | Skip:
+def redirect_dispatch(
+    gate: Gate,
+    insert: Callable[[], tuple[Node, Node | None]],
+    *,
+    with_weights: bool,
+    readers: Sequence[Node] | None = None,
+) -> Node | Skip:
     """Let the dispatch of a gate read other ids, and other weights, than the gate chose.
 
     Args:
@@ -109,12 +127,15 @@ def redirect_dispatch(gate: Gate, insert: Callable[[], tuple[Node, Node | None]]
         insert: makes the new ids, and the new weights or None, at the graph's insertion point: ahead
             of the dispatch and behind the gate's ids and weights.
         with_weights: whether there are new weights, for which `gate.weights` has to be known.
+        readers: the consumers of the weights that read the new ones; all by default.
 
     Returns:
         The new ids, or why nothing was changed.
     """
     weights = gate.weights if with_weights else None
-    weight_consumers = outer_consumers(weights, gate.ids) if weights is not None else []
+    weight_consumers: list[Node] = []
+    if weights is not None:
+        weight_consumers = outer_consumers(weights, gate.ids) if readers is None else list(readers)
     consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
     first = min(consumers)
     late = _late_part(weights, first) if weights is not None else []
@@ -144,19 +165,19 @@ def redirect_dispatch(gate: Gate, insert: Callable[[], tuple[Node, Node | None]]
 
 
 def _insert(
-    graph: Graph, gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None
+    graph: Graph, gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None, merged: bool
 ) -> tuple[Node, Node | None]:
     numbers = (settings.select_top_k, settings.threshold, settings.min_active)
     weights = gate.weights
     new_ids: Node | None = None
-    if projection is not None or not gate.needs_merge:
+    if projection is not None or not merged:
         options: dict[str, Any] = {"max_active": settings.max_active} if settings.max_active else {}
         new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers), options)
         _describe(new_ids, gate.ids, nodes.value(gate.ids))
         if projection is not None:
             assert weights is not None
             weights = _projected(graph, gate.ids, new_ids, weights, projection)
-        if not gate.needs_merge:
+        if not merged:
             return new_ids, weights if projection is not None else None
     assert weights is not None
     both = graph.call_function(torch.ops.sere.reroute_merged.default, (gate.ids, weights, similarity, *numbers))

@@ -1,39 +1,48 @@
 """Prove, by running it, that a rewritten gate computes what re-routing defines, without an oracle for the model.
 
-The part of the graph from the selection to where its tokens come together again runs on made-up activations, once as
-traced and once rewritten:
+Re-routing by a map m gives what the *original program* gives, with its original ids and weights, when expert u's
+parameters are those of expert m(u). This holds whatever the program does with duplicates, order, normalising or
+statistics. So the part of the graph from the router's logits to where its tokens come together runs on made-up values,
+once rewritten with new ids, and once as traced with exchanged parameters:
 
 - with S = K the results are equal bit for bit;
-- with S = 1 and only two primary experts, so that almost every token names an expert twice, the rewritten result is
-  the sum over slots of what the *original* dispatch gives for that slot alone, at its original weight. There no
-  token names an expert twice, so the original shows what the sum has to be.
+- with S < K they are equal but for rounding, in tokens that name an expert twice, in such whose ids stay, and where
+  masks of the graph mark padding;
+- what else reads the ids or weights (a returned value, a loss, a statistic) is the same as in the original.
 
-Where the tokens do not come together in the graph, because ids and weights leave it, the second comparison is with
-what the original makes of merged ids and weights: bit for bit, and no expert twice in a token. Where the weights are
-not known it is with what the original makes of the new ids. `Proof` says which it was. Uses that keep the original ids
-(look-ups) are held fixed in these two: that they are right to keep them only the sum over slots shows.
+A way to rewrite is tried first that the kinds of the gate's uses hint at, then the other. What is found holds for every
+gate with an equal region.
 """
 
 from __future__ import annotations
 
-import enum
-from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._functorch import predispatch
 from torch.fx import Graph, GraphModule, Node
 
-from .extract_dispatch import find_exit
-from .gate import Gate, Skip, SkipReason, Use
+from .gate import Evidence, Gate, Skip, SkipReason, Use, UseKind
 from .graph import nodes
-from .graph.run_part import Part, ValueOf, plain_number
+from .graph.run_part import ValueOf, run_graph
+from .proof.expert_parameters import ExpertParameters, Told, Values
+from .proof.key import region_key
+from .proof.made_up import activation_values, state_values
+from .proof.outside import verify_outside
+from .proof.region import Region, cut_region
+from .proof.sources import experts_meet_hidden
 from .reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
 
-_Picked = namedtuple("_Picked", ("values", "indices"))
+SHOWN = "what the original gives with the parameters of the expert that stands in"  # what a proof says
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
+_DRAWS = 4
+_TOKENS = 16  # that the draws hold together at least
+_MOST_DRAWS = 12
+_REMEMBERED = 512
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -41,258 +50,374 @@ def tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
-class Proof(enum.Enum):
-    """What was shown of a gate's rewrite: with S = K no bit changes, and with S < K what the value says."""
+@dataclass(frozen=True)
+class Proof:
+    """How a gate is to be rewritten, and what was shown of it.
 
-    SUM = "the sum over slots"  # of the original dispatch, each slot run alone
-    MERGED = "what the traced code makes of merged ids and weights; code outside the graph was not run"
-    KIND = "what the traced code makes of the new ids; duplicates by the kind of its dispatch"
+    Attributes:
+        gate: with the kinds of its uses as they were proven.
+        merged: whether duplicates are merged.
+        readers: the consumers of the routing weights that see merged or scaled ones.
+        experts: the nodes of the graph that hold the experts' parameters; empty where they are outside the graph.
+        shown: in words for a report.
+    """
+
+    gate: Gate
+    merged: bool
+    readers: tuple[Node, ...] | None
+    experts: frozenset[Node]
+    shown: str
 
 
 def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None) -> Proof | Skip:
-    """What is proven of a gate's rewrite, or the refusal where it is wrong. The graph is not changed.
+    """How a gate can be rewritten with proof, or the refusal. The graph is not changed.
 
     Args:
         gate: found, not yet rewritten.
-        value_of: what graph inputs and attributes hold, see `evaluate.ValueOf`.
+        value_of: what graph inputs and attributes hold, see `graph.run_part.ValueOf`.
     """
     module = gate.selection.graph.owning_module
-    if module is None:
-        return _unproven(gate, "its graph has no module")
-    copy, twin = _copied(module, gate)
-    similarity = _leading_input(copy.graph)
-    done = reroute_dispatch(twin, similarity, RoutingSettings(1))
-    if isinstance(done, Skip):
-        return replace(done, node=gate.selection)
-    try:
-        return _compare(gate, module, twin, copy, done, similarity, value_of)
-    except _FAILURES as error:
-        return _unproven(gate, f"it could not be run: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    if _inside_vmap(gate.selection):
+        return Skip(SkipReason.ONE_TOKEN, gate.selection, evidence=Evidence.EXPERTS)
+    leaving = all(use.kind is UseKind.LEAVES for use in gate.dispatch_uses)
+    region = cut_region(gate, value_of)
+    if isinstance(region, Skip):
+        return _outside(gate, module, value_of) if leaving else region
+    key = region_key(region, module)
+    if key not in _verdicts:
+        while len(_verdicts) >= _REMEMBERED:
+            _verdicts.pop(next(iter(_verdicts)))
+        _verdicts[key] = _Prover(region, module).prove()
+    if leaving and _verdicts[key].without_experts:
+        return _outside(gate, module, value_of)
+    return _for_gate(_verdicts[key], gate, region)
 
 
-def _unproven(gate: Gate, detail: str) -> Skip:
-    return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=5)
+def _outside(gate: Gate, module: GraphModule | None, value_of: ValueOf) -> Proof | Skip:
+    """What is shown where ids and weights leave the graph, towards experts that it does not hold."""
+    shown = verify_outside(gate, module, value_of)
+    return shown if isinstance(shown, Skip) else Proof(gate, gate.needs_merge, None, frozenset(), shown)
 
 
 @dataclass(frozen=True)
-class _Twins:
-    """A gate as traced and as rewritten, with what both are run on and where they are compared."""
+class _Verdict:
+    """What was found of a region, without a node of its graph: it serves every gate with an equal one."""
+
+    kinds: tuple[UseKind, ...] = ()
+    merged: bool = False
+    readers: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
+    refusal: str = ""
+    reason: SkipReason = SkipReason.UNVERIFIED
+    without_experts: bool = False
+
+    @property
+    def refused(self) -> bool:
+        """Whether no way to rewrite was proven."""
+        return bool(self.refusal) or self.reason is not SkipReason.UNVERIFIED
+
+
+_verdicts: dict[str, _Verdict] = {}
+
+
+def _for_gate(verdict: _Verdict, gate: Gate, region: Region) -> Proof | Skip:
+    if verdict.refused:
+        if gate.weights is None and gate.weights_skip is not None and verdict.reason is SkipReason.UNVERIFIED:
+            return replace(
+                gate.weights_skip, detail=f"{gate.weights_skip.detail}; {verdict.refusal}", evidence=Evidence.EXPERTS
+            )
+        return Skip(verdict.reason, gate.selection, verdict.refusal, evidence=Evidence.EXPERTS)
+    kinds = {
+        (region.originals[use.consumer], region.originals[use.read]): kind
+        for use, kind in zip(region.gate.uses, verdict.kinds, strict=True)
+    }
+    uses = tuple(replace(use, kind=kinds.get((use.consumer, use.read), use.kind)) for use in gate.uses)
+    readers = tuple(region.originals[region.readers[number]] for number in verdict.readers)
+    order = list(region.leaves.values())
+    experts = frozenset(order[number].source for number in verdict.experts)
+    return Proof(replace(gate, uses=uses), verdict.merged, readers, experts, SHOWN)
+
+
+def _inside_vmap(selection: Node) -> bool:
+    """Whether the selection is made for one example at a time, as inside `torch.func.vmap`."""
+
+    def before(target: Any) -> int:
+        return sum(node < selection for node in selection.graph.find_nodes(op="call_function", target=target))
+
+    return before(predispatch._vmap_increment_nesting) > before(predispatch._vmap_decrement_nesting)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to rewrite a region."""
 
     gate: Gate
+    merged: bool
+    readers: tuple[Node, ...]
+
+
+class _Prover:
+    """Tries the ways to rewrite one region."""
+
+    def __init__(self, region: Region, module: GraphModule | None) -> None:
+        self._region, self._module = region, module
+        self._single = True
+
+    def prove(self) -> _Verdict:
+        """The first way that is right, or why none is."""
+        try:
+            return self._prove()
+        except _FAILURES as error:
+            first = error
+        self._single = False  # an operation that takes half precision only
+        try:
+            return self._prove()
+        except _FAILURES:
+            text = (str(first).splitlines() or [""])[0][:120]
+            return _Verdict(refusal=f"it could not be run: {type(first).__name__}: {text}")
+
+    def _prove(self) -> _Verdict:
+        region = self._region
+        self._state = state_values(region, single=self._single)
+        draws = [self._drawn(number) for number in range(2)]
+        experts, sources = Told(region, self._run, draws).find()
+        if not experts:
+            refusal = "no parameter belongs to the experts: exchanging it changes no token, or all"
+            return _Verdict(refusal=refusal, without_experts=True)
+        if not experts_meet_hidden(region, sources, experts.tensors):
+            return _Verdict(reason=SkipReason.FETCHED)
+        refusals: list[str] = []
+        reason = SkipReason.UNVERIFIED
+        for way in self._ways(experts.tensors):
+            wrong = self._check(way, experts)
+            if wrong is None:
+                return self._verdict(way, experts)
+            if isinstance(wrong, Skip):
+                reason = wrong.reason if not refusals else reason
+                wrong = wrong.detail
+            refusals.append(wrong)
+        text = "; ".join(dict.fromkeys(refusals)) or "nothing of its dispatch can be re-routed"
+        return _Verdict(refusal=text, reason=reason)
+
+    def _drawn(self, number: int) -> Values:
+        return self._state | activation_values(self._region, number, single=self._single)
+
+    def _run(self, values: Values) -> Values:
+        return run_graph(self._region.graph, self._module, values, single=self._single)
+
+    def _verdict(self, way: _Way, experts: ExpertParameters) -> _Verdict:
+        order = list(self._region.leaves)
+        return _Verdict(
+            tuple(use.kind for use in way.gate.uses),
+            way.merged,
+            tuple(self._region.readers.index(reader) for reader in way.readers),
+            tuple(order.index(node) for node in experts.tensors),
+        )
+
+    def _ways(self, experts: set[Node]) -> Iterator[_Way]:
+        """Ways to rewrite, the likeliest first."""
+        gate = _with_proven_kinds(self._region, experts)
+        if not gate.dispatch_uses:
+            return
+        inside = tuple(r for r in self._region.readers if _leads_to(r, self._region.ends[0]))
+        hint = self._region.gate.needs_merge
+        for merged in (hint, not hint):
+            if merged and gate.weights is None:
+                continue
+            yield _Way(gate, merged, inside)
+            if merged and len(inside) > 1:
+                for left_out in inside:
+                    yield _Way(gate, merged, tuple(reader for reader in inside if reader is not left_out))
+
+    def _check(self, way: _Way, experts: ExpertParameters) -> str | Skip | None:
+        """What is wrong with a way to rewrite, or None."""
+        rewritten = _rewritten(self._region, way)
+        if isinstance(rewritten, Skip):
+            return rewritten
+        moved, number = 0, 0
+        name = "with merged ids" if way.merged else "with new ids"
+        tokens = 0
+        while number < _MOST_DRAWS and (number < _DRAWS or tokens < _TOKENS or not moved):
+            values = self._drawn(number)
+            if number < 2:
+                same = rewritten.run(values, self._run, self._region.gate.top_k, 0.0)
+                wrong = self._differs(self._run(values), same, exact=True)
+                if wrong is not None:
+                    return f"{name} and S = K {wrong}"
+            settings = _settings(number, self._region.gate.top_k)
+            new = rewritten.run(values, self._run, *settings)
+            mapping = rewritten.mapping(new, *settings)
+            if isinstance(mapping, str):
+                return mapping
+            expected = self._run(experts.swapped(values, mapping))
+            wrong = self._differs(expected, new, exact=False)
+            if wrong is not None:
+                return f"{name} and S = {settings[0]} {wrong}"
+            moved += int((mapping != torch.arange(len(mapping), device=mapping.device)).sum())
+            tokens += new.ids.numel() // self._region.gate.top_k
+            number += 1
+        return None if moved else "made-up scores chose the same experts throughout"
+
+    def _differs(self, expected: Values, got: _Got, exact: bool) -> str | None:
+        """At which end two runs are apart, and how far."""
+        for end, found in zip(self._region.ends, got.ends, strict=True):
+            if end in self._region.written and self._is_scratch(end):
+                continue
+            distance = _distance(expected[end], found, exact)
+            if distance is not None:
+                original = self._region.originals.get(end, end)
+                return f"{original.name} is off by {distance}"
+        return None
+
+    def _is_scratch(self, written: Node) -> bool:
+        """Whether a buffer is written anew in each call, for the dispatch to read: no part of what a call leaves."""
+        if self._region.ends[0] not in self._reached_from(written):
+            return False
+        values = self._drawn(0)
+        other = values | {written: torch.ones_like(values[written])}
+        first, second = self._run(values), self._run(other)
+        return all(_distance(first[end], second[end], True) is None for end in (written, self._region.ends[0]))
+
+    def _reached_from(self, start: Node) -> set[Node]:
+        found, pending = {start}, [start]
+        while pending:
+            fresh = [node for node in nodes.followers(pending.pop()) if node not in found]
+            found.update(fresh)
+            pending.extend(fresh)
+        return found
+
+
+@dataclass(frozen=True)
+class _Got:
+    ends: list[Any]
+    ids: torch.Tensor
+    new_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A region as one way rewrites it."""
+
+    region: Region
+    graph: Graph
     done: Rewrite
-    original: Part
-    rewritten: Part
-    outputs: list[Node]
-    wanted: list[Node]  # the same in the rewritten graph
-    start: dict[Node, Any]
-    given: dict[Node, Any]
-    matrix: torch.Tensor
+    matrix: Node
+    copies: dict[Node, Node]
+    module: GraphModule | None
 
-    def run(self, changed: dict[Node, Any] | None = None) -> list[Any]:
-        """The outputs as traced, from what the selection chose and from values exchanged for others."""
-        return self.original.run(self.outputs, self.start | (changed or {}))
+    def run(self, values: Values, run: Any, select_top_k: int, threshold: float) -> _Got:
+        """The ends under S and rho."""
+        routing = self.done.new_ids if not self.done.merged else nodes.operand(self.done.new_ids)
+        assert routing is not None
+        numbers = 3 if self.done.merged else 2
+        routing.args = (*routing.args[:numbers], select_top_k, threshold, *routing.args[numbers + 2 :])
+        size = self.region.gate.num_experts
+        device = next(v.device for v in values.values() if isinstance(v, torch.Tensor))
+        matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(1)).to(device)
+        given = {self.copies[node]: value for node, value in values.items()} | {self.matrix: matrix}
+        found = run_graph(self.graph, self.module, given, single=run.__self__._single)
+        ends = [found[node] for node in self.graph.output_node().args[0]]
+        return _Got(ends, found[self.copies[self.region.gate.ids]], found[self.done.new_ids])
 
-    def run_rewritten(self, select_top_k: int) -> list[Any]:
-        """The outputs of the rewritten graph."""
-        routing = _routing_node(self.done)
-        one = routing.args
-        position = 3 if self.done.merged else 2
-        routing.args = (*one[:position], select_top_k, *one[position + 1 :])
-        results = self.rewritten.run(self.wanted, self.given)
-        routing.args = one
-        return results
-
-
-def _compare(
-    gate: Gate, module: GraphModule, twin: Gate, copy: GraphModule, done: Rewrite, similarity: Node, value_of: ValueOf
-) -> Proof | Skip:
-    drawn: dict[str, Any] = {}
-    names = {node.name: node for node in module.graph.nodes}
-    twins = {node.name: node for node in copy.graph.nodes}
-    exit_node = find_exit(gate)
-    if exit_node is not None and exit_node.name not in twins:
-        return _unproven(gate, f"{exit_node.name} is gone")
-    start = _choice(gate)
-    matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
-    matrix = matrix.to(_device(gate))
-    both = _Twins(
-        gate,
-        done,
-        original=Part(module, gate.selection, value_of, drawn),
-        rewritten=Part(copy, twin.selection, lambda node: value_of(names[node.name]), drawn),
-        outputs=[exit_node] if exit_node is not None else _returned(gate),
-        wanted=[twins[exit_node.name]] if exit_node is not None else _returned(twin),
-        start=start,
-        given={twins[node.name]: value for node, value in start.items()} | {similarity: matrix},
-        matrix=matrix,
-    )
-    if not _all_equal(both.run(), both.run_rewritten(gate.top_k)):
-        return _unproven(gate, "with S = K it differs from the original")
-    return _prove_wiring(both) if exit_node is None else _prove_sum(both, exit_node)
+    def mapping(self, got: _Got, select_top_k: int, threshold: float) -> torch.Tensor | str:
+        """The map of the experts, int64 [E], that re-routing these ids stands for."""
+        size = self.region.gate.num_experts
+        matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(1)).to(got.ids.device)
+        new = torch.ops.sere.reroute.default(got.ids, matrix, select_top_k, threshold, 0)
+        mapping = torch.arange(size, device=got.ids.device)
+        real = (got.ids >= 0) & (got.ids < size)
+        mapping[got.ids[real].long()] = new[real].long()
+        if not torch.equal(mapping[got.ids[real].long()], new[real].long()):
+            return "re-routing sends one expert to several"
+        return mapping
 
 
-def _prove_sum(both: _Twins, exit_node: Node) -> Proof | Skip:
-    """S = 1 inside the graph."""
-    [got] = both.run_rewritten(1)
-    expected = _sum_of_slots(both.gate, both.original, exit_node, both.start, both.matrix)
-    error = float((got.double() - expected).abs().max()) if got.numel() else 0.0
-    scale = float(expected.abs().max()) if got.numel() else 1.0
-    if not error <= tolerance(got.dtype) * max(scale, 1e-6):
-        return _unproven(both.gate, f"with S = 1 it is off by {error:.2g} of {scale:.2g} from the sum over slots")
-    return Proof.SUM
+def _settings(number: int, top_k: int) -> tuple[int, float]:
+    """S and rho of a draw: mostly S = 1, which makes most duplicates; with rho some experts stay."""
+    if number % 4 == 3:
+        return 1, 0.5
+    return (2, 0.0) if number % 4 == 1 and top_k > 2 else (1, 0.0)
 
 
-def _prove_wiring(both: _Twins) -> Proof | Skip:
-    """S = 1 where the slots are not summed in the graph, or with weights that are not known."""
-    gate = both.gate
-    kept = [use.consumer for use in gate.uses if not use.kind.dispatches and _reads(use.read, gate.all_ids)]
-    weights = gate.weights if both.done.merged else None
-    ids, *values = both.original.run([gate.ids, *kept], both.start)
-    new_ids = torch.ops.sere.reroute.default(ids, both.matrix, 1, 0.0, 0)
-    changed = dict(zip(kept, values, strict=True))
-    if weights is not None:
-        [old] = both.original.run([weights], both.start)
-        rerouted = new_ids
-        new_ids, changed[weights] = torch.ops.sere.reroute_merged.default(ids, old, both.matrix, 1, 0.0, 0)
-        if not _is_merged(new_ids, changed[weights], rerouted, old):
-            return _unproven(gate, "with S = 1 a token names an expert twice, or not with the sum of its weights")
-    if not _all_equal(both.run(changed | dict.fromkeys(gate.all_ids, new_ids)), both.run_rewritten(1)):
-        made_of = "the new ids" if weights is None else "merged ids and weights"
-        return _unproven(gate, f"with S = 1 what is returned is not made of {made_of}")
-    return Proof.KIND if weights is None else Proof.MERGED
-
-
-def _reads(read: Node, ids: tuple[Node, ...]) -> bool:
-    """Whether what a use reads is the ids, or a view, cast or mask of them."""
-    node: Node | None = read
-    while node is not None and node not in ids:
-        node = nodes.slot_source(node)
-    return node is not None
-
-
-def _is_merged(ids: torch.Tensor, weights: torch.Tensor, rerouted: torch.Tensor, original: torch.Tensor) -> bool:
-    """Whether no token names an expert twice, each with the weights of all slots that were re-routed to it."""
-    ordered = ids.sort(-1)[0]
-    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        return False
-    size = int(torch.maximum(ids.max(), rerouted.max())) + 1
-    table = torch.zeros(*ids.shape[:-1], size, dtype=torch.float64, device=ids.device)
-    got = table.scatter_add(-1, ids.long(), weights.double())
-    wanted = table.scatter_add(-1, rerouted.long(), original.double())
-    return bool(((got - wanted).abs() <= tolerance(weights.dtype) * wanted.abs().max()).all())
-
-
-def _all_equal(left: list[Any], right: list[Any]) -> bool:
-    return all(_equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def _routing_node(done: Rewrite) -> Node:
-    source = nodes.operand(done.new_ids) if done.merged else done.new_ids
-    assert source is not None
-    return source
-
-
-def _sum_of_slots(
-    gate: Gate, part: Part, exit_node: Node, start: dict[Node, Any], matrix: torch.Tensor
-) -> torch.Tensor:
-    """The sum over k of the original dispatch with new expert k alone, float64 like the exit's value.
-
-    A slot's expert stands first, at the slot's weight; distinct others stand behind it at weight 0. What the exit
-    holds besides the experts (a residual) is counted once.
-    """
-    routing_weights = gate.weights
-    assert routing_weights is not None
-    ids, weights = part.run([gate.ids, routing_weights], start)
-    new = torch.ops.sere.reroute.default(ids, matrix, 1, 0.0, 0)
-    others = torch.arange(gate.top_k, device=ids.device)
-
-    def alone(first: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        inside = (first[..., None] + others) % gate.num_experts
-        # An id that names no expert stands in its slot as it is.
-        inside[..., 0] = first
-        table = torch.zeros_like(weights)
-        table[..., 0] = weight
-        chosen = dict.fromkeys(gate.all_ids, inside.to(ids.dtype))
-        [result] = part.run([exit_node], start | chosen | {routing_weights: table})
-        return result.double()
-
-    nothing = alone(new[..., 0], torch.zeros_like(weights[..., 0]))
-    total = nothing.clone()
-    for slot in range(gate.top_k):
-        total += alone(new[..., slot], weights[..., slot]) - nothing
-    return total
-
-
-def _choice(gate: Gate) -> dict[Node, Any]:
-    """What the selection chose: in each token expert 0 or 1 first, then distinct others."""
-    scores = nodes.operand(gate.selection)
-    assert scores is not None
-    sizes = [plain_number(size) for size in nodes.shape(scores) or ()]
-    generator = torch.Generator().manual_seed(2)
-    ranks = torch.rand(sizes, generator=generator).argsort(-1)  # [..., columns], distinct in a token
-    rows = torch.arange(ranks[..., 0].numel()).view(ranks.shape[:-1])
-    first = (rows % 2)[..., None]
-    ids = torch.cat([first, ranks[ranks != first].view(*ranks.shape[:-1], -1)], -1)
-    device, dtype = _device(gate), nodes.value(scores).dtype
-    if gate.form == "steps":
-        level = torch.arange(sizes[-1], 0, -1, dtype=torch.float32).expand(ids.shape) / sizes[-1]
-        return {scores: torch.zeros(sizes).scatter(-1, ids, level).to(device=device, dtype=dtype)}
-    width = sizes[-1] if gate.form == "sort" else int(nodes.argument(gate.selection, 1, "k"))
-    ids = ids[..., :width].contiguous().to(device)
-    if nodes.is_tensor(gate.selection):
-        return {gate.selection: ids}
-    values = torch.rand(ids.shape, generator=generator).sort(-1, descending=True)[0] + 0.1
-    return {gate.selection: _Picked(values.to(device=device, dtype=dtype), ids)}
-
-
-def _device(gate: Gate) -> torch.device:
-    recorded = getattr(nodes.value(gate.ids), "device", None)
-    return recorded if recorded is not None else nodes.device(gate.router_weight)
-
-
-def _returned(gate: Gate) -> list[Node]:
-    """The nodes that the graph returns and that depend on the selection's ids or weights."""
-    ends: list[Node] = []
-    for node in gate.selection.graph.output_node().all_input_nodes:
-        ends.append(node)
-    behind = Part(gate.selection.graph.owning_module, gate.selection, lambda _: None, {})._behind  # type: ignore[arg-type]
-    return [node for node in ends if node in behind]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
-    return type(a) is type(b) and a == b
-
-
-def _leading_input(graph: Graph) -> Node:
-    with graph.inserting_before(next(iter(graph.nodes))):
-        return graph.placeholder("sere_verified_similarity")
-
-
-def _copied(module: GraphModule, gate: Gate) -> tuple[GraphModule, Gate]:
-    """A copy of the graph that shares parameters, and the gate in it."""
+def _rewritten(region: Region, way: _Way) -> _Rewritten | Skip:
     graph = Graph()
-    mapping: dict[Node, Node] = {}
-    output = graph.graph_copy(module.graph, mapping)
-    graph.output(output)
-    copy = GraphModule(module, graph)
-    # GraphModule may renumber nothing: names are those of the original.
-    old_output = module.graph.output_node()
-    mapping[old_output] = copy.graph.output_node()
+    copies: dict[Node, Node] = {}
+    matrix = graph.placeholder("sere_similarity")
+    output = graph.graph_copy(region.graph, copies)
+    copies[region.graph.output_node()] = graph.output(output)
+    gate = _moved(way.gate, copies)
+    readers = tuple(copies[reader] for reader in way.readers)
+    done = reroute_dispatch(gate, matrix, RoutingSettings(1), merged=way.merged, readers=readers)
+    if isinstance(done, Skip):
+        return done
+    return _Rewritten(region, graph, done, matrix, copies, region.gate.selection.graph.owning_module)
 
-    def moved(node: Node | None) -> Node | None:
-        return None if node is None else mapping[node]
 
-    twin = replace(
+def _moved(gate: Gate, copies: dict[Node, Node]) -> Gate:
+    """The gate in a copy of its graph."""
+
+    def at(node: Node | None) -> Node | None:
+        return None if node is None else copies[node]
+
+    return replace(
         gate,
-        selection=mapping[gate.selection],
-        ids=mapping[gate.ids],
-        values=moved(gate.values),
-        router_weight=mapping[gate.router_weight],
-        router_input=mapping[gate.router_input],
-        uses=tuple(Use(mapping[use.consumer], mapping[use.read], use.kind) for use in gate.uses),
-        weights=moved(gate.weights),
-        all_ids=tuple(mapping[node] for node in gate.all_ids),
+        selection=copies[gate.selection],
+        ids=copies[gate.ids],
+        values=at(gate.values),
+        router_weight=copies[gate.router_weight],
+        router_input=copies[gate.router_input],
+        uses=tuple(Use(copies[use.consumer], copies[use.read], use.kind) for use in gate.uses),
+        weights=at(gate.weights),
+        all_ids=tuple(copies[node] for node in gate.all_ids),
     )
-    return copy, twin
+
+
+def _with_proven_kinds(region: Region, experts: set[Node]) -> Gate:
+    """The gate with uses told by what they are seen to do.
+
+    A look-up in an expert's parameters takes new ids and one in another parameter keeps the old ones; what never
+    reaches the exit is no dispatch.
+    """
+
+    def kind(use: Use) -> UseKind:
+        table = nodes.operand(use.consumer) if nodes.kind(use.consumer) == "index" else None
+        if nodes.kind(use.consumer) == "embedding":
+            table = max(nodes.operands(use.consumer), key=nodes.is_floating)
+        root = nodes.parameter_root(table) if table is not None else None
+        if root in region.leaves and region.leaves[root].kind == "state":
+            return UseKind.EXPERT_INDEX if root in experts else UseKind.LOOK_UP
+        if use.kind.dispatches and not _leads_to(use.consumer, region.ends[0]):
+            return UseKind.STATISTIC
+        return use.kind
+
+    return replace(region.gate, uses=tuple(replace(use, kind=kind(use)) for use in region.gate.uses))
+
+
+def _leads_to(start: Node, end: Node) -> bool:
+    found, pending = {start}, [start]
+    while pending:
+        node = pending.pop()
+        if node is end:
+            return True
+        fresh = [n for n in nodes.followers(node) if n not in found and not end < n]
+        found.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
+def _distance(expected: Any, got: Any, exact: bool) -> str | None:
+    """How far two values are apart, in words, or None where they are the same."""
+    if not isinstance(expected, torch.Tensor) or not isinstance(got, torch.Tensor):
+        return None if type(expected) is type(got) and expected == got else f"{got} instead of {expected}"
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        return f"{list(got.shape)} {got.dtype} instead of {list(expected.shape)} {expected.dtype}"
+    if torch.equal(expected, got) or not expected.numel():
+        return None
+    left, right = expected.double(), got.double()
+    if not torch.equal(left.isfinite(), right.isfinite()):
+        return "infinities or NaNs"
+    error = float((left - right)[left.isfinite()].abs().max())
+    scale = float(left[left.isfinite()].abs().max())
+    close = not exact and expected.dtype.is_floating_point and error <= tolerance(expected.dtype) * scale
+    same = error == 0 and torch.equal(left.nan_to_num(), right.nan_to_num())
+    return None if close or same else f"{error:.2g} of {scale:.2g}"

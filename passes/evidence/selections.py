@@ -150,7 +150,7 @@ def _refined(selection: Selection) -> Selection:
         width = nodes.last_size(cut[0])
         assert width is not None
         selection = _replaced(selection, cut, width)
-    marked = _padding_marked(selection.ids)
+    marked = _padding_marked(selection.ids, nodes.last_size(selection.scores))
     return _replaced(selection, (marked,), selection.top_k) if marked is not None else selection
 
 
@@ -182,12 +182,12 @@ def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:
     return tuple(cuts)
 
 
-def _padding_marked(ids: tuple[Node, ...]) -> Node | None:
-    """`where(real, ids, -1)` or `masked_fill(ids, padding, -1)`, if that alone is dispatched."""
+def _padding_marked(ids: tuple[Node, ...], columns: int | None) -> Node | None:
+    """`where(real, ids, -1)` or `masked_fill(ids, padding, E)`, if that alone is dispatched."""
     if len(ids) != 1:
         return None
     [node] = ids
-    marking = [user for user in node.users if _marks_padding(user, node)]
+    marking = [user for user in node.users if _marks_padding(user, node, columns)]
     return marking[0] if len(marking) == 1 and not _read_otherwise(ids, marking) else None
 
 
@@ -197,8 +197,8 @@ def _read_otherwise(ids: tuple[Node, ...], known: list[Node]) -> bool:
     return any(nodes.kind(user) not in ("gather", "take_along_dim") for user in others)
 
 
-def _marks_padding(user: Node, ids: Node) -> bool:
-    """Whether a user puts a negative number, which is no expert's, in place of some ids."""
+def _marks_padding(user: Node, ids: Node, columns: int | None) -> bool:
+    """Whether a user puts a number that is no expert's in place of some ids."""
     if nodes.writes(user) or not nodes.same_shape(user, ids):
         return False
     match nodes.kind(user):
@@ -208,7 +208,7 @@ def _marks_padding(user: Node, ids: Node) -> bool:
             number = constant(nodes.argument(user, 2, "other"))
         case _:
             return False
-    return number is not None and number < 0
+    return number is not None and (number < 0 or (columns is not None and number >= columns))
 
 
 def _join_steps(found: list[Selection | Skip]) -> list[Selection | Skip]:

@@ -38,7 +38,8 @@ class GatePlan:
     reason: str = ""  # why it is not re-routed
     refusal: Skip | None = None  # the same, where it should have been
     kernels: str = ""  # what the speed passes did, and why not more; empty where they are off
-    proof: str = ""  # what strict=True has proven of the rewrite
+    proof: str = ""  # what was shown of the rewrite
+    merged: bool = False  # whether a token's duplicates are merged
 
     @property
     def select_top_k(self) -> int:

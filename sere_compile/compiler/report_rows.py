@@ -21,7 +21,7 @@ def row_of(plan: GatePlan, entry: GateEntry) -> GateRow:
         select_top_k=plan.select_top_k if rewritten else gate.top_k,
         scoring=gate.scoring,
         is_sorted=gate.is_sorted,
-        dispatch=gate.dispatch + (", merged" if rewritten and gate.needs_merge else ""),
+        dispatch=gate.dispatch + (", merged" if rewritten and plan.merged else ""),
         status=plan.status,
         reason=plan.reason,
         similarity=(entry.source or "none attached: probed at compile time") if rewritten else "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
@@ -23,6 +24,7 @@ from ..passes import (
     run_pipeline,
     verify_rewrite,
 )
+from ..passes.proof.outside import MERGED
 from ..passes.verify_rewrite import tolerance
 from ..report import REWRITTEN, SKIPPED
 from .gate_plan import GatePlan
@@ -55,7 +57,10 @@ def rewrite_gate(
         return None
     run = _run(plan, graph, matrices, weight, owners)
     refusal = run_pipeline(run, _switches(plan, run, graph.takes_kernels))
-    plan.proof, plan.kernels = run.proof, _kernels(run)
+    plan.kernels = _kernels(run)
+    plan.merged = run.rewrite is not None and run.rewrite.merged
+    if run.proof is not None:
+        plan.gate, plan.proof = run.proof.gate, run.proof.shown
     _log(plan, run)
     if refusal is not None:
         graph.drop_unused(plan)
@@ -83,7 +88,7 @@ def _run(
         sizes={node: value for node in inputs if isinstance(value := graph.value_of(node), int)},
         device=weight.device,
         has_gradients=graph.has_gradients,
-        prove=lambda gate: _prove(gate, weight, graph, owners),
+        prove=lambda gate: _prove(gate, weight, graph, owners, strict=plan.config.strict),
         input_for=input_for,
         projecting=plan.config.substitution == "projection",
         counting=plan.config.collect_stats,
@@ -99,8 +104,6 @@ def _switches(plan: GatePlan, run: Run, takes_kernels: bool) -> Callable[[str], 
             case "lower_experts" | "fuse_router":
                 option = getattr(config, switch)
                 return takes_kernels and (option == "always" or (bool(option) and run.device.type == "cuda"))
-            case "strict":
-                return config.strict and plan.is_to_reroute
             case "reroute":
                 return plan.is_to_reroute
             case "collect_stats":
@@ -119,30 +122,31 @@ def _kernels(run: Run) -> str:
 
 
 def _log(plan: GatePlan, run: Run) -> None:
-    if run.proof:
-        log.info("%s: proven: S = K changes no bit; S < K gives %s", plan.name, run.proof)
+    if run.proof is not None:
+        log.info("%s: proven: S = K changes no bit; S < K gives %s", plan.name, run.proof.shown)
     for entry in PIPELINE:
         if entry.replaces and entry.name in run.refused:
             log.info("%s keeps its %s: %s", plan.name, entry.replaces, run.refused[entry.name])
 
 
-def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners) -> str | Skip:
-    """What is proven of a gate's rewrite, in words for a report, or the refusal where it is wrong.
+def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners, *, strict: bool) -> Proof | Skip:
+    """How a gate can be rewritten, and what is proven of that, or the refusal where nothing is.
 
-    Ids and weights that leave the graph go to code that it does not show. Where an experts module
-    beside the router takes them, it is run on random hidden states: it has to give the sum over
-    distinct experts.
+    Ids and weights that leave the graph go to code that it does not show. With strict=True an
+    experts module beside the router that takes them is run on random hidden states: it has to give
+    the sum over distinct experts.
     """
-    proven = verify_rewrite(gate, graph.value_of)
-    if isinstance(proven, Skip):
-        return proven
-    experts = find_experts_module(owners.find(weight), gate.num_experts) if proven is Proof.MERGED else None
+    proof = verify_rewrite(gate, graph.value_of)
+    if isinstance(proof, Skip) or not (strict and proof.shown == MERGED):
+        return proof
+    experts = find_experts_module(owners.find(weight), gate.num_experts)
     if experts is None:
-        return proven.value
+        return proof
     error = distance_from_sum(experts, gate, weight)
     if isinstance(error, str):
-        return f"{proven.value} ({error})"
+        return replace(proof, shown=f"{proof.shown} ({error})")
     if error > tolerance(weight.dtype):
         detail = f"the experts beside its router are off by {error:.2g} of their scale from the sum over experts"
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
-    return "what the traced code makes of merged ids and weights; the experts outside the graph sum them"
+    shown = "what the traced code makes of merged ids and weights; the experts outside the graph sum them"
+    return replace(proof, shown=shown)

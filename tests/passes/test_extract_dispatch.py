@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import DispatchRegion, extract_dispatch, find_gates
+from sere_compile.passes import DispatchRegion, Skip, extract_dispatch, find_gates
 from sere_compile.passes.graph import nodes
 
 from .moe_modules import (
@@ -12,6 +12,7 @@ from .moe_modules import (
     EXPERTS,
     HIDDEN,
     SUMS_DUPLICATES,
+    TOKENS,
     TOP_K,
     TRACERS,
     Block,
@@ -184,3 +185,39 @@ class TestCannot:
         assert reason == (
             "its dispatch reads other tensors than ids, weights and hidden states (argmax, which is not floating-point)"
         )
+
+
+class SlicedLoop(Indexed):
+    """A loop that takes each expert's part of the stack."""
+
+    def of(self, number):
+        return self.experts[number]
+
+    def dispatch(self, x, ids, weights):
+        y = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            mine = ids == number
+            weight = weights.gather(1, mine.int().argmax(-1, keepdim=True))
+            y = y + torch.where(mine.any(-1, keepdim=True), weight * torch.tanh(x @ self.of(number)), 0.0)
+        return y
+
+
+class LoopOnBase(SlicedLoop):
+    """Experts that differ from a common base."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(8)))
+
+    def of(self, number):
+        return self.base + self.experts[number]
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("module", [SlicedLoop, LoopOnBase], ids=lambda m: m.__name__)
+def test_what_is_computed_of_parameters_alone_is_no_activation(module, tracer):
+    """`w[e]` and `base + w` are part of the dispatch: made up, they would be other experts' weights."""
+    region = extract_dispatch(one_gate(TRACERS[tracer](module(), rows())))
+    assert not isinstance(region, Skip), region
+    sizes = {tuple(node.meta.get("example_value", node.meta.get("val")).shape) for node in region.activations}
+    assert sizes == {(TOKENS, HIDDEN)}

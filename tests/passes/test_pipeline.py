@@ -12,6 +12,7 @@ from sere_compile.passes import (
     COUNTED,
     PIPELINE,
     Gate,
+    Proof,
     RoutingSettings,
     Run,
     Skip,
@@ -47,7 +48,7 @@ def run_of(graph, gate, settings=None, **options):
         "sizes": {},
         "device": torch.device("cpu"),
         "has_gradients": False,
-        "prove": lambda gate: "shown",
+        "prove": lambda gate: Proof(gate, gate.needs_merge, None, frozenset(), "shown"),
         "input_for": input_for,
         **options,
     }
@@ -78,7 +79,7 @@ class TestOrder:
         graph = from_dynamo(Indexed(), rows())
         before = str(graph.graph)
         state, refused, asked = go(set(), graph)
-        assert (state.done, state.refused, refused, asked, state.proof) == ([], {}, None, [], "")
+        assert (state.done, state.refused, refused, asked, state.proof) == ([], {}, None, [], None)
         assert str(graph.graph) == before
 
     def test_re_routing_alone(self):
@@ -86,7 +87,7 @@ class TestOrder:
         module, x = Indexed(), rows()
         graph = from_dynamo(module, x)
         state, refused, asked = go({"reroute"}, graph)
-        assert (state.done, refused, asked) == (["reroute_dispatch"], None, ["similarity"])
+        assert (state.done, refused, asked) == (["verify_rewrite", "reroute_dispatch"], None, ["similarity"])
         assert state.refused["fuse_reroute"].reason is SkipReason.NOT_FUSED
         with torch.no_grad():
             torch.testing.assert_close(run(graph, x), expected(module, x, similarity(), 1), rtol=1e-5, atol=1e-5)
@@ -96,7 +97,7 @@ class TestOrder:
         graph, _, gate = trace(Layer(), torch.randn(T, H))
         state, refused, _ = go(ALL - {"collect_stats"}, graph, gate, projecting=True)
         assert state.done == ["verify_rewrite", "fuse_experts", "fuse_router", "fuse_reroute"]
-        assert (state.refused, refused, state.proof) == ({}, None, "shown")
+        assert (state.refused, refused, state.proof.shown) == ({}, None, "shown")
         kinds = [kind(node) for node in graph.graph.nodes]
         assert (kinds.count("sere.route"), kinds.count("sere.expert_mlp")) == (1, 1)
         assert not {"sere.reroute", "topk"} & set(kinds)
@@ -113,15 +114,28 @@ class TestOrder:
 
 
 class TestRefusals:
-    def test_a_required_pass_ends_the_run(self):
-        """A rewrite that was refused by its proof is not made, nor anything behind it."""
+    def test_a_required_pass_ends_re_routing(self):
+        """A rewrite that was refused by its proof is not made; kernels replace what they can all the same."""
         graph = from_dynamo(Indexed(), rows())
         before = str(graph.graph)
         prove = lambda gate: Skip(SkipReason.UNVERIFIED, gate.selection)  # noqa: E731
-        state, refused, asked = go(ALL, graph, prove=prove)
+        state, refused, asked = go({"reroute"}, graph, prove=prove)
         assert refused.reason is SkipReason.UNVERIFIED
         assert (state.done, list(state.refused), asked) == ([], ["verify_rewrite"], [])
         assert str(graph.graph) == before
+        graph, _, gate = trace(Layer(), torch.randn(T, H))
+        state, refused, _ = go(ALL - {"collect_stats"}, graph, gate, prove=prove)
+        assert refused.reason is SkipReason.UNVERIFIED
+        assert state.done == ["fuse_experts", "fuse_router"]
+
+    def test_what_was_proven_is_done(self):
+        """Merging is the proof's to say, not the hint's of the gate."""
+        graph = from_dynamo(Indexed(), rows())
+        prove = lambda gate: Proof(gate, True, None, frozenset(), "shown")  # noqa: E731
+        state, refused, _ = go({"reroute"}, graph, prove=prove)
+        assert refused is None
+        assert state.rewrite.merged
+        assert state.refused["fuse_reroute"].reason is SkipReason.MERGES
 
     def test_a_speed_pass_does_not(self):
         """The gate keeps its kernels and is re-routed all the same; each refusal is a `Skip` with its node."""
@@ -160,11 +174,17 @@ def test_a_switch_is_asked_when_its_pass_is_reached():
 
     def is_on(switch):
         asked.append((switch, list(state.done)))
-        return switch != "strict"
+        return True
 
     run_pipeline(state, is_on)
-    assert [switch for switch, _ in asked] == ["strict", "lower_experts", "fuse_router", "reroute", "collect_stats"]
-    assert asked[3][1] == ["fuse_experts", "fuse_router"]
+    assert [switch for switch, _ in asked] == [
+        "reroute",
+        "lower_experts",
+        "fuse_router",
+        "reroute",
+        "collect_stats",
+    ]
+    assert asked[3][1] == ["verify_rewrite", "fuse_experts", "fuse_router"]
     assert gate.num_experts == E
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from sere_compile.passes import Proof, SkipReason, UseKind, find_gates, verify_rewrite
+from sere_compile.passes.graph import nodes
+from sere_compile.passes.proof.outside import MERGED
 
 from .evidence.test_selections import FORMS, RoutedIndexed, RoutedScatter, SkipSlots
 from .moe_modules import (
@@ -53,15 +55,18 @@ class TestRight:
         """Every dispatch of the tests is proven, and the graph is left as it was."""
         graph = TRACERS[tracer](module(), rows())
         before = str(graph.graph)
-        # Where two tensors could be the weights, slots cannot be run alone.
-        assert verified(graph) is (Proof.KIND if module is SkipSlots else Proof.SUM)
+        proof = verified(graph)
+        assert isinstance(proof, Proof), proof
+        assert proof.merged is (module in DUPLICATE_UNSAFE)
+        assert proof.experts
         assert str(graph.graph) == before
 
     @pytest.mark.parametrize("module", [RoutedIndexed, RoutedScatter])
     @pytest.mark.parametrize("form", FORMS)
     def test_forms(self, form, module, tracer):
         """So is every form of selection."""
-        assert verified(TRACERS[tracer](module(FORMS[form]), rows())) is Proof.SUM
+        proof = verified(TRACERS[tracer](module(FORMS[form]), rows()))
+        assert isinstance(proof, Proof), proof
 
 
 def with_kinds(gate, change):
@@ -74,12 +79,18 @@ class TestWrong:
         "module", [m for m in DUPLICATE_UNSAFE if m.__name__ != "IndexPut"], ids=lambda m: m.__name__
     )
     def test_duplicates_that_are_not_summed(self, module, tracer):
-        """A wrong rule that takes every dispatch for one that sums: the lost slot is missed."""
+        """A wrong rule that takes every dispatch for one that sums: the lost slot is missed, and merging is proven."""
         graph = TRACERS[tracer](module(), rows())
-        wrong = with_kinds(one_gate(graph), lambda use: dataclasses.replace(use, kind=UseKind.GROUPED))
-        refusal = verified(graph, wrong)
+        gate = one_gate(graph)
+        wrong = with_kinds(
+            gate, lambda use: dataclasses.replace(use, kind=UseKind.GROUPED) if use.kind.dispatches else use
+        )
+        assert not wrong.needs_merge
+        assert verified(graph, wrong).merged
+        # With no weights to merge nothing is left.
+        refusal = verified(graph, dataclasses.replace(wrong, weights=None))
         assert refusal.reason is SkipReason.UNVERIFIED
-        assert "from the sum over slots" in refusal.detail
+        assert "with new ids and S = 1" in refusal.detail
 
     def test_look_up_with_new_ids(self, tracer):
         """A wrong rule that lets the weights follow the new ids."""
@@ -88,7 +99,7 @@ class TestWrong:
         assert verified(graph, wrong).reason is SkipReason.UNVERIFIED
 
     def test_dispatch_with_old_ids(self, tracer):
-        """A wrong rule that takes one of two dispatches for a statistic."""
+        """A wrong rule that takes one of two dispatches for a statistic: what it reads is an expert's."""
 
         class Twice(Indexed):
             def dispatch(self, x, ids, weights):
@@ -99,12 +110,16 @@ class TestWrong:
         assert len(gate.dispatch_uses) == 2
         last = gate.dispatch_uses[-1]
         wrong = with_kinds(gate, lambda use: dataclasses.replace(use, kind=UseKind.STATISTIC) if use == last else use)
-        assert verified(graph, wrong).reason is SkipReason.UNVERIFIED
+        proof = verified(graph, wrong)
+        assert len(proof.gate.dispatch_uses) == 2  # the table is the experts': the rule is put right
 
     def test_what_cannot_be_run(self, tracer):
         """An operation that does not take made-up values is no proof: the detail has its message."""
         graph = TRACERS[tracer](ScatterCombine(), rows())
-        refusal = verify_rewrite(one_gate(graph), lambda node: torch.zeros(1, 2, 3))
+        gate = one_gate(graph)
+        scores = nodes.operand(gate.selection)
+        scores.args = (*scores.args[:1], 7)  # softmax along a dimension that is not there
+        refusal = verify_rewrite(gate)
         assert refusal.reason is SkipReason.UNVERIFIED
         assert "could not be run" in refusal.detail
 
@@ -127,7 +142,7 @@ class TestOutside:
         return graph, gate
 
     def test_right(self, tracer):
-        assert verified(*self.leaving(tracer)) is Proof.MERGED
+        assert verified(*self.leaving(tracer)).shown == MERGED
 
     def test_a_use_that_is_overlooked(self, tracer):
         """The mask keeps the old ids while ids and weights are re-routed: S = K would not show it."""
@@ -139,9 +154,11 @@ class TestOutside:
         assert "not made of merged ids and weights" in refusal.detail
 
     def test_duplicates_leave(self, tracer):
-        """A rule that takes what is outside for a dispatch that sums: nothing is shown of the sum."""
+        """A rule that takes what is outside for a dispatch that sums: no tokens come together in the graph."""
         graph, gate = self.leaving(tracer)
         trusting = with_kinds(
             gate, lambda use: dataclasses.replace(use, kind=UseKind.GROUPED) if use.kind.dispatches else use
         )
-        assert verified(graph, trusting) is Proof.KIND
+        refusal = verified(graph, trusting)
+        assert refusal.reason is SkipReason.UNVERIFIED
+        assert "one row per token" in refusal.detail

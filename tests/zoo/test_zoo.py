@@ -19,14 +19,15 @@ from benchmarks.support_page import (
 )
 from benchmarks.survey import AHEAD, survey_ahead, survey_dynamo
 from sere_compile.passes import SkipReason
+from sere_compile.passes.verify_rewrite import SHOWN
 
 from .discover import moe_architectures
 from .registry import ENTRIES, implementations
 from .test_registry import REPRESENTATIVES
 
-# The sum over slots, or of a loop outside the graph: what leaves it, and the experts run for themselves.
+# What is shown of an experts' loop outside the graph: what leaves it, and the experts run for themselves.
 PROVEN = (
-    "the sum over slots",
+    SHOWN,
     "what the traced code makes of merged ids and weights; the experts outside the graph sum them",
 )
 

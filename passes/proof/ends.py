@@ -1,0 +1,180 @@
+"""Where a gate's tokens come together, and what else reads what a rewrite of the gate can change."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..gate import Gate
+from ..graph import nodes
+
+_FAR = 400  # nodes of side branches that are searched for experts
+_STEPS = 12  # from an operand back to a matrix of the model
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a proof compares.
+
+    Attributes:
+        exit: the first node with one row per token behind which no expert's output is still on its way.
+        sides: nodes that a rewrite can change and that are read elsewhere.
+        written: graph inputs and attributes among these: state that the dispatch leaves changed.
+        last: the last of all in graph order.
+    """
+
+    exit: Node
+    sides: tuple[Node, ...]
+    written: tuple[Node, ...]
+    last: Node
+
+
+def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends | None:
+    """The ends of a gate's dispatch, or None where its tokens do not come together in this graph.
+
+    Args:
+        gate: found, not yet rewritten.
+        readers: the consumers of its routing weights.
+        projection: the router's projection.
+    """
+    # Uses that keep the ids as well: what they look up may be an expert's, and must not join behind the exit.
+    starts = {use.consumer for use in gate.uses} | set(readers)
+    exit_node, visited = _Search(gate, projection).run({n for n in starts if n.op != "output"})
+    if exit_node is None:
+        return None
+    sides, written = [], []
+    for node in sorted(visited):
+        outside = [user for user in nodes.followers(node) if exit_node < user and nodes.reads_numbers(user, node)]
+        if outside and nodes.is_tensor(node):
+            sides.append(node)
+        for target in map(_root_of, nodes.writes(node)):
+            if target.op in ("placeholder", "get_attr") and target not in written:
+                written.append(target)
+    last = max([exit_node, *sides])
+    return Ends(exit_node, tuple(dict.fromkeys([*sides, *written])), tuple(written), last)
+
+
+class _Search:
+    """The search for the exit of one gate."""
+
+    def __init__(self, gate: Gate, projection: Node) -> None:
+        self._gate, self._projection = gate, projection
+        self._router = {gate.router_weight, *_same_attribute(gate.router_weight)}
+        per_expert = {gate.num_experts, nodes.last_size(projection), gate.top_k}
+        self._of_router = {1, *per_expert}  # how many numbers state has that shapes or scales the router's scores
+
+    def run(self, starts: set[Node]) -> tuple[Node | None, set[Node]]:
+        """The exit, and every node from the starts up to it."""
+        # In graph order, so that the search ends at the exit: the rest of a deep model is never walked.
+        ahead, seen, visited = list(starts), set(starts), set()
+        carrying: set[Node] = set()  # made of the experts' parameters, as far as that can be seen
+        heapq.heapify(ahead)
+        while ahead:
+            node = heapq.heappop(ahead)
+            read = [source for source in nodes.operands(node) if nodes.reads_numbers(node, source)]
+            carries = any(s in carrying if s in visited else self._is_weighed(s) for s in read)
+            gathers = carries and _one_row_a_token(node, self._gate.ids) and _runs_experts(node, self._gate)
+            if gathers and not self._is_joined_later(node, ahead, starts, carrying):
+                return node, visited
+            visited.add(node)
+            for target in (node, *nodes.writes(node)) if carries else ():
+                carrying.add(target)
+            for follower in nodes.followers(node):
+                if follower not in seen and follower.op != "output":
+                    seen.add(follower)
+                    heapq.heappush(ahead, follower)
+        return None, visited
+
+    def _is_joined_later(self, node: Node, ahead: list[Node], starts: set[Node], carrying: set[Node]) -> bool:
+        """Whether what an expert gives is still on its way beside a node."""
+        if any(source in carrying for branch in ahead for source in branch.all_input_nodes):
+            return True
+        if any(branch in starts and _looks_up_state(branch) for branch in ahead):
+            return True
+        return bool(ahead) and self._meet_experts(ahead, node)
+
+    def _meet_experts(self, branches: list[Node], exit_node: Node) -> bool:
+        """Whether a branch beside the exit meets parameters of the model before it meets what comes of the exit."""
+        behind, ahead, seen = {exit_node}, [exit_node, *branches], {exit_node, *branches}
+        heapq.heapify(ahead)
+        for _ in range(_FAR):
+            if not ahead or all(node in behind for node in ahead):
+                return False
+            node = heapq.heappop(ahead)
+            if node not in behind:
+                if any(source in behind for source in node.all_input_nodes):
+                    behind.add(node)
+                elif any(self._is_weighed(source) for source in nodes.operands(node)):
+                    return True
+            for follower in nodes.followers(node):
+                if node in behind:
+                    behind.add(follower)
+                if follower not in seen and follower.op != "output":
+                    seen.add(follower)
+                    heapq.heappush(ahead, follower)
+        return False
+
+    def _is_weighed(self, operand: Node) -> bool:
+        """Whether a tensor is a parameter other than the router's, or was made with one a few steps ago."""
+        pending, seen = [(operand, 0)], {operand}
+        while pending:
+            node, steps = pending.pop()
+            if node is self._projection or node in self._router or not nodes.is_floating(node):
+                continue
+            if nodes.is_model_state(node) and nodes.count(node) not in self._of_router:
+                return not nodes.writers(node)  # a buffer that is written is no parameter
+            if steps < _STEPS:
+                fresh = [source for source in nodes.operands(node) if source not in seen]
+                seen.update(fresh)
+                pending += [(source, steps + 1) for source in fresh]
+        return False
+
+
+def _same_attribute(weight: Node) -> list[Node]:
+    """Further nodes that read the same attribute: make_fx reads it anew for each use."""
+    if weight.op != "get_attr":
+        return []
+    return list(weight.graph.find_nodes(op="get_attr", target=weight.target))
+
+
+def _looks_up_state(node: Node) -> bool:
+    if nodes.kind(node) not in ("index", "embedding", "gather"):
+        return False
+    return any(
+        nodes.is_floating(source) and (root := nodes.parameter_root(source)) is not None and nodes.is_model_state(root)
+        for source in nodes.operands(node)
+    )
+
+
+def _runs_experts(node: Node, gate: Gate) -> bool:
+    """Whether inputs of the graph went into the node: a [T, E] table of the routing weights alone is no output."""
+    seen, pending = {node, gate.weights, *gate.all_ids}, [node]
+    while pending:
+        reader = pending.pop()
+        is_input = reader.op in ("placeholder", "get_attr") and nodes.is_floating(reader)
+        if is_input and len(nodes.shape(reader) or ()) >= 2:
+            return True
+        sources = [source for source in reader.all_input_nodes if nodes.reads_numbers(reader, source)]
+        sources += [w for source in sources for w in nodes.writers(source) if w < node]
+        fresh = [source for source in sources if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
+def _one_row_a_token(node: Node, ids: Node) -> bool:
+    rows, tokens = nodes.shape(node), nodes.shape(ids)
+    if rows is None or tokens is None or not nodes.is_floating(node) or len(rows) < 2:
+        return False
+    if len(rows) == len(tokens) and all(str(a) == str(b) for a, b in zip(rows[:-1], tokens[:-1], strict=True)):
+        return True
+    return len(rows) != len(tokens) and str(nodes.leading_count(node)) == str(nodes.leading_count(ids))
+
+
+def _root_of(written: Node) -> Node:
+    """What owns the memory that is written."""
+    while nodes.kind(written) in nodes.ALIASING and (base := nodes.operand(written)) is not None:
+        written = base
+    return written

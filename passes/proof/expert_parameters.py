@@ -1,0 +1,218 @@
+"""Which tensors of the model are the experts' parameters, and along which dimension the expert is counted.
+
+Told by running: a part of a parameter belongs to expert e if the exit changes for tokens that name e, and for no other,
+when the part is exchanged. The routing weights are the router's: a number per expert that scales them before they meet
+anything that depends on hidden states is none of the expert's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import nodes
+from .made_up import redrawn
+from .region import Region
+from .sources import Sources, trace_sources
+
+Values = dict[Node, Any]
+Run = Callable[[Values], Values]
+_MANY = 600  # parameters that are tried one by one at most
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor that holds a part for each expert: `size // experts` rows each, one after the other or in turn."""
+
+    dim: int
+    experts: int
+    in_turn: bool = False
+
+    def rows(self, size: int, device: torch.device) -> torch.Tensor:
+        """The expert that each row along the dimension belongs to."""
+        row = torch.arange(size, device=device)
+        return row % self.experts if self.in_turn else row // (size // self.experts)
+
+    def places(self, size: int, mapping: torch.Tensor) -> torch.Tensor:
+        """The row that each row is exchanged for when expert u's part becomes that of mapping[u]."""
+        owner = self.rows(size, mapping.device)
+        target = owner.clone()
+        known = owner < len(mapping)
+        target[known] = mapping[owner[known]]
+        row = torch.arange(size, device=mapping.device)
+        return row + (target - owner) * (1 if self.in_turn else size // self.experts)
+
+
+@dataclass
+class ExpertParameters:
+    """The experts' parameters of a region.
+
+    Attributes:
+        stacks: tensors that hold the parameters of all experts.
+        lists: tensors that belong to one expert each, by role: {expert: tensor}.
+    """
+
+    stacks: dict[Node, Stack] = field(default_factory=dict)
+    lists: list[dict[int, Node]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.stacks or self.lists)
+
+    @property
+    def tensors(self) -> set[Node]:
+        """Every leaf that holds parameters of experts."""
+        return set(self.stacks) | {node for role in self.lists for node in role.values()}
+
+    def swapped(self, values: Values, mapping: torch.Tensor) -> Values:
+        """The values in which expert u's parameters are those of expert mapping[u], int64 [E]."""
+        changed = dict(values)
+        for node, stack in self.stacks.items():
+            value = values[node]
+            places = stack.places(value.shape[stack.dim], mapping.to(value.device))
+            changed[node] = value.index_select(stack.dim, places)
+        for role in self.lists:
+            for expert, node in role.items():
+                changed[node] = values[role.get(int(mapping[expert]), node)]
+        return changed
+
+
+class Told:
+    """Finds the experts' parameters of one region by running it."""
+
+    def __init__(self, region: Region, run: Run, draws: list[Values]) -> None:
+        self._region, self._run, self._draws = region, run, draws
+        self._exit = region.ends[0]
+        self._before = [run(values) for values in draws]
+        self._sources = trace_sources(region)
+        self._experts = region.gate.num_experts
+        ids = [before[region.gate.ids] for before in self._before]
+        self._ids = [found.reshape(-1, region.gate.top_k).cpu() for found in ids]
+
+    def find(self) -> tuple[ExpertParameters, Sources]:
+        """The parameters, and what each node of the region depends on."""
+        found = ExpertParameters()
+        rest = []
+        for node in self._candidates():
+            stack = next((s for s in self._layouts(node) if self._fits(node, s)), None)
+            if stack is None:
+                rest.append(node)
+            else:
+                found.stacks[node] = stack
+        for role in self._named(rest):
+            if self._is_role(role):
+                found.lists.append(role)
+        left = [node for node in rest if node not in found.tensors]
+        found.lists += self._one_by_one(left)
+        return found, self._sources
+
+    def _candidates(self) -> list[Node]:
+        router = self._sources.router
+        reach = self._sources.state[self._exit]
+        leaves = self._region.leaves
+        return [n for n, leaf in leaves.items() if leaf.kind == "state" and n in reach and n not in router]
+
+    def _layouts(self, node: Node) -> Iterator[Stack]:
+        sizes = tuple(self._draws[0][node].shape)
+        columns = nodes.last_size(self._region.gate.router_weight) or 0
+        counts = dict.fromkeys(count for count in (self._experts, columns) if count >= self._experts)
+        for count in counts:
+            yield from (Stack(dim, count) for dim, size in enumerate(sizes) if size == count)
+        if sizes and self._experts < sizes[0] < 2 * self._experts and sizes[0] not in counts:
+            yield Stack(0, sizes[0])
+        for in_turn in (False, True):
+            larger = [(d, size) for d, size in enumerate(sizes) if size > self._experts and size % self._experts == 0]
+            yield from (Stack(dim, self._experts, in_turn) for dim, _ in larger)
+
+    def _fits(self, node: Node, stack: Stack) -> bool:
+        """Whether exchanging the parts of some experts changes tokens that name one of them, and only those."""
+
+        def exchanged(values: Values, chosen: torch.Tensor, seed: int) -> Values:
+            value = values[node]
+            owner = stack.rows(value.shape[stack.dim], torch.device("cpu"))
+            rows = torch.isin(owner, chosen).nonzero().squeeze(-1).to(value.device)
+            part = value.index_select(stack.dim, rows)
+            other = redrawn(part, seed) if part.numel() else part
+            return {node: value.index_copy(stack.dim, rows, other)}
+
+        return self._changes_only(exchanged)
+
+    def _is_role(self, role: dict[int, Node]) -> bool:
+        def exchanged(values: Values, chosen: torch.Tensor, seed: int) -> Values:
+            named = [role[e] for e in chosen.tolist() if e in role]
+            return {node: redrawn(values[node], seed + i) for i, node in enumerate(named)}
+
+        return self._changes_only(exchanged)
+
+    def _changes_only(self, exchanged: Callable[[Values, torch.Tensor, int], Values]) -> bool:
+        changed_any = False
+        for number, (values, ids) in enumerate(zip(self._draws, self._ids, strict=True)):
+            named = ids[0].unique()
+            for chosen in self._sets(named):
+                rows = self._changed(number, values | exchanged(values, chosen, 7 + number))
+                if rows is None or bool((rows & ~torch.isin(ids, chosen).any(-1)).any()):
+                    return False
+                changed_any = changed_any or bool(rows.any())
+        return changed_any
+
+    def _sets(self, named: torch.Tensor) -> list[torch.Tensor]:
+        """The experts of the first token, and those that it does not name."""
+        everyone = torch.arange(self._experts)
+        return [everyone[torch.isin(everyone, named)], everyone[~torch.isin(everyone, named)]]
+
+    def _changed(self, draw: int, values: Values) -> torch.Tensor | None:
+        """The tokens whose row of the exit differs, bool [T]; None where nothing can be told by rows."""
+        before, after = self._before[draw][self._exit], self._run(values)[self._exit]
+        if before.shape != after.shape:
+            return None
+        tokens = len(self._ids[draw])
+        difference = (before.double() - after.double()).abs().nan_to_num(nan=1.0)
+        limit = 1e-6 * float(before.double().abs().nan_to_num().max().clamp(min=1e-9))
+        return (difference.reshape(tokens, -1) > limit).any(-1).cpu()
+
+    def _named(self, rest: list[Node]) -> Iterator[dict[int, Node]]:
+        """Tensors of one shape whose names differ in one number, which takes as many values as there are experts."""
+        groups: dict[Any, dict[int, Node]] = {}
+        for node in rest:
+            name = str(self._region.leaves[node].source.target)
+            for match in re.finditer(r"\d+", name):
+                shape = tuple(self._draws[0][node].shape)
+                key = (name[: match.start()], name[match.end() :], shape)
+                groups.setdefault(key, {})[int(match.group())] = node
+        for members in groups.values():
+            if len(members) >= self._experts and len(members) % self._experts == 0:
+                ordered = [members[number] for number in sorted(members)]
+                roles = len(ordered) // self._experts
+                for role in range(roles):
+                    yield dict(enumerate(ordered[role::roles]))
+
+    def _one_by_one(self, left: list[Node]) -> list[dict[int, Node]]:
+        """Tensors whose names tell nothing: each is exchanged alone, and the tokens that change tell its expert."""
+        shapes = [tuple(self._draws[0][node].shape) for node in left]
+        left = [node for node, shape in zip(left, shapes, strict=True) if shapes.count(shape) >= self._experts]
+        if not left or len(left) > _MANY:
+            return []
+        owners: dict[Node, int] = {}
+        for node in left:
+            possible = set(range(self._experts))
+            changed_any = False
+            for number, (values, ids) in enumerate(zip(self._draws, self._ids, strict=True)):
+                rows = self._changed(number, values | {node: redrawn(values[node], 5)})
+                if rows is not None and bool(rows.any()):
+                    changed_any = True
+                    possible &= set(ids[rows][0].tolist()).intersection(*(set(i.tolist()) for i in ids[rows]))
+                    possible -= set(ids[~rows].unique().tolist())
+            if changed_any and len(possible) == 1:
+                owners[node] = possible.pop()
+        roles: dict[Any, dict[int, Node]] = {}
+        places: dict[Any, int] = {}
+        for node, expert in owners.items():
+            shape = tuple(self._draws[0][node].shape)
+            place = places.get((shape, expert), 0)
+            places[shape, expert] = place + 1
+            roles.setdefault((shape, place), {})[expert] = node
+        return list(roles.values())

@@ -1,0 +1,112 @@
+"""Values for the inputs of a region: logits, hidden states and other activations made up, the model's state as held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import nodes
+from ..graph.run_part import HALF, plain_number
+from .region import Leaf, Region
+
+_LARGE = 1 << 24  # numbers from which on a matrix is taken as it is held: made up it would cost its memory again
+_APART = 0.5  # by how much a first choice is ahead of the next
+
+
+def state_values(region: Region, *, single: bool) -> dict[Node, Any]:
+    """The state of the model, with matrices made up: held ones may be all zero, or the same in each expert.
+
+    Args:
+        region: see `cut_region`.
+        single: half-precision state becomes float32.
+    """
+    generator = torch.Generator().manual_seed(11)
+    values: dict[Node, Any] = {}
+    for node, leaf in region.leaves.items():
+        if leaf.kind == "number":
+            values[node] = plain_number(nodes.value(node) if leaf.held is None else leaf.held)
+        elif leaf.kind == "state":
+            values[node] = _state(node, leaf, generator, single)
+    return values
+
+
+def activation_values(region: Region, draw: int, *, single: bool) -> dict[Node, Any]:
+    """Logits, hidden states and other activations; `draw` is the seed and tells how masks are filled."""
+    generator = torch.Generator().manual_seed(101 + draw)
+    values: dict[Node, Any] = {}
+    for node, leaf in region.leaves.items():
+        if leaf.kind == "logits":
+            values[node] = _logits(region, node, draw, generator, single)
+        elif leaf.kind in ("hidden", "activation"):
+            values[node] = _activation(node, leaf, draw, generator, single)
+    return values
+
+
+def redrawn(value: torch.Tensor, seed: int) -> torch.Tensor:
+    """Other numbers of the same kind in place of a parameter's: floats at random, whole numbers in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    if not value.dtype.is_floating_point:
+        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        return value.reshape(-1)[order].view(value.shape)
+    if value.element_size() == 1:
+        return torch.rand(value.shape, generator=generator).to(device=value.device, dtype=value.dtype)
+    noise = torch.randn(value.shape, generator=generator) * _spread(value)
+    near_zero = value.dim() >= 2 or not bool((value > 0).all())
+    changed = noise if near_zero else value.cpu() * (1 + 0.5 * torch.rand(value.shape, generator=generator))
+    return changed.to(device=value.device, dtype=value.dtype)
+
+
+def _state(node: Node, leaf: Leaf, generator: torch.Generator, single: bool) -> Any:
+    held, like = leaf.held, nodes.value(node)
+    dtype = torch.float32 if single and like.dtype in HALF else like.dtype
+    is_matrix = len(like.shape) >= 2 and dtype.is_floating_point and dtype.itemsize > 1
+    sizes = [plain_number(size) for size in like.shape]
+    if isinstance(held, torch.Tensor) and (not is_matrix or held.numel() > _LARGE):
+        return held.detach().to(dtype)
+    device = held.device if isinstance(held, torch.Tensor) else nodes.device(node)
+    if is_matrix:
+        made = torch.randn(sizes, generator=generator)
+        return (made * _spread(made)).to(device=device, dtype=dtype)
+    if not dtype.is_floating_point:
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    return (torch.rand(sizes, generator=generator) + 0.05).to(device=device, dtype=dtype)
+
+
+def _spread(value: torch.Tensor) -> float:
+    """A scale that keeps the numbers in the order of 1 through a product with the tensor."""
+    return (2 / sum(value.shape[-2:])) ** 0.5 if value.dim() >= 2 else 0.5
+
+
+def _activation(node: Node, leaf: Leaf, draw: int, generator: torch.Generator, single: bool) -> Any:
+    like = nodes.value(node)
+    if isinstance(leaf.held, torch.Tensor) and not leaf.held.dtype.is_floating_point:
+        return leaf.held.detach()
+    sizes, device = [plain_number(size) for size in like.shape], nodes.device(node)
+    dtype = torch.float32 if single and like.dtype in HALF else like.dtype
+    if not dtype.is_floating_point:
+        # Masks: everything real, nothing marked, and both.
+        filled = torch.full(sizes, draw % 3 == 0) if draw % 3 < 2 else torch.rand(sizes, generator=generator) > 0.3
+        return filled.to(device=device, dtype=dtype)
+    if leaf.kind == "hidden":
+        return torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+    # Positive: they may be scores, and a dispatch may take weights above 0 for its mask.
+    return (torch.rand(sizes, generator=generator) + 0.05).to(device=device, dtype=dtype)
+
+
+def _logits(region: Region, node: Node, draw: int, generator: torch.Generator, single: bool) -> torch.Tensor:
+    """Two experts are the first choices in even draws, so that most tokens name an expert twice; any in odd ones."""
+    gate, like = region.gate, nodes.value(node)
+    sizes = [plain_number(size) for size in like.shape]
+    made = torch.randn(sizes, generator=generator)
+    distances = nodes.kind(region.leaves[node].source) == "cdist"
+    made = made.abs() + 0.1 if distances else made
+    if draw % 2 == 0:
+        rows = made.view(-1, sizes[-1])
+        pair = torch.randperm(gate.num_experts, generator=generator)[:2]
+        first = pair[torch.arange(len(rows)) % len(pair)]
+        best = rows.amin(-1) / 2 if distances else rows.amax(-1) + _APART
+        rows[torch.arange(len(rows)), first] = best
+    dtype = torch.float32 if single and like.dtype in HALF else like.dtype
+    return made.to(device=nodes.device(node), dtype=dtype)

@@ -1,0 +1,128 @@
+"""What each node of a region depends on: the model's state, hidden states, the router's scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ..graph import nodes
+from .region import Region
+
+_CONTRACTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm"})
+_SUMS = frozenset({"sum", "mean", "einsum"})
+_MOVES = nodes.VALUE_PRESERVING | {"transpose", "permute"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the nodes of a region are computed of.
+
+    Attributes:
+        state: the parameters, buffers and constants that a node depends on.
+        hidden: nodes that depend on hidden states or other activations otherwise than by the router's logits.
+        scored: nodes that depend on the router's logits by floating-point numbers, not by ids alone.
+        router: state that is the router's: scores are selected by it, or routing weights are scaled by it.
+    """
+
+    state: dict[Node, frozenset[Node]]
+    hidden: set[Node]
+    scored: set[Node]
+    router: set[Node]
+
+
+def trace_sources(region: Region) -> Sources:
+    """Follow what is made up and what is held through a region."""
+    state: dict[Node, frozenset[Node]] = {}
+    hidden: set[Node] = set()
+    scored: set[Node] = set()
+    for node in region.graph.nodes:
+        leaf = region.leaves.get(node)
+        if leaf is not None:
+            state[node] = frozenset([node]) if leaf.kind == "state" else frozenset()
+            if leaf.kind in ("hidden", "activation"):
+                hidden.add(node)
+            elif leaf.kind == "logits":
+                scored.add(node)
+            continue
+        read = [source for source in node.all_input_nodes if nodes.reads_numbers(node, source)]
+        state[node] = frozenset().union(*(state[source] for source in read))
+        is_hidden = any(source in hidden for source in read)
+        is_scored = any(source in scored for source in read)
+        is_scored = is_scored and (nodes.is_floating(node) or not nodes.is_tensor(node))
+        for target in (node, *_written(node)):
+            state[target] |= state[node]
+            if is_hidden:
+                hidden.add(target)
+            if is_scored:
+                scored.add(target)
+    return Sources(state, hidden, scored, _of_the_router(region, state, hidden, scored))
+
+
+def _written(node: Node) -> list[Node]:
+    """Every node whose memory an in-place operation writes to, in its own name or another."""
+    found = []
+    for target in nodes.writes(node):
+        found.append(target)
+        while nodes.kind(target) in nodes.ALIASING and (base := nodes.operand(target)) is not None:
+            target = base
+            found.append(target)
+    return found
+
+
+def _of_the_router(
+    region: Region, state: dict[Node, frozenset[Node]], hidden: set[Node], scored: set[Node]
+) -> set[Node]:
+    """State that shapes scores or scales routing weights, with one number per expert or one for all."""
+    scores = nodes.operand(region.gate.selection)
+    router = set(state[scores]) if scores is not None else set()
+    counts = {1, region.gate.num_experts, nodes.last_size(region.gate.router_weight), region.gate.top_k}
+    for node in scored - hidden:
+        router |= {leaf for leaf in state[node] if nodes.count(leaf) in counts}
+    return router
+
+
+def experts_meet_hidden(region: Region, sources: Sources, experts: set[Node]) -> bool:
+    """Whether a parameter of an expert is contracted with hidden states, as a product of matrices does.
+
+    A value, key or prompt that is fetched by the ids and weighted, added or masked is not.
+    """
+    for node in region.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        operands = list(nodes.operands(node))
+        own = [s for s in operands if s not in sources.hidden and sources.state[s] & experts]
+        if own and any(s in sources.hidden for s in operands) and _contracts(node, region):
+            return True
+    return False
+
+
+def _contracts(node: Node, region: Region) -> bool:
+    name = nodes.kind(node)
+    if name in _CONTRACTS or "conv" in name or ("." in name and not name.startswith("sere.reroute")):
+        return True
+    return name == "mul" and any(_sums_features(user, region) for user in _moved(node))
+
+
+def _moved(node: Node) -> list[Node]:
+    """The readers of a tensor behind views of it."""
+    found, pending = [], [node]
+    while pending:
+        for user in pending.pop().users:
+            if nodes.kind(user) in _MOVES:
+                pending.append(user)
+            else:
+                found.append(user)
+    return found
+
+
+def _sums_features(node: Node, region: Region) -> bool:
+    """Whether a sum is not one over the slots of a token."""
+    source = nodes.operand(node)
+    sizes = nodes.shape(source) if source is not None else None
+    if nodes.kind(node) not in _SUMS or sizes is None:
+        return False
+    dim = nodes.argument(node, 1, "dim")
+    dims = {d % len(sizes) for d in (dim if isinstance(dim, (list, tuple)) else [dim]) if isinstance(d, int)}
+    slots = len(nodes.shape(region.gate.ids) or ()) - 1
+    return bool(dims) and dims != {slots}

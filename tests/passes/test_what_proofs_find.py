@@ -1,0 +1,533 @@
+"""Programs that a list of known patterns got wrong: re-routed as the definition says, or refused, never something else.
+
+The oracle is the definition: the module itself, in which the parameters of expert u are those of the expert that stands
+in for it. What the module returns besides its tokens has to be what it was.
+"""
+
+import copy
+import importlib
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sere_compile.passes import (
+    Proof,
+    RoutingSettings,
+    Skip,
+    SkipReason,
+    find_gates,
+    reroute_dispatch,
+    verify_rewrite,
+)
+from sere_compile.passes.graph import run_part
+from sere_compile.testing import reroute_oracle
+
+from .moe_modules import (
+    EXPERTS,
+    HIDDEN,
+    TRACERS,
+    Block,
+    ExpertLoop,
+    Indexed,
+    ScatterCombine,
+    add_matrix,
+    one_gate,
+    rows,
+    run,
+    similarity,
+)
+from .test_verify_rewrite import weights_of
+
+
+def swapped(module, mapping):
+    """The module with the parameters of expert u taken from expert mapping[u]."""
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, dim in module.of_experts.items():
+            parameter = twin.get_parameter(name)
+            shape = list(parameter.shape)
+            shape[dim : dim + 1] = [EXPERTS, shape[dim] // EXPERTS]
+            parameter.copy_(parameter.reshape(shape).index_select(dim, mapping).reshape(parameter.shape))
+        layers = getattr(module, "layers", None)
+        for number, layer in enumerate(getattr(twin, "layers", ())):
+            layer.load_state_dict(layers[int(mapping[number])].state_dict())
+    return twin
+
+
+def mapping_of(ids, matrix, select_top_k=1):
+    """The map of the experts, [E], for which re-routing stands."""
+    new = reroute_oracle(ids, matrix, select_top_k)
+    mapping = torch.arange(EXPERTS)
+    real = (ids >= 0) & (ids < EXPERTS)
+    mapping[ids[real]] = new[real]
+    return mapping
+
+
+def as_list(value):
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+def outcome(module, tracer, x=None, matrix=None):
+    """The refusal, or how far each result of the rewritten graph is from the definition's, relative."""
+    x, matrix = rows() if x is None else x, similarity() if matrix is None else matrix
+    graph = TRACERS[tracer](module, x)
+    found = find_gates(graph)
+    if not found.gates:
+        return found.nearest_miss
+    gate = one_gate(graph)
+    proof = verify_rewrite(gate, weights_of(graph))
+    if isinstance(proof, Skip):
+        return proof
+    done = reroute_dispatch(
+        proof.gate, add_matrix(graph, matrix), RoutingSettings(1), merged=proof.merged, readers=proof.readers
+    )
+    assert not isinstance(done, Skip), done
+    graph.graph.lint()
+    graph.recompile()
+    with torch.no_grad():
+        ids = module.route(x)[0]
+        expected = as_list(swapped(module, mapping_of(ids, matrix))(x))
+        assert not torch.equal(expected[0], as_list(module(x))[0]), "the case re-routes nothing"
+    got = as_list(run(graph, x))
+    assert len(got) == len(expected)
+    return [
+        float((a.double() - b.double()).abs().max() / b.double().abs().max())
+        for a, b in zip(got, expected, strict=True)
+    ]
+
+
+class Stacked(Indexed):
+    """Experts in one stack `experts`."""
+
+    of_experts: ClassVar = {"experts": 0}
+
+
+class Masked(ScatterCombine):
+    of_experts: ClassVar = {"experts": 0}
+
+
+class Looped(ExpertLoop):
+    of_experts: ClassVar = {}
+
+
+class L2Norm(Masked):
+    """(3) The table of weights is normalised by its L2 norm: those of two slots cannot be added."""
+
+    def dispatch(self, x, ids, weights):
+        combine = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+        combine = combine / combine.norm(dim=-1, keepdim=True)
+        return torch.einsum("te,eth->th", combine, self.all_experts((combine.T != 0)[..., None] * x))
+
+
+class ByMaximum(L2Norm):
+    """(3) Divided by its maximum."""
+
+    def bend(self, table):
+        return table / table.amax(-1, keepdim=True)
+
+    def dispatch(self, x, ids, weights):
+        combine = self.bend(x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights))
+        return torch.einsum("te,eth->th", combine, self.all_experts((combine.T != 0)[..., None] * x))
+
+
+class Clamped(ByMaximum):
+    def bend(self, table):
+        return table.clamp(max=0.4)
+
+
+class Threshold(ByMaximum):
+    def bend(self, table):
+        return torch.where(table > 0.3, table, 0.0)
+
+
+class MaskedFill(ByMaximum):
+    def bend(self, table):
+        return table.masked_fill(table < 0.35, 0.0)
+
+
+class Square(ByMaximum):
+    def bend(self, table):
+        return table * table
+
+
+class Relu(ByMaximum):
+    def bend(self, table):
+        return F.relu(table - 0.3)
+
+
+class Ceil(ByMaximum):
+    def bend(self, table):
+        return table.ceil()
+
+
+class Sign(ByMaximum):
+    def bend(self, table):
+        return table.sign()
+
+
+class BentRows(Looped):
+    """(3) Behind a view of the slots, in a loop."""
+
+    def dispatch(self, x, ids, weights):
+        weights = (weights.reshape(-1, self.top_k) ** 2).view(weights.shape)
+        return super().dispatch(x, ids, weights)
+
+
+class ScaledInput(Masked):
+    """(4) Weights scale what goes into the experts, whose norm is there and not at the router."""
+
+    def dispatch(self, x, ids, weights):
+        combine = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+        normed = F.layer_norm(x, (HIDDEN,))
+        return self.all_experts(combine.T[..., None] * normed).sum(0)
+
+
+class InsideActivation(Looped):
+    """(4) Weights inside the activation."""
+
+    def dispatch(self, x, ids, weights):
+        y = torch.zeros_like(x)
+        for number, layer in enumerate(self.layers):
+            weight = (weights * (ids == number)).sum(-1, keepdim=True)
+            y = y + torch.tanh(weight * layer(x))
+        return y
+
+
+class UniformMask(Looped):
+    """(5) Each expert named counts once, whatever its weight."""
+
+    def dispatch(self, x, ids, weights):
+        y = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            y = y + (ids == number).any(-1, keepdim=True) * self.expert(number, x)
+        return y * weights.sum(-1, keepdim=True)
+
+
+class DividedByCount(Masked):
+    """(5) The sum is divided by how many experts there are."""
+
+    def dispatch(self, x, ids, weights):
+        chosen = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, 1.0)
+        y = torch.einsum("te,eth->th", chosen, self.all_experts((chosen.T != 0)[..., None] * x))
+        return y / chosen.sum(-1, keepdim=True) * weights.amax(-1, keepdim=True)
+
+
+class SecondReader(Masked):
+    """(6) What the first expert leaves is the token's own."""
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        return self.dispatch(x, ids, weights) + (1 - weights[:, :1]) * x
+
+
+class StandardDeviation(Masked):
+    """(6) The weights are returned as a statistic."""
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        return self.dispatch(x, ids, weights), weights.std(-1)
+
+
+class SharedByCat(Looped):
+    """(6) A shared expert joined to ids and weights."""
+
+    def dispatch(self, x, ids, weights):
+        ids = torch.cat([ids, torch.full_like(ids[:, :1], EXPERTS)], -1)
+        weights = torch.cat([weights, torch.full_like(weights[:, :1], 0.5)], -1)
+        y = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            weight = (weights * (ids == number)).amax(-1, keepdim=True)
+            y = y + weight * self.expert(number, x)
+        return y + 0.5 * torch.tanh(x @ self.router.T @ self.router)
+
+
+class RouterScale(Stacked):
+    """(8) `w * scale[ids]` with scale [E, 1]: the router's, at the ids that it chose."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(EXPERTS, 1, generator=torch.Generator().manual_seed(5)) + 0.5)
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        return ids, weights * self.scale[ids].squeeze(-1)
+
+
+class RouterEmbedding(Stacked):
+    """(8) The same in an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Embedding(EXPERTS, 1)
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        return ids, weights * self.scale(ids).squeeze(-1)
+
+
+class OneOutput(Block):
+    """(8) Experts with one output, whose bias is a number per expert."""
+
+    of_experts: ClassVar = {"vectors": 0, "bias": 0}
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(6)
+        self.vectors = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 1, generator=generator))
+        self.bias = nn.Parameter(torch.randn(EXPERTS, generator=generator))
+
+    def dispatch(self, x, ids, weights):
+        y = (x[:, None, None, :] @ self.vectors[ids]).view(ids.shape) + self.bias[ids]
+        return (y * weights).sum(-1, keepdim=True) * x
+
+
+class Chained(Stacked):
+    """(10) Experts one after the other, by rank."""
+
+    def dispatch(self, x, ids, weights):
+        for rank in range(self.top_k):
+            y = torch.tanh(x[:, None, :] @ self.experts[ids[:, rank]]).squeeze(1)
+            x = x + weights[:, rank : rank + 1] * y
+        return x
+
+
+class Concatenated(Stacked):
+    """(10) Outputs side by side, by rank."""
+
+    def dispatch(self, x, ids, weights):
+        y = torch.tanh(x[:, None, None, :] @ self.experts[ids]).squeeze(2) * weights[..., None]
+        return y.flatten(1)
+
+
+class TableLoss(Masked):
+    """(19) The loss that balances the load is built from the table that dispatches."""
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        combine = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+        y = torch.einsum("te,eth->th", combine, self.all_experts((combine.T > 0)[..., None] * x))
+        return y, (combine.mean(0) * self.scores(x).mean(0)).sum()
+
+
+class IdsReturned(Masked):
+    """Ids and weights are returned beside the tokens."""
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        return self.dispatch(x, ids, weights), ids, weights
+
+
+class FromBase(Stacked):
+    """(11) Experts are a base and a difference."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(8)))
+
+    def dispatch(self, x, ids, weights):
+        y = torch.tanh(x[:, None, None, :] @ (self.experts[ids] - self.base))
+        return (y.squeeze(2) * weights[..., None]).sum(1)
+
+
+class Sliced(Stacked):
+    """(11) A loop that takes each expert's part of the stack."""
+
+    def dispatch(self, x, ids, weights):
+        y = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            weight = (weights * (ids == number)).sum(-1, keepdim=True)
+            y = y + weight * torch.tanh(x @ self.experts[number])
+        return y
+
+
+class ScratchBuffer(Masked):
+    """(12) The table is a buffer of the model that each call writes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(10, EXPERTS))
+
+    def dispatch(self, x, ids, weights):
+        self.table.zero_()
+        combine = self.table.scatter_(1, ids, weights)
+        return torch.einsum("te,eth->th", combine, self.all_experts((combine.T != 0)[..., None] * x))
+
+
+class Renormalised(Masked):
+    """(12) The table is divided by its sum."""
+
+    def dispatch(self, x, ids, weights):
+        combine = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+        combine = combine / combine.sum(-1, keepdim=True)
+        return torch.einsum("te,eth->th", combine, self.all_experts((combine.T != 0)[..., None] * x))
+
+
+class Padded(Looped):
+    """(19) Padding rows name -1 in every slot."""
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        return torch.where(x[:, :1] > -0.5, ids, -1), weights
+
+
+class InHalf(Masked):
+    """Half precision around the dispatch."""
+
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids, weights.to(torch.bfloat16).to(x.dtype)) + 0.0
+
+
+class FlatStack(Block):
+    """(20) Experts in two dimensions, [E * width, hidden], as dbrx has them."""
+
+    of_experts: ClassVar = {"up": 0, "down": 0}
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(9)
+        self.up = nn.Parameter(torch.randn(EXPERTS * 5, HIDDEN, generator=generator))
+        self.down = nn.Parameter(torch.randn(EXPERTS * 5, HIDDEN, generator=generator))
+
+    def dispatch(self, x, ids, weights):
+        up, down = self.up.view(EXPERTS, 5, HIDDEN), self.down.view(EXPERTS, 5, HIDDEN)
+        y = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            weight = (weights * (ids == number)).sum(-1, keepdim=True)
+            y = y + weight * (F.relu(x @ up[number].T) @ down[number])
+        return y
+
+
+RIGHT = (
+    Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded, InHalf,
+    IdsReturned, StandardDeviation, BentRows, SecondReader, OneOutput, Renormalised,
+)  # fmt: skip
+REFUSED = (
+    L2Norm, ByMaximum, Clamped, Threshold, MaskedFill, Square, Relu, Ceil, Sign, ScaledInput, InsideActivation,
+    UniformMask, DividedByCount, TableLoss,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("module", RIGHT, ids=lambda m: m.__name__)
+def test_is_rewritten_rightly(module, tracer):
+    """Re-routed, and every result is the definition's."""
+    found = outcome(module(), tracer)
+    assert not isinstance(found, Skip), found
+    assert max(found) < 1e-5, found
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("module", REFUSED, ids=lambda m: m.__name__)
+def test_is_refused(module, tracer):
+    """No way to rewrite gives what the definition does; the refusal says how far off each is, and where."""
+    found = outcome(module(), tracer)
+    assert isinstance(found, Skip), found
+    assert found.is_refused_gate
+    assert "and S = 1" in found.detail
+    assert "is off by" in found.detail
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("module", [SharedByCat, FlatStack, ScratchBuffer], ids=lambda m: m.__name__)
+def test_is_not_wrong(module, tracer):
+    """What one tracer's graph shows to be a gate, and another's does not, is right or refused."""
+    found = outcome(module(), tracer)
+    assert str(found) if isinstance(found, Skip) else max(found) < 1e-5, found
+
+
+class Values(Block):
+    """(7) A memory layer: the ids fetch values, which a gate made of hidden states scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.output = nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(3)))
+
+    def dispatch(self, x, ids, weights):
+        fetched = (self.experts.flatten(1)[ids][..., :HIDDEN] * weights[..., None]).sum(1)
+        return (fetched * F.silu(x @ self.output)) @ self.output
+
+
+class Prompts(Block):
+    """(7) A prompt pool: rows that are fetched stand in front of the tokens' own."""
+
+    def dispatch(self, x, ids, weights):
+        prompts = (self.experts[ids] * weights[..., None, None]).sum(1)
+        return torch.cat([prompts, x[:, None]], 1).mean(1)
+
+
+class Codebook(Block):
+    """(7) A soft codebook: scores multiply what is fetched."""
+
+    def dispatch(self, x, ids, weights):
+        return torch.bmm(weights[:, None], self.experts[ids].mean(2)).squeeze(1) + x
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("module", [Values, Prompts, Codebook], ids=lambda m: m.__name__)
+def test_what_is_fetched_is_no_expert(module, tracer):
+    """Memory layers, prompt pools and codebooks are left alone, also where the matcher takes them for a gate."""
+    graph = TRACERS[tracer](module(), rows())
+    for gate in find_gates(graph).gates:
+        refusal = verify_rewrite(gate, weights_of(graph))
+        assert isinstance(refusal, Skip)
+        assert refusal.reason is SkipReason.FETCHED
+
+
+class TestVmap:
+    """(9) Inside vmap a gate's batch is one example."""
+
+    class Mapped(Stacked):
+        def forward(self, x):
+            def alone(row):
+                return self.dispatch(row, *self.route(row))
+
+            return torch.func.vmap(alone)(x[:, None]).squeeze(1)
+
+    class Beside(Stacked):
+        def forward(self, x):
+            return super().forward(torch.func.vmap(torch.tanh)(x))
+
+    def test_inside(self):
+        graph = TRACERS["dynamo"](self.Mapped(), rows())
+        refusal = verify_rewrite(one_gate(graph), weights_of(graph))
+        assert isinstance(refusal, Skip)
+        assert refusal.reason is SkipReason.ONE_TOKEN
+
+    def test_beside(self):
+        """What stands behind a vmap is not inside it."""
+        graph = TRACERS["dynamo"](self.Beside(), rows())
+        assert isinstance(verify_rewrite(one_gate(graph), weights_of(graph)), Proof)
+
+
+class TestEqualLayers:
+    """A region that was proven serves every gate with an equal one."""
+
+    class Layers(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.blocks = nn.ModuleList(Stacked() for _ in range(count))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    def runs(self, count, monkeypatch):
+        """How often regions run for the proofs of some layers."""
+        graph = TRACERS["dynamo"](self.Layers(count), rows())
+        made = []
+        original = run_part.run_graph
+        verifier = importlib.import_module("sere_compile.passes.verify_rewrite")
+        monkeypatch.setattr(verifier, "run_graph", lambda *a, **k: made.append(1) or original(*a, **k))
+        monkeypatch.setattr(verifier, "_verdicts", {})
+        gates = find_gates(graph).gates
+        proofs = [verify_rewrite(gate, weights_of(graph)) for gate in gates]
+        assert [len(proof.experts) for proof in proofs] == [1] * count
+        assert len({proof.experts for proof in proofs}) == count  # each has its own
+        return len(made)
+
+    def test_are_proven_once(self, monkeypatch):
+        assert self.runs(4, monkeypatch) == self.runs(1, monkeypatch) > 0
