@@ -28,6 +28,7 @@ from sere_compile.testing import reroute_oracle
 from .moe_modules import (
     EXPERTS,
     HIDDEN,
+    TOP_K,
     TRACERS,
     Block,
     ExpertLoop,
@@ -373,6 +374,28 @@ class Padded(Looped):
         return torch.where(x[:, :1] > -0.5, ids, -1), weights
 
 
+class PaddedWithE(Looped):
+    """(10) Padding rows name E: they make no primaries."""
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        return ids.masked_fill(x[:, :1] < -0.5, EXPERTS), weights
+
+
+class Columns(Stacked):
+    """A bias of the experts whose last dimension counts them."""
+
+    of_experts: ClassVar = {"experts": 0, "bias": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(HIDDEN, EXPERTS, generator=torch.Generator().manual_seed(4)))
+
+    def dispatch(self, x, ids, weights):
+        y = torch.tanh(x[:, None, None, :] @ self.experts[ids]).squeeze(2) + self.bias.T[ids]
+        return (y * weights[..., None]).sum(1)
+
+
 class InHalf(Masked):
     """Half precision around the dispatch."""
 
@@ -401,7 +424,8 @@ class FlatStack(Block):
 
 
 RIGHT = (
-    Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded, InHalf,
+    Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded,
+    PaddedWithE, Columns, InHalf,
     IdsReturned, StandardDeviation, BentRows, SecondReader, OneOutput, Renormalised,
 )  # fmt: skip
 REFUSED = (
@@ -436,6 +460,49 @@ def test_is_not_wrong(module, tracer):
     """What one tracer's graph shows to be a gate, and another's does not, is right or refused."""
     found = outcome(module(), tracer)
     assert str(found) if isinstance(found, Skip) else max(found) < 1e-5, found
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "export"])
+def test_a_buffer_that_each_call_writes_anew(tracer):
+    """(12) Its content after the call is no result."""
+    found = outcome(ScratchBuffer(), tracer)
+    assert not isinstance(found, Skip), found
+    assert max(found) < 1e-5, found
+
+
+class LastIds(Masked):
+    """A buffer that keeps what the router chose: a result, though each call writes it anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(10, TOP_K, dtype=torch.int64))
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        self.last.copy_(ids)
+        return ids, weights
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, self.last + 0
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_buffer_that_keeps_the_ids(tracer):
+    found = outcome(LastIds(), tracer)
+    assert isinstance(found, Skip) or max(found) < 1e-5, found
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_experts_that_are_equal_prove_nothing(tracer):
+    """Experts that start as copies of one another, as upcycled ones do: the weights are made up."""
+    module = L2Norm()
+    with torch.no_grad():
+        module.experts.copy_(module.experts[:1].expand_as(module.experts))
+    graph = TRACERS[tracer](module, rows())
+    refusal = verify_rewrite(one_gate(graph), weights_of(graph))
+    assert isinstance(refusal, Skip)
+    assert "is off by" in refusal.detail
 
 
 class Values(Block):
