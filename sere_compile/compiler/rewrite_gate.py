@@ -24,8 +24,8 @@ from ..passes import (
     run_pipeline,
     verify_rewrite,
 )
+from ..passes.proof.compare import tolerance
 from ..passes.proof.outside import MERGED
-from ..passes.verify_rewrite import tolerance
 from ..report import REWRITTEN, SKIPPED
 from .gate_plan import GatePlan
 from .traced_graph import TracedGraph
