@@ -77,6 +77,7 @@ class SkipReason(enum.Enum):
         "together: call the layer on the whole batch instead"
     )
     FETCHED = "its indices fetch values, keys or prompts of the model; none is a weight that acts on hidden states"
+    SHARED_ROUTER = "its router weight also selects from other experts"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"
     NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores do not weight what is computed from them"

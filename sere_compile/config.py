@@ -38,8 +38,8 @@ class SereConfig:
         max_tokens: forwards with more tokens than this are left alone (prefill gains nothing). None: no limit.
         inner: the backend that compiles the rewritten graph: a name that torch.compile knows, or a callable
             taking (graph_module, example_inputs).
-        strict: raise `GateNotFoundError` where a warning would say that nothing was re-routed, and run each gate at
-            compile time, as traced and re-routed, to prove the rewrite (`passes.verify_rewrite`).
+        strict: raise `GateNotFoundError` where a warning would say that a gate is not re-routed, also where its
+            rewrite was not proven, and run experts modules that take what leaves a graph as well.
         capture: "default", or "auto": try Dynamo's dynamic-shape capture first. Only `sere_compile.compile` and
             `explain` can do so; a backend gets graphs that are captured already.
         fuse_router: replace scoring, top-k and normalising of up to 256 tokens by one kernel, where the graph is on

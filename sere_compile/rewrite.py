@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from .compiler import gate_options
-from .compiler.gate_plan import GatePlan
+from .compiler.gate_plan import GatePlan, refuse_shared_routers
 from .compiler.missing_gates import describe_nearest_miss
 from .compiler.program import Program
 from .compiler.rewrite_gate import rewrite_gate
@@ -20,7 +20,7 @@ from .config import SereConfig
 from .errors import ConfigError, GateNotFoundError, ProfileError
 from .experts.experts_module import find_experts
 from .experts.probe import Probed, probe_gate
-from .passes import Gate, Skip, extract_dispatch, find_gates
+from .passes import Gate, extract_dispatch, find_gates
 from .similarity.fit import check_size, required_projection
 from .similarity.profile import SimilarityProfile
 from .similarity.threshold import matrix_in_graph
@@ -76,7 +76,7 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
     plans = _plan_gates(findings.gates, config, program)
     # All matrices first: a profile that does not fit is an error before anything is changed.
     matrices = [_matrices(plan, profile, program) if plan.is_to_reroute else {} for plan in plans]
-    refused: list[Skip] = []
+    refused = [plan.refusal for plan in plans if plan.refusal is not None]
     for plan, found in zip(plans, matrices, strict=True):
         refusal = rewrite_gate(plan, program, found, plan.weight(()), program.owners)
         if refusal is not None:
@@ -112,6 +112,7 @@ def _plan_gates(gates: Sequence[Gate], config: SereConfig, program: Program) -> 
         own, weight = config.for_gate(name), program.value_of(gate.router_weight)
         plans.append(GatePlan(gate, name, own, config, extract_dispatch(gate), constant=weight))
         plans[-1].decide(program.has_more_tokens)
+    refuse_shared_routers(plans, program.value_of)
     return plans
 
 

@@ -507,3 +507,33 @@ def test_argument_called_like_a_builtin():
     alone = torch.export.export(module[0], (x,))
     alone = sere_compile.rewrite(alone, profile=SimilarityProfile({"router": matrix}))
     close(done.module()(x), alone.module()(x))
+
+
+class _SharedRouter(nn.Module):
+    """Two sets of experts behind one router, gathered or in a loop."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.second = block(), block()
+        self.second.router = self.first.router
+        with torch.no_grad():
+            for parameter in self.second.parameters():
+                if parameter is not self.first.router:
+                    parameter.mul_(2)
+
+    def forward(self, x):
+        y = x + self.first(x)
+        return y + self.second(y)
+
+
+@pytest.mark.parametrize("dispatch", ["gathered", "loop"])
+def test_a_router_of_two_sets_of_experts_is_refused(dispatch):
+    """One matrix per router weight cannot describe both, however the experts are reached."""
+    from .passes.moe_modules import ExpertLoop, Indexed, rows, similarity
+
+    module = _SharedRouter(Indexed if dispatch == "gathered" else ExpertLoop)
+    program = torch.export.export(module, (rows(),))
+    matrix = similarity()
+    profile = SimilarityProfile({"first.router": (matrix + matrix.T) / 2})
+    with pytest.raises(GateNotFoundError, match="also selects from other experts"):
+        sere_compile.rewrite(program, profile=profile, config=S1)

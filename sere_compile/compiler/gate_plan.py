@@ -13,7 +13,17 @@ from torch.fx import Node
 from ..config import SereConfig
 from ..experts.experts_module import count_experts_beside
 from ..experts.owner import Owners
-from ..passes import DispatchRegion, Gate, RoutingSettings, Skip, extract_dispatch, has_more_tokens
+from ..passes import (
+    DispatchRegion,
+    Evidence,
+    Gate,
+    RoutingSettings,
+    Skip,
+    SkipReason,
+    extract_dispatch,
+    has_more_tokens,
+    verify_rewrite,
+)
 from ..passes.graph.run_part import ValueOf
 from ..report import IDENTITY, SKIPPED
 from ..similarity import binding
@@ -88,7 +98,7 @@ def plan_gates(
         owners: of the router weights.
     """
     plans = [_plan_gate(gate, config, inputs, value_of, owners) for gate in gates]
-    _refuse_shared_routers(plans)
+    refuse_shared_routers(plans, value_of)
     return plans
 
 
@@ -113,16 +123,29 @@ def _plan_gate(gate: Gate, config: SereConfig, inputs: Sequence[Node], value_of:
     return plan
 
 
-def _refuse_shared_routers(plans: list[GatePlan]) -> None:
+def refuse_shared_routers(plans: Sequence[GatePlan], value_of: ValueOf) -> None:
     """Skip gates that share a router weight but not their experts: one matrix cannot describe both."""
-    experts: dict[Node, set[tuple[Node, ...]]] = {}
+    sharing: dict[tuple[str, Any], list[GatePlan]] = {}
     for plan in plans:
-        if isinstance(plan.region, DispatchRegion):
-            experts.setdefault(plan.gate.router_weight, set()).add(plan.region.inputs)
-    for plan in plans:
-        if len(experts.get(plan.gate.router_weight, ())) > 1:
-            plan.status, plan.reason = SKIPPED, "its router weight also selects from other experts"
-            log.warning("%s is not re-routed: %s", plan.name, plan.reason)
+        if plan.is_to_reroute:
+            sharing.setdefault(_identity(plan.gate.router_weight), []).append(plan)
+    for found in sharing.values():
+        experts = {_experts_of(plan, value_of) for plan in found} if len(found) > 1 else set()
+        if len(experts - {frozenset()}) > 1:
+            for plan in found:
+                plan.refuse(Skip(SkipReason.SHARED_ROUTER, plan.gate.selection, evidence=Evidence.EXPERTS))
+                log.warning("%s is not re-routed: %s", plan.name, plan.reason)
+
+
+def _experts_of(plan: GatePlan, value_of: ValueOf) -> frozenset[tuple[str, Any]]:
+    """The parameters of a gate's experts, where its dispatch is in the graph and proven."""
+    proof = verify_rewrite(plan.gate, value_of)
+    return frozenset() if isinstance(proof, Skip) else frozenset(map(_identity, proof.experts))
+
+
+def _identity(node: Node) -> tuple[str, Any]:
+    """What tells a graph input or attribute from others: make_fx reads an attribute anew for each use."""
+    return node.op, node.target
 
 
 def experts_are_live(value_of: ValueOf, owners: Owners) -> Callable[[Node, int], int]:
