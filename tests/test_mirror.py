@@ -20,7 +20,6 @@ ELSEWHERE = {
     "benchmarks/vllm_page.py": "tests/integrations/vllm/test_models.py, with a real engine",
     "ops/launching.py": "with each kernel: tests/ops/test_reroute.py, tests/ops/test_expert_mlp.py",
     "passes/gate.py": "data classes: tests/passes/test_find_gates.py",
-    "passes/graph/run_part.py": "tests/passes/test_ways_to_trace.py",
     "passes/graph/copy.py": "every rewrite works on a copy: tests/test_backend.py, tests/test_rewrite.py",
     "sere_compile/cli.py": "tests/test_packaging.py runs the command",
     "sere_compile/compiler/dynamo.py": "tests/test_backend.py, with Dynamo itself",

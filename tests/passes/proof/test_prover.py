@@ -25,7 +25,7 @@ from sere_compile.passes import (
 from sere_compile.passes.graph import run_part
 from sere_compile.testing import reroute_oracle
 
-from .moe_modules import (
+from ..moe_modules import (
     EXPERTS,
     HIDDEN,
     TOP_K,
@@ -40,7 +40,7 @@ from .moe_modules import (
     run,
     similarity,
 )
-from .test_verify_rewrite import weights_of
+from ..test_verify_rewrite import weights_of
 
 
 def swapped(module, mapping):
@@ -491,6 +491,26 @@ class LastIds(Masked):
 def test_a_buffer_that_keeps_the_ids(tracer):
     found = outcome(LastIds(), tracer)
     assert isinstance(found, Skip) or max(found) < 1e-5, found
+
+
+class LoadInBuffer(Masked):
+    """A buffer that adds up the table that dispatches: its sum over calls is a result."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("load", torch.zeros(EXPERTS))
+
+    def dispatch(self, x, ids, weights):
+        combine = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+        self.load.add_(combine.sum(0))
+        return torch.einsum("te,eth->th", combine, self.all_experts((combine.T > 0)[..., None] * x))
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "export"])
+def test_a_buffer_that_would_count_new_ids(tracer):
+    found = outcome(LoadInBuffer(), tracer)
+    assert isinstance(found, Skip)
+    assert "is off by" in found.detail
 
 
 @pytest.mark.parametrize("tracer", TRACERS)
