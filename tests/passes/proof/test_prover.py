@@ -396,6 +396,17 @@ class Columns(Stacked):
         return (y * weights[..., None]).sum(1)
 
 
+class SharedBeside(Stacked):
+    """A shared expert with as many rows as there are experts: its matrix is no stack of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Parameter(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(4)))
+
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids, weights) + torch.tanh(x @ self.shared.T) @ self.shared
+
+
 class InHalf(Masked):
     """Half precision around the dispatch."""
 
@@ -425,7 +436,7 @@ class FlatStack(Block):
 
 RIGHT = (
     Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded,
-    PaddedWithE, Columns, InHalf,
+    PaddedWithE, Columns, SharedBeside, InHalf,
     IdsReturned, StandardDeviation, BentRows, SecondReader, OneOutput, Renormalised,
 )  # fmt: skip
 REFUSED = (
