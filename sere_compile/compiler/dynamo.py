@@ -173,6 +173,20 @@ def dynamic_shape_capture() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def compiling_aside() -> Iterator[None]:
+    """Compile something for a purpose of ours: it neither meets the user's limits nor teaches Dynamo dynamic shapes."""
+    from torch._dynamo import config  # here, because importing Dynamo takes seconds
+
+    with config.patch(
+        recompile_limit=1 << 20,
+        accumulated_recompile_limit=1 << 20,
+        automatic_dynamic_shapes=False,
+        assume_static_by_default=True,
+    ):
+        yield
+
+
 def forget_codes(model: Any) -> None:
     """Make Dynamo look anew at the code of a model or function and of what it called.
 

@@ -1,0 +1,425 @@
+"""Prove the re-routing of ids that leave their graph, by running the code that receives them.
+
+A graph that ends between router and experts (an expert loop over data-dependent sizes, a print) does not show what
+becomes of the ids. Neither names nor counts are evidence. So the block around the router is copied, with random
+parameters, and its copy is compiled like the model, but with a backend that runs each graph as it was traced or
+re-routed, on made-up choices of the router. Its code outside the graphs runs as it is. Re-routing by a map m is right
+where the block gives what it gives, as traced, when expert u has the parameters of expert m(u).
+
+    graph 1: .. topk -> (ids, weights) | the block's own code: experts(hidden, ids, weights) -> output
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
+from ..experts.module_tree import Owner, find_owner
+from ..experts.trial_block import ExpertSlices, TrialBlock, blocks_around, fingerprint
+from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch
+from ..passes.graph import nodes
+from . import dynamo
+
+log = logging.getLogger(__name__)
+
+_ROWS = 12
+_DRAWS = 3
+_TOLERANCE = 1e-4
+# What code that is run on made-up numbers may raise.
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
+_Picked = collections.namedtuple("_Picked", ("values", "indices"))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What trying a gate's block has shown.
+
+    Attributes:
+        merged: whether slots are merged in the rewrite that was proven; None where none was.
+        reason: why none was.
+        is_gate: whether the block takes hidden states and gives something that its experts change.
+    """
+
+    merged: bool | None
+    reason: str = ""
+    is_gate: bool = True
+
+
+def prove_outside(gate: Gate, weight: torch.Tensor) -> Verdict:
+    """What is proven of re-routing a gate whose ids leave the graph.
+
+    Args:
+        gate: found, not yet rewritten; some of its dispatch uses leave the graph.
+        weight: the router's weight in the live model.
+    """
+    owner = find_owner(weight)
+    if owner is None:
+        return Verdict(None, "no module of this process owns its router weight", is_gate=False)
+    key = (fingerprint(owner), _signature(gate))
+    if key not in _verdicts:
+        _verdicts[key] = _try_blocks(gate, weight, owner)
+    return _verdicts[key]
+
+
+# By what a layer computes: layers of one kind are tried once.
+_verdicts: dict[Any, Verdict] = {}
+_fingerprints = WeakTensorKeyDictionary()
+
+
+def computes_the_same(weight: torch.Tensor, other: tuple[Any, ...]) -> bool:
+    """Whether the layer of a router weight computes what the layer with the fingerprint `other` does."""
+    if weight not in _fingerprints:
+        owner = find_owner(weight)
+        _fingerprints[weight] = () if owner is None else fingerprint(owner)
+    return _fingerprints[weight] == other
+
+
+def _signature(gate: Gate) -> tuple[Any, ...]:
+    """What tells a gate from others of its block: the trial has to find the same."""
+    kinds = tuple(sorted(use.kind.name for use in gate.uses))
+    return gate.form, gate.num_experts, gate.top_k, gate.scoring, kinds, gate.weights is None, gate.needs_merge
+
+
+def _try_blocks(gate: Gate, weight: torch.Tensor, owner: Owner) -> Verdict:
+    """Try the modules around the router, innermost first, until one holds the gate's experts."""
+    verdict = Verdict(None, "no module around its router could be run on hidden states alone", is_gate=False)
+    for module in blocks_around(owner):
+        try:
+            block = TrialBlock(module, weight, owner.root, gate.num_experts)
+        except _FAILURES as error:
+            return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
+        candidates = block.candidates()
+        if not candidates:
+            continue
+        trial = _Trial(gate, block)
+        found = trial.run_whole(candidates)
+        if found is not None:
+            return found
+    return verdict
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:120]}"
+
+
+class _Trial:
+    """One block, compiled so that the gate's graph runs in one of several versions, on choices that are given."""
+
+    def __init__(self, gate: Gate, block: TrialBlock) -> None:
+        self._gate = gate
+        self._block = block
+        self._version = "original"
+        self._seed = 0
+        self._found: list[Gate] = []
+        self._problem = ""
+        self._ids: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+        matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
+        self._matrix = matrix.to(block.weight.device)
+        self._call: Callable[..., Any] = torch.compile(block.module, backend=self._backend, dynamic=False)
+
+    # What the block is run on, and how.
+
+    def run_whole(self, candidates: list[ExpertSlices]) -> Verdict | None:
+        """The verdict on this block, or None where it is not the one that holds the gate and its experts."""
+        hidden = self._hidden_states()
+        if hidden is None:
+            return None
+        name = type(self._block.module).__name__
+        if not self._found:
+            return None
+        if self._problem or len(self._found) > 1 or _signature(self._found[0]) != _signature(self._gate):
+            return Verdict(None, self._problem or f"{name} compiled alone has another gate than it has in the model")
+        try:
+            experts = self._experts(candidates, hidden)
+            if isinstance(experts, str):
+                return Verdict(None, experts, is_gate=False)
+            return self._compare(experts, hidden)
+        except _FAILURES as error:
+            return Verdict(None, f"{name} could not be run on made-up choices: {_short(error)}")
+
+    def _hidden_states(self) -> torch.Tensor | None:
+        """Hidden states [1, T, H] or [T, H] that the block takes; None where it takes neither."""
+        weight = self._block.weight
+        hidden = nodes.last_size(self._gate.router_input) or weight.shape[-1]
+        drawn = torch.randn(1, _ROWS, hidden, generator=torch.Generator().manual_seed(3)).to(weight.device)
+        for shaped in (drawn, drawn[0]):
+            self._found.clear()
+            try:
+                self._run(shaped)
+            except _FAILURES as error:
+                log.debug("%s does not take %s: %s", type(self._block.module).__name__, list(shaped.shape), error)
+                continue
+            return shaped
+        return None
+
+    def _run(self, hidden: torch.Tensor, version: str = "original", seed: int = 0) -> list[torch.Tensor]:
+        """Every tensor that the block returns."""
+        self._version, self._seed = version, seed
+        self._ids.clear()
+        self._weights.clear()
+        devices = [hidden.device] if hidden.device.type == "cuda" else []
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            dynamo.compiling_aside(),
+        ):
+            torch.manual_seed(0)
+            result = self._call(hidden)
+        return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+    # Which parameters are the experts'.
+
+    def _experts(self, candidates: list[ExpertSlices], hidden: torch.Tensor) -> list[ExpertSlices] | str:
+        """The parameters that act on the tokens of one expert alone, and on their hidden states; or why there are none."""
+        base = self._run(hidden)
+        ids, weights = self._ids[0], [w.clone() for w in self._weights]
+        taken: list[ExpertSlices] = []
+        for one in candidates:
+            if any(tensor is other for tensor in one.tensors for known in taken for other in known.tensors):
+                continue
+            if self._belongs_to_experts(one, hidden, base, ids, weights):
+                taken.append(one)
+        if not taken:
+            return "no parameter around its router acts on the tokens of one expert alone"
+        if not self._acts_on_hidden(taken, hidden):
+            return "what its indices fetch is added up whatever the hidden states are: values of a table, no experts"
+        return taken
+
+    def _belongs_to_experts(
+        self,
+        one: ExpertSlices,
+        hidden: torch.Tensor,
+        base: list[torch.Tensor],
+        ids: torch.Tensor,
+        weights: list[torch.Tensor],
+    ) -> bool:
+        """Whether disturbing an expert's part changes the output of the tokens that name it, and nothing of the others."""
+        for expert in ids.flatten()[:2].tolist():
+            with self._block.disturbed(one, expert):
+                changed = self._run(hidden)
+            if not all(torch.equal(a, b) for a, b in zip(weights, self._weights, strict=True)):
+                return False  # the router's own number per expert
+            rows = _changed_rows(base, changed, _ROWS)
+            if rows is None or not bool(rows.any()):
+                return False
+            names = (ids.reshape(_ROWS, -1) == expert).any(-1).to(rows.device)
+            if bool((rows & ~names).any()):
+                return False
+        return True
+
+    def _acts_on_hidden(self, experts: list[ExpertSlices], hidden: torch.Tensor) -> bool:
+        """Whether what an exchange of experts changes depends on the hidden states, at the same choices and weights."""
+        router = self._block.weight.data
+        kept = router.clone()
+        router.zero_()
+        try:
+            differences = []
+            for states in (hidden, hidden.flip(-1) * 0.5):
+                before = self._run(states)
+                with self._block.exchanged(experts, _shift(self._block.num_experts)):
+                    differences.append([a - b for a, b in zip(self._run(states), before, strict=True) if _floats(a)])
+        finally:
+            router.copy_(kept)
+        return not all(_close(a, b) for a, b in zip(*differences, strict=True))
+
+    # Whether a rewrite is right.
+
+    def _compare(self, experts: list[ExpertSlices], hidden: torch.Tensor) -> Verdict:
+        merged_first = self._gate.needs_merge
+        worst: dict[bool, str] = {}
+        for merged in (merged_first, not merged_first):
+            problem = self._problem_with("merged" if merged else "plain", experts, hidden)
+            if problem is None:
+                return Verdict(merged)
+            worst[merged] = problem
+        return Verdict(None, worst[merged_first])
+
+    def _problem_with(self, version: str, experts: list[ExpertSlices], hidden: torch.Tensor) -> str | None:
+        """How a rewritten version differs from the definition, or None."""
+        if version not in self._versions:
+            return f"{self._refused.get(version, 'it cannot be rewritten')}"
+        for seed in range(_DRAWS):
+            got = self._run(hidden, version, seed)
+            with self._block.exchanged(experts, self._expert_map()):
+                wanted = self._run(hidden, "original", seed)
+            error = _distance(got, wanted)
+            if error is None or error > _TOLERANCE:
+                off = "returns other things" if error is None else f"is off by {error:.2g} of its scale"
+                return f"run with the code that receives its ids, {type(self._block.module).__name__} {off}"
+        return None
+
+    def _expert_map(self) -> dict[int, int]:
+        """What re-routing makes of each expert that the last run chose."""
+        before = self._ids[0]
+        after = torch.ops.sere.reroute.default(before, self._matrix, 1, 0.0, 0)
+        return dict(zip(before.flatten().tolist(), after.flatten().tolist(), strict=True))
+
+    # The graphs.
+
+    def _backend(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        gates = [gate for gate in _gates_of(module, inputs, self._block) if _leaves_graph(gate)]
+        if not gates:
+            return module.forward
+        self._found += gates
+        self._versions: dict[str, Callable[..., Any]] = {}
+        self._refused: dict[str, str] = {}
+        for version in ("original", "plain", "merged"):
+            made = self._rewritten(module, inputs, version)
+            if isinstance(made, Skip):
+                self._refused[version] = str(made)
+            else:
+                self._versions[version] = made
+        return lambda *arguments: self._versions[self._version](*arguments)
+
+    def _rewritten(self, module: GraphModule, inputs: Sequence[Any], version: str) -> Callable[..., Any] | Skip:
+        """The graph with the choice put in, what it chose told, and re-routed as the version says."""
+        copy = dynamo.copy_graph(module)
+        [gate] = [gate for gate in _gates_of(copy, inputs, self._block) if _leaves_graph(gate)]
+        graph = copy.graph
+        if version != "original":
+            copy.register_buffer("sere_trial_similarity", self._matrix)
+            with graph.inserting_before(next(iter(graph.nodes))):
+                similarity = graph.get_attr("sere_trial_similarity")
+            done = reroute_dispatch(gate, similarity, RoutingSettings(1), merged=version == "merged")
+            if isinstance(done, Skip):
+                return done
+        for node, told in ((gate.ids, self._ids), (gate.weights, self._weights)):
+            if node is not None:
+                with graph.inserting_after(node):
+                    graph.call_function(_Tell(told), (node,))
+        scores = nodes.operand(gate.selection)
+        assert scores is not None
+        chosen = scores if gate.form == "steps" else gate.selection
+        with graph.inserting_after(chosen):
+            forced = graph.call_function(_Choose(self, scores, gate), (chosen,))
+        chosen.replace_all_uses_with(forced, delete_user_cb=lambda user: user is not forced)
+        graph.lint()
+        copy.recompile()
+        return copy.forward
+
+    @property
+    def seed(self) -> int:
+        """Of the choices made up for the run that is under way."""
+        return self._seed
+
+
+def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> list[Gate]:
+    placeholders = list(module.graph.find_nodes(op="placeholder"))
+
+    def is_router(node: Node) -> bool:
+        held = inputs[placeholders.index(node)] if node.op == "placeholder" else nodes.value(node)
+        return held is block.weight
+
+    found = find_gates(module, lambda node, columns: min(block.num_experts, columns) if is_router(node) else 0)
+    return [gate for gate in found.gates if is_router(gate.router_weight)]
+
+
+def _leaves_graph(gate: Gate) -> bool:
+    return any(use.kind.name == "LEAVES" for use in gate.uses)
+
+
+class _Tell:
+    """A call in a graph that keeps what a node gives."""
+
+    __name__ = "tell"
+
+    def __init__(self, told: list[torch.Tensor]) -> None:
+        self._told = told
+
+    def __call__(self, value: torch.Tensor) -> None:
+        self._told.append(value.detach().clone())
+
+
+class _Choose:
+    """A call in a graph that puts a made-up choice in place of the router's."""
+
+    __name__ = "choose"
+
+    def __init__(self, trial: _Trial, scores: Node, gate: Gate) -> None:
+        self._trial = trial
+        self._columns = nodes.last_size(scores) or 0
+        self._steps = gate.form == "steps"
+        self._flat = len(nodes.shape(gate.ids) or ()) < len(nodes.shape(scores) or ())  # max without keepdim
+
+    def __call__(self, chosen: Any) -> Any:
+        """The choice in the form of what the router's selection gives."""
+        if self._steps:  # scores, of which each step takes the best that is left
+            order = made_up_order(chosen.shape[:-1], self._columns, self._trial.seed).to(chosen.device)
+            level = torch.arange(self._columns, 0, -1, device=chosen.device).to(chosen) / self._columns
+            return torch.zeros_like(chosen).scatter(-1, order, level.expand(order.shape))
+        ids = chosen if isinstance(chosen, torch.Tensor) else chosen[1]
+        leading = ids.shape if self._flat else ids.shape[:-1]
+        order = made_up_order(leading, self._columns, self._trial.seed).to(ids)
+        made_up = order[..., 0] if self._flat else order[..., : ids.shape[-1]]
+        if isinstance(chosen, torch.Tensor):
+            return made_up
+        generator = torch.Generator().manual_seed(self._trial.seed)
+        values = (torch.rand(order.shape, generator=generator) + 0.1).sort(-1, descending=True)[0].to(chosen[0])
+        return _Picked(values[..., 0] if self._flat else values[..., : ids.shape[-1]], made_up)
+
+
+def made_up_order(leading: Sequence[int], columns: int, seed: int) -> torch.Tensor:
+    """An order of all experts for each token, int64 [*leading, columns].
+
+    With an even seed the first choices are two experts only, so that most tokens name an expert twice after re-routing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(*leading, columns, generator=generator).argsort(-1)
+    if seed % 2 or columns < 2:
+        return order
+    rows = torch.arange(order[..., 0].numel()).view(order.shape[:-1])
+    first = (rows % 2)[..., None]
+    return torch.cat([first, order[order != first].view(*order.shape[:-1], -1)], -1)
+
+
+def _shift(num_experts: int) -> dict[int, int]:
+    return {expert: (expert + 1) % num_experts for expert in range(num_experts)}
+
+
+def _floats(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    scale = float(torch.maximum(left.abs().max(), right.abs().max())) if left.numel() else 0.0
+    return bool(((left - right).abs() <= _TOLERANCE * scale + 1e-7).all())
+
+
+def _changed_rows(before: list[torch.Tensor], after: list[torch.Tensor], rows: int) -> torch.Tensor | None:
+    """Which tokens' outputs differ, bool [rows]; None where no output has a row per token."""
+    changed = None
+    for a, b in zip(before, after, strict=True):
+        if a.is_floating_point() and a.dim() > 1 and a.shape[:-1].numel() == rows and a.shape == b.shape:
+            differs = (a != b).reshape(rows, -1).any(-1)
+            changed = differs if changed is None else changed | differs
+    return changed
+
+
+def _distance(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float | None:
+    """The largest difference relative to the largest number of its tensor; None where other things are returned."""
+    worst = 0.0
+    if len(got) != len(wanted):
+        return None
+    for a, b in zip(got, wanted, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return None
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return None
+            continue
+        if a.numel():
+            scale = float(b.abs().max().clamp(min=1e-6))
+            worst = max(worst, float((a - b).abs().max()) / scale)
+    return worst

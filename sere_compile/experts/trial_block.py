@@ -1,0 +1,152 @@
+"""A private copy of the block around a router, on which a rewrite can be tried without touching the model.
+
+A compiled graph may end between router and experts. What the code behind it does with ids and weights is then known to
+nobody; but the block as a whole, router and experts, can be run. The copy has random float32 parameters, so that what it
+shows does not depend on what the model has learnt, and the parameters of one expert can take the place of another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .module_tree import Owner
+
+# Numbers of a layer that say where it stands, not what it does.
+_PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+@dataclass(frozen=True)
+class ExpertSlices:
+    """Parameters that hold one part per expert.
+
+    Attributes:
+        name: of the stacked parameter, or of the parameter within each of a list's experts.
+        tensors: one stacked tensor, or one tensor per expert.
+        dim: along which a stacked tensor counts the experts; None for one tensor per expert.
+    """
+
+    name: str
+    tensors: tuple[torch.Tensor, ...]
+    dim: int | None
+
+    def parts(self, num_experts: int) -> list[torch.Tensor]:
+        """The part of each expert: views, so that writing to one changes the parameter."""
+        if self.dim is None:
+            return [tensor.data for tensor in self.tensors]
+        return list(self.tensors[0].data.chunk(num_experts, self.dim))
+
+
+class TrialBlock:
+    """A copy of one module, its router weight among its parameters.
+
+    Args:
+        block: the module to copy.
+        weight: the router weight, a parameter or buffer somewhere in it.
+        root: the model; modules of it outside the block are not copied, whoever refers to them.
+        num_experts: E.
+
+    Raises:
+        RuntimeError, TypeError, NotImplementedError, ValueError: the block cannot be copied.
+    """
+
+    def __init__(self, block: nn.Module, weight: torch.Tensor, root: nn.Module, num_experts: int) -> None:
+        inside = set(block.modules())
+        memo: dict[int, Any] = {id(module): module for module in root.modules() if module not in inside}
+        self.module = copy.deepcopy(block, memo)
+        self.weight = memo[id(weight)]
+        self.num_experts = num_experts
+        generator = torch.Generator().manual_seed(0)
+        for tensor in _tensors(self.module).values():
+            if tensor.is_floating_point():
+                drawn = torch.randn(tensor.shape, generator=generator) / max(tensor.shape[-1:], default=1) ** 0.5
+                tensor.data = drawn.to(tensor.device)
+
+    def candidates(self) -> list[ExpertSlices]:
+        """Every parameter and buffer that could hold one part per expert, by its sizes alone."""
+        found: list[ExpertSlices] = []
+        listed: set[int] = set()
+        for path, holder in self.module.named_modules():
+            for name, members in _lists(holder):
+                if len(members) == self.num_experts:
+                    for inner in members[0]:
+                        group = tuple(member[inner] for member in members if inner in member)
+                        if len(group) == len(members) and len({tensor.shape for tensor in group}) == 1:
+                            listed.update(id(tensor) for tensor in group)
+                            found.append(ExpertSlices(f"{path}.{name}.*.{inner}".strip("."), group, None))
+        for name, tensor in _tensors(self.module).items():
+            if tensor is not self.weight and id(tensor) not in listed:
+                dims = [d for d, size in enumerate(tensor.shape) if size == self.num_experts]
+                if not dims and tensor.dim() == 2:
+                    dims = [d for d, size in enumerate(tensor.shape) if size % self.num_experts == 0]
+                found += [ExpertSlices(name, (tensor,), dim) for dim in dims]
+        return found
+
+    @contextlib.contextmanager
+    def exchanged(self, slices: list[ExpertSlices], expert_map: Mapping[int, int]) -> Iterator[None]:
+        """Meanwhile expert u has the parameters of expert `expert_map[u]`."""
+        kept = [[part.clone() for part in one.parts(self.num_experts)] for one in slices]
+        try:
+            for one, parts in zip(slices, kept, strict=True):
+                for expert, target in enumerate(one.parts(self.num_experts)):
+                    target.copy_(parts[expert_map.get(expert, expert)])
+            yield
+        finally:
+            for one, parts in zip(slices, kept, strict=True):
+                for target, part in zip(one.parts(self.num_experts), parts, strict=True):
+                    target.copy_(part)
+
+    @contextlib.contextmanager
+    def disturbed(self, slices: ExpertSlices, expert: int) -> Iterator[None]:
+        """Meanwhile the part of one expert is another one."""
+        part = slices.parts(self.num_experts)[expert]
+        kept = part.clone()
+        try:
+            part.add_(1.0) if not part.is_floating_point() else part.mul_(-1.5).add_(0.25)
+            yield
+        finally:
+            part.copy_(kept)
+
+
+def blocks_around(owner: Owner) -> tuple[nn.Module, ...]:
+    """The modules that may hold a router's experts, innermost first: up to the layer, none that holds layers."""
+    around = owner.chain[:4]
+    lists = [depth for depth, module in enumerate(around) if isinstance(module, nn.ModuleList)]
+    return around[: lists[0]] if lists else around
+
+
+def fingerprint(owner: Owner) -> tuple[Any, ...]:
+    """What a layer's code depends on but for the numbers in its tensors: equal where layers compute the same.
+
+    Objects that are neither numbers nor modules (a configuration, a function) count by their identity.
+    """
+    described = []
+    for name, module in blocks_around(owner)[-1].named_modules():
+        plain = tuple(
+            (key, value if isinstance(value, _PLAIN) else id(value))
+            for key, value in sorted(vars(module).items())
+            if not key.startswith("_") and key not in _PLACES
+        )
+        shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in module.named_parameters(recurse=False))
+        described.append((name, type(module), module.training, plain, shapes))
+    return tuple(described)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _lists(holder: nn.Module) -> Iterator[tuple[str, list[dict[str, torch.Tensor]]]]:
+    """Children and parameters of a module that come as a list or dictionary, each member with its tensors by name."""
+    for name, child in holder.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield name, [_tensors(member) for member in child.children()]
+        elif isinstance(child, nn.ParameterList):
+            yield name, [{"": parameter} for parameter in child]
