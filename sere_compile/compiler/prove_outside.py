@@ -101,10 +101,11 @@ def _try_blocks(gate: Gate, weight: torch.Tensor, owner: Owner) -> Verdict:
         candidates = block.candidates()
         if not candidates:
             continue
-        trial = _Trial(gate, block)
-        found = trial.run_whole(candidates)
-        if found is not None:
+        found = _Trial(gate, block).run_whole(candidates)
+        if found is not None and found.is_gate:
             return found
+        # A router that is a module of its own: its experts stand further out.
+        verdict = found or verdict
     return verdict
 
 
