@@ -173,6 +173,17 @@ def dynamic_shape_capture() -> Iterator[None]:
         yield
 
 
+def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What a module that is being called was called with, from the stack of this thread; None where it is not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        known = frame.f_locals
+        if frame.f_code is torch.nn.Module._call_impl.__code__ and known.get("self") is module:
+            return known["args"], known["kwargs"]
+        frame = frame.f_back
+    return None
+
+
 @contextlib.contextmanager
 def compiling_aside() -> Iterator[None]:
     """Compile something for a purpose of ours: it neither meets the user's limits nor teaches Dynamo dynamic shapes."""

@@ -12,6 +12,7 @@ where the block gives what it gives, as traced, when expert u has the parameters
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -20,13 +21,13 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.module_tree import Owner, find_owner
 from ..experts.trial_block import ExpertSlices, TrialBlock, blocks_around, fingerprint
-from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch
+from ..passes import Gate, RoutingSettings, Skip, find_gates, reroute_dispatch
 from ..passes.graph import nodes
 from . import dynamo
 
@@ -37,6 +38,7 @@ _DRAWS = 3
 _TOLERANCE = 1e-4
 # What code that is run on made-up numbers may raise.
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _Picked = collections.namedtuple("_Picked", ("values", "indices"))
 
 
@@ -47,12 +49,14 @@ class Verdict:
     Attributes:
         merged: whether slots are merged in the rewrite that was proven; None where none was.
         reason: why none was.
-        is_gate: whether the block takes hidden states and gives something that its experts change.
+        is_gate: whether experts were seen to act on the hidden states of the tokens that name them.
+        fingerprint: of the block that was tried.
     """
 
     merged: bool | None
     reason: str = ""
     is_gate: bool = True
+    fingerprint: tuple[Any, ...] = ()
 
 
 def prove_outside(gate: Gate, weight: torch.Tensor) -> Verdict:
@@ -65,23 +69,30 @@ def prove_outside(gate: Gate, weight: torch.Tensor) -> Verdict:
     owner = find_owner(weight)
     if owner is None:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
-    key = (fingerprint(owner), _signature(gate))
-    if key not in _verdicts:
-        _verdicts[key] = _try_blocks(gate, weight, owner)
-    return _verdicts[key]
+    verdict = Verdict(None, "no module around its router could be run", is_gate=False)
+    for module in blocks_around(owner):
+        key = (fingerprint(module), _signature(gate))
+        if key not in _verdicts:
+            _verdicts[key] = _try_block(gate, weight, module, owner)
+        verdict = _verdicts[key] or verdict
+        if verdict.is_gate:  # else a router that is a module of its own: its experts stand further out
+            return dataclasses.replace(verdict, fingerprint=key[0])
+    return verdict
 
 
-# By what a layer computes: layers of one kind are tried once.
-_verdicts: dict[Any, Verdict] = {}
-_fingerprints = WeakTensorKeyDictionary()
+# By what a block computes, so that layers of one kind are tried once; None for a block that does not hold the gate.
+_verdicts: dict[Any, Verdict | None] = {}
 
 
-def computes_the_same(weight: torch.Tensor, other: tuple[Any, ...]) -> bool:
-    """Whether the layer of a router weight computes what the layer with the fingerprint `other` does."""
+def computes_the_same(weight: torch.Tensor, verdict: Verdict) -> bool:
+    """Whether a verdict holds for another router weight too: one of the blocks around it computes the same."""
     if weight not in _fingerprints:
         owner = find_owner(weight)
-        _fingerprints[weight] = () if owner is None else fingerprint(owner)
-    return _fingerprints[weight] == other
+        _fingerprints[weight] = () if owner is None else tuple(map(fingerprint, blocks_around(owner)))
+    return verdict.fingerprint in _fingerprints[weight]
+
+
+_fingerprints = WeakTensorKeyDictionary()
 
 
 def _signature(gate: Gate) -> tuple[Any, ...]:
@@ -90,23 +101,14 @@ def _signature(gate: Gate) -> tuple[Any, ...]:
     return gate.form, gate.num_experts, gate.top_k, gate.scoring, kinds, gate.weights is None, gate.needs_merge
 
 
-def _try_blocks(gate: Gate, weight: torch.Tensor, owner: Owner) -> Verdict:
-    """Try the modules around the router, innermost first, until one holds the gate's experts."""
-    verdict = Verdict(None, "no module around its router could be run on hidden states alone", is_gate=False)
-    for module in blocks_around(owner):
-        try:
-            block = TrialBlock(module, weight, owner.root, gate.num_experts)
-        except _FAILURES as error:
-            return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
-        candidates = block.candidates()
-        if not candidates:
-            continue
-        found = _Trial(gate, block).run_whole(candidates)
-        if found is not None and found.is_gate:
-            return found
-        # A router that is a module of its own: its experts stand further out.
-        verdict = found or verdict
-    return verdict
+def _try_block(gate: Gate, weight: torch.Tensor, module: torch.nn.Module, owner: Owner) -> Verdict | None:
+    """The verdict on one module around the router, or None where it does not hold the gate and its experts."""
+    try:
+        block = TrialBlock(module, weight, owner.root, gate.num_experts)
+    except _FAILURES as error:
+        return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
+    candidates = block.candidates()
+    return _Trial(gate, block, dynamo.arguments_of(module)).run_whole(candidates) if candidates else None
 
 
 def _short(error: BaseException) -> str:
@@ -116,8 +118,9 @@ def _short(error: BaseException) -> str:
 class _Trial:
     """One block, compiled so that the gate's graph runs in one of several versions, on choices that are given."""
 
-    def __init__(self, gate: Gate, block: TrialBlock) -> None:
+    def __init__(self, gate: Gate, block: TrialBlock, called_with: Arguments | None) -> None:
         self._gate = gate
+        self._called_with = called_with
         self._block = block
         self._version = "original"
         self._seed = 0
@@ -133,43 +136,46 @@ class _Trial:
 
     def run_whole(self, candidates: list[ExpertSlices]) -> Verdict | None:
         """The verdict on this block, or None where it is not the one that holds the gate and its experts."""
-        hidden = self._hidden_states()
-        if hidden is None:
+        inputs = self._inputs()
+        if inputs is None:
             return None
         name = type(self._block.module).__name__
-        if not self._found:
-            return None
         if self._problem or len(self._found) > 1 or _signature(self._found[0]) != _signature(self._gate):
             return Verdict(None, self._problem or f"{name} compiled alone has another gate than it has in the model")
         try:
-            experts = self._experts(candidates, hidden)
+            experts = self._experts(candidates, inputs)
             if isinstance(experts, str):
                 return Verdict(None, experts, is_gate=False)
-            return self._compare(experts, hidden)
+            return self._compare(experts, inputs)
         except _FAILURES as error:
             return Verdict(None, f"{name} could not be run on made-up choices: {_short(error)}")
 
-    def _hidden_states(self) -> torch.Tensor | None:
-        """Hidden states [1, T, H] or [T, H] that the block takes; None where it takes neither."""
+    def _inputs(self) -> Arguments | None:
+        """What the block takes: made-up hidden states [1, T, H] or [T, H], or what it is being called with."""
         weight = self._block.weight
         hidden = nodes.last_size(self._gate.router_input) or weight.shape[-1]
         drawn = torch.randn(1, _ROWS, hidden, generator=torch.Generator().manual_seed(3)).to(weight.device)
-        for shaped in (drawn, drawn[0]):
+        tried: list[Arguments] = [((drawn,), {}), ((drawn[0],), {})]
+        if self._called_with is not None:
+            tried.append(tree_map(_in_float32, copy.deepcopy(self._called_with)))
+        for arguments in tried:
             self._found.clear()
             try:
-                self._run(shaped)
+                self._run(arguments)
             except _FAILURES as error:
-                log.debug("%s does not take %s: %s", type(self._block.module).__name__, list(shaped.shape), error)
+                log.debug("%s does not run on what was tried: %s", type(self._block.module).__name__, _short(error))
                 continue
-            return shaped
+            if self._found:
+                return arguments
         return None
 
-    def _run(self, hidden: torch.Tensor, version: str = "original", seed: int = 0) -> list[torch.Tensor]:
+    def _run(self, inputs: Arguments, version: str = "original", seed: int = 0) -> list[torch.Tensor]:
         """Every tensor that the block returns."""
         self._version, self._seed = version, seed
         self._ids.clear()
         self._weights.clear()
-        devices = [hidden.device] if hidden.device.type == "cuda" else []
+        device = self._block.weight.device
+        devices = [device] if device.type == "cuda" else []
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -177,84 +183,86 @@ class _Trial:
             dynamo.compiling_aside(),
         ):
             torch.manual_seed(0)
-            result = self._call(hidden)
+            args, kwargs = copy.deepcopy(inputs)
+            result = self._call(*args, **kwargs)
         return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
     # Which parameters are the experts'.
 
-    def _experts(self, candidates: list[ExpertSlices], hidden: torch.Tensor) -> list[ExpertSlices] | str:
+    def _experts(self, candidates: list[ExpertSlices], inputs: Arguments) -> list[ExpertSlices] | str:
         """The parameters that act on the tokens of one expert alone, and on their hidden states; or why there are none."""
-        base = self._run(hidden)
+        base = self._run(inputs)
         ids, weights = self._ids[0], [w.clone() for w in self._weights]
         taken: list[ExpertSlices] = []
         for one in candidates:
             if any(tensor is other for tensor in one.tensors for known in taken for other in known.tensors):
                 continue
-            if self._belongs_to_experts(one, hidden, base, ids, weights):
+            if self._belongs_to_experts(one, inputs, base, ids, weights):
                 taken.append(one)
         if not taken:
             return "no parameter around its router acts on the tokens of one expert alone"
-        if not self._acts_on_hidden(taken, hidden):
+        if not self._acts_on_hidden(taken, inputs):
             return "what its indices fetch is added up whatever the hidden states are: values of a table, no experts"
         return taken
 
     def _belongs_to_experts(
         self,
         one: ExpertSlices,
-        hidden: torch.Tensor,
+        inputs: Arguments,
         base: list[torch.Tensor],
         ids: torch.Tensor,
         weights: list[torch.Tensor],
     ) -> bool:
         """Whether disturbing an expert's part changes the output of the tokens that name it, and nothing of the others."""
+        count = ids.numel() // self._gate.top_k
         for expert in ids.flatten()[:2].tolist():
             with self._block.disturbed(one, expert):
-                changed = self._run(hidden)
+                changed = self._run(inputs)
             if not all(torch.equal(a, b) for a, b in zip(weights, self._weights, strict=True)):
                 return False  # the router's own number per expert
-            rows = _changed_rows(base, changed, _ROWS)
+            rows = _changed_rows(base, changed, count)
             if rows is None or not bool(rows.any()):
                 return False
-            names = (ids.reshape(_ROWS, -1) == expert).any(-1).to(rows.device)
+            names = (ids.reshape(count, -1) == expert).any(-1).to(rows.device)
             if bool((rows & ~names).any()):
                 return False
         return True
 
-    def _acts_on_hidden(self, experts: list[ExpertSlices], hidden: torch.Tensor) -> bool:
+    def _acts_on_hidden(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether what an exchange of experts changes depends on the hidden states, at the same choices and weights."""
         router = self._block.weight.data
         kept = router.clone()
         router.zero_()
         try:
             differences = []
-            for states in (hidden, hidden.flip(-1) * 0.5):
-                before = self._run(states)
+            for other in (inputs, tree_map(_turned, inputs)):
+                before = self._run(other)
                 with self._block.exchanged(experts, _shift(self._block.num_experts)):
-                    differences.append([a - b for a, b in zip(self._run(states), before, strict=True) if _floats(a)])
+                    differences.append([a - b for a, b in zip(self._run(other), before, strict=True) if _floats(a)])
         finally:
             router.copy_(kept)
         return not all(_close(a, b) for a, b in zip(*differences, strict=True))
 
     # Whether a rewrite is right.
 
-    def _compare(self, experts: list[ExpertSlices], hidden: torch.Tensor) -> Verdict:
+    def _compare(self, experts: list[ExpertSlices], inputs: Arguments) -> Verdict:
         merged_first = self._gate.needs_merge
         worst: dict[bool, str] = {}
         for merged in (merged_first, not merged_first):
-            problem = self._problem_with("merged" if merged else "plain", experts, hidden)
+            problem = self._problem_with("merged" if merged else "plain", experts, inputs)
             if problem is None:
                 return Verdict(merged)
             worst[merged] = problem
         return Verdict(None, worst[merged_first])
 
-    def _problem_with(self, version: str, experts: list[ExpertSlices], hidden: torch.Tensor) -> str | None:
+    def _problem_with(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
         """How a rewritten version differs from the definition, or None."""
         if version not in self._versions:
             return f"{self._refused.get(version, 'it cannot be rewritten')}"
         for seed in range(_DRAWS):
-            got = self._run(hidden, version, seed)
+            got = self._run(inputs, version, seed)
             with self._block.exchanged(experts, self._expert_map()):
-                wanted = self._run(hidden, "original", seed)
+                wanted = self._run(inputs, "original", seed)
             error = _distance(got, wanted)
             if error is None or error > _TOLERANCE:
                 off = "returns other things" if error is None else f"is off by {error:.2g} of its scale"
@@ -383,6 +391,15 @@ def made_up_order(leading: Sequence[int], columns: int, seed: int) -> torch.Tens
     rows = torch.arange(order[..., 0].numel()).view(order.shape[:-1])
     first = (rows % 2)[..., None]
     return torch.cat([first, order[order != first].view(*order.shape[:-1], -1)], -1)
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _turned(value: Any) -> Any:
+    """Other numbers of the same kind."""
+    return value.flip(-1) * 0.5 if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _shift(num_experts: int) -> dict[int, int]:

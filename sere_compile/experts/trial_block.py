@@ -122,13 +122,13 @@ def blocks_around(owner: Owner) -> tuple[nn.Module, ...]:
     return around[: lists[0]] if lists else around
 
 
-def fingerprint(owner: Owner) -> tuple[Any, ...]:
-    """What a layer's code depends on but for the numbers in its tensors: equal where layers compute the same.
+def fingerprint(block: nn.Module) -> tuple[Any, ...]:
+    """What a block's code depends on but for the numbers in its tensors: equal where blocks compute the same.
 
     Objects that are neither numbers nor modules (a configuration, a function) count by their identity.
     """
     described = []
-    for name, module in blocks_around(owner)[-1].named_modules():
+    for name, module in block.named_modules():
         plain = tuple(
             (key, value if isinstance(value, _PLAIN) else id(value))
             for key, value in sorted(vars(module).items())
