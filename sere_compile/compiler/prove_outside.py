@@ -190,7 +190,7 @@ class _Trial:
     # Which parameters are the experts'.
 
     def _experts(self, candidates: list[ExpertSlices], inputs: Arguments) -> list[ExpertSlices] | str:
-        """The parameters that act on the tokens of one expert alone, and on their hidden states; or why there are none."""
+        """The parameters that act on the hidden states of one expert's tokens alone; or why there are none."""
         base = self._run(inputs)
         ids, weights = self._ids[0], [w.clone() for w in self._weights]
         taken: list[ExpertSlices] = []
@@ -213,7 +213,7 @@ class _Trial:
         ids: torch.Tensor,
         weights: list[torch.Tensor],
     ) -> bool:
-        """Whether disturbing an expert's part changes the output of the tokens that name it, and nothing of the others."""
+        """Whether disturbing an expert's part changes outputs of tokens that name it, and of no others."""
         count = ids.numel() // self._gate.top_k
         for expert in ids.flatten()[:2].tolist():
             with self._block.disturbed(one, expert):

@@ -1,8 +1,9 @@
 """A private copy of the block around a router, on which a rewrite can be tried without touching the model.
 
-A compiled graph may end between router and experts. What the code behind it does with ids and weights is then known to
-nobody; but the block as a whole, router and experts, can be run. The copy has random float32 parameters, so that what it
-shows does not depend on what the model has learnt, and the parameters of one expert can take the place of another's.
+A compiled graph may end between router and experts. What the code behind it does with ids and weights
+is then unknown; but the block as a whole, router and experts, can be run. The copy has random float32
+parameters, so that what it shows does not depend on what the model has learnt, and the parameters of
+one expert can take the place of another's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ids that leave their graph are re-routed only where the code that receives them was seen to do what re-routing says."""
+"""Ids that leave their graph are re-routed only where running the code that receives them proves it right."""
 
 import pytest
 import torch
@@ -179,7 +179,8 @@ def test_weights_that_are_returned_stay_what_the_router_chose():
 
 def test_where_no_rewrite_is_right_it_says_how_far_it_is_off():
     [verdict] = verdicts(Block(Unweighted()), rows())
-    assert verdict.merged is None and verdict.is_gate
+    assert verdict.merged is None
+    assert verdict.is_gate
     assert "run with the code that receives its ids, Block is off by" in verdict.reason
 
 
@@ -190,7 +191,8 @@ def test_a_table_of_values_is_no_gate():
 
 def test_a_classifier_with_as_many_labels_as_layers_is_no_gate():
     [verdict] = verdicts(Classifier(), torch.arange(6))
-    assert verdict.merged is None and not verdict.is_gate
+    assert verdict.merged is None
+    assert not verdict.is_gate
 
 
 def test_a_layer_is_run_on_what_it_is_called_with():
@@ -217,7 +219,9 @@ def test_layers_that_compute_the_same_are_tried_once(monkeypatch):
     first.layer_idx, second.layer_idx = 0, 1
     second.returns, second.experts.weigh = first.returns, first.experts.weigh
     [verdict] = verdicts(nn.Sequential(first, second), rows())
-    assert verdict.merged and tried.count(first) == 1 and second not in tried
+    assert verdict.merged
+    assert tried.count(first) == 1
+    assert second not in tried
     assert module.computes_the_same(second.gate.weight, verdict)
 
 
