@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import sere_backend
 from .compiler import dynamo
-from .compiler.missing_gates import gate_runs
+from .compiler.missing_gates import runs, tell_no_graph
+from .config import SereConfig
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ def compile(
 ) -> Any:
     """`torch.compile(model, backend="sere")` that can also capture data-dependent expert loops.
 
-    With capture="auto" the first call is traced with Dynamo's dynamic-shape capture. If that raises, or puts no gate
-    into a graph, the model is compiled as torch.compile does by default, from then on.
+    With capture="auto" the first call is traced with Dynamo's dynamic-shape capture. If that raises, or
+    lets no gate be re-routed, the model is compiled as torch.compile does by default, from then on. Where
+    Dynamo makes no graph at all, the first call says so, or raises with strict=True.
 
     Args:
         model: an nn.Module or a function.
@@ -53,6 +55,7 @@ def compile(
 
     Raises:
         ConfigError: an unknown option or value.
+        GateNotFoundError: of a call, with strict=True: nothing of the model is re-routed.
     """
     sere_backend.config.replace(capture=capture)  # raises for an unknown value
     backend = sere_backend.with_options(**options)
@@ -61,39 +64,54 @@ def compile(
         return torch.compile(model, backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)
 
     result = compiled()
-    if capture == "default":
-        return result
+    captured = compiled() if capture == "auto" else None
     if not isinstance(model, nn.Module):
-        return functools.wraps(model)(_AutoCapture(model, result, compiled()))
-    result.forward = _AutoCapture(model, result.forward, compiled().forward)
+        return functools.wraps(model)(_Compiled(model, result, captured, backend.config))
+    result.forward = _Compiled(model, result.forward, None if captured is None else captured.forward, backend.config)
     return result
 
 
-class _AutoCapture:
-    """Calls a model compiled with dynamic-shape capture until that proves to be no help, then one without."""
+class _Compiled:
+    """A compiled model that tells when nothing of it is re-routed.
 
-    def __init__(self, model: Any, captured: Callable[..., Any], plain: Callable[..., Any]) -> None:
+    With `captured` it is called with dynamic-shape capture until that proves to be no help.
+    """
+
+    def __init__(
+        self, model: Any, plain: Callable[..., Any], captured: Callable[..., Any] | None, config: SereConfig
+    ) -> None:
         self._model = model
-        self._captured = captured
         self._plain = plain
-        self._dynamic: bool | None = None  # unknown before the first call
+        self._captured = captured
+        self._config = config
+        self._dynamic: bool | None = None if captured is not None else False  # None before the first call
+        self._settled = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._dynamic is False:
-            return self._plain(*args, **kwargs)
-        if self._dynamic:
-            with dynamo.dynamic_shape_capture():
-                return self._captured(*args, **kwargs)
-        return self._first_call(args, kwargs)
+        before = runs.graphs
+        if self._dynamic is None:
+            result = self._first_call(args, kwargs)
+        elif self._dynamic:
+            result = self._call_captured(args, kwargs)
+        else:
+            result = self._plain(*args, **kwargs)
+        if not self._settled and runs.graphs == before:
+            tell_no_graph(self._model, self._config)  # with strict=True again at every call
+            self._settled = True
+        return result
+
+    def _call_captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._captured is not None
+        with dynamo.dynamic_shape_capture():
+            return self._captured(*args, **kwargs)
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
         untouched = _versions(self._model, args, kwargs)
-        before = gate_runs.count
+        before, random_state = runs.rewritten, _RandomState(self._model, args, kwargs)
         try:
-            with dynamo.dynamic_shape_capture():
-                result = self._captured(*args, **kwargs)
+            result = self._call_captured(args, kwargs)
         except Exception as error:  # what capture raises has no common class; it is logged or raised
             self._give_up(f"it raises {type(error).__name__}: {_first_line(error)}")
             if untouched is None or untouched != _versions(self._model, args, kwargs):
@@ -102,18 +120,39 @@ class _AutoCapture:
                     "switched off now: the next call is compiled as torch.compile does by default."
                 )
                 raise
+            random_state.restore()
             return self._plain(*args, **kwargs)
-        if gate_runs.count > before:
+        if runs.rewritten > before:
             self._dynamic = True
             return result
-        self._give_up("it puts no gate into a graph")
-        unchanged = untouched is not None and untouched == _versions(self._model, args, kwargs)
-        return self._plain(*args, **kwargs) if unchanged else result
+        self._give_up("it lets no gate be re-routed")
+        if untouched is None or untouched != _versions(self._model, args, kwargs):
+            return result
+        random_state.restore()
+        return self._plain(*args, **kwargs)
 
     def _give_up(self, reason: str) -> None:
         self._dynamic = False
         dynamo.forget_codes(self._model)
         log.info("compiling without dynamic-shape capture: %s", reason)
+
+
+class _RandomState:
+    """The state of torch's random generators, so that a call that is made again draws the same numbers."""
+
+    def __init__(self, *holders: Any) -> None:
+        leaves = tree_leaves(holders[1:])
+        if isinstance(holders[0], nn.Module):
+            leaves += [*holders[0].parameters(), *holders[0].buffers()]
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+
+    def restore(self) -> None:
+        """Draw from here on what was drawn since this was made."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 def _versions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:

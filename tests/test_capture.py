@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import sere_compile
-from sere_compile import ConfigError, SereConfig
+from sere_compile import ConfigError, GateNotFoundError, SereConfig
 
-from .zoo.outside.loops import CountLoop, MaskLoop, SortedLoop, prepared
+from .zoo.outside.loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, SortedLoop, prepared
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -54,7 +54,69 @@ def test_model_without_a_gate_under_capture_goes_back(caplog):
     with caplog.at_level(logging.INFO, logger="sere_compile.capture"):
         for _ in range(2):
             close(compiled(x), model.expected(x, matrix, 1))
-    assert "it puts no gate into a graph" in caplog.text
+    assert "it lets no gate be re-routed" in caplog.text
+
+
+class Loop(torch.nn.Module):
+    """Sizes that depend on the data inside a `for`, with nothing Dynamo can compile before: it gives up the frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def forward(self, x):
+        x = x.reshape(-1, HIDDEN)
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = [t for t in range(len(x)) if number in ids[t].tolist()]
+            if rows:
+                y[rows] += expert(x[rows]) * weights[rows].sum(-1, keepdim=True)
+        return y
+
+
+class TestNoGraphAtAll:
+    """The backend is never called then: `compile`, which owns the call, has to say so."""
+
+    def test_it_warns_once_and_says_why(self, caplog):
+        compiled = sere_compile.compile(Loop(), select_top_k=1, inner="eager", capture="default")
+        for _ in range(2):
+            compiled(torch.randn(2, 4, HIDDEN))
+        [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert "Dynamo made no graph of Loop" in record.message
+        assert "Dynamo says: " in record.message
+
+    @pytest.mark.parametrize("capture", ["auto", "default"])
+    def test_strict_raises_at_every_call(self, capture):
+        compiled = sere_compile.compile(Loop(), select_top_k=1, inner="eager", strict=True, capture=capture)
+        for _ in range(2):
+            with pytest.raises(GateNotFoundError, match="Dynamo made no graph of Loop"):
+                compiled(torch.randn(2, 4, HIDDEN))
+
+
+class Noisy(torch.nn.Module):
+    """No gate, and random numbers."""
+
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+def test_a_call_that_is_made_again_draws_the_same_numbers():
+    x = torch.zeros(3, 4)
+    torch.manual_seed(0)
+    expected = [Noisy()(x), Noisy()(x)]
+    compiled = sere_compile.compile(Noisy(), select_top_k=1, inner="eager")
+    torch.manual_seed(0)
+    assert all(torch.equal(compiled(x), wanted) for wanted in expected)
+
+
+def test_capture_is_kept_only_where_a_gate_is_re_routed():
+    """torch computes some scalars wrongly under capture; with S = K nothing would be gained for that."""
+    model, _, x = prepared(MaskLoop)
+    compiled = sere_compile.compile(model, select_top_k=EXPERTS, inner="eager")
+    close(compiled(x), model(x))
+    assert compiled.forward._dynamic is False
 
 
 class State:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..experts.owner import Owners
+from ..report import REWRITTEN
 from ..similarity import binding
 from . import missing_gates
 from .dynamo_graph import DynamoGraph
@@ -40,6 +41,7 @@ class BoundGraph:
         self._inputs = graph.own_inputs
         self._appended = graph.appended
         self._plans = plans
+        self._is_rewritten = any(plan.status == REWRITTEN for plan in plans)
         # What the last call bound: version of the registry, weights, extra inputs. One tuple, so
         # that threads that share the graph never see one call's weights with another's matrices.
         self._last: tuple[int, list[Callable[[], torch.Tensor | None]], list[torch.Tensor]] = (-1, [], [])
@@ -48,7 +50,9 @@ class BoundGraph:
         """Run the compiled graph with what Dynamo passes and the gates' own inputs behind it."""
         if self._watch is not None and self._watch([plan.weight(arguments) for plan in self._plans]):
             self._watch = None
-        missing_gates.gate_runs.count += 1
+        missing_gates.runs.graphs += 1
+        missing_gates.runs.with_gates += 1
+        missing_gates.runs.rewritten += self._is_rewritten
         return self._compiled(*arguments, *self.bind(arguments))
 
     def bind(self, arguments: Sequence[Any], owners: Owners | None = None) -> list[torch.Tensor]:

@@ -116,6 +116,16 @@ def unlimited_recompiles() -> Iterator[None]:
         yield
 
 
+def last_graph_break() -> str:
+    """Why Dynamo gave up code last, in its own words, one sentence; empty where it did not say."""
+    from torch._dynamo.utils import counters
+
+    reasons = [*counters["graph_break"], *counters["unimplemented"]]
+    lines = [line.strip() for line in str(reasons[-1]).splitlines()] if reasons else []
+    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
+    return (explained or lines or [""])[0]
+
+
 def has_graph_break() -> bool:
     """Whether the graph being compiled ends at a graph break; True where Dynamo does not say."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -189,12 +199,7 @@ def compiling_aside() -> Iterator[None]:
     """Compile something for a purpose of ours: it neither meets the user's limits nor teaches Dynamo dynamic shapes."""
     from torch._dynamo import config  # here, because importing Dynamo takes seconds
 
-    with config.patch(
-        recompile_limit=1 << 20,
-        accumulated_recompile_limit=1 << 20,
-        automatic_dynamic_shapes=False,
-        assume_static_by_default=True,
-    ):
+    with unlimited_recompiles(), config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True):
         yield
 
 

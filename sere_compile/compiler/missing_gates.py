@@ -22,18 +22,20 @@ from ..errors import GateNotFoundError
 from ..experts.owner import find_owner, routers_in
 from ..passes import Findings, Skip
 from ..passes.graph.nodes import source_line
-from .dynamo import current_call, skipped_codes
+from . import dynamo
 
 log = logging.getLogger(__name__)
 
 
-class _GateRuns(threading.local):
-    """How many graphs with gates this thread has run."""
+class _Runs(threading.local):
+    """How many graphs this thread has run: of all, of those with gates, and of those with a re-routed gate."""
 
-    count = 0
+    graphs = 0
+    with_gates = 0
+    rewritten = 0
 
 
-gate_runs = _GateRuns()
+runs = _Runs()
 
 
 @dataclass
@@ -42,9 +44,10 @@ class _Call:
 
     function: Callable[[], Any]  # weak: an id alone may come back for another callable
     frame: FrameType | None
-    gate_runs: int
+    runs_with_gates: int
     nearest: Skip | None = None
     settled: bool = False
+    refusal: GateNotFoundError | None = None  # with strict=True what every later call raises as well
     routers: list[Callable[[], torch.Tensor | None]] = field(default_factory=list)  # weights of the gates that ran
 
 
@@ -71,10 +74,11 @@ def watch(
     """
     if whole_call:
         tell(findings.nearest_miss, config)
-        return compiled
 
     def watched(*arguments: Any) -> Any:
-        _note(config, findings.nearest_miss, [])
+        runs.graphs += 1
+        if not whole_call:
+            _note(config, findings.nearest_miss, [])
         return compiled(*arguments)
 
     return watched
@@ -95,14 +99,16 @@ def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor])
     Returns:
         Whether nothing is left to report.
     """
-    frame = current_call()
+    frame = dynamo.current_call()
     if frame is None:
         return False
     # The wrapper's code is shared by all compiled callables, what it wraps is not.
     function = frame.f_locals.get("fn", frame.f_code)
     call = _calls.by_callable.get(id(function))
     if call is None or call.function() is not function:
-        call = _calls.by_callable[id(function)] = _Call(weakref.ref(function), frame, gate_runs.count)
+        call = _calls.by_callable[id(function)] = _Call(weakref.ref(function), frame, runs.with_gates)
+    if call.refusal is not None:
+        raise GateNotFoundError(str(call.refusal))
     if call.settled:
         return True
     call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
@@ -110,14 +116,18 @@ def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor])
         # Holding the frame keeps its id from being used again; it is let go of once this is
         # settled.
         call.settled, call.frame = True, None
-        _settle(call, config)
+        try:
+            _settle(call, config)
+        except GateNotFoundError as refusal:
+            call.refusal = refusal
+            raise
         return True
     call.routers += [weakref.ref(weight) for weight in weights]
     return False
 
 
 def _settle(call: _Call, config: SereConfig) -> None:
-    if call.gate_runs == gate_runs.count:
+    if call.runs_with_gates == runs.with_gates:
         tell(call.nearest, config)
         return
     outside = routers_outside([weight for ref in call.routers if (weight := ref()) is not None])
@@ -139,7 +149,7 @@ def routers_outside(seen: list[torch.Tensor]) -> list[str]:
     owner = find_owner(seen[0]) if seen else None
     if owner is None:
         return []
-    known, skipped = {id(weight) for weight in seen}, skipped_codes()
+    known, skipped = {id(weight) for weight in seen}, dynamo.skipped_codes()
     routers = list(routers_in(owner.root))
     captured = {type(router.modules[-1]) for router in routers if id(router.weight) in known}
     return [
@@ -175,6 +185,24 @@ def tell(nearest: Skip | None, config: SereConfig) -> None:
         f"{describe_nearest_miss(nearest)} print(sere_compile.explain(model, *inputs)) shows more."
     )
     _warn(text, config)
+
+
+def tell_no_graph(model: Any, config: SereConfig) -> None:
+    """Warn that Dynamo made no graph of a model, so that no backend was called.
+
+    Raises:
+        GateNotFoundError: with strict=True, in place of the warning.
+    """
+    name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__qualname__", repr(model))
+    breaks = dynamo.last_graph_break()
+    _warn(
+        f"Dynamo made no graph of {name}: all of it runs as it is, and nothing is re-routed. "
+        f"{f'Dynamo says: {breaks} ' if breaks else ''}"
+        "Code that loops over experts with sizes that depend on the data has to be captured as a whole: look at "
+        "TORCH_LOGS=graph_breaks, or move router and top-k into a function or module of their own, which Dynamo then "
+        "compiles by itself.",
+        config,
+    )
 
 
 def _warn(text: str, config: SereConfig) -> None:

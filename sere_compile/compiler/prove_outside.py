@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
-from ..experts.module_tree import Owner, find_owner
-from ..experts.trial_block import ExpertSlices, TrialBlock, blocks_around, fingerprint
+from ..experts.owner import Owner, Owners
+from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
 from ..passes import Gate, RoutingSettings, Skip, find_gates, reroute_dispatch
 from ..passes.graph import nodes
 from . import dynamo
@@ -59,21 +59,20 @@ class Verdict:
     fingerprint: tuple[Any, ...] = ()
 
 
-def prove_outside(gate: Gate, weight: torch.Tensor) -> Verdict:
+def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     """What is proven of re-routing a gate whose ids leave the graph.
 
     Args:
         gate: found, not yet rewritten; some of its dispatch uses leave the graph.
-        weight: the router's weight in the live model.
+        owner: of its router's weight.
     """
-    owner = find_owner(weight)
     if owner is None:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
     verdict = Verdict(None, "no module around its router could be run", is_gate=False)
-    for module in blocks_around(owner):
+    for module in owner.surroundings:
         key = (fingerprint(module), _signature(gate))
         if key not in _verdicts:
-            _verdicts[key] = _try_block(gate, weight, module, owner)
+            _verdicts[key] = _try_block(gate, module, owner)
         verdict = _verdicts[key] or verdict
         if verdict.is_gate:  # else a router that is a module of its own: its experts stand further out
             return dataclasses.replace(verdict, fingerprint=key[0])
@@ -87,8 +86,8 @@ _verdicts: dict[Any, Verdict | None] = {}
 def computes_the_same(weight: torch.Tensor, verdict: Verdict) -> bool:
     """Whether a verdict holds for another router weight too: one of the blocks around it computes the same."""
     if weight not in _fingerprints:
-        owner = find_owner(weight)
-        _fingerprints[weight] = () if owner is None else tuple(map(fingerprint, blocks_around(owner)))
+        owner = Owners().find(weight)
+        _fingerprints[weight] = () if owner is None else tuple(map(fingerprint, owner.surroundings))
     return verdict.fingerprint in _fingerprints[weight]
 
 
@@ -101,10 +100,10 @@ def _signature(gate: Gate) -> tuple[Any, ...]:
     return gate.form, gate.num_experts, gate.top_k, gate.scoring, kinds, gate.weights is None, gate.needs_merge
 
 
-def _try_block(gate: Gate, weight: torch.Tensor, module: torch.nn.Module, owner: Owner) -> Verdict | None:
+def _try_block(gate: Gate, module: torch.nn.Module, owner: Owner) -> Verdict | None:
     """The verdict on one module around the router, or None where it does not hold the gate and its experts."""
     try:
-        block = TrialBlock(module, weight, owner.root, gate.num_experts)
+        block = TrialBlock(module, owner.weight, owner.root, gate.num_experts)
     except _FAILURES as error:
         return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
     candidates = block.candidates()

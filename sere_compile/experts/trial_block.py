@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .module_tree import Owner
-
 # Numbers of a layer that say where it stands, not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -114,13 +112,6 @@ class TrialBlock:
             yield
         finally:
             part.copy_(kept)
-
-
-def blocks_around(owner: Owner) -> tuple[nn.Module, ...]:
-    """The modules that may hold a router's experts, innermost first: up to the layer, none that holds layers."""
-    around = owner.chain[:4]
-    lists = [depth for depth, module in enumerate(around) if isinstance(module, nn.ModuleList)]
-    return around[: lists[0]] if lists else around
 
 
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:
