@@ -87,7 +87,7 @@ class SereBackend:
         rewritten = graph.finish()
         whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
         if self._explaining:
-            return ObservedGraph(module.forward, plans, findings.skips, whole_call=whole_call)
+            return ObservedGraph(module, plans, findings.skips, whole_call=whole_call)
         if plans or not whole_call:  # else the warning below names it
             missing_gates.tell_refused(findings.skips, config)
         log.debug("rewritten graph:\n%s", _LazyCode(rewritten))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from .backend import SereBackend
 from .compiler import dynamo
 from .compiler.eager_selections import WatchSelections
-from .compiler.observed_graph import observer, on_whole_call
+from .compiler.observed_graph import observer, on_lines, on_whole_call
 from .config import SereConfig
-from .report import SKIPPED, GateReport, GateRow
+from .report import REWRITTEN, SKIPPED, GateReport, GateRow
 
 _OUTSIDE = "it ran outside every graph"
 
@@ -36,42 +35,73 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     Returns:
         A report whose `str()` is a table.
     """
+    config = config or SereConfig()
+    if config.capture == "default":
+        return GateReport(rows := _rows(model, args, kwargs, config), _hint(rows))
+    again = _copied((args, kwargs))
+    # A frame that was compiled or skipped without capture would stay so, and the other way round.
+    dynamo.forget_codes(getattr(model, "_orig_mod", model))
+    try:
+        with dynamo.dynamic_shape_capture():
+            rows = _rows(model, args, kwargs, config)
+    except Exception as error:  # what capture raises has no common class
+        if again is None:
+            raise
+        reason = f"dynamic-shape capture raises {type(error).__name__}"
+    else:
+        if again is None or any(row.status == REWRITTEN for row in rows):
+            return GateReport(rows, _hint(rows, captured=True))
+        reason = "dynamic-shape capture lets no gate be re-routed"
+    dynamo.forget_codes(getattr(model, "_orig_mod", model))
+    rows = _rows(model, *again, config)
+    hint = _hint(rows, captured=True)
+    return GateReport(rows, f"Traced without capture, as sere_compile.compile then does: {reason}. {hint}".strip())
+
+
+def _rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: SereConfig) -> tuple[GateRow, ...]:
+    """The gates of one call, in graphs and outside."""
     rows: dict[str, GateRow] = {}
+    lines: set[str] = set()
 
     def observe(row: GateRow) -> None:
         rows.setdefault(row.name, row)
 
-    config = config or SereConfig()
     backend = SereBackend(config.replace(capture="default"), explaining=True)
-    capture = dynamo.dynamic_shape_capture() if config.capture == "auto" else contextlib.nullcontext()
     original = getattr(model, "_orig_mod", model)
     again = _copied((args, kwargs))
     whole_calls: list[bool] = []
-    tokens = observer.set(observe), on_whole_call.set(lambda: whole_calls.append(True))
+    tokens = observer.set(observe), on_whole_call.set(lambda: whole_calls.append(True)), on_lines.set(lines.update)
     try:
-        with dynamo.unlimited_recompiles(), capture, torch.no_grad(), dynamo.without_own_compile(original):
+        with dynamo.unlimited_recompiles(), torch.no_grad(), dynamo.without_own_compile(original):
             torch.compile(original, backend=backend)(*args, **kwargs)
             if not whole_calls and again is not None:
-                for row in _rows_outside(original, *again, seen=tuple(rows.values())):
+                for row in _rows_outside(original, *again, known=frozenset(rows), lines=lines):
                     observe(row)
     finally:
         observer.reset(tokens[0])
         on_whole_call.reset(tokens[1])
-    found = tuple(rows.values())
-    return GateReport(found, _hint(found))
+        on_lines.reset(tokens[2])
+    return tuple(rows.values())
 
 
 def _rows_outside(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, seen: tuple[GateRow, ...]
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: frozenset[str], lines: set[str]
 ) -> Iterator[GateRow]:
-    """Gates of an eager run that no graph held, neither as a gate nor as a refused selection."""
+    """Gates of an eager run that no graph held, neither as a gate nor as a refused selection.
+
+    Args:
+        model: to run.
+        args: of the run.
+        kwargs: of the run.
+        known: names of gates that graphs held.
+        lines: `file.py:123` of all code that graphs hold.
+    """
     with WatchSelections() as watch:
         model(*args, **kwargs)
     for selection in watch.found:
         owner = watch.owners.find(selection.weight)
         name = owner.name if owner is not None else selection.place
-        refused = any(row.num_experts is None and f"({selection.place})" in row.name for row in seen)
-        if refused or any(row.name == name for row in seen):
+        if selection.place in lines or name in known:
             continue
         reason = f"{_OUTSIDE}, at {selection.place}"
         yield GateRow(name, selection.num_experts, selection.top_k, None, "", None, "", SKIPPED, reason)
@@ -85,12 +115,17 @@ def _copied(value: Any) -> Any:
         return None
 
 
-def _hint(rows: tuple[GateRow, ...]) -> str:
+def _hint(rows: tuple[GateRow, ...], *, captured: bool = False) -> str:
     if any(row.reason.startswith(_OUTSIDE) for row in rows):
+        remedy = (
+            "Dynamic-shape capture does not help here: move router and top-k into a function or module of their own, "
+            "which Dynamo then compiles by itself"
+            if captured
+            else "Compile with sere_compile.compile(model, ...), which captures expert loops"
+        )
         return (
-            "Dynamo skipped or broke the code of gates that ran outside every graph. Compile with "
-            "sere_compile.compile(model, ...), which captures expert loops, or see with torch.compile(fullgraph=True) "
-            "what breaks the graph."
+            f"Dynamo skipped or broke the code of gates that ran outside every graph. {remedy}, or see with "
+            "torch.compile(fullgraph=True) what breaks the graph."
         )
     if any(row.num_experts for row in rows):
         return ""

@@ -173,3 +173,40 @@ def test_explain_captures_the_same_way():
     torch._dynamo.reset()
     report = sere_compile.explain(model, x, config=SereConfig(capture="auto"))
     assert [row.status for row in report.gates] == ["rewritten"]
+
+
+class TestExplainWithCapture:
+    """`explain` with capture="auto" reports what `compile` would do."""
+
+    def test_it_goes_back_where_capture_raises(self):
+        model, _, x = prepared(CountLoop)
+        report = sere_compile.explain(model, x, config=SereConfig(capture="auto"))
+        assert [row.status for row in report.gates] == ["rewritten"]
+        assert "Traced without capture" in report.hint
+        assert "raises GuardOnDataDependentSymNode" in report.hint
+
+    def test_it_does_not_advise_capture_that_was_tried(self):
+        report = sere_compile.explain(Loop(), torch.randn(2, 4, HIDDEN), config=SereConfig(capture="auto"))
+        assert [row.name for row in report.gates] == ["gate.weight"]
+        assert "captures expert loops" not in report.hint
+        assert "does not help here: move router and top-k" in report.hint
+
+
+class Refused(torch.nn.Module):
+    """Scores over several lines: the refusal names another line than the selection's."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def forward(self, x):
+        scores = self.gate(x).softmax(-1) + x[..., :EXPERTS].cumsum(-1)
+        weights, ids = scores.topk(2)
+        print(end="")
+        return x + weights.sum(-1, keepdim=True) * ids.sum(-1, keepdim=True)
+
+
+def test_a_selection_that_a_graph_refused_is_not_listed_as_outside_too():
+    report = sere_compile.explain(Refused(), torch.randn(4, HIDDEN))
+    assert not [row for row in report if "outside every graph" in row.reason]
