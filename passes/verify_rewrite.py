@@ -16,16 +16,16 @@ gate with an equal region.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch._functorch import predispatch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from .gate import Evidence, Gate, Skip, SkipReason, UseKind
 from .graph.run_part import ValueOf
 from .proof.key import region_key
-from .proof.outside import verify_outside
 from .proof.prover import Prover, Verdict
 from .proof.region import Region, cut_region
 
@@ -52,12 +52,22 @@ class Proof:
     shown: str
 
 
-def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None) -> Proof | Skip:
+# How a gate can be rewritten whose ids leave the graph, from the gate; running what receives them is up to the caller.
+OutsideProof = Callable[[Gate], "Proof | Skip"]
+
+
+def _not_run(gate: Gate) -> Proof | Skip:
+    detail = "its ids leave the graph, and the code that receives them was not run"
+    return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
+
+
+def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None, outside: OutsideProof = _not_run) -> Proof | Skip:
     """How a gate can be rewritten with proof, or the refusal. The graph is not changed.
 
     Args:
         gate: found, not yet rewritten.
         value_of: what graph inputs and attributes hold, see `graph.run_part.ValueOf`.
+        outside: asked where the ids leave the graph towards experts that it does not hold.
     """
     module = gate.selection.graph.owning_module
     if _inside_vmap(gate.selection):
@@ -65,21 +75,15 @@ def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None) -> Proof |
     leaving = all(use.kind is UseKind.LEAVES for use in gate.dispatch_uses)
     region = cut_region(gate, value_of)
     if isinstance(region, Skip):
-        return _outside(gate, module, value_of) if leaving else region
+        return outside(gate) if leaving else region
     key = region_key(region, module)
     if key not in _verdicts:
         while len(_verdicts) >= _REMEMBERED:
             _verdicts.pop(next(iter(_verdicts)), None)
         _verdicts[key] = Prover(region, module).prove()
     if leaving and _verdicts[key].without_experts:
-        return _outside(gate, module, value_of)
+        return outside(gate)
     return _for_gate(_verdicts[key], gate, region)
-
-
-def _outside(gate: Gate, module: GraphModule | None, value_of: ValueOf) -> Proof | Skip:
-    """What is shown where ids and weights leave the graph, towards experts that it does not hold."""
-    shown = verify_outside(gate, module, value_of)
-    return shown if isinstance(shown, Skip) else Proof(gate, gate.needs_merge, None, frozenset(), shown)
 
 
 _verdicts: dict[str, Verdict] = {}

@@ -13,7 +13,7 @@ from .compiler import dynamo, missing_gates
 from .compiler.bound_graph import BoundGraph
 from .compiler.dynamo_graph import DynamoGraph
 from .compiler.gate_matrices import examples
-from .compiler.gate_plan import GatePlan, experts_are_live, plan_gates
+from .compiler.gate_plan import GatePlan, experts_are_live, plan_gates, without_look_alikes
 from .compiler.observed_graph import ObservedGraph
 from .compiler.rewrite_gate import rewrite_gate
 from .config import SereConfig, split_options
@@ -84,6 +84,7 @@ class SereBackend:
         plans = plan_gates(findings.gates, config, graph.own_inputs.nodes, graph.value_of, owners)
         for plan in plans:
             self._rewrite(plan, graph, example_inputs, owners)
+        plans, findings = without_look_alikes(plans, findings)
         rewritten = graph.finish()
         whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
         if self._explaining:
@@ -103,7 +104,7 @@ class SereBackend:
         weight = plan.weight(example_inputs)
         matrices = examples(plan, weight) if plan.is_to_reroute else {}
         refusal = rewrite_gate(plan, graph, matrices, weight, owners)
-        if refusal is None:
+        if refusal is None or not refusal.is_refused_gate:
             return
         if plan.config.strict and not self._explaining:
             raise GateNotFoundError(f"strict=True, and {plan.name} cannot be re-routed: {refusal}")

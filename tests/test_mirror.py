@@ -34,7 +34,6 @@ ELSEWHERE = {
     "sere_compile/evaluation/result.py": "tests/evaluation/test_evaluate.py",
     "sere_compile/experts/counterfactual.py": "tests/calibration/test_observed_model.py",
     "sere_compile/experts/probe.py": "tests/compiler/test_bound_graph.py",
-    "sere_compile/experts/sum_check.py": "tests/compiler/test_rewrite_gate.py",
     "sere_compile/extras.py": "each missing extra where it is needed: tests/evaluation/test_text.py",
     "sere_compile/gate_stats.py": "tests/test_statistics.py",
     "sere_compile/integrations/vllm/engine.py": "tests/integrations/vllm/test_serving.py, with a real engine",

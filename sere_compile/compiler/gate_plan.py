@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..experts.owner import Owners
 from ..passes import (
     DispatchRegion,
     Evidence,
+    Findings,
     Gate,
     RoutingSettings,
     Skip,
@@ -100,6 +101,16 @@ def plan_gates(
     plans = [_plan_gate(gate, config, inputs, value_of, owners) for gate in gates]
     refuse_shared_routers(plans, value_of)
     return plans
+
+
+def without_look_alikes(plans: Sequence[GatePlan], findings: Findings) -> tuple[list[GatePlan], Findings]:
+    """The plans of gates, and findings in which the others are refused selections.
+
+    That ids which leave the graph reach no experts shows only when the code that receives them is run.
+    """
+    others = [plan.refusal for plan in plans if plan.refusal is not None and not plan.refusal.is_refused_gate]
+    gates = [plan for plan in plans if plan.refusal is None or plan.refusal.is_refused_gate]
+    return gates, replace(findings, skips=(*findings.skips, *others))
 
 
 def _plan_gate(gate: Gate, config: SereConfig, inputs: Sequence[Node], value_of: ValueOf, owners: Owners) -> GatePlan:

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
 from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
-from ..passes import Gate, RoutingSettings, Skip, find_gates, reroute_dispatch
+from ..passes import Gate, RoutingSettings, Skip, UseKind, find_gates, reroute_dispatch
 from ..passes.graph import nodes
 from . import dynamo
 
@@ -50,13 +50,13 @@ class Verdict:
         merged: whether slots are merged in the rewrite that was proven; None where none was.
         reason: why none was.
         is_gate: whether experts were seen to act on the hidden states of the tokens that name them.
-        fingerprint: of the block that was tried.
+        block: a number for what the block that was tried computes, see `computes_the_same`.
     """
 
     merged: bool | None
     reason: str = ""
     is_gate: bool = True
-    fingerprint: tuple[Any, ...] = ()
+    block: int = -1
 
 
 def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
@@ -70,12 +70,13 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
     verdict = Verdict(None, "no module around its router could be run", is_gate=False)
     for module in owner.surroundings:
-        key = (fingerprint(module), _signature(gate))
+        block = _number(module)
+        key = (block, _signature(gate))
         if key not in _verdicts:
             _verdicts[key] = _try_block(gate, module, owner)
         verdict = _verdicts[key] or verdict
         if verdict.is_gate:  # else a router that is a module of its own: its experts stand further out
-            return dataclasses.replace(verdict, fingerprint=key[0])
+            return dataclasses.replace(verdict, block=block)
     return verdict
 
 
@@ -84,14 +85,23 @@ _verdicts: dict[Any, Verdict | None] = {}
 
 
 def computes_the_same(weight: torch.Tensor, verdict: Verdict) -> bool:
-    """Whether a verdict holds for another router weight too: one of the blocks around it computes the same."""
-    if weight not in _fingerprints:
+    """Whether a verdict holds for another router weight too: one of the blocks around it computes the same.
+
+    Asked at every call, as a guard: the blocks around a weight are looked at once.
+    """
+    if weight not in _blocks_around:
         owner = Owners().find(weight)
-        _fingerprints[weight] = () if owner is None else tuple(map(fingerprint, owner.surroundings))
-    return verdict.fingerprint in _fingerprints[weight]
+        _blocks_around[weight] = frozenset() if owner is None else frozenset(map(_number, owner.surroundings))
+    return verdict.block in _blocks_around[weight]
 
 
-_fingerprints = WeakTensorKeyDictionary()
+_blocks_around = WeakTensorKeyDictionary()
+_numbers: dict[tuple[Any, ...], int] = {}
+
+
+def _number(module: torch.nn.Module) -> int:
+    """The same number for modules that compute the same."""
+    return _numbers.setdefault(fingerprint(module), len(_numbers))
 
 
 def _signature(gate: Gate) -> tuple[Any, ...]:
@@ -335,7 +345,7 @@ def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> 
 
 
 def _leaves_graph(gate: Gate) -> bool:
-    return any(use.kind.name == "LEAVES" for use in gate.uses)
+    return any(use.kind is UseKind.LEAVES for use in gate.uses)
 
 
 class _Tell:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
-from ..experts.experts_module import find_experts_module
 from ..experts.owner import Owners
-from ..experts.sum_check import distance_from_sum
 from ..passes import (
     COUNTED,
     PIPELINE,
@@ -24,10 +21,11 @@ from ..passes import (
     run_pipeline,
     verify_rewrite,
 )
-from ..passes.proof.compare import tolerance
-from ..passes.proof.outside import MERGED
+from ..passes.verify_rewrite import SHOWN
 from ..report import REWRITTEN, SKIPPED
+from . import dynamo
 from .gate_plan import GatePlan
+from .prove_outside import computes_the_same, prove_outside
 from .traced_graph import TracedGraph
 
 log = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def _run(
         sizes={node: value for node in inputs if isinstance(value := graph.value_of(node), int)},
         device=weight.device,
         has_gradients=graph.has_gradients,
-        prove=lambda gate: _prove(gate, weight, graph, owners, strict=plan.config.strict),
+        prove=lambda gate: _prove(gate, weight, graph, owners),
         input_for=input_for,
         projecting=plan.config.substitution == "projection",
         counting=plan.config.collect_stats,
@@ -129,24 +127,20 @@ def _log(plan: GatePlan, run: Run) -> None:
             log.info("%s keeps its %s: %s", plan.name, entry.replaces, run.refused[entry.name])
 
 
-def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners, *, strict: bool) -> Proof | Skip:
+def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners) -> Proof | Skip:
     """How a gate can be rewritten, and what is proven of that, or the refusal where nothing is.
 
-    Ids and weights that leave the graph go to code that it does not show. With strict=True an
-    experts module beside the router that takes them is run on random hidden states: it has to give
-    the sum over distinct experts.
+    Ids and weights that leave the graph go to code that it does not show: that is run.
     """
-    proof = verify_rewrite(gate, graph.value_of)
-    if isinstance(proof, Skip) or not (strict and proof.shown == MERGED):
-        return proof
-    experts = find_experts_module(owners.find(weight), gate.num_experts)
-    if experts is None:
-        return proof
-    error = distance_from_sum(experts, gate, weight)
-    if isinstance(error, str):
-        return replace(proof, shown=f"{proof.shown} ({error})")
-    if error > tolerance(weight.dtype):
-        detail = f"the experts beside its router are off by {error:.2g} of their scale from the sum over experts"
-        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
-    shown = "what the traced code makes of merged ids and weights; the experts outside the graph sum them"
-    return replace(proof, shown=shown)
+
+    def run_outside(gate: Gate) -> Proof | Skip:
+        verdict = prove_outside(gate, owners.find(weight))
+        if verdict.merged is None:
+            evidence = Evidence.EXPERTS if verdict.is_gate else Evidence.ROUTER
+            reason = SkipReason.UNVERIFIED if verdict.is_gate else SkipReason.NO_DISPATCH
+            return Skip(reason, gate.selection, verdict.reason, evidence)
+        # Dynamo re-uses the graph for other layers with the same code: those whose experts differ compile their own.
+        dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
+        return Proof(gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
+
+    return verify_rewrite(gate, graph.value_of, run_outside)

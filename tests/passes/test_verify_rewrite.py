@@ -8,7 +8,6 @@ from torch import nn
 
 from sere_compile.passes import Proof, SkipReason, UseKind, find_gates, verify_rewrite
 from sere_compile.passes.graph import nodes
-from sere_compile.passes.proof.outside import MERGED
 
 from .evidence.test_selections import FORMS, RoutedIndexed, RoutedScatter, SkipSlots
 from .moe_modules import (
@@ -133,32 +132,20 @@ class Leaving(BiasCorrected):
 
 @pytest.mark.parametrize("tracer", TRACERS)
 class TestOutside:
-    """Ids and weights that leave: what is returned has to be made of merged ones."""
+    """Ids that leave the graph: what receives them has to be run, which is the caller's part."""
 
     def leaving(self, tracer):
         graph = TRACERS[tracer](Leaving(), rows())
         [gate] = find_gates(graph, lambda weight, experts: True).gates
         assert gate.dispatch == "leaves the graph"
-        return graph, gate
+        return gate
 
-    def test_right(self, tracer):
-        assert verified(*self.leaving(tracer)).shown == MERGED
-
-    def test_a_use_that_is_overlooked(self, tracer):
-        """The mask keeps the old ids while ids and weights are re-routed: S = K would not show it."""
-        graph, gate = self.leaving(tracer)
-        wrong = dataclasses.replace(gate, uses=tuple(use for use in gate.uses if use.consumer.op == "output"))
-        assert len(wrong.uses) < len(gate.dispatch_uses)
-        refusal = verified(graph, wrong)
+    def test_without_that_it_is_refused(self, tracer):
+        refusal = verify_rewrite(self.leaving(tracer))
         assert refusal.reason is SkipReason.UNVERIFIED
-        assert "not made of merged ids and weights" in refusal.detail
+        assert refusal.detail == "its ids leave the graph, and the code that receives them was not run"
 
-    def test_duplicates_leave(self, tracer):
-        """A rule that takes what is outside for a dispatch that sums: no tokens come together in the graph."""
-        graph, gate = self.leaving(tracer)
-        trusting = with_kinds(
-            gate, lambda use: dataclasses.replace(use, kind=UseKind.GROUPED) if use.kind.dispatches else use
-        )
-        refusal = verified(graph, trusting)
-        assert refusal.reason is SkipReason.UNVERIFIED
-        assert "one row per token" in refusal.detail
+    def test_what_running_it_shows_is_taken(self, tracer):
+        gate = self.leaving(tracer)
+        shown = Proof(gate, True, None, frozenset(), "it was run")
+        assert verify_rewrite(gate, outside=lambda asked: shown if asked is gate else None) is shown
