@@ -122,13 +122,20 @@ def fingerprint(block: nn.Module) -> tuple[Any, ...]:
     described = []
     for name, module in block.named_modules():
         plain = tuple(
-            (key, value if isinstance(value, _PLAIN) else id(value))
+            (key, _described(value))
             for key, value in sorted(vars(module).items())
             if not key.startswith("_") and key not in _PLACES
         )
         shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in module.named_parameters(recurse=False))
         described.append((name, type(module), module.training, plain, shapes))
     return tuple(described)
+
+
+def _described(value: Any) -> Any:
+    """A setting by its value where it is made of plain ones, else by its identity."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_described, value))
+    return value if isinstance(value, _PLAIN) else id(value)
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What `strict=True` proves of real models, and what it refuses."""
+"""What is proven of real models before they are re-routed, and what is refused."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class TestVerification:
-    """strict=True runs each gate at compile time, as traced and re-routed."""
+    """Each gate is run at compile time, as traced and re-routed."""
 
     @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
     @pytest.mark.parametrize("name", MODELS)
@@ -32,30 +32,30 @@ class TestVerification:
 
     @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
     def test_report_says_what_was_proven(self, experts):
-        """Inside a graph the definition; of a loop outside it what leaves, and the experts run for themselves."""
-        config = SereConfig(select_top_k=1, strict=True)
+        """Inside a graph the definition; of a loop outside it too, by running that."""
+        config = SereConfig(select_top_k=1)
         report = sere_compile.explain(build("qwen3_moe", experts), tokens(), use_cache=False, config=config)
-        outside = "what the traced code makes of merged ids and weights; the experts outside the graph sum them"
+        outside = f"{SHOWN}; the code outside the graph was run"
         assert {row.proof for row in report.rewritten} == {outside if experts == "eager" else SHOWN}
         assert "proven" in str(report)
 
-    def test_experts_outside_that_do_not_sum_are_refused(self, monkeypatch):
-        """An experts module that forgets a token's last slot: a report row, and an error in a compiled model."""
+    def test_experts_outside_that_no_rewrite_serves_are_refused(self, monkeypatch):
+        """The mean of a token's distinct experts: a report row, and with strict=True an error."""
         model, ids = build("qwen3_moe", "eager"), tokens()
         experts = type(model.model.layers[0].mlp.experts)
         forward = experts.forward
-        monkeypatch.setattr(
-            experts,
-            "forward",
-            lambda self, hidden_states, top_k_index, top_k_weights: forward(
-                self, hidden_states, top_k_index[:, :-1], top_k_weights[:, :-1]
-            ),
-        )
-        report = sere_compile.explain(model, ids, use_cache=False, config=SereConfig(select_top_k=1, strict=True))
+
+        def mean_of_distinct(self, hidden_states, top_k_index, top_k_weights):
+            again = (top_k_index[..., None] == top_k_index[..., None, :]).tril(-1).any(-1)
+            share = (~again).to(top_k_weights)
+            return forward(self, hidden_states, top_k_index, share / share.sum(-1, keepdim=True))
+
+        monkeypatch.setattr(experts, "forward", mean_of_distinct)
+        report = sere_compile.explain(model, ids, use_cache=False, config=SereConfig(select_top_k=1))
         assert {row.status for row in report} == {"skipped"}
-        assert "from the sum over experts" in report.rows[0].reason
+        assert "run with the code that receives its ids" in report.rows[0].reason
         compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager", strict=True))
-        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="from the sum over experts"):
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="run with the code that receives its ids"):
             logits(compiled, ids)
 
     def test_a_wrong_rule_is_put_right(self, monkeypatch):

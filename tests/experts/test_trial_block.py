@@ -1,0 +1,90 @@
+"""A private copy of the block around a router: what of it is the experts', and that the model is not touched."""
+
+import torch
+from torch import nn
+
+from sere_compile.experts.trial_block import TrialBlock, fingerprint
+
+EXPERTS, HIDDEN = 4, 6
+
+
+class Block(nn.Module):
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False, dtype=dtype)
+        self.stacked = nn.Parameter(torch.zeros(EXPERTS, 3, HIDDEN, dtype=dtype))
+        self.flat = nn.Parameter(torch.zeros(EXPERTS * 5, 3, dtype=dtype))
+        self.mlps = nn.ModuleList(nn.Linear(HIDDEN, 2, dtype=dtype) for _ in range(EXPERTS))
+        self.listed = nn.ParameterList(nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(EXPERTS))
+        self.norm = nn.LayerNorm(HIDDEN, dtype=dtype)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+        self.head = nn.Linear(HIDDEN, 1000)
+        self.block.__dict__["parent"] = self  # as models that keep a reference to themselves do
+
+
+def trial(model):
+    return TrialBlock(model.block, model.block.gate.weight, model, EXPERTS)
+
+
+def test_the_copy_has_random_float32_parameters_and_the_model_keeps_its_own():
+    model = Model()
+    block = trial(model)
+    assert block.module is not model.block
+    assert block.weight is block.module.gate.weight
+    assert {p.dtype for p in block.module.parameters()} == {torch.float32}
+    assert bool((block.module.stacked != 0).all())
+    assert bool((model.block.stacked == 0).all())
+    assert model.block.stacked.dtype == torch.bfloat16
+
+
+def test_modules_outside_the_block_are_not_copied():
+    model = Model()
+    assert trial(model).module.parent.head is model.head
+
+
+def test_candidates_are_told_by_their_sizes():
+    found = {(one.name, one.dim) for one in trial(Model()).candidates()}
+    assert found == {
+        ("stacked", 0),
+        ("flat", 0),
+        ("mlps.*.weight", None),
+        ("mlps.*.bias", None),
+        ("listed.*", None),
+    }
+
+
+def test_exchanged_parameters_come_back():
+    block = trial(Model())
+    slices = block.candidates()
+    before = [[part.clone() for part in one.parts(EXPERTS)] for one in slices]
+    with block.exchanged(slices, {0: 2, 3: 1}):
+        for one, parts in zip(slices, before, strict=True):
+            for expert, source in enumerate((2, 1, 2, 1)):
+                assert torch.equal(one.parts(EXPERTS)[expert], parts[source])
+    for one, parts in zip(slices, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parts(EXPERTS), parts, strict=True))
+
+
+def test_disturbing_changes_one_expert_for_a_while():
+    block = trial(Model())
+    [stacked] = [one for one in block.candidates() if one.name == "stacked"]
+    before = block.module.stacked.detach().clone()
+    with block.disturbed(stacked, 1):
+        changed = (block.module.stacked != before).flatten(1).any(1)
+        assert changed.tolist() == [False, True, False, False]
+    assert torch.equal(block.module.stacked, before)
+
+
+def test_a_fingerprint_leaves_out_places_and_numbers_in_tensors():
+    first, second = Block(), Block()
+    first.layer_idx, second.layer_idx = 0, 7
+    with torch.no_grad():
+        second.stacked.add_(1)
+    assert fingerprint(first) == fingerprint(second)
+    second.scale = 2.0
+    assert fingerprint(first) != fingerprint(second)
