@@ -203,6 +203,40 @@ def compiling_aside() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def forgetting_new_codes() -> Iterator[None]:
+    """What Dynamo meets for the first time inside is as unknown to it afterwards as before.
+
+    It keeps what it compiles with the code, and counts that against the limit of everyone who compiles it. The frame
+    that is being compiled outside is spared: Dynamo is at work on its cache.
+    """
+    from torch._C._dynamo.eval_frame import reset_code
+
+    known = _known_codes()
+    try:
+        yield
+    finally:
+        spared = {id(code) for code in [*known, _code_being_compiled()]}
+        for code in _known_codes():
+            if id(code) not in spared:
+                reset_code(code)
+
+
+def _known_codes() -> list[CodeType]:
+    from torch._dynamo.convert_frame import input_codes
+
+    return [code for code in (reference() for reference in list(input_codes.seen)) if code is not None]
+
+
+def _code_being_compiled() -> CodeType | None:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().f_code
+    except AttributeError:
+        return None
+
+
 def forget_codes(model: Any) -> None:
     """Make Dynamo look anew at the code of a model or function and of what it called.
 
@@ -210,20 +244,16 @@ def forget_codes(model: Any) -> None:
     traced it. Others who compiled the same code compile it again.
     """
     from torch._C._dynamo.eval_frame import reset_code
-    from torch._dynamo.convert_frame import input_codes
 
     functions = [type(module).forward for module in model.modules()] if isinstance(model, torch.nn.Module) else [model]
     files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
-    for reference in list(input_codes.seen):
-        code = reference()
-        if code is not None and code.co_filename in files:
+    for code in _known_codes():
+        if code.co_filename in files:
             reset_code(code)
 
 
 def skipped_codes() -> set[CodeType]:
     """The code that Dynamo looked at and gave up: it runs in eager mode, as a frame of its own."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.convert_frame import input_codes
 
-    codes = [code for code in (reference() for reference in list(input_codes.seen)) if code is not None]
-    return {code for code in codes if not _debug_get_cache_entry_list(code)}
+    return {code for code in _known_codes() if not _debug_get_cache_entry_list(code)}

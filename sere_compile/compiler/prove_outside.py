@@ -73,7 +73,8 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
         block = _number(module)
         key = (block, _signature(gate))
         if key not in _verdicts:
-            _verdicts[key] = _try_block(gate, module, owner)
+            with dynamo.forgetting_new_codes():
+                _verdicts[key] = _try_block(gate, module, owner)
         verdict = _verdicts[key] or verdict
         if verdict.is_gate:  # else a router that is a module of its own: its experts stand further out
             return dataclasses.replace(verdict, block=block)
@@ -380,12 +381,13 @@ class _Choose:
         ids = chosen if isinstance(chosen, torch.Tensor) else chosen[1]
         leading = ids.shape if self._flat else ids.shape[:-1]
         order = made_up_order(leading, self._columns, self._trial.seed).to(ids)
-        made_up = order[..., 0] if self._flat else order[..., : ids.shape[-1]]
+        made_up = (order[..., 0] if self._flat else order[..., : ids.shape[-1]]).contiguous()
         if isinstance(chosen, torch.Tensor):
             return made_up
         generator = torch.Generator().manual_seed(self._trial.seed)
         values = (torch.rand(order.shape, generator=generator) + 0.1).sort(-1, descending=True)[0].to(chosen[0])
-        return _Picked(values[..., 0] if self._flat else values[..., : ids.shape[-1]], made_up)
+        values = values[..., 0] if self._flat else values[..., : ids.shape[-1]]
+        return _Picked(values.contiguous(), made_up)
 
 
 def made_up_order(leading: Sequence[int], columns: int, seed: int) -> torch.Tensor:
