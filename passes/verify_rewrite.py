@@ -67,7 +67,8 @@ def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None, outside: O
     Args:
         gate: found, not yet rewritten.
         value_of: what graph inputs and attributes hold, see `graph.run_part.ValueOf`.
-        outside: asked where the ids leave the graph towards experts that it does not hold.
+        outside: asked where the ids leave the graph towards experts that it does not hold, and where
+            the dispatch cannot be run by itself.
     """
     module = gate.selection.graph.owning_module
     if _inside_vmap(gate.selection):
@@ -75,7 +76,9 @@ def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None, outside: O
     leaving = all(use.kind is UseKind.LEAVES for use in gate.dispatch_uses)
     region = cut_region(gate, value_of)
     if isinstance(region, Skip):
-        return outside(gate) if leaving else region
+        # Also of a dispatch that is in the graph, but cannot be cut out of it: the caller may run more than the graph.
+        shown = outside(gate)
+        return shown if leaving or isinstance(shown, Proof) else region
     key = region_key(region, module)
     if key not in _verdicts:
         while len(_verdicts) >= _REMEMBERED:

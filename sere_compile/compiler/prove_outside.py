@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
 from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
-from ..passes import Gate, RoutingSettings, Skip, UseKind, find_gates, reroute_dispatch
+from ..passes import Gate, RoutingSettings, Skip, find_gates, reroute_dispatch
 from ..passes.graph import nodes
 from . import dynamo
 
@@ -288,7 +288,7 @@ class _Trial:
     # The graphs.
 
     def _backend(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        gates = [gate for gate in _gates_of(module, inputs, self._block) if _leaves_graph(gate)]
+        gates = _gates_of(module, inputs, self._block)
         if not gates:
             return module.forward
         self._found += gates
@@ -305,7 +305,7 @@ class _Trial:
     def _rewritten(self, module: GraphModule, inputs: Sequence[Any], version: str) -> Callable[..., Any] | Skip:
         """The graph with the choice put in, what it chose told, and re-routed as the version says."""
         copy = dynamo.copy_graph(module)
-        [gate] = [gate for gate in _gates_of(copy, inputs, self._block) if _leaves_graph(gate)]
+        [gate] = _gates_of(copy, inputs, self._block)
         graph = copy.graph
         if version != "original":
             copy.register_buffer("sere_trial_similarity", self._matrix)
@@ -343,10 +343,6 @@ def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> 
 
     found = find_gates(module, lambda node, columns: min(block.num_experts, columns) if is_router(node) else 0)
     return [gate for gate in found.gates if is_router(gate.router_weight)]
-
-
-def _leaves_graph(gate: Gate) -> bool:
-    return any(use.kind is UseKind.LEAVES for use in gate.uses)
 
 
 class _Tell:
