@@ -53,7 +53,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
             return GateReport(rows, _hint(rows, captured=True))
         reason = "dynamic-shape capture lets no gate be re-routed"
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
-    rows = _rows(model, *again, config)
+    rows = _rows(model, again[0], again[1], config)
     hint = _hint(rows, captured=True)
     return GateReport(rows, f"Traced without capture, as sere_compile.compile then does: {reason}. {hint}".strip())
 

@@ -85,11 +85,13 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
 _verdicts: dict[Any, Verdict | None] = {}
 
 
-def computes_the_same(weight: torch.Tensor, verdict: Verdict) -> bool:
+def computes_the_same(weight: object, verdict: Verdict) -> bool:
     """Whether a verdict holds for another router weight too: one of the blocks around it computes the same.
 
     Asked at every call, as a guard: the blocks around a weight are looked at once.
     """
+    if not isinstance(weight, torch.Tensor):
+        return False
     if weight not in _blocks_around:
         owner = Owners().find(weight)
         _blocks_around[weight] = frozenset() if owner is None else frozenset(map(_number, owner.surroundings))
