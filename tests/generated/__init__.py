@@ -1,0 +1,1 @@
+"""Programs that nobody chose: drawn modules with gates, look-alikes without, and an oracle that knows no form."""

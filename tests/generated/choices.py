@@ -1,0 +1,134 @@
+"""What can be drawn: the dimensions of the grammar, and the draw itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from .forms.dispatches import DISPATCHES
+from .forms.experts import APPLIED, EXPERTS
+from .forms.normalisings import NORMALISINGS
+from .forms.readers import EARLY, LATE, RETURNED
+from .forms.routers import ROUTERS
+from .forms.scorings import SCORINGS
+from .forms.selections import LOOK_UPS, SELECTIONS
+from .look_alikes import FAMILIES, OWN_SELECTION
+from .look_alikes.source import BESIDE, PLACES
+from .look_alikes.source import BREAKS as LOOK_ALIKE_BREAKS
+from .rules import Choices, fits
+
+Dimensions = Mapping[str, tuple[str, ...]]
+
+TRACERS = ("dynamo", "export", "make_fx", "symbolic_trace", "capture auto")
+STRUCTURES = ("one module", "methods", "router module", "router and experts modules", "two sets of experts")
+BREAKS = (
+    "none",
+    "print after the logits",
+    "print after the scores",
+    "print after the selection",
+    "print after the weights",
+    "graph_break after the selection",
+    "graph_break after the weights",
+    "number read after the selection",
+    "experts in eager mode",
+    "router in eager mode",
+    "print before the end",
+)
+AROUND = (
+    "nothing",
+    "block with a norm",
+    "two layers",
+    "two layers, one router",
+    "three dimensions",
+    "vmap over sequences",
+    "vmap over tokens",
+    "checkpointed experts",
+    "checkpointed layer",
+    "autocast",
+)
+
+# The simplest choice first: the shrinker goes towards it, and half of the draws of `_SELDOM` take it.
+GATES: Dimensions = {
+    "tracer": TRACERS,
+    "around": AROUND,
+    "structure": STRUCTURES,
+    "break": BREAKS,
+    "padding": ("none", "weights times mask", "ids of -1", "ids of E", "ids of 0"),
+    "shared expert": ("none", "added", "joined by cat"),
+    "late reader": tuple(LATE),
+    "early reader": tuple(EARLY),
+    "returned": tuple(RETURNED),
+    "container": ("tuple", "dict", "dataclass"),
+    "look-up": tuple(LOOK_UPS),
+    "normalising": tuple(NORMALISINGS),
+    "scoring": tuple(SCORINGS),
+    "selection": tuple(SELECTIONS),
+    "router": tuple(ROUTERS),
+    "weights applied to": APPLIED,
+    "storage": ("stacked", "modules"),
+    "experts": tuple(EXPERTS),
+    "dispatch": tuple(DISPATCHES),
+    "strict": ("no", "yes"),
+    "rho": ("0", "0.6"),
+    "sizes": (
+        "E 8, K 2, T 6, H 8",
+        "E 8, K 3, T 6, H 12",
+        "E 6, K 3, T 5, H 8",
+        "E 12, K 4, T 7, H 8",
+        "E 8, K 4, T 8, H 8",
+    ),
+}
+LOOK_ALIKES: Dimensions = {
+    "tracer": TRACERS,
+    "place": PLACES,
+    "break": LOOK_ALIKE_BREAKS,
+    "beside": tuple(BESIDE),
+    "look-up": tuple(LOOK_UPS),
+    "normalising": tuple(NORMALISINGS),
+    "scoring": tuple(SCORINGS),
+    "selection": tuple(SELECTIONS),
+    "router": tuple(ROUTERS),
+    "family": (*FAMILIES, *OWN_SELECTION),
+    "strict": ("no",),
+    "sizes": GATES["sizes"],
+}
+# How often the simplest choice is taken whatever else is drawn; of dimensions left out every choice is equally likely.
+SELDOM = {
+    "tracer": 0.7,
+    "around": 0.6,
+    "structure": 0.3,
+    "break": 0.7,
+    "padding": 0.8,
+    "shared expert": 0.8,
+    "late reader": 0.75,
+    "early reader": 0.75,
+    "returned": 0.5,
+    "container": 0.8,
+    "look-up": 0.5,
+    "normalising": 0.3,
+    "scoring": 0.2,
+    "selection": 0.4,
+    "router": 0.3,
+    "weights applied to": 0.75,
+    "strict": 0.7,
+    "rho": 0.7,
+}
+
+
+def draw(rng: random.Random, dimensions: Dimensions = GATES) -> Choices:
+    """One choice for each dimension: most of them simple in some programs, few in others."""
+    while True:
+        plainness = rng.choice((0.0, 0.3, 0.7))
+        chosen = {name: _draw_one(rng, name, values, plainness) for name, values in dimensions.items()}
+        if fits(chosen):
+            return chosen
+
+
+def _draw_one(rng: random.Random, name: str, values: tuple[str, ...], plainness: float) -> str:
+    simple = max(SELDOM[name], plainness) if name in SELDOM else 0.0
+    return values[0] if rng.random() < simple else rng.choice(values)
+
+
+def sizes(chosen: Choices) -> dict[str, int]:
+    """E, K, T and H of the choices."""
+    return {name: int(value) for name, value in (pair.split() for pair in chosen["sizes"].split(", "))}

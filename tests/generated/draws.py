@@ -1,0 +1,45 @@
+"""Which program a seed stands for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from .choices import GATES, LOOK_ALIKES, Dimensions, draw
+from .judge import Verdict, judge
+from .program import GATE, LOOK_ALIKE, Program, make_program
+from .rules import fits
+
+DIMENSIONS: dict[str, Dimensions] = {GATE: GATES, LOOK_ALIKE: LOOK_ALIKES}
+# One program in so many is asked for S = K as well.
+_IDENTITY_EVERY = 5
+
+
+def drawn(kind: str, seed: int) -> Program:
+    """The program of a seed, the same for ever."""
+    return make_program(kind, draw(random.Random(f"{kind} {seed}"), DIMENSIONS[kind]), seed)
+
+
+def chosen(kind: str, seed: int, choices: Mapping[str, str]) -> Program:
+    """The simplest program with these choices.
+
+    Raises:
+        ValueError: an unknown dimension or choice, or choices that do not go together.
+    """
+    dimensions = DIMENSIONS[kind]
+    for name, value in choices.items():
+        if value not in dimensions.get(name, ()):
+            raise ValueError(f"{name}={value}: the grammar of {kind}s has {dimensions.get(name, tuple(dimensions))}")
+    together = {name: choices.get(name, values[0]) for name, values in dimensions.items()}
+    if not fits(together):
+        raise ValueError(f"these choices do not go together: {dict(choices)}")
+    return make_program(kind, together, seed)
+
+
+def judged(program: Program) -> Verdict:
+    """The verdict on a program, S = K included for one gate in five."""
+    verdict = judge(program)
+    if program.kind == GATE and not verdict.failed and program.seed % _IDENTITY_EVERY == 0:
+        same = judge(program, identity=True)
+        return same if same.failed else verdict
+    return verdict
