@@ -6,9 +6,10 @@ import random
 from collections.abc import Mapping
 
 from .choices import GATES, LOOK_ALIKES, Dimensions, draw
-from .judge import Verdict, judge
+from .judge import judge
 from .program import GATE, LOOK_ALIKE, Program, make_program
 from .rules import fits
+from .verdicts import Verdict
 
 DIMENSIONS: dict[str, Dimensions] = {GATE: GATES, LOOK_ALIKE: LOOK_ALIKES}
 # One program in so many is asked for S = K as well.

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .draws import DIMENSIONS
-from .judge import Verdict
 from .program import GATE, Program
 from .rules import Choices
 from .shrink import peculiar, shrink
 from .table import Judged
+from .verdicts import Verdict
 
 
 @dataclass

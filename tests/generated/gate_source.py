@@ -53,7 +53,7 @@ def _has_router_module(c: Choices) -> bool:
     return c["structure"] in ("router module", "router and experts modules", "two sets of experts")
 
 
-# --- parts of the layer ------------------------------------------------------------------------------------------------
+# --- parts of the layer -----------------------------------------------------------------------------------------------
 
 
 def _routing(c: Choices) -> tuple[list[str], list[str]]:
@@ -123,7 +123,7 @@ def _dispatch(c: Choices) -> list[str]:
 
 
 def _after(c: Choices) -> tuple[list[str], list[str]]:
-    late, (names, lines) = LATE[c["late reader"]], RETURNED[c["returned"]]
+    late, lines = LATE[c["late reader"]], RETURNED[c["returned"]][1]
     shared = ["y = y + self.shared(x)"] if c["shared expert"] == "added" else []
     return (["self.shared = nn.Linear(H, H)"] if shared else []), [*late.body, *shared, *lines]
 
@@ -138,7 +138,7 @@ def _expert_class(c: Choices) -> list[str]:
     return _class("Expert", list(kind.module_init), forward, [f"return {text}"])
 
 
-# --- classes -----------------------------------------------------------------------------------------------------------
+# --- classes ----------------------------------------------------------------------------------------------------------
 
 
 def _class(name: str, init: list[str], forward: str, body: list[str], more: list[str] | None = None) -> list[str]:
@@ -256,7 +256,7 @@ def _result(c: Choices) -> list[str]:
     return [f"return {', '.join(names)}"]
 
 
-# --- around the layer --------------------------------------------------------------------------------------------------
+# --- around the layer -------------------------------------------------------------------------------------------------
 
 
 def _outer(c: Choices) -> list[str]:

@@ -85,7 +85,8 @@ def build(program: Program, report: Callable[..., None] | None = None) -> Built:
 
     Args:
         program: what to build.
-        report: called with each layer, its final ids and, where there is padding, the mask of tokens; None leaves the calls out of the source.
+        report: called with each layer, its final ids and, where there is padding, the mask of tokens; None leaves the
+            calls out of the source.
     """
     reporting = report is not None
     file = f"generated_{program.kind}_{program.seed}{'_reporting' if reporting else ''}.py"

@@ -16,9 +16,9 @@ import torch
 
 from .draws import chosen, drawn, judged
 from .failures import describe, sort_failures
-from .judge import Verdict
 from .program import GATE, LOOK_ALIKE
 from .table import Judged, summary
+from .verdicts import Verdict
 
 
 def quiet() -> None:
@@ -73,7 +73,7 @@ def _one(options: argparse.Namespace) -> int:
     program = chosen(options.kind, options.seed, pairs) if pairs else drawn(options.kind, options.seed)
     verdict = judged(program)
     print(program.text)
-    print({name: value for name, value in program.choices.items()})
+    print(program.choices)
     print(f"{verdict.word}: {verdict.detail}")
     return int(verdict.failed)
 

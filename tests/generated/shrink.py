@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .choices import Dimensions
-from .judge import Verdict
 from .program import Program, make_program
 from .rules import Choices, fits
+from .verdicts import Verdict
 
 
 def shrink(

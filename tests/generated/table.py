@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .judge import PARTLY, REROUTED, TORCH, VACUOUS, VERDICTS, Verdict
 from .program import GATE, Program
+from .verdicts import PARTLY, REROUTED, VERDICTS, Verdict
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,13 @@ def _shares(results: Iterable[Judged]) -> list[str]:
     """For each choice: of the programs that told something, how many were re-routed and how many failed."""
     told: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for result in results:
-        if result.verdict.word in (VACUOUS, TORCH):
+        if result.verdict.told_nothing:
             continue
         for name, value in result.program.choices.items():
             told[name, value].append(result.verdict)
     lines = [f"  {'form':<50}  programs  re-routed  failed"]
     for (name, value), verdicts in sorted(told.items()):
-        done = sum(verdict.word in (REROUTED, PARTLY) for verdict in verdicts)
-        failed = sum(verdict.failed for verdict in verdicts)
-        lines.append(
-            f"  {name + ': ' + value:<50}  {len(verdicts):8d}  {done / len(verdicts):9.0%}  {failed / len(verdicts):6.0%}"
-        )
+        done = sum(verdict.word in (REROUTED, PARTLY) for verdict in verdicts) / len(verdicts)
+        failed = sum(verdict.failed for verdict in verdicts) / len(verdicts)
+        lines.append(f"  {name + ': ' + value:<50}  {len(verdicts):8d}  {done:9.0%}  {failed:6.0%}")
     return lines

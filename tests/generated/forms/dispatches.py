@@ -40,7 +40,7 @@ def _every(kind: str, where: str, modules: bool, n: str, w: str) -> str:
     if not modules:
         return applied(EXPERTS[kind].every, where, f"x.unsqueeze(1).expand(-1, {n}, -1)", w)
     stacked = "torch.stack([expert(x) for expert in self.experts], 1)"
-    return f"{stacked} * {w}" if where == "outputs" else f"{stacked} / K"
+    return {"outputs": f"{stacked} * {w}", "uniform": f"{stacked} / K"}.get(where, stacked)
 
 
 def gathered(kind: str, where: str, modules: bool, n: str) -> list[str]:
@@ -190,7 +190,7 @@ def dense_sum(kind: str, where: str, modules: bool, n: str) -> list[str]:
 def dense_einsum(kind: str, where: str, modules: bool, n: str) -> list[str]:
     return [
         _table(n),
-        f"out = ({_every(kind, 'uniform', modules, n, '')}) * K",
+        f"out = {_every(kind, 'nowhere', modules, n, '')}",
         'y = torch.einsum("te,teh->th", table, out)',
     ]
 
@@ -198,7 +198,7 @@ def dense_einsum(kind: str, where: str, modules: bool, n: str) -> list[str]:
 def dense_bmm(kind: str, where: str, modules: bool, n: str) -> list[str]:
     return [
         _table(n),
-        f"out = ({_every(kind, 'uniform', modules, n, '')}) * K",
+        f"out = {_every(kind, 'nowhere', modules, n, '')}",
         "y = torch.bmm(table.unsqueeze(1), out).squeeze(1)",
     ]
 
@@ -206,7 +206,7 @@ def dense_bmm(kind: str, where: str, modules: bool, n: str) -> list[str]:
 def dense_rows(kind: str, where: str, modules: bool, n: str) -> list[str]:
     weighted = "out / K" if where == "uniform" else "out * weights.unsqueeze(-1)"
     return [
-        f"out = ({_every(kind, 'uniform', modules, n, '')}) * K",
+        f"out = {_every(kind, 'nowhere', modules, n, '')}",
         "out = out[torch.arange(ids.shape[0]).unsqueeze(1), ids]",
         f"y = ({weighted}).sum(1)",
     ]
@@ -215,7 +215,7 @@ def dense_rows(kind: str, where: str, modules: bool, n: str) -> list[str]:
 def dense_gather(kind: str, where: str, modules: bool, n: str) -> list[str]:
     weighted = "out / K" if where == "uniform" else "out * weights.unsqueeze(-1)"
     return [
-        f"out = ({_every(kind, 'uniform', modules, n, '')}) * K",
+        f"out = {_every(kind, 'nowhere', modules, n, '')}",
         "out = out.gather(1, ids.unsqueeze(-1).expand(-1, -1, out.shape[-1]))",
         f"y = ({weighted}).sum(1)",
     ]
@@ -225,7 +225,7 @@ def score_mask(kind: str, where: str, modules: bool, n: str) -> list[str]:
     """Scores again, where a table says that they were chosen."""
     return [
         f"chosen = scores.new_zeros(ids.shape[0], {n}).scatter(1, ids, 1.0)",
-        f"out = ({_every(kind, 'uniform', modules, n, '')}) * K",
+        f"out = {_every(kind, 'nowhere', modules, n, '')}",
         "y = (out * (scores * chosen).unsqueeze(-1)).sum(1)",
     ]
 

@@ -128,7 +128,7 @@ def applied(text: str, where: str, x: str, w: str, **names: str) -> str:
 
     Args:
         text: of `Experts`.
-        where: one of `APPLIED`.
+        where: one of `APPLIED`, or "nowhere".
         x: the rows.
         w: routing weights that broadcast with the rows.
         **names: what else the text names.
@@ -140,5 +140,7 @@ def applied(text: str, where: str, x: str, w: str, **names: str) -> str:
             return text.format(x=f"({x} * {w})", w="", **names)
         case "inside the activation":
             return text.format(x=x, w=f" * {w}", **names)
-        case _:
+        case "uniform":
             return f"({text.format(x=x, w='', **names)}) / K"
+        case _:
+            return text.format(x=x, w="", **names)

@@ -13,7 +13,7 @@ EARLY: dict[str, Part] = {
     ),
     "scale by embedding": part("weights = weights * self.scale(ids).squeeze(-1)", "self.scale = nn.Embedding(E, 1)"),
     "counts in a buffer": part(
-        "self.load += F.one_hot(ids, E).sum((0, 1))",
+        "self.load += F.one_hot(ids, E).reshape(-1, E).sum(0)",
         'self.register_buffer("load", torch.zeros(E, dtype=torch.int64))',
     ),
     "checked ids": part("weights = weights * (ids < E)"),
