@@ -15,7 +15,7 @@ from .product import Inputs, Outcome, heard, traces_without_us
 from .program import Built, Program, build
 from .verdicts import CRASH, RAISED, TORCH, Verdict
 
-# How far results may be from the oracle's, relative to the largest; autocast computes in bfloat16.
+# How far results may be from the oracle's, relative to the largest; some programs compute in bfloat16.
 TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 4e-2
 
 Enter = Callable[[str, nn.Module, Inputs, SereConfig], Outcome]
@@ -78,7 +78,8 @@ class Case:
 
 def tolerance(program: Program) -> float:
     """How far a program's results may be off, relative to the largest."""
-    return BFLOAT16_TOLERANCE if program.choices.get("around") == "autocast" else TOLERANCE
+    rounds = program.choices.get("around") == "autocast" or program.choices.get("dispatch") == "grouped"
+    return BFLOAT16_TOLERANCE if rounds else TOLERANCE
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:

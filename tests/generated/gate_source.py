@@ -27,7 +27,7 @@ _INTRA = {"print": 'print("", end="")', "graph_break": "torch._dynamo.graph_brea
 def gate_source(c: Choices) -> str:
     """The whole program; `model` and `make_inputs` are what it defines. See `REPORT`."""
     size = sizes(c)
-    constants = f"E, K, T, H, I, R = {size['E']}, {size['K']}, {size['T']}, {size['H']}, 4, 5"
+    constants = f"E, K, T, H, I, R = {size['E']}, {size['K']}, {size['T']}, {size['H']}, 8, 5"
     classes = [*_expert_class(c), *_router_class(c), *_experts_class(c), *_layer(c), *_outer(c)]
     header = f"import dataclasses\n\n{_HEADER}" if c["container"] == "dataclass" else _HEADER
     return "\n".join([header, constants, "", *classes, *_inputs(c)]) + "\n"

@@ -88,10 +88,11 @@ _PLACES: tuple[Rule, ...] = (
     lambda c: c["around"] == "checkpointed experts" and c["structure"] == "one module",
 )
 _EXPERTS: tuple[Rule, ...] = (
-    lambda c: _loops_over_data(c) and c["tracer"] not in _BY_DYNAMO,
+    lambda c: _loops_over_data(c) and c["tracer"] in ("make_fx", "symbolic_trace"),
+    lambda c: c["dispatch"] == "sorted loop" and c["tracer"] == "export",
     lambda c: _loops_over_data(c) and c["around"].startswith(("vmap", "checkpointed")),
     lambda c: c["dispatch"] == "grouped" and c["around"].startswith(("vmap", "autocast")),
-    lambda c: c["dispatch"] == "grouped" and c["experts"] != "mlp",
+    lambda c: c["dispatch"] == "grouped" and (c["experts"] != "mlp" or "H 12" in c["sizes"]),
     lambda c: c["dispatch"] == "score mask" and c["scoring"] == "softmax over the selected",
     lambda c: c["dispatch"] == "score mask" and c["around"] == "three dimensions",
     lambda c: c["dispatch"] == "score mask" and c["early reader"].startswith("scale"),

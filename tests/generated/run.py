@@ -6,6 +6,7 @@ import argparse
 import gc
 import logging
 import multiprocessing
+import os
 import sys
 import time
 import warnings
@@ -45,6 +46,15 @@ def judge_many(named: list[tuple[str, int]], jobs: int) -> Iterator[Judged]:
             yield Judged(drawn(kind, seed), verdict)
 
 
+def _noted(results: Iterator[Judged], log: Path | None) -> Iterator[Judged]:
+    """The results, each written to the log as it comes."""
+    with open(log or os.devnull, "w", buffering=1) as lines:
+        for result in results:
+            program, verdict = result.program, result.verdict
+            lines.write(f"{program.kind} {program.seed}\t{verdict.word}\t{' '.join(verdict.detail.split())}\n")
+            yield result
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status is 1 where a program failed."""
     options = _parser().parse_args(arguments)
@@ -54,12 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.time()
     named = [(GATE, options.seed + i) for i in range(options.gates)]
     named += [(LOOK_ALIKE, options.seed + i) for i in range(options.look_alikes)]
-    results = sorted(judge_many(named, options.jobs), key=lambda r: (r.program.kind, r.program.seed))
+    results = sorted(
+        _noted(judge_many(named, options.jobs), options.log), key=lambda r: (r.program.kind, r.program.seed)
+    )
     print(summary(results))
     print(f"seed {options.seed}: {time.time() - started:.0f} s")
-    if options.log:
-        lines = [f"{r.program.kind} {r.program.seed}\t{r.verdict.word}\t{r.verdict.detail}\n" for r in results]
-        options.log.write_text("".join(lines))
     forms, left = sort_failures(results, judged, most=options.shrink, tell=lambda text: print(text, flush=True))
     if options.failures:
         text = [summary(results), *(describe(form) for form in forms), f"{left} failures are not shrunk.\n"]
