@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from .choices import GATES, LOOK_ALIKES, Dimensions, draw
 from .judge import judge
 from .program import GATE, LOOK_ALIKE, Program, make_program
-from .rules import fits
+from .rules import Choices, fits
 from .verdicts import Verdict
 
 DIMENSIONS: dict[str, Dimensions] = {GATE: GATES, LOOK_ALIKE: LOOK_ALIKES}
@@ -35,6 +35,24 @@ def chosen(kind: str, seed: int, choices: Mapping[str, str]) -> Program:
     if not fits(together):
         raise ValueError(f"these choices do not go together: {dict(choices)}")
     return make_program(kind, together, seed)
+
+
+def plain(kind: str, seed: int, base: Mapping[str, str]) -> Iterator[Program]:
+    """Each choice of the grammar in the simplest program that has it, or in that with the choices of `base`."""
+    for name, values in DIMENSIONS[kind].items():
+        for value in values:
+            together = {**{other: first[0] for other, first in DIMENSIONS[kind].items()}, **base, name: value}
+            # What a choice cannot do without.
+            needed: tuple[Choices, ...] = (
+                {},
+                {"look-up": "gather"},
+                {"structure": "methods"},
+                {"dispatch": "mask loop"},
+            )
+            for more in needed:
+                if together.keys() >= more.keys() and fits({**together, **more}):
+                    yield make_program(kind, {**together, **more}, seed)
+                    break
 
 
 def judged(program: Program) -> Verdict:

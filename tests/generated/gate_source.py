@@ -212,6 +212,7 @@ def _layer(c: Choices) -> list[str]:
     if c["around"] == "three dimensions":
         body += ["x = x.reshape(-1, H)"]
     body += [*_padded(c), f"{REPORT}{', mask' if c['padding'] != 'none' else ''})", *_shared(c)]
+    body += [_INTRA["print"]] if c["break"] == "print before the experts" else []
     body += _experts_called(c, arguments)
     if structure in ("one module", "methods", "router module"):
         init += _expert_init(c)

@@ -77,7 +77,7 @@ def _gate(program: Program, built: Built, enter: Enter) -> Verdict:
     oracle = Oracle(program)
     select = 1 + program.seed % (program.sizes["K"] - 1)
     rerouting = Rerouting(matrices(program, oracle.layers), select, float(program.choices["rho"]))
-    attached = _attach(built.model, program, rerouting)
+    attached = program.choices["profile"] == "attached" and _attach(built.model, program, rerouting)
     if not attached:
         # Where the first token's best expert is the only primary one, no matrix matters.
         rerouting = replace(rerouting, select_top_k=1, threshold=0.0)
@@ -124,13 +124,16 @@ def _telling_inputs(
         inputs = built.inputs(seed)
         if one_token:
             inputs = tuple(value[:1] if value.dim() < 3 else value[:1, :1] for value in inputs)
+        if found and program.choices["calls"] == "of two sizes":
+            inputs = tuple(value[:-1] for value in inputs)
         plain, _ = oracle.run(inputs, rerouting, frozenset())
         moved, _ = oracle.run(inputs, rerouting, frozenset(oracle.layers))
         finite = all(bool(value.isfinite().all()) for value in (*plain, *moved))
         if finite and differences(moved[:1], plain[:1])[0].error > _TELLING * tolerance(program):
             found.append(inputs)
         if len(found) == _CALLS:
-            return found
+            empty = tuple(value[:0] for value in inputs)
+            return [empty, *found] if program.choices["calls"] == "without tokens first" else found
     return None
 
 

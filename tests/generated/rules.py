@@ -87,6 +87,12 @@ _PLACES: tuple[Rule, ...] = (
     lambda c: c["early reader"] == "counts in a buffer" and c["tracer"] == "symbolic_trace",
     lambda c: c["around"] == "checkpointed experts" and c["structure"] == "one module",
 )
+_CALLS: tuple[Rule, ...] = (
+    lambda c: c["calls"] != "of one size" and (c["tracer"] not in _BY_DYNAMO or c["around"] != "nothing"),
+    lambda c: c["calls"] != "of one size" and (c["profile"] == "none" or ROUTERS[c["router"]].weight is None),
+    lambda c: c["calls"] == "without tokens first" and c["dispatch"] in ("token loop", "sorted loop", "grouped"),
+    lambda c: c["calls"] == "without tokens first" and c["break"].startswith("number read"),
+)
 _EXPERTS: tuple[Rule, ...] = (
     lambda c: _loops_over_data(c) and c["tracer"] in ("make_fx", "symbolic_trace"),
     lambda c: c["dispatch"] == "sorted loop" and c["tracer"] == "export",
@@ -127,4 +133,4 @@ _SHARED: tuple[Rule, ...] = (
         )
     ),
 )
-GATE_RULES: tuple[Rule, ...] = (*_PLACES, *_EXPERTS, *_PADDING, *_SHARED)
+GATE_RULES: tuple[Rule, ...] = (*_PLACES, *_CALLS, *_EXPERTS, *_PADDING, *_SHARED)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .draws import chosen, drawn, judged
+from .draws import chosen, drawn, judged, plain
 from .failures import describe, sort_failures
 from .program import GATE, LOOK_ALIKE
 from .table import Judged, summary
@@ -59,14 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status is 1 where a program failed."""
     options = _parser().parse_args(arguments)
     quiet()
-    if options.kind:
+    if options.kind and not options.each:
         return _one(options)
     started = time.time()
-    named = [(GATE, options.seed + i) for i in range(options.gates)]
-    named += [(LOOK_ALIKE, options.seed + i) for i in range(options.look_alikes)]
-    results = sorted(
-        _noted(judge_many(named, options.jobs), options.log), key=lambda r: (r.program.kind, r.program.seed)
-    )
+    results = sorted(_noted(_judged(options), options.log), key=lambda r: (r.program.kind, r.program.seed))
     print(summary(results))
     print(f"seed {options.seed}: {time.time() - started:.0f} s")
     forms, left = sort_failures(results, judged, most=options.shrink, tell=lambda text: print(text, flush=True))
@@ -76,10 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(result.verdict.failed for result in results))
 
 
+def _judged(options: argparse.Namespace) -> Iterator[Judged]:
+    """The programs that the options ask for."""
+    if options.each:
+        base = _choices(options)
+        return (Judged(program, judged(program)) for program in plain(options.kind, options.seed, base))
+    named = [(GATE, options.seed + i) for i in range(options.gates)]
+    named += [(LOOK_ALIKE, options.seed + i) for i in range(options.look_alikes)]
+    return judge_many(named, options.jobs)
+
+
+def _choices(options: argparse.Namespace) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in options.choose)
+
+
 def _one(options: argparse.Namespace) -> int:
     """One program: drawn, or the simplest with the given choices."""
-    pairs = dict(pair.split("=", 1) for pair in options.choose)
-    program = chosen(options.kind, options.seed, pairs) if pairs else drawn(options.kind, options.seed)
+    choices = _choices(options)
+    program = chosen(options.kind, options.seed, choices) if choices else drawn(options.kind, options.seed)
     verdict = judged(program)
     print(program.text)
     print(program.choices)
@@ -98,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--log", type=Path, help="a file for the verdict on every program")
     parser.add_argument("--kind", choices=(GATE, LOOK_ALIKE), help="judge one program instead, and print it")
     parser.add_argument("--choose", action="append", default=[], metavar="DIMENSION=CHOICE", help="with --kind")
+    parser.add_argument("--each", action="store_true", help="with --kind: each choice of the grammar on its own")
     return parser
 
 
