@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from . import gate_source
-from .choices import Choices, sizes
+from .choices import sizes
+from .layer_source import REPORT
 from .look_alikes import look_alike_source
+from .rules import Choices
 
 GATE, LOOK_ALIKE = "gate", "look-alike"
 
@@ -25,7 +27,7 @@ class Program:
         kind: `GATE` or `LOOK_ALIKE`.
         choices: what was drawn.
         seed: of its parameters and inputs.
-        source: as it is printed; with the oracle's line in it, see `gate_source.REPORT`.
+        source: as it is printed; with the oracle's line in it, see `layer_source.REPORT`.
         labels: of its results, "y" for what the experts make.
         experts: paths of the experts' parameters or lists, in each layer.
         router: path of the router's weight in a layer, or None.
@@ -44,7 +46,7 @@ class Program:
     def text(self) -> str:
         """The source without the oracle's line."""
         lines = self.source.splitlines(True)
-        return "".join(line for line in lines if not line.strip().startswith(gate_source.REPORT))
+        return "".join(line for line in lines if not line.strip().startswith(REPORT))
 
 
 def make_program(kind: str, choices: Choices, seed: int) -> Program:

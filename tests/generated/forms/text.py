@@ -30,3 +30,27 @@ def _lines(text: str) -> tuple[str, ...]:
 def indented(lines: tuple[str, ...] | list[str], depth: int) -> list[str]:
     """The lines, `depth` levels deeper."""
     return ["    " * depth + line if line else "" for line in lines]
+
+
+def class_lines(name: str, init: list[str], forward: str, body: list[str], more: list[str] | None = None) -> list[str]:
+    """The source of a module.
+
+    Args:
+        name: of the class.
+        init: lines of `__init__`.
+        forward: the line that begins the main method.
+        body: its lines.
+        more: lines of other methods.
+    """
+    return [
+        f"class {name}(nn.Module):",
+        "    def __init__(self):",
+        "        super().__init__()",
+        *indented(init, 2),
+        "",
+        *indented(more or [], 1),
+        *indented([forward], 1),
+        *indented(body, 2),
+        "",
+        "",
+    ]

@@ -6,7 +6,7 @@ from ..forms.normalisings import NORMALISINGS
 from ..forms.routers import ROUTERS
 from ..forms.scorings import SCORINGS
 from ..forms.selections import LOOK_UPS, SELECTIONS
-from ..forms.text import Part, indented, part
+from ..forms.text import Part, class_lines, part
 from .families import FAMILIES, OWN_SELECTION
 
 # What has E entries nearby, and takes part for every token alike.
@@ -30,6 +30,7 @@ BESIDE: dict[str, Part] = {
         "    [nn.ModuleDict({'norm': nn.LayerNorm(H), 'mlp': nn.Linear(H, H)}) for _ in range(E)]\n)",
     ),
 }
+_FORWARD = "def forward(self, x):"
 PLACES = ("one module", "head as a module", "body as a module", "both as modules")
 BREAKS = ("none", "before the selection", "after the selection", "after the body")
 
@@ -44,13 +45,13 @@ def look_alike_source(c: dict[str, str]) -> str:
     lines = ["import torch", "import torch.nn.functional as F", "from torch import nn", "", constants, "", ""]
     inside_init, inside = [*body.init, *head_init], [*body.body, *broken, *head]
     if c["place"] in ("head as a module", "both as modules"):
-        lines += _class("Head", head_init, head)
+        lines += class_lines("Head", head_init, _FORWARD, head)
         inside_init, inside = [*body.init, "self.head = Head()"], [*body.body, *broken, "return self.head(x)"]
     if c["place"] in ("body as a module", "both as modules"):
-        lines += _class("Body", list(body.init), [*body.body, "return x"])
+        lines += class_lines("Body", list(body.init), _FORWARD, [*body.body, "return x"])
         rest_init, rest = inside_init[len(body.init) :], inside[len(body.body) :]
         inside_init, inside = ["self.body = Body()", *rest_init], ["x = self.body(x)", *rest]
-    lines += _class("Model", inside_init, inside)
+    lines += class_lines("Model", inside_init, _FORWARD, inside)
     lines += ["model = Model()", "", ""]
     lines += ["def make_inputs(generator):", "    return (torch.randn(T, H, generator=generator),)"]
     return "\n".join(lines) + "\n"
@@ -75,17 +76,3 @@ def _head(c: dict[str, str]) -> tuple[list[str], list[str]]:
         "return result",
     ]
     return [*router.part.init, *scoring.part.init, *family.init], lines
-
-
-def _class(name: str, init: list[str], body: list[str]) -> list[str]:
-    return [
-        f"class {name}(nn.Module):",
-        "    def __init__(self):",
-        "        super().__init__()",
-        *indented(init, 2),
-        "",
-        "    def forward(self, x):",
-        *indented(body, 2),
-        "",
-        "",
-    ]
