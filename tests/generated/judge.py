@@ -118,23 +118,35 @@ def _attach(model: nn.Module, program: Program, rerouting: Rerouting) -> bool:
 def _telling_inputs(
     program: Program, oracle: Oracle, built: Built, rerouting: Rerouting, *, one_token: bool
 ) -> list[Inputs] | None:
-    """Inputs whose re-routed results differ from the original ones by more than the tolerance."""
-    found: list[Inputs] = []
+    """Inputs of each call, whose re-routed results differ from the original ones by more than the tolerance.
+
+    Where there are any, such that give one token the same expert twice: what a form does then is what breaks it.
+    """
+    found: list[list[tuple[bool, Inputs]]] = [[] for _ in range(_CALLS)]
     for seed in range(_TRIED):
-        inputs = built.inputs(seed)
-        if one_token:
-            inputs = tuple(value[:1] if value.dim() < 3 else value[:1, :1] for value in inputs)
-        if found and program.choices["calls"] == "of two sizes":
-            inputs = tuple(value[:-1] for value in inputs)
+        call = seed % _CALLS
+        inputs = _sized(program, built.inputs(seed), call, one_token=one_token)
         plain, _ = oracle.run(inputs, rerouting, frozenset())
         moved, _ = oracle.run(inputs, rerouting, frozenset(oracle.layers))
         finite = all(bool(value.isfinite().all()) for value in (*plain, *moved))
         if finite and differences(moved[:1], plain[:1])[0].error > _TELLING * tolerance(program):
-            found.append(inputs)
-        if len(found) == _CALLS:
-            empty = tuple(value[:0] for value in inputs)
-            return [empty, *found] if program.choices["calls"] == "without tokens first" else found
-    return None
+            found[call].append((oracle.repeats, inputs))
+        if all(any(repeats for repeats, _ in of) for of in found):
+            break
+    if not all(found):
+        return None
+    best = [max(of, key=lambda pair: pair[0])[1] for of in found]
+    empty = tuple(value[:0] for value in best[0])
+    return [empty, *best] if program.choices["calls"] == "without tokens first" else best
+
+
+def _sized(program: Program, inputs: Inputs, call: int, *, one_token: bool) -> Inputs:
+    """The inputs with as many tokens as the call shall have."""
+    if one_token:
+        return tuple(value[:1] if value.dim() < 3 else value[:1, :1] for value in inputs)
+    if call and program.choices["calls"] == "of two sizes":
+        return tuple(value[:-1] for value in inputs)
+    return inputs
 
 
 def _compare(case: Case, oracle: Oracle, rerouting: Rerouting, outcome: Outcome, results: list[Called]) -> Verdict:

@@ -45,6 +45,7 @@ class Oracle:
         self._rerouting: Rerouting | None = None
         self._layers: frozenset[str] = frozenset()
         self._without_padding = False
+        self.repeats = False  # whether the last run gave one token the same expert twice
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -73,6 +74,7 @@ class Oracle:
             without_padding: rows that the layer reports as padding make no primary experts.
         """
         self._rerouting, self._layers, self._without_padding = rerouting, layers, without_padding
+        self.repeats = False
         try:
             with torch.no_grad():
                 results = flat(self._built.model(*clones(inputs)))
@@ -89,12 +91,15 @@ class Oracle:
         rerouting = self._rerouting
         if self._without_padding and mask is not None:
             ids = ids[mask]
+        tokens = ids.reshape(-1, ids.shape[-1]).tolist()
         mapping = expert_map(
-            ids.reshape(-1, ids.shape[-1]).tolist(),
+            tokens,
             rerouting.matrices[path].tolist(),
             rerouting.select_top_k,
             rerouting.threshold,
         )
+        moved = [[mapping[u] for u in token if 0 <= u < len(mapping)] for token in tokens]
+        self.repeats |= any(len(set(token)) < len(token) for token in moved)
         with torch.no_grad():
             for name in self._program.experts:
                 exchange(layer, name, mapping)
