@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from .forms.dispatches import DISPATCHES
 from .forms.experts import APPLIED, EXPERTS
 from .forms.normalisings import NORMALISINGS
-from .forms.readers import EARLY, LATE, RETURNED
+from .forms.readers import EARLY, LATE, PASSED, RETURNED
 from .forms.routers import ROUTERS
 from .forms.scorings import SCORINGS
 from .forms.selections import LOOK_UPS, SELECTIONS
@@ -46,6 +46,7 @@ AROUND = (
     "checkpointed experts",
     "checkpointed layer",
     "autocast",
+    "functional call",
 )
 
 # The simplest choice first: the shrinker goes towards it, and half of the draws of `_SELDOM` take it.
@@ -58,6 +59,7 @@ GATES: Dimensions = {
     "shared expert": ("none", "added", "joined by cat"),
     "late reader": tuple(LATE),
     "early reader": tuple(EARLY),
+    "ids passed": tuple(PASSED),
     "returned": tuple(RETURNED),
     "container": ("tuple", "dict", "dataclass"),
     "look-up": tuple(LOOK_UPS),
@@ -66,7 +68,7 @@ GATES: Dimensions = {
     "selection": tuple(SELECTIONS),
     "router": tuple(ROUTERS),
     "weights applied to": APPLIED,
-    "storage": ("stacked", "modules"),
+    "storage": ("stacked", "modules", "parameter lists"),
     "experts": tuple(EXPERTS),
     "dispatch": tuple(DISPATCHES),
     "profile": ("attached", "none"),
@@ -92,7 +94,7 @@ LOOK_ALIKES: Dimensions = {
     "selection": tuple(SELECTIONS),
     "router": tuple(ROUTERS),
     "family": (*FAMILIES, *OWN_SELECTION),
-    "strict": ("no",),
+    "strict": ("no", "yes"),
     "sizes": GATES["sizes"],
 }
 # How often the simplest choice is taken whatever else is drawn; of dimensions left out every choice is equally likely.
@@ -105,6 +107,7 @@ SELDOM = {
     "shared expert": 0.8,
     "late reader": 0.75,
     "early reader": 0.75,
+    "ids passed": 0.75,
     "returned": 0.5,
     "container": 0.8,
     "look-up": 0.5,

@@ -61,6 +61,8 @@ def _outer(c: Choices) -> list[str]:
     elif around == "block with a norm":
         init += ["self.norm = nn.LayerNorm(H)"]
         body = ["return self.layer(self.norm(x))"]
+    elif around == "functional call":
+        body = ["return torch.func.functional_call(self.layer, dict(self.layer.named_parameters()), (x,))"]
     elif around == "vmap over sequences":
         body = ["return torch.func.vmap(self.layer)(x)"]
     elif around == "vmap over tokens":

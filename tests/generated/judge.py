@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sere_compile
-from sere_compile import ProfileError, SereConfig, SimilarityProfile
+from sere_compile import GateNotFoundError, ProfileError, SereConfig, SimilarityProfile
 
 from . import product
 from .cases import Called, Case, Enter, tolerance
@@ -237,8 +237,9 @@ def _look_alike(program: Program, built: Built, enter: Enter) -> Verdict:
     config = SereConfig(select_top_k=1, min_active=0, strict=program.choices["strict"] == "yes")
     outcome, results, raised = Case(program, built, inputs, config, enter).run()
     if raised:
-        # Whatever the reason: an ordinary program ran before, and does not now.
-        return replace(raised, word=STOPPED) if raised.word == RAISED else raised
+        asked_for = config.strict and raised.detail.startswith(GateNotFoundError.__name__)
+        # But for that, an ordinary program ran before, and does not now.
+        return replace(raised, word=STOPPED) if raised.word == RAISED and not asked_for else raised
     for want, (got, _) in zip(_eager(program, inputs), results, strict=True):
         off = worst(differences(got, want), main=None)
         if off.error > 0:

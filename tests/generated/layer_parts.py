@@ -7,7 +7,7 @@ import re
 from .forms.dispatches import DISPATCHES
 from .forms.experts import EXPERTS
 from .forms.normalisings import NORMALISINGS
-from .forms.readers import EARLY, LATE, RETURNED
+from .forms.readers import EARLY, LATE, PASSED, RETURNED
 from .forms.routers import ROUTERS
 from .forms.scorings import SCORINGS
 from .forms.selections import LOOK_UPS, SELECTIONS
@@ -37,6 +37,7 @@ def routing(c: Choices) -> tuple[list[str], list[str]]:
     ]
     if c["around"] == "three dimensions":
         body += ["ids, weights = ids.reshape(-1, K), weights.reshape(-1, K)"]
+    body += PASSED[c["ids passed"]]
     return [*router.part.init, *scoring.part.init, *EARLY[c["early reader"]].init], body
 
 
@@ -78,7 +79,11 @@ def expert_init(c: Choices) -> list[str]:
     """Lines that make the experts."""
     if c["storage"] == "modules":
         return [f"self.experts = nn.ModuleList([Expert() for _ in range({expert_count(c)})])"]
-    return [line.format(n=expert_count(c)) for line in EXPERTS[c["experts"]].init]
+    lines = [line.format(n=expert_count(c)) for line in EXPERTS[c["experts"]].init]
+    if c["storage"] == "parameter lists":
+        # A list takes the rows of a tensor, each as a parameter of its own.
+        lines = [line.replace("nn.Parameter(", "nn.ParameterList([*(").removesuffix(")") + ")])" for line in lines]
+    return lines
 
 
 def dispatch(c: Choices) -> list[str]:

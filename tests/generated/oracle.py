@@ -114,6 +114,11 @@ def exchange(layer: nn.Module, name: str, mapping: list[int]) -> None:
         for expert, source in zip(found, mapping, strict=False):
             expert.load_state_dict(states[source])
         return
+    if isinstance(found, nn.ParameterList):
+        values = [value.clone() for value in found]
+        for value, source in zip(found, mapping, strict=False):
+            value.copy_(values[source])
+        return
     rows = torch.tensor([*mapping, *range(len(mapping), found.shape[0])])
     found.copy_(found.index_select(0, rows))
 

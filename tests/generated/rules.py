@@ -63,6 +63,7 @@ def _reads_shapes(c: Choices) -> bool:
 
 COMMON: tuple[Rule, ...] = (
     lambda c: _breaks(c) and c["tracer"] not in _BY_DYNAMO,
+    lambda c: c["tracer"] == "capture auto" and c["strict"] == "yes",
     lambda c: c["look-up"] == "values" and _needs_look_up(c),
     lambda c: c["scoring"] in SIGNED and c["normalising"] not in ("none", "softmax", "clamp", "square"),
     lambda c: c["tracer"] == "symbolic_trace" and _reads_shapes(c),
@@ -82,9 +83,9 @@ _PLACES: tuple[Rule, ...] = (
     lambda c: c["container"] == "dataclass" and c["tracer"] not in _BY_DYNAMO,
     lambda c: c["tracer"] != "dynamo" and c["around"].startswith("checkpointed"),
     lambda c: c["tracer"] == "symbolic_trace" and c["around"].startswith(("vmap", "autocast")),
-    lambda c: c["tracer"] == "capture auto" and c["strict"] == "yes",
     lambda c: c["early reader"] == "counts in a buffer" and c["around"].startswith("vmap"),
     lambda c: c["early reader"] == "counts in a buffer" and c["tracer"] == "symbolic_trace",
+    lambda c: c["around"] == "functional call" and c["tracer"] == "symbolic_trace",
     lambda c: c["around"] == "checkpointed experts" and c["structure"] == "one module",
 )
 _CALLS: tuple[Rule, ...] = (
@@ -106,6 +107,8 @@ _EXPERTS: tuple[Rule, ...] = (
     lambda c: c["dispatch"] == "concatenated" and c["late reader"] != "none",
     lambda c: c["dispatch"] == "concatenated" and c["around"] in _STACKED_LAYERS,
     lambda c: c["storage"] == "modules" and not DISPATCHES[c["dispatch"]].modules,
+    lambda c: c["storage"] == "parameter lists" and not c["dispatch"].endswith(" loop"),
+    lambda c: c["storage"] == "parameter lists" and c["experts"] == "on a common base",
     lambda c: c["weights applied to"] != "outputs" and c["dispatch"] in OUTPUTS_ONLY,
     lambda c: c["weights applied to"] not in ("outputs", "uniform") and c["dispatch"] in OUTPUTS_OR_UNIFORM,
     lambda c: (

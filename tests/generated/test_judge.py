@@ -206,8 +206,16 @@ class TestLookAlikes:
         """An operator in its graph, though the results agree."""
         assert judge(LABELS, enter=spoiled(same, operators=1)).word == verdicts.TOUCHED
 
-    def test_stopped(self):
-        assert judge(LABELS, enter=raising(ProbeError("no experts"))).word == verdicts.STOPPED
+    @pytest.mark.parametrize("strict", ["no", "yes"])
+    def test_stopped(self, strict):
+        program = chosen(LOOK_ALIKE, 3, {"strict": strict})
+        assert judge(program, enter=raising(ProbeError("no experts"))).word == verdicts.STOPPED
+
+    def test_that_there_is_no_gate_is_an_error_only_where_one_is_asked_for(self):
+        error = GateNotFoundError("no gate")
+        assert judge(LABELS, enter=raising(error)).word == verdicts.STOPPED
+        strict = chosen(LOOK_ALIKE, 3, {"strict": "yes"})
+        assert judge(strict, enter=raising(error)).word == verdicts.RAISED
 
 
 def test_calls_are_two(monkeypatch):

@@ -60,6 +60,13 @@ class TestExchange:
             exchange(layer, "weight", [1, 1, 0])
         assert layer.weight[:, 0].tolist() == [2.0, 2.0, 0.0, 6.0]
 
+    def test_lists_of_parameters(self):
+        layer = nn.Module()
+        layer.add_module("w", nn.ParameterList([*torch.arange(3.0).view(3, 1)]))
+        with torch.no_grad():
+            exchange(layer, "w", [2, 1, 1])
+        assert [value.item() for value in layer.parameters()] == [2.0, 1.0, 1.0]
+
     def test_modules(self):
         experts = nn.ModuleList([nn.Linear(1, 1) for _ in range(3)])
         branch, layer = nn.Module(), nn.Module()

@@ -19,6 +19,15 @@ EARLY: dict[str, Part] = {
     "checked ids": part("weights = weights * (ids < E)"),
 }
 
+# The same ids under another name.
+PASSED: dict[str, tuple[str, ...]] = {
+    "as they are": (),
+    "cast and back": ("ids = ids.to(torch.int32).long()",),
+    "copied": ("ids = ids.clone()",),
+    "flattened and back": ("ids = ids.flatten().view(-1, K)",),
+    "detached": ("ids, weights = ids.detach(), weights.contiguous()",),
+}
+
 LATE: dict[str, Part] = {
     "none": part(),
     "residual of the first weight": part("y = y + (1 - weights[:, :1]) * x"),

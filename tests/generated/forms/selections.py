@@ -15,6 +15,7 @@ SELECTIONS: dict[str, tuple[str, ...]] = {
         "ordered, order = torch.sort({choice}, dim=-1, descending=True)",
         "weights, ids = ordered[..., :K], order[..., :K]",
     ),
+    "topk without gradients": ("with torch.no_grad():", "    ids = torch.topk({choice}, K, dim=-1)[1]"),
     "argsort": ("ids = torch.argsort({choice}, dim=-1, descending=True)[..., :K]",),
     "negated argsort": ("ids = (-{choice}).argsort(dim=-1)[..., :K]",),
     "one more than needed": (
@@ -33,7 +34,7 @@ SELECTIONS: dict[str, tuple[str, ...]] = {
         "weights, ids = torch.stack([best, next_best], -1), torch.stack([first, second], -1)",
     ),
 }
-NO_VALUES = ("argsort", "negated argsort", "two rounds of argmax")
+NO_VALUES = ("topk without gradients", "argsort", "negated argsort", "two rounds of argmax")
 TWO_ONLY = ("two rounds of argmax", "two rounds of max and mask")
 
 LOOK_UPS = {
