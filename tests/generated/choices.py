@@ -111,10 +111,11 @@ SELDOM = {
     "returned": 0.5,
     "container": 0.8,
     "look-up": 0.5,
-    "normalising": 0.3,
-    "scoring": 0.2,
-    "selection": 0.4,
-    "router": 0.3,
+    "normalising": 0.4,
+    "scoring": 0.3,
+    "selection": 0.5,
+    "router": 0.5,
+    "experts": 0.4,
     "weights applied to": 0.75,
     "profile": 0.85,
     "calls": 0.7,
@@ -126,7 +127,7 @@ SELDOM = {
 def draw(rng: random.Random, dimensions: Dimensions = GATES) -> Choices:
     """One choice for each dimension: most of them simple in some programs, few in others."""
     while True:
-        plainness = rng.choice((0.0, 0.3, 0.7))
+        plainness = rng.choice((0.0, 0.4, 0.8))
         chosen = {name: _draw_one(rng, name, values, plainness) for name, values in dimensions.items()}
         if fits(chosen):
             return chosen

@@ -72,7 +72,7 @@ class TestExchange:
         branch, layer = nn.Module(), nn.Module()
         branch.add_module("experts", experts)
         layer.add_module("branch", branch)
-        before = [float(value) for value in experts.parameters()][::2]
+        before = [value.item() for value in experts.parameters()][::2]
         exchange(layer, "branch.experts", [2, 1, 1])
-        after = [float(value) for value in experts.parameters()][::2]
+        after = [value.item() for value in experts.parameters()][::2]
         assert after == [before[2], before[1], before[1]]
