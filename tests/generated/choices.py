@@ -15,7 +15,7 @@ from .forms.selections import LOOK_UPS, SELECTIONS
 from .look_alikes import FAMILIES, OWN_SELECTION
 from .look_alikes.source import BESIDE, PLACES
 from .look_alikes.source import BREAKS as LOOK_ALIKE_BREAKS
-from .rules import Choices, fits
+from .rules import Choices, broken, fits
 
 Dimensions = Mapping[str, tuple[str, ...]]
 
@@ -124,11 +124,27 @@ SELDOM = {
 }
 
 
+# What gives way, in any order, where choices do not go together: else the choosy ones would hardly be drawn.
+_GIVE_WAY = (
+    ("look-up", "gather"),
+    ("sizes", GATES["sizes"][0]),
+    ("structure", "methods"),
+    ("break", "none"),
+    ("tracer", "dynamo"),
+    ("returned", "output"),
+    ("early reader", "none"),
+    ("dispatch", "mask loop"),
+)
+
+
 def draw(rng: random.Random, dimensions: Dimensions = GATES) -> Choices:
     """One choice for each dimension: most of them simple in some programs, few in others."""
     while True:
         plainness = rng.choice((0.0, 0.4, 0.8))
         chosen = {name: _draw_one(rng, name, values, plainness) for name, values in dimensions.items()}
+        for name, value in rng.sample(_GIVE_WAY, len(_GIVE_WAY)):
+            if name in chosen and broken({**chosen, name: value}) < broken(chosen):
+                chosen[name] = value
         if fits(chosen):
             return chosen
 

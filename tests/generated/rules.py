@@ -19,8 +19,12 @@ _STACKED_LAYERS = ("two layers", "two layers, one router")
 
 def fits(c: Choices) -> bool:
     """Whether the choices go together."""
-    rules = (*COMMON, *(GATE_RULES if "dispatch" in c else ()))
-    return not any(broken(c) for broken in rules)
+    return broken(c) == 0
+
+
+def broken(c: Choices) -> int:
+    """How many rules the choices break."""
+    return sum(rule(c) for rule in (*COMMON, *(GATE_RULES if "dispatch" in c else ())))
 
 
 def _needs_look_up(c: Choices) -> bool:
