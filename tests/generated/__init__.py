@@ -1,1 +1,1 @@
-"""Programs that nobody chose: drawn modules with gates, look-alikes without, and an oracle that knows no form."""
+"""Programs that nobody chose, and an oracle that knows no form."""

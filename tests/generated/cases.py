@@ -15,7 +15,7 @@ from .product import Inputs, Outcome, heard, traces_without_us
 from .program import Built, Program, build
 from .verdicts import CRASH, RAISED, TORCH, Verdict
 
-# How far results may be from the oracle's, relative to the largest; some programs compute in bfloat16.
+# How far results may be off, relative to the largest; some programs compute in bfloat16.
 TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 4e-2
 
 Enter = Callable[[str, nn.Module, Inputs, SereConfig], Outcome]
@@ -62,7 +62,7 @@ class Case:
         return outcome, results, None
 
     def _raised(self, error: BaseException) -> Verdict:
-        """A refusal by an error of the library, a crash, or what torch cannot do without us either."""
+        """A refusal by the library, a crash, or what torch alone cannot do either."""
         cause = error
         while not isinstance(cause, SereError):
             inner = cause.__cause__ or getattr(cause, "inner_exception", None)

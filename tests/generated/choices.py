@@ -49,7 +49,7 @@ AROUND = (
     "functional call",
 )
 
-# The simplest choice first: the shrinker goes towards it, and half of the draws of `_SELDOM` take it.
+# The simplest choice first: the shrinker goes towards it.
 GATES: Dimensions = {
     "tracer": TRACERS,
     "around": AROUND,
@@ -97,7 +97,7 @@ LOOK_ALIKES: Dimensions = {
     "strict": ("no", "yes"),
     "sizes": GATES["sizes"],
 }
-# How often the simplest choice is taken whatever else is drawn; of dimensions left out every choice is equally likely.
+# How often the simplest choice is taken at least; of dimensions left out each is equally likely.
 SELDOM = {
     "tracer": 0.7,
     "around": 0.6,
@@ -124,7 +124,7 @@ SELDOM = {
 }
 
 
-# What gives way, in any order, where choices do not go together: else the choosy ones would hardly be drawn.
+# What gives way where choices do not go together: else the choosy ones would hardly be drawn.
 _GIVE_WAY = (
     ("look-up", "gather"),
     ("sizes", GATES["sizes"][0]),

@@ -38,7 +38,7 @@ def chosen(kind: str, seed: int, choices: Mapping[str, str]) -> Program:
 
 
 def plain(kind: str, seed: int, base: Mapping[str, str]) -> Iterator[Program]:
-    """Each choice of the grammar in the simplest program that has it, or in that with the choices of `base`."""
+    """Each choice of the grammar alone, in the simplest program with the choices of `base`."""
     for name, values in DIMENSIONS[kind].items():
         for value in values:
             together = {**{other: first[0] for other, first in DIMENSIONS[kind].items()}, **base, name: value}

@@ -39,7 +39,7 @@ class Form:
 def sort_failures(
     results: Sequence[Judged], judge: Callable[[Program], Verdict], *, most: int, tell: Callable[[str], None]
 ) -> tuple[list[Form], int]:
-    """Shrink failures until each is covered by a form, or `most` forms are found; and how many are left over."""
+    """Shrink failures until forms cover all, or there are `most`; and how many are left over."""
     forms: list[Form] = []
     left = 0
     for result in results:

@@ -19,7 +19,7 @@ from torch import nn
 
 
 def gate_source(c: Choices) -> str:
-    """The whole program; `model` and `make_inputs` are what it defines. See `layer_source.REPORT`."""
+    """The whole program: it defines `model` and `make_inputs`. See `layer_source.REPORT`."""
     size = sizes(c)
     constants = f"E, K, T, H, I, R = {size['E']}, {size['K']}, {size['T']}, {size['H']}, 8, 5"
     classes = [*expert_class(c), *router_class(c), *experts_class(c), *layer_class(c), *_outer(c)]

@@ -70,7 +70,7 @@ def _config(program: Program, rerouting: Rerouting) -> SereConfig:
     )
 
 
-# --- gates ------------------------------------------------------------------------------------------------------------
+# --- gates ----------------------------------------------------------------------------------------
 
 
 def _gate(program: Program, built: Built, enter: Enter) -> Verdict:
@@ -118,7 +118,7 @@ def _attach(model: nn.Module, program: Program, rerouting: Rerouting) -> bool:
 def _telling_inputs(
     program: Program, oracle: Oracle, built: Built, rerouting: Rerouting, *, one_token: bool
 ) -> list[Inputs] | None:
-    """Inputs of each call, whose re-routed results differ from the original ones by more than the tolerance.
+    """Inputs of each call, whose results re-routing changes by more than the tolerance.
 
     Where there are any, such that give one token the same expert twice: what a form does then is what breaks it.
     """
@@ -150,7 +150,7 @@ def _sized(program: Program, inputs: Inputs, call: int, *, one_token: bool) -> I
 
 
 def _compare(case: Case, oracle: Oracle, rerouting: Rerouting, outcome: Outcome, results: list[Called]) -> Verdict:
-    """Which layers are re-routed is for the product to choose: its results have to fit one choice."""
+    """The product chooses which layers it re-routes: its results have to fit one choice."""
     nearest: tuple[Difference, int] | None = None
     for chosen, without_padding in itertools.product(_subsets(oracle.layers), oracle.meanings):
         found = _off(case, oracle, rerouting, chosen, results, without_padding)
@@ -178,7 +178,7 @@ def _off(
     results: list[Called],
     without_padding: bool,
 ) -> list[Difference]:
-    """How far every result of every call, and every counter, is from the oracle's with these layers re-routed."""
+    """How far each result of each call, and each counter, is from the oracle's."""
     found: list[Difference] = []
     counted: dict[str, torch.Tensor] = {}
     for inputs, (got, buffers) in zip(case.inputs, results, strict=True):
@@ -209,7 +209,7 @@ def _fits(case: Case, outcome: Outcome, found: list[Difference], tally: tuple[in
     return Verdict(PARTLY if rerouted else REFUSED, reasons[-1], rerouted=tally)
 
 
-# --- what has to stay as it is ----------------------------------------------------------------------------------------
+# --- what has to stay as it is --------------------------------------------------------------------
 
 
 def _eager(program: Program, inputs: list[Inputs]) -> list[list[torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""The lines of a layer with a gate, from choices: router, padding, experts, and what follows them."""
+"""The lines of a layer with a gate: router, padding, experts, and what follows them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def dispatch(c: Choices) -> list[str]:
 
 
 def after_experts(c: Choices) -> tuple[list[str], list[str]]:
-    """Lines of `__init__`, and of the body behind `y`: late readers, a shared expert, what is returned."""
+    """Lines of `__init__`, and those behind `y`: late readers, a shared expert, results."""
     late, lines = LATE[c["late reader"]], RETURNED[c["returned"]][1]
     shared = ["y = y + self.shared(x)"] if c["shared expert"] == "added" else []
     return (["self.shared = nn.Linear(H, H)"] if shared else []), [*late.body, *shared, *lines]

@@ -1,4 +1,4 @@
-"""The classes of a layer with a gate: `Layer`, and `Router` and `Experts` where they are modules of their own."""
+"""The classes of a layer with a gate: `Layer`, and `Router` and `Experts` where there are such."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .forms.text import class_lines, indented
 from .layer_parts import STATEMENTS, after_experts, dispatch, expert_init, padded, routing, shared
 from .rules import Choices
 
-# Begins the line where the ids of the routed experts are final; only the oracle's version of the source has it.
+# Begins the line where ids are final; only the oracle's version of the source has it.
 REPORT = "report(self, ids"
 
 

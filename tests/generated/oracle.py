@@ -54,7 +54,7 @@ class Oracle:
 
     @property
     def meanings(self) -> tuple[bool, ...]:
-        """The values of `without_padding` that are right: an id of 0 in padding may count as expert 0, or not."""
+        """The right values of `without_padding`: an id of 0 in padding may count as expert 0, or not."""
         return (False, True) if self._program.choices["padding"] == "ids of 0" else (False,)
 
     def run(
@@ -106,7 +106,7 @@ class Oracle:
 
 
 def exchange(layer: nn.Module, name: str, mapping: list[int]) -> None:
-    """Give each expert u the parameters of expert mapping[u]; experts behind the mapping's end keep theirs."""
+    """Give each expert u the parameters of expert mapping[u]; those behind its end keep theirs."""
     owner, _, attribute = name.rpartition(".")
     found = getattr(layer.get_submodule(owner), attribute)
     if isinstance(found, nn.ModuleList):

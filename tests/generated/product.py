@@ -1,4 +1,4 @@
-"""Every way into the product: a program goes in, something to call comes out, or a reason why it is left alone."""
+"""Every way into the product: a program goes in, something to call and reasons come out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The map from experts to experts that re-routing defines: DESIGN.md, section 2, in plain Python."""
+"""The map from experts to experts that re-routing defines, in plain Python."""
 
 from __future__ import annotations
 

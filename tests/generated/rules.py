@@ -1,4 +1,4 @@
-"""Which choices do not go together: programs that would not run, or whose results nobody defined."""
+"""What does not go together: programs that would not run, or that nobody defined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw programs, judge them, and say what fails: `python -m tests.generated.run --gates 1000 --look-alikes 1000`."""
+"""Draw programs, judge them, and say what fails; see README.md."""
 
 from __future__ import annotations
 

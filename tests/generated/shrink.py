@@ -13,7 +13,7 @@ from .verdicts import Verdict
 def shrink(
     program: Program, verdict: Verdict, dimensions: Dimensions, judge: Callable[[Program], Verdict]
 ) -> tuple[Program, Verdict]:
-    """Try the simpler choices of each dimension, again and again, for as long as the verdict's word stays.
+    """Try the simpler choices of each dimension for as long as the verdict's word stays.
 
     Args:
         program: fails.

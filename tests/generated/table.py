@@ -33,7 +33,7 @@ def summary(results: Sequence[Judged]) -> str:
 
 
 def _shares(results: Iterable[Judged]) -> list[str]:
-    """For each choice: of the programs that told something, how many were re-routed and how many failed."""
+    """For each choice: of the programs that told something, how many were re-routed, and failed."""
     told: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
     for result in results:
         if result.verdict.told_nothing:

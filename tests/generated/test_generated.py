@@ -1,4 +1,4 @@
-"""Drawn programs through the product: a small fixed sample always, and 2,000 of them in the lane `generated`.
+"""Drawn programs through the product: a small sample always, 2,000 in the lane `generated`.
 
 A failure is shrunk to a minimal program and printed with the command that shows it again.
 """
@@ -24,7 +24,7 @@ KINDS = (GATE, LOOK_ALIKE)
 
 @pytest.fixture(scope="module", autouse=True)
 def economical():
-    """One thread; a heap that is not scanned again and again for the owners of weights; no warnings of torch."""
+    """One thread, no warnings of torch, and a heap whose old part is scanned no more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logger = logging.getLogger("torch")

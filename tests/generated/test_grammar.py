@@ -1,4 +1,4 @@
-"""Every choice is drawn, every drawn program runs, and the oracle's version of it computes the same."""
+"""Every choice is drawn, every program runs, and the oracle's version computes the same."""
 
 import pytest
 import torch

@@ -136,7 +136,7 @@ class TestGates:
         assert judge(SIMPLE, enter=raising(ZeroDivisionError("by zero"))).word == verdicts.CRASH
 
     def test_what_torch_cannot_trace_is_no_crash(self):
-        """A loop over what data decide, for a tracer that asks for no data; the rules of the grammar forbid it."""
+        """A loop that data decide, for a tracer that has no data; the grammar forbids it."""
         choices = {**SIMPLE.choices, "tracer": "symbolic_trace", "dispatch": "token loop"}
         assert judge(make_program(GATE, choices, 3)).word == verdicts.TORCH
 
@@ -152,7 +152,7 @@ class TestGates:
 
 
 class TestNewIdsForEveryReader:
-    """A known bug, in forms where it is none and in forms where it is one: the oracle tells them apart."""
+    """A known bug, in forms where it is one and where it is none: the oracle tells them apart."""
 
     @pytest.mark.parametrize(
         "choices",
@@ -219,7 +219,7 @@ class TestLookAlikes:
 
 
 def test_calls_are_two(monkeypatch):
-    """What is missed is told when the second call begins; a judge of one call would hear nothing."""
+    """What is missed is told when the second call begins; one call would hear nothing."""
     calls = []
     run = Case.run
 

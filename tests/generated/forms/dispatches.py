@@ -87,7 +87,7 @@ def concatenated(kind: str, where: str, modules: bool, n: str) -> list[str]:
 
 
 def grouped(kind: str, where: str, modules: bool, n: str) -> list[str]:
-    """Rows in the order of their experts, by a grouped matrix product, which torch traces in bfloat16 alone."""
+    """Rows in the order of their experts; torch traces the product in bfloat16 alone."""
     inside = " * share" if where == "inside the activation" else ""
     rows = "x[order // K] * share" if where == "inputs" else "x[order // K]"
     after = {"outputs": "out = out * share", "uniform": "out = out / K"}.get(where)

@@ -1,4 +1,4 @@
-"""Who else reads ids and weights: before the experts (`EARLY`), after them (`LATE`), and what is returned beside y."""
+"""Who else reads ids and weights: before the experts, after them, and what is returned."""
 
 from __future__ import annotations
 

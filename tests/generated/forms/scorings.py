@@ -1,4 +1,4 @@
-"""From logits [..., E] to `scores`, from which weights come, and `choice`, from which the best K are selected."""
+"""From logits to `scores`, of which weights come, and `choice`, of which K are selected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What looks like a gate and is none, put together from the same routers, scorings and selections as gates are."""
+"""What looks like a gate and is none, of the same routers, scorings and selections."""
 
 from .families import FAMILIES, OWN_SELECTION
 from .source import look_alike_source

@@ -1,4 +1,4 @@
-"""What a look-alike does: with `ids` and `weights` [T, K] of a selection over E columns, or with one of its own."""
+"""What a look-alike does with `ids` and `weights` [T, K], or with a selection of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..forms.text import Part, part
 _TABLE = "self.table = nn.Parameter(torch.randn(E, H))"
 _EMBEDDING = "self.table = nn.Embedding(E, H)"
 
-# They follow a router, a scoring, a selection and a normalising. `result` is what the module returns.
+# They follow a router, a scoring, a selection and a normalising, and make `result`.
 FAMILIES: dict[str, Part] = {
     "best labels": part("result = weights, ids"),
     "best labels with logits": part("result = logits, ids"),
