@@ -57,7 +57,7 @@ def judge(program: Program, *, identity: bool = False, enter: Enter = product.en
             return _look_alike(program, built, enter)
         return _identity(program, built, enter) if identity else _gate(program, built, enter)
     finally:
-        forget(built)
+        forget(program)
         torch._dynamo.reset()
 
 

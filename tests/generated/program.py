@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import linecache
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -71,7 +72,6 @@ class Built:
 
     model: nn.Module
     make_inputs: Callable[[torch.Generator], tuple[torch.Tensor, ...]]
-    file: str
 
     def inputs(self, seed: int) -> tuple[torch.Tensor, ...]:
         """The inputs of a seed."""
@@ -90,20 +90,30 @@ def build(program: Program, report: Callable[..., None] | None = None) -> Built:
         report: called with each layer, its final ids and, where there is padding, the mask of tokens; None leaves the
             calls out of the source.
     """
-    reporting = report is not None
-    file = f"generated_{program.kind}_{program.seed}{'_reporting' if reporting else ''}.py"
     source = program.text
-    if reporting:
+    if report is not None:
         # What nobody promised to sort is sorted for the oracle: re-routing ranks by score.
         source = program.source.replace("sorted=False", "sorted=True")
+    name = _module_name(program, reporting=report is not None)
+    file = f"{name}.py"
+    # Messages quote the source, and Dynamo imports the module of a function that it inlines.
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    space: dict[str, Any] = {"__name__": file.removesuffix(".py"), "report": report}
+    module = sys.modules[name] = ModuleType(name)
+    space = vars(module)
+    space["report"] = report
     torch.manual_seed(program.seed)
     exec(compile(source, file, "exec"), space)
-    model = space["model"].eval()
-    return Built(model, space["make_inputs"], file)
+    return Built(space["model"].eval(), space["make_inputs"])
 
 
-def forget(built: Built) -> None:
-    """Drop what `build` left in the line cache."""
-    linecache.cache.pop(built.file, None)
+def forget(program: Program) -> None:
+    """Drop the modules and source lines that `build` left."""
+    for reporting in (False, True):
+        name = _module_name(program, reporting=reporting)
+        linecache.cache.pop(f"{name}.py", None)
+        sys.modules.pop(name, None)
+
+
+def _module_name(program: Program, *, reporting: bool) -> str:
+    kind = program.kind.replace("-", "_")
+    return f"generated_{kind}_{program.seed}{'_reporting' if reporting else ''}"

@@ -57,7 +57,7 @@ def flat_slots(kind: str, where: str, modules: bool, n: str) -> list[str]:
         "slot = ids.reshape(-1)",
         "row = x.repeat_interleave(ids.shape[1], dim=0)",
         f"out = {applied(EXPERTS[kind].fetched, where, 'row', 'weights.reshape(-1, 1)', i='slot')}",
-        "y = out.view(ids.shape[0], ids.shape[1], -1).sum(1)",
+        "y = out.view(ids.shape[0], ids.shape[1], out.shape[-1]).sum(1)",
     ]
 
 

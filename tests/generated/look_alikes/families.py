@@ -68,10 +68,6 @@ FAMILIES: dict[str, Part] = {
         "target = torch.zeros_like(logits).scatter(1, ids, weights.to(logits.dtype))\n"
         "result = -(target * logits.log_softmax(-1)).sum(-1).mean()"
     ),
-    "adapter of the best label": part(
-        "result = x + torch.bmm(x.unsqueeze(1), self.adapters[ids[:, 0]]).squeeze(1)",
-        "self.adapters = nn.Parameter(torch.randn(E, H, H) / H)",
-    ),
 }
 
 # They select for themselves: over tokens, distances, keys or pairs.
@@ -144,6 +140,10 @@ OWN_SELECTION: dict[str, Part] = {
         "near, ids = (self.score(x).log_softmax(-1) + x.sum(-1, keepdim=True)).flatten().topk(K)\n"
         "result = near, x[ids // E], ids % E",
         "self.score = nn.Linear(H, E)",
+    ),
+    "adapter of the best label": part(
+        "best = self.score(x).argmax(-1)\nresult = x + torch.bmm(x.unsqueeze(1), self.adapters[best]).squeeze(1), best",
+        "self.score = nn.Linear(H, E)\nself.adapters = nn.Parameter(torch.randn(E, H, H) / H)",
     ),
     "best channels": part("near, ids = x.mean(0).topk(K)\nresult = x[:, ids] * near", ""),
     "every head weighted": part(
