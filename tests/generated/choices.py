@@ -99,10 +99,10 @@ LOOK_ALIKES: Dimensions = {
 }
 # How often the simplest choice is taken at least; of dimensions left out each is equally likely.
 SELDOM = {
-    "tracer": 0.7,
+    "tracer": 0.5,
     "around": 0.6,
     "structure": 0.3,
-    "break": 0.7,
+    "break": 0.5,
     "padding": 0.8,
     "shared expert": 0.8,
     "late reader": 0.75,
@@ -116,6 +116,7 @@ SELDOM = {
     "selection": 0.5,
     "router": 0.5,
     "experts": 0.4,
+    "storage": 0.6,
     "weights applied to": 0.75,
     "profile": 0.85,
     "calls": 0.7,
@@ -129,11 +130,8 @@ _GIVE_WAY = (
     ("look-up", "gather"),
     ("sizes", GATES["sizes"][0]),
     ("structure", "methods"),
-    ("break", "none"),
-    ("tracer", "dynamo"),
     ("returned", "output"),
     ("early reader", "none"),
-    ("dispatch", "mask loop"),
 )
 
 
@@ -142,6 +140,8 @@ def draw(rng: random.Random, dimensions: Dimensions = GATES) -> Choices:
     while True:
         plainness = rng.choice((0.0, 0.4, 0.8))
         chosen = {name: _draw_one(rng, name, values, plainness) for name, values in dimensions.items()}
+        if chosen.get("padding") in ("ids of -1", "ids of E"):
+            chosen["dispatch"] = rng.choice([name for name, form in DISPATCHES.items() if form.compares])
         for name, value in rng.sample(_GIVE_WAY, len(_GIVE_WAY)):
             if name in chosen and broken({**chosen, name: value}) < broken(chosen):
                 chosen[name] = value
