@@ -1,13 +1,33 @@
 """What `sere::reroute` computes, in plain ATen: no data-dependent shape, no loop over tokens.
 
-This file defines the operator. It is also its implementation off CUDA and its decomposition for exporters:
-`reroute_reference` has the operator's own signature. Nothing here flattens tokens and slots into one
-dimension: an exported program does not check strides, and a view that was traced with contiguous ids would
-fail on others.
+This file defines the operator. It is also its implementation off CUDA and, with `named_by_comparison`, its
+decomposition for exporters: `reroute_reference` has the operator's own signature. Nothing here flattens tokens
+and slots into one dimension: an exported program does not check strides, and a view that was traced with
+contiguous ids would fail on others.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+# Which experts each row of ids names: (ids [R, C], E) to int32 [R, E], 1 where some id of row r is e. Ids outside of
+# [0, E) name none.
+Named = Callable[[Tensor, int], Tensor]
+
+
+def named_by_scatter(ids: Tensor, num_experts: int) -> Tensor:
+    """`Named` by work of R x C: the cheaper one for PyTorch, where tokens are many."""
+    # A scatter of one constant has the same result in any order. Column E takes everything invalid.
+    index = torch.where(in_range(ids, num_experts), ids.long(), num_experts)
+    named = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.int32, device=ids.device)
+    return named.scatter(1, index, 1)[:, :num_experts]
+
+
+def named_by_comparison(ids: Tensor, num_experts: int) -> Tensor:
+    """`Named` by work of R x C x E, without a scatter: TensorRT takes no more indices than places."""
+    experts = torch.arange(num_experts, dtype=ids.dtype, device=ids.device)
+    return (ids[:, None, :] == experts[:, None]).int().amax(2)
 
 
 def in_range(ids: Tensor, num_experts: int) -> Tensor:
@@ -22,6 +42,7 @@ def primary_experts(
     min_active: int,
     token_mask: Tensor | None,
     max_active: int = 0,
+    named: Named = named_by_scatter,
 ) -> Tensor:
     """The experts that no slot may leave: a bool mask [E].
 
@@ -33,13 +54,16 @@ def primary_experts(
             expert is primary, which makes the map the identity.
         token_mask: bool [T] or None; False rows contribute nothing.
         max_active: widen S, up to K, while the union holds at most that many experts; 0 does not.
+        named: how the experts of a slot are found; the result is the same.
     """
+    # Rows are slots; what padding names is no expert.
+    rows = ids.T if token_mask is None else torch.where(token_mask, ids.T, -1)
     if max_active > 0:
-        return _primary_within(ids, num_experts, select_top_k, min_active, token_mask, max_active)
+        return _primary_within(named(rows, num_experts), select_top_k, min_active, max_active)
     if min_active <= 0:
-        return _named(ids[:, :select_top_k], num_experts, token_mask).amax(0) > 0
+        return named(rows[:select_top_k], num_experts).amax(0) > 0
     # unions[i]: the experts named in the first S + i slots; S' = K is the same as "none".
-    per_slot = _named(ids[:, :-1], num_experts, token_mask)
+    per_slot = named(rows[:-1], num_experts)
     slots = torch.arange(per_slot.shape[0], device=ids.device)
     # Not cumsum: TensorRT's takes no integers.
     until = (slots[select_top_k - 1 :, None] >= slots)[:, :, None]
@@ -49,12 +73,12 @@ def primary_experts(
     return torch.cat([unions, every]).index_select(0, too_few)[0]
 
 
-def _primary_within(
-    ids: Tensor, num_experts: int, select_top_k: int, min_active: int, token_mask: Tensor | None, max_active: int
-) -> Tensor:
-    """`primary_experts` with a budget: the union of the first max(S, widest that fits, narrowest with enough) slots."""
-    per_slot = _named(ids, num_experts, token_mask)
-    slots = torch.arange(per_slot.shape[0], device=ids.device)
+def _primary_within(per_slot: Tensor, select_top_k: int, min_active: int, max_active: int) -> Tensor:
+    """`primary_experts` with a budget: the union of the first max(S, widest that fits, narrowest with enough) slots.
+
+    `per_slot` is int32 [K, E].
+    """
+    slots = torch.arange(per_slot.shape[0], device=per_slot.device)
     # unions[i]: the experts named in the first i + 1 slots.
     unions = torch.where((slots[:, None] >= slots)[:, :, None], per_slot, 0).amax(1) > 0
     sizes = unions.sum(1)
@@ -63,17 +87,6 @@ def _primary_within(
     last = torch.where(last < select_top_k - 1, select_top_k - 1, torch.where(last > slots[-1], slots[-1], last))
     every = slots[-1:] == last
     return unions.index_select(0, last[None])[0] | every
-
-
-def _named(ids: Tensor, num_experts: int, token_mask: Tensor | None) -> Tensor:
-    """int32 [K, E]: 1 where some real token names expert e in slot k."""
-    valid = in_range(ids, num_experts)
-    if token_mask is not None:
-        valid = valid & token_mask[:, None]
-    # A scatter of one constant has the same result in any order. Column E takes everything invalid.
-    index = torch.where(valid, ids.long(), num_experts).T
-    named = torch.zeros(ids.shape[1], num_experts + 1, dtype=torch.int32, device=ids.device)
-    return named.scatter(1, index, 1)[:, :num_experts]
 
 
 def expert_map(similarity: Tensor, primary: Tensor, threshold: float) -> Tensor:
@@ -113,13 +126,15 @@ def reroute_reference(
     min_active: int = 0,
     token_mask: Tensor | None = None,
     max_active: int = 0,
+    *,
+    named: Named = named_by_scatter,
 ) -> Tensor:
-    """See `sere_compile.ops.reroute`. Returns a fresh contiguous tensor."""
+    """See `sere_compile.ops.reroute`. Returns a fresh contiguous tensor; `named` as in `primary_experts`."""
     num_slots = topk_ids.shape[-1]
     if select_top_k <= 0 or select_top_k >= num_slots:
         return topk_ids.clone(memory_format=torch.contiguous_format)
     ids = topk_ids.contiguous().view(-1, num_slots)
     mask = None if token_mask is None else token_mask.reshape(-1)
-    primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, mask, max_active)
+    primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, mask, max_active, named)
     mapping = expert_map(similarity, primary, threshold)
     return apply_map(ids, mapping).view(topk_ids.shape)

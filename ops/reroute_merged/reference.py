@@ -1,7 +1,7 @@
 """What `sere::reroute_merged` computes, in plain ATen: no data-dependent shape, no loop over tokens.
 
-This file defines the operator. It is also its implementation off CUDA and its decomposition for exporters:
-`reroute_merged_reference` has the operator's own signature.
+This file defines the operator. It is also its implementation off CUDA and, with `named_by_comparison`, its
+decomposition for exporters: `reroute_merged_reference` has the operator's own signature.
 
 Why a token's experts stay distinct. Let its original ids be distinct. (1) A kept slot, the first of its
 group, carries the group's expert; different groups, different experts. (2) Every expert of the active set A
@@ -15,7 +15,7 @@ point and nobody else falls back on it, because that slot is kept and only one s
 import torch
 from torch import Tensor
 
-from ..reroute.reference import in_range, reroute_reference
+from ..reroute.reference import Named, in_range, named_by_scatter, reroute_reference
 
 
 def first_slots(ids: Tensor, new_ids: Tensor, num_experts: int) -> Tensor:
@@ -44,15 +44,14 @@ def merged_weights(weights: Tensor, first: Tensor) -> Tensor:
     return torch.where(first == slots, merged, 0.0)
 
 
-def filled_ids(ids: Tensor, new_ids: Tensor, first: Tensor, num_experts: int, token_mask: Tensor | None) -> Tensor:
+def filled_ids(
+    ids: Tensor, new_ids: Tensor, first: Tensor, num_experts: int, token_mask: Tensor | None, named_of: Named
+) -> Tensor:
     """Re-routed ids [T, K] whose freed slots name distinct experts."""
     num_tokens, num_slots = ids.shape
     slots = torch.arange(num_slots, device=ids.device)
     freed = first != slots
-    # Column E takes everything out of range.
-    index = torch.where(in_range(new_ids, num_experts), new_ids.long(), num_experts)
-    named = torch.zeros(num_tokens, num_experts + 1, dtype=torch.int32, device=ids.device)
-    named = named.scatter(1, index, 1)[:, :num_experts] > 0
+    named = named_of(new_ids, num_experts) > 0
     active = (named if token_mask is None else named & token_mask[:, None]).any(0)
     # The K lowest candidates in ascending order; E means that there are no more. Not by cumsum: TensorRT's takes no
     # integers.
@@ -75,8 +74,10 @@ def reroute_merged_reference(
     threshold: float = 0.0,
     min_active: int = 0,
     token_mask: Tensor | None = None,
+    *,
+    named: Named = named_by_scatter,
 ) -> tuple[Tensor, Tensor]:
-    """See `sere_compile.ops.reroute_merged`. Returns two fresh contiguous tensors."""
+    """See `sere_compile.ops.reroute_merged`. Returns two fresh contiguous tensors; `named` as in `primary_experts`."""
     num_slots, num_experts = topk_ids.shape[-1], similarity.shape[0]
     if select_top_k <= 0 or select_top_k >= num_slots:
         contiguous = torch.contiguous_format
@@ -84,7 +85,7 @@ def reroute_merged_reference(
     ids = topk_ids.contiguous().view(-1, num_slots)
     weights = topk_weights.contiguous().view(-1, num_slots)
     mask = None if token_mask is None else token_mask.reshape(-1)
-    new_ids = reroute_reference(ids, similarity, select_top_k, threshold, min_active, mask)
+    new_ids = reroute_reference(ids, similarity, select_top_k, threshold, min_active, mask, named=named)
     first = first_slots(ids, new_ids, num_experts)
-    out_ids = filled_ids(ids, new_ids, first, num_experts, mask)
+    out_ids = filled_ids(ids, new_ids, first, num_experts, mask, named)
     return out_ids.view(topk_ids.shape), merged_weights(weights, first).view(topk_ids.shape)

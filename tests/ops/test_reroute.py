@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sere_compile.ops import reroute
-from sere_compile.ops.reroute.reference import reroute_reference
+from sere_compile.ops.reroute.reference import named_by_comparison, named_by_scatter, reroute_reference
 
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
 from .oracle import as_fp32_rows, reroute_rows
@@ -63,12 +63,13 @@ def test_operator_equals_oracle(structure, device):
         assert_is(reroute(case.ids, case.similarity, *case.options), expected(case), case)
 
 
+@pytest.mark.parametrize("named", [named_by_scatter, named_by_comparison])
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
-def test_reference_equals_oracle_on_its_own(structure, device):
-    """The reference alone, which exporters use as decomposition, is right on every device."""
+def test_reference_equals_oracle_on_its_own(structure, named, device):
+    """The reference alone is right on every device, also as exporters use it: without a scatter."""
     for seed in range(40, 45):
         case = draw_case(structure, seed).to(device)
-        assert_is(reroute_reference(case.ids, case.similarity, *case.options), expected(case), case)
+        assert_is(reroute_reference(case.ids, case.similarity, *case.options, named=named), expected(case), case)
 
 
 @pytest.mark.parametrize("structure", [s for s in STRUCTURES if not identity_structure(s)], ids=str)
@@ -401,7 +402,7 @@ def test_tensors_on_another_gpu():
     assert_is(reroute(case.ids, case.similarity, *case.options), expected(case), case)
 
 
-@pytest.mark.parametrize("run", ["operator", "kernel"])
+@pytest.mark.parametrize("run", ["operator", "lowered", "kernel"])
 @pytest.mark.parametrize("min_active", [0, 5])
 @pytest.mark.parametrize("max_active", [1, 6, 9, 14, 16, 40])
 def test_budget_of_active_experts(run, min_active, max_active, kernel_device):
@@ -418,6 +419,8 @@ def test_budget_of_active_experts(run, min_active, max_active, kernel_device):
     arguments = (ids.to(kernel_device), similarity.to(kernel_device), 1, 0.0, min_active)
     if run == "operator":
         result = OP(*arguments, max_active=max_active)
+    elif run == "lowered":
+        result = reroute_reference(*arguments, max_active=max_active, named=named_by_comparison)
     else:
         config = LaunchConfig(slots=8, chunk=16, num_warps=1)
         result = launch_reroute(*arguments, None, config, max_active)

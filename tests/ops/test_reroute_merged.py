@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sere_compile.ops import reroute, reroute_merged
+from sere_compile.ops.reroute.reference import named_by_comparison
 from sere_compile.ops.reroute_merged.reference import reroute_merged_reference
 
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
@@ -64,6 +65,15 @@ def test_operator_equals_oracle(structure, device):
     for seed in range(20):
         case = draw_case(structure, seed).to(device)
         assert_is(call(case), expected(case), case)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_reference_without_a_scatter_equals_oracle(structure, device):
+    """As exporters use it."""
+    for seed in range(40, 43):
+        case = draw_case(structure, seed).to(device)
+        arguments = (case.ids, case.weights, case.similarity, *case.options)
+        assert_is(reroute_merged_reference(*arguments, named=named_by_comparison), expected(case), case)
 
 
 KERNEL_STRUCTURES = [s for s in STRUCTURES if 0 < s.select < s.slots and s.slots <= 8][::2] + TYPICAL
