@@ -12,6 +12,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -87,6 +89,16 @@ def grouped_deepseek(version: int) -> nn.Module:
         for layer in model.model.layers:
             layer.mlp.gate.e_score_correction_bias.normal_(0, 0.3)
     return _spread(model.eval())
+
+
+def gpt_oss() -> nn.Module:
+    """gpt-oss: a bias on the router and on experts, softmax over the chosen; K = 4."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        num_local_experts=16, num_experts_per_tok=4, head_dim=8, sliding_window=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **_SIZES,
+    )  # fmt: skip
+    return _spread(GptOssForCausalLM(config).eval())
 
 
 def _spread(model: nn.Module) -> nn.Module:

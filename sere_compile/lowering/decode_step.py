@@ -43,6 +43,7 @@ class DecodeStep(nn.Module):
                     f"layer {i} of {type(model).__name__} keeps {kept} keys and values ({type(layer).__name__}), "
                     f"where cache_length={cache_length} was asked for"
                 )
+        self._row = self._cache_of_one_row()
 
     def forward(
         self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
@@ -64,14 +65,7 @@ class DecodeStep(nn.Module):
 
     def empty_cache(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of a cache without tokens, for `batch` rows."""
-        from transformers.integrations.executorch import get_head_shapes
-
-        cache, config = self._new_cache(), self.model.config.get_text_config()
-        heads, width = get_head_shapes(config)
-        # transformers 5.17 takes Mixtral's `head_dim=None` as it stands.
-        width = width or config.hidden_size // config.num_attention_heads
-        cache.early_initialization(batch, heads, width, self.model.dtype, self.model.device)
-        return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        return tuple([one.new_zeros(batch, *one.shape[1:]) for one in kind] for kind in self._row)  # type: ignore[return-value]
 
     def example_inputs(self, batch: int = 2) -> tuple[Any, ...]:
         """Arguments of `forward` to trace with."""
@@ -82,14 +76,16 @@ class DecodeStep(nn.Module):
     def dynamic_shapes(self, max_batch: int = 1024) -> tuple[Any, ...]:
         """What lets the batch size vary from 1 to `max_batch`, as torch.export takes it."""
         batch = {0: torch.export.Dim("batch", min=1, max=max_batch)}
-        layers = [batch] * len(self.empty_cache(1)[0])
+        layers = [batch] * len(self._row[0])
         return batch, None, layers, layers
 
     def names(self) -> tuple[list[str], list[str]]:
         """Names for the inputs and outputs of a lowered step, in their order."""
-        layers = range(len(self.empty_cache(1)[0]))
-        cache = [f"{kind}_{i}" for kind in ("keys", "values") for i in layers]
-        return ["input_ids", "position", *cache], ["logits", *(f"new_{name}" for name in cache)]
+        each = [f"{i}.{kind}" for kind in ("key", "value") for i in range(len(self._row[0]))]
+        return (
+            ["input_ids", "position", *(f"past_key_values.{name}" for name in each)],
+            ["logits", *(f"present.{name}" for name in each)],
+        )
 
     def _cache(self, position: Tensor, keys: list[Tensor], values: list[Tensor]) -> Any:
         """A cache over copies of the given tensors: transformers writes into them."""
@@ -102,6 +98,14 @@ class DecodeStep(nn.Module):
             layer.lazy_initialization(key, value)
             layer.keys, layer.values, layer.cumulative_length = key.clone(), value.clone(), position.clone()
         return cache
+
+    @torch.no_grad()
+    def _cache_of_one_row(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values after a first token. Their widths are in no one place of a config: ask the model."""
+        cache = self._new_cache()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        self.model(input_ids=token, use_cache=True, **{self._cache_argument: cache})
+        return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
     def _new_cache(self) -> Any:
         from transformers import StaticCache

@@ -18,7 +18,9 @@ from ..errors import GateNotFoundError, LoweringError, ProfileError
 from ..rewrite import rewrite
 from ..similarity import binding
 from ..similarity.profile import SimilarityProfile
+from .free_sizes import free_sizes
 from .standard_operators import experts_computed_by
+from .token_mask import mask_tokens
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ def export_rewritten(
 ) -> ExportedProgram:
     """Export a model and re-route its gates, or re-route an exported program.
 
+    Where the program has an input `attention_mask` [B, L], the tokens that it hides make no expert primary.
+
     Args:
         model_or_program: a model, or what `torch.export.export` made of it. A program that holds an operator of
             `sere::` is returned as it is.
@@ -43,7 +47,9 @@ def export_rewritten(
         kwargs: example inputs of a model, by keyword.
         profile: similarity matrices by router weight. None: those attached to the model, else the experts are probed.
         config: the options of re-routing, as `rewrite` takes them; the backend's defaults otherwise.
-        dynamic_shapes: which sizes of a model's inputs may vary, as in `torch.export.export`.
+        dynamic_shapes: which sizes of a model's inputs may vary, as in `torch.export.export`; "auto" lets batch and
+            sequence vary (`free_sizes`). None fixes all and says so in a warning: re-routing depends on the batch, so
+            one that is filled up to a fixed size is re-routed as another, unless an `attention_mask` hides what fills.
         experts: how Hugging Face models inside a model compute their experts in the program; None leaves that alone.
         allow_no_gates: return the program unchanged, with a warning, where `GateNotFoundError` would be raised.
             `strict=True` in the config still raises.
@@ -63,18 +69,28 @@ def export_rewritten(
             _check_not_configured(profile, config)
             return program
     else:
+        if dynamic_shapes == "auto":
+            dynamic_shapes = free_sizes(model_or_program, args or (), kwargs or {})
+        elif dynamic_shapes is None:
+            log.warning(
+                "every size is fixed to that of the example inputs, and re-routing depends on the batch: a smaller one "
+                'has to be filled up, and what fills it is re-routed with it. dynamic_shapes="auto" leaves batch and '
+                "sequence free"
+            )
         with experts_computed_by(experts, model_or_program):
             program = _export(model_or_program, args or (), kwargs, dynamic_shapes)
         profile = profile if profile is not None else _attached_profile(model_or_program)
     if profile is not None:
         _check_profile(profile, program)
     try:
-        return rewrite(program, profile=profile, config=config)
+        rerouted = rewrite(program, profile=profile, config=config)
     except GateNotFoundError as error:
         if not allow_no_gates or (config is not None and config.strict):
             raise
         log.warning("the exported program runs unchanged: %s", error)
         return program
+    mask_tokens(rerouted)
+    return rerouted
 
 
 def is_rewritten(program: ExportedProgram) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import os
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -20,8 +22,9 @@ from ..passes.graph import nodes
 from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
 from .export import export_rewritten
+from .free_sizes import name_axes
 from .onnx_functions import DOMAIN, Functions, translate
-from .standard_operators import decompose, rerouted_gates
+from .standard_operators import SCOPE, decompose, rerouted_gates
 
 # What torch.onnx translates to; below it torch has to convert the finished graph, which can fail.
 LOWEST_OPSET = 18
@@ -75,12 +78,13 @@ def export(
         profile: a matrix for every gate, by the name of its router weight. None: what is attached to the model;
             without that the experts are probed.
         config: the options of re-routing. `inner` and `collect_stats` have no meaning here.
-        dynamic_shapes: as torch.export takes it; without it all sizes are those of the example.
+        dynamic_shapes: as torch.export takes it, or "auto": batch and sequence vary. Without it all sizes are those
+            of the example, and re-routing depends on the batch.
         as_function: keep each re-routing as one node `sere.reroute` (or `sere.reroute_merged`), whose function the file
             holds too; for looking at the graph. Without it only standard operators are used.
         opset: version of the standard operators, from 18 up.
-        input_names: names for the graph's inputs.
-        output_names: names for its outputs.
+        input_names: names for the graph's inputs; by default the model's own.
+        output_names: names for its outputs; by default those of the fields that the model returns, such as `logits`.
         experts: how Hugging Face models compute their experts in the graph; None leaves that as it is.
         allow_no_gates: write the model unchanged where nothing can be re-routed.
 
@@ -111,7 +115,10 @@ def export(
     functions = Functions(opset)
     program = decompose(program, functions.table() if as_function else None)
     _check_translatable(program)
-    translated = translate(program, opset, input_names, output_names)
+    own = getattr(model, "names", lambda: (None, None))()
+    translated = translate(program, opset, input_names or own[0], output_names or own[1] or _output_names(program))
+    name_axes(translated.model.graph)
+    _name_what_was_added(translated.model.graph)
     functions.add_to(translated.model)
     with whole_file(path) as beside:
         translated.save(str(beside))
@@ -152,6 +159,25 @@ def _written_input(program: ExportedProgram) -> str | None:
             if root is not None and root.op == "placeholder":
                 return signature.inputs_to_buffers.get(root.name, root.name)
     return None
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """The field of what the model returns that each output is; `output` where it returns a tensor."""
+    structure = program.module_call_graph[0].signature.out_spec
+    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(structure.num_leaves), structure))
+    parts = [
+        [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path] for path, _ in leaves
+    ]
+    return [".".join(("output", *path) if not path or path[0].isdigit() else path) for path in parts]
+
+
+def _name_what_was_added(graph: Any) -> None:
+    """Name every node that re-routing adds after its gate's module and `sere`, which viewers and engines show."""
+    for node in graph:
+        *scopes, _ = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        if SCOPE in scopes:
+            module = next((scope for scope in reversed(scopes[: scopes.index(SCOPE)]) if scope), "")
+            node.name = "/".join(filter(None, (module, SCOPE, node.name)))
 
 
 def _checked_operators(path: Path) -> tuple[collections.Counter[str], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class _Body:
 
     operator: torch._ops.OpOverload
     numbers: Numbers
+    inputs: tuple[str, ...]
     sizes: tuple[tuple[int | None, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -59,10 +60,10 @@ class Functions:
         token_mask: Tensor | None = None,
         max_active: int = 0,
     ) -> Tensor:
-        _check_unmasked(token_mask)
         numbers = (select_top_k, threshold, min_active, max_active)
-        name = self._name(torch.ops.sere.reroute.default, numbers, ids, similarity)
-        return torch.onnx.ops.symbolic(name, (ids, similarity), dtype=ids.dtype, shape=ids.shape, version=1)
+        given = {"topk_ids": ids, "similarity": similarity} | _masked_by(token_mask)
+        name = self._name(torch.ops.sere.reroute.default, numbers, given)
+        return torch.onnx.ops.symbolic(name, tuple(given.values()), dtype=ids.dtype, shape=ids.shape, version=1)
 
     def _reroute_merged(
         self,
@@ -74,24 +75,22 @@ class Functions:
         min_active: int = 0,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        _check_unmasked(token_mask)
         numbers = (select_top_k, threshold, min_active, 0)
-        name = self._name(torch.ops.sere.reroute_merged.default, numbers, ids, weights, similarity)
+        given = {"topk_ids": ids, "topk_weights": weights, "similarity": similarity} | _masked_by(token_mask)
+        name = self._name(torch.ops.sere.reroute_merged.default, numbers, given)
         both = torch.onnx.ops.symbolic_multi_out(
             name,
-            (ids, weights, similarity),
+            tuple(given.values()),
             dtypes=(ids.dtype, weights.dtype),
             shapes=(ids.shape, weights.shape),
             version=1,
         )
         return tuple(both)
 
-    def _name(self, operator: torch._ops.OpOverload, numbers: Numbers, *tensors: Tensor) -> str:
+    def _name(self, operator: torch._ops.OpOverload, numbers: Numbers, given: Mapping[str, Tensor]) -> str:
         """The name of the function for a call, `sere::reroute`, `sere::reroute_2` and so on."""
-        *routing, similarity = tensors
-        free: tuple[int | None, ...] = (None,) * (routing[0].dim() - 1)
-        sizes = [(*free, int(tensor.shape[-1])) for tensor in routing] + [tuple(map(int, similarity.shape))]
-        body = _Body(operator, numbers, tuple(sizes), tuple(tensor.dtype for tensor in tensors))
+        sizes = tuple(_fixed_sizes(name, tensor) for name, tensor in given.items())
+        body = _Body(operator, numbers, tuple(given), sizes, tuple(tensor.dtype for tensor in given.values()))
         same = [known for known in self._names if known.operator is operator]
         base = operator._schema.name.partition("::")[2]
         self._names.setdefault(body, f"{base}_{len(same) + 1}" if same else base)
@@ -108,12 +107,11 @@ class Functions:
         free = tuple({i: Dim.DYNAMIC for i, size in enumerate(sizes) if size is None} for sizes in body.sizes)
         with torch.no_grad():
             program = torch.export.export(_Reference(body), examples, dynamic_shapes=(free,), strict=False)
-        results = ["new_ids", "new_weights"][: len(body.sizes) - 1]
-        inputs = ["topk_ids", "topk_weights"][: len(body.sizes) - 1] + ["similarity"]
-        graph = translate(program, self._opset, inputs, results).model.graph
+        results = ["new_ids", "new_weights"] if "topk_weights" in body.inputs else ["new_ids"]
+        graph = translate(program, self._opset, body.inputs, results).model.graph
         _initializers_to_constants(graph)
         function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
-        experts, slots = body.sizes[-1][0], body.sizes[0][-1]
+        experts, slots = body.sizes[body.inputs.index("similarity")][0], body.sizes[0][-1]
         select_top_k, threshold, min_active, max_active = body.numbers
         budget = f", max_active={max_active}" if max_active else ""
         function.doc_string = (
@@ -123,10 +121,16 @@ class Functions:
         return function
 
 
-def _check_unmasked(token_mask: Tensor | None) -> None:
-    """Raise for the one argument of an operator that functions do not have."""
-    if token_mask is not None:
-        raise LoweringError("a function of the file takes no token_mask; export without as_function")
+def _masked_by(token_mask: Tensor | None) -> dict[str, Tensor]:
+    return {} if token_mask is None else {"token_mask": token_mask}
+
+
+def _fixed_sizes(name: str, tensor: Tensor) -> tuple[int | None, ...]:
+    """Those of an input that a function depends on; None where any size will do, as for tokens."""
+    if name == "similarity":
+        return tuple(map(int, tensor.shape))
+    slots = () if name == "token_mask" else (int(tensor.shape[-1]),)
+    return (None,) * (tensor.dim() - len(slots)) + slots
 
 
 class _Reference(nn.Module):
@@ -139,8 +143,10 @@ class _Reference(nn.Module):
     def forward(self, *tensors: Tensor) -> Any:
         *numbers, max_active = self._body.numbers
         # Merging has no budget.
-        options = {"max_active": max_active} if max_active else {}
-        return REFERENCES[self._body.operator](*tensors, *numbers, **options)
+        options: dict[str, Any] = {"max_active": max_active} if max_active else {}
+        given = dict(zip(self._body.inputs, tensors, strict=True))
+        options |= _masked_by(given.pop("token_mask", None))
+        return REFERENCES[self._body.operator](*given.values(), *numbers, **options)
 
 
 def _initializers_to_constants(graph: Any) -> None:

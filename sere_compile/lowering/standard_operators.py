@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,14 +12,18 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..errors import LoweringError
-from ..ops.reroute.reference import reroute_reference
+from ..ops.reroute.reference import named_by_comparison, reroute_reference
 from ..ops.reroute_merged.reference import reroute_merged_reference
 
-# What each operator is in plain ATen, with the operator's own signature.
+# What each operator is in plain ATen, with the operator's own signature. Without the references' scatter, which is
+# cheaper where tokens are many: TensorRT's parser takes no more indices than places, and there are T x S for E + 1.
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    torch.ops.sere.reroute.default: reroute_reference,
-    torch.ops.sere.reroute_merged.default: reroute_merged_reference,
+    torch.ops.sere.reroute.default: functools.partial(reroute_reference, named=named_by_comparison),
+    torch.ops.sere.reroute_merged.default: functools.partial(reroute_merged_reference, named=named_by_comparison),
 }
+
+# The scope of the nodes that re-routing adds, in graphs of standard operators.
+SCOPE = "sere"
 
 
 @contextlib.contextmanager
@@ -73,4 +78,17 @@ def decompose(
     left = {str(node.target) for node in sere_nodes(program)}
     if left:
         raise LoweringError(f"no decomposition is known for {', '.join(sorted(left))}")
+    for node in program.graph.nodes:
+        _mark(node)
     return program
+
+
+def _mark(node: torch.fx.Node) -> None:
+    """Put a node that came of a `sere::` operator into a scope of that name, which later translations keep."""
+    origin = next(
+        (source.target for source in node.meta.get("from_node", ()) if str(source.target).startswith("sere.")), None
+    )
+    if origin is not None:
+        # From the outermost module to the innermost: (path, class).
+        scopes = node.meta.get("nn_module_stack", {})
+        node.meta["nn_module_stack"] = scopes | {SCOPE: (SCOPE, origin.removesuffix(".default"))}

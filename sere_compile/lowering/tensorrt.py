@@ -1,7 +1,8 @@
-"""TensorRT: through torch_tensorrt, or from an ONNX file as trtexec does it.
+"""TensorRT: through torch_tensorrt here, from an ONNX file in `engine.py`.
 
-Nothing here has been run against TensorRT: its runtime is not on PyPI. What can be checked without it is checked with
-`operators_without_converter` and `operators_not_in_list`, against tables that `refresh_operator_tables` reads.
+What torch_tensorrt would leave to PyTorch can be known without it: `operators_without_converter` looks a program's
+operators up in tables that `refresh_operator_tables` reads. `operators_not_in_list` does so for an ONNX file; where
+TensorRT is installed `engine.check` asks its own parser, which knows more than names.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,23 @@ from ..config import SereConfig
 from ..errors import LoweringError
 from ..extras import require
 from ..similarity.profile import SimilarityProfile
+from .engine import EngineBuild, build_onnx, check, trtexec_command
+from .engine_layers import Layer
 from .export import export_rewritten
 from .standard_operators import REFERENCES, decompose
 
-# Smallest, best and largest size of a dynamic input.
-ShapeRange = tuple[Sequence[int], Sequence[int], Sequence[int]]
+__all__ = [
+    "EngineBuild",
+    "Layer",
+    "build_onnx",
+    "check",
+    "compile",
+    "convertible",
+    "operator_tables",
+    "operators_not_in_list",
+    "operators_without_converter",
+    "trtexec_command",
+]
 
 
 def compile(
@@ -98,63 +111,6 @@ def _gather_by_index(tensor: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
         positions.append(torch.arange(size, device=index.device).view(shape))
     positions[dim] = index
     return tensor[tuple(positions)]
-
-
-def build_onnx(
-    path: str | os.PathLike[str],
-    engine_path: str | os.PathLike[str] | None = None,
-    *,
-    shapes: Mapping[str, ShapeRange] | None = None,
-) -> Path:
-    """Build an engine from an ONNX file of `sere_compile.lowering.onnx.export`, as `trtexec --onnx` does.
-
-    Args:
-        path: the ONNX file, with standard operators only or with `sere` functions (TensorRT inlines functions).
-        engine_path: where to write the engine; beside the file by default.
-        shapes: smallest, best and largest shape of every input with a free size, by its name.
-
-    Returns:
-        The path of the engine.
-
-    Raises:
-        MissingExtraError: tensorrt cannot be imported; `trtexec_command` is for where it is installed.
-        LoweringError: TensorRT cannot read the file or build it.
-    """
-    (trt,) = require("tensorrt", "tensorrt")
-    target = Path(path).with_suffix(".engine") if engine_path is None else Path(engine_path)
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
-        reasons = [str(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise LoweringError(f"TensorRT cannot read {path}: {'; '.join(reasons)}")
-    options = builder.create_builder_config()
-    if shapes:
-        sizes = builder.create_optimization_profile()
-        for name, (smallest, best, largest) in shapes.items():
-            sizes.set_shape(name, tuple(smallest), tuple(best), tuple(largest))
-        options.add_optimization_profile(sizes)
-    engine = builder.build_serialized_network(network, options)
-    if engine is None:
-        raise LoweringError(f"TensorRT cannot build {path}; its log says why")
-    target.write_bytes(bytes(engine))
-    return target
-
-
-def trtexec_command(
-    path: str | os.PathLike[str],
-    engine_path: str | os.PathLike[str] | None = None,
-    *,
-    shapes: Mapping[str, ShapeRange] | None = None,
-) -> list[str]:
-    """The command line that does what `build_onnx` does, for a machine with TensorRT's own tools."""
-    target = Path(path).with_suffix(".engine") if engine_path is None else Path(engine_path)
-    command = ["trtexec", f"--onnx={os.fspath(path)}", f"--saveEngine={target}"]
-    for i, kind in enumerate(("min", "opt", "max")):
-        each = [f"{name}:{'x'.join(map(str, ranges[i]))}" for name, ranges in (shapes or {}).items()]
-        command += [f"--{kind}Shapes={','.join(each)}"] if each else []
-    return command
 
 
 @functools.cache

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
 from sere_compile import SereConfig, SimilarityProfile
-from sere_compile.errors import LoweringError
 
 from .models import SmallMoE, hidden_states, small_profile
 from .test_onnx import export_small, lowering, onnx, run
@@ -24,33 +22,29 @@ def test_function(tmp_path):
         node_list(function),
         """\
 %0 = Reshape(topk_ids, [-1, 4], allowzero=1)
-%1 = Slice(%0, [0], [1], [1], [1])
-%2 = GreaterOrEqual(%1, 0)
-%3 = Less(%1, 12)
-%4 = And(%2, %3)
-%5 = Where(%4, %1, 12)
-%6 = Transpose(%5, perm=[1, 0])
-%7 = Shape(%6, start=0)
-%8 = ConstantOfShape(%7)
-%9 = ScatterElements([[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]], %6, %8, axis=1, reduction=b'none')
-%10 = Slice(%9, [0], [12], [1], [1])
-%11 = ReduceMax(%10, [0], keepdims=0)
-%12 = Greater(%11, 0)
-%13 = Greater(similarity, -inf)
-%14 = And(%12, %13)
-%15 = Where(%14, similarity, -inf)
-%16 = ReduceMax(%15, [1], keepdims=0)
-%17 = ArgMax(%15, axis=1, keepdims=0, select_last_index=0)
-%18 = Equal(%16, -inf)
-%19 = Or(%12, %18)
-%20 = Where(%19, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], %17)
-%21 = GreaterOrEqual(%0, 0)
-%22 = Less(%0, 12)
-%23 = And(%21, %22)
-%24 = Where(%23, %0, 0)
-%25 = Unsqueeze(%24, [-1])
-%26 = GatherND(%20, %25, batch_dims=0)
-new_ids = Where(%23, %26, %0)
+%1 = Transpose(%0, perm=[1, 0])
+%2 = Slice(%1, [0], [1], [0], [1])
+%3 = Unsqueeze(%2, [1])
+%4 = Equal(%3, [[0], [1], [2], [3], [4], [5], [6], [7], [8], [9], [10], [11]])
+%5 = Cast(%4, to=6)
+%6 = ReduceMax(%5, [2], keepdims=0)
+%7 = ReduceMax(%6, [0], keepdims=0)
+%8 = Greater(%7, 0)
+%9 = Greater(similarity, -inf)
+%10 = And(%8, %9)
+%11 = Where(%10, similarity, -inf)
+%12 = ReduceMax(%11, [1], keepdims=0)
+%13 = ArgMax(%11, axis=1, keepdims=0, select_last_index=0)
+%14 = Equal(%12, -inf)
+%15 = Or(%8, %14)
+%16 = Where(%15, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], %13)
+%17 = GreaterOrEqual(%0, 0)
+%18 = Less(%0, 12)
+%19 = And(%17, %18)
+%20 = Where(%19, %0, 0)
+%21 = Unsqueeze(%20, [-1])
+%22 = GatherND(%16, %21, batch_dims=0)
+new_ids = Where(%19, %22, %0)
 """,
     )
     assert done.operators_in_functions == sum(node.op_type != "Constant" for node in function.node)
@@ -64,14 +58,15 @@ class Padded(nn.Module):
 
 
 def test_token_mask(tmp_path):
-    """An operator that marks padding is written out, and refused as a function."""
+    """An operator that marks padding, written out and as a function."""
     ids, real = torch.tensor([[0, 1], [2, 3], [1, 4]]), torch.tensor([True, False, True])
     inputs = (ids, small_profile()["gate.weight"], real)
     program = torch.export.export(Padded(), inputs)
-    done = lowering.export(program, None, tmp_path / "m.onnx")
-    np.testing.assert_array_equal(run(done.path, *inputs)[0], Padded()(*inputs).numpy())
-    with pytest.raises(LoweringError, match="takes no token_mask; export without as_function"):
-        lowering.export(program, None, tmp_path / "m.onnx", as_function=True)
+    wanted = Padded()(*inputs)
+    assert not torch.equal(wanted, torch.ops.sere.reroute(*inputs[:2], 1))
+    for as_function in (False, True):
+        done = lowering.export(program, None, tmp_path / "m.onnx", as_function=as_function)
+        np.testing.assert_array_equal(run(done.path, *inputs)[0], wanted.numpy())
 
 
 def test_each_setting_has_its_function(tmp_path):
