@@ -67,7 +67,6 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = load_causal_lm(arguments.model, dtype=torch.float32, device="cpu")
     profile = calibrated(model, tokenizer)
-    free = torch.export.Dim.DYNAMIC
     with tempfile.TemporaryDirectory() as folder:
         done = onnx.export(
             model,
@@ -76,10 +75,8 @@ def main() -> None:
             kwargs={"use_cache": False},
             profile=profile,
             config=sere_compile.SereConfig(select_top_k=S, min_active=0),
-            dynamic_shapes={"input_ids": {0: free, 1: free}, "use_cache": None},
+            dynamic_shapes="auto",
             as_function=arguments.as_function,
-            input_names=["input_ids"],
-            output_names=["logits"],
         )
         print(f"{done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators")
         worst = max(compare(done.path, model, tokenizer, profile, prompts) for prompts in (PROMPTS[:1], PROMPTS))

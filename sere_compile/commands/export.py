@@ -6,10 +6,18 @@ from typing import Any
 
 import click
 import torch
+from torch.export import ExportedProgram
 
 from ..config import SereConfig
 from ..errors import SereError
 from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
+from ..lowering.archive_file import archive_file
+from ..lowering.check import largest_difference
+from ..lowering.decode_step import DecodeStep
+from ..lowering.export import export_rewritten
+from ..lowering.loading import TARGETS, load, snippet
+from ..lowering.prefill import Prefill
+from ..lowering.standard_operators import rerouted_gates
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import routing_options
@@ -17,7 +25,7 @@ from .output_file import OutputFile
 
 
 @click.command("export")
-@click.option("--to", "target", type=click.Choice(["aot", "onnx", "exported"]), required=True, help="What to write.")
+@click.option("--to", "target", type=click.Choice(TARGETS), required=True, help="What to write.")
 @click.option(
     "--model",
     "name",
@@ -37,7 +45,14 @@ from .output_file import OutputFile
     help="One decoding step with a static cache of this many tokens.",
 )
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
-@click.option("--experts", type=click.Choice(["grouped_mm", "batched_mm"]), help="How the graph computes experts.")
+@click.option(
+    "--experts",
+    type=click.Choice(["grouped_mm", "batched_mm"]),
+    default="batched_mm",
+    show_default=True,
+    help="How the graph computes experts; what grouped_mm gives loads only where transformers is imported, on a CPU.",
+)
+@click.option("--check", is_flag=True, help="Run the file on random tokens against the model in PyTorch.")
 @click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")
 @click.option("--dtype", help="Dtype of the weights; the checkpoint's by default, float32 for models of the package.")
 def export_command(
@@ -47,16 +62,21 @@ def export_command(
     profile: str | None,
     cache_length: int | None,
     as_function: bool,
-    experts: str | None,
+    experts: str,
+    check: bool,
     allow_no_gates: bool,
     dtype: str | None,
     **options: Any,
 ) -> None:
-    """Write a model with its gates re-routed.
+    r"""Write a model with its gates re-routed, and print how to load it.
 
-    Without --decode the graph takes input_ids of any batch size and length and returns logits, for prefill and scoring.
-    With it, (input_ids, position, keys, values) to (logits, keys, values), for any batch size. Exits with 1 if there
-    is no gate. Unless --experts is given, ONNX files use batched_mm, other targets what the model is set to.
+    Without --decode the graph takes input_ids and attention_mask of any batch size and length and returns logits, for
+    prefill and scoring; hidden tokens make no expert primary. With it, (input_ids, position, keys, values) to (logits,
+    keys, values), for any batch size. Exits with 1 when there is no gate.
+
+    \b
+    sere export --to onnx --model P --profile p.safetensors --select-top-k 2 --out model.onnx --check
+    sere export --to aot --model P --out model.pt2
     """
     try:
         config = SereConfig(**options)
@@ -68,60 +88,47 @@ def export_command(
             click.echo("no --profile: similarity is that of the experts on random hidden states", err=True)
         else:
             attach(model, matrices)
-        graph = _prefill(model) if cache_length is None else _decode(model, cache_length)
-        graph |= {"config": config, "allow_no_gates": allow_no_gates} | (
-            {} if experts is None else {"experts": experts}
+        module = Prefill(model).eval() if cache_length is None else DecodeStep(model, cache_length).eval()
+        program = export_rewritten(
+            module,
+            module.example_inputs(),
+            config=config,
+            dynamic_shapes="auto",
+            experts=experts,
+            allow_no_gates=allow_no_gates,
         )
-        written = _write(target, out, graph, as_function)
+        written = _write(target, out, program, module.names(), as_function)
+        click.echo(f"{out}: {rerouted_gates(program)} gates re-routed, {written}")
+        if check:
+            difference = largest_difference(program, load(target, out), module)
+            click.echo(f"checked against the model in PyTorch: logits within {difference:.1e}")
     except SereError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(written)
+    click.echo(f"\n{snippet(target, out, module.example_inputs(), module.names()[0])}")
 
 
-def _write(target: str, out: str, graph: dict[str, Any], as_function: bool) -> str:
-    """Lower a module with its arguments; one line on what was written."""
-    names = graph.pop("names")
-    module, args = graph.pop("module"), graph.pop("args")
+def _write(
+    target: str, out: str, program: ExportedProgram, names: tuple[list[str], list[str]], as_function: bool
+) -> str:
+    """Lower a program; a few words on what was written."""
     if target == "onnx":
         from ..lowering import onnx
 
         done = onnx.export(
-            module, args, out, as_function=as_function, input_names=names[0], output_names=names[1], **graph
+            program,
+            None,
+            out,
+            as_function=as_function,
+            input_names=names[0],
+            output_names=names[1],
+            allow_no_gates=True,
         )
-        return f"{out}: {done.gates} gates re-routed, opset {done.opset}, {done.operators.total()} operators"
-    from ..lowering import aot
-    from ..lowering.archive_file import archive_file
-    from ..lowering.export import export_rewritten
-    from ..lowering.standard_operators import rerouted_gates
-
+        return f"opset {done.opset}, {done.operators.total()} operators"
     if target == "aot":
-        return f"{aot.package(module, out, args, **graph)}: AOTInductor package"
-    program = export_rewritten(module, args, **graph)
+        from ..lowering import aot
+
+        aot.package(program, out, allow_no_gates=True)
+        return "AOTInductor package"
     with archive_file(out) as file:
         torch.export.save(program, file)
-    return f"{out}: {rerouted_gates(program)} gates re-routed; `import sere_compile.ops` before torch.export.load"
-
-
-def _prefill(model: Any) -> dict[str, Any]:
-    """The model on tokens [batch, length], both free."""
-    free = torch.export.Dim.DYNAMIC
-    return {
-        "module": model,
-        "args": (torch.zeros(2, 8, dtype=torch.int64, device=model.device),),
-        "kwargs": {"use_cache": False},
-        "dynamic_shapes": {"input_ids": {0: free, 1: free}, "use_cache": None},
-        "names": (["input_ids"], ["logits"]),
-    }
-
-
-def _decode(model: Any, cache_length: int) -> dict[str, Any]:
-    """One step with a cache that comes in and goes out, for any number of rows."""
-    from ..lowering.decode_step import DecodeStep
-
-    step = DecodeStep(model, cache_length).eval()
-    return {
-        "module": step,
-        "args": step.example_inputs(),
-        "dynamic_shapes": step.dynamic_shapes(),
-        "names": step.names(),
-    }
+    return "program of torch.export"

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from sere_compile import SereConfig, attach
 from sere_compile.commands.export import export_command
+from sere_compile.errors import LoweringError
 from sere_compile.integrations.transformers import load_causal_lm
+from sere_compile.lowering.check import largest_difference
+from sere_compile.lowering.export import export_rewritten
+from sere_compile.lowering.prefill import Prefill
 from sere_compile.lowering.standard_operators import sere_nodes
 from sere_compile.similarity.threshold import RANKED_THRESHOLD
 from sere_compile.testing import oracle_routing
 
+from .. import tiny_models
 from ..lowering.test_onnx import TOLERANCE, real_model, run
 from ..test_cli import save, save_dense
+
+onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 
 KINDS_OF_BUFFERS = ("similarity", "projection")
 
@@ -44,7 +56,75 @@ def test_onnx(checkpoint, tmp_path):
     ids = torch.randint(0, 90, (3, 4))
     with torch.no_grad(), oracle_routing(model, matrices, 1, min_active=0):
         want = model(ids, use_cache=False).logits
-    np.testing.assert_allclose(run(out, ids)[0], want.numpy(), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(run(out, ids, torch.ones_like(ids))[0], want.numpy(), rtol=0, atol=TOLERANCE)
+    graph = onnx.load(out).graph
+    shapes = {value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+              for value in [*graph.input, *graph.output]}  # fmt: skip
+    assert shapes == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "sequence"],
+        "logits": ["batch", "sequence", tiny_models.VOCABULARY],
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("onnx", []),
+        ("onnx", ["--decode", 6]),
+        ("onnx", ["--as-function"]),
+        ("exported", []),
+        ("exported", ["--decode", 6]),
+        pytest.param("aot", [], marks=pytest.mark.wide),
+        pytest.param("aot", ["--decode", 6], marks=pytest.mark.wide),
+    ],
+)
+def test_what_is_printed_loads_the_file(checkpoint, tmp_path, target, options):
+    """The very lines, in a fresh process; and --check has run the file. Padding and all, as --check gives it."""
+    _, folder, _, profile = checkpoint
+    out = tmp_path / ("m.onnx" if target == "onnx" else "m.pt2")
+    result = export(
+        "--to", target, "--model", folder, "--out", out, "--profile", profile, "--select-top-k", 1, "--min-active", 0,
+        "--check", *options,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    summary, _, lines = result.stdout.partition("\n\n")
+    assert "1 gates re-routed" in summary
+    assert float(re.search(r"logits within (\S+)", summary)[1]) < TOLERANCE
+    printed = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.strip() == str((2, tiny_models.VOCABULARY) if options[:1] == ["--decode"] else
+                                         (2, 8, tiny_models.VOCABULARY))  # fmt: skip
+
+
+class Wrong(torch.nn.Module):
+    """A program that is not the one the file was made of."""
+
+    def __init__(self, program):
+        super().__init__()
+        self.inner = program.module()
+
+    def forward(self, *inputs):
+        return self.inner(*inputs) * 1.01
+
+
+def test_check_sees_a_difference(checkpoint):
+    model, _, matrices, _ = checkpoint
+    attach(model, matrices)
+    module = Prefill(model).eval()
+    program = export_rewritten(
+        module, module.example_inputs(), config=SereConfig(select_top_k=1), dynamic_shapes="auto", experts="batched_mm"
+    )
+    wrong = torch.export.export(Wrong(program), module.example_inputs(), dynamic_shapes=((module.dynamic_shapes()),))
+
+    def run(*inputs):
+        return [program.module()(*inputs)]
+
+    assert largest_difference(program, run, module) == 0
+    with pytest.raises(LoweringError, match=r"does not compute what the model computes: a logit of 1 rows differs by"):
+        largest_difference(wrong, run, module)
+    with pytest.raises(LoweringError, match=r"\d+ logits are not finite"):
+        largest_difference(program, lambda *inputs: [run(*inputs)[0] / 0], module)
 
 
 def test_model_of_the_package(tmp_path):
@@ -63,7 +143,7 @@ def test_model_of_the_package(tmp_path):
         plain = model(ids, use_cache=False).logits
         with oracle_routing(model, buffers[0], 1, RANKED_THRESHOLD, min_active=0, projections=buffers[1]):
             expected = model(ids, use_cache=False).logits
-    got = program.module()(ids, use_cache=False).logits
+    got = program.module()(ids, torch.ones_like(ids))
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
     assert not torch.allclose(got, plain, atol=0.1)
 
@@ -99,7 +179,7 @@ def test_aot_passes_everything_on(checkpoint, tmp_path, monkeypatch):
         "--min-active", 3, "--experts", "batched_mm",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert f"{out}: AOTInductor package" in result.output
+    assert f"{out}: 1 gates re-routed, AOTInductor package" in result.output
     [program] = programs
     [node] = sere_nodes(program)
     assert node.args[2:5] == (1, 0.25, 3)
