@@ -1,0 +1,81 @@
+"""How torch_tensorrt's dynamo front end would divide re-routed models between TensorRT and PyTorch: its dry run.
+
+    pip install --no-deps torch-tensorrt-rtx==2.13.0 dllist psutil    # beside torch 2.13 and tensorrt-rtx-cu13
+    python -m benchmarks.torch_tensorrt_dry_run [mixtral qwen3_moe ...]
+
+For every model and implementation of its experts: operators, those with a converter, engines, and by name what stays in
+PyTorch. It runs without a GPU, and then torch_tensorrt is told of one that is not there (compute capability 8.9): which
+operators have a converter does not depend on it. With a CPU build of torch its compiled libraries cannot be loaded
+either: delete `torch_tensorrt/lib/*.so`, as in its own builds that are Python only. No engine is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+
+import torch
+
+from sere_compile.lowering import tensorrt
+from sere_compile.lowering.export import export_rewritten
+from tests.lowering.engine_cases import CONFIG, GRAPHS, MODELS, module_of, network
+
+TOLD = re.compile(r"consists of (\d+) Total Operators, of which (\d+) operators")
+
+
+def pretend_device() -> None:
+    """Answer what torch_tensorrt asks of a device while it is imported and while it divides a graph."""
+    torch.cuda.get_device_capability = lambda *_: (8, 9)
+    torch.cuda.get_device_name = lambda *_: "none"
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.set_device = lambda *_: None
+    torch.cuda.mem_get_info = lambda *_: (8 << 30, 8 << 30)
+    if not hasattr(torch._C, "_CudaDeviceProperties"):
+        torch._C._CudaDeviceProperties = type("_CudaDeviceProperties", (), {})
+
+
+def dry_run(name: str, graph: str, experts: str, free: bool) -> str:
+    """One line on one graph."""
+    import torch_tensorrt
+
+    module = module_of(network(name), graph)
+    program = export_rewritten(
+        module, module.example_inputs(4), config=CONFIG, dynamic_shapes="auto" if free else None, experts=experts
+    )
+    report, log = io.StringIO(), logging.StreamHandler(text := io.StringIO())
+    logger = logging.getLogger("torch_tensorrt")
+    logger.addHandler(log)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with contextlib.redirect_stdout(report):
+            torch_tensorrt.dynamo.compile(
+                tensorrt.convertible(program), arg_inputs=list(program.example_inputs[0]), dryrun=True, min_block_size=1
+            )
+    finally:
+        logger.removeHandler(log)
+    told = report.getvalue() + text.getvalue()
+    found = TOLD.search(told)
+    total, supported = found.groups() if found else ("?", "?")
+    engines = len(set(re.findall(r"TRT Engine #(\d+)", told)))
+    # The log's last list: "Unsupported or Excluded Nodes:", a line each.
+    left = sorted(set(re.findall(r"- (\S+) \+ Operator Count", told.partition("Unsupported or Excluded")[2])))
+    where = f"{name}, {graph}, {experts}, {'free' if free else 'fixed'} sizes"
+    return f"{where}: {supported} of {total} operators, {engines} engines; left: {', '.join(left) or 'nothing'}"
+
+
+def main() -> None:
+    """Print a line for every graph."""
+    if not torch.cuda.is_available():
+        pretend_device()
+    for name in sys.argv[1:] or MODELS:
+        for graph in GRAPHS:
+            for experts in ("grouped_mm", "batched_mm"):
+                for free in (False, True):
+                    print(dry_run(name, graph, experts, free), flush=True)
+
+
+if __name__ == "__main__":
+    main()
