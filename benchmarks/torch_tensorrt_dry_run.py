@@ -16,6 +16,8 @@ import io
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
@@ -26,21 +28,27 @@ from tests.lowering.engine_cases import CONFIG, GRAPHS, MODELS, module_of, netwo
 TOLD = re.compile(r"consists of (\d+) Total Operators, of which (\d+) operators")
 
 
-def pretend_device() -> None:
-    """Answer what torch_tensorrt asks of a device while it is imported and while it divides a graph."""
-    torch.cuda.get_device_capability = lambda *_: (8, 9)
-    torch.cuda.get_device_name = lambda *_: "none"
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.set_device = lambda *_: None
-    torch.cuda.mem_get_info = lambda *_: (8 << 30, 8 << 30)
+@contextlib.contextmanager
+def device() -> Iterator[None]:
+    """A device: the machine's, or answers to what torch_tensorrt asks of one while it is imported and divides a graph."""
+    if torch.cuda.is_available():
+        yield
+        return
     if not hasattr(torch._C, "_CudaDeviceProperties"):
         torch._C._CudaDeviceProperties = type("_CudaDeviceProperties", (), {})
+    answers = {
+        "get_device_capability": (8, 9),
+        "get_device_name": "none",
+        "current_device": 0,
+        "set_device": None,
+        "mem_get_info": (8 << 30, 8 << 30),
+    }
+    with mock.patch.multiple(torch.cuda, **{name: lambda *_, value=value: value for name, value in answers.items()}):
+        yield
 
 
 def dry_run(name: str, graph: str, experts: str, free: bool) -> str:
     """One line on one graph."""
-    import torch_tensorrt
-
     module = module_of(network(name), graph)
     program = export_rewritten(
         module, module.example_inputs(4), config=CONFIG, dynamic_shapes="auto" if free else None, experts=experts
@@ -50,7 +58,9 @@ def dry_run(name: str, graph: str, experts: str, free: bool) -> str:
     logger.addHandler(log)
     logger.setLevel(logging.DEBUG)
     try:
-        with contextlib.redirect_stdout(report):
+        with device(), contextlib.redirect_stdout(report):
+            import torch_tensorrt
+
             torch_tensorrt.dynamo.compile(
                 tensorrt.convertible(program), arg_inputs=list(program.example_inputs[0]), dryrun=True, min_block_size=1
             )
@@ -68,11 +78,9 @@ def dry_run(name: str, graph: str, experts: str, free: bool) -> str:
 
 def main() -> None:
     """Print a line for every graph."""
-    if not torch.cuda.is_available():
-        pretend_device()
     for name in sys.argv[1:] or MODELS:
-        for graph in GRAPHS:
-            for experts in ("grouped_mm", "batched_mm"):
+        for experts in ("grouped_mm", "batched_mm"):
+            for graph in GRAPHS:
                 for free in (False, True):
                     print(dry_run(name, graph, experts, free), flush=True)
 
