@@ -30,7 +30,7 @@ TOLD = re.compile(r"consists of (\d+) Total Operators, of which (\d+) operators"
 
 @contextlib.contextmanager
 def device() -> Iterator[None]:
-    """A device: the machine's, or answers to what torch_tensorrt asks of one while it is imported and divides a graph."""
+    """A device: the machine's, or answers to what torch_tensorrt asks of one when imported and dividing a graph."""
     if torch.cuda.is_available():
         yield
         return

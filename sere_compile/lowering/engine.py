@@ -135,10 +135,11 @@ def _named(trt: ModuleType) -> str:
 @functools.cache
 def _log(trt: ModuleType) -> Any:
     """A logger that keeps what it is told. TensorRT has one for a process, so there is one here."""
+    base: Any = trt.ILogger
 
-    class Log(trt.ILogger):
+    class Log(base):
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.messages: list[tuple[Any, str]] = []
 
         def log(self, severity: Any, text: str) -> None:

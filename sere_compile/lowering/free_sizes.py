@@ -71,6 +71,6 @@ def name_axes(graph: Any) -> None:
     every = [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]
     for value in every:
         for i, size in enumerate(value.shape or ()):
-            symbol = getattr(size, "value", None)
-            if symbol is not None:
-                value.shape[i] = _UNNAMED.sub(lambda found: names.get(found[0], found[0]), str(symbol))
+            expression = getattr(size, "value", None)
+            if expression is not None:
+                value.shape[i] = _UNNAMED.sub(lambda found: names.get(found[0], found[0]), str(expression))
