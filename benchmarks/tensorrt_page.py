@@ -9,7 +9,7 @@ re-routed ids as outputs beside the model's. The engine is built for compute cap
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,9 @@ def row(name: str, graph: str, folder: Path) -> str:
 
 def main() -> None:
     """Measure everything, print it, and write it where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into the page")
+    arguments = parser.parse_args()
     print(HEADER, end="", flush=True)
     rows = []
     for name in MODELS:
@@ -102,7 +105,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(row(name, graph, Path(folder)))
             print(rows[-1], flush=True)
-    if "--write" in sys.argv[1:]:
+    if arguments.write:
         head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         tail = rest.partition(END)[2]
         PAGE.write_text(head + BEGIN + HEADER + "".join(f"{line}\n" for line in rows) + END + tail, encoding="utf-8")

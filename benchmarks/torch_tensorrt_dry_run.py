@@ -11,11 +11,11 @@ either: delete `torch_tensorrt/lib/*.so`, as in its own builds that are Python o
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from unittest import mock
 
@@ -78,7 +78,10 @@ def dry_run(name: str, graph: str, experts: str, free: bool) -> str:
 
 def main() -> None:
     """Print a line for every graph."""
-    for name in sys.argv[1:] or MODELS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), choices=MODELS, help="all without any")
+    arguments = parser.parse_args()
+    for name in arguments.models:
         for experts in ("grouped_mm", "batched_mm"):
             for graph in GRAPHS:
                 for free in (False, True):

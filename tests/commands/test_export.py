@@ -11,20 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sere_compile import SereConfig, attach
 from sere_compile.commands.export import export_command
-from sere_compile.errors import LoweringError
 from sere_compile.integrations.transformers import load_causal_lm
-from sere_compile.lowering.check import largest_difference
-from sere_compile.lowering.export import export_rewritten
-from sere_compile.lowering.prefill import Prefill
 from sere_compile.lowering.standard_operators import sere_nodes
 from sere_compile.similarity.threshold import RANKED_THRESHOLD
 from sere_compile.testing import oracle_routing
 
 from .. import tiny_models
 from ..lowering.test_onnx import TOLERANCE, real_model, run
-from ..test_cli import save, save_dense
+from .test_explain import save, save_dense
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 
@@ -95,36 +90,6 @@ def test_what_is_printed_loads_the_file(checkpoint, tmp_path, target, options):
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout.strip() == str((2, tiny_models.VOCABULARY) if options[:1] == ["--decode"] else
                                          (2, 8, tiny_models.VOCABULARY))  # fmt: skip
-
-
-class Wrong(torch.nn.Module):
-    """A program that is not the one the file was made of."""
-
-    def __init__(self, program):
-        super().__init__()
-        self.inner = program.module()
-
-    def forward(self, *inputs):
-        return self.inner(*inputs) * 1.01
-
-
-def test_check_sees_a_difference(checkpoint):
-    model, _, matrices, _ = checkpoint
-    attach(model, matrices)
-    module = Prefill(model).eval()
-    program = export_rewritten(
-        module, module.example_inputs(), config=SereConfig(select_top_k=1), dynamic_shapes="auto", experts="batched_mm"
-    )
-    wrong = torch.export.export(Wrong(program), module.example_inputs(), dynamic_shapes=((module.dynamic_shapes()),))
-
-    def run(*inputs):
-        return [program.module()(*inputs)]
-
-    assert largest_difference(program, run, module) == 0
-    with pytest.raises(LoweringError, match=r"does not compute what the model computes: a logit of 1 rows differs by"):
-        largest_difference(wrong, run, module)
-    with pytest.raises(LoweringError, match=r"\d+ logits are not finite"):
-        largest_difference(program, lambda *inputs: [run(*inputs)[0] / 0], module)
 
 
 def test_model_of_the_package(tmp_path):
