@@ -16,7 +16,7 @@ ELSEWHERE = {
     "benchmarks/ops/sanitize_expert_mlp.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
     "benchmarks/quality.py": "a command: tests/pages/test_commands.py; the page: tests/pages/test_quality_page.py",
     "benchmarks/survey.py": "tests/zoo/test_zoo.py, with every architecture",
-    "benchmarks/tensorrt_page.py": "a command: tests/pages/test_commands.py; what it checks: tests/lowering/test_engine.py",
+    "benchmarks/tensorrt_page.py": "a command: tests/pages/test_commands.py; tests/lowering/test_engine.py",
     "benchmarks/torch_tensorrt_dry_run.py": "a command: tests/pages/test_commands.py",
     "benchmarks/vllm_measured.py": "tests/integrations/vllm/test_models.py, with a real engine",
     "benchmarks/vllm_page.py": "tests/integrations/vllm/test_models.py, with a real engine",

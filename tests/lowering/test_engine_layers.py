@@ -6,11 +6,11 @@ from sere_compile.lowering.engine_layers import Layer, Value, read_layers
 
 # Of TensorRT for RTX 1.7.1, without strides and formats of all but one tensor.
 LOG = """Layers:
-Name: __mye1757_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata:
+Name: __mye1757_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , Metadata:
 Name: node_linear_myl0_1, LayerType: gemm, Inputs: [ { Name: hidden, Dimensions: [-1,8], Strides: [8,1], StrideOrder: \
 [1,0], Datatype: Float, Format: (Linear) Row major linear format }], Constants: [ { Name: gate, Dimensions: [8,12], \
 Datatype: Float }, { Name: alpha, Dimensions: [1], Datatype: Float }], Outputs: [ { Name: out, Dimensions: [-1,12], \
-Datatype: Float }], TacticName: stub, StreamId: 0, Metadata: [ONNX Layer: node_linear][ONNX Layer: mlp.gate/sere/node_eq]
+Datatype: Float }], TacticName: stub, Metadata: [ONNX Layer: node_linear][ONNX Layer: mlp.gate/sere/node_eq]
 """
 
 
