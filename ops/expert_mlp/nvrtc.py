@@ -1,0 +1,116 @@
+"""CUDA C++ compiled at first use and launched on PyTorch's stream: NVRTC and the driver, both as torch loads them.
+
+For what Triton cannot express. No CUDA toolkit, no headers and no compiler on the user's machine are needed.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute with an int as its value."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """NVRTC and the driver in one: torch's own stub links both, with the path to the NVRTC that torch came with."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"))
+
+
+def available() -> bool:
+    """Whether this build of torch brings NVRTC."""
+    try:
+        return hasattr(_library(), "nvrtcCreateProgram") and hasattr(_library(), "cuLaunchKernelEx")
+    except OSError:
+        return False
+
+
+def _check(result: int, call: str) -> None:
+    if result != 0:
+        raise RuntimeError(f"{call}: error {result}")
+
+
+def compile_source(source: str, macros: Sequence[tuple[str, int]], capability: tuple[int, int]) -> bytes:
+    """Machine code of CUDA C++ for a GPU of this compute capability.
+
+    Raises:
+        RuntimeError: the source does not compile; the message has the compiler's log.
+    """
+    nvrtc, program = _library(), ctypes.c_void_p()
+    options = [f"-D{name}={value}" for name, value in macros]
+    options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
+    argv = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"stream.cu", 0, None, None), "nvrtc")
+    try:
+        result = nvrtc.nvrtcCompileProgram(program, len(options), argv)
+        size = ctypes.c_size_t()
+        if result != 0:
+            _check(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)), "nvrtcGetProgramLogSize")
+            log = ctypes.create_string_buffer(size.value)
+            _check(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
+            raise RuntimeError(f"NVRTC, error {result}: {log.value.decode()}")
+        _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
+        code = ctypes.create_string_buffer(size.value)
+        _check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def load_functions(code: bytes, names: Sequence[str], shared_bytes: int) -> list[ctypes.c_void_p]:
+    """Kernels of machine code in the current device's context, each allowed this much dynamic shared memory."""
+    driver, module = _library(), ctypes.c_void_p()
+    _check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
+    functions = []
+    for name in names:
+        function = ctypes.c_void_p()
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+        attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "cuFuncSetAttribute")
+        functions.append(function)
+    return functions
+
+
+def launch(
+    function: ctypes.c_void_p,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    arguments: Sequence[Tensor | int | None],
+    early: bool,
+) -> None:
+    """Launch on the current stream; `early`: before the kernel ahead of it is done (programmatic dependent launch)."""
+    values = [
+        ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+        for a in arguments
+    ]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+    config = _LaunchConfig(
+        (ctypes.c_uint * 3)(*grid, 1), (ctypes.c_uint * 3)(threads, 1, 1), shared_bytes,
+        torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), int(early),
+    )  # fmt: skip
+    _check(_library().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "cuLaunchKernelEx")

@@ -1,0 +1,477 @@
+// `sere::expert_mlp` for few slots an expert, in CUDA C++ (sm_90 and later): three kernels that overlap.
+//
+// Every block owns an equal share of all rows of active weights and streams them through a ring in shared memory:
+// some warps copy weights, one copies activations, the others multiply. The ring never drains between tiles. The second
+// projection's blocks start while the first still runs (programmatic dependent launch), find their experts, fill their
+// ring with weights, and wait only for the activations. The third kernel sums a token's slots.
+//
+// Compiled at first use (stream.py), with these numbers as macros:
+//   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (tokens of one pass, 8 to 64), STAGES, MAX_SLOTS, IDS64,
+//   GATED, INTERLEAVED, ACTIVATION, BIAS, HALF (fp16 instead of bf16), FP8, WEIGHTS (0: fp32, 1: bf16, 2: fp16)
+// Header-free, so that NVRTC needs no CUDA headers on the user's machine.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int CONSUMERS = 8, LOADERS = 4;
+constexpr int THREADS = (CONSUMERS + LOADERS + 1) * 32;
+// A granule is 16 weight rows, one tensor core instruction's: 8 of gate and 8 of up, or 16 of one kind.
+constexpr int GRANULE = 16;
+constexpr int CHUNK_BYTES = 128;                            // of a weight row, a stage
+constexpr int CHUNK = FP8 ? CHUNK_BYTES : CHUNK_BYTES / 2;  // the same in columns
+constexpr int WEIGHT_BYTES = CONSUMERS * GRANULE * CHUNK_BYTES;
+constexpr int ROW_BYTES = CHUNK * 2;                        // of activations, a stage
+constexpr int SCALE_BYTES = FP8 ? 128 : 0;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES + SCALE_BYTES;
+constexpr int COLUMNS = GATED ? 2 * INNER : INNER;
+constexpr int BLOCK = 128;                                  // rows and columns of one FP8 scale
+
+struct Plan {
+  u64 full[STAGES], empty[STAGES];
+  int count[EXPERTS];                                       // slots of an expert, then where the next one goes
+  int first[EXPERTS + 1];                                   // in list, by rank of the active expert
+  u16 active[EXPERTS];
+  u16 list[MAX_SLOTS];                                      // slots by expert
+  int num_active;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64* b, u32 parity) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+  } while (!done);
+}
+__device__ __forceinline__ void barrier_arrive(u64* b) {
+  asm volatile("{ .reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0]; }" ::"r"(shared_address(b)) : "memory");
+}
+// Arrives once all of this thread's copies so far have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(u64* b) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
+}
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+// Earlier kernels of the stream are complete, and what they wrote can be read.
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Blocks of the next kernel may start.
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
+__device__ __forceinline__ u32 swizzled(u32 row, u32 piece) {
+  u32 reversed = ((row & 1) << 2) | (row & 2) | ((row >> 2) & 1);
+  return (piece ^ reversed) << 4;
+}
+
+__device__ __forceinline__ long long id_of(const void* ids, int slot) {
+#if IDS64
+  return ((const long long*)ids)[slot];
+#else
+  return ((const int*)ids)[slot];
+#endif
+}
+
+__device__ __forceinline__ float half_to_float(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+__device__ __forceinline__ float bfloat_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ float to_float(u16 x) { return HALF ? half_to_float(x) : bfloat_to_float(x); }
+__device__ __forceinline__ u16 from_float(float x) {
+  u16 y;
+#if HALF
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#endif
+  return y;
+}
+__device__ __forceinline__ float routing_weight(const void* weights, int slot) {
+#if WEIGHTS == 0
+  return ((const float*)weights)[slot];
+#elif WEIGHTS == 1
+  return bfloat_to_float(((const u16*)weights)[slot]);
+#else
+  return half_to_float(((const u16*)weights)[slot]);
+#endif
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float activate(float x) {
+#if ACTIVATION == 0 || ACTIVATION == 5  // silu
+  return x * sigmoid(x);
+#elif ACTIVATION == 1                   // gelu
+  return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+#elif ACTIVATION == 2                   // gelu_tanh
+  return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+#elif ACTIVATION == 3                   // relu
+  return fmaxf(x, 0.0f);
+#else                                   // relu2
+  x = fmaxf(x, 0.0f);
+  return x * x;
+#endif
+}
+__device__ __forceinline__ float combine(float gate, float up) {
+#if ACTIVATION == 5                     // gpt_oss
+  gate = fminf(gate, 7.0f);
+  up = fminf(fmaxf(up, -7.0f), 7.0f);
+  return (up + 1.0f) * gate * sigmoid(1.702f * gate);
+#else
+  return activate(gate) * up;
+#endif
+}
+
+// Which experts are active and which slots are theirs. All threads.
+__device__ __forceinline__ void make_plan(Plan& plan, const void* ids, int num_slots) {
+  const int thread = threadIdx.x, lane = thread & 31;
+  for (int e = thread; e < EXPERTS; e += THREADS) plan.count[e] = 0;
+  if (thread == 0) {
+    for (int s = 0; s < STAGES; ++s) {
+      barrier_init(&plan.full[s], (LOADERS + 1) * 32);
+      barrier_init(&plan.empty[s], CONSUMERS);
+    }
+  }
+  __syncthreads();
+  for (int slot = thread; slot < num_slots; slot += THREADS) {
+    long long e = id_of(ids, slot);
+    if (e >= 0 && e < EXPERTS) atomicAdd(&plan.count[e], 1);
+  }
+  __syncthreads();
+  if (thread < 32) {
+    constexpr int EACH = (EXPERTS + 31) / 32;
+    int active = 0, slots = 0;
+    for (int i = 0; i < EACH; ++i) {
+      int e = lane * EACH + i;
+      int n = e < EXPERTS ? plan.count[e] : 0;
+      active += n > 0;
+      slots += n;
+    }
+    int rank = active, place = slots;
+    for (int step = 1; step < 32; step *= 2) {
+      int a = __shfl_up_sync(~0u, rank, step), b = __shfl_up_sync(~0u, place, step);
+      if (lane >= step) rank += a, place += b;
+    }
+    if (lane == 31) plan.num_active = rank, plan.first[rank] = place;
+    rank -= active;
+    place -= slots;
+    for (int i = 0; i < EACH; ++i) {
+      int e = lane * EACH + i;
+      int n = e < EXPERTS ? plan.count[e] : 0;
+      if (n > 0) {
+        plan.active[rank] = e;
+        plan.first[rank++] = place;
+        plan.count[e] = place;
+        place += n;
+      }
+    }
+  }
+  __syncthreads();
+  // In no fixed order, which no result depends on: every slot has a column of its own.
+  for (int slot = thread; slot < num_slots; slot += THREADS) {
+    long long e = id_of(ids, slot);
+    if (e >= 0 && e < EXPERTS) plan.list[atomicAdd(&plan.count[e], 1)] = slot;
+  }
+  __syncthreads();
+}
+
+// One pass: `rows` slots, from list[row], through `size` granules of an expert from `granule`.
+struct Pass {
+  int expert, granule, size, row, rows;
+};
+
+// Calls f(pass) for each pass of this block: the same sequence in every warp.
+template <int GRANULES, class F>
+__device__ __forceinline__ void for_passes(const Plan& plan, F f) {
+  const int total = plan.num_active * GRANULES;
+  int begin = (int)((long long)total * blockIdx.x / gridDim.x);
+  const int end = (int)((long long)total * (blockIdx.x + 1) / gridDim.x);
+  while (begin < end) {
+    const int rank = begin / GRANULES, granule = begin % GRANULES;
+    const int here = min(end - begin, GRANULES - granule);
+    const int tiles = (here + CONSUMERS - 1) / CONSUMERS;
+    Pass pass{plan.active[rank], granule, (here + tiles - 1) / tiles, 0, 0};
+    const int last = plan.first[rank + 1];
+    for (pass.row = plan.first[rank]; pass.row < last; pass.row += ROWS) {
+      pass.rows = min(last - pass.row, ROWS);
+      f(pass);
+    }
+    begin += pass.size;
+  }
+}
+
+struct Ring {
+  int stage = 0;
+  u32 phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+// The weight row that row r of a granule is.
+template <bool FIRST>
+__device__ __forceinline__ int weight_row(int granule, int r) {
+  if (FIRST && GATED) {
+    const int column = granule * 8 + (r & 7);
+    return INTERLEAVED ? 2 * column + (r >> 3) : column + (r >> 3) * INNER;
+  }
+  return granule * GRANULE + r;
+}
+
+template <bool FIRST>
+__device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* weight, const float* scale) {
+  constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
+  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : WIDTH / GRANULE;
+  constexpr long long ROW = (long long)DEPTH * (FP8 ? 1 : 2);
+  constexpr int SCALE_ROWS = (WIDTH + BLOCK - 1) / BLOCK, SCALE_COLUMNS = (DEPTH + BLOCK - 1) / BLOCK;
+  const int thread = threadIdx.x - CONSUMERS * 32, r = thread >> 3;
+  const u32 to = r * CHUNK_BYTES + swizzled(r & 7, thread & 7);
+  Ring ring;
+  for_passes<GRANULES>(plan, [&](const Pass& pass) {
+    const u8* from = weight + ((long long)pass.expert * WIDTH + weight_row<FIRST>(pass.granule, r)) * ROW + (thread & 7) * 16;
+    const long long step = (weight_row<FIRST>(1, 0) - weight_row<FIRST>(0, 0)) * ROW;
+    const float* from_scale = scale;
+    if (FP8 && thread < 2 * pass.size) {
+      const int row = weight_row<FIRST>(pass.granule + thread / 2, thread % 2 * 8);
+      from_scale += ((long long)pass.expert * SCALE_ROWS + row / BLOCK) * SCALE_COLUMNS;
+    }
+    for (int k = 0; k < DEPTH; k += CHUNK) {
+      barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
+      const u32 stage = stages + ring.stage * STAGE_BYTES;
+#pragma unroll
+      for (int j = 0; j < CONSUMERS; ++j)
+        if (j < pass.size) copy16(stage + to + j * (GRANULE * CHUNK_BYTES), from + j * step);
+      if (FP8 && thread < 2 * pass.size)
+        copy4(stage + WEIGHT_BYTES + ROWS * ROW_BYTES + thread * 4, from_scale + k / BLOCK);
+      barrier_arrive_after_copies(&plan.full[ring.stage]);
+      from += CHUNK_BYTES;
+      ring.next();
+    }
+  });
+}
+
+template <bool FIRST>
+__device__ __forceinline__ void load_rows(Plan& plan, u32 stages, const u8* x) {
+  constexpr int DEPTH = FIRST ? HIDDEN : INNER;
+  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
+  constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = 32 / PIECES;
+  const int lane = threadIdx.x & 31, piece = lane % PIECES;
+  Ring ring;
+  for_passes<GRANULES>(plan, [&](const Pass& pass) {
+    for (int k = 0; k < DEPTH; k += CHUNK) {
+      barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
+      const u32 stage = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES;
+#pragma unroll 2
+      for (int row = lane / PIECES; row < pass.rows; row += AT_ONCE) {
+        const int slot = plan.list[pass.row + row];
+        const u8* from = x + ((long long)(FIRST ? slot / TOP_K : slot) * DEPTH + k) * 2 + piece * 16;
+        copy16(stage + row * ROW_BYTES + (piece / 8) * 128 + swizzled(row & 7, piece % 8), from);
+      }
+      barrier_arrive_after_copies(&plan.full[ring.stage]);
+      ring.next();
+    }
+  });
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if HALF
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+#if FP8
+// Two e4m3 numbers, bytes `first` and `first` + 1 of x, as bf16: exact, their exponents moved by a product with 2^120.
+__device__ __forceinline__ u32 widen(u32 x, int first) {
+  u32 y = __byte_perm(x, 0, first == 0 ? 0x1404 : 0x3424);
+  y = (y & 0x80008000u) | ((y & 0x7f007f00u) >> 4);
+  asm("mul.bf16x2 %0, %0, %1;" : "+r"(y) : "r"(0x7b807b80u));
+  return y;
+}
+#endif
+
+// c += a stage's 16 weight rows of this warp times its activations.
+template <int NT>
+__device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 stage, int warp, int lane) {
+  const u32 w = stage + warp * (GRANULE * CHUNK_BYTES), x = stage + WEIGHT_BYTES;
+#if FP8
+  // Lane 4 g + t has columns 8 t to 8 t + 7 of 32; the sum over columns does not mind that the hardware has others there.
+  const int g = lane >> 2, t = lane & 3;
+  float p[NT][4] = {};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    u32 a[2][2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(a[h][0]), "=r"(a[h][1])
+                   : "r"(w + (g + 8 * h) * CHUNK_BYTES + swizzled(g, k * 2 + (t >> 1)) + (t & 1) * 8));
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      u32 b[4];
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                   : "r"(x + (n * 8 + g) * ROW_BYTES + (k >> 1) * 128 + swizzled(g, (k & 1) * 4 + t)));
+      multiply(p[n], widen(a[0][0], 0), widen(a[1][0], 0), widen(a[0][0], 2), widen(a[1][0], 2), b[0], b[1]);
+      multiply(p[n], widen(a[0][1], 0), widen(a[1][1], 0), widen(a[0][1], 2), widen(a[1][1], 2), b[2], b[3]);
+    }
+  }
+  float scale[2];
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scale[0]), "=f"(scale[1])
+               : "r"(x + ROWS * ROW_BYTES + warp * 8));
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] += scale[i >> 1] * p[n][i];
+#else
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    u32 a[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      load_matrices(a[h], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 4 + h * 2 + (lane >> 4)));
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      u32 b[4];
+      load_matrices(b, x + (n * 8 + (lane & 7)) * ROW_BYTES + swizzled(lane & 7, k * 4 + (lane >> 3)));
+      multiply(c[n], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
+      multiply(c[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
+    }
+  }
+#endif
+}
+
+template <bool FIRST, int NT>
+__device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Pass& pass, const u16* bias,
+                                              const void* weights, void* out) {
+  constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  float c[NT][4] = {};
+#pragma unroll 1
+  for (int k = 0; k < DEPTH; k += CHUNK) {
+    barrier_wait(&plan.full[ring.stage], ring.phase);
+    if (warp < pass.size) multiply_stage<NT>(c, stages + ring.stage * STAGE_BYTES, warp, lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&plan.empty[ring.stage]);
+    ring.next();
+  }
+  if (warp >= pass.size) return;
+  const int granule = pass.granule + warp;
+  float b[2] = {0.0f, 0.0f};
+  if (BIAS)
+    for (int h = 0; h < 2; ++h) b[h] = to_float(bias[(long long)pass.expert * WIDTH + weight_row<FIRST>(granule, g + 8 * h)]);
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = n * 8 + 2 * t + i;
+      if (row >= pass.rows) continue;
+      const int slot = plan.list[pass.row + row];
+      const float lower = c[n][i] + b[0], upper = c[n][2 + i] + b[1];
+      if (!FIRST) {
+        const float weight = routing_weight(weights, slot);
+        float* to = (float*)out + (long long)slot * HIDDEN + granule * GRANULE + g;
+        to[0] = weight * lower;
+        to[8] = weight * upper;
+      } else if (GATED) {
+        ((u16*)out)[(long long)slot * INNER + granule * 8 + g] = from_float(combine(lower, upper));
+      } else {
+        u16* to = (u16*)out + (long long)slot * INNER + granule * GRANULE + g;
+        to[0] = from_float(activate(lower));
+        to[8] = from_float(activate(upper));
+      }
+    }
+}
+
+template <bool FIRST>
+__device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* bias, const void* weights, void* out) {
+  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
+  Ring ring;
+  for_passes<GRANULES>(plan, [&](const Pass& pass) {
+    if (ROWS == 8 || pass.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, pass, bias, weights, out);
+    else if (ROWS == 16 || pass.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, pass, bias, weights, out);
+    else if (ROWS == 32 || pass.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, pass, bias, weights, out);
+    else if (pass.rows <= 48) multiply_pass<FIRST, 6>(plan, stages, ring, pass, bias, weights, out);
+    else multiply_pass<FIRST, 8>(plan, stages, ring, pass, bias, weights, out);
+  });
+}
+
+extern __shared__ __align__(1024) u8 shared[];
+
+template <bool FIRST>
+__device__ __forceinline__ void project(const u8* x, const u8* weight, const float* scale, const u16* bias,
+                                        const void* ids, const void* weights, void* out, int num_slots) {
+  Plan& plan = *(Plan*)(shared + STAGES * STAGE_BYTES);
+  const u32 stages = shared_address(shared);
+  // Blocks of the second projection start when the first has got here, so that ids are complete for them as well.
+  if (FIRST) wait_for_earlier_kernels();
+  let_next_kernel_start();
+  make_plan(plan, ids, num_slots);
+  const int warp = threadIdx.x >> 5;
+  if (warp < CONSUMERS) {
+    multiply_all<FIRST>(plan, stages, bias, weights, out);
+  } else if (warp < CONSUMERS + LOADERS) {
+    load_weights<FIRST>(plan, stages, weight, scale);
+  } else {
+    if (!FIRST) wait_for_earlier_kernels();
+    load_rows<FIRST>(plan, stages, x);
+  }
+}
+
+// act [T * K, INNER] in the dtype of x.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) gate_up(const u8* x, const u8* weight, const float* scale,
+                                                                 const u16* bias, const void* ids, void* act, int num_slots) {
+  project<true>(x, weight, scale, bias, ids, nullptr, act, num_slots);
+}
+
+// rows [T * K, HIDDEN] in fp32, times the routing weight; those of slots of no expert stay unwritten.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) down(const u8* act, const u8* weight, const float* scale,
+                                                              const u16* bias, const void* ids, const void* weights,
+                                                              void* rows, int num_slots) {
+  project<false>(act, weight, scale, bias, ids, weights, rows, num_slots);
+}
+
+// out [T, HIDDEN]: the sum of a token's rows in slot order. 4 columns a thread, a token a block row.
+extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, const void* ids, u16* out) {
+  const int token = blockIdx.y, column = (blockIdx.x * 128 + threadIdx.x) * 4;
+  if (column >= HIDDEN) return;
+  bool named[TOP_K];
+#pragma unroll
+  for (int k = 0; k < TOP_K; ++k) {
+    const long long e = id_of(ids, token * TOP_K + k);
+    named[k] = e >= 0 && e < EXPERTS;
+  }
+  wait_for_earlier_kernels();
+  float x[TOP_K][4];
+#pragma unroll
+  for (int k = 0; k < TOP_K; ++k) {
+    x[k][0] = x[k][1] = x[k][2] = x[k][3] = 0.0f;
+    if (named[k])
+      asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[k][0]), "=f"(x[k][1]), "=f"(x[k][2]), "=f"(x[k][3])
+                   : "l"(rows + ((long long)token * TOP_K + k) * HIDDEN + column));
+  }
+  float sum[4] = {};
+#pragma unroll
+  for (int k = 0; k < TOP_K; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += x[k][i];
+  u16* to = out + (long long)token * HIDDEN + column;
+  const u32 low = from_float(sum[0]) | (u32)from_float(sum[1]) << 16, high = from_float(sum[2]) | (u32)from_float(sum[3]) << 16;
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(low), "r"(high) : "memory");
+}
