@@ -15,8 +15,8 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int CONSUMERS = 8, LOADERS = 4;
-constexpr int THREADS = (CONSUMERS + LOADERS + 1) * 32;
+constexpr int CONSUMERS = 8, LOADERS = 2, ROW_LOADERS = 2;
+constexpr int THREADS = (CONSUMERS + LOADERS + ROW_LOADERS) * 32;
 // A granule is 16 weight rows, one tensor core instruction's: 8 of gate and 8 of up, or 16 of one kind.
 constexpr int GRANULE = 16;
 constexpr int CHUNK_BYTES = 128;                            // of a weight row, a stage
@@ -138,7 +138,7 @@ __device__ __forceinline__ void make_plan(Plan& plan, const void* ids, int num_s
   for (int e = thread; e < EXPERTS; e += THREADS) plan.count[e] = 0;
   if (thread == 0) {
     for (int s = 0; s < STAGES; ++s) {
-      barrier_init(&plan.full[s], (LOADERS + 1) * 32);
+      barrier_init(&plan.full[s], (LOADERS + ROW_LOADERS) * 32);
       barrier_init(&plan.empty[s], CONSUMERS);
     }
   }
@@ -185,9 +185,10 @@ __device__ __forceinline__ void make_plan(Plan& plan, const void* ids, int num_s
   __syncthreads();
 }
 
-// One pass: `rows` slots, from list[row], through `size` granules of an expert from `granule`.
+// `size` granules from `granule` of the active expert `rank`, the first `split` of them; the others are the next expert's,
+// from its start. Of `rows` slots, from list[row], the first `split_rows` are the first expert's.
 struct Pass {
-  int expert, granule, size, row, rows;
+  int rank, granule, size, split, row, rows, split_rows;
 };
 
 // Calls f(pass) for each pass of this block: the same sequence in every warp.
@@ -198,15 +199,16 @@ __device__ __forceinline__ void for_passes(const Plan& plan, F f) {
   const int end = (int)((long long)total * (blockIdx.x + 1) / gridDim.x);
   while (begin < end) {
     const int rank = begin / GRANULES, granule = begin % GRANULES;
-    const int here = min(end - begin, GRANULES - granule);
-    const int tiles = (here + CONSUMERS - 1) / CONSUMERS;
-    Pass pass{plan.active[rank], granule, (here + tiles - 1) / tiles, 0, 0};
-    const int last = plan.first[rank + 1];
-    for (pass.row = plan.first[rank]; pass.row < last; pass.row += ROWS) {
-      pass.rows = min(last - pass.row, ROWS);
-      f(pass);
+    const int tiles = (end - begin + CONSUMERS - 1) / CONSUMERS, size = (end - begin + tiles - 1) / tiles;
+    const int here = min(size, GRANULES - granule), first = plan.first[rank], last = plan.first[rank + 1];
+    if (size - here > 0 && size - here <= GRANULES && plan.first[rank + 2] - first <= ROWS) {
+      // A tile of two experts: one of few granules would have few bytes under way.
+      f(Pass{rank, granule, size, here, first, plan.first[rank + 2] - first, last - first});
+      begin += size;
+    } else {
+      for (int row = first; row < last; row += ROWS) f(Pass{rank, granule, here, here, row, min(last - row, ROWS), min(last - row, ROWS)});
+      begin += here;
     }
-    begin += pass.size;
   }
 }
 
@@ -234,27 +236,38 @@ __device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* w
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : WIDTH / GRANULE;
   constexpr long long ROW = (long long)DEPTH * (FP8 ? 1 : 2);
   constexpr int SCALE_ROWS = (WIDTH + BLOCK - 1) / BLOCK, SCALE_COLUMNS = (DEPTH + BLOCK - 1) / BLOCK;
+  // A thread copies one piece of rows r and r + 8 of each granule.
   const int thread = threadIdx.x - CONSUMERS * 32, r = thread >> 3;
-  const u32 to = r * CHUNK_BYTES + swizzled(r & 7, thread & 7);
+  const u32 to = r * CHUNK_BYTES + swizzled(r, thread & 7);
+  const long long step = weight_row<FIRST>(1, 0) * ROW, to_other = weight_row<FIRST>(0, 8) * ROW;
   Ring ring;
   for_passes<GRANULES>(plan, [&](const Pass& pass) {
-    const u8* from = weight + ((long long)pass.expert * WIDTH + weight_row<FIRST>(pass.granule, r)) * ROW + (thread & 7) * 16;
-    const long long step = (weight_row<FIRST>(1, 0) - weight_row<FIRST>(0, 0)) * ROW;
+    const u8* from = weight + ((long long)plan.active[pass.rank] * WIDTH + weight_row<FIRST>(pass.granule, r)) * ROW + (thread & 7) * 16;
+    const u8* from_next = from;
+    if (pass.split < pass.size)
+      from_next = weight + ((long long)plan.active[pass.rank + 1] * WIDTH + weight_row<FIRST>(0, r)) * ROW + (thread & 7) * 16 - pass.split * step;
     const float* from_scale = scale;
     if (FP8 && thread < 2 * pass.size) {
-      const int row = weight_row<FIRST>(pass.granule + thread / 2, thread % 2 * 8);
-      from_scale += ((long long)pass.expert * SCALE_ROWS + row / BLOCK) * SCALE_COLUMNS;
+      const int g = thread / 2, next = g >= pass.split;
+      const int row = weight_row<FIRST>(next ? g - pass.split : pass.granule + g, thread % 2 * 8);
+      from_scale += ((long long)plan.active[pass.rank + next] * SCALE_ROWS + row / BLOCK) * SCALE_COLUMNS;
     }
     for (int k = 0; k < DEPTH; k += CHUNK) {
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
-      const u32 stage = stages + ring.stage * STAGE_BYTES;
+      const u32 stage = stages + ring.stage * STAGE_BYTES + to;
 #pragma unroll
-      for (int j = 0; j < CONSUMERS; ++j)
-        if (j < pass.size) copy16(stage + to + j * (GRANULE * CHUNK_BYTES), from + j * step);
+      for (int j = 0; j < CONSUMERS; ++j) {
+        if (j < pass.size) {
+          const u8* granule = (j < pass.split ? from : from_next) + j * step;
+          copy16(stage + j * (GRANULE * CHUNK_BYTES), granule);
+          copy16(stage + j * (GRANULE * CHUNK_BYTES) + 8 * CHUNK_BYTES, granule + to_other);
+        }
+      }
       if (FP8 && thread < 2 * pass.size)
-        copy4(stage + WEIGHT_BYTES + ROWS * ROW_BYTES + thread * 4, from_scale + k / BLOCK);
+        copy4(stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES + ROWS * ROW_BYTES + thread * 4, from_scale + k / BLOCK);
       barrier_arrive_after_copies(&plan.full[ring.stage]);
       from += CHUNK_BYTES;
+      from_next += CHUNK_BYTES;
       ring.next();
     }
   });
@@ -264,15 +277,15 @@ template <bool FIRST>
 __device__ __forceinline__ void load_rows(Plan& plan, u32 stages, const u8* x) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
-  constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = 32 / PIECES;
-  const int lane = threadIdx.x & 31, piece = lane % PIECES;
+  constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = ROW_LOADERS * 32 / PIECES;
+  const int thread = threadIdx.x - (CONSUMERS + LOADERS) * 32, piece = thread % PIECES;
   Ring ring;
   for_passes<GRANULES>(plan, [&](const Pass& pass) {
     for (int k = 0; k < DEPTH; k += CHUNK) {
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
       const u32 stage = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll 2
-      for (int row = lane / PIECES; row < pass.rows; row += AT_ONCE) {
+      for (int row = thread / PIECES; row < pass.rows; row += AT_ONCE) {
         const int slot = plan.list[pass.row + row];
         const u8* from = x + ((long long)(FIRST ? slot / TOP_K : slot) * DEPTH + k) * 2 + piece * 16;
         copy16(stage + row * ROW_BYTES + (piece / 8) * 128 + swizzled(row & 7, piece % 8), from);
@@ -290,9 +303,9 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 from) {
 
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if HALF
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #endif
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -308,91 +321,112 @@ __device__ __forceinline__ u32 widen(u32 x, int first) {
 }
 #endif
 
-// c += a stage's 16 weight rows of this warp times its activations.
+// c += a stage's 16 weight rows, from w, times its activations, from x. Loads come first: they take longest.
 template <int NT>
-__device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 stage, int warp, int lane) {
-  const u32 w = stage + warp * (GRANULE * CHUNK_BYTES), x = stage + WEIGHT_BYTES;
+__device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 w, u32 x, int row, u32 scales, int lane) {
+  constexpr int GROUP = NT < 4 ? NT : 4;
 #if FP8
   // Lane 4 g + t has columns 8 t to 8 t + 7 of 32; the sum over columns does not mind that the hardware has others there.
   const int g = lane >> 2, t = lane & 3;
   float p[NT][4] = {};
+  u32 raw[4][2][2];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    u32 a[2][2];
+  for (int k = 0; k < 4; ++k)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(a[h][0]), "=r"(a[h][1])
+      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(raw[k][h][0]), "=r"(raw[k][h][1])
                    : "r"(w + (g + 8 * h) * CHUNK_BYTES + swizzled(g, k * 2 + (t >> 1)) + (t & 1) * 8));
+  float scale[2];
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scale[0]), "=f"(scale[1]) : "r"(scales));
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      u32 b[4];
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                   : "r"(x + (n * 8 + g) * ROW_BYTES + (k >> 1) * 128 + swizzled(g, (k & 1) * 4 + t)));
-      multiply(p[n], widen(a[0][0], 0), widen(a[1][0], 0), widen(a[0][0], 2), widen(a[1][0], 2), b[0], b[1]);
-      multiply(p[n], widen(a[0][1], 0), widen(a[1][1], 0), widen(a[0][1], 2), widen(a[1][1], 2), b[2], b[3]);
+  for (int k = 0; k < 4; ++k) {
+    u32 a[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int q = 0; q < 4; ++q) a[i][q] = widen(raw[k][q & 1][i], q & 2);
+#pragma unroll
+    for (int from = 0; from < NT; from += GROUP) {
+      u32 b[GROUP][4];
+#pragma unroll
+      for (int n = 0; n < GROUP; ++n)
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3])
+                     : "r"(x + (row + (from + n) * 8 + g) * ROW_BYTES + (k >> 1) * 128 + swizzled((row + g) & 7, (k & 1) * 4 + t)));
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int n = 0; n < GROUP; ++n)
+          multiply(p[from + n], a[i][0], a[i][1], a[i][2], a[i][3], b[n][2 * i], b[n][2 * i + 1]);
     }
   }
-  float scale[2];
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scale[0]), "=f"(scale[1])
-               : "r"(x + ROWS * ROW_BYTES + warp * 8));
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) c[n][i] += scale[i >> 1] * p[n][i];
 #else
+  u32 a[4][4];
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    u32 a[2][4];
+  for (int k = 0; k < 4; ++k) load_matrices(a[k], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 2 + (lane >> 4)));
+  const int mine = row + (lane & 7);
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      load_matrices(a[h], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 4 + h * 2 + (lane >> 4)));
+  for (int k = 0; k < 2; ++k)
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      u32 b[4];
-      load_matrices(b, x + (n * 8 + (lane & 7)) * ROW_BYTES + swizzled(lane & 7, k * 4 + (lane >> 3)));
-      multiply(c[n], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
-      multiply(c[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
+    for (int from = 0; from < NT; from += GROUP) {
+      u32 b[GROUP][4];
+#pragma unroll
+      for (int n = 0; n < GROUP; ++n)
+        load_matrices(b[n], x + (mine + (from + n) * 8) * ROW_BYTES + swizzled(mine & 7, k * 4 + (lane >> 3)));
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int n = 0; n < GROUP; ++n)
+          multiply(c[from + n], a[2 * k + i][0], a[2 * k + i][1], a[2 * k + i][2], a[2 * k + i][3], b[n][2 * i], b[n][2 * i + 1]);
     }
-  }
 #endif
 }
 
+// What one warp does in a pass: granule `granule` of an expert, for `rows` slots from list[first], which are the rows from
+// `row` of the stages.
+struct Share {
+  int expert, granule, first, row, rows;
+};
+
 template <bool FIRST, int NT>
-__device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Pass& pass, const u16* bias,
+__device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias,
                                               const void* weights, void* out) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   float c[NT][4] = {};
 #pragma unroll 1
   for (int k = 0; k < DEPTH; k += CHUNK) {
+    const u32 stage = stages + ring.stage * STAGE_BYTES, x = stage + WEIGHT_BYTES;
     barrier_wait(&plan.full[ring.stage], ring.phase);
-    if (warp < pass.size) multiply_stage<NT>(c, stages + ring.stage * STAGE_BYTES, warp, lane);
+    if (mine.rows > 0) multiply_stage<NT>(c, stage + warp * (GRANULE * CHUNK_BYTES), x, mine.row, x + ROWS * ROW_BYTES + warp * 8, lane);
     __syncwarp();
     if (lane == 0) barrier_arrive(&plan.empty[ring.stage]);
     ring.next();
   }
-  if (warp >= pass.size) return;
-  const int granule = pass.granule + warp;
+  if (mine.rows == 0) return;
   float b[2] = {0.0f, 0.0f};
   if (BIAS)
-    for (int h = 0; h < 2; ++h) b[h] = to_float(bias[(long long)pass.expert * WIDTH + weight_row<FIRST>(granule, g + 8 * h)]);
+    for (int h = 0; h < 2; ++h) b[h] = to_float(bias[(long long)mine.expert * WIDTH + weight_row<FIRST>(mine.granule, g + 8 * h)]);
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = n * 8 + 2 * t + i;
-      if (row >= pass.rows) continue;
-      const int slot = plan.list[pass.row + row];
+      if (row >= mine.rows) continue;
+      const int slot = plan.list[mine.first + row];
       const float lower = c[n][i] + b[0], upper = c[n][2 + i] + b[1];
       if (!FIRST) {
         const float weight = routing_weight(weights, slot);
-        float* to = (float*)out + (long long)slot * HIDDEN + granule * GRANULE + g;
+        float* to = (float*)out + (long long)slot * HIDDEN + mine.granule * GRANULE + g;
         to[0] = weight * lower;
         to[8] = weight * upper;
       } else if (GATED) {
-        ((u16*)out)[(long long)slot * INNER + granule * 8 + g] = from_float(combine(lower, upper));
+        ((u16*)out)[(long long)slot * INNER + mine.granule * 8 + g] = from_float(combine(lower, upper));
       } else {
-        u16* to = (u16*)out + (long long)slot * INNER + granule * GRANULE + g;
+        u16* to = (u16*)out + (long long)slot * INNER + mine.granule * GRANULE + g;
         to[0] = from_float(activate(lower));
         to[8] = from_float(activate(upper));
       }
@@ -402,13 +436,18 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
 template <bool FIRST>
 __device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* bias, const void* weights, void* out) {
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
+  const int warp = threadIdx.x >> 5;
   Ring ring;
   for_passes<GRANULES>(plan, [&](const Pass& pass) {
-    if (ROWS == 8 || pass.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, pass, bias, weights, out);
-    else if (ROWS == 16 || pass.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, pass, bias, weights, out);
-    else if (ROWS == 32 || pass.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, pass, bias, weights, out);
-    else if (pass.rows <= 48) multiply_pass<FIRST, 6>(plan, stages, ring, pass, bias, weights, out);
-    else multiply_pass<FIRST, 8>(plan, stages, ring, pass, bias, weights, out);
+    const bool next = warp >= pass.split;
+    const int row = next ? pass.split_rows : 0;
+    const Share mine{plan.active[pass.rank + (warp < pass.size && next)], next ? warp - pass.split : pass.granule + warp, pass.row + row, row,
+                     warp >= pass.size ? 0 : next ? pass.rows - row : pass.split_rows};
+    if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, weights, out);
+    else if (ROWS == 16 || mine.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, weights, out);
+    else if (mine.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, weights, out);
+    else if (ROWS == 32 || mine.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, weights, out);
+    else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, weights, out);
   });
 }
 

@@ -11,7 +11,7 @@ from . import nvrtc
 from .reference import gate_width
 
 # Numbers of `stream.cu`.
-THREADS = 13 * 32
+THREADS = 12 * 32
 WEIGHT_BYTES = 16384
 # Two blocks of a multiprocessor, one of each projection, and a block of the sum: 228 KiB less 1 KiB that each takes beside.
 SHARED_BYTES = 112 * 1024
@@ -39,8 +39,8 @@ class Stream:
 
     @property
     def plan_bytes(self) -> int:
-        """At least the size of `Plan`."""
-        return 10 * self.experts + 2 * self.max_slots + 256
+        """At least the size of `Plan`, and what the last tile of 8 rows may read beyond the last stage."""
+        return 10 * self.experts + 2 * self.max_slots + 256 + 7 * 256
 
     @property
     def stage_bytes(self) -> int:
@@ -116,11 +116,16 @@ def launch_stream(
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     grid = (torch.cuda.get_device_properties(hidden.device).multi_processor_count, 1)
     nvrtc.launch(gate_up_function, grid, THREADS, stream.shared_bytes,
-                 (hidden, gate_up, gate_up_scale, gate_up_bias, topk_ids, act, num_slots), early=FIRST_EARLY)  # fmt: skip
+                 (hidden, gate_up, gate_up_scale, gate_up_bias, topk_ids, act, num_slots), early=False)  # fmt: skip
+    if PARTS == 1:
+        return out
     nvrtc.launch(down_function, grid, THREADS, stream.shared_bytes,
-                 (act, down, down_scale, down_bias, topk_ids, topk_weights, slots, num_slots), early=True)  # fmt: skip
-    nvrtc.launch(sum_function, (-(-stream.hidden // 512), num_tokens), 128, 0, (slots, topk_ids, out), early=True)
+                 (act, down, down_scale, down_bias, topk_ids, topk_weights, slots, num_slots), early=EARLY)  # fmt: skip
+    if PARTS == 2:
+        return out
+    nvrtc.launch(sum_function, (-(-stream.hidden // 512), num_tokens), 128, 0, (slots, topk_ids, out), early=EARLY)
     return out
 
 
-FIRST_EARLY = False
+EARLY = True
+PARTS = 3
