@@ -59,6 +59,15 @@ __device__ __forceinline__ void barrier_arrive_after_copies(u64* b) {
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void copy_weights(u32 to, const void* from) {
+#if PREFETCH == 256
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#elif PREFETCH == 128
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
@@ -189,6 +198,7 @@ __device__ __forceinline__ void make_plan(Plan& plan, const void* ids, int num_s
 // from its start. Of `rows` slots, from list[row], the first `split_rows` are the first expert's.
 struct Pass {
   int rank, granule, size, split, row, rows, split_rows;
+  bool is_last;
 };
 
 // Calls f(pass) for each pass of this block: the same sequence in every warp.
@@ -203,10 +213,11 @@ __device__ __forceinline__ void for_passes(const Plan& plan, F f) {
     const int here = min(size, GRANULES - granule), first = plan.first[rank], last = plan.first[rank + 1];
     if (size - here > 0 && size - here <= GRANULES && plan.first[rank + 2] - first <= ROWS) {
       // A tile of two experts: one of few granules would have few bytes under way.
-      f(Pass{rank, granule, size, here, first, plan.first[rank + 2] - first, last - first});
+      f(Pass{rank, granule, size, here, first, plan.first[rank + 2] - first, last - first, begin + size >= end});
       begin += size;
     } else {
-      for (int row = first; row < last; row += ROWS) f(Pass{rank, granule, here, here, row, min(last - row, ROWS), min(last - row, ROWS)});
+      for (int row = first; row < last; row += ROWS) f(Pass{rank, granule, here, here, row, min(last - row, ROWS), min(last - row, ROWS),
+                                                               begin + here >= end && row + ROWS >= last});
       begin += here;
     }
   }
@@ -253,14 +264,15 @@ __device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* w
       from_scale += ((long long)plan.active[pass.rank + next] * SCALE_ROWS + row / BLOCK) * SCALE_COLUMNS;
     }
     for (int k = 0; k < DEPTH; k += CHUNK) {
+      if (FIRST && TRIGGER >= 0 && pass.is_last && k == max(0, DEPTH - CHUNK * TRIGGER - CHUNK)) let_next_kernel_start();
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
       const u32 stage = stages + ring.stage * STAGE_BYTES + to;
 #pragma unroll
       for (int j = 0; j < CONSUMERS; ++j) {
         if (j < pass.size) {
           const u8* granule = (j < pass.split ? from : from_next) + j * step;
-          copy16(stage + j * (GRANULE * CHUNK_BYTES), granule);
-          copy16(stage + j * (GRANULE * CHUNK_BYTES) + 8 * CHUNK_BYTES, granule + to_other);
+          copy_weights(stage + j * (GRANULE * CHUNK_BYTES), granule);
+          copy_weights(stage + j * (GRANULE * CHUNK_BYTES) + 8 * CHUNK_BYTES, granule + to_other);
         }
       }
       if (FP8 && thread < 2 * pass.size)
@@ -321,14 +333,13 @@ __device__ __forceinline__ u32 widen(u32 x, int first) {
 }
 #endif
 
-// c += a stage's 16 weight rows, from w, times its activations, from x. Loads come first: they take longest.
-template <int NT>
-__device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 w, u32 x, int row, u32 scales, int lane) {
-  constexpr int GROUP = NT < 4 ? NT : 4;
+// c += a stage's 16 weight rows, from w, times its activations, from x. Calls release() once all is in registers.
+template <int NT, class F>
+__device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
 #if FP8
   // Lane 4 g + t has columns 8 t to 8 t + 7 of 32; the sum over columns does not mind that the hardware has others there.
   const int g = lane >> 2, t = lane & 3;
-  float p[NT][4] = {};
+  float p[2][NT][4] = {};
   u32 raw[4][2][2];
 #pragma unroll
   for (int k = 0; k < 4; ++k)
@@ -338,49 +349,61 @@ __device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 w, u32 x, 
                    : "r"(w + (g + 8 * h) * CHUNK_BYTES + swizzled(g, k * 2 + (t >> 1)) + (t & 1) * 8));
   float scale[2];
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scale[0]), "=f"(scale[1]) : "r"(scales));
+  constexpr int AHEAD = NT == 1 ? 4 : NT == 2 ? 2 : 1;  // steps of 32 columns whose activations are loaded together
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    u32 a[2][4];
+  for (int ahead = 0; ahead < 4; ahead += AHEAD) {
+    u32 b[AHEAD][NT][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
-      for (int q = 0; q < 4; ++q) a[i][q] = widen(raw[k][q & 1][i], q & 2);
+      for (int n = 0; n < NT; ++n)
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(b[k][n][0]), "=r"(b[k][n][1]), "=r"(b[k][n][2]), "=r"(b[k][n][3])
+                     : "r"(x + (row + n * 8 + g) * ROW_BYTES + ((ahead + k) >> 1) * 128 + swizzled((row + g) & 7, ((ahead + k) & 1) * 4 + t)));
+    if (ahead + AHEAD == 4) release();
 #pragma unroll
-    for (int from = 0; from < NT; from += GROUP) {
-      u32 b[GROUP][4];
-#pragma unroll
-      for (int n = 0; n < GROUP; ++n)
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3])
-                     : "r"(x + (row + (from + n) * 8 + g) * ROW_BYTES + (k >> 1) * 128 + swizzled((row + g) & 7, (k & 1) * 4 + t)));
+    for (int k = 0; k < AHEAD; ++k) {
+      u32 a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int n = 0; n < GROUP; ++n)
-          multiply(p[from + n], a[i][0], a[i][1], a[i][2], a[i][3], b[n][2 * i], b[n][2 * i + 1]);
+        for (int q = 0; q < 4; ++q) a[i][q] = widen(raw[ahead + k][q & 1][i], q & 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+          multiply(p[NT <= 2 ? i : 0][n], a[i][0], a[i][1], a[i][2], a[i][3], b[k][n][2 * i], b[k][n][2 * i + 1]);
     }
   }
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] += scale[i >> 1] * p[n][i];
+    for (int i = 0; i < 4; ++i) c[n][i] += scale[i >> 1] * (NT <= 2 ? p[0][n][i] + p[1][n][i] : p[0][n][i]);
 #else
   u32 a[4][4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) load_matrices(a[k], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 2 + (lane >> 4)));
   const int mine = row + (lane & 7);
+  constexpr int AHEAD = NT <= 3 ? 2 : 1, GROUP = NT < 4 ? NT : 4;
 #pragma unroll
-  for (int k = 0; k < 2; ++k)
+  for (int ahead = 0; ahead < 2; ahead += AHEAD)
 #pragma unroll
     for (int from = 0; from < NT; from += GROUP) {
-      u32 b[GROUP][4];
+      u32 b[AHEAD][GROUP][4];
 #pragma unroll
-      for (int n = 0; n < GROUP; ++n)
-        load_matrices(b[n], x + (mine + (from + n) * 8) * ROW_BYTES + swizzled(mine & 7, k * 4 + (lane >> 3)));
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
         for (int n = 0; n < GROUP; ++n)
-          multiply(c[from + n], a[2 * k + i][0], a[2 * k + i][1], a[2 * k + i][2], a[2 * k + i][3], b[n][2 * i], b[n][2 * i + 1]);
+          load_matrices(b[k][n], x + (mine + (from + n) * 8) * ROW_BYTES + swizzled(mine & 7, (ahead + k) * 4 + (lane >> 3)));
+      if (ahead + AHEAD == 2 && from + GROUP >= NT) release();
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int n = 0; n < GROUP; ++n) {
+            const u32(&w4)[4] = a[2 * (ahead + k) + i];
+            multiply(c[from + n], w4[0], w4[1], w4[2], w4[3], b[k][n][2 * i], b[k][n][2 * i + 1]);
+          }
     }
 #endif
 }
@@ -401,9 +424,13 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
   for (int k = 0; k < DEPTH; k += CHUNK) {
     const u32 stage = stages + ring.stage * STAGE_BYTES, x = stage + WEIGHT_BYTES;
     barrier_wait(&plan.full[ring.stage], ring.phase);
-    if (mine.rows > 0) multiply_stage<NT>(c, stage + warp * (GRANULE * CHUNK_BYTES), x, mine.row, x + ROWS * ROW_BYTES + warp * 8, lane);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&plan.empty[ring.stage]);
+    u64* empty = &plan.empty[ring.stage];
+    auto release = [&] {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty);
+    };
+    if (mine.rows > 0) multiply_stage<NT>(c, stage + warp * (GRANULE * CHUNK_BYTES), x, mine.row, x + ROWS * ROW_BYTES + warp * 8, lane, release);
+    else release();
     ring.next();
   }
   if (mine.rows == 0) return;
@@ -460,7 +487,7 @@ __device__ __forceinline__ void project(const u8* x, const u8* weight, const flo
   const u32 stages = shared_address(shared);
   // Blocks of the second projection start when the first has got here, so that ids are complete for them as well.
   if (FIRST) wait_for_earlier_kernels();
-  let_next_kernel_start();
+  if (!FIRST || TRIGGER < 0 || threadIdx.x < CONSUMERS * 32 || threadIdx.x >= (CONSUMERS + LOADERS) * 32) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
   if (warp < CONSUMERS) {

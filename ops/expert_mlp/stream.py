@@ -36,6 +36,8 @@ class Stream:
     half: bool
     fp8: bool
     weights: int
+    trigger: int = -1
+    prefetch: int = 0
 
     @property
     def plan_bytes(self) -> int:
@@ -65,7 +67,7 @@ class Stream:
             ("ROWS", self.rows), ("STAGES", self.stages), ("MAX_SLOTS", self.max_slots), ("IDS64", int(self.ids64)),
             ("GATED", int(gate_width(self.activation) == 2)), ("INTERLEAVED", int(self.interleaved)),
             ("ACTIVATION", _ACTIVATIONS.index(name)), ("BIAS", int(self.bias)), ("HALF", int(self.half)),
-            ("FP8", int(self.fp8)), ("WEIGHTS", self.weights),
+            ("FP8", int(self.fp8)), ("WEIGHTS", self.weights), ("TRIGGER", self.trigger), ("PREFETCH", self.prefetch),
         ]  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def launch_stream(
         rows=rows or rows_of(num_slots, fp8), max_slots=max(64, 1 << (num_slots - 1).bit_length()),
         ids64=topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         bias=gate_up_bias is not None, half=hidden.dtype == torch.float16, fp8=fp8,
-        weights=_WEIGHTS[topk_weights.dtype],
+        weights=_WEIGHTS[topk_weights.dtype], trigger=TRIGGER, prefetch=PREFETCH,
     )  # fmt: skip
     gate_up_function, down_function, sum_function = functions(stream, hidden.device.index)
     act = torch.empty((num_slots, stream.inner), dtype=hidden.dtype, device=hidden.device)
@@ -129,3 +131,5 @@ def launch_stream(
 
 EARLY = True
 PARTS = 3
+TRIGGER = -1
+PREFETCH = 0
