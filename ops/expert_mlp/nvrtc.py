@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
@@ -88,8 +89,9 @@ def load_functions(code: bytes, names: Sequence[str], shared_bytes: int) -> list
     for name in names:
         function = ctypes.c_void_p()
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
-        attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "cuFuncSetAttribute")
+        # Kernels overlap only where none of them has asked for a larger L1 cache at the cost of shared memory.
+        for attribute, value in ((_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes), (_PREFERRED_SHARED_MEMORY_CARVEOUT, CARVEOUT)):
+            _check(driver.cuFuncSetAttribute(function, attribute, value), "cuFuncSetAttribute")
         functions.append(function)
     return functions
 
@@ -114,3 +116,6 @@ def launch(
         torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), int(early),
     )  # fmt: skip
     _check(_library().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "cuLaunchKernelEx")
+
+
+CARVEOUT = 100

@@ -38,6 +38,8 @@ class Stream:
     weights: int
     trigger: int = -1
     prefetch: int = 0
+    shared: int = 0
+    carveout: int = 100
 
     @property
     def plan_bytes(self) -> int:
@@ -52,7 +54,7 @@ class Stream:
     @property
     def stages(self) -> int:
         """As many as fit."""
-        return (SHARED_BYTES - self.plan_bytes) // self.stage_bytes
+        return ((self.shared or SHARED_BYTES) - self.plan_bytes) // self.stage_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -110,7 +112,7 @@ def launch_stream(
         rows=rows or rows_of(num_slots, fp8), max_slots=max(64, 1 << (num_slots - 1).bit_length()),
         ids64=topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         bias=gate_up_bias is not None, half=hidden.dtype == torch.float16, fp8=fp8,
-        weights=_WEIGHTS[topk_weights.dtype], trigger=TRIGGER, prefetch=PREFETCH,
+        weights=_WEIGHTS[topk_weights.dtype], trigger=TRIGGER, prefetch=PREFETCH, shared=SHARED, carveout=nvrtc.CARVEOUT,
     )  # fmt: skip
     gate_up_function, down_function, sum_function = functions(stream, hidden.device.index)
     act = torch.empty((num_slots, stream.inner), dtype=hidden.dtype, device=hidden.device)
@@ -133,3 +135,4 @@ EARLY = True
 PARTS = 3
 TRIGGER = -1
 PREFETCH = 0
+SHARED = 0
