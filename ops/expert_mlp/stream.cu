@@ -16,7 +16,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int CONSUMERS = 8, LOADERS = 2, ROW_LOADERS = 2;
-constexpr int THREADS = (CONSUMERS + LOADERS + ROW_LOADERS) * 32;
+constexpr int MULTIPLIERS = CONSUMERS * GROUPS;           // warps that multiply: each group has every GROUPS-th stage
+constexpr int THREADS = (MULTIPLIERS + LOADERS + ROW_LOADERS) * 32;
 // A granule is 16 weight rows, one tensor core instruction's: 8 of gate and 8 of up, or 16 of one kind.
 constexpr int GRANULE = 16;
 constexpr int CHUNK_BYTES = 128;                            // of a weight row, a stage
@@ -28,14 +29,17 @@ constexpr int STAGE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES + SCALE_BYTES;
 constexpr int COLUMNS = GATED ? 2 * INNER : INNER;
 constexpr int BLOCK = 128;                                  // rows and columns of one FP8 scale
 
-struct Plan {
+struct __align__(16) Plan {
   u64 full[STAGES], empty[STAGES];
-  int count[EXPERTS];                                       // slots of an expert, then where the next one goes
+  int count[EXPERTS];                                       // slots of an expert, then where its first one is in list
   int first[EXPERTS + 1];                                   // in list, by rank of the active expert
   u16 active[EXPERTS];
   u16 list[MAX_SLOTS];                                      // slots by expert
+  u16 place[MAX_SLOTS];                                     // of a slot among its expert's
   int num_active;
 };
+
+extern __shared__ __align__(1024) u8 shared[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -152,9 +156,16 @@ __device__ __forceinline__ void make_plan(Plan& plan, const void* ids, int num_s
     }
   }
   __syncthreads();
-  for (int slot = thread; slot < num_slots; slot += THREADS) {
-    long long e = id_of(ids, slot);
-    if (e >= 0 && e < EXPERTS) atomicAdd(&plan.count[e], 1);
+  for (int start = 0; start < num_slots; start += THREADS) {
+    const int slot = start + thread;
+    const long long e = slot < num_slots ? id_of(ids, slot) : -1;
+    const bool named = e >= 0 && e < EXPERTS;
+    // One addition for all slots of a warp that name the same expert.
+    const u32 same = __match_any_sync(~0u, named ? (int)e : -1);
+    int place = 0;
+    if (named && lane == __ffs(same) - 1) place = atomicAdd(&plan.count[e], __popc(same));
+    place = __shfl_sync(~0u, place, __ffs(same) - 1) + __popc(same & ((1u << lane) - 1));
+    if (slot < num_slots) plan.place[slot] = place;
   }
   __syncthreads();
   if (thread < 32) {
@@ -189,7 +200,7 @@ __device__ __forceinline__ void make_plan(Plan& plan, const void* ids, int num_s
   // In no fixed order, which no result depends on: every slot has a column of its own.
   for (int slot = thread; slot < num_slots; slot += THREADS) {
     long long e = id_of(ids, slot);
-    if (e >= 0 && e < EXPERTS) plan.list[atomicAdd(&plan.count[e], 1)] = slot;
+    if (e >= 0 && e < EXPERTS) plan.list[plan.count[e] + plan.place[slot]] = slot;
   }
   __syncthreads();
 }
@@ -248,7 +259,7 @@ __device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* w
   constexpr long long ROW = (long long)DEPTH * (FP8 ? 1 : 2);
   constexpr int SCALE_ROWS = (WIDTH + BLOCK - 1) / BLOCK, SCALE_COLUMNS = (DEPTH + BLOCK - 1) / BLOCK;
   // A thread copies one piece of rows r and r + 8 of each granule.
-  const int thread = threadIdx.x - CONSUMERS * 32, r = thread >> 3;
+  const int thread = threadIdx.x - MULTIPLIERS * 32, r = thread >> 3;
   const u32 to = r * CHUNK_BYTES + swizzled(r, thread & 7);
   const long long step = weight_row<FIRST>(1, 0) * ROW, to_other = weight_row<FIRST>(0, 8) * ROW;
   Ring ring;
@@ -264,6 +275,16 @@ __device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* w
       from_scale += ((long long)plan.active[pass.rank + next] * SCALE_ROWS + row / BLOCK) * SCALE_COLUMNS;
     }
     for (int k = 0; k < DEPTH; k += CHUNK) {
+      if (!FIRST && FETCH_STAGES && k == STAGES * CHUNK && ring.phase == 1 && ring.stage == 0) {
+        // The ring is full, and nothing can be multiplied before the first projection is done: keep the memory busy.
+        const int ahead = thread & 7;
+        if (ahead < FETCH_STAGES && k + ahead * CHUNK < DEPTH)
+          for (int j = 0; j < pass.size; ++j) {
+            const u8* line = (j < pass.split ? from : from_next) + j * step + ahead * CHUNK_BYTES - (thread & 7) * 16;
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(line + to_other));
+          }
+      }
       if (FIRST && TRIGGER >= 0 && pass.is_last && k == max(0, DEPTH - CHUNK * TRIGGER - CHUNK)) let_next_kernel_start();
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
       const u32 stage = stages + ring.stage * STAGE_BYTES + to;
@@ -290,7 +311,7 @@ __device__ __forceinline__ void load_rows(Plan& plan, u32 stages, const u8* x) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
   constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = ROW_LOADERS * 32 / PIECES;
-  const int thread = threadIdx.x - (CONSUMERS + LOADERS) * 32, piece = thread % PIECES;
+  const int thread = threadIdx.x - (MULTIPLIERS + LOADERS) * 32, piece = thread % PIECES;
   Ring ring;
   for_passes<GRANULES>(plan, [&](const Pass& pass) {
     for (int k = 0; k < DEPTH; k += CHUNK) {
@@ -418,10 +439,15 @@ template <bool FIRST, int NT>
 __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias,
                                               const void* weights, void* out) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = (threadIdx.x >> 5) % CONSUMERS, group = (threadIdx.x >> 5) / CONSUMERS;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   float c[NT][4] = {};
 #pragma unroll 1
   for (int k = 0; k < DEPTH; k += CHUNK) {
+    if (GROUPS == 2 && (ring.stage & 1) != group) {
+      ring.next();
+      continue;
+    }
     const u32 stage = stages + ring.stage * STAGE_BYTES, x = stage + WEIGHT_BYTES;
     barrier_wait(&plan.full[ring.stage], ring.phase);
     u64* empty = &plan.empty[ring.stage];
@@ -434,6 +460,18 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
     ring.next();
   }
   if (mine.rows == 0) return;
+  if (GROUPS == 2) {
+    float* sums = (float*)(shared + STAGES * STAGE_BYTES + sizeof(Plan)) + (warp * (ROWS / 8) * 4) * 32 + lane;
+    if (group == 1)
+#pragma unroll
+      for (int i = 0; i < NT * 4; ++i) sums[i * 32] = c[i / 4][i % 4];
+    asm volatile("bar.sync %0, 64;" ::"r"(warp + 1) : "memory");
+    if (group == 0)
+#pragma unroll
+      for (int i = 0; i < NT * 4; ++i) c[i / 4][i % 4] += sums[i * 32];
+    asm volatile("bar.sync %0, 64;" ::"r"(warp + 1) : "memory");
+    if (group == 1) return;
+  }
   float b[2] = {0.0f, 0.0f};
   if (BIAS)
     for (int h = 0; h < 2; ++h) b[h] = to_float(bias[(long long)mine.expert * WIDTH + weight_row<FIRST>(mine.granule, g + 8 * h)]);
@@ -463,7 +501,7 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
 template <bool FIRST>
 __device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* bias, const void* weights, void* out) {
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
-  const int warp = threadIdx.x >> 5;
+  const int warp = (threadIdx.x >> 5) % CONSUMERS;
   Ring ring;
   for_passes<GRANULES>(plan, [&](const Pass& pass) {
     const bool next = warp >= pass.split;
@@ -478,8 +516,6 @@ __device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* 
   });
 }
 
-extern __shared__ __align__(1024) u8 shared[];
-
 template <bool FIRST>
 __device__ __forceinline__ void project(const u8* x, const u8* weight, const float* scale, const u16* bias,
                                         const void* ids, const void* weights, void* out, int num_slots) {
@@ -487,12 +523,12 @@ __device__ __forceinline__ void project(const u8* x, const u8* weight, const flo
   const u32 stages = shared_address(shared);
   // Blocks of the second projection start when the first has got here, so that ids are complete for them as well.
   if (FIRST) wait_for_earlier_kernels();
-  if (!FIRST || TRIGGER < 0 || threadIdx.x < CONSUMERS * 32 || threadIdx.x >= (CONSUMERS + LOADERS) * 32) let_next_kernel_start();
+  if (!FIRST || TRIGGER < 0 || threadIdx.x < MULTIPLIERS * 32 || threadIdx.x >= (MULTIPLIERS + LOADERS) * 32) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
-  if (warp < CONSUMERS) {
+  if (warp < MULTIPLIERS) {
     multiply_all<FIRST>(plan, stages, bias, weights, out);
-  } else if (warp < CONSUMERS + LOADERS) {
+  } else if (warp < MULTIPLIERS + LOADERS) {
     load_weights<FIRST>(plan, stages, weight, scale);
   } else {
     if (!FIRST) wait_for_earlier_kernels();
@@ -501,13 +537,13 @@ __device__ __forceinline__ void project(const u8* x, const u8* weight, const flo
 }
 
 // act [T * K, INNER] in the dtype of x.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) gate_up(const u8* x, const u8* weight, const float* scale,
+extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) gate_up(const u8* x, const u8* weight, const float* scale,
                                                                  const u16* bias, const void* ids, void* act, int num_slots) {
   project<true>(x, weight, scale, bias, ids, nullptr, act, num_slots);
 }
 
 // rows [T * K, HIDDEN] in fp32, times the routing weight; those of slots of no expert stay unwritten.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) down(const u8* act, const u8* weight, const float* scale,
+extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) down(const u8* act, const u8* weight, const float* scale,
                                                               const u16* bias, const void* ids, const void* weights,
                                                               void* rows, int num_slots) {
   project<false>(act, weight, scale, bias, ids, weights, rows, num_slots);

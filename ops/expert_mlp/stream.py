@@ -40,11 +40,13 @@ class Stream:
     prefetch: int = 0
     shared: int = 0
     carveout: int = 100
+    groups: int = 1
+    ahead: int = 0
 
     @property
     def plan_bytes(self) -> int:
         """At least the size of `Plan`, and what the last tile of 8 rows may read beyond the last stage."""
-        return 10 * self.experts + 2 * self.max_slots + 256 + 7 * 256
+        return 10 * self.experts + 4 * self.max_slots + 256 + 7 * 256 + (512 * self.rows if self.groups == 2 else 0)
 
     @property
     def stage_bytes(self) -> int:
@@ -54,7 +56,8 @@ class Stream:
     @property
     def stages(self) -> int:
         """As many as fit."""
-        return ((self.shared or SHARED_BYTES) - self.plan_bytes) // self.stage_bytes
+        most = ((226 * 1024 if self.groups == 2 else SHARED_BYTES) - self.plan_bytes) // self.stage_bytes
+        return most // self.groups * self.groups
 
     @property
     def shared_bytes(self) -> int:
@@ -69,7 +72,7 @@ class Stream:
             ("ROWS", self.rows), ("STAGES", self.stages), ("MAX_SLOTS", self.max_slots), ("IDS64", int(self.ids64)),
             ("GATED", int(gate_width(self.activation) == 2)), ("INTERLEAVED", int(self.interleaved)),
             ("ACTIVATION", _ACTIVATIONS.index(name)), ("BIAS", int(self.bias)), ("HALF", int(self.half)),
-            ("FP8", int(self.fp8)), ("WEIGHTS", self.weights), ("TRIGGER", self.trigger), ("PREFETCH", self.prefetch),
+            ("FP8", int(self.fp8)), ("WEIGHTS", self.weights), ("TRIGGER", self.trigger), ("PREFETCH", self.prefetch), ("GROUPS", self.groups), ("FETCH_STAGES", self.ahead),
         ]  # fmt: skip
 
 
@@ -109,21 +112,22 @@ def launch_stream(
     fp8 = gate_up_scale is not None
     stream = Stream(
         experts=down.shape[0], top_k=top_k, hidden=hidden.shape[1], inner=down.shape[2],
-        rows=rows or rows_of(num_slots, fp8), max_slots=max(64, 1 << (num_slots - 1).bit_length()),
+        rows=rows or rows_of(num_slots, fp8), max_slots=512 if num_slots <= 512 else 4096,
         ids64=topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         bias=gate_up_bias is not None, half=hidden.dtype == torch.float16, fp8=fp8,
-        weights=_WEIGHTS[topk_weights.dtype], trigger=TRIGGER, prefetch=PREFETCH, shared=SHARED, carveout=nvrtc.CARVEOUT,
+        weights=_WEIGHTS[topk_weights.dtype], trigger=TRIGGER, prefetch=PREFETCH, shared=SHARED, carveout=nvrtc.CARVEOUT, groups=GROUPS, ahead=AHEAD,
     )  # fmt: skip
     gate_up_function, down_function, sum_function = functions(stream, hidden.device.index)
     act = torch.empty((num_slots, stream.inner), dtype=hidden.dtype, device=hidden.device)
     slots = torch.empty((num_slots, stream.hidden), dtype=torch.float32, device=hidden.device)
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    threads = (8 * stream.groups + 4) * 32
     grid = (torch.cuda.get_device_properties(hidden.device).multi_processor_count, 1)
-    nvrtc.launch(gate_up_function, grid, THREADS, stream.shared_bytes,
+    nvrtc.launch(gate_up_function, grid, threads, stream.shared_bytes,
                  (hidden, gate_up, gate_up_scale, gate_up_bias, topk_ids, act, num_slots), early=False)  # fmt: skip
     if PARTS == 1:
         return out
-    nvrtc.launch(down_function, grid, THREADS, stream.shared_bytes,
+    nvrtc.launch(down_function, grid, threads, stream.shared_bytes,
                  (act, down, down_scale, down_bias, topk_ids, topk_weights, slots, num_slots), early=EARLY)  # fmt: skip
     if PARTS == 2:
         return out
@@ -136,3 +140,5 @@ PARTS = 3
 TRIGGER = -1
 PREFETCH = 0
 SHARED = 0
+GROUPS = 1
+AHEAD = 0
