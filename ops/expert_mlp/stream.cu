@@ -47,11 +47,8 @@ __device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u64* b, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
-  } while (!done);
+  asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\nDONE:\n}"
+               ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(u64* b) {
   asm volatile("{ .reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0]; }" ::"r"(shared_address(b)) : "memory");
@@ -345,22 +342,30 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
 }
 
 #if FP8
-// Two e4m3 numbers, bytes `first` and `first` + 1 of x, as bf16: exact, their exponents moved by a product with 2^120.
+// Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction moved to their places, and
+// the exponent's bias corrected by a product with 2^120.
 __device__ __forceinline__ u32 widen(u32 x, int first) {
-  u32 y = __byte_perm(x, 0, first == 0 ? 0x1404 : 0x3424);
-  y = (y & 0x80008000u) | ((y & 0x7f007f00u) >> 4);
+  u32 y = __byte_perm(x, 0, first == 0 ? 0x9180 : 0xb3a2);  // each byte with its sign repeated above it
+  y = (y << 4) & 0x87f087f0u;
   asm("mul.bf16x2 %0, %0, %1;" : "+r"(y) : "r"(0x7b807b80u));
   return y;
 }
 #endif
 
+// Independent sums of a warp's tile: a tensor core instruction takes longer than loading its operands, so that with few
+// slots each would wait for the one before.
+template <int NT>
+constexpr int PARTS = NT == 1 ? 4 : NT == 2 ? 2 : 1;
+template <int NT>
+constexpr int SUMS = FP8 ? 1 : PARTS<NT>;  // FP8 adds them up in each stage
+
 // c += a stage's 16 weight rows, from w, times its activations, from x. Calls release() once all is in registers.
 template <int NT, class F>
-__device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
+__device__ __forceinline__ void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
 #if FP8
   // Lane 4 g + t has columns 8 t to 8 t + 7 of 32; the sum over columns does not mind that the hardware has others there.
   const int g = lane >> 2, t = lane & 3;
-  float p[2][NT][4] = {};
+  float p[PARTS<NT>][NT][4] = {};
   u32 raw[4][2][2];
 #pragma unroll
   for (int k = 0; k < 4; ++k)
@@ -392,13 +397,17 @@ __device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 w, u32 x, 
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-          multiply(p[NT <= 2 ? i : 0][n], a[i][0], a[i][1], a[i][2], a[i][3], b[k][n][2 * i], b[k][n][2 * i + 1]);
+          multiply(p[(2 * k + i) % PARTS<NT>][n], a[i][0], a[i][1], a[i][2], a[i][3], b[k][n][2 * i], b[k][n][2 * i + 1]);
     }
   }
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] += scale[i >> 1] * (NT <= 2 ? p[0][n][i] + p[1][n][i] : p[0][n][i]);
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int u = 1; u < PARTS<NT>; ++u) p[0][n][i] += p[u][n][i];
+      c[0][n][i] += scale[i >> 1] * p[0][n][i];
+    }
 #else
   u32 a[4][4];
 #pragma unroll
@@ -422,8 +431,8 @@ __device__ __forceinline__ void multiply_stage(float (&c)[NT][4], u32 w, u32 x, 
         for (int i = 0; i < 2; ++i)
 #pragma unroll
           for (int n = 0; n < GROUP; ++n) {
-            const u32(&w4)[4] = a[2 * (ahead + k) + i];
-            multiply(c[from + n], w4[0], w4[1], w4[2], w4[3], b[k][n][2 * i], b[k][n][2 * i + 1]);
+            const int step = 2 * (ahead + k) + i;
+            multiply(c[step % SUMS<NT>][from + n], a[step][0], a[step][1], a[step][2], a[step][3], b[k][n][2 * i], b[k][n][2 * i + 1]);
           }
     }
 #endif
@@ -436,12 +445,11 @@ struct Share {
 };
 
 template <bool FIRST, int NT>
-__device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias,
-                                              const void* weights, void* out) {
+__device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias, void* out) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
   const int warp = (threadIdx.x >> 5) % CONSUMERS, group = (threadIdx.x >> 5) / CONSUMERS;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  float c[NT][4] = {};
+  float sums[SUMS<NT>][NT][4] = {};
 #pragma unroll 1
   for (int k = 0; k < DEPTH; k += CHUNK) {
     if (GROUPS == 2 && (ring.stage & 1) != group) {
@@ -451,24 +459,30 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
     const u32 stage = stages + ring.stage * STAGE_BYTES, x = stage + WEIGHT_BYTES;
     barrier_wait(&plan.full[ring.stage], ring.phase);
     u64* empty = &plan.empty[ring.stage];
-    auto release = [&] {
+    multiply_stage<NT>(sums, stage + warp * (GRANULE * CHUNK_BYTES), x, mine.row, x + ROWS * ROW_BYTES + warp * 8, lane, [&] {
       __syncwarp();
       if (lane == 0) barrier_arrive(empty);
-    };
-    if (mine.rows > 0) multiply_stage<NT>(c, stage + warp * (GRANULE * CHUNK_BYTES), x, mine.row, x + ROWS * ROW_BYTES + warp * 8, lane, release);
-    else release();
+    });
     ring.next();
   }
-  if (mine.rows == 0) return;
+  float c[NT][4];
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[n][i] = sums[0][n][i];
+#pragma unroll
+      for (int u = 1; u < SUMS<NT>; ++u) c[n][i] += sums[u][n][i];
+    }
   if (GROUPS == 2) {
-    float* sums = (float*)(shared + STAGES * STAGE_BYTES + sizeof(Plan)) + (warp * (ROWS / 8) * 4) * 32 + lane;
+    float* other = (float*)(shared + STAGES * STAGE_BYTES + sizeof(Plan)) + (warp * (ROWS / 8) * 4) * 32 + lane;
     if (group == 1)
 #pragma unroll
-      for (int i = 0; i < NT * 4; ++i) sums[i * 32] = c[i / 4][i % 4];
+      for (int i = 0; i < NT * 4; ++i) other[i * 32] = c[i / 4][i % 4];
     asm volatile("bar.sync %0, 64;" ::"r"(warp + 1) : "memory");
     if (group == 0)
 #pragma unroll
-      for (int i = 0; i < NT * 4; ++i) c[i / 4][i % 4] += sums[i * 32];
+      for (int i = 0; i < NT * 4; ++i) c[i / 4][i % 4] += other[i * 32];
     asm volatile("bar.sync %0, 64;" ::"r"(warp + 1) : "memory");
     if (group == 1) return;
   }
@@ -484,10 +498,9 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
       const int slot = plan.list[mine.first + row];
       const float lower = c[n][i] + b[0], upper = c[n][2 + i] + b[1];
       if (!FIRST) {
-        const float weight = routing_weight(weights, slot);
         float* to = (float*)out + (long long)slot * HIDDEN + mine.granule * GRANULE + g;
-        to[0] = weight * lower;
-        to[8] = weight * upper;
+        to[0] = lower;
+        to[8] = upper;
       } else if (GATED) {
         ((u16*)out)[(long long)slot * INNER + mine.granule * 8 + g] = from_float(combine(lower, upper));
       } else {
@@ -498,8 +511,22 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
     }
 }
 
+// A warp that has no granule of a pass: it only says that it is done with the stages.
 template <bool FIRST>
-__device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* bias, const void* weights, void* out) {
+__device__ __forceinline__ void skip_pass(Plan& plan, Ring& ring) {
+  const int group = (threadIdx.x >> 5) / CONSUMERS;
+#pragma unroll 1
+  for (int k = 0; k < (FIRST ? HIDDEN : INNER); k += CHUNK) {
+    if (GROUPS == 1 || (ring.stage & 1) == group) {
+      barrier_wait(&plan.full[ring.stage], ring.phase);
+      if ((threadIdx.x & 31) == 0) barrier_arrive(&plan.empty[ring.stage]);
+    }
+    ring.next();
+  }
+}
+
+template <bool FIRST>
+__device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
   const int warp = (threadIdx.x >> 5) % CONSUMERS;
   Ring ring;
@@ -508,26 +535,27 @@ __device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* 
     const int row = next ? pass.split_rows : 0;
     const Share mine{plan.active[pass.rank + (warp < pass.size && next)], next ? warp - pass.split : pass.granule + warp, pass.row + row, row,
                      warp >= pass.size ? 0 : next ? pass.rows - row : pass.split_rows};
-    if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, weights, out);
-    else if (ROWS == 16 || mine.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, weights, out);
-    else if (mine.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, weights, out);
-    else if (ROWS == 32 || mine.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, weights, out);
-    else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, weights, out);
+    if (mine.rows == 0) skip_pass<FIRST>(plan, ring);
+    else if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
+    else if (ROWS == 16 || mine.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
+    else if (mine.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
+    else if (ROWS == 32 || mine.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);
+    else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, out);
   });
 }
 
 template <bool FIRST>
 __device__ __forceinline__ void project(const u8* x, const u8* weight, const float* scale, const u16* bias,
-                                        const void* ids, const void* weights, void* out, int num_slots) {
+                                        const void* ids, void* out, int num_slots) {
   Plan& plan = *(Plan*)(shared + STAGES * STAGE_BYTES);
   const u32 stages = shared_address(shared);
   // Blocks of the second projection start when the first has got here, so that ids are complete for them as well.
   if (FIRST) wait_for_earlier_kernels();
-  if (!FIRST || TRIGGER < 0 || threadIdx.x < MULTIPLIERS * 32 || threadIdx.x >= (MULTIPLIERS + LOADERS) * 32) let_next_kernel_start();
+  if (!FIRST || TRIGGER < 0) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
   if (warp < MULTIPLIERS) {
-    multiply_all<FIRST>(plan, stages, bias, weights, out);
+    multiply_all<FIRST>(plan, stages, bias, out);
   } else if (warp < MULTIPLIERS + LOADERS) {
     load_weights<FIRST>(plan, stages, weight, scale);
   } else {
@@ -539,25 +567,26 @@ __device__ __forceinline__ void project(const u8* x, const u8* weight, const flo
 // act [T * K, INNER] in the dtype of x.
 extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) gate_up(const u8* x, const u8* weight, const float* scale,
                                                                  const u16* bias, const void* ids, void* act, int num_slots) {
-  project<true>(x, weight, scale, bias, ids, nullptr, act, num_slots);
+  project<true>(x, weight, scale, bias, ids, act, num_slots);
 }
 
-// rows [T * K, HIDDEN] in fp32, times the routing weight; those of slots of no expert stay unwritten.
+// rows [T * K, HIDDEN] in fp32; those of slots of no expert stay unwritten.
 extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) down(const u8* act, const u8* weight, const float* scale,
-                                                              const u16* bias, const void* ids, const void* weights,
-                                                              void* rows, int num_slots) {
-  project<false>(act, weight, scale, bias, ids, weights, rows, num_slots);
+                                                              const u16* bias, const void* ids, void* rows, int num_slots) {
+  project<false>(act, weight, scale, bias, ids, rows, num_slots);
 }
 
-// out [T, HIDDEN]: the sum of a token's rows in slot order. 4 columns a thread, a token a block row.
-extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, const void* ids, u16* out) {
+// out [T, HIDDEN]: the sum of a token's rows times routing weights, in slot order. 4 columns a thread.
+extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, const void* ids, const void* weights, u16* out) {
   const int token = blockIdx.y, column = (blockIdx.x * 128 + threadIdx.x) * 4;
   if (column >= HIDDEN) return;
   bool named[TOP_K];
+  float weight[TOP_K];
 #pragma unroll
   for (int k = 0; k < TOP_K; ++k) {
     const long long e = id_of(ids, token * TOP_K + k);
     named[k] = e >= 0 && e < EXPERTS;
+    weight[k] = routing_weight(weights, token * TOP_K + k);
   }
   wait_for_earlier_kernels();
   float x[TOP_K][4];
@@ -572,7 +601,7 @@ extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, c
 #pragma unroll
   for (int k = 0; k < TOP_K; ++k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += x[k][i];
+    for (int i = 0; i < 4; ++i) sum[i] += named[k] ? weight[k] * x[k][i] : 0.0f;
   u16* to = out + (long long)token * HIDDEN + column;
   const u32 low = from_float(sum[0]) | (u32)from_float(sum[1]) << 16, high = from_float(sum[2]) | (u32)from_float(sum[3]) << 16;
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(low), "r"(high) : "memory");

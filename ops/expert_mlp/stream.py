@@ -128,10 +128,10 @@ def launch_stream(
     if PARTS == 1:
         return out
     nvrtc.launch(down_function, grid, threads, stream.shared_bytes,
-                 (act, down, down_scale, down_bias, topk_ids, topk_weights, slots, num_slots), early=EARLY)  # fmt: skip
+                 (act, down, down_scale, down_bias, topk_ids, slots, num_slots), early=EARLY)  # fmt: skip
     if PARTS == 2:
         return out
-    nvrtc.launch(sum_function, (-(-stream.hidden // 512), num_tokens), 128, 0, (slots, topk_ids, out), early=EARLY)
+    nvrtc.launch(sum_function, (-(-stream.hidden // 512), num_tokens), 128, 0, (slots, topk_ids, topk_weights, out), early=EARLY)
     return out
 
 
