@@ -28,10 +28,10 @@ class SourceFingerprint:
 
     @functools.cached_property
     def src(self) -> str:
-        """A comment line with the digest of all Python files of this package."""
+        """A comment line with the digest of all source files of this package."""
         digest = hashlib.sha256()
         folder = Path(__file__).parent
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cu")):
             digest.update(str(path.relative_to(folder)).encode())
             digest.update(path.read_bytes())
         return f"# {digest.hexdigest()}"

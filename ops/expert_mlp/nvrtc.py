@@ -90,7 +90,8 @@ def load_functions(code: bytes, names: Sequence[str], shared_bytes: int) -> list
         function = ctypes.c_void_p()
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
         # Kernels overlap only where none of them has asked for a larger L1 cache at the cost of shared memory.
-        for attribute, value in ((_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes), (_PREFERRED_SHARED_MEMORY_CARVEOUT, CARVEOUT)):
+        wanted = {_MAX_DYNAMIC_SHARED_SIZE_BYTES: shared_bytes, _PREFERRED_SHARED_MEMORY_CARVEOUT: 100}
+        for attribute, value in wanted.items():
             _check(driver.cuFuncSetAttribute(function, attribute, value), "cuFuncSetAttribute")
         functions.append(function)
     return functions
@@ -116,6 +117,3 @@ def launch(
         torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), int(early),
     )  # fmt: skip
     _check(_library().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "cuLaunchKernelEx")
-
-
-CARVEOUT = 100

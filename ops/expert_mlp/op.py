@@ -1,14 +1,15 @@
-"""The operator `sere::expert_mlp`: argument checks, shape rule, choice between kernel and reference.
+"""The operator `sere::expert_mlp`: argument checks, shape rule, choice between kernels and reference.
 
 Registered as a `triton_op`: torch.compile sees through it (the kernels on CUDA, ATen elsewhere), torch.export
-keeps it whole.
+keeps it whole. What it decomposes to where CUDA C++ is faster than Triton is an operator of its own,
+`sere::expert_mlp_stream`, which compilers call as it is.
 """
 
 import torch
 from torch import Tensor
 
 from ..registration import register_triton_op
-from .reference import ACTIVATIONS, expert_mlp_reference, gate_width
+from .reference import ACTIVATIONS, SCALE_BLOCK, expert_mlp_reference, gate_width
 
 # Up to here the weights are read once or nearly so; beyond, a matmul that sorts the tokens is better.
 MAX_TOKENS = 256
@@ -45,6 +46,8 @@ def check_arguments(
     activation: str,
     interleaved: bool,
     transposed: bool,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
     if activation not in ACTIVATIONS:
@@ -79,9 +82,31 @@ def check_arguments(
             raise ValueError(f"{name}: expected shape {shape}, got {list(argument.shape)}")
         if argument.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} (of hidden), got {argument.device}")
-    for name, tensor in (("gate_up", gate_up), ("down", down)):
-        if tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}: expected dtype {hidden.dtype} (of hidden), got {tensor.dtype}")
+    if gate_up_scale is None and down_scale is None:
+        for name, tensor in (("gate_up", gate_up), ("down", down)):
+            if tensor.dtype != hidden.dtype:
+                raise TypeError(f"{name}: expected dtype {hidden.dtype} (of hidden), got {tensor.dtype}")
+    else:
+        weights = {"gate_up": (gate_up, gate_up_scale), "down": (down, down_scale)}
+        check_scaled_weights(weights, transposed)
+
+
+def check_scaled_weights(weights: dict[str, tuple[Tensor, Tensor | None]], transposed: bool) -> None:
+    """Raise TypeError or ValueError unless each weight is FP8 and has a scale for each of its blocks."""
+    if transposed:
+        raise ValueError("transposed: expected False with scales, got True")
+    for name, (weight, scale) in weights.items():
+        if weight.dtype != torch.float8_e4m3fn:
+            raise TypeError(f"{name}: expected dtype torch.float8_e4m3fn with scales, got {weight.dtype}")
+        blocks = [weight.shape[0], *(-(-size // SCALE_BLOCK) for size in weight.shape[1:])]
+        if scale is None:
+            raise ValueError(f"{name}_scale: expected shape {blocks}, as the other weight has scales, got None")
+        if list(scale.shape) != blocks:
+            raise ValueError(f"{name}_scale: expected shape {blocks}, got {list(scale.shape)}")
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name}_scale: expected dtype torch.float32, got {scale.dtype}")
+        if scale.device != weight.device:
+            raise ValueError(f"{name}_scale: expected device {weight.device} (of {name}), got {scale.device}")
 
 
 def _expert_mlp(
@@ -95,15 +120,57 @@ def _expert_mlp(
     activation: str = "silu_glu",
     interleaved: bool = False,
     transposed: bool = False,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
-    check_arguments(*tensors, activation, interleaved, transposed)
+    scales = (gate_up_scale, down_scale)
+    check_arguments(*tensors, activation, interleaved, transposed, *scales)
     if hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation):
-        from .kernel import device_guard, launch_expert_mlp
+        from .stream import Call, takes
 
-        with device_guard(hidden):
-            return launch_expert_mlp(*tensors, activation, interleaved, transposed)
-    return expert_mlp_reference(*tensors, activation, interleaved, transposed)
+        if takes(Call(*tensors, *scales), transposed):
+            return torch.ops.sere.expert_mlp_stream.default(*tensors, *scales, activation, interleaved)
+        if gate_up_scale is None:
+            from .kernel import device_guard, launch_expert_mlp
+
+            with device_guard(hidden):
+                return launch_expert_mlp(*tensors, activation, interleaved, transposed)
+    return expert_mlp_reference(*tensors, activation, interleaved, transposed, *scales)
+
+
+@torch.library.custom_op("sere::expert_mlp_stream", mutates_args=())
+def expert_mlp_stream(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    activation: str,
+    interleaved: bool,
+) -> Tensor:
+    """`sere::expert_mlp` by `stream.cu`, or, where that cannot be had on this machine, by what would run otherwise."""
+    from .kernel import device_guard, launch_expert_mlp
+    from .stream import Call, launch_stream
+
+    tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
+    scales = (gate_up_scale, down_scale)
+    with device_guard(hidden):
+        out = launch_stream(Call(*tensors, *scales), activation, interleaved)
+        if out is not None:
+            return out
+        if gate_up_scale is None:
+            return launch_expert_mlp(*tensors, activation, interleaved, transposed=False)
+    return expert_mlp_reference(*tensors, activation, interleaved, False, *scales)
+
+
+@expert_mlp_stream.register_fake
+def _expert_mlp_stream_fake(hidden, *_):
+    return hidden.new_empty(hidden.shape)
 
 
 _expert_mlp_op = register_triton_op("sere::expert_mlp", _expert_mlp)
@@ -112,10 +179,10 @@ _expert_mlp_op = register_triton_op("sere::expert_mlp", _expert_mlp)
 @_expert_mlp_op.register_fake
 def _expert_mlp_fake(
     hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias=None, down_bias=None,
-    activation="silu_glu", interleaved=False, transposed=False,
+    activation="silu_glu", interleaved=False, transposed=False, gate_up_scale=None, down_scale=None,
 ):  # fmt: skip
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
-    check_arguments(*tensors, activation, interleaved, transposed)
+    check_arguments(*tensors, activation, interleaved, transposed, gate_up_scale, down_scale)
     return hidden.new_empty(hidden.shape)
 
 
@@ -130,6 +197,8 @@ def expert_mlp(
     activation: str = "silu_glu",
     interleaved: bool = False,
     transposed: bool = False,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum over each token's experts of `down(activation(gate_up(x)))`.
 
@@ -138,14 +207,18 @@ def expert_mlp(
         topk_ids: int32 or int64 [T, K], any strides. A slot whose id is outside [0, E), such as the sentinels of
             expert parallelism, contributes nothing. A token may name one expert twice.
         topk_weights: [T, K] in any floating point dtype, multiplied with the expert's output in fp32.
-        gate_up: [E, G * I, H], or [E, H, G * I] with transposed; G = `gate_width(activation)`; dtype of hidden.
-        down: [E, H, I], or [E, I, H] with transposed; dtype of hidden.
+        gate_up: [E, G * I, H], or [E, H, G * I] with transposed; G = `gate_width(activation)`; dtype of hidden, or
+            float8_e4m3fn with scales.
+        down: [E, H, I], or [E, I, H] with transposed; dtype of hidden, or float8_e4m3fn with scales.
         gate_up_bias: [E, G * I] or None.
         down_bias: [E, H] or None; added before the multiplication with the slot's weight.
         activation: one of `ACTIVATIONS`. "silu": f(x); "silu_glu": f(gate) * up; "gpt_oss": gpt-oss's clamped
             SwiGLU (alpha 1.702, limit 7).
         interleaved: gate and up alternate along G * I (gate first); otherwise the first I are the gate.
         transposed: how both weights are laid out.
+        gate_up_scale: fp32 [E, ceil(G * I / 128), ceil(H / 128)], what each block of 128 x 128 of gate_up is to be
+            multiplied with, as in DeepSeek-V3's and Qwen3's FP8 checkpoints; or None.
+        down_scale: fp32 [E, ceil(H / 128), ceil(I / 128)]; given where gate_up_scale is.
 
     Returns:
         A new contiguous tensor [T, H] in the dtype of hidden.
@@ -156,8 +229,11 @@ def expert_mlp(
 
     On CUDA, up to 256 tokens, the weights of active experts are read from memory once, those of others not at all.
     The first projection is rounded to the dtype of hidden after the activation only; everything else is in fp32.
+    FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden. They have a kernel on
+    Hopper and later GPUs, for bf16 and H and I that are multiples of 128, and run as the slow reference elsewhere.
     Deterministic. No gradient.
     """
     return torch.ops.sere.expert_mlp.default(
-        hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed
-    )
+        hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed,
+        gate_up_scale, down_scale,
+    )  # fmt: skip

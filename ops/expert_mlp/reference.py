@@ -22,6 +22,9 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
 }
 
+# Rows and columns of a weight that share one scale.
+SCALE_BLOCK = 128
+
 # Every value of `activation`: f(x), or f(gate) * up, or gpt-oss's own.
 ACTIVATIONS = (*_PLAIN, *(f"{name}_glu" for name in _PLAIN), "gpt_oss")
 
@@ -54,6 +57,8 @@ def expert_mlp_reference(
     activation: str = "silu_glu",
     interleaved: bool = False,
     transposed: bool = False,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """See `sere_compile.ops.expert_mlp`. Returns a fresh contiguous tensor [T, H] in the dtype of hidden."""
     if not transposed:
@@ -62,15 +67,21 @@ def expert_mlp_reference(
     experts = torch.where(valid, topk_ids, 0).long()
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for k in range(topk_ids.shape[1]):
-        out = _linear(hidden, experts[:, k], gate_up, gate_up_bias)
+        out = _linear(hidden, experts[:, k], gate_up, gate_up_bias, gate_up_scale)
         act = activate(out, activation, interleaved).to(hidden.dtype)
-        out = _linear(act, experts[:, k], down, down_bias) * topk_weights[:, k, None].float()
+        out = _linear(act, experts[:, k], down, down_bias, down_scale) * topk_weights[:, k, None].float()
         # where, not a product with 0: what a slot of no expert computes may be inf or NaN.
         total = total + torch.where(valid[:, k, None], out, 0.0)
     return total.to(hidden.dtype)
 
 
-def _linear(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """Each row of x [T, N] through the weight [N, M] of its own expert: fp32 [T, M]."""
-    out = torch.bmm(x[:, None], weight[experts])[:, 0].float()
+    chosen = weight[experts]
+    if scale is not None:
+        # Of weights as they are stored, [M, N].
+        rows, columns = weight.shape[2], weight.shape[1]
+        wide = scale[experts].repeat_interleave(SCALE_BLOCK, 1).repeat_interleave(SCALE_BLOCK, 2)
+        x, chosen = x.float(), chosen.float() * wide[:, :rows, :columns].transpose(1, 2)
+    out = torch.bmm(x[:, None], chosen)[:, 0].float()
     return out if bias is None else out + bias[experts].float()

@@ -6,8 +6,9 @@
 // ring with weights, and wait only for the activations. The third kernel sums a token's slots.
 //
 // Compiled at first use (stream.py), with these numbers as macros:
-//   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (tokens of one pass, 8 to 64), STAGES, MAX_SLOTS, IDS64,
-//   GATED, INTERLEAVED, ACTIVATION, BIAS, HALF (fp16 instead of bf16), FP8, WEIGHTS (0: fp32, 1: bf16, 2: fp16)
+//   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
+//   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8, WEIGHTS (0: fp32, 1: bf16, 2: fp16),
+//   TRIGGER, GROUPS, FETCH_STAGES (StreamConfig's trigger, groups, ahead)
 // Header-free, so that NVRTC needs no CUDA headers on the user's machine.
 
 typedef unsigned char u8;
@@ -43,6 +44,8 @@ extern __shared__ __align__(1024) u8 shared[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : 7 * ROW_BYTES) <= PLAN_BYTES, "more shared memory than asked for");
+
 __device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
@@ -61,13 +64,8 @@ __device__ __forceinline__ void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void copy_weights(u32 to, const void* from) {
-#if PREFETCH == 256
+  // 256 bytes to the L2: the next stage's as well.
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#elif PREFETCH == 128
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#endif
 }
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
@@ -487,7 +485,7 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
     if (group == 1) return;
   }
   float b[2] = {0.0f, 0.0f};
-  if (BIAS)
+  if (FIRST ? GATE_UP_BIAS : DOWN_BIAS)
     for (int h = 0; h < 2; ++h) b[h] = to_float(bias[(long long)mine.expert * WIDTH + weight_row<FIRST>(mine.granule, g + 8 * h)]);
 #pragma unroll
   for (int n = 0; n < NT; ++n)

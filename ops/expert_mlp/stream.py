@@ -1,7 +1,13 @@
-"""`sere::expert_mlp` in CUDA C++ for Hopper and later (`stream.cu`): which calls it takes, and its launch."""
+"""`sere::expert_mlp` in CUDA C++ for Hopper and later (`stream.cu`): which calls it takes, and its launch.
+
+For few slots an expert, where all time beyond the weights' is fixed cost. Three kernels that overlap by programmatic
+dependent launch, which Inductor cannot give a user's Triton kernel: hence an operator of its own that Inductor calls.
+"""
 
 import dataclasses
 import functools
+import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -10,13 +16,43 @@ from torch import Tensor
 from . import nvrtc
 from .reference import gate_width
 
+logger = logging.getLogger(__name__)
+
 # Numbers of `stream.cu`.
-THREADS = 12 * 32
+GRANULES = 8
+LOADING_WARPS = 4
 WEIGHT_BYTES = 16384
-# Two blocks of a multiprocessor, one of each projection, and a block of the sum: 228 KiB less 1 KiB that each takes beside.
-SHARED_BYTES = 112 * 1024
+CHUNK_BYTES = 128
+# A multiprocessor has 228 KiB, and a block takes 1 KiB beside its own. Two blocks, one of each projection, with one of
+# the sum; or one block alone.
+TWO_BLOCKS, ONE_BLOCK = 112 * 1024, 226 * 1024
+MOST_EXPERTS, MOST_TOP_K = 512, 32
+# Beyond these Triton's kernels are as fast, and their larger tiles faster.
+MOST_SLOTS, MOST_SLOTS_PER_EXPERT = 256, 4
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "gpt_oss")
 _WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """How a call is cut.
+
+    rows: slots of one expert that one pass over its weights takes: 8, 16, 32 or 64.
+    groups: of 8 warps that multiply, which take stages of the ring in turn. 2: one block on a multiprocessor, not two.
+    trigger: the second projection's blocks start when the first's have that many stages left to load; -1: at once.
+    ahead: stages that the second projection brings to the L2 while it waits for the first, beyond those in its ring.
+    """
+
+    rows: int
+    groups: int = 1
+    trigger: int = -1
+    ahead: int = 0
+
+
+def stream_config(num_slots: int, fp8: bool) -> StreamConfig:
+    """As measured, docs/kernels.md."""
+    rows = 8 if num_slots <= 8 else 16 if num_slots <= 16 else 32
+    return StreamConfig(rows, groups=2 if fp8 else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,118 +63,167 @@ class Stream:
     top_k: int
     hidden: int
     inner: int
-    rows: int
     max_slots: int
     ids64: bool
     activation: str
     interleaved: bool
-    bias: bool
+    gate_up_bias: bool
+    down_bias: bool
     half: bool
     fp8: bool
     weights: int
-    trigger: int = -1
-    prefetch: int = 0
-    shared: int = 0
-    carveout: int = 100
-    groups: int = 1
-    ahead: int = 0
+    config: StreamConfig
 
     @property
     def plan_bytes(self) -> int:
-        """At least the size of `Plan`, and what the last tile of 8 rows may read beyond the last stage."""
-        return 10 * self.experts + 4 * self.max_slots + 256 + 7 * 256 + (512 * self.rows if self.groups == 2 else 0)
+        """At least: of `Plan`, of the sums that groups exchange, and of what a last tile of 8 rows reads too far."""
+        exchange = 512 * self.config.rows if self.config.groups == 2 else 0
+        too_far = 7 * CHUNK_BYTES * (2 if self.fp8 else 1)
+        return -(-(10 * self.experts + 4 * self.max_slots + 256 + max(exchange, too_far)) // 16) * 16
 
     @property
     def stage_bytes(self) -> int:
         """Of one stage of the ring: weights, activations, scales."""
-        return WEIGHT_BYTES + self.rows * (256 if self.fp8 else 128) + (128 if self.fp8 else 0)
+        return WEIGHT_BYTES + self.config.rows * CHUNK_BYTES * (2 if self.fp8 else 1) + (128 if self.fp8 else 0)
 
     @property
     def stages(self) -> int:
-        """As many as fit."""
-        most = ((226 * 1024 if self.groups == 2 else SHARED_BYTES) - self.plan_bytes) // self.stage_bytes
-        return most // self.groups * self.groups
+        """As many as fit; as many for each group."""
+        room = (TWO_BLOCKS if self.config.groups == 1 else ONE_BLOCK) - self.plan_bytes
+        return room // self.stage_bytes // self.config.groups * self.config.groups
 
     @property
     def shared_bytes(self) -> int:
         """Of one block."""
         return self.stages * self.stage_bytes + self.plan_bytes
 
+    @property
+    def threads(self) -> int:
+        """Of one block."""
+        return (GRANULES * self.config.groups + LOADING_WARPS) * 32
+
     def macros(self) -> list[tuple[str, int]]:
         """What `stream.cu` is compiled with."""
         name = self.activation.removesuffix("_glu")
         return [
             ("EXPERTS", self.experts), ("TOP_K", self.top_k), ("HIDDEN", self.hidden), ("INNER", self.inner),
-            ("ROWS", self.rows), ("STAGES", self.stages), ("MAX_SLOTS", self.max_slots), ("IDS64", int(self.ids64)),
-            ("GATED", int(gate_width(self.activation) == 2)), ("INTERLEAVED", int(self.interleaved)),
-            ("ACTIVATION", _ACTIVATIONS.index(name)), ("BIAS", int(self.bias)), ("HALF", int(self.half)),
-            ("FP8", int(self.fp8)), ("WEIGHTS", self.weights), ("TRIGGER", self.trigger), ("PREFETCH", self.prefetch), ("GROUPS", self.groups), ("FETCH_STAGES", self.ahead),
+            ("ROWS", self.config.rows), ("STAGES", self.stages), ("PLAN_BYTES", self.plan_bytes),
+            ("MAX_SLOTS", self.max_slots),
+            ("IDS64", int(self.ids64)), ("GATED", int(gate_width(self.activation) == 2)),
+            ("INTERLEAVED", int(self.interleaved)), ("ACTIVATION", _ACTIVATIONS.index(name)),
+            ("GATE_UP_BIAS", int(self.gate_up_bias)), ("DOWN_BIAS", int(self.down_bias)), ("HALF", int(self.half)),
+            ("FP8", int(self.fp8)), ("WEIGHTS", self.weights),
+            ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups), ("FETCH_STAGES", self.config.ahead),
         ]  # fmt: skip
 
 
-def rows_of(num_slots: int, fp8: bool) -> int:
-    """Slots of one expert that one pass over its weights takes."""
-    if num_slots <= 16:
-        return 8 if num_slots <= 8 else 16
-    return 32 if num_slots <= 256 or fp8 else 64
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The tensors of a call, real or fake."""
+
+    hidden: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
+
+    @property
+    def fp8(self) -> bool:
+        """Whether weights are FP8 with scales."""
+        return self.gate_up_scale is not None
+
+
+def takes(call: Call, transposed: bool) -> bool:
+    """Whether a call is one for these kernels, which then `sere::expert_mlp_stream` runs."""
+    num_tokens, top_k = call.topk_ids.shape
+    if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not _device_can(call.hidden.device):
+        return False
+    num_slots = num_tokens * top_k
+    few = num_slots <= min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
+    return num_slots > 0 and (few or call.fp8) and _can_run(call)
+
+
+def _can_run(call: Call) -> bool:
+    """Whether `stream.cu` can be compiled for what these tensors are: dtypes, sizes, layout."""
+    half, step = call.hidden.dtype, 128 if call.fp8 else 64
+    biases = [b for b in (call.gate_up_bias, call.down_bias) if b is not None]
+    return (
+        (half == torch.bfloat16 or (half == torch.float16 and not call.fp8))
+        and all(b.dtype == half for b in biases)
+        and call.topk_weights.dtype in _WEIGHTS
+        and call.down.shape[0] <= MOST_EXPERTS
+        and call.topk_ids.shape[1] <= MOST_TOP_K
+        and all(isinstance(d, int) and d > 0 and d % step == 0 for d in (call.hidden.shape[1], call.down.shape[2]))
+        and call.gate_up.is_contiguous()
+        and call.down.is_contiguous()
+    )
+
+
+def _compiled_ahead() -> bool:
+    """Whether AOTInductor traces: its packages run without Python, where only Triton's kernels can be."""
+    module = sys.modules.get("torch._inductor.virtualized")
+    return module is not None and module.V.aot_compilation is True
 
 
 @functools.cache
-def functions(stream: Stream, device: int) -> list:
-    """The three kernels on a device, compiled."""
+def _device_can(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0) and nvrtc.available()
+
+
+@functools.cache
+def functions(stream: Stream, device: int) -> list | None:
+    """The three kernels on a device, compiled; None, after a warning, where that fails."""
     source = (Path(__file__).parent / "stream.cu").read_text()
-    code = nvrtc.compile_source(source, stream.macros(), torch.cuda.get_device_capability(device))
-    return nvrtc.load_functions(code, ("gate_up", "down", "sum_slots"), stream.shared_bytes)
+    try:
+        code = nvrtc.compile_source(source, stream.macros(), torch.cuda.get_device_capability(device))
+        return nvrtc.load_functions(code, ("gate_up", "down", "sum_slots"), stream.shared_bytes)
+    except RuntimeError as error:
+        logger.warning("sere::expert_mlp: stream.cu cannot be used, Triton's kernels are instead: %s", error)
+        return None
 
 
-def launch_stream(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    gate_up_scale: Tensor | None = None,
-    down_scale: Tensor | None = None,
-    rows: int | None = None,
-) -> Tensor:
-    """`sere::expert_mlp` on checked arguments."""
-    hidden, topk_ids, topk_weights = hidden.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    num_tokens, top_k = topk_ids.shape
-    num_slots = num_tokens * top_k
-    fp8 = gate_up_scale is not None
+def launch_stream(call: Call, activation: str, interleaved: bool, config: StreamConfig | None = None) -> Tensor | None:
+    """`sere::expert_mlp` on a call that `takes` allows; None where the kernels cannot be had after all."""
+    num_tokens, top_k = call.topk_ids.shape
+    num_slots, hidden = num_tokens * top_k, _aligned(call.hidden)
     stream = Stream(
-        experts=down.shape[0], top_k=top_k, hidden=hidden.shape[1], inner=down.shape[2],
-        rows=rows or rows_of(num_slots, fp8), max_slots=512 if num_slots <= 512 else 4096,
-        ids64=topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
-        bias=gate_up_bias is not None, half=hidden.dtype == torch.float16, fp8=fp8,
-        weights=_WEIGHTS[topk_weights.dtype], trigger=TRIGGER, prefetch=PREFETCH, shared=SHARED, carveout=nvrtc.CARVEOUT, groups=GROUPS, ahead=AHEAD,
+        experts=call.down.shape[0], top_k=top_k, hidden=hidden.shape[1], inner=call.down.shape[2],
+        max_slots=512 if num_slots <= 512 else 4096, ids64=call.topk_ids.dtype == torch.int64, activation=activation,
+        interleaved=interleaved, gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
+        half=hidden.dtype == torch.float16, fp8=call.fp8, weights=_WEIGHTS[call.topk_weights.dtype],
+        config=config or stream_config(num_slots, call.fp8),
     )  # fmt: skip
-    gate_up_function, down_function, sum_function = functions(stream, hidden.device.index)
+    kernels = functions(stream, hidden.device.index)
+    if kernels is None or call.gate_up.data_ptr() % 16 or call.down.data_ptr() % 16:
+        return None
+    ids, weights = call.topk_ids.contiguous(), call.topk_weights.contiguous()
     act = torch.empty((num_slots, stream.inner), dtype=hidden.dtype, device=hidden.device)
-    slots = torch.empty((num_slots, stream.hidden), dtype=torch.float32, device=hidden.device)
+    rows = torch.empty((num_slots, stream.hidden), dtype=torch.float32, device=hidden.device)
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    threads = (8 * stream.groups + 4) * 32
+    gate_up_scale, down_scale, gate_up_bias, down_bias = map(
+        _contiguous, (call.gate_up_scale, call.down_scale, call.gate_up_bias, call.down_bias)
+    )
     grid = (torch.cuda.get_device_properties(hidden.device).multi_processor_count, 1)
-    nvrtc.launch(gate_up_function, grid, threads, stream.shared_bytes,
-                 (hidden, gate_up, gate_up_scale, gate_up_bias, topk_ids, act, num_slots), early=False)  # fmt: skip
-    if PARTS == 1:
-        return out
-    nvrtc.launch(down_function, grid, threads, stream.shared_bytes,
-                 (act, down, down_scale, down_bias, topk_ids, slots, num_slots), early=EARLY)  # fmt: skip
-    if PARTS == 2:
-        return out
-    nvrtc.launch(sum_function, (-(-stream.hidden // 512), num_tokens), 128, 0, (slots, topk_ids, topk_weights, out), early=EARLY)
+    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, num_slots)
+    second = (act, call.down, down_scale, down_bias, ids, rows, num_slots)
+    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=False)
+    nvrtc.launch(kernels[1], grid, stream.threads, stream.shared_bytes, second, early=True)
+    sum_grid = (-(-stream.hidden // 512), num_tokens)
+    nvrtc.launch(kernels[2], sum_grid, 128, 0, (rows, ids, weights, out), early=True)
     return out
 
 
-EARLY = True
-PARTS = 3
-TRIGGER = -1
-PREFETCH = 0
-SHARED = 0
-GROUPS = 1
-AHEAD = 0
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and its start a multiple of 16 bytes, as the kernels' copies need it."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor

@@ -180,7 +180,7 @@ def test_no_graph_break():
 
 def arguments_with(**changes):
     names = [argument.name for argument in OP._schema.arguments]
-    return dict(zip(names, Layer(bias=True).draw(), strict=True)) | changes
+    return dict(zip(names, (*Layer(bias=True).draw(), None, None), strict=True)) | changes
 
 
 @pytest.mark.parametrize(

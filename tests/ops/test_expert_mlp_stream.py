@@ -1,0 +1,252 @@
+"""`sere::expert_mlp` with FP8 weights, and its CUDA C++ kernels: against fp64, on poisoned memory, in graphs, compiled.
+
+Without a GPU the reference is judged, and what the kernels are compiled for.
+"""
+
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from sere_compile.ops import expert_mlp
+from sere_compile.ops.expert_mlp import ACTIVATIONS, stream
+from sere_compile.ops.expert_mlp.stream import Call, Stream, StreamConfig, launch_stream, takes
+
+from .cases import poisoned_memory
+from .test_expert_mlp import Layer, arguments_with, assert_close_to_oracle
+
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+WIDE = {"hidden": 256, "inner": 128}
+
+
+def quantised(weight):
+    """(FP8 [E, R, C], scales, what they stand for in fp64): a scale for each block of 128 x 128."""
+    experts, rows, columns = weight.shape
+    padded = torch.zeros(experts, -(-rows // 128) * 128, -(-columns // 128) * 128, device=weight.device)
+    padded[:, :rows, :columns] = weight.float()
+    blocks = padded.unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    scale = blocks.abs().amax((2, 4)).clamp(min=1e-6) / 448
+    wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    values = (padded / wide).to(FP8)
+    exact = values.double() * wide.double()
+    return values[:, :rows, :columns].contiguous(), scale, exact[:, :rows, :columns]
+
+
+def with_fp8(arguments):
+    """(arguments with FP8 weights and scales, the same with the weights that these stand for)."""
+    (gate_up, gate_up_scale, exact_gate_up), (down, down_scale, exact_down) = map(quantised, arguments[3:5])
+    scaled = (*arguments[:3], gate_up, down, *arguments[5:], gate_up_scale, down_scale)
+    return scaled, (*arguments[:3], exact_gate_up, exact_down, *arguments[5:])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(dtype=BF16, **WIDE),
+        Layer(dtype=BF16, hidden=200, inner=72, bias=True),
+        Layer(dtype=FP16, activation="relu2", **WIDE),
+        Layer(dtype=BF16, activation="gpt_oss", interleaved=True, tokens=40, **WIDE),
+    ],
+    ids=str,
+)
+def test_fp8_weights_equal_oracle(layer, device):
+    """Blocks that the edges cut, activations of each kind; on a GPU the kernel where there is one."""
+    scaled, exact = with_fp8(layer.draw(device=device))
+    assert_close_to_oracle(expert_mlp(*scaled), exact)
+
+
+def test_fp8_opcheck():
+    """Without the test of the schema, which computes with its arguments, as FP8 on a CPU cannot."""
+    scaled, _ = with_fp8(Layer(dtype=BF16, **WIDE).draw())
+    kinds = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.sere.expert_mlp.default, scaled, test_utils=kinds)
+
+
+SCALES = {
+    "gate_up": torch.zeros(6, 48, 40, dtype=FP8),
+    "down": torch.zeros(6, 40, 24, dtype=FP8),
+    "gate_up_scale": torch.ones(6, 1, 1),
+    "down_scale": torch.ones(6, 1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"gate_up": torch.zeros(6, 48, 40)}, TypeError, "gate_up: expected dtype torch.float8_e4m3fn with scales"),
+        ({"down_scale": None}, ValueError, r"down_scale: expected shape \[6, 1, 1\], as the other weight has scales"),
+        ({"gate_up_scale": torch.ones(6, 48, 1)}, ValueError, r"gate_up_scale: expected shape \[6, 1, 1\], got"),
+        ({"down_scale": torch.ones(6, 1, 1, dtype=BF16)}, TypeError, "down_scale: expected dtype torch.float32"),
+        ({"down_scale": torch.ones(6, 1, 1, device="meta")}, ValueError, "down_scale: expected device cpu"),
+        ({"gate_up_scale": None, "down_scale": None}, TypeError, "gate_up: expected dtype torch.float32"),
+    ],
+)
+def test_wrong_scales(changes, error, message):
+    """Every check names argument, expected and actual."""
+    with pytest.raises(error, match=message):
+        expert_mlp(**arguments_with(**SCALES | changes))
+
+
+def test_scales_with_transposed_weights_are_refused():
+    transposed = {name: SCALES[name].transpose(1, 2) for name in ("gate_up", "down")}
+    with pytest.raises(ValueError, match="transposed: expected False with scales"):
+        expert_mlp(**arguments_with(**SCALES | transposed, transposed=True))
+
+
+def test_no_kernel_without_a_gpu():
+    """A CPU tensor, or a fake CUDA tensor where there is no CUDA, gets no CUDA C++."""
+    tensors = Layer(dtype=BF16, **WIDE).draw()[:7]
+    assert not takes(Call(*tensors, None, None), transposed=False)
+
+
+# What is compiled
+
+
+def streams():
+    """Specialisations of both kinds: weights, slots, activations."""
+    shapes = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (60, 4, 2048, 1408), (32, 4, 2880, 2880), (512, 32, 64, 64)]
+    for (experts, top_k, hidden, inner), slots, fp8 in itertools.product(shapes, (8, 16, 256, 4096), (False, True)):
+        if fp8 and (hidden % 128 or inner % 128):
+            continue
+        yield Stream(experts, top_k, hidden, inner, 512 if slots <= 512 else 4096, True, "silu_glu", False, False, False,
+                     False, fp8, 1, stream.stream_config(slots, fp8))  # fmt: skip
+
+
+def test_shared_memory_fits():
+    """A ring of at least three stages, within what a block may have."""
+    for one in streams():
+        most = stream.TWO_BLOCKS if one.config.groups == 1 else stream.ONE_BLOCK
+        assert one.stages >= 3, one
+        assert one.shared_bytes <= most, one
+        assert one.stages % one.config.groups == 0, one
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("activation", ["silu_glu", "gpt_oss", "relu2"])
+def test_source_compiles(activation, tmp_path):
+    """With nvcc where there is one, without a GPU. The source asserts that its shared memory is what is asked for."""
+    source = Path(stream.__file__).parent / "stream.cu"
+    for number, one in enumerate([next(streams()), list(streams())[5], list(streams())[-1]]):
+        macros = [f"-D{name}={value}" for name, value in (dict(one.macros()) | {
+            "ACTIVATION": stream._ACTIVATIONS.index(activation.removesuffix("_glu")),
+            "GATED": int(activation != "relu2"),
+        }).items()]  # fmt: skip
+        command = [
+            "nvcc",
+            "-arch=sm_90",
+            "-std=c++17",
+            "-cubin",
+            *macros,
+            "-o",
+            str(tmp_path / str(number)),
+            str(source),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+# The kernels
+
+
+def launch(arguments, config=None):
+    """The kernels' result on poisoned memory; arguments of the operator."""
+    *tensors, activation, interleaved, _ = arguments[:10]
+    scales = arguments[10:] or (None, None)
+    with poisoned_memory():
+        out = launch_stream(Call(*tensors, *scales), activation, interleaved, config)
+    assert out is not None
+    return out
+
+
+GPU_LAYERS = [
+    Layer(dtype=BF16, **WIDE),
+    Layer(dtype=FP16, tokens=19, slots=3, experts=5, bias=True, ids_dtype=torch.int32, **WIDE),
+    Layer(dtype=BF16, tokens=40, experts=1, hidden=64, inner=64),
+    Layer(dtype=BF16, tokens=1, slots=8, experts=128, hidden=2048, inner=768),
+    Layer(dtype=BF16, tokens=33, slots=4, experts=33, hidden=192, inner=320, activation="gpt_oss", interleaved=True),
+    *(Layer(dtype=BF16, activation=name, bias=True, **WIDE) for name in ACTIVATIONS),
+]
+CONFIGS = [StreamConfig(8), StreamConfig(16), StreamConfig(32), StreamConfig(64), StreamConfig(32, groups=2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", GPU_LAYERS, ids=str)
+def test_kernels_equal_oracle(layer):
+    arguments = layer.draw(device="cuda")
+    assert_close_to_oracle(launch(arguments), arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_cut_equals_oracle(config, fp8):
+    """More slots of an expert than a pass takes, tiles of two experts, blocks without work."""
+    if fp8 and config.rows == 64:
+        pytest.skip("FP8 has passes of 32 slots at most")
+    ids = torch.randint(-1, 8, (50, 3), generator=torch.Generator().manual_seed(0))
+    ids[::2, 0] = 2
+    arguments = exact = Layer(dtype=BF16, experts=7, **WIDE).draw(device="cuda", ids=ids)
+    if fp8:
+        arguments, exact = with_fp8(arguments)
+    assert_close_to_oracle(launch(arguments, config), exact)
+
+
+@pytest.mark.gpu
+def test_one_bias_alone():
+    """Each projection has its own."""
+    for missing in (5, 6):
+        arguments = list(Layer(dtype=BF16, bias=True, **WIDE).draw(device="cuda"))
+        arguments[missing] = None
+        assert_close_to_oracle(launch(arguments), arguments)
+
+
+@pytest.mark.gpu
+def test_slots_of_no_expert_contribute_nothing():
+    """Not even where their routing weight is NaN."""
+    ids = torch.tensor([[1, -1], [3, 2], [-5, 9], [1, 2], [2, 1]])
+    arguments = list(Layer(dtype=BF16, experts=3, **WIDE).draw(device="cuda", ids=ids))
+    clean = launch(arguments)
+    arguments[2] = torch.where((arguments[1] < 0) | (arguments[1] > 2), torch.nan, arguments[2])
+    assert torch.equal(launch(arguments), clean)
+    assert clean[2].abs().max() == 0
+
+
+@pytest.mark.gpu
+def test_the_result_is_the_same_every_time():
+    """Which block has which rows is fixed, and how a slot is summed."""
+    arguments = Layer(dtype=BF16, tokens=32, slots=8, experts=64, hidden=1024, inner=512).draw(device="cuda")
+    first = launch(arguments)
+    assert all(torch.equal(launch(arguments), first) for _ in range(20))
+
+
+@pytest.mark.gpu
+def test_operator_uses_them_eager_compiled_and_in_a_graph():
+    """Few slots an expert; kernels overlap with those of the call before, in a graph as well."""
+    arguments = Layer(dtype=BF16, tokens=8, slots=2, experts=16, **WIDE).draw(device="cuda")
+    want = launch(arguments)
+    assert takes(Call(*arguments[:7], None, None), transposed=False)
+    assert torch.equal(expert_mlp(*arguments), want)
+    compiled = torch.compile(lambda x, *rest: expert_mlp(expert_mlp(x, *rest), *rest), fullgraph=True)
+    twice = launch((want, *arguments[1:]))
+    torch.testing.assert_close(compiled(*arguments), twice, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = expert_mlp(expert_mlp(*arguments), *arguments[1:])
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, twice)
+
+
+@pytest.mark.gpu
+def test_odd_addresses_and_strides():
+    """A view that starts between 16 bytes is copied; strided ids and weights are read right."""
+    arguments = list(Layer(dtype=BF16, **WIDE).draw(device="cuda"))
+    want = launch(arguments)
+    hidden = arguments[0]
+    shifted = torch.empty(hidden.numel() + 1, dtype=BF16, device="cuda")[1:].view_as(hidden).copy_(hidden)
+    strided = [torch.stack([x, x], dim=2)[..., 0] for x in arguments[1:3]]
+    assert torch.equal(launch([shifted, *strided, *arguments[3:]]), want)
