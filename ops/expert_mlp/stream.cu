@@ -9,12 +9,7 @@
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
 //   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8, WEIGHTS (0: fp32, 1: bf16, 2: fp16),
 //   TRIGGER, GROUPS, FETCH_STAGES (StreamConfig's trigger, groups, ahead)
-// Header-free, so that NVRTC needs no CUDA headers on the user's machine.
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// hopper.cuh comes before this file.
 
 constexpr int CONSUMERS = 8, LOADERS = 2, ROW_LOADERS = 2;
 constexpr int MULTIPLIERS = CONSUMERS * GROUPS;           // warps that multiply: each group has every GROUPS-th stage
@@ -42,46 +37,15 @@ struct __align__(16) Plan {
 
 extern __shared__ __align__(1024) u8 shared[];
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : 7 * ROW_BYTES) <= PLAN_BYTES, "more shared memory than asked for");
 
-__device__ __forceinline__ void barrier_init(u64* b, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u64* b, u32 parity) {
-  asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\nDONE:\n}"
-               ::"r"(shared_address(b)), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u64* b) {
-  asm volatile("{ .reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0]; }" ::"r"(shared_address(b)) : "memory");
-}
-// Arrives once all of this thread's copies so far have landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(u64* b) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
-}
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_weights(u32 to, const void* from) {
-  // 256 bytes to the L2: the next stage's as well.
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy4(u32 to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-// Earlier kernels of the stream are complete, and what they wrote can be read.
-__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Blocks of the next kernel may start.
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
-__device__ __forceinline__ u32 swizzled(u32 row, u32 piece) {
+DEVICE u32 swizzled(u32 row, u32 piece) {
   u32 reversed = ((row & 1) << 2) | (row & 2) | ((row >> 2) & 1);
   return (piece ^ reversed) << 4;
 }
 
-__device__ __forceinline__ long long id_of(const void* ids, int slot) {
+DEVICE long long id_of(const void* ids, int slot) {
 #if IDS64
   return ((const long long*)ids)[slot];
 #else
@@ -89,23 +53,9 @@ __device__ __forceinline__ long long id_of(const void* ids, int slot) {
 #endif
 }
 
-__device__ __forceinline__ float half_to_float(u16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-__device__ __forceinline__ float bfloat_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ float to_float(u16 x) { return HALF ? half_to_float(x) : bfloat_to_float(x); }
-__device__ __forceinline__ u16 from_float(float x) {
-  u16 y;
-#if HALF
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-  return y;
-}
-__device__ __forceinline__ float routing_weight(const void* weights, int slot) {
+DEVICE float to_float(u16 x) { return HALF ? half_to_float(x) : bfloat_to_float(x); }
+DEVICE u16 from_float(float x) { return HALF ? float_to_half(x) : float_to_bfloat(x); }
+DEVICE float routing_weight(const void* weights, int slot) {
 #if WEIGHTS == 0
   return ((const float*)weights)[slot];
 #elif WEIGHTS == 1
@@ -115,8 +65,8 @@ __device__ __forceinline__ float routing_weight(const void* weights, int slot) {
 #endif
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float activate(float x) {
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+DEVICE float activate(float x) {
 #if ACTIVATION == 0 || ACTIVATION == 5  // silu
   return x * sigmoid(x);
 #elif ACTIVATION == 1                   // gelu
@@ -130,7 +80,7 @@ __device__ __forceinline__ float activate(float x) {
   return x * x;
 #endif
 }
-__device__ __forceinline__ float combine(float gate, float up) {
+DEVICE float combine(float gate, float up) {
 #if ACTIVATION == 5                     // gpt_oss
   gate = fminf(gate, 7.0f);
   up = fminf(fmaxf(up, -7.0f), 7.0f);
@@ -141,7 +91,7 @@ __device__ __forceinline__ float combine(float gate, float up) {
 }
 
 // Which experts are active and which slots are theirs. All threads.
-__device__ __forceinline__ void make_plan(Plan& plan, const void* ids, int num_slots) {
+DEVICE void make_plan(Plan& plan, const void* ids, int num_slots) {
   const int thread = threadIdx.x, lane = thread & 31;
   for (int e = thread; e < EXPERTS; e += THREADS) plan.count[e] = 0;
   if (thread == 0) {
@@ -209,7 +159,7 @@ struct Pass {
 
 // Calls f(pass) for each pass of this block: the same sequence in every warp.
 template <int GRANULES, class F>
-__device__ __forceinline__ void for_passes(const Plan& plan, F f) {
+DEVICE void for_passes(const Plan& plan, F f) {
   const int total = plan.num_active * GRANULES;
   int begin = (int)((long long)total * blockIdx.x / gridDim.x);
   const int end = (int)((long long)total * (blockIdx.x + 1) / gridDim.x);
@@ -232,14 +182,14 @@ __device__ __forceinline__ void for_passes(const Plan& plan, F f) {
 struct Ring {
   int stage = 0;
   u32 phase = 0;
-  __device__ __forceinline__ void next() {
+  DEVICE void next() {
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 };
 
 // The weight row that row r of a granule is.
 template <bool FIRST>
-__device__ __forceinline__ int weight_row(int granule, int r) {
+DEVICE int weight_row(int granule, int r) {
   if (FIRST && GATED) {
     const int column = granule * 8 + (r & 7);
     return INTERLEAVED ? 2 * column + (r >> 3) : column + (r >> 3) * INNER;
@@ -248,7 +198,7 @@ __device__ __forceinline__ int weight_row(int granule, int r) {
 }
 
 template <bool FIRST>
-__device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* weight, const float* scale) {
+DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* scale) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : WIDTH / GRANULE;
   constexpr long long ROW = (long long)DEPTH * (FP8 ? 1 : 2);
@@ -276,8 +226,8 @@ __device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* w
         if (ahead < FETCH_STAGES && k + ahead * CHUNK < DEPTH)
           for (int j = 0; j < pass.size; ++j) {
             const u8* line = (j < pass.split ? from : from_next) + j * step + ahead * CHUNK_BYTES - (thread & 7) * 16;
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(line + to_other));
+            fetch_to_l2(line);
+            fetch_to_l2(line + to_other);
           }
       }
       if (FIRST && TRIGGER >= 0 && pass.is_last && k == max(0, DEPTH - CHUNK * TRIGGER - CHUNK)) let_next_kernel_start();
@@ -287,8 +237,8 @@ __device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* w
       for (int j = 0; j < CONSUMERS; ++j) {
         if (j < pass.size) {
           const u8* granule = (j < pass.split ? from : from_next) + j * step;
-          copy_weights(stage + j * (GRANULE * CHUNK_BYTES), granule);
-          copy_weights(stage + j * (GRANULE * CHUNK_BYTES) + 8 * CHUNK_BYTES, granule + to_other);
+          copy16_and_fetch(stage + j * (GRANULE * CHUNK_BYTES), granule);
+          copy16_and_fetch(stage + j * (GRANULE * CHUNK_BYTES) + 8 * CHUNK_BYTES, granule + to_other);
         }
       }
       if (FP8 && thread < 2 * pass.size)
@@ -302,7 +252,7 @@ __device__ __forceinline__ void load_weights(Plan& plan, u32 stages, const u8* w
 }
 
 template <bool FIRST>
-__device__ __forceinline__ void load_rows(Plan& plan, u32 stages, const u8* x) {
+DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
   constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = ROW_LOADERS * 32 / PIECES;
@@ -324,29 +274,12 @@ __device__ __forceinline__ void load_rows(Plan& plan, u32 stages, const u8* x) {
   });
 }
 
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if HALF
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 #if FP8
 // Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction moved to their places, and
 // the exponent's bias corrected by a product with 2^120.
-__device__ __forceinline__ u32 widen(u32 x, int first) {
+DEVICE u32 widen(u32 x, int first) {
   u32 y = __byte_perm(x, 0, first == 0 ? 0x9180 : 0xb3a2);  // each byte with its sign repeated above it
-  y = (y << 4) & 0x87f087f0u;
-  asm("mul.bf16x2 %0, %0, %1;" : "+r"(y) : "r"(0x7b807b80u));
-  return y;
+  return multiply_bfloats((y << 4) & 0x87f087f0u, 0x7b807b80u);
 }
 #endif
 
@@ -359,7 +292,7 @@ constexpr int SUMS = FP8 ? 1 : PARTS<NT>;  // FP8 adds them up in each stage
 
 // c += a stage's 16 weight rows, from w, times its activations, from x. Calls release() once all is in registers.
 template <int NT, class F>
-__device__ __forceinline__ void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
+DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
 #if FP8
   // Lane 4 g + t has columns 8 t to 8 t + 7 of 32; the sum over columns does not mind that the hardware has others there.
   const int g = lane >> 2, t = lane & 3;
@@ -369,10 +302,10 @@ __device__ __forceinline__ void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 
   for (int k = 0; k < 4; ++k)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(raw[k][h][0]), "=r"(raw[k][h][1])
-                   : "r"(w + (g + 8 * h) * CHUNK_BYTES + swizzled(g, k * 2 + (t >> 1)) + (t & 1) * 8));
-  float scale[2];
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(scale[0]), "=f"(scale[1]) : "r"(scales));
+      load8(raw[k][h][0], raw[k][h][1], w + (g + 8 * h) * CHUNK_BYTES + swizzled(g, k * 2 + (t >> 1)) + (t & 1) * 8);
+  u32 scales_as_bits[2];
+  load8(scales_as_bits[0], scales_as_bits[1], scales);
+  const float scale[2] = {__uint_as_float(scales_as_bits[0]), __uint_as_float(scales_as_bits[1])};
   constexpr int AHEAD = NT == 1 ? 4 : NT == 2 ? 2 : 1;  // steps of 32 columns whose activations are loaded together
 #pragma unroll
   for (int ahead = 0; ahead < 4; ahead += AHEAD) {
@@ -381,8 +314,7 @@ __device__ __forceinline__ void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 
     for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(b[k][n][0]), "=r"(b[k][n][1]), "=r"(b[k][n][2]), "=r"(b[k][n][3])
-                     : "r"(x + (row + n * 8 + g) * ROW_BYTES + ((ahead + k) >> 1) * 128 + swizzled((row + g) & 7, ((ahead + k) & 1) * 4 + t)));
+        load16(b[k][n], x + (row + n * 8 + g) * ROW_BYTES + ((ahead + k) >> 1) * 128 + swizzled((row + g) & 7, ((ahead + k) & 1) * 4 + t));
     if (ahead + AHEAD == 4) release();
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) {
@@ -395,7 +327,7 @@ __device__ __forceinline__ void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-          multiply(p[(2 * k + i) % PARTS<NT>][n], a[i][0], a[i][1], a[i][2], a[i][3], b[k][n][2 * i], b[k][n][2 * i + 1]);
+          multiply(p[(2 * k + i) % PARTS<NT>][n], a[i], b[k][n][2 * i], b[k][n][2 * i + 1]);
     }
   }
 #pragma unroll
@@ -430,7 +362,7 @@ __device__ __forceinline__ void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 
 #pragma unroll
           for (int n = 0; n < GROUP; ++n) {
             const int step = 2 * (ahead + k) + i;
-            multiply(c[step % SUMS<NT>][from + n], a[step][0], a[step][1], a[step][2], a[step][3], b[k][n][2 * i], b[k][n][2 * i + 1]);
+            multiply(c[step % SUMS<NT>][from + n], a[step], b[k][n][2 * i], b[k][n][2 * i + 1]);
           }
     }
 #endif
@@ -443,7 +375,7 @@ struct Share {
 };
 
 template <bool FIRST, int NT>
-__device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias, void* out) {
+DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias, void* out) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
   const int warp = (threadIdx.x >> 5) % CONSUMERS, group = (threadIdx.x >> 5) / CONSUMERS;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -477,11 +409,11 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
     if (group == 1)
 #pragma unroll
       for (int i = 0; i < NT * 4; ++i) other[i * 32] = c[i / 4][i % 4];
-    asm volatile("bar.sync %0, 64;" ::"r"(warp + 1) : "memory");
+    meet(warp + 1);
     if (group == 0)
 #pragma unroll
       for (int i = 0; i < NT * 4; ++i) c[i / 4][i % 4] += other[i * 32];
-    asm volatile("bar.sync %0, 64;" ::"r"(warp + 1) : "memory");
+    meet(warp + 1);
     if (group == 1) return;
   }
   float b[2] = {0.0f, 0.0f};
@@ -511,7 +443,7 @@ __device__ __forceinline__ void multiply_pass(Plan& plan, u32 stages, Ring& ring
 
 // A warp that has no granule of a pass: it only says that it is done with the stages.
 template <bool FIRST>
-__device__ __forceinline__ void skip_pass(Plan& plan, Ring& ring) {
+DEVICE void skip_pass(Plan& plan, Ring& ring) {
   const int group = (threadIdx.x >> 5) / CONSUMERS;
 #pragma unroll 1
   for (int k = 0; k < (FIRST ? HIDDEN : INNER); k += CHUNK) {
@@ -524,7 +456,7 @@ __device__ __forceinline__ void skip_pass(Plan& plan, Ring& ring) {
 }
 
 template <bool FIRST>
-__device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
+DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
   constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
   const int warp = (threadIdx.x >> 5) % CONSUMERS;
   Ring ring;
@@ -543,7 +475,7 @@ __device__ __forceinline__ void multiply_all(Plan& plan, u32 stages, const u16* 
 }
 
 template <bool FIRST>
-__device__ __forceinline__ void project(const u8* x, const u8* weight, const float* scale, const u16* bias,
+DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16* bias,
                                         const void* ids, void* out, int num_slots) {
   Plan& plan = *(Plan*)(shared + STAGES * STAGE_BYTES);
   const u32 stages = shared_address(shared);
@@ -592,8 +524,7 @@ extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, c
   for (int k = 0; k < TOP_K; ++k) {
     x[k][0] = x[k][1] = x[k][2] = x[k][3] = 0.0f;
     if (named[k])
-      asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[k][0]), "=f"(x[k][1]), "=f"(x[k][2]), "=f"(x[k][3])
-                   : "l"(rows + ((long long)token * TOP_K + k) * HIDDEN + column));
+      load_floats(x[k], rows + ((long long)token * TOP_K + k) * HIDDEN + column);
   }
   float sum[4] = {};
 #pragma unroll
@@ -602,5 +533,5 @@ extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, c
     for (int i = 0; i < 4; ++i) sum[i] += named[k] ? weight[k] * x[k][i] : 0.0f;
   u16* to = out + (long long)token * HIDDEN + column;
   const u32 low = from_float(sum[0]) | (u32)from_float(sum[1]) << 16, high = from_float(sum[2]) | (u32)from_float(sum[3]) << 16;
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(low), "r"(high) : "memory");
+  store8(to, low, high);
 }

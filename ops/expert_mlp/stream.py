@@ -173,32 +173,45 @@ def _compiled_ahead() -> bool:
 def _device_can(device: torch.device) -> bool:
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0) and nvrtc.available()
+    properties = torch.cuda.get_device_properties(device)
+    roomy = properties.shared_memory_per_block_optin >= ONE_BLOCK
+    return properties.major >= 9 and roomy and nvrtc.available()
+
+
+def source() -> str:
+    """The kernels, with what comes before them."""
+    return "\n".join((Path(__file__).parent / name).read_text() for name in ("hopper.cuh", "stream.cu"))
 
 
 @functools.cache
 def functions(stream: Stream, device: int) -> list | None:
     """The three kernels on a device, compiled; None, after a warning, where that fails."""
-    source = (Path(__file__).parent / "stream.cu").read_text()
     try:
-        code = nvrtc.compile_source(source, stream.macros(), torch.cuda.get_device_capability(device))
+        code = nvrtc.compile_source(source(), stream.macros(), torch.cuda.get_device_capability(device))
         return nvrtc.load_functions(code, ("gate_up", "down", "sum_slots"), stream.shared_bytes)
     except RuntimeError as error:
         logger.warning("sere::expert_mlp: stream.cu cannot be used, Triton's kernels are instead: %s", error)
         return None
 
 
+def stream_of(call: Call, activation: str, interleaved: bool, config: StreamConfig) -> Stream:
+    """What a call needs."""
+    num_slots = call.topk_ids.numel()
+    return Stream(
+        experts=call.down.shape[0], top_k=call.topk_ids.shape[1], hidden=call.hidden.shape[1],
+        inner=call.down.shape[2], max_slots=512 if num_slots <= 512 else 4096,
+        ids64=call.topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
+        gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
+        half=call.hidden.dtype == torch.float16, fp8=call.fp8, weights=_WEIGHTS[call.topk_weights.dtype],
+        config=config,
+    )  # fmt: skip
+
+
 def launch_stream(call: Call, activation: str, interleaved: bool, config: StreamConfig | None = None) -> Tensor | None:
     """`sere::expert_mlp` on a call that `takes` allows; None where the kernels cannot be had after all."""
     num_tokens, top_k = call.topk_ids.shape
     num_slots, hidden = num_tokens * top_k, _aligned(call.hidden)
-    stream = Stream(
-        experts=call.down.shape[0], top_k=top_k, hidden=hidden.shape[1], inner=call.down.shape[2],
-        max_slots=512 if num_slots <= 512 else 4096, ids64=call.topk_ids.dtype == torch.int64, activation=activation,
-        interleaved=interleaved, gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
-        half=hidden.dtype == torch.float16, fp8=call.fp8, weights=_WEIGHTS[call.topk_weights.dtype],
-        config=config or stream_config(num_slots, call.fp8),
-    )  # fmt: skip
+    stream = stream_of(call, activation, interleaved, config or stream_config(num_slots, call.fp8))
     kernels = functions(stream, hidden.device.index)
     if kernels is None or call.gate_up.data_ptr() % 16 or call.down.data_ptr() % 16:
         return None

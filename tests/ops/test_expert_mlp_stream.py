@@ -6,7 +6,6 @@ Without a GPU the reference is judged, and what the kernels are compiled for.
 import itertools
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, stream
 from sere_compile.ops.expert_mlp.stream import Call, Stream, StreamConfig, launch_stream, takes
 
+from . import cuda_on_cpu
 from .cases import poisoned_memory
 from .test_expert_mlp import Layer, arguments_with, assert_close_to_oracle
 
@@ -111,8 +111,11 @@ def streams():
     for (experts, top_k, hidden, inner), slots, fp8 in itertools.product(shapes, (8, 16, 256, 4096), (False, True)):
         if fp8 and (hidden % 128 or inner % 128):
             continue
-        yield Stream(experts, top_k, hidden, inner, 512 if slots <= 512 else 4096, True, "silu_glu", False, False, False,
-                     False, fp8, 1, stream.stream_config(slots, fp8))  # fmt: skip
+        plain = {"ids64": True, "activation": "silu_glu", "interleaved": False, "gate_up_bias": False, "half": False}
+        yield Stream(
+            experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8, weights=1,
+            config=stream.stream_config(slots, fp8), **plain,
+        )  # fmt: skip
 
 
 def test_shared_memory_fits():
@@ -128,27 +131,53 @@ def test_shared_memory_fits():
 @pytest.mark.parametrize("activation", ["silu_glu", "gpt_oss", "relu2"])
 def test_source_compiles(activation, tmp_path):
     """With nvcc where there is one, without a GPU. The source asserts that its shared memory is what is asked for."""
-    source = Path(stream.__file__).parent / "stream.cu"
+    source = tmp_path / "all.cu"
+    source.write_text(stream.source())
     for number, one in enumerate([next(streams()), list(streams())[5], list(streams())[-1]]):
-        macros = [f"-D{name}={value}" for name, value in (dict(one.macros()) | {
-            "ACTIVATION": stream._ACTIVATIONS.index(activation.removesuffix("_glu")),
-            "GATED": int(activation != "relu2"),
-        }).items()]  # fmt: skip
-        command = [
-            "nvcc",
-            "-arch=sm_90",
-            "-std=c++17",
-            "-cubin",
-            *macros,
-            "-o",
-            str(tmp_path / str(number)),
-            str(source),
-        ]
+        name = activation.removesuffix("_glu")
+        changes = {"ACTIVATION": stream._ACTIVATIONS.index(name), "GATED": int(activation != "relu2")}
+        macros = [f"-D{macro}={value}" for macro, value in (dict(one.macros()) | changes).items()]
+        output = str(tmp_path / str(number))
+        command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", *macros, "-o", output, str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
-# The kernels
+# The kernels, on a CPU
+
+
+def run_on_cpu(arguments, config, folder):
+    """As `launch`, with the instructions of `cuda_on_cpu.h`."""
+    *tensors, activation, interleaved, _ = arguments[:10]
+    return cuda_on_cpu.run(Call(*tensors, *(arguments[10:] or (None, None))), activation, interleaved, config, folder)
+
+
+CPU_CASES = [
+    (Layer(dtype=BF16, hidden=64, inner=64), StreamConfig(32)),
+    (Layer(dtype=FP16, hidden=64, inner=128, bias=True, ids_dtype=torch.int32), StreamConfig(8)),
+    (Layer(dtype=BF16, tokens=19, experts=3, activation="gpt_oss", interleaved=True, **WIDE), StreamConfig(16)),
+    (Layer(dtype=BF16, tokens=30, experts=40, hidden=64, inner=64, activation="relu2"), StreamConfig(32, trigger=0)),
+    (Layer(dtype=BF16, tokens=70, slots=1, experts=1, hidden=64, inner=64), StreamConfig(64)),
+    (Layer(dtype=BF16, tokens=19, slots=3, experts=4, hidden=192, inner=320), StreamConfig(32, groups=2)),
+    (Layer(dtype=BF16, tokens=2, hidden=64, inner=1024), StreamConfig(8, ahead=8)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "config"), CPU_CASES, ids=str)
+def test_kernels_on_a_cpu_equal_oracle(layer, config, tmp_path):
+    """Ring, plan, tiles of one and two experts, layouts: all but the instructions themselves."""
+    arguments = layer.draw()
+    assert_close_to_oracle(run_on_cpu(arguments, config, tmp_path), arguments)
+
+
+@pytest.mark.parametrize("config", [StreamConfig(16), StreamConfig(32, groups=2)], ids=str)
+@pytest.mark.parametrize("activation", ["silu_glu", "relu2"])
+def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
+    scaled, exact = with_fp8(Layer(dtype=BF16, tokens=11, experts=3, activation=activation, **WIDE).draw())
+    assert_close_to_oracle(run_on_cpu(scaled, config, tmp_path), exact)
+
+
+# The kernels, on a GPU
 
 
 def launch(arguments, config=None):

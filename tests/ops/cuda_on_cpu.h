@@ -1,0 +1,270 @@
+// hopper.cuh for a CPU: blocks of CUDA threads as fibers, so that stream.cu's kernels run where there is no GPU.
+//
+// One thread runs until it waits for others. Copies in the background happen as late as they may: when the barrier that
+// they are to arrive at is told so. Shared memory is poisoned before each block. Kernels run one after the other.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <ucontext.h>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE inline
+#define __device__
+#define __global__
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+using std::max;
+using std::min;
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+static Index blockIdx, gridDim;
+extern u8 shared[];
+
+// Fibers
+
+struct Copy {
+  u32 to;
+  const void* from;
+  int bytes;
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 17);
+  Index index;
+  bool done = false;
+  std::vector<Copy> copies;
+};
+static std::vector<std::unique_ptr<Fiber>> fibers;
+static Fiber* running;
+static ucontext_t scheduler;
+static bool progress;
+static std::function<void()> body;
+#define threadIdx (running->index)
+
+static void yield() { swapcontext(&running->context, &scheduler); }
+template <class F>
+static void wait_until(F condition) {
+  while (!condition()) yield();
+  progress = true;
+}
+static void run_fiber() {
+  body();
+  running->done = true;
+  progress = true;
+  yield();
+}
+static void run_block(int threads) {
+  fibers.clear();
+  for (int i = 0; i < threads; ++i) {
+    fibers.push_back(std::make_unique<Fiber>());
+    Fiber& f = *fibers.back();
+    f.index.x = i;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = &scheduler;
+    makecontext(&f.context, run_fiber, 0);
+  }
+  for (bool all = false; !all;) {
+    all = true;
+    progress = false;
+    for (auto& f : fibers) {
+      if (f->done) continue;
+      all = false;
+      running = f.get();
+      swapcontext(&scheduler, &f->context);
+    }
+    if (!all && !progress) {
+      std::fprintf(stderr, "deadlock: every thread of block %u waits\n", blockIdx.x);
+      std::abort();
+    }
+  }
+}
+static void run_grid(unsigned x, unsigned y, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  body = kernel;
+  gridDim = {x, y, 1};
+  for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+      std::memset(shared, 0xff, shared_bytes);
+      run_block(threads);
+    }
+}
+
+// Meeting points: `size` threads come, all leave.
+struct Meeting {
+  int come = 0, generation = 0;
+  void meet(int size) {
+    const int mine = generation;
+    if (++come == size) {
+      come = 0;
+      ++generation;
+    }
+    wait_until([&] { return generation != mine; });
+  }
+};
+static Meeting block_meeting, warp_meetings[64], named_meetings[16];
+static void __syncthreads() { block_meeting.meet((int)fibers.size()); }
+static void __syncwarp() { warp_meetings[threadIdx.x / 32].meet(32); }
+DEVICE void meet(int id) { named_meetings[id].meet(64); }
+
+// What 32 lanes have in hand, for all of them to see.
+template <class T, int N>
+static void exchange(const T (&mine)[N], T (&all)[32][N]) {
+  static T board[64][32][N];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  std::copy(mine, mine + N, board[warp][lane]);
+  __syncwarp();
+  std::memcpy(all, board[warp], sizeof all);
+  __syncwarp();
+}
+static int __shfl_sync(u32, int x, int from) {
+  int all[32][1];
+  exchange({x}, all);
+  return all[from & 31][0];
+}
+static int __shfl_up_sync(u32, int x, int by) {
+  int all[32][1];
+  exchange({x}, all);
+  const int lane = threadIdx.x % 32;
+  return all[lane < by ? lane : lane - by][0];
+}
+static u32 __match_any_sync(u32, int x) {
+  int all[32][1];
+  exchange({x}, all);
+  u32 same = 0;
+  for (int i = 0; i < 32; ++i) same |= (u32)(all[i][0] == x) << i;
+  return same;
+}
+static int __ffs(u32 x) { return __builtin_ffs((int)x); }
+static int __popc(u32 x) { return __builtin_popcount(x); }
+static int atomicAdd(int* p, int x) {
+  const int before = *p;
+  *p += x;
+  return before;
+}
+static u32 __byte_perm(u32 a, u32 b, u32 selector) {
+  const u64 bytes = (u64)b << 32 | a;
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 s = selector >> (4 * i) & 15;
+    u32 byte = (u32)(bytes >> (8 * (s & 7))) & 255;
+    if (s & 8) byte = byte & 128 ? 255 : 0;
+    out |= byte << (8 * i);
+  }
+  return out;
+}
+static float __uint_as_float(u32 x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+static u32 float_as_uint(float x) {
+  u32 y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+
+// The functions of hopper.cuh
+
+DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); }
+
+// A barrier: arrivals that are missing, how many there are to be, number of the phase.
+DEVICE void barrier_init(u64* b, int arrivals) { *b = (u64)arrivals | (u64)arrivals << 16; }
+DEVICE void barrier_arrive(u64* b) {
+  if ((*b & 0xffff) == 0) std::abort();
+  if ((--*b & 0xffff) == 0) *b = (*b + (1ull << 32)) | (*b >> 16 & 0xffff);
+  progress = true;
+}
+DEVICE void barrier_wait(u64* b, u32 parity) {
+  wait_until([&] { return (*b >> 32 & 1) != parity; });
+}
+DEVICE void barrier_arrive_after_copies(u64* b) {
+  yield();
+  for (const Copy& copy : running->copies) std::memcpy(shared + copy.to, copy.from, copy.bytes);
+  running->copies.clear();
+  barrier_arrive(b);
+}
+DEVICE void copy16(u32 to, const void* from) {
+  if (to % 16 || (u64)from % 16) std::abort();
+  running->copies.push_back({to, from, 16});
+}
+DEVICE void copy16_and_fetch(u32 to, const void* from) { copy16(to, from); }
+DEVICE void copy4(u32 to, const void* from) { running->copies.push_back({to, from, 4}); }
+DEVICE void fetch_to_l2(const void*) {}
+DEVICE void wait_for_earlier_kernels() {}
+DEVICE void let_next_kernel_start() {}
+
+DEVICE void load_matrices(u32 (&r)[4], u32 from) {
+  u32 all[32][1];
+  exchange({from}, all);
+  const int lane = threadIdx.x % 32;
+  for (int m = 0; m < 4; ++m) std::memcpy(&r[m], shared + all[8 * m + lane / 4][0] + lane % 4 * 4, 4);
+  __syncwarp();
+}
+DEVICE void load8(u32& a, u32& b, u32 from) {
+  if (from % 8) std::abort();
+  std::memcpy(&a, shared + from, 4);
+  std::memcpy(&b, shared + from + 4, 4);
+}
+DEVICE void load16(u32 (&r)[4], u32 from) {
+  if (from % 16) std::abort();
+  std::memcpy(r, shared + from, 16);
+}
+DEVICE void load_floats(float (&x)[4], const float* from) { std::memcpy(x, from, 16); }
+DEVICE void store8(void* to, u32 low, u32 high) {
+  std::memcpy(to, &low, 4);
+  std::memcpy((u8*)to + 4, &high, 4);
+}
+
+DEVICE float bfloat_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
+DEVICE u16 float_to_bfloat(float x) {
+  const u32 bits = float_as_uint(x);
+  return x != x ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+DEVICE float half_to_float(u16 x) {
+  _Float16 h;
+  std::memcpy(&h, &x, 2);
+  return (float)h;
+}
+DEVICE u16 float_to_half(float x) {
+  const _Float16 h = (_Float16)x;
+  u16 y;
+  std::memcpy(&y, &h, 2);
+  return y;
+}
+static float element(u32 pair, int which) {
+  const u16 x = (u16)(pair >> (16 * which));
+  return HALF ? half_to_float(x) : bfloat_to_float(x);
+}
+DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  u32 all[32][6];
+  exchange({a[0], a[1], a[2], a[3], b0, b1}, all);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    float sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const float x = element(all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
+      sum += x * element(all[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+    }
+    c[i] = sum;
+  }
+}
+DEVICE u32 multiply_bfloats(u32 a, u32 b) {
+  const u32 low = float_to_bfloat(bfloat_to_float((u16)a) * bfloat_to_float((u16)b));
+  return low | (u32)float_to_bfloat(bfloat_to_float((u16)(a >> 16)) * bfloat_to_float((u16)(b >> 16))) << 16;
+}
