@@ -419,14 +419,24 @@ class LaunchConfig:
     chunk: int = 4096
 
 
-def launch_config(dtype: torch.dtype, transposed: bool) -> LaunchConfig:
-    """The tiles for one layer's weights."""
+def launch_config(dtype: torch.dtype, transposed: bool, slots_per_expert: float = 0) -> LaunchConfig:
+    """The tiles for one layer's weights, and for how many slots an expert has on average (T * K / E).
+
+    An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; larger tiles are for averages
+    that go beyond, since they take shared memory from the copies under way.
+    """
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)
         return LaunchConfig(tile, tile)
     if transposed:
         # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
         return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
+    if slots_per_expert > 48:
+        gate_up = TileConfig(64, 64, 4, 3, 2, swap=True, align=4, block_m=128)
+        return LaunchConfig(gate_up, TileConfig(128, 64, 8, 3, 1, swap=True, block_m=128))
+    if slots_per_expert > 8:
+        gate_up = TileConfig(64, 64, 4, 4, 2, swap=True, align=4, block_m=64)
+        return LaunchConfig(gate_up, TileConfig(64, 64, 4, 5, 2, swap=True, block_m=64))
     return LaunchConfig(TileConfig(64, 64, 4, 5, 2, swap=True, align=4), TileConfig(64, 64, 4, 5, 3))
 
 
@@ -501,7 +511,8 @@ def launch_expert_mlp(
     inner = int(down.shape[1 if transposed else 2])
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    config = config or launch_config(hidden.dtype, transposed)
+    slots = num_tokens * num_slots
+    config = config or launch_config(hidden.dtype, transposed, slots / num_experts if isinstance(slots, int) else 0)
     act, *plan = launch_gate_up(
         hidden, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config
     )  # fmt: skip

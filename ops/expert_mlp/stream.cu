@@ -93,6 +93,12 @@ DEVICE float combine(float gate, float up) {
 // Which experts are active and which slots are theirs. All threads.
 DEVICE void make_plan(Plan& plan, const void* ids, int num_slots) {
   const int thread = threadIdx.x, lane = thread & 31;
+  // The expert that a slot names, or -1. The first ones are loaded while the rest is made ready.
+  auto expert_of = [&](int slot) {
+    const long long e = slot < num_slots ? id_of(ids, slot) : -1;
+    return e >= 0 && e < EXPERTS ? (int)e : -1;
+  };
+  const int first_expert = expert_of(thread);
   for (int e = thread; e < EXPERTS; e += THREADS) plan.count[e] = 0;
   if (thread == 0) {
     for (int s = 0; s < STAGES; ++s) {
@@ -102,13 +108,11 @@ DEVICE void make_plan(Plan& plan, const void* ids, int num_slots) {
   }
   __syncthreads();
   for (int start = 0; start < num_slots; start += THREADS) {
-    const int slot = start + thread;
-    const long long e = slot < num_slots ? id_of(ids, slot) : -1;
-    const bool named = e >= 0 && e < EXPERTS;
+    const int slot = start + thread, e = start == 0 ? first_expert : expert_of(slot);
     // One addition for all slots of a warp that name the same expert.
-    const u32 same = __match_any_sync(~0u, named ? (int)e : -1);
+    const u32 same = __match_any_sync(~0u, e);
     int place = 0;
-    if (named && lane == __ffs(same) - 1) place = atomicAdd(&plan.count[e], __popc(same));
+    if (e >= 0 && lane == __ffs(same) - 1) place = atomicAdd(&plan.count[e], __popc(same));
     place = __shfl_sync(~0u, place, __ffs(same) - 1) + __popc(same & ((1u << lane) - 1));
     if (slot < num_slots) plan.place[slot] = place;
   }
@@ -142,10 +146,10 @@ DEVICE void make_plan(Plan& plan, const void* ids, int num_slots) {
     }
   }
   __syncthreads();
-  // In no fixed order, which no result depends on: every slot has a column of its own.
+  // Warps come in no fixed order, which no result depends on: every slot has a column of its own.
   for (int slot = thread; slot < num_slots; slot += THREADS) {
-    long long e = id_of(ids, slot);
-    if (e >= 0 && e < EXPERTS) plan.list[plan.count[e] + plan.place[slot]] = slot;
+    const int e = slot == thread ? first_expert : expert_of(slot);
+    if (e >= 0) plan.list[plan.count[e] + plan.place[slot]] = slot;
   }
   __syncthreads();
 }

@@ -285,6 +285,7 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
     """For Hopper and for a GPU with less shared memory: tiles fit it and are copied to it 16 bytes at a time."""
     output = run_alone(
         """
+        import itertools
         import os
         import re
         import triton
@@ -315,9 +316,9 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
             ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True)),
             ("fp32", torch.float32, False, dict(K=2, E=8, HIDDEN=100, INNER=200), ("relu2", False, False, True)),
         ]
-        for element, dtype, transposed, shape, flags in LAYERS:
+        for (element, dtype, transposed, shape, flags), slots_per_expert in itertools.product(LAYERS, (2, 20, 64)):
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
-            config = launch_config(dtype, transposed)
+            config = launch_config(dtype, transposed, slots_per_expert)
             shape |= {"ALIGN": config.gate_up.step, **chunk_of(256, shape["E"], config.chunk)}
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
             for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
