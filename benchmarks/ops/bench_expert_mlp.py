@@ -80,12 +80,12 @@ def gate_up_launch(geometry, tensors, config):
     """Kernel, grid, arguments of the first projection; tensors may be dtypes, to compile alone."""
     g = geometry
     strides = (2 * g.inner * g.hidden, *((1, 2 * g.inner) if g.transposed else (g.hidden, 1)))
-    names = ("hidden", "gate_up", "gate_up_bias", "ids", "act", "order", "active", "first", "num_slots")
+    names = ("hidden", "gate_up", "gate_up_bias", "scale", "ids", "act", "order", "active", "first", "num_slots")
     args = [*(tensors[n] for n in names), g.top_k, 1]
     kwargs = dict(
         K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, ACTIVATION=g.activation.removesuffix("_glu"),
         GATED=True, INTERLEAVED=g.interleaved, HAS_BIAS=g.bias,
-        ALIGN=config.step, **K.chunk_of(tensors["num_slots"], g.experts, 4096), **config.arguments(),
+        SCALE=0, ALIGN=config.step, **K.chunk_of(tensors["num_slots"], g.experts, 4096), **config.arguments(),
     )  # fmt: skip
     return K.gate_up_kernel, (config.per_sm * SMS,), (*args, *strides), kwargs
 
@@ -93,8 +93,10 @@ def gate_up_launch(geometry, tensors, config):
 def down_launch(geometry, tensors, config):
     g = geometry
     strides = (g.inner * g.hidden, *((1, g.hidden) if g.transposed else (g.inner, 1)), g.top_k, 1)
-    args = [tensors[n] for n in ("act", "down", "down_bias", "weights", "out", "order", "active", "first")]
-    kwargs = dict(K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, HAS_BIAS=g.bias, **config.arguments())
+    args = [tensors[n] for n in ("act", "down", "down_bias", "scale", "weights", "out", "order", "active", "first")]
+    kwargs = dict(
+        K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, HAS_BIAS=g.bias, SCALE=0, **config.arguments()
+    )
     return K.down_kernel, (config.per_sm * SMS,), (*args, tensors["num_slots"], *strides), kwargs
 
 
@@ -200,7 +202,7 @@ def case_tensors(geometry, layer, tokens, select, seed):
     tensors = {
         "hidden": hidden, "ids": ids, "weights": weights, "order": order, "active": active, "first": first,
         "num_slots": slots,
-        "gate_up": gate_up,
+        "gate_up": gate_up, "scale": hidden,
         "down": down, "gate_up_bias": hidden if gate_up_bias is None else gate_up_bias,
         "down_bias": act if down_bias is None else down_bias, "act": act,
         "out": torch.empty(slots, geometry.hidden, device="cuda"),

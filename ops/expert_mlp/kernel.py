@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
-from .reference import gate_width
+from .reference import SCALE_BLOCK, gate_width
 
 # Rows of the smallest tile; tl.dot takes no fewer.
 ROWS = 16
@@ -107,6 +107,28 @@ def dot_rows(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
+def dot_scaled_rows(x, w, acc, scale, SWAP: tl.constexpr):
+    """`dot_rows` for FP8 weights, of which each row has the scale [N] of its block."""
+    part = dot_rows(x, w.to(x.dtype), tl.zeros_like(acc), SWAP)
+    return acc + part * (scale[:, None] if SWAP else scale[None, :])
+
+
+@triton.jit
+def scale_rows(s_ptr, n, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the scales of rows n at depth 0."""
+    return s_ptr + n // BLOCK * ((DEPTH + BLOCK - 1) // BLOCK)
+
+
+@triton.jit
+def scales_of(s_ptr, expert, ROWS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Where an expert's scales begin, of a weight [ROWS, DEPTH]."""
+    if BLOCK:
+        BLOCKS: tl.constexpr = ((ROWS + BLOCK - 1) // BLOCK) * ((DEPTH + BLOCK - 1) // BLOCK)
+        s_ptr += expert.to(tl.int64) * BLOCKS
+    return s_ptr
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return 1 / (1 + tl.exp(-x))
@@ -144,6 +166,7 @@ def combine(gate, up, NAME: tl.constexpr):
 def project(
     x_ptrs,
     w_ptrs,
+    s_ptrs,
     x_rows,
     w_rows,
     step_x,
@@ -154,8 +177,12 @@ def project(
     BLOCK_K: tl.constexpr,
     MASK_N: tl.constexpr,
     SWAP: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
-    """Return x [M, DEPTH] @ w [N, DEPTH].T in fp32 [M, N], from pointers to the first BLOCK_K columns of each."""
+    """Return x [M, DEPTH] @ w [N, DEPTH].T in fp32 [M, N], from pointers to the first BLOCK_K columns of each.
+
+    With SCALE every SCALE columns of a weight row have a factor, the first at s_ptrs [N].
+    """
     MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
     column = tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
@@ -163,7 +190,10 @@ def project(
         inside = column < DEPTH - k
         x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
         w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
-        acc = dot_rows(x, w, acc, SWAP)
+        if SCALE:
+            acc = dot_scaled_rows(x, w, acc, tl.load(s_ptrs + k // SCALE), SWAP)
+        else:
+            acc = dot_rows(x, w, acc, SWAP)
         x_ptrs += step_x
         w_ptrs += step_w
     if SWAP:
@@ -175,6 +205,8 @@ def project(
 def project_pair(
     x_ptrs,
     w_ptrs,
+    s_ptrs,
+    s_up_ptrs,
     x_rows,
     w_rows,
     step_x,
@@ -186,6 +218,7 @@ def project_pair(
     BLOCK_K: tl.constexpr,
     MASK_N: tl.constexpr,
     SWAP: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """`project` for gate and up at once; the pointers to up are to_up elements further."""
     MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
@@ -197,8 +230,12 @@ def project_pair(
         x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
         w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
         v = load_tile(w_ptrs + to_up, w_rows, inside, MASK_N, MASK_K)
-        gate = dot_rows(x, w, gate, SWAP)
-        up = dot_rows(x, v, up, SWAP)
+        if SCALE:
+            gate = dot_scaled_rows(x, w, gate, tl.load(s_ptrs + k // SCALE), SWAP)
+            up = dot_scaled_rows(x, v, up, tl.load(s_up_ptrs + k // SCALE), SWAP)
+        else:
+            gate = dot_rows(x, w, gate, SWAP)
+            up = dot_rows(x, v, up, SWAP)
         x_ptrs += step_x
         w_ptrs += step_w
     if SWAP:
@@ -208,12 +245,12 @@ def project_pair(
 
 @triton.jit
 def gate_up_tile(
-    x_ptr, w_ptr, b_ptr, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d,
+    x_ptr, w_ptr, b_ptr, s_ptr, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d,
     K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, ALIGN: tl.constexpr,
+    SWAP: tl.constexpr, SCALE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write act[first : first + M, column : column + width] of the expert whose weights and bias begin at w_ptr, b_ptr.
+    """Write act[first : first + M, column : column + width] of one expert, whose weights begin at w_ptr, and so on.
 
     width is N, or less and a multiple of ALIGN.
     """
@@ -225,10 +262,13 @@ def gate_up_tile(
     x_ptrs = x_ptr + token[:, None] * HIDDEN + d[None, :]
     n = column + tl.arange(0, N)
     is_mine = (n < column + width) & (n < INNER)
+    # A row outside has some row's scale: what it gives is not stored.
+    safe = tl.minimum(n, INNER - 1)
+    s_ptrs = scale_rows(s_ptr, safe, HIDDEN, SCALE) if SCALE else s_ptr
     if not GATED:
         w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
-        x = project(x_ptrs, w_ptrs, inside[:, None], is_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
-                    HIDDEN, M, N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
+        x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], is_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
+                    HIDDEN, M, N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
         if HAS_BIAS:
             x += tl.load(b_ptr + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
         act = activate(x, ACTIVATION)
@@ -238,16 +278,18 @@ def gate_up_tile(
             p = 2 * column + tl.arange(0, 2 * N)
             both_mine = (p < 2 * (column + width)) & (p < 2 * INNER)
             w_ptrs = w_ptr + p[:, None] * stride_n + d[None, :] * stride_d
-            both = project(x_ptrs, w_ptrs, inside[:, None], both_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
-                           HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
+            s_both = scale_rows(s_ptr, tl.minimum(p, 2 * INNER - 1), HIDDEN, SCALE) if SCALE else s_ptr
+            both = project(x_ptrs, w_ptrs, s_both, inside[:, None], both_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
+                           HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
             if HAS_BIAS:
                 both += tl.load(b_ptr + p, mask=both_mine, other=0.0).to(tl.float32)[None, :]
             gate, up = tl.split(tl.reshape(both, (M, N, 2)))
         else:
             w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
-            gate, up = project_pair(x_ptrs, w_ptrs, inside[:, None], is_mine[:, None], BLOCK_K,
+            s_up_ptrs = scale_rows(s_ptr, INNER + safe, HIDDEN, SCALE) if SCALE else s_ptr
+            gate, up = project_pair(x_ptrs, w_ptrs, s_ptrs, s_up_ptrs, inside[:, None], is_mine[:, None], BLOCK_K,
                                     BLOCK_K * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N,
-                                    SWAP)  # fmt: skip
+                                    SWAP, SCALE)  # fmt: skip
             if HAS_BIAS:
                 gate += tl.load(b_ptr + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
                 up += tl.load(b_ptr + INNER + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
@@ -258,12 +300,12 @@ def gate_up_tile(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def gate_up_kernel(
-    x_ptr, w_ptr, b_ptr, ids_ptr, act_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_t, stride_k, stride_e,
-    stride_n, stride_d,
+    x_ptr, w_ptr, b_ptr, s_ptr, ids_ptr, act_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_t, stride_k,
+    stride_e, stride_n, stride_d,
     K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
     SMALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    ALIGN: tl.constexpr,
+    SCALE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Write act [T * K, INNER], rows grouped by expert: some columns of one expert at a time. And what rows are:
 
@@ -306,24 +348,26 @@ def gate_up_kernel(
             tl.store(first_ptr + which, first)
         w = w_ptr + expert.to(tl.int64) * stride_e
         b = b_ptr + expert * COLUMNS
+        s = scales_of(s_ptr, expert, COLUMNS, HIDDEN, SCALE)
         if which == num_active:
             tl.store(active_ptr + E, num_active)
         elif last - first <= SMALL:
-            gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d, K, HIDDEN,
-                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP,
+            gate_up_tile(x_ptr, w, b, s, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d, K, HIDDEN,
+                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP, SCALE,
                          ALIGN)  # fmt: skip
         else:
             for m in range(first, last, BLOCK_M):
-                gate_up_tile(x_ptr, w, b, act_ptr, order_ptr, m, last, column, width, stride_n, stride_d, K, HIDDEN,
-                             INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+                gate_up_tile(x_ptr, w, b, s, act_ptr, order_ptr, m, last, column, width, stride_n, stride_d, K, HIDDEN,
+                             INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SCALE,
                              ALIGN)  # fmt: skip
 
 
 @triton.jit
 def down_tile(
-    act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d, stride_t, stride_k,
+    act_ptr, w_ptr, b_ptr, s_ptr, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d, stride_t,
+    stride_k,
     K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Write the rows order[first : first + M] of out, columns column : column + N, for one expert."""
     MASK_N: tl.constexpr = HIDDEN % N != 0
@@ -334,8 +378,9 @@ def down_tile(
     n = column + tl.arange(0, N)
     x_ptrs = act_ptr + row[:, None] * INNER + d[None, :]
     w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
-    x = project(x_ptrs, w_ptrs, inside[:, None], (n < HIDDEN)[:, None], BLOCK_K, BLOCK_K * stride_d,
-                INNER, M, N, BLOCK_K, MASK_N, SWAP)  # fmt: skip
+    s_ptrs = scale_rows(s_ptr, tl.minimum(n, HIDDEN - 1), INNER, SCALE) if SCALE else s_ptr
+    x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], (n < HIDDEN)[:, None], BLOCK_K, BLOCK_K * stride_d,
+                INNER, M, N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
     if HAS_BIAS:
         x += tl.load(b_ptr + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[None, :]
     weight = tl.load(weights_ptr + (slot // K) * stride_t + (slot % K) * stride_k, mask=inside, other=0.0)
@@ -346,10 +391,11 @@ def down_tile(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def down_kernel(
-    act_ptr, w_ptr, b_ptr, weights_ptr, out_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_e, stride_n,
+    act_ptr, w_ptr, b_ptr, s_ptr, weights_ptr, out_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_e, stride_n,
     stride_d, stride_t, stride_k,
     K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr,
     SMALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     """Write out [T * K, HIDDEN] in fp32, 0 for slots of no expert: BLOCK_N columns of one expert at a time."""
     TILES: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -361,13 +407,15 @@ def down_kernel(
         last = tl.load(first_ptr + item // TILES + 1)
         w = w_ptr + expert.to(tl.int64) * stride_e
         b = b_ptr + expert * HIDDEN
+        s = scales_of(s_ptr, expert, HIDDEN, INNER, SCALE)
         if last - first <= SMALL:
-            down_tile(act_ptr, w, b, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d, stride_t,
-                      stride_k, K, HIDDEN, INNER, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
+            down_tile(act_ptr, w, b, s, weights_ptr, out_ptr, order_ptr, first, last, column, stride_n, stride_d,
+                      stride_t, stride_k, K, HIDDEN, INNER, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP, SCALE)  # fmt: skip
         else:
             for m in range(first, last, BLOCK_M):
-                down_tile(act_ptr, w, b, weights_ptr, out_ptr, order_ptr, m, last, column, stride_n, stride_d, stride_t,
-                          stride_k, K, HIDDEN, INNER, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)  # fmt: skip
+                down_tile(act_ptr, w, b, s, weights_ptr, out_ptr, order_ptr, m, last, column, stride_n, stride_d,
+                          stride_t, stride_k, K, HIDDEN, INNER, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+                          SCALE)  # fmt: skip
     n = tl.arange(0, BLOCK_N)
     for m in range(tl.load(first_ptr + num_active) + tl.program_id(0), num_slots, tl.num_programs(0)):
         row = out_ptr + tl.load(order_ptr + m).to(tl.int64) * HIDDEN
@@ -422,8 +470,8 @@ class LaunchConfig:
 def launch_config(dtype: torch.dtype, transposed: bool, slots_per_expert: float = 0) -> LaunchConfig:
     """The tiles for one layer's weights, and for how many slots an expert has on average (T * K / E).
 
-    An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; larger tiles are for averages
-    that go beyond, since they take shared memory from the copies under way.
+    An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; larger tiles are for
+    averages that go beyond, since they take shared memory from the copies under way.
     """
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)
@@ -446,6 +494,11 @@ def device_guard(tensor: Tensor):
     (A fake CUDA tensor on a machine without CUDA gets here as well.)
     """
     return torch.cuda.device_of(tensor) if torch.cuda.is_initialized() else contextlib.nullcontext()
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether Triton can widen FP8 numbers on a GPU."""
+    return not torch.cuda.is_initialized() or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def launchable(kernel):
@@ -472,6 +525,7 @@ def launch_gate_up(
     interleaved: bool,
     transposed: bool,
     config: LaunchConfig,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(act [T * K, I], order, active, first) of `gate_up_kernel`; T * K >= 1."""
     num_slots, top_k = topk_ids.shape[0] * topk_ids.shape[1], int(topk_ids.shape[1])
@@ -482,12 +536,13 @@ def launch_gate_up(
     active, first = (torch.empty(num_experts + 1, dtype=torch.int32, device=hidden.device) for _ in range(2))
     # Where a bias is missing its pointer is not read; any tensor will do.
     launchable(gate_up_kernel)[(config.gate_up.programs(hidden.device),)](
-        hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(), topk_ids, act,
-        order, active, first, num_slots, topk_ids.stride(0), topk_ids.stride(1), *_strides(gate_up, transposed),
+        hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(),
+        hidden if scale is None else scale.contiguous(), topk_ids, act, order, active, first, num_slots,
+        topk_ids.stride(0), topk_ids.stride(1), *_strides(gate_up, transposed),
         K=top_k, E=num_experts, HIDDEN=width, INNER=inner, ACTIVATION=activation.removesuffix("_glu"),
         GATED=gate_width(activation) == 2, INTERLEAVED=interleaved, HAS_BIAS=gate_up_bias is not None,
-        ALIGN=config.gate_up.step, **chunk_of(num_slots, num_experts, config.chunk),
-        **config.gate_up.arguments(),
+        SCALE=0 if scale is None else SCALE_BLOCK, ALIGN=config.gate_up.step,
+        **chunk_of(num_slots, num_experts, config.chunk), **config.gate_up.arguments(),
     )  # fmt: skip
     return act, order, active, first
 
@@ -504,6 +559,8 @@ def launch_expert_mlp(
     interleaved: bool,
     transposed: bool,
     config: LaunchConfig | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """`sere::expert_mlp` on checked arguments; `config` replaces the heuristics."""
     num_tokens, num_slots = topk_ids.shape[0], int(topk_ids.shape[1])
@@ -514,14 +571,15 @@ def launch_expert_mlp(
     slots = num_tokens * num_slots
     config = config or launch_config(hidden.dtype, transposed, slots / num_experts if isinstance(slots, int) else 0)
     act, *plan = launch_gate_up(
-        hidden, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config
+        hidden, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config, gate_up_scale
     )  # fmt: skip
     out = torch.empty((num_tokens * num_slots, width), dtype=torch.float32, device=hidden.device)
     launchable(down_kernel)[(config.down.programs(hidden.device),)](
-        act, down, act if down_bias is None else down_bias.contiguous(), topk_weights, out, *plan,
+        act, down, act if down_bias is None else down_bias.contiguous(),
+        act if down_scale is None else down_scale.contiguous(), topk_weights, out, *plan,
         num_tokens * num_slots, *_strides(down, transposed), topk_weights.stride(0), topk_weights.stride(1),
         K=num_slots, E=num_experts, HIDDEN=width, INNER=inner, HAS_BIAS=down_bias is not None,
-        **config.down.arguments(),
+        SCALE=0 if down_scale is None else SCALE_BLOCK, **config.down.arguments(),
     )  # fmt: skip
     return out.view(num_tokens, num_slots, width).sum(1).to(hidden.dtype)
 

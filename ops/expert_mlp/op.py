@@ -131,11 +131,11 @@ def _expert_mlp(
 
         if takes(Call(*tensors, *scales), transposed):
             return torch.ops.sere.expert_mlp_stream.default(*tensors, *scales, activation, interleaved)
-        if gate_up_scale is None:
-            from .kernel import device_guard, launch_expert_mlp
+        from .kernel import device_guard, launch_expert_mlp, multiplies_fp8
 
+        if gate_up_scale is None or multiplies_fp8(hidden.device):
             with device_guard(hidden):
-                return launch_expert_mlp(*tensors, activation, interleaved, transposed)
+                return launch_expert_mlp(*tensors, activation, interleaved, transposed, None, *scales)
     return expert_mlp_reference(*tensors, activation, interleaved, transposed, *scales)
 
 
@@ -153,7 +153,7 @@ def expert_mlp_stream(
     activation: str,
     interleaved: bool,
 ) -> Tensor:
-    """`sere::expert_mlp` by `stream.cu`, or, where that cannot be had on this machine, by what would run otherwise."""
+    """`sere::expert_mlp` by `stream.cu` on Hopper and later, by Triton where that cannot be had there after all."""
     from .kernel import device_guard, launch_expert_mlp
     from .stream import Call, launch_stream
 
@@ -161,11 +161,7 @@ def expert_mlp_stream(
     scales = (gate_up_scale, down_scale)
     with device_guard(hidden):
         out = launch_stream(Call(*tensors, *scales), activation, interleaved)
-        if out is not None:
-            return out
-        if gate_up_scale is None:
-            return launch_expert_mlp(*tensors, activation, interleaved, transposed=False)
-    return expert_mlp_reference(*tensors, activation, interleaved, False, *scales)
+        return launch_expert_mlp(*tensors, activation, interleaved, False, None, *scales) if out is None else out
 
 
 @expert_mlp_stream.register_fake
@@ -229,8 +225,8 @@ def expert_mlp(
 
     On CUDA, up to 256 tokens, the weights of active experts are read from memory once, those of others not at all.
     The first projection is rounded to the dtype of hidden after the activation only; everything else is in fp32.
-    FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden. They have a kernel on
-    Hopper and later GPUs, for bf16 and H and I that are multiples of 128, and run as the slow reference elsewhere.
+    FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden, and each block's part of a
+    sum with its scale. GPUs older than compute capability 8.9 run them as the slow reference does.
     Deterministic. No gradient.
     """
     return torch.ops.sere.expert_mlp.default(

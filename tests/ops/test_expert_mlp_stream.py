@@ -12,11 +12,12 @@ import torch
 
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, stream
+from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
 from sere_compile.ops.expert_mlp.stream import Call, Stream, StreamConfig, launch_stream, takes
 
 from . import cuda_on_cpu
 from .cases import poisoned_memory
-from .test_expert_mlp import Layer, arguments_with, assert_close_to_oracle
+from .test_expert_mlp import Layer, arguments_with, assert_close_to_oracle, small_tiles
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 WIDE = {"hidden": 256, "inner": 128}
@@ -100,6 +101,24 @@ def test_no_kernel_without_a_gpu():
     """A CPU tensor, or a fake CUDA tensor where there is no CUDA, gets no CUDA C++."""
     tensors = Layer(dtype=BF16, **WIDE).draw()[:7]
     assert not takes(Call(*tensors, None, None), transposed=False)
+
+
+@pytest.mark.parametrize("tile", [{}, {"swap": True, "align": 4}], ids=["rows", "swapped-narrow"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(dtype=FP16, hidden=200, inner=72),
+        Layer(dtype=FP16, hidden=144, inner=136, activation="relu2", bias=True),
+        Layer(dtype=FP16, tokens=40, experts=2, hidden=144, inner=72, activation="gpt_oss", interleaved=True),
+    ],
+    ids=str,
+)
+def test_triton_kernels_equal_oracle_with_fp8_weights(layer, tile, kernel_device):
+    """Where there is no CUDA C++."""
+    scaled, exact = with_fp8(layer.draw(device=kernel_device))
+    with poisoned_memory():
+        out = launch_expert_mlp(*scaled[:10], small_tiles(**tile), *scaled[10:])
+    assert_close_to_oracle(out, exact)
 
 
 # What is compiled

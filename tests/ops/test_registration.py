@@ -298,8 +298,9 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
         if not os.path.exists(triton.knobs.nvidia.ptxas.path):
             print("no ptxas"); sys.exit()
 
-        def compile_alone(kernel, element, ones, constants):
-            pointers = dict(order_ptr="*i32", active_ptr="*i32", first_ptr="*i32", out_ptr="*fp32", ids_ptr="*i64")
+        def compile_alone(kernel, element, ones, constants, **pointers):
+            pointers |= dict(order_ptr="*i32", active_ptr="*i32", first_ptr="*i32")
+            pointers |= dict(out_ptr="*fp32", ids_ptr="*i64", s_ptr="*fp32")
             scalars = dict.fromkeys(("num_slots", "stride_e", "stride_n", "stride_d", "stride_t", "stride_k"), "i32")
             types = {n: pointers.get(n, f"*{element}") for n in kernel.arg_names if n.endswith("_ptr")}
             types |= {n: type for n, type in scalars.items() if n not in ones}
@@ -319,12 +320,14 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
         for (element, dtype, transposed, shape, flags), slots_per_expert in itertools.product(LAYERS, (2, 20, 64)):
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
             config = launch_config(dtype, transposed, slots_per_expert)
-            shape |= {"ALIGN": config.gate_up.step, **chunk_of(256, shape["E"], config.chunk)}
+            shape |= {"SCALE": 0, "ALIGN": config.gate_up.step, **chunk_of(256, shape["E"], config.chunk)}
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
             for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
                 compiled = compile_alone(kernel, element, ones, {**shape, **tile.arguments()})
                 assert compiled.metadata.shared <= shared * 1024
                 assert element == "fp32" or "cp.async.cg.shared.global" in compiled.asm["ptx"]
+                if element == "bf16" and not transposed and slots_per_expert == 2:
+                    compile_alone(kernel, element, ones, {**shape, **tile.arguments(), "SCALE": 128}, w_ptr="*fp8e4nv")
         """,
         TRITON_CACHE_DIR=str(tmp_path),
         CAPABILITY=str(capability),
