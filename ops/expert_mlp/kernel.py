@@ -107,10 +107,14 @@ def dot_rows(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def dot_scaled_rows(x, w, acc, scale, SWAP: tl.constexpr):
-    """`dot_rows` for FP8 weights, of which each row has the scale [N] of its block."""
-    part = dot_rows(x, w.to(x.dtype), tl.zeros_like(acc), SWAP)
-    return acc + part * (scale[:, None] if SWAP else scale[None, :])
+def dot_weights(x, w, acc, s_ptrs, k, SWAP: tl.constexpr, SCALE: tl.constexpr):
+    """`dot_rows`; with SCALE of FP8 weights, each row's part times the scale of its block at depth k."""
+    if SCALE:
+        scale = tl.load(s_ptrs + k // SCALE)
+        part = dot_rows(x, w.to(x.dtype), tl.zeros_like(acc), SWAP)
+        return acc + part * (scale[:, None] if SWAP else scale[None, :])
+    else:
+        return dot_rows(x, w, acc, SWAP)
 
 
 @triton.jit
@@ -190,10 +194,7 @@ def project(
         inside = column < DEPTH - k
         x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
         w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
-        if SCALE:
-            acc = dot_scaled_rows(x, w, acc, tl.load(s_ptrs + k // SCALE), SWAP)
-        else:
-            acc = dot_rows(x, w, acc, SWAP)
+        acc = dot_weights(x, w, acc, s_ptrs, k, SWAP, SCALE)
         x_ptrs += step_x
         w_ptrs += step_w
     if SWAP:
@@ -230,12 +231,8 @@ def project_pair(
         x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
         w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
         v = load_tile(w_ptrs + to_up, w_rows, inside, MASK_N, MASK_K)
-        if SCALE:
-            gate = dot_scaled_rows(x, w, gate, tl.load(s_ptrs + k // SCALE), SWAP)
-            up = dot_scaled_rows(x, v, up, tl.load(s_up_ptrs + k // SCALE), SWAP)
-        else:
-            gate = dot_rows(x, w, gate, SWAP)
-            up = dot_rows(x, v, up, SWAP)
+        gate = dot_weights(x, w, gate, s_ptrs, k, SWAP, SCALE)
+        up = dot_weights(x, v, up, s_up_ptrs, k, SWAP, SCALE)
         x_ptrs += step_x
         w_ptrs += step_w
     if SWAP:

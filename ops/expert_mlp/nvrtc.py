@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _PREFERRED_SHARED_MEMORY_CARVEOUT = 9
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
@@ -52,6 +53,15 @@ def available() -> bool:
 def _check(result: int, call: str) -> None:
     if result != 0:
         raise RuntimeError(f"{call}: error {result}")
+
+
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that one block may have."""
+    handle, size = ctypes.c_int(), ctypes.c_int()
+    _check(_library().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    attribute = _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    _check(_library().cuDeviceGetAttribute(ctypes.byref(size), attribute, handle), "cuDeviceGetAttribute")
+    return size.value
 
 
 def compile_source(source: str, macros: Sequence[tuple[str, int]], capability: tuple[int, int]) -> bytes:

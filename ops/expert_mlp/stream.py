@@ -143,8 +143,8 @@ def takes(call: Call, transposed: bool) -> bool:
     if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not _device_can(call.hidden.device):
         return False
     num_slots = num_tokens * top_k
-    few = num_slots <= min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
-    return num_slots > 0 and (few or call.fp8) and _can_run(call)
+    most = min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
+    return 0 < num_slots <= most and _can_run(call)
 
 
 def _can_run(call: Call) -> bool:
@@ -173,9 +173,9 @@ def _compiled_ahead() -> bool:
 def _device_can(device: torch.device) -> bool:
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    properties = torch.cuda.get_device_properties(device)
-    roomy = properties.shared_memory_per_block_optin >= ONE_BLOCK
-    return properties.major >= 9 and roomy and nvrtc.available()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    return hopper and nvrtc.available() and nvrtc.shared_memory(index) >= ONE_BLOCK
 
 
 def source() -> str:
