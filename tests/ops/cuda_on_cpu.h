@@ -5,10 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <ucontext.h>
@@ -55,7 +52,14 @@ static bool progress;
 static std::function<void()> body;
 #define threadIdx (running->index)
 
+// Why the kernels were stopped, or null.
+static const char* problem;
+
 static void yield() { swapcontext(&running->context, &scheduler); }
+static void stop(const char* why) {
+  problem = why;
+  for (;;) yield();
+}
 template <class F>
 static void wait_until(F condition) {
   while (!condition()) yield();
@@ -87,11 +91,10 @@ static void run_block(int threads) {
       all = false;
       running = f.get();
       swapcontext(&scheduler, &f->context);
+      if (problem) return;
     }
-    if (!all && !progress) {
-      std::fprintf(stderr, "deadlock: every thread of block %u waits\n", blockIdx.x);
-      std::abort();
-    }
+    if (!all && !progress) problem = "deadlock: every thread of a block waits";
+    if (problem) return;
   }
 }
 static void run_grid(unsigned x, unsigned y, int threads, int shared_bytes, const std::function<void()>& kernel) {
@@ -99,6 +102,7 @@ static void run_grid(unsigned x, unsigned y, int threads, int shared_bytes, cons
   gridDim = {x, y, 1};
   for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+      if (problem) return;
       std::memset(shared, 0xff, shared_bytes);
       run_block(threads);
     }
@@ -185,7 +189,7 @@ DEVICE u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); 
 // A barrier: arrivals that are missing, how many there are to be, number of the phase.
 DEVICE void barrier_init(u64* b, int arrivals) { *b = (u64)arrivals | (u64)arrivals << 16; }
 DEVICE void barrier_arrive(u64* b) {
-  if ((*b & 0xffff) == 0) std::abort();
+  if ((*b & 0xffff) == 0) stop("a barrier is arrived at that nothing has set up");
   if ((--*b & 0xffff) == 0) *b = (*b + (1ull << 32)) | (*b >> 16 & 0xffff);
   progress = true;
 }
@@ -199,7 +203,7 @@ DEVICE void barrier_arrive_after_copies(u64* b) {
   barrier_arrive(b);
 }
 DEVICE void copy16(u32 to, const void* from) {
-  if (to % 16 || (u64)from % 16) std::abort();
+  if (to % 16 || (u64)from % 16) stop("a copy of 16 bytes at an odd address");
   running->copies.push_back({to, from, 16});
 }
 DEVICE void copy16_and_fetch(u32 to, const void* from) { copy16(to, from); }
@@ -216,12 +220,12 @@ DEVICE void load_matrices(u32 (&r)[4], u32 from) {
   __syncwarp();
 }
 DEVICE void load8(u32& a, u32& b, u32 from) {
-  if (from % 8) std::abort();
+  if (from % 8) stop("a load of 8 bytes at an odd address");
   std::memcpy(&a, shared + from, 4);
   std::memcpy(&b, shared + from + 4, 4);
 }
 DEVICE void load16(u32 (&r)[4], u32 from) {
-  if (from % 16) std::abort();
+  if (from % 16) stop("a load of 16 bytes at an odd address");
   std::memcpy(r, shared + from, 16);
 }
 DEVICE void load_floats(float (&x)[4], const float* from) { std::memcpy(x, from, 16); }
