@@ -16,6 +16,7 @@ import torch
 
 from sere_compile.ops import expert_mlp
 from tests.ops.test_expert_mlp import Layer, assert_close_to_oracle
+from tests.ops.test_expert_mlp_stream import with_fp8
 
 LAYERS = [
     Layer(dtype=torch.bfloat16),
@@ -24,6 +25,9 @@ LAYERS = [
         activation="gpt_oss", interleaved=True, transposed=True, bias=True, dtype=torch.bfloat16, hidden=72, inner=88
     ),
     Layer(tokens=70, slots=3, experts=3),
+    # Few slots an expert: CUDA C++ where the GPU can.
+    Layer(tokens=1, slots=8, experts=16, hidden=192, inner=64, bias=True, dtype=torch.bfloat16),
+    Layer(tokens=16, slots=4, experts=16, hidden=128, inner=128, dtype=torch.bfloat16),
 ]
 
 
@@ -34,6 +38,9 @@ def main() -> None:
         arguments = layer.draw(device="cuda")
         assert_close_to_oracle(expert_mlp(*arguments), arguments)
         print("ran", dataclasses.astuple(layer), flush=True)
+    scaled, exact = with_fp8(LAYERS[-1].draw(device="cuda"))
+    assert_close_to_oracle(expert_mlp(*scaled), exact)
+    print("ran the last with FP8 weights", flush=True)
 
 
 if __name__ == "__main__":
