@@ -12,7 +12,7 @@ from .graph import nodes
 
 # Slots per expert, on average, up to which the expert kernels were never measured slower than stock
 # (docs/kernels.md).
-MAX_SLOTS_PER_EXPERT = 24
+MAX_SLOTS_PER_EXPERT = 32
 
 
 def check_router_gains(gate: Gate, has_gradients: bool) -> Skip | None:

@@ -44,7 +44,7 @@ class SereConfig:
             `explain` can do so; a backend gets graphs that are captured already.
         fuse_router: replace scoring, top-k and normalising of up to 256 tokens by one kernel, where the graph is on
             CUDA and needs no gradients. "always": on a CPU as well.
-        lower_experts: replace dispatches of up to 256 tokens, and 24 slots per expert on average, by kernels that read
+        lower_experts: replace dispatches of up to 256 tokens, and 32 slots per expert on average, by kernels that read
             only the active experts, where the graph is on CUDA and needs no gradients. They round like any fusing
             compiler. "always": on a CPU as well. `explain` and the log say what stayed, and why.
         substitution: "reroute" is the paper's rule, weights unchanged. "projection" multiplies a re-routed slot's

@@ -41,7 +41,6 @@ DEVICE void copy16_and_fetch(u32 to, const void* from) {
 DEVICE void copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
-DEVICE void fetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Earlier kernels of the stream are complete, and what they wrote can be read.
 DEVICE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -78,6 +77,12 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #endif
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Bytes of x: byte i of the result is the one that digit i of selector names, or, with 8 added, its sign in all 8 bits.
+DEVICE u32 permute_bytes(u32 x, u32 selector) {
+  u32 y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(selector));
+  return y;
 }
 DEVICE u32 multiply_bfloats(u32 a, u32 b) {
   asm("mul.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));

@@ -30,6 +30,8 @@ from .reference import SCALE_BLOCK, gate_width
 
 # Rows of the smallest tile; tl.dot takes no fewer.
 ROWS = 16
+# Where tiles of 32 rows would read the weights of many experts twice.
+MANY_SLOTS_PER_EXPERT = 24
 
 
 # A kernel loads ids itself: torch's analysis of what a kernel writes takes every pointer that a function is given for
@@ -464,11 +466,11 @@ class LaunchConfig:
     chunk: int = 4096
 
 
-def launch_config(dtype: torch.dtype, transposed: bool, slots_per_expert: float = 0) -> LaunchConfig:
-    """The tiles for one layer's weights, and for how many slots an expert has on average (T * K / E).
+def launch_config(dtype: torch.dtype, transposed: bool, many_slots: bool = False) -> LaunchConfig:
+    """The tiles for one layer's weights; `many_slots`: for more than `MANY_SLOTS_PER_EXPERT`, T * K / E.
 
-    An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; larger tiles are for
-    averages that go beyond, since they take shared memory from the copies under way.
+    An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; a larger one for the rest
+    takes shared memory from the copies under way.
     """
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)
@@ -476,10 +478,7 @@ def launch_config(dtype: torch.dtype, transposed: bool, slots_per_expert: float 
     if transposed:
         # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
         return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
-    if slots_per_expert > 48:
-        gate_up = TileConfig(64, 64, 4, 3, 2, swap=True, align=4, block_m=128)
-        return LaunchConfig(gate_up, TileConfig(128, 64, 8, 3, 1, swap=True, block_m=128))
-    if slots_per_expert > 8:
+    if many_slots:
         gate_up = TileConfig(64, 64, 4, 4, 2, swap=True, align=4, block_m=64)
         return LaunchConfig(gate_up, TileConfig(64, 64, 4, 5, 2, swap=True, block_m=64))
     return LaunchConfig(TileConfig(64, 64, 4, 5, 2, swap=True, align=4), TileConfig(64, 64, 4, 5, 3))
@@ -565,8 +564,8 @@ def launch_expert_mlp(
     inner = int(down.shape[1 if transposed else 2])
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    slots = num_tokens * num_slots
-    config = config or launch_config(hidden.dtype, transposed, slots / num_experts if isinstance(slots, int) else 0)
+    many_slots = guard_or_false(num_tokens * num_slots > MANY_SLOTS_PER_EXPERT * num_experts)
+    config = config or launch_config(hidden.dtype, transposed, many_slots)
     act, *plan = launch_gate_up(
         hidden, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config, gate_up_scale
     )  # fmt: skip

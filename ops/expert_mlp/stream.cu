@@ -1,14 +1,14 @@
 // `sere::expert_mlp` for few slots an expert, in CUDA C++ (sm_90 and later): three kernels that overlap.
 //
 // Every block owns an equal share of all rows of active weights and streams them through a ring in shared memory:
-// some warps copy weights, one copies activations, the others multiply. The ring never drains between tiles. The second
+// two warps copy weights, two copy activations, the others multiply. The ring never drains between tiles. The second
 // projection's blocks start while the first still runs (programmatic dependent launch), find their experts, fill their
 // ring with weights, and wait only for the activations. The third kernel sums a token's slots.
 //
 // Compiled at first use (stream.py), with these numbers as macros:
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
 //   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8, WEIGHTS (0: fp32, 1: bf16, 2: fp16),
-//   TRIGGER, GROUPS, FETCH_STAGES (StreamConfig's trigger, groups, ahead)
+//   TRIGGER, GROUPS (StreamConfig's trigger, groups)
 // hopper.cuh comes before this file.
 
 constexpr int CONSUMERS = 8, LOADERS = 2, ROW_LOADERS = 2;
@@ -224,16 +224,6 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
       from_scale += ((long long)plan.active[pass.rank + next] * SCALE_ROWS + row / BLOCK) * SCALE_COLUMNS;
     }
     for (int k = 0; k < DEPTH; k += CHUNK) {
-      if (!FIRST && FETCH_STAGES && k == STAGES * CHUNK && ring.phase == 1 && ring.stage == 0) {
-        // The ring is full, and nothing can be multiplied before the first projection is done: keep the memory busy.
-        const int ahead = thread & 7;
-        if (ahead < FETCH_STAGES && k + ahead * CHUNK < DEPTH)
-          for (int j = 0; j < pass.size; ++j) {
-            const u8* line = (j < pass.split ? from : from_next) + j * step + ahead * CHUNK_BYTES - (thread & 7) * 16;
-            fetch_to_l2(line);
-            fetch_to_l2(line + to_other);
-          }
-      }
       if (FIRST && TRIGGER >= 0 && pass.is_last && k == max(0, DEPTH - CHUNK * TRIGGER - CHUNK)) let_next_kernel_start();
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
       const u32 stage = stages + ring.stage * STAGE_BYTES + to;
@@ -282,7 +272,7 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
 // Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction moved to their places, and
 // the exponent's bias corrected by a product with 2^120.
 DEVICE u32 widen(u32 x, int first) {
-  u32 y = __byte_perm(x, 0, first == 0 ? 0x9180 : 0xb3a2);  // each byte with its sign repeated above it
+  u32 y = permute_bytes(x, first == 0 ? 0x9180 : 0xb3a2);  // each byte with its sign repeated above it
   return multiply_bfloats((y << 4) & 0x87f087f0u, 0x7b807b80u);
 }
 #endif
@@ -392,6 +382,7 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
     }
     const u32 stage = stages + ring.stage * STAGE_BYTES, x = stage + WEIGHT_BYTES;
     barrier_wait(&plan.full[ring.stage], ring.phase);
+    __syncwarp();
     u64* empty = &plan.empty[ring.stage];
     multiply_stage<NT>(sums, stage + warp * (GRANULE * CHUNK_BYTES), x, mine.row, x + ROWS * ROW_BYTES + warp * 8, lane, [&] {
       __syncwarp();

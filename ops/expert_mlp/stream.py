@@ -27,8 +27,8 @@ CHUNK_BYTES = 128
 # the sum; or one block alone.
 TWO_BLOCKS, ONE_BLOCK = 112 * 1024, 226 * 1024
 MOST_EXPERTS, MOST_TOP_K = 512, 32
-# Beyond these Triton's kernels are as fast, and their larger tiles faster.
-MOST_SLOTS, MOST_SLOTS_PER_EXPERT = 256, 4
+# Up to here faster than Triton's kernels wherever it was measured (docs/kernels.md).
+MOST_TOKENS, MOST_SLOTS, MOST_SLOTS_PER_EXPERT = 32, 256, 4
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "gpt_oss")
 _WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -40,13 +40,11 @@ class StreamConfig:
     rows: slots of one expert that one pass over its weights takes: 8, 16, 32 or 64.
     groups: of 8 warps that multiply, which take stages of the ring in turn. 2: one block on a multiprocessor, not two.
     trigger: the second projection's blocks start when the first's have that many stages left to load; -1: at once.
-    ahead: stages that the second projection brings to the L2 while it waits for the first, beyond those in its ring.
     """
 
     rows: int
     groups: int = 1
     trigger: int = -1
-    ahead: int = 0
 
 
 def stream_config(num_slots: int, fp8: bool) -> StreamConfig:
@@ -113,7 +111,7 @@ class Stream:
             ("INTERLEAVED", int(self.interleaved)), ("ACTIVATION", _ACTIVATIONS.index(name)),
             ("GATE_UP_BIAS", int(self.gate_up_bias)), ("DOWN_BIAS", int(self.down_bias)), ("HALF", int(self.half)),
             ("FP8", int(self.fp8)), ("WEIGHTS", self.weights),
-            ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups), ("FETCH_STAGES", self.config.ahead),
+            ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups),
         ]  # fmt: skip
 
 
@@ -142,9 +140,8 @@ def takes(call: Call, transposed: bool) -> bool:
     num_tokens, top_k = call.topk_ids.shape
     if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not _device_can(call.hidden.device):
         return False
-    num_slots = num_tokens * top_k
     most = min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
-    return 0 < num_slots <= most and _can_run(call)
+    return num_tokens <= MOST_TOKENS and 0 < num_tokens * top_k <= most and _can_run(call)
 
 
 def _can_run(call: Call) -> bool:

@@ -93,7 +93,7 @@ def test_many_slots_an_expert_keep_the_stock_dispatch(caplog):
     """Where grouped matmuls are as fast they stay, and the user can see why: in the log and in `explain`."""
     model, seen = tiny_models.build("mixtral", "grouped_mm"), []
     experts, top_k = model.config.num_local_experts, tiny_models.TOP_K["mixtral"]
-    few = 24 * experts // top_k
+    few = 32 * experts // top_k
     for tokens, is_lowered in ((few, True), (few + 1, False)):
         with torch.no_grad(), caplog.at_level(logging.INFO, logger="sere_compile.compiler.rewrite_gate"):
             compiled(model, seen, select_top_k=1, lower_experts="always")(
@@ -102,7 +102,7 @@ def test_many_slots_an_expert_keep_the_stock_dispatch(caplog):
         assert ("sere.expert_mlp" in seen[-1]) == is_lowered
         assert ("keeps its experts: more slots than" in caplog.text) == (not is_lowered)
     config = sere_compile.SereConfig(select_top_k=1, lower_experts="always", fuse_router="always")
-    kept = "stock experts: more slots than our kernels are faster for (more than 24 "
+    kept = "stock experts: more slots than our kernels are faster for (more than 32 "
     report = sere_compile.explain(model, tiny_models.tokens(1, few + 1), use_cache=False, config=config)
     assert all(row.kernels.startswith(f"routing; {kept}") for row in report)
     assert kept in str(report)

@@ -160,17 +160,6 @@ static int atomicAdd(int* p, int x) {
   *p += x;
   return before;
 }
-static u32 __byte_perm(u32 a, u32 b, u32 selector) {
-  const u64 bytes = (u64)b << 32 | a;
-  u32 out = 0;
-  for (int i = 0; i < 4; ++i) {
-    const u32 s = selector >> (4 * i) & 15;
-    u32 byte = (u32)(bytes >> (8 * (s & 7))) & 255;
-    if (s & 8) byte = byte & 128 ? 255 : 0;
-    out |= byte << (8 * i);
-  }
-  return out;
-}
 static float __uint_as_float(u32 x) {
   float y;
   std::memcpy(&y, &x, 4);
@@ -208,7 +197,6 @@ DEVICE void copy16(u32 to, const void* from) {
 }
 DEVICE void copy16_and_fetch(u32 to, const void* from) { copy16(to, from); }
 DEVICE void copy4(u32 to, const void* from) { running->copies.push_back({to, from, 4}); }
-DEVICE void fetch_to_l2(const void*) {}
 DEVICE void wait_for_earlier_kernels() {}
 DEVICE void let_next_kernel_start() {}
 
@@ -267,6 +255,16 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     }
     c[i] = sum;
   }
+}
+DEVICE u32 permute_bytes(u32 x, u32 selector) {
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const u32 digit = selector >> (4 * i) & 15;
+    u32 byte = digit & 4 ? 0 : x >> (8 * (digit & 3)) & 255;
+    if (digit & 8) byte = byte & 128 ? 255 : 0;
+    out |= byte << (8 * i);
+  }
+  return out;
 }
 DEVICE u32 multiply_bfloats(u32 a, u32 b) {
   const u32 low = float_to_bfloat(bfloat_to_float((u16)a) * bfloat_to_float((u16)b));

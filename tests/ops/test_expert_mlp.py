@@ -311,6 +311,16 @@ def test_kernels_with_their_own_tiles(kernel_device):
     assert_close_to_oracle(launch(arguments), arguments)
 
 
+@pytest.mark.parametrize("tokens", [25, 40])
+def test_kernels_with_their_tiles_for_many_slots(tokens, kernel_device):
+    """Just beyond the average from which tiles are larger, and more rows than one of those has."""
+    layer = Layer(tokens=tokens, slots=2, experts=2, hidden=128, inner=64, dtype=torch.bfloat16)
+    ids = torch.zeros(tokens, 2, dtype=torch.int64)
+    ids[0, 0] = 1
+    arguments = drawn_for_kernel(layer, kernel_device, ids)
+    assert_close_to_oracle(launch(arguments), arguments)
+
+
 def plan_of(ids, experts, chunk):
     """(order, active, first) that the first projection leaves for the second."""
     from sere_compile.ops.expert_mlp.kernel import launch_gate_up

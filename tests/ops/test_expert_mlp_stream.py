@@ -178,7 +178,7 @@ CPU_CASES = [
     (Layer(dtype=BF16, tokens=30, experts=40, hidden=64, inner=64, activation="relu2"), StreamConfig(32, trigger=0)),
     (Layer(dtype=BF16, tokens=70, slots=1, experts=1, hidden=64, inner=64), StreamConfig(64)),
     (Layer(dtype=BF16, tokens=19, slots=3, experts=4, hidden=192, inner=320), StreamConfig(32, groups=2)),
-    (Layer(dtype=BF16, tokens=2, hidden=64, inner=1024), StreamConfig(8, ahead=8)),
+    (Layer(dtype=BF16, tokens=2, hidden=64, inner=1024), StreamConfig(8, trigger=2)),
 ]  # fmt: skip
 
 

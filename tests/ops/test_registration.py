@@ -317,16 +317,16 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
             ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True)),
             ("fp32", torch.float32, False, dict(K=2, E=8, HIDDEN=100, INNER=200), ("relu2", False, False, True)),
         ]
-        for (element, dtype, transposed, shape, flags), slots_per_expert in itertools.product(LAYERS, (2, 20, 64)):
+        for (element, dtype, transposed, shape, flags), many_slots in itertools.product(LAYERS, (False, True)):
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
-            config = launch_config(dtype, transposed, slots_per_expert)
+            config = launch_config(dtype, transposed, many_slots)
             shape |= {"SCALE": 0, "ALIGN": config.gate_up.step, **chunk_of(256, shape["E"], config.chunk)}
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
             for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
                 compiled = compile_alone(kernel, element, ones, {**shape, **tile.arguments()})
                 assert compiled.metadata.shared <= shared * 1024
                 assert element == "fp32" or "cp.async.cg.shared.global" in compiled.asm["ptx"]
-                if element == "bf16" and not transposed and slots_per_expert == 2:
+                if element == "bf16" and not transposed and not many_slots:
                     compile_alone(kernel, element, ones, {**shape, **tile.arguments(), "SCALE": 128}, w_ptr="*fp8e4nv")
         """,
         TRITON_CACHE_DIR=str(tmp_path),

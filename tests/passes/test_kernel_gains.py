@@ -21,8 +21,8 @@ def gate_of(tokens, experts=8, top_k=3):
 @pytest.mark.parametrize(
     ("gate", "router", "experts"),
     [
-        (gate_of(64), None, None),
-        (gate_of(65), None, "more slots than our kernels are faster for (more than 24 for each of its 8 experts)"),
+        (gate_of(85), None, None),
+        (gate_of(86), None, "more slots than our kernels are faster for (more than 32 for each of its 8 experts)"),
         (gate_of(256, 64), None, None),
         (gate_of(257, 64), "more tokens than our kernels are faster for (more than 256)", "same"),
         (gate_of(256, 1024, 17), None, "more slots than our kernels take (more than 4096)"),

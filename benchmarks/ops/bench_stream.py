@@ -1,0 +1,81 @@
+"""Time `sere::expert_mlp`'s CUDA C++ kernels against Triton's on a CUDA device: configurations, sizes, FP8.
+
+    python -m benchmarks.ops.bench_stream [qwen3-30b-a3b] [--fp8] [--cases 1:8,8:1,32:1]
+
+A case is T:S, routed as in `bench_expert_mlp`. Without Inductor, each variant one CUDA graph of six calls with ids of
+their own, all in turn; the floor is the bytes of the active experts' weights at the rate of a copy.
+"""
+
+import argparse
+import statistics
+
+import torch
+
+from sere_compile.benchmark.geometries import GEOMETRIES
+from sere_compile.benchmark.timing import capture, copy_bandwidth, time_in_turn
+from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
+from sere_compile.ops.expert_mlp.stream import Call, StreamConfig, launch_stream, stream_config
+
+from .bench_expert_mlp import CALLS, make_layer, make_routing
+
+CASES = "1:8,2:8,4:8,8:8,8:1,16:1,32:8,32:2,32:1,64:8,64:1"
+
+
+def configs(num_slots, fp8):
+    """By name: the one in use, the other number of groups, and later starts of the second projection."""
+    used = stream_config(num_slots, fp8)
+    found = {"stream": used, "other groups": StreamConfig(used.rows, 3 - used.groups)}
+    return found | {f"start {t}": StreamConfig(used.rows, used.groups, t) for t in (0, 2, 4, 8, 16)}
+
+
+def as_fp8(weight):
+    """(FP8 values, a scale for each block) of a weight [E, R, C]: random ones, as timing needs no others."""
+    experts, rows, columns = weight.shape
+    scale = torch.full((experts, -(-rows // 128), -(-columns // 128)), 1e-3, device=weight.device)
+    return (weight.float() * 1000).clamp(-400, 400).to(torch.float8_e4m3fn), scale
+
+
+def variants(layer, num_slots, fp8):
+    """Functions of (hidden, ids, weights) by name."""
+    gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed = layer
+    scales = (None, None)
+    if fp8:
+        (gate_up, gate_up_scale), (down, down_scale) = as_fp8(gate_up), as_fp8(down)
+        scales = (gate_up_scale, down_scale)
+    weights = (gate_up, down, gate_up_bias, down_bias)
+
+    def triton(*x):
+        return launch_expert_mlp(*x, *weights, activation, interleaved, transposed, None, *scales)
+
+    def stream(config):
+        return lambda *x: launch_stream(Call(*x, *weights, *scales), activation, interleaved, config)
+
+    return {"triton": triton} | {name: stream(config) for name, config in configs(num_slots, fp8).items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("geometry", choices=GEOMETRIES, nargs="?", default="qwen3-30b-a3b")
+    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--cases", default=CASES)
+    arguments = parser.parse_args()
+    geometry = GEOMETRIES[arguments.geometry]
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
+    with torch.inference_mode():
+        layer = make_layer(geometry)
+        for case in arguments.cases.split(","):
+            tokens, select = map(int, case.split(":"))
+            inputs = [make_routing(geometry, tokens, select, seed) for seed in range(CALLS)]
+            active = statistics.mean(len(i[1].unique()) for i in inputs)
+            size = 1 if arguments.fp8 else 2
+            floor = active * geometry.expert_elements * size / bandwidth * 1e6
+            functions = variants(layer, inputs[0][1].numel(), arguments.fp8)
+            graphs = {name: capture(lambda x, f=f: f(*x), inputs) for name, f in functions.items()}
+            times = time_in_turn(graphs, CALLS, 15)
+            text = ", ".join(f"{name} {time.median:.1f}" for name, time in times.items())
+            print(f"T={tokens} S={select}: {active:.1f} active, floor {floor:.1f}; {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
