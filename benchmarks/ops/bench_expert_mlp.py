@@ -22,6 +22,7 @@ from sere_compile.benchmark.timing import capture, copy_bandwidth, time_in_turn
 from sere_compile.ops import expert_mlp, reroute
 from sere_compile.ops.expert_mlp import kernel as K
 from sere_compile.ops.expert_mlp.reference import activate
+from sere_compile.ops.expert_mlp.tiles import TileConfig, launch_config
 
 CALLS = 6
 DEVICE = "cuda"
@@ -125,7 +126,7 @@ def candidates(geometry, which):
         if (swap and (n < 64 or warps != n // 16)) or (warps == 2 and n > 32) or (warps == 8 and n < 64):
             continue
         for align in (4, None) if which == "gate_up" else (None,):
-            yield K.TileConfig(n, k, warps, stages, per_sm, m, swap, align)
+            yield TileConfig(n, k, warps, stages, per_sm, m, swap, align)
 
 
 def compile_alone(name, which, configs, tokens_of):
@@ -197,7 +198,7 @@ def case_tensors(geometry, layer, tokens, select, seed):
     hidden, ids, weights = make_routing(geometry, tokens, select, seed)
     slots = ids.numel()
     gate_up, down, gate_up_bias, down_bias, *options = layer
-    tiles = K.launch_config(torch.bfloat16, geometry.transposed)
+    tiles = launch_config(torch.bfloat16, geometry.transposed)
     act, order, active, first = K.launch_gate_up(hidden, ids, gate_up, gate_up_bias, *options, tiles)
     tensors = {
         "hidden": hidden, "ids": ids, "weights": weights, "order": order, "active": active, "first": first,

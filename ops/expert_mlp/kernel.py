@@ -16,7 +16,6 @@ atomics: the result is deterministic.
 """
 
 import contextlib
-import dataclasses
 
 import torch
 import triton
@@ -27,12 +26,7 @@ from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
 from .reference import SCALE_BLOCK, gate_width
-
-# Rows of the smallest tile; tl.dot takes no fewer.
-ROWS = 16
-# Where tiles of 32 rows would read the weights of many experts twice.
-MANY_SLOTS_PER_EXPERT = 24
-
+from .tiles import MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
 
 # A kernel loads ids itself: torch's analysis of what a kernel writes takes every pointer that a function is given for
 # the origin of its result, and ids that "are written" through an address made of them would be copied before each call.
@@ -420,68 +414,6 @@ def down_kernel(
         row = out_ptr + tl.load(order_ptr + m).to(tl.int64) * HIDDEN
         for column in range(0, HIDDEN, BLOCK_N):
             tl.store(row + column + n, tl.zeros([BLOCK_N], tl.float32), mask=column + n < HIDDEN)
-
-
-@dataclasses.dataclass(frozen=True)
-class TileConfig:
-    """Meta-parameters of one projection's launch; `per_sm` programs on each multiprocessor.
-
-    With `align` tiles of the first projection may be narrower than `block_n`, by multiples of `align`, see `cut`.
-    """
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    per_sm: int
-    block_m: int = 32
-    swap: bool = False
-    align: int | None = None
-
-    @property
-    def step(self) -> int:
-        """What widths of tiles are multiples of."""
-        return self.align or self.block_n
-
-    def arguments(self) -> dict:
-        """As keyword arguments of a launch."""
-        return {
-            "SMALL": ROWS, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
-            "SWAP": self.swap, "num_warps": self.num_warps, "num_stages": self.num_stages,
-        }  # fmt: skip
-
-    def programs(self, device: torch.device) -> int:
-        """The size of the grid on a device. Without CUDA (fake tensors, the interpreter) some small number."""
-        if device.type != "cuda" or not torch.cuda.is_available():
-            return 3
-        return self.per_sm * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@dataclasses.dataclass(frozen=True)
-class LaunchConfig:
-    """Meta-parameters of a call. `chunk` bounds the words that a program looks at together: 4096 fit its registers."""
-
-    gate_up: TileConfig
-    down: TileConfig
-    chunk: int = 4096
-
-
-def launch_config(dtype: torch.dtype, transposed: bool, many_slots: bool = False) -> LaunchConfig:
-    """The tiles for one layer's weights; `many_slots`: for more than `MANY_SLOTS_PER_EXPERT`, T * K / E.
-
-    An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; a larger one for the rest
-    takes shared memory from the copies under way.
-    """
-    if dtype.itemsize == 4:
-        tile = TileConfig(32, 32, 4, 3, 2)
-        return LaunchConfig(tile, tile)
-    if transposed:
-        # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
-        return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
-    if many_slots:
-        gate_up = TileConfig(64, 64, 4, 4, 2, swap=True, align=4, block_m=64)
-        return LaunchConfig(gate_up, TileConfig(64, 64, 4, 5, 2, swap=True, block_m=64))
-    return LaunchConfig(TileConfig(64, 64, 4, 5, 2, swap=True, align=4), TileConfig(64, 64, 4, 5, 3))
 
 
 def device_guard(tensor: Tensor):

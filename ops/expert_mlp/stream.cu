@@ -7,50 +7,14 @@
 //
 // Compiled at first use (stream.py), with these numbers as macros:
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
-//   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8, WEIGHTS (0: fp32, 1: bf16, 2: fp16),
-//   TRIGGER, GROUPS (StreamConfig's trigger, groups)
-// hopper.cuh comes before this file.
-
-constexpr int CONSUMERS = 8, LOADERS = 2, ROW_LOADERS = 2;
-constexpr int MULTIPLIERS = CONSUMERS * GROUPS;           // warps that multiply: each group has every GROUPS-th stage
-constexpr int THREADS = (MULTIPLIERS + LOADERS + ROW_LOADERS) * 32;
-// A granule is 16 weight rows, one tensor core instruction's: 8 of gate and 8 of up, or 16 of one kind.
-constexpr int GRANULE = 16;
-constexpr int CHUNK_BYTES = 128;                            // of a weight row, a stage
-constexpr int CHUNK = FP8 ? CHUNK_BYTES : CHUNK_BYTES / 2;  // the same in columns
-constexpr int WEIGHT_BYTES = CONSUMERS * GRANULE * CHUNK_BYTES;
-constexpr int ROW_BYTES = CHUNK * 2;                        // of activations, a stage
-constexpr int SCALE_BYTES = FP8 ? 128 : 0;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES + SCALE_BYTES;
-constexpr int COLUMNS = GATED ? 2 * INNER : INNER;
-constexpr int BLOCK = 128;                                  // rows and columns of one FP8 scale
-
-struct __align__(16) Plan {
-  u64 full[STAGES], empty[STAGES];
-  int count[EXPERTS];                                       // slots of an expert, then where its first one is in list
-  int first[EXPERTS + 1];                                   // in list, by rank of the active expert
-  u16 active[EXPERTS];
-  u16 list[MAX_SLOTS];                                      // slots by expert
-  u16 place[MAX_SLOTS];                                     // of a slot among its expert's
-  int num_active;
-};
-
-extern __shared__ __align__(1024) u8 shared[];
-
-static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : 7 * ROW_BYTES) <= PLAN_BYTES, "more shared memory than asked for");
+//   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8,
+//   WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS (StreamConfig's)
+// hopper.cuh and plan.cuh come before this file.
 
 // Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
 DEVICE u32 swizzled(u32 row, u32 piece) {
   u32 reversed = ((row & 1) << 2) | (row & 2) | ((row >> 2) & 1);
   return (piece ^ reversed) << 4;
-}
-
-DEVICE long long id_of(const void* ids, int slot) {
-#if IDS64
-  return ((const long long*)ids)[slot];
-#else
-  return ((const int*)ids)[slot];
-#endif
 }
 
 DEVICE float to_float(u16 x) { return HALF ? half_to_float(x) : bfloat_to_float(x); }
@@ -90,117 +54,6 @@ DEVICE float combine(float gate, float up) {
 #endif
 }
 
-// Which experts are active and which slots are theirs. All threads.
-DEVICE void make_plan(Plan& plan, const void* ids, int num_slots) {
-  const int thread = threadIdx.x, lane = thread & 31;
-  // The expert that a slot names, or -1. The first ones are loaded while the rest is made ready.
-  auto expert_of = [&](int slot) {
-    const long long e = slot < num_slots ? id_of(ids, slot) : -1;
-    return e >= 0 && e < EXPERTS ? (int)e : -1;
-  };
-  const int first_expert = expert_of(thread);
-  for (int e = thread; e < EXPERTS; e += THREADS) plan.count[e] = 0;
-  if (thread == 0) {
-    for (int s = 0; s < STAGES; ++s) {
-      barrier_init(&plan.full[s], (LOADERS + ROW_LOADERS) * 32);
-      barrier_init(&plan.empty[s], CONSUMERS);
-    }
-  }
-  __syncthreads();
-  for (int start = 0; start < num_slots; start += THREADS) {
-    const int slot = start + thread, e = start == 0 ? first_expert : expert_of(slot);
-    // One addition for all slots of a warp that name the same expert.
-    const u32 same = __match_any_sync(~0u, e);
-    int place = 0;
-    if (e >= 0 && lane == __ffs(same) - 1) place = atomicAdd(&plan.count[e], __popc(same));
-    place = __shfl_sync(~0u, place, __ffs(same) - 1) + __popc(same & ((1u << lane) - 1));
-    if (slot < num_slots) plan.place[slot] = place;
-  }
-  __syncthreads();
-  if (thread < 32) {
-    constexpr int EACH = (EXPERTS + 31) / 32;
-    int active = 0, slots = 0;
-    for (int i = 0; i < EACH; ++i) {
-      int e = lane * EACH + i;
-      int n = e < EXPERTS ? plan.count[e] : 0;
-      active += n > 0;
-      slots += n;
-    }
-    int rank = active, place = slots;
-    for (int step = 1; step < 32; step *= 2) {
-      int a = __shfl_up_sync(~0u, rank, step), b = __shfl_up_sync(~0u, place, step);
-      if (lane >= step) rank += a, place += b;
-    }
-    if (lane == 31) plan.num_active = rank, plan.first[rank] = place;
-    rank -= active;
-    place -= slots;
-    for (int i = 0; i < EACH; ++i) {
-      int e = lane * EACH + i;
-      int n = e < EXPERTS ? plan.count[e] : 0;
-      if (n > 0) {
-        plan.active[rank] = e;
-        plan.first[rank++] = place;
-        plan.count[e] = place;
-        place += n;
-      }
-    }
-  }
-  __syncthreads();
-  // Warps come in no fixed order, which no result depends on: every slot has a column of its own.
-  for (int slot = thread; slot < num_slots; slot += THREADS) {
-    const int e = slot == thread ? first_expert : expert_of(slot);
-    if (e >= 0) plan.list[plan.count[e] + plan.place[slot]] = slot;
-  }
-  __syncthreads();
-}
-
-// `size` granules from `granule` of the active expert `rank`, the first `split` of them; the others are the next expert's,
-// from its start. Of `rows` slots, from list[row], the first `split_rows` are the first expert's.
-struct Pass {
-  int rank, granule, size, split, row, rows, split_rows;
-  bool is_last;
-};
-
-// Calls f(pass) for each pass of this block: the same sequence in every warp.
-template <int GRANULES, class F>
-DEVICE void for_passes(const Plan& plan, F f) {
-  const int total = plan.num_active * GRANULES;
-  int begin = (int)((long long)total * blockIdx.x / gridDim.x);
-  const int end = (int)((long long)total * (blockIdx.x + 1) / gridDim.x);
-  while (begin < end) {
-    const int rank = begin / GRANULES, granule = begin % GRANULES;
-    const int tiles = (end - begin + CONSUMERS - 1) / CONSUMERS, size = (end - begin + tiles - 1) / tiles;
-    const int here = min(size, GRANULES - granule), first = plan.first[rank], last = plan.first[rank + 1];
-    if (size - here > 0 && size - here <= GRANULES && plan.first[rank + 2] - first <= ROWS) {
-      // A tile of two experts: one of few granules would have few bytes under way.
-      f(Pass{rank, granule, size, here, first, plan.first[rank + 2] - first, last - first, begin + size >= end});
-      begin += size;
-    } else {
-      for (int row = first; row < last; row += ROWS) f(Pass{rank, granule, here, here, row, min(last - row, ROWS), min(last - row, ROWS),
-                                                               begin + here >= end && row + ROWS >= last});
-      begin += here;
-    }
-  }
-}
-
-struct Ring {
-  int stage = 0;
-  u32 phase = 0;
-  DEVICE void next() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
-  }
-};
-
-// The weight row that row r of a granule is.
-template <bool FIRST>
-DEVICE int weight_row(int granule, int r) {
-  if (FIRST && GATED) {
-    const int column = granule * 8 + (r & 7);
-    return INTERLEAVED ? 2 * column + (r >> 3) : column + (r >> 3) * INNER;
-  }
-  return granule * GRANULE + r;
-}
-
 template <bool FIRST>
 DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* scale) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
@@ -213,10 +66,12 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
   const long long step = weight_row<FIRST>(1, 0) * ROW, to_other = weight_row<FIRST>(0, 8) * ROW;
   Ring ring;
   for_passes<GRANULES>(plan, [&](const Pass& pass) {
-    const u8* from = weight + ((long long)plan.active[pass.rank] * WIDTH + weight_row<FIRST>(pass.granule, r)) * ROW + (thread & 7) * 16;
-    const u8* from_next = from;
-    if (pass.split < pass.size)
-      from_next = weight + ((long long)plan.active[pass.rank + 1] * WIDTH + weight_row<FIRST>(0, r)) * ROW + (thread & 7) * 16 - pass.split * step;
+    auto piece_of = [&](int rank, int granule) {
+      const long long row = (long long)plan.active[rank] * WIDTH + weight_row<FIRST>(granule, r);
+      return weight + row * ROW + (thread & 7) * 16;
+    };
+    const u8* from = piece_of(pass.rank, pass.granule);
+    const u8* from_next = pass.split < pass.size ? piece_of(pass.rank + 1, 0) - pass.split * step : from;
     const float* from_scale = scale;
     if (FP8 && thread < 2 * pass.size) {
       const int g = thread / 2, next = g >= pass.split;
@@ -224,7 +79,8 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
       from_scale += ((long long)plan.active[pass.rank + next] * SCALE_ROWS + row / BLOCK) * SCALE_COLUMNS;
     }
     for (int k = 0; k < DEPTH; k += CHUNK) {
-      if (FIRST && TRIGGER >= 0 && pass.is_last && k == max(0, DEPTH - CHUNK * TRIGGER - CHUNK)) let_next_kernel_start();
+      const bool few_left = pass.is_last && k == max(0, DEPTH - CHUNK * TRIGGER - CHUNK);
+      if (FIRST && TRIGGER >= 0 && few_left) let_next_kernel_start();
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
       const u32 stage = stages + ring.stage * STAGE_BYTES + to;
 #pragma unroll
@@ -235,8 +91,10 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
           copy16_and_fetch(stage + j * (GRANULE * CHUNK_BYTES) + 8 * CHUNK_BYTES, granule + to_other);
         }
       }
-      if (FP8 && thread < 2 * pass.size)
-        copy4(stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES + ROWS * ROW_BYTES + thread * 4, from_scale + k / BLOCK);
+      if (FP8 && thread < 2 * pass.size) {
+        const u32 scales = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES + ROWS * ROW_BYTES;
+        copy4(scales + thread * 4, from_scale + k / BLOCK);
+      }
       barrier_arrive_after_copies(&plan.full[ring.stage]);
       from += CHUNK_BYTES;
       from_next += CHUNK_BYTES;
@@ -269,8 +127,8 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
 }
 
 #if FP8
-// Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction moved to their places, and
-// the exponent's bias corrected by a product with 2^120.
+// Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction are moved to their
+// places, and the exponent's bias is corrected by a product with 2^120.
 DEVICE u32 widen(u32 x, int first) {
   u32 y = permute_bytes(x, first == 0 ? 0x9180 : 0xb3a2);  // each byte with its sign repeated above it
   return multiply_bfloats((y << 4) & 0x87f087f0u, 0x7b807b80u);
@@ -288,7 +146,7 @@ constexpr int SUMS = FP8 ? 1 : PARTS<NT>;  // FP8 adds them up in each stage
 template <int NT, class F>
 DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
 #if FP8
-  // Lane 4 g + t has columns 8 t to 8 t + 7 of 32; the sum over columns does not mind that the hardware has others there.
+  // Lane 4 g + t has columns 8 t to 8 t + 7 of 32, of both operands: the instruction has others there, but sums them all.
   const int g = lane >> 2, t = lane & 3;
   float p[PARTS<NT>][NT][4] = {};
   u32 raw[4][2][2];
@@ -308,7 +166,8 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
     for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
-        load16(b[k][n], x + (row + n * 8 + g) * ROW_BYTES + ((ahead + k) >> 1) * 128 + swizzled((row + g) & 7, ((ahead + k) & 1) * 4 + t));
+        load16(b[k][n], x + (row + n * 8 + g) * ROW_BYTES + ((ahead + k) >> 1) * 128 +
+                            swizzled((row + g) & 7, ((ahead + k) & 1) * 4 + t));
     if (ahead + AHEAD == 4) release();
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) {
@@ -335,7 +194,8 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
 #else
   u32 a[4][4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) load_matrices(a[k], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 2 + (lane >> 4)));
+  for (int k = 0; k < 4; ++k)
+    load_matrices(a[k], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 2 + (lane >> 4)));
   const int mine = row + (lane & 7);
   constexpr int AHEAD = NT <= 3 ? 2 : 1, GROUP = NT < 4 ? NT : 4;
 #pragma unroll
@@ -347,7 +207,8 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
       for (int k = 0; k < AHEAD; ++k)
 #pragma unroll
         for (int n = 0; n < GROUP; ++n)
-          load_matrices(b[k][n], x + (mine + (from + n) * 8) * ROW_BYTES + swizzled(mine & 7, (ahead + k) * 4 + (lane >> 3)));
+          load_matrices(b[k][n], x + (mine + (from + n) * 8) * ROW_BYTES +
+                                     swizzled(mine & 7, (ahead + k) * 4 + (lane >> 3)));
       if (ahead + AHEAD == 2 && from + GROUP >= NT) release();
 #pragma unroll
       for (int k = 0; k < AHEAD; ++k)
@@ -362,8 +223,8 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
 #endif
 }
 
-// What one warp does in a pass: granule `granule` of an expert, for `rows` slots from list[first], which are the rows from
-// `row` of the stages.
+// What one warp does in a pass: granule `granule` of an expert, for `rows` slots from list[first], which are the rows
+// from `row` of the stages.
 struct Share {
   int expert, granule, first, row, rows;
 };
@@ -384,7 +245,8 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
     barrier_wait(&plan.full[ring.stage], ring.phase);
     __syncwarp();
     u64* empty = &plan.empty[ring.stage];
-    multiply_stage<NT>(sums, stage + warp * (GRANULE * CHUNK_BYTES), x, mine.row, x + ROWS * ROW_BYTES + warp * 8, lane, [&] {
+    const u32 w = stage + warp * (GRANULE * CHUNK_BYTES), scales = x + ROWS * ROW_BYTES + warp * 8;
+    multiply_stage<NT>(sums, w, x, mine.row, scales, lane, [&] {
       __syncwarp();
       if (lane == 0) barrier_arrive(empty);
     });
@@ -413,7 +275,8 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
   }
   float b[2] = {0.0f, 0.0f};
   if (FIRST ? GATE_UP_BIAS : DOWN_BIAS)
-    for (int h = 0; h < 2; ++h) b[h] = to_float(bias[(long long)mine.expert * WIDTH + weight_row<FIRST>(mine.granule, g + 8 * h)]);
+    for (int h = 0; h < 2; ++h)
+      b[h] = to_float(bias[(long long)mine.expert * WIDTH + weight_row<FIRST>(mine.granule, g + 8 * h)]);
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -458,8 +321,13 @@ DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
   for_passes<GRANULES>(plan, [&](const Pass& pass) {
     const bool next = warp >= pass.split;
     const int row = next ? pass.split_rows : 0;
-    const Share mine{plan.active[pass.rank + (warp < pass.size && next)], next ? warp - pass.split : pass.granule + warp, pass.row + row, row,
-                     warp >= pass.size ? 0 : next ? pass.rows - row : pass.split_rows};
+    const Share mine{
+        plan.active[pass.rank + (warp < pass.size && next)],
+        next ? warp - pass.split : pass.granule + warp,
+        pass.row + row,
+        row,
+        warp >= pass.size ? 0 : next ? pass.rows - row : pass.split_rows,
+    };
     if (mine.rows == 0) skip_pass<FIRST>(plan, ring);
     else if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
     else if (ROWS == 16 || mine.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
@@ -489,20 +357,23 @@ DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16
   }
 }
 
+#define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1)
+
 // act [T * K, INNER] in the dtype of x.
-extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) gate_up(const u8* x, const u8* weight, const float* scale,
-                                                                 const u16* bias, const void* ids, void* act, int num_slots) {
+PROJECTION gate_up(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* act,
+                   int num_slots) {
   project<true>(x, weight, scale, bias, ids, act, num_slots);
 }
 
 // rows [T * K, HIDDEN] in fp32; those of slots of no expert stay unwritten.
-extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) down(const u8* act, const u8* weight, const float* scale,
-                                                              const u16* bias, const void* ids, void* rows, int num_slots) {
+PROJECTION down(const u8* act, const u8* weight, const float* scale, const u16* bias, const void* ids, void* rows,
+                int num_slots) {
   project<false>(act, weight, scale, bias, ids, rows, num_slots);
 }
 
 // out [T, HIDDEN]: the sum of a token's rows times routing weights, in slot order. 4 columns a thread.
-extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, const void* ids, const void* weights, u16* out) {
+extern "C" __global__ void __launch_bounds__(128)
+sum_slots(const float* rows, const void* ids, const void* weights, u16* out) {
   const int token = blockIdx.y, column = (blockIdx.x * 128 + threadIdx.x) * 4;
   if (column >= HIDDEN) return;
   bool named[TOP_K];
@@ -527,6 +398,5 @@ extern "C" __global__ void __launch_bounds__(128) sum_slots(const float* rows, c
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += named[k] ? weight[k] * x[k][i] : 0.0f;
   u16* to = out + (long long)token * HIDDEN + column;
-  const u32 low = from_float(sum[0]) | (u32)from_float(sum[1]) << 16, high = from_float(sum[2]) | (u32)from_float(sum[3]) << 16;
-  store8(to, low, high);
+  store8(to, from_float(sum[0]) | (u32)from_float(sum[1]) << 16, from_float(sum[2]) | (u32)from_float(sum[3]) << 16);
 }

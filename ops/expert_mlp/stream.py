@@ -18,7 +18,9 @@ from .reference import gate_width
 
 logger = logging.getLogger(__name__)
 
-# Numbers of `stream.cu`.
+# What follows `hopper.cuh`, in order.
+SOURCES = ("plan.cuh", "stream.cu")
+# Numbers of theirs.
 GRANULES = 8
 LOADING_WARPS = 4
 WEIGHT_BYTES = 16384
@@ -177,7 +179,7 @@ def _device_can(device: torch.device) -> bool:
 
 def source() -> str:
     """The kernels, with what comes before them."""
-    return "\n".join((Path(__file__).parent / name).read_text() for name in ("hopper.cuh", "stream.cu"))
+    return "\n".join((Path(__file__).parent / name).read_text() for name in ("hopper.cuh", *SOURCES))
 
 
 @functools.cache

@@ -27,9 +27,9 @@ extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const 
 def build(one: stream.Stream, folder: Path) -> ctypes.CDLL:
     """The library for one specialisation."""
     header = (Path(__file__).parent / "cuda_on_cpu.h").read_text()
-    kernels = (Path(stream.__file__).parent / "stream.cu").read_text()
+    kernels = [(Path(stream.__file__).parent / name).read_text() for name in stream.SOURCES]
     source, library = folder / "stream.cpp", folder / "stream.so"
-    source.write_text("\n".join([header, kernels, LAUNCHER]))
+    source.write_text("\n".join([header, *kernels, LAUNCHER]))
     macros = [f"-D{name}={value}" for name, value in one.macros()]
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "-o", str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -240,7 +240,7 @@ def drawn_for_kernel(layer, device, ids=None):
 
 def small_tiles(**changes):
     """Blocks smaller than every dimension, so that all loops and masks are walked through."""
-    from sere_compile.ops.expert_mlp.kernel import LaunchConfig, TileConfig
+    from sere_compile.ops.expert_mlp.tiles import LaunchConfig, TileConfig
 
     tile = TileConfig(
         **{"block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 2, "per_sm": 1, "block_m": 16} | changes

@@ -103,6 +103,16 @@ def test_no_kernel_without_a_gpu():
     assert not takes(Call(*tensors, None, None), transposed=False)
 
 
+def test_packages_that_run_without_python_get_triton():
+    """AOTInductor's tracing is told from Inductor's own."""
+    from torch._inductor.virtualized import V
+
+    assert not stream._compiled_ahead()
+    with V.set_aot_compilation(True):
+        assert stream._compiled_ahead()
+    assert not stream._compiled_ahead()
+
+
 @pytest.mark.parametrize("tile", [{}, {"swap": True, "align": 4}], ids=["rows", "swapped-narrow"])
 @pytest.mark.parametrize(
     "layer",
@@ -287,6 +297,25 @@ def test_operator_uses_them_eager_compiled_and_in_a_graph():
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, twice)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"tokens": 32, "experts": 16}, True),
+        ({"tokens": 33, "experts": 64}, False),
+        ({"tokens": 16, "experts": 7}, False),
+        ({"dtype": torch.float32}, False),
+        ({"hidden": 96}, False),
+        ({"inner": 96}, False),
+    ],
+)
+def test_calls_that_they_take(changes, expected):
+    """Up to 32 tokens and 4 slots an expert, 16-bit weights whose rows are whole stages."""
+    layer = Layer(**{"dtype": BF16, "tokens": 5, "experts": 8} | WIDE | changes)
+    assert takes(Call(*layer.draw(device="cuda")[:7], None, None), transposed=False) is expected
 
 
 @pytest.mark.gpu

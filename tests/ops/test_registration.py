@@ -291,7 +291,8 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from sere_compile.ops.expert_mlp.kernel import chunk_of, down_kernel, gate_up_kernel, launch_config
+        from sere_compile.ops.expert_mlp.kernel import chunk_of, down_kernel, gate_up_kernel
+        from sere_compile.ops.expert_mlp.tiles import launch_config
 
         capability, shared = int(os.environ["CAPABILITY"]), int(os.environ["SHARED"])
 

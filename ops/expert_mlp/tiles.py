@@ -1,0 +1,72 @@
+"""How the Triton kernels of `sere::expert_mlp` are cut into tiles: the choices, and the rule that makes them."""
+
+import dataclasses
+
+import torch
+
+# Rows of the smallest tile; tl.dot takes no fewer.
+ROWS = 16
+# Where tiles of 32 rows would read the weights of many experts twice.
+MANY_SLOTS_PER_EXPERT = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Meta-parameters of one projection's launch; `per_sm` programs on each multiprocessor.
+
+    With `align` tiles of the first projection may be narrower than `block_n`, by multiples of `align`, see `cut`.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    per_sm: int
+    block_m: int = 32
+    swap: bool = False
+    align: int | None = None
+
+    @property
+    def step(self) -> int:
+        """What widths of tiles are multiples of."""
+        return self.align or self.block_n
+
+    def arguments(self) -> dict:
+        """As keyword arguments of a launch."""
+        return {
+            "SMALL": ROWS, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k,
+            "SWAP": self.swap, "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+
+    def programs(self, device: torch.device) -> int:
+        """The size of the grid on a device. Without CUDA (fake tensors, the interpreter) some small number."""
+        if device.type != "cuda" or not torch.cuda.is_available():
+            return 3
+        return self.per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Meta-parameters of a call. `chunk` bounds the words that a program looks at together: 4096 fit its registers."""
+
+    gate_up: TileConfig
+    down: TileConfig
+    chunk: int = 4096
+
+
+def launch_config(dtype: torch.dtype, transposed: bool, many_slots: bool = False) -> LaunchConfig:
+    """The tiles for one layer's weights; `many_slots`: for more than `MANY_SLOTS_PER_EXPERT`, T * K / E.
+
+    An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; a larger one for the rest
+    takes shared memory from the copies under way.
+    """
+    if dtype.itemsize == 4:
+        tile = TileConfig(32, 32, 4, 3, 2)
+        return LaunchConfig(tile, tile)
+    if transposed:
+        # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
+        return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
+    if many_slots:
+        gate_up = TileConfig(64, 64, 4, 4, 2, swap=True, align=4, block_m=64)
+        return LaunchConfig(gate_up, TileConfig(64, 64, 4, 5, 2, swap=True, block_m=64))
+    return LaunchConfig(TileConfig(64, 64, 4, 5, 2, swap=True, align=4), TileConfig(64, 64, 4, 5, 3))
