@@ -25,7 +25,7 @@ LAYERS = [
         activation="gpt_oss", interleaved=True, transposed=True, bias=True, dtype=torch.bfloat16, hidden=72, inner=88
     ),
     Layer(tokens=70, slots=3, experts=3),
-    # Few slots an expert: CUDA C++ where the GPU can.
+    # Few slots per expert: CUDA C++ where the GPU can.
     Layer(tokens=1, slots=8, experts=16, hidden=192, inner=64, bias=True, dtype=torch.bfloat16),
     Layer(tokens=16, slots=4, experts=16, hidden=128, inner=128, dtype=torch.bfloat16),
 ]

@@ -15,16 +15,13 @@ device alone, and a program for each possible one would spend more time on start
 atomics: the result is deterministic.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import wrap_triton
-from triton.runtime.jit import JITFunction
 
+from ..launching import launchable
 from .reference import SCALE_BLOCK, gate_width
 from .tiles import MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
 
@@ -416,25 +413,9 @@ def down_kernel(
             tl.store(row + column + n, tl.zeros([BLOCK_N], tl.float32), mask=column + n < HIDDEN)
 
 
-def device_guard(tensor: Tensor):
-    """Makes the tensor's GPU the current one, where Triton launches; nothing to do while CUDA is unused.
-
-    (A fake CUDA tensor on a machine without CUDA gets here as well.)
-    """
-    return torch.cuda.device_of(tensor) if torch.cuda.is_initialized() else contextlib.nullcontext()
-
-
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether Triton can widen FP8 numbers on a GPU."""
     return not torch.cuda.is_initialized() or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def launchable(kernel):
-    """`kernel` for `[grid](...)`: visible to tracers, or as it is under Triton's interpreter.
-
-    torch 2.11's `wrap_triton` refuses interpreted kernels; later ones hand them back.
-    """
-    return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 def chunk_of(num_slots: int | torch.SymInt, num_experts: int, most: int) -> dict[str, int]:

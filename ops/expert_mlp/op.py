@@ -82,13 +82,16 @@ def check_arguments(
             raise ValueError(f"{name}: expected shape {shape}, got {list(argument.shape)}")
         if argument.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} (of hidden), got {argument.device}")
-    if gate_up_scale is None and down_scale is None:
-        for name, tensor in (("gate_up", gate_up), ("down", down)):
-            if tensor.dtype != hidden.dtype:
-                raise TypeError(f"{name}: expected dtype {hidden.dtype} (of hidden), got {tensor.dtype}")
-    else:
-        weights = {"gate_up": (gate_up, gate_up_scale), "down": (down, down_scale)}
-        check_scaled_weights(weights, transposed)
+    check_weight_dtypes(hidden, {"gate_up": (gate_up, gate_up_scale), "down": (down, down_scale)}, transposed)
+
+
+def check_weight_dtypes(hidden: Tensor, weights: dict[str, tuple[Tensor, Tensor | None]], transposed: bool) -> None:
+    """Raise unless both weights have the dtype of hidden, or both are FP8 and have scales."""
+    if any(scale is not None for _, scale in weights.values()):
+        return check_scaled_weights(weights, transposed)
+    for name, (weight, _) in weights.items():
+        if weight.dtype != hidden.dtype:
+            raise TypeError(f"{name}: expected dtype {hidden.dtype} (of hidden), got {weight.dtype}")
 
 
 def check_scaled_weights(weights: dict[str, tuple[Tensor, Tensor | None]], transposed: bool) -> None:
@@ -131,7 +134,8 @@ def _expert_mlp(
 
         if takes(Call(*tensors, *scales), transposed):
             return torch.ops.sere.expert_mlp_stream.default(*tensors, *scales, activation, interleaved)
-        from .kernel import device_guard, launch_expert_mlp, multiplies_fp8
+        from ..launching import device_guard
+        from .kernel import launch_expert_mlp, multiplies_fp8
 
         if gate_up_scale is None or multiplies_fp8(hidden.device):
             with device_guard(hidden):
@@ -154,7 +158,8 @@ def expert_mlp_stream(
     interleaved: bool,
 ) -> Tensor:
     """`sere::expert_mlp` by `stream.cu` on Hopper and later, by Triton where that cannot be had there after all."""
-    from .kernel import device_guard, launch_expert_mlp
+    from ..launching import device_guard
+    from .kernel import launch_expert_mlp
     from .stream import Call, launch_stream
 
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)

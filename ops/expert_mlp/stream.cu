@@ -1,4 +1,4 @@
-// `sere::expert_mlp` for few slots an expert, in CUDA C++ (sm_90 and later): three kernels that overlap.
+// `sere::expert_mlp` for few slots per expert, in CUDA C++ (sm_90 and later): three kernels that overlap.
 //
 // Every block owns an equal share of all rows of active weights and streams them through a ring in shared memory:
 // two warps copy weights, two copy activations, the others multiply. The ring never drains between tiles. The second

@@ -1,6 +1,6 @@
 """`sere::expert_mlp` in CUDA C++ for Hopper and later (`stream.cu`): which calls it takes, and its launch.
 
-For few slots an expert, where all time beyond the weights' is fixed cost. Three kernels that overlap by programmatic
+For few slots per expert, where all time beyond the weights' is fixed cost. Three kernels that overlap by programmatic
 dependent launch, which Inductor cannot give a user's Triton kernel: hence an operator of its own that Inductor calls.
 """
 

@@ -282,7 +282,7 @@ def test_the_result_is_the_same_every_time():
 
 @pytest.mark.gpu
 def test_operator_uses_them_eager_compiled_and_in_a_graph():
-    """Few slots an expert; kernels overlap with those of the call before, in a graph as well."""
+    """Few slots per expert; kernels overlap with those of the call before, in a graph as well."""
     arguments = Layer(dtype=BF16, tokens=8, slots=2, experts=16, **WIDE).draw(device="cuda")
     want = launch(arguments)
     assert takes(Call(*arguments[:7], None, None), transposed=False)
@@ -313,7 +313,7 @@ def test_operator_uses_them_eager_compiled_and_in_a_graph():
     ],
 )
 def test_calls_that_they_take(changes, expected):
-    """Up to 32 tokens and 4 slots an expert, 16-bit weights whose rows are whole stages."""
+    """Up to 32 tokens and 4 slots per expert, 16-bit weights whose rows are whole stages."""
     layer = Layer(**{"dtype": BF16, "tokens": 5, "experts": 8} | WIDE | changes)
     assert takes(Call(*layer.draw(device="cuda")[:7], None, None), transposed=False) is expected
 
