@@ -23,6 +23,12 @@ BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 WIDE = {"hidden": 256, "inner": 128}
 
 
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch):
+    """As they are to be used once they have run on a GPU, see `stream.ENABLED`."""
+    monkeypatch.setattr(stream, "ENABLED", True)
+
+
 def quantised(weight):
     """(FP8 [E, R, C], scales, what they stand for in fp64): a scale for each block of 128 x 128."""
     experts, rows, columns = weight.shape
@@ -95,6 +101,14 @@ def test_scales_with_transposed_weights_are_refused():
     transposed = {name: SCALES[name].transpose(1, 2) for name in ("gate_up", "down")}
     with pytest.raises(ValueError, match="transposed: expected False with scales"):
         expert_mlp(**arguments_with(**SCALES | transposed, transposed=True))
+
+
+@pytest.mark.gpu
+def test_not_used_before_they_have_run_on_a_gpu(monkeypatch):
+    """Today's default: Triton's kernels, also for the calls that these would take."""
+    monkeypatch.setattr(stream, "ENABLED", False)
+    call = Call(*Layer(dtype=BF16, tokens=5, experts=8, **WIDE).draw(device="cuda")[:7], None, None)
+    assert not takes(call, transposed=False)
 
 
 def test_no_kernel_without_a_gpu():
