@@ -29,8 +29,9 @@ CHUNK_BYTES = 128
 # the sum; or one block alone.
 TWO_BLOCKS, ONE_BLOCK = 112 * 1024, 226 * 1024
 MOST_EXPERTS, MOST_TOP_K = 512, 32
-# Whether `sere::expert_mlp` uses these kernels. Their form of today has run on a CPU only, with its instructions
-# replaced; an earlier one was tested and timed on a GPU. To be set once `.ci/gpu OUT tests sanitize stream` passes there.
+# Whether `sere::expert_mlp` uses these kernels. Their form of today has run on a CPU only, with its
+# instructions replaced; an earlier one was tested and timed on a GPU. To be set once
+# `.ci/gpu OUT tests sanitize stream` passes there.
 ENABLED = False
 # Up to here faster than Triton's kernels wherever it was measured (docs/kernels.md).
 MOST_TOKENS, MOST_SLOTS, MOST_SLOTS_PER_EXPERT = 32, 256, 4
