@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
-TABLE, PAGE = DOCS / "quality.csv", DOCS / "quality.md"
+TABLE, PAGE, FINE = DOCS / "quality.csv", DOCS / "quality.md", DOCS / "quality_fine.csv"
+# Rows of the table of filling.
+COMPARED = (
+    "drop", "opportunistic fill", "SERE, frobenius", "SERE, cosine", "projection, cosine", "recombine", "fill",
+)  # fmt: skip
 CASES = (("qwen3", "1"), ("qwen3", "2"), ("mixtral", "1"), ("upcycled", "1"), ("upcycled", "2"))
 BATCHES = ("4", "16", "64")
 MATRICES = ("frobenius", "cosine", "cka", "data-free")
@@ -78,11 +82,35 @@ def page(lines: Sequence[dict[str, str]]) -> str:
         ),
         "BEST": best_table(row),
         "CHANCE": chance_table(row),
+        "FILL": fill_table(read(FINE)),
         "DOMAINS": domain_table(row),
         "SEARCH": search_table(lines, row),
     }.items():
         template = template.replace(f"<!-- {name} -->", text)
     return template
+
+
+def fill_table(lines: Sequence[dict[str, str]]) -> str:
+    """Of docs/quality_fine.csv, a table for each model: rules by decode batch and S."""
+    tables = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = {
+            (line["rule"], line["decode_batch"], line["select_top_k"]): line for line in lines if line["model"] == model
+        }
+        cases = sorted({key[1:] for key in own}, key=lambda case: (int(case[0]), int(case[1])))
+        head = f"| {model} | " + " | ".join(f"{batch}, S={s}" for batch, s in cases) + " |"
+        body = [
+            f"| {rule} | "
+            + " | ".join(
+                f"{100 * float(line['perplexity_change']):.1f} ± {100 * float(line['standard_error']):.1f}"
+                for line in (own[rule, *case] for case in cases)
+            )
+            + " |"
+            for rule in COMPARED
+            if (rule, *cases[0]) in own
+        ]
+        tables.append("\n".join([head, "| --- " * (len(cases) + 1) + "|", *body]))
+    return "\n\n".join(tables)
 
 
 def rules(threshold: str = "0.0") -> list[tuple[str, str, str]]:
@@ -98,7 +126,7 @@ def rules(threshold: str = "0.0") -> list[tuple[str, str, str]]:
         ("naive top-S", "naive top-S", ""),
         ("drop", "drop", ""),
         ("drop, renormalised", "drop, renormalised", ""),
-        ("opportunistic fill", "fill", ""),
+        ("opportunistic fill", "opportunistic fill", ""),
     ]
     ours = [
         (f"recombine{name}", FREE.replace("recombine", f"recombine{name}"), "inner products" if "sub" in name else "")

@@ -6,8 +6,9 @@ the two. Importing this module registers `torch.ops.sere.*`; it does not import 
 """
 
 from .expert_mlp import expert_mlp
+from .fill import fill
 from .reroute import reroute
 from .reroute_merged import reroute_merged
 from .route import route
 
-__all__ = ["expert_mlp", "reroute", "reroute_merged", "route"]
+__all__ = ["expert_mlp", "fill", "reroute", "reroute_merged", "route"]

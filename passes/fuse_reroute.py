@@ -7,13 +7,14 @@
 
 Takes the place of `reroute_dispatch` behind `fuse_router`. A gate whose ids are read by more than
 the dispatch (case 1), or whose dispatch needs slots merged (case 2), is left to `reroute_dispatch`,
-with a reason.
+with a reason. Filling needs no merged slots: its ids stay distinct.
 """
 
 from __future__ import annotations
 
 from torch.fx import Node
 
+from .fill_dispatch import fill_route
 from .gate import Gate, Skip, SkipReason
 from .graph import nodes
 from .graph.arguments import update_operator_argument
@@ -21,13 +22,13 @@ from .reroute_dispatch import Rewrite, RoutingSettings
 
 
 def fuse_reroute(
-    gate: Gate, similarity: Node, settings: RoutingSettings, projection: Node | None = None
+    gate: Gate, similarity: Node | None, settings: RoutingSettings, projection: Node | None = None
 ) -> Rewrite | Skip:
-    """Re-route the ids of a gate within its `sere.route`.
+    """Re-route the ids of a gate within its `sere.route`, or fill its slots.
 
     Args:
         gate: from `fuse_router`.
-        similarity: graph input or attribute holding the gate's [E, E] matrix.
+        similarity: graph input or attribute holding the gate's [E, E] matrix; None: fill.
         settings: with 0 < S < K.
         projection: like `similarity`, float32 [E, E], the coefficients of weights.
 
@@ -37,7 +38,7 @@ def fuse_reroute(
     routed = gate.selection
     if nodes.kind(routed) != "sere.route":
         return Skip(SkipReason.NOT_FUSED, routed)
-    if gate.needs_merge:
+    if similarity is not None and gate.needs_merge:
         return Skip(SkipReason.MERGES, routed)
     others = [use for use in gate.uses if use not in gate.dispatch_uses]
     if others:
@@ -50,6 +51,9 @@ def fuse_reroute(
     matrices = [matrix for matrix in (similarity, projection) if matrix is not None]
     if any(not matrix < routed for matrix in matrices):
         return Skip(SkipReason.MATRIX_LATE, routed)
+    if similarity is None:
+        fill_route(routed, settings)
+        return Rewrite(gate, gate.ids, merged=False, filled=True)
     for name, value in {"similarity": similarity, **vars(settings), "projection": projection}.items():
         update_operator_argument(routed, name, value)
     return Rewrite(gate, gate.ids, merged=False)

@@ -86,6 +86,7 @@ class SkipReason(enum.Enum):
     NO_SCALE = "its routing weights, which projection coefficients would scale, could not be determined"
     SCORES_BY_ID = "its dispatch reads the scores again at the ids, so that re-routing would change its weights"
     REWRITTEN = "it is re-routed already"
+    NO_SCORES = "the scores of all experts do not reach its dispatch, so that slots cannot be filled by them"
     WEIGHTS_LATE = "its dispatch begins before the routing weights that would have to be merged are known"
     BUDGET = "its dispatch needs merged duplicates, which a budget of active experts (max_active) does not reach"
     MUTATED = "an in-place operation changes its ids or weights after they are dispatched"

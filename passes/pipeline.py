@@ -9,13 +9,14 @@ the inputs that they need.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
 
 from .count_routing import count_routing
 from .extract_dispatch import DispatchRegion
+from .fill_dispatch import fill_dispatch
 from .fuse_experts import fuse_experts
 from .fuse_reroute import fuse_reroute
 from .fuse_router import fuse_router
@@ -38,12 +39,17 @@ class Run:
         sizes: numbers for the graph inputs that are symbolic sizes, as one call would have them.
         device: where the graph runs.
         has_gradients: whether a call may ask for gradients, which the kernels do not give.
-        prove: how the gate can be rewritten with proof, or the refusal where nothing is proven.
+        prove: how the gate can be rewritten with proof, or the refusal where nothing is proven. With
+            True: so that its weights may change as well.
         input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for
             "counts".
         projecting: whether weights are multiplied by projection coefficients.
+        filling: whether lost slots are filled by the tokens' own scores; where that is refused, and
+            `strict` is off, they are re-routed.
+        strict: whether a refusal to fill is one to re-route.
         counting: whether what re-routing does is counted.
         proof: what was proven.
+        weighed: what was proven of other weights, where there will be some.
         rewrite: how the gate was re-routed.
         done: the passes that changed the gate.
         refused: the passes that refused it, and why.
@@ -55,11 +61,14 @@ class Run:
     sizes: Mapping[Node, int]
     device: torch.device
     has_gradients: bool
-    prove: Callable[[Gate], Proof | Skip]
+    prove: Callable[[Gate, bool], Proof | Skip]
     input_for: Callable[[str], Node]
     projecting: bool = False
+    filling: bool = False
+    strict: bool = False
     counting: bool = False
     proof: Proof | None = None
+    weighed: Proof | Skip | None = None
     rewrite: Rewrite | None = None
     done: list[str] = field(default_factory=list)
     refused: dict[str, Skip] = field(default_factory=dict)
@@ -67,9 +76,23 @@ class Run:
     @property
     def merged(self) -> bool:
         """Whether a token's duplicates are merged: as proven, unless the experts are one operator of ours by now."""
-        if self.proof is None or self.gate.dispatch_uses != self.proof.gate.dispatch_uses:
-            return self.gate.needs_merge
-        return self.proof.merged
+        return self.gate.needs_merge if self.proof is None or self._is_fused else self.proof.merged
+
+    @property
+    def readers(self) -> tuple[Node, ...] | None:
+        """The consumers of the weights that may see others, as proven; None for all that a fused dispatch has."""
+        proof = self.weighed if isinstance(self.weighed, Proof) else self.proof
+        return None if proof is None or self._is_fused else proof.readers
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether the experts are one operator of ours by now, which takes ids and weights."""
+        return self.proof is not None and self.gate.dispatch_uses != self.proof.gate.dispatch_uses
+
+    @property
+    def refused_weights(self) -> Skip | None:
+        """Why its weights may not change, if so."""
+        return self.weighed if isinstance(self.weighed, Skip) and not self._is_fused else None
 
 
 @dataclass(frozen=True)
@@ -84,8 +107,9 @@ class Pass:
             unchanged.
         replaces: the part of the gate that keeps stock kernels after a refusal; empty where speed
             is not the aim.
-        unless: the pass whose work makes this one unnecessary.
+        unless: the passes whose work makes this one unnecessary.
         required: whether the gate is not re-routed after a refusal. Passes for speed run all the same.
+        only_filling: whether it is for gates whose lost slots are filled.
     """
 
     name: str
@@ -93,8 +117,9 @@ class Pass:
     check: Callable[[Run], Skip | None]
     rewrite: Callable[[Run], Skip | None]
     replaces: str = ""
-    unless: str = ""
+    unless: tuple[str, ...] = ()
     required: bool = False
+    only_filling: bool = False
 
 
 def run_pipeline(run: Run, is_on: Callable[[str], bool]) -> Skip | None:
@@ -111,8 +136,10 @@ def run_pipeline(run: Run, is_on: Callable[[str], bool]) -> Skip | None:
     """
     required: Skip | None = None
     for entry in PIPELINE:
+        if any(name in run.done for name in entry.unless) or (entry.only_filling and not run.filling):
+            continue
         stays = required is not None and entry.switch == _REROUTE
-        if stays or entry.unless in run.done or not is_on(entry.switch):
+        if stays or not is_on(entry.switch):
             continue
         refusal = entry.check(run) or entry.rewrite(run)
         if refusal is None:
@@ -129,9 +156,11 @@ def _nothing(run: Run) -> None:
 
 
 def _prove(run: Run) -> Skip | None:
-    proof = run.prove(run.gate)
+    proof = run.prove(run.gate, False)
     if isinstance(proof, Skip):
         return proof
+    if (run.projecting or run.filling) and run.gate.weights is not None:
+        run.weighed = proof if proof.merged else run.prove(run.gate, True)
     run.proof, run.gate = proof, proof.gate
     return None
 
@@ -155,6 +184,8 @@ def _fuse_router(run: Run) -> Skip | None:
 
 
 def _check_joining(run: Run) -> Skip | None:
+    if run.filling and run.refused_weights is not None:
+        return run.refused_weights
     if run.merged:
         return Skip(SkipReason.MERGES, run.gate.ids)
     # A count of what changed reads the ids as they were.
@@ -162,13 +193,30 @@ def _check_joining(run: Run) -> Skip | None:
 
 
 def _fuse_reroute(run: Run) -> Skip | None:
-    return _keep(run, fuse_reroute(run.gate, run.input_for("similarity"), run.settings, _projection(run)))
+    similarity = None if run.filling else run.input_for("similarity")
+    return _keep(run, fuse_reroute(run.gate, similarity, run.settings, _projection(run)))
+
+
+def _check_filling(run: Run) -> Skip | None:
+    return run.refused_weights
+
+
+def _fill_dispatch(run: Run) -> Skip | None:
+    return _keep(run, fill_dispatch(run.gate, run.settings, run.readers))
+
+
+def _check_fallback(run: Run) -> Skip | None:
+    """What could not be filled is re-routed instead, unless that would have to be an error."""
+    if run.filling:
+        return run.refused.get("fill_dispatch") if run.strict else None
+    return run.refused_weights
 
 
 def _reroute_dispatch(run: Run) -> Skip | None:
-    inputs = run.input_for("similarity"), run.settings, _projection(run)
-    readers = None if run.proof is None else run.proof.readers
-    return _keep(run, reroute_dispatch(run.gate, *inputs, merged=run.merged, readers=readers))
+    # What fell back from filling has a threshold that is no similarity.
+    settings = replace(run.settings, threshold=0.0) if run.filling else run.settings
+    inputs = run.input_for("similarity"), settings, _projection(run)
+    return _keep(run, reroute_dispatch(run.gate, *inputs, merged=run.merged, readers=run.readers))
 
 
 def _projection(run: Run) -> Node | None:
@@ -195,8 +243,16 @@ PIPELINE = (
     Pass("verify_rewrite", _REROUTE, _nothing, _prove, required=True),
     Pass("fuse_experts", "lower_experts", _check_experts, _fuse_experts, replaces="experts"),
     Pass("fuse_router", "fuse_router", _check_router, _fuse_router, replaces="routing"),
-    # One of the two re-routes.
+    # One of the three re-routes.
     Pass("fuse_reroute", _REROUTE, _check_joining, _fuse_reroute),
-    Pass("reroute_dispatch", _REROUTE, _nothing, _reroute_dispatch, unless="fuse_reroute", required=True),
+    Pass("fill_dispatch", _REROUTE, _check_filling, _fill_dispatch, unless=("fuse_reroute",), only_filling=True),
+    Pass(
+        "reroute_dispatch",
+        _REROUTE,
+        _check_fallback,
+        _reroute_dispatch,
+        unless=("fuse_reroute", "fill_dispatch"),
+        required=True,
+    ),
     Pass("count_routing", "collect_stats", _nothing, _count_routing),
 )

@@ -62,11 +62,12 @@ class RoutingSettings:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What was done to a gate: the re-routed ids, and whether duplicates are merged."""
+    """What was done to a gate: the re-routed ids, whether duplicates are merged, and whether slots were filled."""
 
     gate: Gate
     new_ids: Node
     merged: bool
+    filled: bool = False
 
 
 def reroute_dispatch(
@@ -173,7 +174,7 @@ def _insert(
     if projection is not None or not merged:
         options: dict[str, Any] = {"max_active": settings.max_active} if settings.max_active else {}
         new_ids = graph.call_function(torch.ops.sere.reroute.default, (gate.ids, similarity, *numbers), options)
-        _describe(new_ids, gate.ids, nodes.value(gate.ids))
+        describe(new_ids, gate.ids, nodes.value(gate.ids))
         if projection is not None:
             assert weights is not None
             weights = _projected(graph, gate.ids, new_ids, weights, projection)
@@ -181,11 +182,11 @@ def _insert(
             return new_ids, weights if projection is not None else None
     assert weights is not None
     both = graph.call_function(torch.ops.sere.reroute_merged.default, (gate.ids, weights, similarity, *numbers))
-    _describe(both, gate.ids, (nodes.value(gate.ids), nodes.value(weights)))
+    describe(both, gate.ids, (nodes.value(gate.ids), nodes.value(weights)))
     new_ids = graph.call_function(operator.getitem, (both, 0))
-    _describe(new_ids, gate.ids, nodes.value(gate.ids))
+    describe(new_ids, gate.ids, nodes.value(gate.ids))
     new_weights = graph.call_function(operator.getitem, (both, 1))
-    _describe(new_weights, weights, nodes.value(weights))
+    describe(new_weights, weights, nodes.value(weights))
     return new_ids, new_weights
 
 
@@ -220,7 +221,7 @@ def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection
     return call(aten._to_copy.default, product, dtype=nodes.value(weights).dtype)
 
 
-def _describe(new: Node, like: Node, value: object) -> None:
+def describe(new: Node, like: Node, value: object) -> None:
     """Give a new node the metadata of the node it replaces, and its value under the tracer's key."""
     new.meta = dict(like.meta)
     key = next((k for k in _VALUES if k in like.meta), None)

@@ -61,7 +61,9 @@ def _not_run(gate: Gate) -> Proof | Skip:
     return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
 
 
-def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None, outside: OutsideProof = _not_run) -> Proof | Skip:
+def verify_rewrite(
+    gate: Gate, value_of: ValueOf = lambda node: None, outside: OutsideProof = _not_run, *, weighing: bool = False
+) -> Proof | Skip:
     """How a gate can be rewritten with proof, or the refusal. The graph is not changed.
 
     Args:
@@ -69,6 +71,8 @@ def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None, outside: O
         value_of: what graph inputs and attributes hold, see `graph.run_part.ValueOf`.
         outside: asked where the ids leave the graph towards experts that it does not hold, and where
             the dispatch cannot be run by itself.
+        weighing: whether the weights will change: then merging has to be proven, which changes them
+            and shows that the dispatch multiplies what its experts give by them.
     """
     module = gate.selection.graph.owning_module
     if _inside_vmap(gate.selection):
@@ -79,17 +83,17 @@ def verify_rewrite(gate: Gate, value_of: ValueOf = lambda node: None, outside: O
         # Also of a dispatch that is in the graph, but cannot be cut out of it: the caller may run more than the graph.
         shown = outside(gate)
         return shown if leaving or isinstance(shown, Proof) else region
-    key = region_key(region, module)
+    key = region_key(region, module), weighing
     if key not in _verdicts:
         while len(_verdicts) >= _REMEMBERED:
             _verdicts.pop(next(iter(_verdicts)), None)
-        _verdicts[key] = Prover(region, module).prove()
+        _verdicts[key] = Prover(region, module, merging=weighing).prove()
     if leaving and _verdicts[key].without_experts:
         return outside(gate)
     return _for_gate(_verdicts[key], gate, region)
 
 
-_verdicts: dict[str, Verdict] = {}
+_verdicts: dict[tuple[str, bool], Verdict] = {}
 
 
 def _for_gate(verdict: Verdict, gate: Gate, region: Region) -> Proof | Skip:

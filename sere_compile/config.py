@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from .errors import ConfigError
 
-SUBSTITUTIONS = ("reroute", "projection")
+SUBSTITUTIONS = ("reroute", "projection", "fill")
 # The options that may differ from gate to gate.
 PER_GATE = ("select_top_k", "threshold", "min_active", "max_active", "max_tokens", "substitution")
 # {pattern: {option: value}} as a value that can be hashed, order of patterns kept.
@@ -49,7 +49,13 @@ class SereConfig:
             compiler. "always": on a CPU as well. `explain` and the log say what stayed, and why.
         substitution: "reroute" is the paper's rule, weights unchanged. "projection" multiplies a re-routed slot's
             weight by a(u, v) = <A_u, A_v> / <A_v, A_v>, how much of expert u its substitute v reproduces; needs a
-            profile with projections.
+            profile with projections. "fill" keeps the experts that some token puts first, then those with the
+            largest sum of squared routing weights in the batch, as many as the first S slots name (with "auto"
+            `max_active`, at least K); lost slots go to kept experts by the token's own router scores, at new
+            weights. It needs no profile, and mostly loses least (docs/quality.md; not where experts are copies of
+            each other). `threshold` is then a share of that sum over all experts: an expert with more stays. A gate
+            whose scores of all experts are out of reach is re-routed instead, and the report says so; with
+            strict=True that is an error.
         per_gate: {pattern: {option: value}} for gates whose name (of the router's weight) matches the pattern, a glob
             such as "model.layers.0.*"; the options are those of `PER_GATE`. Of several that match, later ones win.
         collect_stats: count tokens, changed slots and active experts on the device; `sere_compile.stats` reads them.
@@ -86,7 +92,12 @@ class SereConfig:
         _check_count("max_tokens", self.max_tokens, least=1)
         _check_threshold(self.threshold)
         if self.substitution not in SUBSTITUTIONS:
-            raise ConfigError(f'substitution must be "reroute" or "projection", got {self.substitution!r}')
+            raise ConfigError(f'substitution must be "reroute", "projection" or "fill", got {self.substitution!r}')
+        if self.substitution == "fill" and isinstance(self.threshold, str):
+            raise ConfigError(
+                f'threshold={self.threshold!r} is a share of similarities, and substitution="fill" has none: give the '
+                "share of a batch's squared routing weights above which an expert stays, such as 0.05"
+            )
         for name in ("strict", "collect_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -114,6 +125,12 @@ class SereConfig:
     def gates(self) -> PerGate:
         """`per_gate` in the form in which it is kept."""
         return cast(PerGate, self.per_gate)
+
+    @property
+    def fills_everywhere(self) -> bool:
+        """Whether no gate's options ask for a similarity."""
+        others = (dict(options).get("substitution", "fill") for _, options in self.gates)
+        return self.substitution == "fill" and all(other == "fill" for other in others)
 
     def for_gate(self, *names: str) -> SereConfig:
         """The options of the gate whose router weight has this name; of several names any may match."""

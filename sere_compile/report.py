@@ -21,10 +21,10 @@ class GateRow:
         is_sorted: whether the model asked its top-k for sorted results.
         dispatch: how the ids reach the experts.
         status: "rewritten", "identity" (nothing to re-route, by S >= K) or "skipped".
-        reason: why it was not rewritten, empty where it was.
+        reason: why it was not rewritten, or re-routed where it should have been filled; else empty.
         similarity: where the similarity matrix comes from.
         threshold: rho in force; "q0.2" becomes the number that it stands for in this gate once its matrix is known.
-        substitution: "reroute" or "projection".
+        substitution: "reroute", "projection" or "fill".
         kernels: which of "experts" and "routing" our kernels compute, and why stock operations stay for the others;
             empty where both are switched off, as by default on a CPU.
         proof: with strict=True, what running the gate has proven for S < K; with S = K no bit changes.

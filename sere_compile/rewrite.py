@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -75,7 +75,7 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         raise GateNotFoundError(f"no MoE gate in the traced graph. {why}")
     plans = _plan_gates(findings.gates, config, program)
     # All matrices first: a profile that does not fit is an error before anything is changed.
-    matrices = [_matrices(plan, profile, program) if plan.is_to_reroute else {} for plan in plans]
+    matrices = [_needed(plan, profile, program) for plan in plans]
     refused = [plan.refusal for plan in plans if plan.refusal is not None]
     for plan, found in zip(plans, matrices, strict=True):
         refusal = rewrite_gate(plan, program, found, plan.weight(()), program.owners)
@@ -114,6 +114,27 @@ def _plan_gates(gates: Sequence[Gate], config: SereConfig, program: Program) -> 
         plans[-1].decide(program.has_more_tokens)
     refuse_shared_routers(plans, program.value_of)
     return plans
+
+
+class _Late(dict[str, torch.Tensor]):
+    """The matrices of a gate, made when the first of them is asked for."""
+
+    def __init__(self, make: Callable[[], dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, kind: str) -> torch.Tensor:
+        self.update(self._make())
+        return self[kind]
+
+
+def _needed(plan: GatePlan, profile: SimilarityProfile | None, program: Program) -> dict[str, torch.Tensor]:
+    if not plan.is_to_reroute:
+        return {}
+    if plan.config.substitution == "fill":
+        # Only a gate that cannot be filled has a use for them.
+        return _Late(lambda: _matrices(plan, profile, program))
+    return _matrices(plan, profile, program)
 
 
 def _matrices(plan: GatePlan, profile: SimilarityProfile | None, program: Program) -> dict[str, torch.Tensor]:

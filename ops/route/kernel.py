@@ -12,6 +12,7 @@ logits in L2. That is faster than two launches for few experts only, see `one_la
 import triton
 import triton.language as tl
 
+from ..fill.statistics import count_slot, store_statistics
 from ..reroute.kernel import most_similar, similarity_rows
 
 
@@ -178,12 +179,13 @@ def load_rows(logits_ptr, token, num_tokens, stride_t, E: tl.constexpr, E_BLOCK:
 
 @triton.jit(do_not_specialize=["num_tokens", "epsilon", "scale"])
 def route_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, stride_t, epsilon, scale,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, mass_ptr, slots_ptr, num_tokens, stride_t, epsilon, scale,
     K: tl.constexpr, E: tl.constexpr, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr,
-    G_BLOCK: tl.constexpr, NARROW: tl.constexpr, TOKENS: tl.constexpr, K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+    G_BLOCK: tl.constexpr, NARROW: tl.constexpr, HAS_STATISTICS: tl.constexpr, TOKENS: tl.constexpr,
+    K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weights and ids [T, K] of TOKENS consecutive rows of logits [T, E] per program."""
+    """Weights and ids [T, K] of TOKENS consecutive rows of logits [T, E] per program, and a row of their statistics."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     logits = load_rows(logits_ptr, token, num_tokens, stride_t, E, E_BLOCK).to(tl.float32)
     weights, ids = select(logits, bias_ptr, epsilon, SCORING, RENORMALIZE, HAS_BIAS, GROUPS, TOP_GROUPS, TOP2,
@@ -191,8 +193,17 @@ def route_kernel(
     slot = tl.arange(0, K_BLOCK)[None, :]
     offset = token.to(tl.int64)[:, None] * K + slot
     stored = (token < num_tokens)[:, None] & (slot < K)
-    tl.store(weights_ptr + offset, (weights * scale).to(weights_ptr.dtype.element_ty), mask=stored)
+    weights = (weights * scale).to(weights_ptr.dtype.element_ty)
+    tl.store(weights_ptr + offset, weights, mask=stored)
     tl.store(ids_ptr + offset, ids.to(tl.int64), mask=stored)
+    if HAS_STATISTICS:
+        mass = tl.zeros([TOKENS, E_BLOCK], tl.float32)
+        slots = tl.zeros([TOKENS, E_BLOCK], tl.int32)
+        for k in range(K):
+            expert = tl.max(tl.where(slot == k, ids, -1), axis=1)
+            weight = tl.sum(tl.where(slot == k, weights.to(tl.float32), 0.0), axis=1)
+            mass, slots = count_slot(expert, weight, token < num_tokens, mass, slots, k, E_BLOCK)
+        store_statistics(mass, slots, mass_ptr, slots_ptr, tl.program_id(0), E, E_BLOCK)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The launcher of `sere::route`: one kernel, or the selection and `sere::reroute` one after the other."""
+"""The launcher of `sere::route`: one kernel, or the selection and `sere::reroute` or filling one after the other."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,8 @@ import triton
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ..fill.launch import ROWS, Ranking, launch_fill, launch_filling
+from ..fill.reference import Keeping
 from ..launching import launchable
 from ..reroute.kernel import launch_reroute
 from .kernel import route_kernel, route_reroute_kernel
@@ -35,6 +37,8 @@ def is_narrow(logits: Tensor, bias: Tensor | None, scoring: Scoring) -> bool:
 # experts two launches take 3.6 us and one 4.7 (32 tokens): each program looks at all scores, and its code is longer.
 ONE_LAUNCH_EXPERTS = 8
 ONE_LAUNCH_TOKENS = 64
+# Tokens of a program that selects and sums statistics.
+FILL_TOKENS = (4, 16)
 
 
 def one_launch(num_tokens: int, num_experts: int, narrow: bool, rerouting: Rerouting) -> bool:
@@ -68,8 +72,10 @@ def launch_route(
     narrow, e_block = is_narrow(logits, bias, scoring), triton.next_power_of_2(num_experts)
     arguments = _arguments(rows, bias, weights, ids, scoring, narrow, e_block)
     if not rerouting.acts_on(scoring.top_k):
-        _launch_selection(arguments, rows.shape[0], e_block, tile)
+        _launch_selection(arguments, rows.shape[0], e_block, tile.tokens if tile else 1)
         return weights, ids
+    if rerouting.fill:
+        return _launch_filled(arguments, rows, bias, scoring, rerouting)
     if tile is not None or one_launch(rows.shape[0], num_experts, narrow, rerouting):
         tile = tile or tile_for(rows.shape[0], e_block, narrow)
         launchable(route_reroute_kernel)[(triton.cdiv(rows.shape[0], tile.tokens),)](
@@ -77,19 +83,47 @@ def launch_route(
             CHUNK=tile.chunk, num_warps=tile.num_warps,
         )  # fmt: skip
         return weights, ids
-    _launch_selection(arguments, rows.shape[0], e_block, None)
+    _launch_selection(arguments, rows.shape[0], e_block, 1)
     assert rerouting.similarity is not None
     numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None)
     new_ids = launch_reroute(ids, rerouting.similarity, *numbers, max_active=rerouting.max_active)
     return projected(weights, ids, new_ids, rerouting.projection), new_ids
 
 
-def _launch_selection(arguments: dict, num_tokens: int, e_block: int, tile: Tile | None) -> None:
+def _launch_selection(
+    arguments: dict, num_tokens: int, e_block: int, tokens: int, statistics: tuple[Tensor, Tensor] | None = None
+) -> None:
     # One token in one warp at 128 experts: four scores a lane, K short reductions without a barrier.
-    tokens = tile.tokens if tile else 1
-    launchable(route_kernel)[(triton.cdiv(num_tokens, tokens),)](
-        **arguments, TOKENS=tokens, num_warps=1 if e_block <= 256 else 4
-    )
+    num_warps = tokens * (1 if e_block <= 256 else 4) if statistics else 1 if e_block <= 256 else 4
+    mass, slots = statistics or (arguments["weights_ptr"], arguments["ids_ptr"])
+    # Every row of statistics is written, also those of no token.
+    launchable(route_kernel)[(ROWS if statistics else triton.cdiv(num_tokens, tokens),)](
+        **arguments, mass_ptr=mass, slots_ptr=slots, HAS_STATISTICS=statistics is not None, TOKENS=tokens,
+        num_warps=min(num_warps, 16),
+    )  # fmt: skip
+
+
+def _launch_filled(
+    arguments: dict, rows: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting
+) -> tuple[Tensor, Tensor]:
+    """Selection and filling; the first launch sums the statistics as well where few tokens a row are enough."""
+    weights, ids, e_block = arguments["weights_ptr"], arguments["ids_ptr"], arguments["E_BLOCK"]
+    flat_ids, flat_weights = ids.view(-1, scoring.top_k), weights.view(-1, scoring.top_k)
+    groups = scoring.num_groups, scoring.top_groups, scoring.group_score
+    ranking = Ranking(rows, scoring.scoring, None, bias, *groups)
+    keeping = Keeping(rerouting.select_top_k, rerouting.threshold, rerouting.min_active, rerouting.max_active)
+    # Few classes: with a symbolic T each is one more compiled graph.
+    tokens = next((n for n in FILL_TOKENS if guard_or_false(rows.shape[0] <= n * ROWS)), None)
+    if tokens is None:
+        _launch_selection(arguments, rows.shape[0], e_block, 1)
+        new_ids, new_weights = launch_fill(flat_ids, flat_weights, ranking, keeping, None)
+    else:
+        shape = (ROWS, int(rows.shape[1]))
+        mass = torch.empty(shape, dtype=torch.float32, device=rows.device)
+        slots = torch.empty(shape, dtype=torch.int32, device=rows.device)
+        _launch_selection(arguments, rows.shape[0], e_block, tokens, (mass, slots))
+        new_ids, new_weights = launch_filling(flat_ids, flat_weights, ranking, keeping, (mass, slots))
+    return new_weights.view(weights.shape), new_ids.view(ids.shape)
 
 
 def _arguments(

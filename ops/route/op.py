@@ -42,8 +42,12 @@ def _check_groups(num_experts: int, scoring: Scoring) -> None:
 
 def _check_rerouting(logits: Tensor, rerouting: Rerouting) -> None:
     check_budget(rerouting.max_active)
+    if rerouting.fill and rerouting.min_active < 0:
+        raise ValueError(f"min_active: expected 0 (off) or a number of experts, got {rerouting.min_active}")
     if rerouting.similarity is None:
         return
+    if rerouting.fill:
+        raise ValueError("similarity: filling goes by the token's own scores, expected None with fill=True")
     check_similarity(rerouting.similarity, rerouting.min_active)
     for name, matrix in (("similarity", rerouting.similarity), ("projection", rerouting.projection)):
         if matrix is not None and matrix.shape != (logits.shape[-1], logits.shape[-1]):
@@ -71,6 +75,7 @@ def _route(
     min_active: int = 0,
     max_active: int = 0,
     projection: Tensor | None = None,
+    fill: bool = False,
 ) -> tuple[Tensor, Tensor]:
     # Under torch.compile(dynamic=True) numbers can be symbolic; the generated code depends on their value.
     settings = Scoring(
@@ -78,7 +83,7 @@ def _route(
         int(num_groups), int(top_groups), group_score, bool(outside_zero),
     )  # fmt: skip
     numbers = int(select_top_k), float(threshold), int(min_active), int(max_active)
-    rerouting = Rerouting(similarity, *numbers, projection)
+    rerouting = Rerouting(similarity, *numbers, projection, bool(fill))
     check_arguments(logits, bias, settings, rerouting)
     if logits.is_cuda and settings.top_k <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
         from ..launching import device_guard
@@ -96,12 +101,12 @@ _route_op = register_triton_op("sere::route", _route)
 def _route_fake(
     logits, bias, top_k, scoring, renormalize=False, epsilon=0.0, scale=1.0, dtype=torch.float32, num_groups=1,
     top_groups=1, group_score="max", outside_zero=True, similarity=None, select_top_k=0, threshold=0.0, min_active=0,
-    max_active=0, projection=None,
+    max_active=0, projection=None, fill=False,
 ):  # fmt: skip
     settings = Scoring(
         top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score, outside_zero
     )
-    rerouting = Rerouting(similarity, select_top_k, threshold, min_active, max_active, projection)
+    rerouting = Rerouting(similarity, select_top_k, threshold, min_active, max_active, projection, fill)
     check_arguments(logits, bias, settings, rerouting)
     shape = (*logits.shape[:-1], top_k)
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
@@ -126,6 +131,7 @@ def route(
     min_active: int = 0,
     max_active: int = 0,
     projection: Tensor | None = None,
+    fill: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Score router logits, select the top K experts of each token, weigh and re-route them.
 
@@ -150,6 +156,9 @@ def route(
         min_active: the least number of primary experts; 0 is off.
         max_active: a budget of primary experts; 0 is off.
         projection: fp32 [E, E]: the weight of a slot that goes from u to v is multiplied by projection[u, v].
+        fill: instead of by a similarity, lost slots are filled as `sere::fill` does, inside of the groups that are open
+            to the token: select_top_k, threshold, min_active and max_active are those of that operator, scores without
+            the bias weigh (softmax for "softmax_after" and "none"), and what is selected by ranks.
 
     Returns:
         (weights, ids), both new and contiguous [..., K], ids int64, in descending order of score plus bias before
@@ -164,5 +173,5 @@ def route(
     """
     return torch.ops.sere.route.default(
         logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score,
-        outside_zero, similarity, select_top_k, threshold, min_active, max_active, projection,
+        outside_zero, similarity, select_top_k, threshold, min_active, max_active, projection, fill,
     )  # fmt: skip

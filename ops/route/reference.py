@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..fill.reference import fill_reference
 from ..reroute.reference import reroute_reference
 
 # How logits become weights: over all experts before the selection, or over the selected ones after it.
@@ -36,7 +37,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Rerouting:
-    """How ids are re-routed, as in `sere_compile.ops.route`; without a similarity they are not."""
+    """How ids are re-routed, as in `sere_compile.ops.route`; without a similarity, or `fill`, they are not."""
 
     similarity: Tensor | None = None
     select_top_k: int = 0
@@ -44,10 +45,11 @@ class Rerouting:
     min_active: int = 0
     max_active: int = 0
     projection: Tensor | None = None
+    fill: bool = False
 
     def acts_on(self, top_k: int) -> bool:
         """Whether any id can change."""
-        return self.similarity is not None and 0 < self.select_top_k < top_k
+        return (self.fill or self.similarity is not None) and 0 < self.select_top_k < top_k
 
 
 def route_reference(
@@ -62,7 +64,10 @@ def route_reference(
     # Softmax and sigmoid keep the order of logits, which rounding cannot make equal.
     choice = logits.float() if bias is None and not scoring.is_grouped else scores
     choice = choice if bias is None else choice + bias.float()
-    choice = _limited_to_groups(choice, scoring) if scoring.is_grouped else choice
+    closed = choice
+    if scoring.is_grouped:
+        closed = _limited_to_groups(choice, scoring, float("-inf"))
+        choice = _limited_to_groups(choice, scoring, 0.0) if scoring.outside_zero else closed
     # A stable sort, unlike topk, has an order among equals: the lowest index first.
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[..., : scoring.top_k].contiguous()
     weights = scores.gather(-1, ids)
@@ -73,6 +78,11 @@ def route_reference(
     weights = (weights * scoring.scale).to(scoring.dtype)
     if not rerouting.acts_on(scoring.top_k):
         return weights, ids
+    if rerouting.fill:
+        worth = scores if scoring.scoring in ("softmax", "sigmoid") else scores.softmax(-1)
+        numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, rerouting.max_active)
+        new_ids, weights = fill_reference(ids, weights, worth, *numbers, closed)
+        return weights, new_ids
     assert rerouting.similarity is not None
     numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, rerouting.max_active)
     new_ids = reroute_reference(ids, rerouting.similarity, *numbers)
@@ -87,10 +97,10 @@ def projected(weights: Tensor, ids: Tensor, new_ids: Tensor, projection: Tensor 
     return torch.where(new_ids != ids, (weights * factor).to(weights.dtype), weights)
 
 
-def _limited_to_groups(choice: Tensor, scoring: Scoring) -> Tensor:
-    """Scores [..., E] with 0 or -inf outside the best groups of consecutive experts; the lowest group among equals."""
+def _limited_to_groups(choice: Tensor, scoring: Scoring, outside: float) -> Tensor:
+    """Scores [..., E] with `outside` outside the best groups of consecutive experts; the lowest group among equals."""
     groups = choice.unflatten(-1, (scoring.num_groups, -1))
     best = groups.sort(dim=-1, descending=True).values[..., : 1 if scoring.group_score == "max" else 2].sum(-1)
     kept = best.sort(dim=-1, descending=True, stable=True).indices[..., : scoring.top_groups]
     is_kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, kept, True)
-    return torch.where(is_kept.unsqueeze(-1), groups, 0.0 if scoring.outside_zero else float("-inf")).flatten(-2)
+    return torch.where(is_kept.unsqueeze(-1), groups, outside).flatten(-2)

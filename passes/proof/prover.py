@@ -47,10 +47,10 @@ class Verdict:
 
 
 class Prover:
-    """Tries the ways to rewrite one region."""
+    """Tries the ways to rewrite one region; with `merging` only those that change its weights."""
 
-    def __init__(self, region: Region, module: GraphModule | None) -> None:
-        self._region, self._module = region, module
+    def __init__(self, region: Region, module: GraphModule | None, *, merging: bool = False) -> None:
+        self._region, self._module, self._merging = region, module, merging
         self._single = True
 
     def prove(self) -> Verdict:
@@ -114,7 +114,7 @@ class Prover:
             return
         inside = tuple(r for r in self._region.readers if leads_to(r, self._region.ends[0]))
         hint = self._region.gate.needs_merge
-        for merged in (hint, not hint):
+        for merged in (True,) if self._merging else (hint, not hint):
             if merged and gate.weights is None:
                 continue
             yield Way(gate, merged, inside)

@@ -29,10 +29,10 @@ from .output_file import OutputFile, Picture
 @click.option("--threshold", type=Numbers(number_or_share), default="0", show_default=True, help="rho: 0,0.3,q0.2.")
 @click.option(
     "--substitution",
-    type=click.Choice([*SUBSTITUTIONS, "both"]),
+    type=click.Choice([*SUBSTITUTIONS, "both", "all"]),
     default="reroute",
     show_default=True,
-    help="What happens to the weight of a re-routed slot.",
+    help="What becomes of a lost slot and its weight; both: reroute and projection. fill mostly loses least.",
 )
 @min_active_option
 @per_gate_option
@@ -48,7 +48,8 @@ def sweep_command(
     csv_path: str | None, plot_path: str | None, per_layer: bool,
 ) -> None:  # fmt: skip
     """S x threshold x substitution x batch as a table, and the setting that a quality budget allows."""
-    substitutions = SUBSTITUTIONS if substitution == "both" else (substitution,)
+    several = {"both": ("reroute", "projection"), "all": SUBSTITUTIONS}
+    substitutions = several.get(substitution, (substitution,))
     if per_layer and (len(threshold) > 1 or len(substitutions) > 1 or max_active or csv_path or plot_path):
         raise click.UsageError(
             "--per-layer takes one --threshold and one --substitution, and neither --max-active, --csv nor --plot"

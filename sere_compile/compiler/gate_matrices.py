@@ -73,7 +73,7 @@ def bind_weight(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners:
     if plan.status != REWRITTEN:
         return
     entry = named_entry(plan, weight, owners)
-    if entry.matrix is None:
+    if entry.matrix is None and not plan.is_filled:
         found = _probe(plan, weight, value_of, entry.name, owners)
         binding.assign(weight, entry.name, found.similarity, "probed", from_profile=False, projection=found.projection)
 

@@ -51,6 +51,8 @@ class GatePlan:
     kernels: str = ""  # what the speed passes did, and why not more; empty where they are off
     proof: str = ""  # what was shown of the rewrite
     merged: bool = False  # whether a token's duplicates are merged
+    is_filled: bool = False  # by the tokens' own scores, for which there is no matrix
+    fallback: str = ""  # why it is re-routed where it should have been filled
 
     @property
     def select_top_k(self) -> int:

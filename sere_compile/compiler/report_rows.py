@@ -23,10 +23,10 @@ def row_of(plan: GatePlan, entry: GateEntry) -> GateRow:
         is_sorted=gate.is_sorted,
         dispatch=gate.dispatch + (", merged" if rewritten and plan.merged else ""),
         status=plan.status,
-        reason=plan.reason,
-        similarity=(entry.source or "none attached: probed at compile time") if rewritten else "",
+        reason=plan.reason or plan.fallback,
+        similarity=_similarity(plan, entry) if rewritten else "",
         threshold=_threshold(plan, entry) if rewritten else 0.0,
-        substitution=plan.config.substitution if rewritten else "reroute",
+        substitution=_substitution(plan) if rewritten else "reroute",
         kernels=plan.kernels,
         proof=plan.proof if rewritten else "",
     )
@@ -39,7 +39,15 @@ def row_of_skip(skip: Skip) -> GateRow:
     return GateRow(name, None, None, None, "", None, "", SKIPPED, str(skip))
 
 
+def _substitution(plan: GatePlan) -> str:
+    return "reroute" if plan.fallback else plan.config.substitution
+
+
+def _similarity(plan: GatePlan, entry: GateEntry) -> str:
+    return "" if plan.is_filled else entry.source or "none attached: probed at compile time"
+
+
 def _threshold(plan: GatePlan, entry: GateEntry) -> float | str:
     """The threshold of a gate, as a number where its matrix is known."""
-    threshold = plan.config.threshold
-    return threshold if entry.matrix is None else resolve_threshold(threshold, entry.matrix)
+    threshold = 0.0 if plan.fallback else plan.config.threshold
+    return threshold if entry.matrix is None or plan.is_filled else resolve_threshold(threshold, entry.matrix)

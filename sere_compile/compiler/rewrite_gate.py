@@ -59,6 +59,10 @@ def rewrite_gate(
     plan.merged = run.rewrite is not None and run.rewrite.merged
     if run.proof is not None:
         plan.gate, plan.proof = run.proof.gate, run.proof.shown
+    plan.is_filled = run.rewrite is not None and run.rewrite.filled
+    if run.rewrite is not None and "fill_dispatch" in run.refused:
+        plan.fallback = f"re-routed, not filled: {run.refused['fill_dispatch']}"
+        log.warning("%s is %s", plan.name, plan.fallback)
     _log(plan, run)
     if refusal is not None:
         graph.drop_unused(plan)
@@ -86,9 +90,11 @@ def _run(
         sizes={node: value for node in inputs if isinstance(value := graph.value_of(node), int)},
         device=weight.device,
         has_gradients=graph.has_gradients,
-        prove=lambda gate: _prove(gate, weight, graph, owners),
+        prove=lambda gate, weighing: _prove(gate, weight, graph, owners, weighing=weighing),
         input_for=input_for,
         projecting=plan.config.substitution == "projection",
+        filling=plan.config.substitution == "fill",
+        strict=plan.config.strict,
         counting=plan.config.collect_stats,
     )
 
@@ -127,7 +133,7 @@ def _log(plan: GatePlan, run: Run) -> None:
             log.info("%s keeps its %s: %s", plan.name, entry.replaces, run.refused[entry.name])
 
 
-def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners) -> Proof | Skip:
+def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners, *, weighing: bool) -> Proof | Skip:
     """How a gate can be rewritten, and what is proven of that, or the refusal where nothing is.
 
     Ids and weights that leave the graph go to code that it does not show: that is run.
@@ -139,8 +145,11 @@ def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners)
             evidence = Evidence.EXPERTS if verdict.is_gate else Evidence.ROUTER
             reason = SkipReason.UNVERIFIED if verdict.is_gate else SkipReason.NO_DISPATCH
             return Skip(reason, gate.selection, verdict.reason, evidence)
+        if weighing and not verdict.merged:
+            detail = "the code that receives its weights does more than multiply what the experts give by them"
+            return Skip(SkipReason.UNVERIFIED, gate.selection, detail, Evidence.EXPERTS)
         # Dynamo re-uses the graph for other layers with the same code: those whose experts differ compile their own.
         dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
         return Proof(gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
 
-    return verify_rewrite(gate, graph.value_of, run_outside)
+    return verify_rewrite(gate, graph.value_of, run_outside, weighing=weighing)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from ..calibration.calibrate import calibrate
-from ..config import SUBSTITUTIONS, SereConfig
+from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity.profile import SimilarityProfile
 from .configured import ConfiguredRule
+from .filling import FillKept
 from .recombine import Recombine, gram_matrices
 from .rules import Drop, Fill, Rule, TopS
 
@@ -89,7 +90,8 @@ def comparison_rules(
         rules[Setting("naive top-S", "", s)] = TopS(s)
         rules[Setting("drop", "", s)] = Drop(s)
         rules[Setting("drop, renormalised", "", s)] = Drop(s, renormalise=True)
-        rules[Setting("fill", "", s)] = Fill(s)
+        rules[Setting("opportunistic fill", "", s)] = Fill(s)
+        rules[Setting("fill", "", s)] = FillKept(s)
         for (name, options), fill, restore in itertools.product(RECOMBINED.items(), fills, restores):
             title = f"{name}, fill {fill:g}, restore {restore:g}"
             rules[Setting(title, "inner products" if "substitutes" in options else "", s)] = Recombine(
@@ -97,7 +99,7 @@ def comparison_rules(
             )
         for name, make in others.items():
             rules[Setting(name, reference, s)] = make(profiles[reference], s)
-        for rho, substitution in itertools.product(thresholds, SUBSTITUTIONS):
+        for rho, substitution in itertools.product(thresholds, ("reroute", "projection")):
             config = SereConfig(select_top_k=s, threshold=rho, substitution=substitution)
             for name, profile in profiles.items():
                 rules[Setting(substitution, name, s, rho)] = ConfiguredRule.of(config, profile)

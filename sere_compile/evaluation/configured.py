@@ -11,6 +11,7 @@ from ..config import SereConfig
 from ..errors import EvaluationError
 from ..similarity.profile import SimilarityProfile
 from ..similarity.threshold import matrix_in_graph, threshold_in_graph
+from .filling import FillKept
 from .rules import Reroute, RoutingBatch
 
 
@@ -24,12 +25,15 @@ class ConfiguredRule:
 
     def __call__(self, batch: RoutingBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule`."""
-        if batch.name not in self.similarity:
-            raise EvaluationError(f"the profile has no matrix for the gate {batch.name}")
         config, top_k = self.config.for_gate(batch.name), batch.ids.shape[-1]
         if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
             return batch.ids, batch.weights
         select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
+        if config.substitution == "fill":
+            assert isinstance(config.threshold, float | int)  # `SereConfig` takes no other one with it
+            return FillKept(select, config.threshold, least, config.max_active)(batch)
+        if batch.name not in self.similarity:
+            raise EvaluationError(f"the profile has no matrix for the gate {batch.name}")
         matrix = matrix_in_graph(self.similarity[batch.name], config.threshold)
         threshold = threshold_in_graph(config.threshold)
         scale = self.projections if config.substitution == "projection" else None

@@ -48,7 +48,7 @@ def evaluate(
     Args:
         model: as for `evaluate_rules`.
         tokens: int64 [N, L], N a multiple of `decode_batch`.
-        profile: similarity; None: the one attached to the model.
+        profile: similarity; None: the one attached to the model, or none where every gate is filled.
         decode_batch: B.
         attention_mask: [N, L], 0 at padding.
         **options: of `SereConfig`, as for the backend.
@@ -58,7 +58,12 @@ def evaluate(
         EvaluationError: no profile, or what `evaluate_rules` raises.
     """
     config = SereConfig().replace(**options)
-    rule = ConfiguredRule(config, *_attached_matrices(model)) if profile is None else ConfiguredRule.of(config, profile)
+    if profile is not None:
+        rule = ConfiguredRule.of(config, profile)
+    elif config.fills_everywhere:
+        rule = ConfiguredRule(config, {})
+    else:
+        rule = ConfiguredRule(config, *_attached_matrices(model))
     results = evaluate_rules(model, tokens, {"": rule}, decode_batch=decode_batch, attention_mask=attention_mask)
     return results[""]
 
@@ -141,7 +146,8 @@ class _Recorder:
                 "be told apart by position"
             )
         ids, weights, scores = map(self._by_position, (call.ids, call.weights, call.scores))
-        batch = RoutingBatch(call.name, ids, weights, scores, self._real)
+        choice = None if call.choice is None else self._by_position(call.choice)
+        batch = RoutingBatch(call.name, ids, weights, scores, self._real, choice)
         ids, weights = (batch.ids, batch.weights) if self._rule is None else self._rule(batch)
         steps = self._real.any(1)
         self.active[call.name] = active_experts(batch, ids, weights)[steps].float().sum().item()

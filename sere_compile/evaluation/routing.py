@@ -21,6 +21,7 @@ from ..compiler.gate_plan import experts_are_live
 from ..errors import EvaluationError
 from ..experts.owner import Owners
 from ..passes import Gate, Skip, SkipReason, find_gates, redirect_dispatch
+from ..passes.evidence.gate_scores import gate_scores
 from ..passes.graph import nodes
 
 
@@ -32,9 +33,10 @@ class GateCall:
         name: of the router's weight, fully qualified.
         router_weight: the parameter.
         hidden: [T, H], what the router was given.
-        scores: [T, E], what it selected from; probabilities, whatever the model selects by.
+        scores: [T, E], what its weights are made from; probabilities, whatever the model selects by.
         ids: [T, K], its experts in descending order.
         weights: [T, K], their weights as the dispatch uses them.
+        choice: [T, E], what it selected by where that is not `scores`: with a bias, limited to groups; or None.
     """
 
     name: str
@@ -43,6 +45,7 @@ class GateCall:
     scores: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
+    choice: torch.Tensor | None = None
 
 
 # Gets what a gate decided and gives ids [T, K] and weights [T, K] in its place; a token may name an
@@ -81,12 +84,13 @@ class RoutedModel:
 
     def _insert(self, gate: Gate) -> None:
         """Let the dispatch read the ids and weights that a call gives, in place of the gate's own."""
-        weights, scores = gate.weights, nodes.operand(gate.selection)
+        weights, scores = gate.weights, gate_scores(gate)
         if weights is None or scores is None:
             refusal = gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
             raise EvaluationError(_refused(gate, refusal))
-        call = _Call(self, probabilities=_bounded(gate.scoring), merge=gate.needs_merge)
-        arguments = (gate.ids, weights, scores, gate.router_input, gate.router_weight)
+        call = _Call(self, probabilities=scores.probabilities, merge=gate.needs_merge)
+        choice = None if scores.choice is scores.worth else scores.choice
+        arguments = (gate.ids, weights, scores.worth, choice, gate.router_input, gate.router_weight)
 
         def ask() -> tuple[Node, Node]:
             graph = gate.selection.graph
@@ -109,10 +113,6 @@ def _refused(gate: Gate, refusal: Skip) -> str:
     return f"the gate at {nodes.source_line(gate.selection)} cannot be re-routed: {refusal}"
 
 
-def _bounded(scoring: str) -> bool:
-    return "softmax" in scoring or "sigmoid" in scoring
-
-
 class _Call:
     """The function that a rewritten graph calls at one gate."""
 
@@ -125,6 +125,7 @@ class _Call:
         ids: torch.Tensor,
         weights: torch.Tensor,
         scores: torch.Tensor,
+        choice: torch.Tensor | None,
         hidden: torch.Tensor,
         router_weight: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,6 +138,7 @@ class _Call:
             scores if self._probabilities else scores.softmax(-1),
             ids.reshape(-1, ids.shape[-1]),
             weights.reshape(-1, weights.shape[-1]),
+            None if choice is None else choice.reshape(-1, choice.shape[-1]).float(),
         )
         new_ids, new_weights = self._routed.answer(call)
         if self._merge:

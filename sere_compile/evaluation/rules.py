@@ -23,6 +23,7 @@ class RoutingBatch:
         weights: [P, B, K].
         scores: [P, B, E], probabilities.
         real: bool [P, B]; False where a row is padding.
+        choice: [P, B, E], what the gate selected by where that is not the scores (a bias, groups), or None.
     """
 
     name: str
@@ -30,6 +31,7 @@ class RoutingBatch:
     weights: Tensor
     scores: Tensor
     real: Tensor
+    choice: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -143,8 +145,11 @@ class Fill:
     def __call__(self, batch: RoutingBatch) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
         primary = primary_experts(batch, self.select_top_k, self.min_active)
-        scores = batch.scores.masked_fill(~primary[:, None, :], 0.0)
-        values, ids = scores.topk(batch.ids.shape[-1], dim=-1)
+        choice = batch.scores if batch.choice is None else batch.choice
+        ids = choice.masked_fill(~primary[:, None, :], float("-inf")).topk(batch.ids.shape[-1], dim=-1).indices
+        # Too few primary experts, or closed ones, are not worth anything.
+        open_to = primary[:, None, :] & (choice > float("-inf"))
+        values = torch.where(open_to, batch.scores, 0.0).gather(2, ids)
         same = primary.all(-1)[:, None, None]  # the identity, bit for bit
         weights = torch.where(same, batch.weights.float(), _with_sum_of(batch.weights.float(), values))
         return torch.where(same, batch.ids, ids.to(batch.ids.dtype)), weights

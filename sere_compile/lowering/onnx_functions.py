@@ -38,8 +38,9 @@ class Functions:
         self._names: dict[_Body, str] = {}
 
     def table(self) -> dict[torch._ops.OpOverload, Any]:
-        """Decompositions of the `sere::` operators into calls of functions."""
+        """Decompositions of the `sere::` operators into calls of functions; filling is plain operators."""
         return {
+            torch.ops.sere.fill.default: REFERENCES[torch.ops.sere.fill.default],
             torch.ops.sere.reroute.default: self._reroute,
             torch.ops.sere.reroute_merged.default: self._reroute_merged,
         }

@@ -12,12 +12,14 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..errors import LoweringError
+from ..ops.fill.reference import fill_reference
 from ..ops.reroute.reference import named_by_comparison, reroute_reference
 from ..ops.reroute_merged.reference import reroute_merged_reference
 
 # What each operator is in plain ATen, with the operator's own signature. Without the references' scatter, which is
 # cheaper where tokens are many: TensorRT's parser takes no more indices than places, and there are T x S for E + 1.
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    torch.ops.sere.fill.default: fill_reference,
     torch.ops.sere.reroute.default: functools.partial(reroute_reference, named=named_by_comparison),
     torch.ops.sere.reroute_merged.default: functools.partial(reroute_merged_reference, named=named_by_comparison),
 }

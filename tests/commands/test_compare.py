@@ -21,7 +21,7 @@ def test_compare_runs_every_rule(checkpoint, tmp_path, monkeypatch):
     result = sere(checkpoint, "compare", *options)
     assert result.exit_code == 0, result.output
     rows = {(row.rule, row.similarity, row.select_top_k): row for row in read_csv(out)}
-    assert {"naive top-S", "drop", "drop, renormalised", "fill", "reroute", "projection"} < {
+    assert {"naive top-S", "drop", "drop, renormalised", "opportunistic fill", "fill", "reroute", "projection"} < {
         rule for rule, _, _ in rows
     }
     assert rows["own:last_resort", "profile", "1"].kl == rows["naive top-S", "", "1"].kl > 0

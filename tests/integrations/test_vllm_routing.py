@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from sere_compile import SereConfig
-from sere_compile.integrations.vllm.routing import BatchState, RoutingHook
+from sere_compile.integrations.vllm.routing import BatchState, RoutingHook, cannot_fill
 from sere_compile.testing import reroute_oracle
+
+from ..ops import fill_oracle
 
 EXPERTS, TOP_K, TOKENS, WIDTH = 16, 4, 8, 32
 DECODE, PREFILL = ({"layer": SimpleNamespace(max_query_len=length)} for length in (1, 7))
@@ -147,3 +149,36 @@ def test_experts_of_other_ranks_pass_through(device):
     assert torch.equal(ids == -1, before == -1)
     assert torch.equal(weights[before == -1], before_weights[before == -1])
     assert (ids != before).any()
+
+
+@pytest.mark.parametrize("kind", [FusedTopKRouter, UnsortedRouter])
+def test_slots_are_filled_by_the_router_logits(device, kind):
+    """With `substitution="fill"` there is no matrix; ids and weights are the oracle's, each slot in its place."""
+    router = kind()
+    made = RoutingHook(
+        router, None, SereConfig(select_top_k=1, substitution="fill", collect_stats=True),
+        BatchState(torch.device(device), "decode", None, 1), num_experts=EXPERTS,
+    )  # fmt: skip
+    made.install()
+    hidden, logits = inputs(device)
+    made.state.begin(None, None)  # not active: the router's own choice
+    idle = router._compute_routing(hidden, logits)
+    assert all(torch.equal(*pair) for pair in zip(idle, kind()._compute_routing(hidden, logits), strict=True))
+    made.state.begin(DECODE, None)
+    weights, ids = router._compute_routing(hidden, logits)
+    scores = logits.double().softmax(-1).cpu()
+    best_first = scores.topk(TOP_K, dim=-1)
+    rows = fill_oracle.fill_rows(best_first.indices.tolist(), best_first.values.tolist(), scores.tolist(), 1)
+    flipped = (lambda x: x.flip(-1)) if kind is UnsortedRouter else (lambda x: x)
+    assert torch.equal(flipped(ids).cpu().long(), torch.tensor(rows[0]))
+    torch.testing.assert_close(flipped(weights).cpu().double(), torch.tensor(rows[1]).double(), rtol=1e-5, atol=1e-7)
+    assert made.stats().slots_changed
+
+
+def test_routers_that_cannot_be_filled_say_why():
+    """Their choice is no function of logits and bias alone."""
+    grouped = SimpleNamespace(num_expert_group=4, topk_group=2)
+    assert "groups" in cannot_fill(grouped)
+    assert "custom_routing_function" in cannot_fill(SimpleNamespace(custom_routing_function=len))
+    assert "scores by relu" in cannot_fill(SimpleNamespace(scoring_func="relu"))
+    assert cannot_fill(FusedTopKRouter()) == ""

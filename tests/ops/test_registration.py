@@ -155,6 +155,10 @@ def test_kernels_compile_for_sm90(tmp_path):
         from sere_compile.ops.reroute.kernel import (
             apply_map_kernel, expert_block, expert_map_kernel, launch_config, reroute_kernel,
         )
+        from sere_compile.ops.fill.kernel import fill_kernel
+        from sere_compile.ops.fill.launch import ROWS, default_tile
+        from sere_compile.ops.fill.reference import CLOSED, WORTH
+        from sere_compile.ops.fill.statistics import statistics_kernel
         from sere_compile.ops.reroute_merged.kernel import merge_launch_config, merge_slots_kernel
         from sere_compile.ops.route.kernel import route_kernel, route_reroute_kernel
         from sere_compile.ops.route.launch import tile_for
@@ -163,7 +167,9 @@ def test_kernels_compile_for_sm90(tmp_path):
             print("no ptxas"); sys.exit()
         SCALARS = dict(threshold="fp32", num_tokens="i32", num_slots="i32", min_active="i32", max_active="i32",
                        stride_k="i32", epsilon="fp32", scale="fp32",
-                       stride_t="i32", stride_m="i32", weight_stride_t="i32", weight_stride_k="i32")
+                       tokens_a_row="i32", least="i32", budget="i32", score_stride_t="i32",
+                       choice_stride_t="i32", stride_t="i32", stride_m="i32",
+                       weight_stride_t="i32", weight_stride_k="i32")
 
         def compile_for_sm90(kernel, num_warps, constants, **pointers):
             types = {**SCALARS, **pointers}
@@ -187,14 +193,25 @@ def test_kernels_compile_for_sm90(tmp_path):
             constants.update(TOKENS=config.slots, CHUNK=config.chunk)
             compile_for_sm90(merge_slots_kernel, config.num_warps, constants, ids_ptr=ids, weights_ptr="*bf16",
                              map_ptr="*i32", mask_ptr="*i1", out_ids_ptr=ids, out_weights_ptr="*bf16")
+            for experts in (128, 60, 512):
+                e_block = triton.next_power_of_2(experts)
+                tile = default_tile(e_block)
+                constants = dict(K=8, K_BLOCK=8, SELECT=2, E=experts, E_BLOCK=e_block, SCORING="scores", GROUPS=1,
+                                 HAS_CHOICE=flags, HAS_BIAS=False, TOP_GROUPS=1, TOP2=False, G_BLOCK=1, HAS_MAX=flags,
+                                 HAS_THRESHOLD=flags, ROWS=ROWS, STEP=max(1, min(ROWS, 2048 // e_block)), WORTH=WORTH,
+                                 CLOSED=CLOSED, TOKENS=tile.tokens, HAS_MASK=flags)
+                rows = dict(mass_ptr="*fp32", slots_ptr="*i32", ids_ptr=ids, weights_ptr="*bf16")
+                compile_for_sm90(statistics_kernel, 4, constants, mask_ptr="*i1", **rows)
+                compile_for_sm90(fill_kernel, tile.num_warps, constants, scores_ptr="*fp32", choice_ptr="*fp32",
+                                 bias_ptr="*fp32", out_ids_ptr=ids, out_weights_ptr="*bf16", **rows)
         for scoring, groups in (("softmax", 1), ("sigmoid", 4), ("softmax_after", 1)):
             narrow = scoring == "softmax"
             constants = dict(K=6, K_BLOCK=8, E=60, E_BLOCK=64, SCORING=scoring, RENORMALIZE=True, TOKENS=1,
                              HAS_BIAS=scoring == "sigmoid", GROUPS=groups, TOP_GROUPS=(groups + 1) // 2, TOP2=True,
                              OUTSIDE_ZERO=False, G_BLOCK=groups, NARROW=narrow, SELECT=2, HAS_MIN=narrow,
-                             HAS_MAX=not narrow, HAS_PROJECTION=narrow)
+                             HAS_MAX=not narrow, HAS_PROJECTION=narrow, HAS_STATISTICS=not narrow)
             pointers = dict(logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16", ids_ptr="*i64",
-                            sim_ptr="*fp32", projection_ptr="*fp32")
+                            sim_ptr="*fp32", projection_ptr="*fp32", mass_ptr="*fp32", slots_ptr="*i32")
             compile_for_sm90(route_kernel, 1, constants, **pointers)
             tile = tile_for(32, 64, narrow)
             constants.update(TOKENS=tile.tokens, ROWS=tile.rows(64), CHUNK=tile.chunk)

@@ -22,7 +22,7 @@ def test_what_the_prose_says():
             least = min(change(case, batch, rule, similarity) for _, rule, similarity in rules())
             assert least < min(change(case, batch, "reroute", matrix) for matrix in MATRICES)
             guided = [change(case, batch, r, m) for r in ("reroute", "projection") for m in MATRICES]
-            assert batch == "4" or change(case, batch, "fill") < min(guided)
+            assert batch == "4" or change(case, batch, "opportunistic fill") < min(guided)
             reroute, projection = (change(case, batch, r, "frobenius") for r in ("reroute", "projection"))
             assert projection < reroute
             if case[0] == "upcycled":

@@ -17,6 +17,7 @@ from ...similarity.fit import required_projection
 from .engine import EngineMismatchError
 from .matrices import agree, find_profile, match_layers, probe_layer
 from .options import VllmOptions
+from .routing import cannot_fill
 
 log = logging.getLogger("vllm.sere_compile")
 
@@ -29,14 +30,14 @@ class LayerPlan:
         runner: vLLM's layer.
         config: the options of this layer.
         top_k: K.
-        similarity: float32 [E, E].
+        similarity: float32 [E, E]; None where slots are filled.
         projection: float32 [E, E] where `substitution="projection"` asks for it, else None.
     """
 
     runner: Any
     config: SereConfig
     top_k: int
-    similarity: Tensor
+    similarity: Tensor | None
     projection: Tensor | None
 
 
@@ -106,20 +107,33 @@ def plan_layers(
     if complete:
         tell_unknown(options.config, [*runners, *gates.values()], "this model")
     plans: dict[str, LayerPlan] = {}
+    probing = False
     for name, runner in runners.items():
         config, top_k = options.config.for_gate(name, gates.get(name, name)), int(runner.router.top_k)
         if config.resolved_top_k(top_k) >= top_k:
             log.info("SERE: %s is not re-routed: S = K = %d", name, top_k)
             continue
+        if config.substitution == "fill":
+            reason = cannot_fill(runner.router)
+            if not reason:
+                plans[name] = LayerPlan(runner, config, top_k, None, None)
+                continue
+            if config.strict:
+                raise ConfigError(f'{name}: substitution="fill" is out of reach: {reason}')
+            log.warning("SERE: %s is re-routed, not filled: %s", name, reason)
+            config = config.replace(substitution="reroute", threshold=0.0)
         projects = config.substitution == "projection"
         if profile is not None:
             similarity = profile[gates[name]]
             projection = required_projection(profile.projection(gates[name]), gates[name]) if projects else None
         else:
-            if not plans:
+            if not probing:
+                probing = True
                 log.info("SERE: no similarity profile given; the experts are probed on random hidden states")
             probed = probe_layer(runner, vllm_config, device)
             similarity = agree(probed.similarity)
             projection = agree(probed.projection) if projects else None
         plans[name] = LayerPlan(runner, config, top_k, similarity, projection)
+    if plans and all(plan.similarity is None for plan in plans.values()):
+        return plans, "none, filled by the tokens' own scores"
     return plans, "probed at start" if profile is None else profile.source

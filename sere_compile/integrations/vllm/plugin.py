@@ -195,7 +195,8 @@ def _hook(plan: LayerPlan, state: BatchState) -> RoutingHook:
     # Sequence parallelism gives each rank a part of the rows, and the padding is counted over all
     # of them.
     masked = not plan.runner.moe_config.is_sequence_parallel
-    return RoutingHook(plan.runner.router, plan.similarity, plan.config, state, plan.projection, masked)
+    experts = int(plan.runner.moe_config.num_logical_experts)
+    return RoutingHook(plan.runner.router, plan.similarity, plan.config, state, plan.projection, masked, experts)
 
 
 def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool) -> None:

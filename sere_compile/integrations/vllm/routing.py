@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...config import SereConfig
 from ...gate_stats import GateStats
-from ...ops import reroute
+from ...ops import fill, reroute
 from ...passes import COUNTED
 from ...passes.count_routing import add_counts
 from ...similarity.threshold import matrix_in_graph, threshold_in_graph
@@ -79,28 +79,30 @@ class RoutingHook:
 
     Args:
         router: vLLM's router; its own top-k, whatever kind, runs first.
-        similarity: float32 [E, E].
+        similarity: float32 [E, E]; None with `substitution="fill"`.
         config: the options of this layer, with S < K.
         state: of this worker; the hook's tensors are made on its device.
         projection: float32 [E, E], what a slot's weight is multiplied by where its expert changes;
             None: by nothing.
         mask_padding: whether rows of this router are rows of the batch, so that the padding is
             known.
+        num_experts: E, where there is no similarity.
     """
 
     def __init__(
         self,
         router: Any,
-        similarity: Tensor,
+        similarity: Tensor | None,
         config: SereConfig,
         state: BatchState,
         projection: Tensor | None = None,
         mask_padding: bool = True,
+        num_experts: int = 0,
     ) -> None:
         self.router = router
         self.original: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
         device = state.active.device
-        self.matrix = matrix_in_graph(similarity, config.threshold).to(device)
+        self.matrix = None if similarity is None else matrix_in_graph(similarity, config.threshold).to(device)
         self.projection = None if projection is None else projection.to(device)
         top_k = int(router.top_k)
         rho = threshold_in_graph(config.threshold)
@@ -108,7 +110,7 @@ class RoutingHook:
         self.max_active = config.max_active or 0
         self.state = state
         self.mask_padding = mask_padding
-        self.num_experts = similarity.shape[0]
+        self.num_experts = num_experts if similarity is None else similarity.shape[0]
         self.calls = 0
         self.traced_calls = torch.zeros(1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device) if config.collect_stats else None
@@ -121,7 +123,7 @@ class RoutingHook:
     def compute_routing(
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, *, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Weights [T, K] as the router gave them, or projected, and ids [T, K] re-routed."""
+        """Weights [T, K] as the router gave them, projected or filled, and ids [T, K] re-routed or filled."""
         weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         if torch.compiler.is_compiling():
             # Counts runs of the compiled code, which may come from a cache and never pass here.
@@ -133,7 +135,12 @@ class RoutingHook:
             mask = torch.arange(ids.shape[0], device=ids.device) < self.state.real_tokens
         # Kernels may ask for a type of ids, uint32, with which CUDA can do next to nothing.
         old = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
-        new = torch.where(self.state.active, self._reroute(old, weights, router_logits, mask), old)
+        if self.matrix is None:
+            filled, given = self._fill(old, weights, router_logits, mask)
+            new = torch.where(self.state.active, filled, old)
+            weights = torch.where(self.state.active, given, weights)
+        else:
+            new = torch.where(self.state.active, self._reroute(old, weights, router_logits, mask), old)
         if self.counts is not None:
             self._count(self.counts, old, new, mask)
         if self.projection is not None:
@@ -151,12 +158,27 @@ class RoutingHook:
         return GateStats(**dict(zip(COUNTED, self.counts.tolist(), strict=True)))
 
     def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.matrix is not None
         if self.ordered:
             return reroute(ids, self.matrix, *self.options, mask, self.max_active)
         # vLLM asks for an unsorted top-k; slots are put in order, re-routed, and put back.
         order = selection_scores(self.router, ids, weights, logits).argsort(dim=-1, descending=True, stable=True)
         new_ids = reroute(ids.gather(1, order), self.matrix, *self.options, mask, self.max_active)
         return torch.zeros_like(new_ids).scatter(1, order, new_ids)
+
+    def _fill(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids and weights of kept experts, from the scores of all; see `cannot_fill`."""
+        scores = _SCORING[getattr(self.router, "scoring_func", "softmax")](logits.float())
+        bias = getattr(self.router, "e_score_correction_bias", None)
+        choice = logits if bias is None else scores + bias.float()
+        order = None
+        if not self.ordered:
+            order = selection_scores(self.router, ids, weights, logits).argsort(dim=-1, descending=True, stable=True)
+            ids, weights = ids.gather(1, order), weights.gather(1, order)
+        new_ids, new = fill(ids, weights, scores, *self.options, mask, self.max_active, choice)
+        if order is None:
+            return new_ids, new
+        return tuple(torch.zeros_like(values).scatter(1, order, values) for values in (new_ids, new))  # type: ignore[return-value]
 
     @staticmethod
     def _projected(projection: Tensor, weights: Tensor, old: Tensor, new: Tensor) -> Tensor:
@@ -173,14 +195,29 @@ class RoutingHook:
         counts.add_(batch * self.state.active)
 
 
+def cannot_fill(router: Any) -> str:
+    """Why the scores of all experts that a router ranked by are not known from its logits; empty where they are."""
+    opaque = [name for name in _OPAQUE if getattr(router, name, None) is not None]
+    if opaque:
+        return f"its router chooses by {opaque[0]}, not by its logits"
+    groups = getattr(router, "num_expert_group", None)
+    if groups is not None and getattr(router, "topk_group", groups) != groups:
+        return "its router opens groups of experts to a token, and which ones it does not say"
+    if getattr(router, "scoring_func", "softmax") not in _SCORING:
+        return f"its router scores by {router.scoring_func}"
+    return ""
+
+
+_OPAQUE = ("custom_routing_function", "_hash_indices_table", "hash_indices_table", "zero_expert_type")
+
+
 def selection_scores(router: Any, ids: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
     """By what a router ranked the experts it chose: float32 [T, K] in the order of `ids`.
 
     A correction bias takes part in the choice and not in the weights. Where the choice is not a
     function of logits and bias (a custom function, a table of hashes), the weights are the order.
     """
-    opaque = ("custom_routing_function", "_hash_indices_table", "hash_indices_table", "zero_expert_type")
-    if any(getattr(router, name, None) is not None for name in opaque):
+    if any(getattr(router, name, None) is not None for name in _OPAQUE):
         return weights.float()
     # Fused shared experts stand behind the routed ones; they have no logit and come last.
     known = (ids >= 0) & (ids < logits.shape[-1])

@@ -1,0 +1,137 @@
+"""`substitution="fill"` in whole models: numbers, identities, what needs no matrix, and where it falls back."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import sere_compile
+from sere_compile import ConfigError, SereConfig
+from sere_compile.lowering.standard_operators import decompose, sere_nodes
+
+from .. import tiny_models
+from ..ops import fill_oracle
+from . import moe_modules
+
+FILL = {"select_top_k": 1, "substitution": "fill", "inner": "eager"}
+
+
+def compiled(model: nn.Module, **options):
+    torch._dynamo.reset()
+    return torch.compile(model, backend=sere_compile.sere_backend.with_options(**{**FILL, **options}))
+
+
+def routed_by_oracle(block: moe_modules.Block, x: torch.Tensor, select: int, **options) -> torch.Tensor:
+    """A block's output when the plain-Python oracle fills its slots."""
+    block.ranked, before = True, getattr(block, "ranked", None)
+    ids, weights = block.route(x)
+    block.ranked = before
+    scores = block.scores(x)
+    choice = scores + block.bias if isinstance(block, moe_modules.BiasCorrected) else scores
+    rows = fill_oracle.fill_rows(
+        ids.tolist(), weights.double().tolist(), scores.double().tolist(), select, choice=choice.double().tolist(),
+        **options,
+    )  # fmt: skip
+    return moe_modules.weighted_sum(block, x, torch.tensor(rows[0]), torch.tensor(rows[1]).to(x))
+
+
+KINDS = [
+    moe_modules.Indexed, moe_modules.Grouped, moe_modules.ScatterCombine, moe_modules.OneHotMask,
+    moe_modules.IndexPut, moe_modules.SlotTable,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*KINDS, moe_modules.BiasCorrected], ids=lambda kind: kind.__name__)
+def test_blocks_equal_the_oracle(kind):
+    """Every way of dispatching, also those that are wrong when a token names an expert twice; a biased selection."""
+    torch.manual_seed(0)
+    block, x = kind().eval(), moe_modules.rows()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(block)(x), routed_by_oracle(block, x, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_ids_stay_distinct_so_nothing_is_merged(kind):
+    """Where re-routing needs merged slots, filling dispatches plain ids."""
+    graph = moe_modules.from_export(kind().eval(), moe_modules.rows())
+    filled = sere_compile.rewrite(graph, config=SereConfig(select_top_k=1, substitution="fill"))
+    names = [str(node.target) for node in filled.graph.nodes if "sere" in str(node.target)]
+    assert names == ["sere.fill.default"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "mixtral"])
+def test_models(name):
+    """No matrix is probed, a batch of one and S = K change no bit, and slots do change."""
+    model = tiny_models.build(name)
+    tokens = tiny_models.tokens(batch=3, length=1)
+    with torch.no_grad():
+        usual = model(tokens).logits
+        run = compiled(model, collect_stats=True)
+        assert not torch.equal(run(tokens).logits, usual)
+        counted = sere_compile.stats(run)
+        assert any(row.slots_changed for row in counted.values())
+        assert all(row.active_after <= row.active_before for row in counted.values())
+        one = tokens[:1, :1]
+        assert torch.equal(compiled(model)(one).logits, model(one).logits)
+        top_k = model.config.num_experts_per_tok
+        assert torch.equal(compiled(model, select_top_k=top_k)(tokens).logits, usual)
+    report = sere_compile.explain(model, tokens, config=SereConfig(select_top_k=1, substitution="fill"))
+    assert all((row.substitution, row.similarity) == ("fill", "") for row in report.rewritten)
+
+
+def test_fused_router_fills_in_its_own_operator():
+    """With the router fused the numbers are those of the operator behind it."""
+    model, tokens = tiny_models.build("qwen3_moe"), tiny_models.tokens(batch=2, length=4)
+    with torch.no_grad():
+        apart = compiled(model, fuse_router=False)(tokens).logits
+        torch.testing.assert_close(compiled(model, fuse_router="always")(tokens).logits, apart, rtol=1e-4, atol=1e-4)
+
+
+class Overwrites(moe_modules.Indexed):
+    """Its scores are gone when the dispatch begins."""
+
+    def route(self, x):
+        scores = self.scores(x)
+        weights, ids = scores.topk(moe_modules.TOP_K, dim=-1)
+        scores.zero_()
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+
+def test_falls_back_to_re_routing_and_says_so(caplog):
+    """The report has the reason; strict raises it."""
+    block, x = Overwrites().eval(), moe_modules.rows()
+    config = SereConfig(select_top_k=1, substitution="fill")
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        report = sere_compile.explain(block, x, config=config)
+        (row,) = report.rewritten
+        assert row.substitution == "reroute"
+        assert "not filled" in row.reason
+        assert "overwrites them" in row.reason
+        torch._dynamo.reset()
+        compiled(block)(x)
+        assert "re-routed, not filled" in caplog.text
+        with pytest.raises(BackendCompilerFailed, match="cannot be filled"):
+            compiled(block, strict=True)(x)
+
+
+def test_exports_fill_without_a_profile():
+    """The program decomposes to plain ATen, without a scatter, and gives the same numbers."""
+    model, x = moe_modules.Indexed().eval(), moe_modules.rows()
+    program = torch.export.export(model, (x,), strict=False)
+    filled = sere_compile.rewrite(program, config=SereConfig(select_top_k=1, substitution="fill"))
+    plain = decompose(filled)
+    assert not sere_nodes(plain)
+    added = {str(n.target) for n in plain.graph.nodes} - {str(n.target) for n in program.graph.nodes}
+    assert not [name for name in added if "scatter" in name or "cumsum" in name or "sort" in name]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.module()(x), routed_by_oracle(model, x, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_share_of_similarities_is_no_threshold_here():
+    """The message says what to give instead."""
+    with pytest.raises(ConfigError, match='substitution="fill" has none'):
+        SereConfig(substitution="fill", threshold="q0.2")
