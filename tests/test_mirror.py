@@ -14,6 +14,7 @@ ELSEWHERE = {
     "benchmarks/ops/bench_fill.py": "a command for a GPU: tests/pages/test_commands.py",
     "benchmarks/ops/bench_reroute.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
     "benchmarks/ops/bench_route.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
+    "benchmarks/ops/bench_stream.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
     "benchmarks/ops/sanitize_expert_mlp.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
     "benchmarks/quality.py": "a command: tests/pages/test_commands.py; the page: tests/pages/test_quality_page.py",
     "benchmarks/quality_fine.py": "a command: tests/pages/test_commands.py; the page: tests/pages/test_quality_page.py",

@@ -116,7 +116,7 @@ def bench(router: Router, tokens: int, tiles: list[tuple], with_stock: bool) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", action="store_true", help="time every tile of the first router")
     parser.add_argument("--routers", type=int, default=len(ROUTERS), help="how many of the routers")
     parser.add_argument("--skip", type=int, default=0, help="how many to leave out first")
