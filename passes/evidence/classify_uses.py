@@ -76,7 +76,8 @@ def classify_uses(
         # Sorted rows leave together with counts: experts outside the graph may split the ones by
         # the others.
         uses = [_outside(use, leaves) for use in uses]
-    early = [pair for ids in (*selection.unnarrowed, *selection.steps) for pair in consumers(ids, selection.ids)]
+    later = (*selection.ids, *selection.unnarrowed)
+    early = [pair for ids in (*selection.unnarrowed, *selection.steps) for pair in consumers(ids, later)]
     before = [_classify(consumer, ids, projection, num_experts, leaves)[0] for consumer, ids in early]
     open_ended = [use for use in before if use.kind.dispatches and not _only_masks(use.consumer, columns)]
     return Uses(

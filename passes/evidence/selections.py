@@ -12,7 +12,7 @@ What is selected is judged elsewhere: this file only says what the ids are, in o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch.fx import Graph, Node
@@ -69,7 +69,7 @@ def find_selections(graph: Graph) -> list[Selection | Skip]:
             found += _sorted(node, name)
         elif name in ("max", "argmax"):
             found += _maximum(node, name)
-    return _join_steps(found)
+    return [_with_padding(s) if isinstance(s, Selection) else s for s in _join_steps(found)]
 
 
 def _top_k(node: Node) -> Selection | Skip:
@@ -144,28 +144,21 @@ def _is_last(dim: object, scores: Node) -> bool:
 
 
 def _refined(selection: Selection) -> Selection:
-    """The selection with ids as consumers take them: first columns only, padding marked."""
+    """The selection with ids as consumers take them: first columns only."""
     cut = _cut_columns(selection.ids, selection.top_k)
-    if cut and cut != selection.ids:
-        width = nodes.last_size(cut[0])
-        assert width is not None
-        selection = _replaced(selection, cut, width)
+    if not cut or cut == selection.ids:
+        return selection
+    width = nodes.last_size(cut[0])
+    assert width is not None
+    return replace(selection, ids=cut, top_k=width, unnarrowed=selection.unnarrowed + selection.ids)
+
+
+def _with_padding(selection: Selection) -> Selection:
+    """The selection with ids that mark padding, where those alone are dispatched: it makes no primary experts."""
     marked = _padding_marked(selection.ids, nodes.last_size(selection.scores))
-    return _replaced(selection, (marked,), selection.top_k) if marked is not None else selection
-
-
-def _replaced(old: Selection, ids: tuple[Node, ...], top_k: int) -> Selection:
-    return Selection(
-        old.node,
-        old.form,
-        old.scores,
-        top_k,
-        ids,
-        old.values,
-        old.is_sorted,
-        old.smallest,
-        unnarrowed=old.unnarrowed + old.ids,
-    )
+    if marked is None:
+        return selection
+    return replace(selection, ids=(marked,), unnarrowed=selection.unnarrowed + selection.ids)
 
 
 def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:

@@ -164,12 +164,22 @@ class Padded(Indexed):
         return super().dispatch(x, ids.clamp(min=0), weights * (ids >= 0))
 
 
+class PaddedSort(Padded):
+    """The same with a cut sort."""
+
+    def route(self, x):
+        ordered, order = torch.sort(self.scores(x), -1, descending=True)
+        values, ids = ordered[..., : self.top_k], order[..., : self.top_k]
+        return ids, values / values.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Padded, PaddedSort])
 @pytest.mark.parametrize("tracer", TRACERS)
-def test_marked_padding_makes_no_primary(tracer):
+def test_marked_padding_makes_no_primary(tracer, kind):
     """Ids are re-routed behind the mark, so that a padding row makes no expert primary and keeps -1."""
     from sere_compile.testing import reroute_oracle
 
-    module, x, matrix = Padded(), rows(), similarity()
+    module, x, matrix = kind(), rows(), similarity()
     graph = TRACERS[tracer](module, x)
     done = reroute(graph, matrix)
     assert nodes.kind(done.gate.ids) == "where"
