@@ -169,7 +169,7 @@ class _Trial:
         drawn = torch.randn(1, _ROWS, hidden, generator=torch.Generator().manual_seed(3)).to(weight.device)
         tried: list[Arguments] = [((drawn,), {}), ((drawn[0],), {})]
         if self._called_with is not None:
-            tried.append(tree_map(_in_float32, copy.deepcopy(self._called_with)))
+            tried.append(tree_map(_in_float32, self._called_with))
         for arguments in tried:
             self._found.clear()
             try:
@@ -195,7 +195,7 @@ class _Trial:
             dynamo.compiling_aside(),
         ):
             torch.manual_seed(0)
-            args, kwargs = copy.deepcopy(inputs)
+            args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
             result = self._call(*args, **kwargs)
         return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
@@ -400,6 +400,11 @@ def made_up_order(leading: Sequence[int], columns: int, seed: int) -> torch.Tens
     rows = torch.arange(order[..., 0].numel()).view(order.shape[:-1])
     first = (rows % 2)[..., None]
     return torch.cat([first, order[order != first].view(*order.shape[:-1], -1)], -1)
+
+
+def _detached(value: Any) -> Any:
+    """A tensor without its history, which cannot be copied."""
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _in_float32(value: Any) -> Any:
