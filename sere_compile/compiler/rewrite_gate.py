@@ -148,7 +148,7 @@ def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners,
         if weighing and not verdict.merged:
             detail = "the code that receives its weights does more than multiply what the experts give by them"
             return Skip(SkipReason.UNVERIFIED, gate.selection, detail, Evidence.EXPERTS)
-        # Dynamo re-uses the graph for other layers with the same code: those whose experts differ compile their own.
+        # Dynamo reuses the graph for other layers with the same code: those whose experts differ compile their own.
         dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
         return Proof(gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
 
