@@ -29,7 +29,7 @@ from .proof.key import region_key
 from .proof.prover import Prover, Verdict
 from .proof.region import Region, cut_region
 
-SHOWN = "what the original gives with the parameters of the expert that stands in"  # what a proof says
+SHOWN = "as with exchanged experts"  # what a proof says
 _REMEMBERED = 512  # regions
 
 
