@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from . import nodes
 
-_FAR = 200  # nodes that may stand between a parameter and what is computed of it
+_FAR = 24  # nodes that may stand between a parameter and what is computed of it
 
 
 def computed_of_state(node: Node) -> bool:
