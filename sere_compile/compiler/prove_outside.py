@@ -69,6 +69,7 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     if owner is None:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
     verdict = Verdict(None, "no module around its router could be run", is_gate=False)
+    _blocks_around[owner.weight] = frozenset(map(_number, owner.surroundings))
     for module in owner.surroundings:
         block = _number(module)
         key = (block, _signature(gate))

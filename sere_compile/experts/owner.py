@@ -8,8 +8,10 @@ belongs.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 from torch import nn
@@ -102,8 +104,19 @@ def find_owner(weight: torch.Tensor) -> Owner | None:
 
 
 def live_modules() -> list[nn.Module]:
-    """Every module of this process. Costs a scan of the heap."""
-    return [obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module)]
+    """Every module of this process. Costs a scan of the heap.
+
+    The scan does not see what `gc.freeze` has set aside, as servers do once a model is loaded; the
+    modules of the calls under way are found all the same.
+    """
+    found = {id(obj): obj for obj in gc.get_objects() if issubclass(type(obj), nn.Module)}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+        if issubclass(type(caller), nn.Module) and id(caller) not in found:
+            found |= {id(module): module for module in caller.modules()}
+        frame = frame.f_back
+    return list(found.values())
 
 
 @dataclass(frozen=True)

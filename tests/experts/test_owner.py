@@ -1,5 +1,7 @@
 """Finding the module that owns a weight."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -52,15 +54,19 @@ def test_one_scan_for_a_compiled_graph(scans, how, expected):
     assert len(scans) == expected
 
 
-def test_one_scan_for_each_layer_that_shares_a_graph(scans):
-    """Where Dynamo runs one graph for all layers, each layer's weight is met in a call of its own."""
+def test_few_scans_for_each_layer_that_shares_a_graph(scans):
+    """Where Dynamo runs one graph for all layers, each layer's weight is met in a call of its own.
+
+    Of the first layer by the compiler, of the others by the guard on what their experts compute and
+    by the binding; and once more when the second call begins, to look for routers outside.
+    """
     torch._dynamo.reset()
     model = build("mixtral", "eager")
     compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
     with torch.no_grad():
         for _ in range(2):
             compiled(tokens(), use_cache=False)
-    assert len(scans) == len(gate_names())
+    assert len(scans) == 2 * len(gate_names())
 
 
 def test_one_scan_answers_for_every_weight(scans):
@@ -73,3 +79,26 @@ def test_one_scan_answers_for_every_weight(scans):
     assert scans == [1]
     owner = owners.find(model.get_parameter(gate_names()[0]))
     assert owner.weight is model.get_parameter(gate_names()[0])
+
+
+class Asking(nn.Module):
+    """Finds the owner of a weight of its own while it is called, as a backend does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self):
+        return find_owner(self.inner.weight)
+
+
+def test_a_model_that_the_collector_has_set_aside_is_found_while_it_runs():
+    model = Asking()
+    gc.freeze()
+    try:
+        assert find_owner(model.inner.weight) is None
+        owner = model()
+    finally:
+        gc.unfreeze()
+    assert owner.root is model
+    assert owner.name == "inner.weight"
