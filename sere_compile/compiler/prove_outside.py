@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _ROWS = 12
 _DRAWS = 3
+_FEW_TOKENS = 64
 _TOLERANCE = 1e-4
 # What code that is run on made-up numbers may raise.
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
@@ -164,13 +165,15 @@ class _Trial:
             return Verdict(None, f"{name} could not be run on made-up choices: {_short(error)}")
 
     def _inputs(self) -> Arguments | None:
-        """What the block takes: made-up hidden states [1, T, H] or [T, H], or what it is being called with."""
+        """What the block takes: what it is being called with, if little, or made-up hidden states."""
         weight = self._block.weight
         hidden = nodes.last_size(self._gate.router_input) or weight.shape[-1]
         drawn = torch.randn(1, _ROWS, hidden, generator=torch.Generator().manual_seed(3)).to(weight.device)
         tried: list[Arguments] = [((drawn,), {}), ((drawn[0],), {})]
         if self._called_with is not None:
-            tried.append(tree_map(_in_float32, self._called_with))
+            # Sizes that Dynamo has seen teach it nothing new: tried first, unless they are a whole prompt's.
+            few = nodes.value(self._gate.ids).numel() <= _FEW_TOKENS * self._gate.top_k
+            tried.insert(0 if few else 2, tree_map(_in_float32, self._called_with))
         for arguments in tried:
             self._found.clear()
             try:
@@ -228,7 +231,8 @@ class _Trial:
     ) -> bool:
         """Whether disturbing an expert's part changes outputs of tokens that name it, and of no others."""
         count = ids.numel() // self._gate.top_k
-        for expert in ids.flatten()[:2].tolist():
+        chosen = [expert for expert in ids.flatten().tolist() if 0 <= expert < self._block.num_experts]
+        for expert in chosen[:2]:
             with self._block.disturbed(one, expert):
                 changed = self._run(inputs)
             if not all(torch.equal(a, b) for a, b in zip(weights, self._weights, strict=True)):
