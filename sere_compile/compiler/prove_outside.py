@@ -118,7 +118,9 @@ def _signature(gate: Gate) -> tuple[Any, ...]:
 def _try_block(gate: Gate, module: torch.nn.Module, owner: Owner) -> Verdict | None:
     """The verdict on one module around the router, or None where it does not hold the gate and its experts."""
     try:
-        block = TrialBlock(module, owner.weight, owner.root, gate.num_experts)
+        scores = nodes.operand(gate.selection)
+        columns = gate.num_experts if scores is None else nodes.last_size(scores) or gate.num_experts
+        block = TrialBlock(module, owner.weight, owner.root, gate.num_experts, columns)
     except _FAILURES as error:
         return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
     candidates = block.candidates()

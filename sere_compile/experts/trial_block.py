@@ -40,7 +40,10 @@ class ExpertSlices:
         """The part of each expert: views, so that writing to one changes the parameter."""
         if self.dim is None:
             return [tensor.data for tensor in self.tensors]
-        return list(self.tensors[0].data.chunk(num_experts, self.dim))
+        size = self.tensors[0].shape[self.dim]
+        # A stack may have rows behind the experts', for those that compute nothing.
+        rows = 1 if size % num_experts else size // num_experts
+        return list(self.tensors[0].data.split(rows, self.dim))[:num_experts]
 
 
 class TrialBlock:
@@ -51,17 +54,18 @@ class TrialBlock:
         weight: the router weight, a parameter or buffer somewhere in it.
         root: the model; modules of it outside the block are not copied, whoever refers to them.
         num_experts: E.
+        columns: how many scores the router gives, at least E.
 
     Raises:
         RuntimeError, TypeError, NotImplementedError, ValueError: the block cannot be copied.
     """
 
-    def __init__(self, block: nn.Module, weight: torch.Tensor, root: nn.Module, num_experts: int) -> None:
+    def __init__(self, block: nn.Module, weight: torch.Tensor, root: nn.Module, num_experts: int, columns: int) -> None:
         inside = set(block.modules())
         memo: dict[int, Any] = {id(module): module for module in root.modules() if module not in inside}
         self.module = copy.deepcopy(block, memo)
         self.weight = memo[id(weight)]
-        self.num_experts = num_experts
+        self.num_experts, self.columns = num_experts, columns
         generator = torch.Generator().manual_seed(0)
         for tensor in _tensors(self.module).values():
             if tensor.is_floating_point():
@@ -82,7 +86,7 @@ class TrialBlock:
                             found.append(ExpertSlices(f"{path}.{name}.*.{inner}".strip("."), group, None))
         for name, tensor in _tensors(self.module).items():
             if tensor is not self.weight and id(tensor) not in listed:
-                dims = [d for d, size in enumerate(tensor.shape) if size == self.num_experts]
+                dims = [d for d, size in enumerate(tensor.shape) if size in (self.num_experts, self.columns)]
                 if not dims and tensor.dim() == 2:
                     dims = [d for d, size in enumerate(tensor.shape) if size % self.num_experts == 0]
                 found += [ExpertSlices(name, (tensor,), dim) for dim in dims]

@@ -16,6 +16,7 @@ class Block(nn.Module):
         self.flat = nn.Parameter(torch.zeros(EXPERTS * 5, 3, dtype=dtype))
         self.mlps = nn.ModuleList(nn.Linear(HIDDEN, 2, dtype=dtype) for _ in range(EXPERTS))
         self.listed = nn.ParameterList(nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(EXPERTS))
+        self.longer = nn.Parameter(torch.zeros(EXPERTS + 1, 3, HIDDEN, dtype=dtype))  # one that computes nothing
         self.norm = nn.LayerNorm(HIDDEN, dtype=dtype)
 
 
@@ -28,7 +29,7 @@ class Model(nn.Module):
 
 
 def trial(model):
-    return TrialBlock(model.block, model.block.gate.weight, model, EXPERTS)
+    return TrialBlock(model.block, model.block.gate.weight, model, EXPERTS, EXPERTS + 1)
 
 
 def test_the_copy_has_random_float32_parameters_and_the_model_keeps_its_own():
@@ -52,6 +53,7 @@ def test_candidates_are_told_by_their_sizes():
     assert found == {
         ("stacked", 0),
         ("flat", 0),
+        ("longer", 0),
         ("mlps.*.weight", None),
         ("mlps.*.bias", None),
         ("listed.*", None),
