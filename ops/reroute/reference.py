@@ -27,7 +27,10 @@ def named_by_scatter(ids: Tensor, num_experts: int) -> Tensor:
 def named_by_comparison(ids: Tensor, num_experts: int) -> Tensor:
     """`Named` by work of R x C x E, without a scatter: TensorRT takes no more indices than places."""
     experts = torch.arange(num_experts, dtype=ids.dtype, device=ids.device)
-    return (ids[:, None, :] == experts[:, None]).int().amax(2)
+    names = (ids[:, None, :] == experts[:, None]).int()
+    # A batch without tokens has no largest number. A size that is free is never asked.
+    empty = isinstance(ids.shape[1], int) and ids.shape[1] == 0
+    return names.sum(2, dtype=torch.int32) if empty else names.amax(2)
 
 
 def in_range(ids: Tensor, num_experts: int) -> Tensor:
