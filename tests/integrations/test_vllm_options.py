@@ -38,7 +38,7 @@ def test_both_ways_to_switch_it_on():
     ({"select_top_k": 0}, {}, "select_top_k must be"),
     ({"phase": "prefill"}, {}, "phase must be one of 'decode', 'all'"),
     ({"profile": 3}, {}, "profile must be the path"),
-    ({"substitution": "projected"}, {}, 'substitution must be "reroute" or "projection"'),
+    ({"substitution": "projected"}, {}, 'substitution must be "reroute", "projection" or "fill"'),
     ({"select_top_k": "auto"}, {}, "max_active go together"),
     ({"threshold": "0.2"}, {}, 'such as "q0.2"'),
     ({"per_gate": {"*.0.*": {"phase": "all"}}}, {}, "phase"),
