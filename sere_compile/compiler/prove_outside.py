@@ -70,9 +70,9 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     if owner is None:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
     verdict = Verdict(None, "no module around its router could be run", is_gate=False)
-    _blocks_around[owner.weight] = frozenset(map(_number, owner.surroundings))
-    for module in owner.surroundings:
-        block = _number(module)
+    blocks = [(module, _number(module)) for module in owner.surroundings]
+    _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
+    for module, block in blocks:
         key = (block, _signature(gate))
         if key not in _verdicts:
             with dynamo.forgetting_new_codes():
@@ -141,7 +141,6 @@ class _Trial:
         self._version = "original"
         self._seed = 0
         self._found: list[Gate] = []
-        self._problem = ""
         self._ids: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
@@ -156,8 +155,8 @@ class _Trial:
         if inputs is None:
             return None
         name = type(self._block.module).__name__
-        if self._problem or len(self._found) > 1 or _signature(self._found[0]) != _signature(self._gate):
-            return Verdict(None, self._problem or f"{name} compiled alone has another gate than it has in the model")
+        if len(self._found) > 1 or _signature(self._found[0]) != _signature(self._gate):
+            return Verdict(None, f"{name} compiled alone has another gate than it has in the model")
         try:
             experts = self._experts(candidates, inputs)
             if isinstance(experts, str):

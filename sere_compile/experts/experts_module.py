@@ -42,12 +42,6 @@ def find_experts(owner: Owner | None, num_experts: int) -> Experts | None:
     return None
 
 
-def find_experts_module(owner: Owner | None, num_experts: int) -> nn.Module | None:
-    """The module beside a router that takes (hidden_states, top_k_index, top_k_weights): the user's own code."""
-    found = find_experts(owner, num_experts)
-    return found if isinstance(found, nn.Module) else None
-
-
 def experts_stand_beside(owner: Owner | None, num_experts: int) -> bool:
     """Whether experts are seen around the router, callable or not: evidence for ids that leave a graph.
 
