@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from .evidence.gate_scores import gate_scores
@@ -90,7 +91,7 @@ def _filled(
         ranking = _like(graph.call_function(aten.masked_fill.Scalar, (choice, closed, float("-inf"))), choice)
     if not are_probabilities:
         worth = _like(graph.call_function(aten.softmax.int, (worth, -1, torch.float32)), worth, torch.float32)
-    options = {"max_active": settings.max_active} if settings.max_active else {}
+    options: dict[str, Argument] = {"max_active": settings.max_active} if settings.max_active else {}
     if ranking is not worth:
         options["choice"] = ranking
     numbers = (settings.select_top_k, settings.threshold, settings.min_active)

@@ -121,9 +121,10 @@ def _backward(ctx, _, grad):
     if not ctx.keeping.acts_on(ids.shape[-1]):
         return None, grad, None, *others
     real = None if token_mask is None else token_mask.reshape(1, -1)
-    rows = [tensor.reshape(1, -1, tensor.shape[-1]) for tensor in (ids, weights, scores)]
-    ranks = rows[2] if choice is None else choice.reshape(rows[2].shape)
-    of_weights, of_scores = fill_gradient(*rows, ranks, real, ctx.keeping, grad.reshape(rows[1].shape))
+    flat_ids, flat_weights, flat_scores = (t.reshape(1, -1, t.shape[-1]) for t in (ids, weights, scores))
+    ranks = flat_scores if choice is None else choice.reshape(flat_scores.shape)
+    flat_grad = grad.reshape(flat_weights.shape)
+    of_weights, of_scores = fill_gradient(flat_ids, flat_weights, flat_scores, ranks, real, ctx.keeping, flat_grad)
     return None, of_weights.view(weights.shape), of_scores.view(scores.shape), *others
 
 

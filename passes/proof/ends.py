@@ -68,7 +68,8 @@ class _Search:
     def run(self, starts: set[Node]) -> tuple[Node | None, set[Node]]:
         """The exit, and every node from the starts up to it."""
         # In graph order, so that the search ends at the exit: the rest of a deep model is never walked.
-        ahead, seen, visited = list(starts), set(starts), set()
+        ahead, seen = list(starts), set(starts)
+        visited: set[Node] = set()
         carrying: set[Node] = set()  # made of the experts' parameters, as far as that can be seen
         heapq.heapify(ahead)
         while ahead:

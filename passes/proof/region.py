@@ -108,7 +108,8 @@ class _Cutter:
 
     def cut(self) -> Region:
         """The region."""
-        graph, mapped = Graph(), {}
+        graph = Graph()
+        mapped: dict[Node, Node] = {}
         leaves: dict[Node, Leaf] = {}
         attributes: dict[Any, Node] = {}  # make_fx reads an attribute anew for each use
         for node in self._in_order():

@@ -41,7 +41,7 @@ def test_a_stale_cell_turns_the_comparison_red(monkeypatch):
     gate = GateRow("gate.weight", 12, 3, 1, "softmax", True, "grouped by expert", "rewritten")
     right = Survey(run=3, rows=(gate,) * 3, graphs=graphs)
     checked_in("olmoe", "grouped_mm", DYNAMO, right)
-    for wrong in (Survey(run=3, rows=(gate,) * 2, graphs=graphs), Survey(run=3, rows=(gate,) * 3, graphs=graphs + 1)):
+    for wrong in (Survey(run=3, rows=(gate,) * 2, graphs=graphs), Survey(run=3, rows=(gate,) * 3, graphs=graphs + 2)):
         with pytest.raises(AssertionError, match=r"stale: python -m benchmarks.support_page olmoe"):
             checked_in("olmoe", "grouped_mm", DYNAMO, wrong)
 

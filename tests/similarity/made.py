@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 E, H = 8, 16
 
@@ -72,3 +73,24 @@ def build(kind, device="cpu"):
 def coefficients(names=GATES, experts=E):
     generator = torch.Generator().manual_seed(9)
     return {name: torch.randn(experts, experts, generator=generator) for name in names}
+
+
+class ListMoe(nn.Module):
+    """The layout of most models outside transformers: a router beside a ModuleList of experts."""
+
+    def __init__(self, router="router", experts=E):
+        super().__init__()
+        setattr(self, router, nn.Linear(H, experts, bias=False))
+        self.experts = nn.ModuleList(nn.Linear(H, experts, bias=False) for _ in range(experts))
+        self.shared_expert = nn.Linear(H, experts, bias=False)
+
+
+def stack(*layers):
+    """A model whose layers are `blocks.N.ffn`, each with a projection that has E rows beside it."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList()
+    for ffn in layers:
+        block = nn.Module()
+        block.k_proj, block.ffn = nn.Linear(H, E, bias=False), ffn
+        model.blocks.append(block)
+    return model

@@ -13,7 +13,7 @@ from sere_compile.similarity import binding
 from sere_compile.similarity.attach import attach, detach
 from sere_compile.similarity.profile import SimilarityProfile
 
-from .made import GATES, E, H, build, matrices, matrix
+from .made import GATES, E, H, ListMoe, build, matrices, matrix, stack
 
 
 @pytest.fixture(params=["Mixtral", "Qwen2Moe", "Qwen3Moe"])
@@ -24,27 +24,6 @@ def model(request):
 @pytest.fixture
 def mixtral():
     return build("Mixtral")
-
-
-class ListMoe(nn.Module):
-    """The layout of most models outside transformers: a router beside a ModuleList of experts."""
-
-    def __init__(self, router="router", experts=E):
-        super().__init__()
-        setattr(self, router, nn.Linear(H, experts, bias=False))
-        self.experts = nn.ModuleList(nn.Linear(H, experts, bias=False) for _ in range(experts))
-        self.shared_expert = nn.Linear(H, experts, bias=False)
-
-
-def stack(*layers):
-    """A model whose layers are `blocks.N.ffn`, each with a projection that has E rows beside it."""
-    model = nn.Module()
-    model.blocks = nn.ModuleList()
-    for ffn in layers:
-        block = nn.Module()
-        block.k_proj, block.ffn = nn.Linear(H, E, bias=False), ffn
-        model.blocks.append(block)
-    return model
 
 
 def bound(model):

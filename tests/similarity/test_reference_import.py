@@ -20,7 +20,7 @@ from sere_compile.similarity import binding
 from sere_compile.similarity.attach import attach
 from sere_compile.similarity.profile import SimilarityProfile
 
-from .test_profile import GATES, E, H, ListMoe, build, changed, matrices, matrix, stack
+from .made import GATES, E, H, ListMoe, build, changed, matrices, matrix, stack
 
 
 @pytest.fixture(params=["Mixtral", "Qwen2Moe", "Qwen3Moe"])
