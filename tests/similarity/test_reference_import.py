@@ -272,7 +272,10 @@ def test_a_checkpoint_module_finds_the_router_in_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (stack(ListMoe(experts=4)), r"blocks\.0\.ffn \(8 experts\) cannot be determined: .* no such weight .* 0 parameters"),
+        (
+            stack(ListMoe(experts=4)),
+            r"blocks\.0\.ffn \(8 experts\) cannot be determined: .* no such weight .* 0 parameters",
+        ),
         (
             stack(nn.ModuleDict({"a": nn.Linear(H, E), "b": nn.Linear(H, E)})),
             r"ffn\.a\.weight, blocks\.0\.ffn\.b",
