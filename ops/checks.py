@@ -47,6 +47,11 @@ def check_similarity(similarity: Tensor, min_active: int) -> None:
         )
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1] or similarity.shape[0] == 0:
         raise ValueError(f"similarity: expected shape [E, E] with E >= 1, got {list(similarity.shape)}")
+    check_min_active(min_active)
+
+
+def check_min_active(min_active: int) -> None:
+    """Raise ValueError for a negative number of experts."""
     if min_active < 0:
         raise ValueError(f"min_active: expected 0 (off) or a number of experts, got {min_active}")
 

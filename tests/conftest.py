@@ -13,8 +13,11 @@ import resource
 import pytest
 import torch
 
+from . import interpreter
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.quicken()
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Workers share the cores: more threads than that wait for each other. Processes that tests start keep to it too.

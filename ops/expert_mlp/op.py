@@ -8,6 +8,7 @@ keeps it whole. What it decomposes to where CUDA C++ is faster than Triton is an
 import torch
 from torch import Tensor
 
+from ..checks import check_ids
 from ..registration import register_triton_op
 from .reference import ACTIVATIONS, SCALE_BLOCK, expert_mlp_reference, gate_width
 
@@ -54,10 +55,9 @@ def check_arguments(
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if hidden.dtype not in DTYPES:
         raise TypeError(f"hidden: expected dtype {', '.join(map(str, DTYPES))}, got {hidden.dtype}")
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"topk_ids: expected dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
+    check_ids(topk_ids)
     if not topk_weights.dtype.is_floating_point:
-        raise TypeError(f"topk_weights: expected a floating point dtype, got {topk_weights.dtype}")
+        raise TypeError(f"topk_weights: expected a floating-point dtype, got {topk_weights.dtype}")
     for name, tensor, dims in (("hidden", hidden, "[T, H]"), ("topk_ids", topk_ids, "[T, K]")):
         if tensor.dim() != 2:
             raise ValueError(f"{name}: expected shape {dims}, got {list(tensor.shape)}")

@@ -3,8 +3,15 @@
 import torch
 from torch import Tensor
 
+from ..checks import (
+    check_budget,
+    check_ids,
+    check_min_active,
+    check_same_device,
+    check_token_mask,
+    check_weights,
+)
 from ..registration import register_triton_op
-from ..reroute.op import check_budget, check_same_device
 from .gradient import fill_gradient
 from .reference import Keeping, fill_reference
 
@@ -23,14 +30,8 @@ def check_arguments(
     choice: Tensor | None,
 ) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"topk_ids: expected dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
-    if topk_ids.dim() == 0:
-        raise ValueError("topk_ids: expected shape [..., K], got a 0-dimensional tensor")
-    if not topk_weights.is_floating_point():
-        raise TypeError(f"topk_weights: expected a floating-point dtype, got {topk_weights.dtype}")
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(f"topk_weights: expected shape {list(topk_ids.shape)}, got {list(topk_weights.shape)}")
+    check_ids(topk_ids)
+    check_weights(topk_ids, topk_weights)
     for name, rows in (("scores", scores), ("choice", choice)):
         if rows is not None and not rows.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point dtype, got {rows.dtype}")
@@ -40,17 +41,10 @@ def check_arguments(
         raise ValueError(f"choice: expected shape {list(scores.shape)} (of scores), got {list(choice.shape)}")
     if scores.shape[-1] < topk_ids.shape[-1]:
         raise ValueError(f"scores: expected at least K = {topk_ids.shape[-1]} experts, got {scores.shape[-1]}")
-    if token_mask is not None:
-        if token_mask.dtype != torch.bool:
-            raise TypeError(f"token_mask: expected dtype torch.bool, got {token_mask.dtype}")
-        if token_mask.shape != topk_ids.shape[:-1]:
-            raise ValueError(f"token_mask: expected shape {list(topk_ids.shape[:-1])}, got {list(token_mask.shape)}")
-    if keeping.min_active < 0:
-        raise ValueError(f"min_active: expected 0 (off) or a number of experts, got {keeping.min_active}")
+    check_token_mask(topk_ids, token_mask)
+    check_min_active(keeping.min_active)
     check_budget(keeping.max_active)
-    check_same_device(
-        topk_ids, "topk_ids", topk_weights=topk_weights, scores=scores, token_mask=token_mask, choice=choice
-    )
+    check_same_device(topk_ids, "topk_ids", scores=scores, token_mask=token_mask, choice=choice)
 
 
 def kernel_supports(topk_ids: Tensor, topk_weights: Tensor, scores: Tensor) -> bool:

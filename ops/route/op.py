@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_budget, check_same_device, check_similarity
+from ..checks import check_budget, check_min_active, check_same_device, check_similarity
 from ..registration import register_triton_op
 from .reference import GROUP_SCORES, SCORINGS, Rerouting, Scoring, route_reference
 
@@ -42,8 +42,8 @@ def _check_groups(num_experts: int, scoring: Scoring) -> None:
 
 def _check_rerouting(logits: Tensor, rerouting: Rerouting) -> None:
     check_budget(rerouting.max_active)
-    if rerouting.fill and rerouting.min_active < 0:
-        raise ValueError(f"min_active: expected 0 (off) or a number of experts, got {rerouting.min_active}")
+    if rerouting.fill:
+        check_min_active(rerouting.min_active)
     if rerouting.similarity is None:
         return
     if rerouting.fill:
