@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name", ["mixtral.py", "qwen_moe.py"])
+@pytest.mark.parametrize("name", ["mixtral.py", pytest.param("qwen_moe.py", marks=pytest.mark.slow)])
 def test_example(name):
     """Exit status 0, the report, continuations, active experts, rewritten code, and the oracle's word."""
     done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=600)
@@ -26,6 +26,7 @@ def test_example(name):
     assert done.stdout.rstrip().endswith("equal")
 
 
+@pytest.mark.slow
 def test_export_onnx(tmp_path):
     """The main path of the ONNX lowering, on a trained model: run for other sizes than traced, equal, the file kept."""
     command = [sys.executable, EXAMPLES / "export_onnx.py", "--as-function", "--out", tmp_path / "model.onnx"]
@@ -36,6 +37,7 @@ def test_export_onnx(tmp_path):
     assert (tmp_path / "model.onnx").exists()
 
 
+@pytest.mark.slow
 def test_example_fails_when_the_oracle_differs(tmp_path):
     """A broken re-routing makes the example exit with 1: its check is not for show."""
     sabotage = tmp_path / "broken.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -62,6 +63,13 @@ def qwen3_moe() -> Qwen3MoeForCausalLM:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe}
+# In the default suite each model and each implementation has its turn; every other pair is in the lane `slow`.
+_DEFAULT = (("mixtral", "grouped_mm"), ("qwen2_moe", "batched_mm"), ("qwen3_moe", "eager"))
+PAIRS = [
+    pytest.param(name, experts, marks=() if (name, experts) in _DEFAULT else pytest.mark.slow)
+    for name in MODELS
+    for experts in IMPLEMENTATIONS
+]
 # K of each model; S = K is the identity.
 TOP_K = {"mixtral": 2, "qwen2_moe": 4, "qwen3_moe": 4}
 

@@ -16,7 +16,7 @@ from sere_compile import CalibrationError, ConfigError, calibrate
 from sere_compile.calibration import observed_model
 
 from ..passes.moe_modules import DUPLICATE_UNSAFE, EXPERTS, HIDDEN, SUMS_DUPLICATES, Block, Indexed, rows
-from ..tiny_models import IMPLEMENTATIONS, build, gate_names, tokens
+from ..tiny_models import IMPLEMENTATIONS, PAIRS, build, gate_names, tokens
 from .plain import METRICS, expert_outputs, outputs_of, pairs, plain_frobenius, run
 
 
@@ -32,8 +32,7 @@ class TestNumbers:
             projection = pairs(outputs, lambda a, b: (a * b).sum() / (b * b).sum()).float()
             torch.testing.assert_close(got.projections[name], projection, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
-    @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+    @pytest.mark.parametrize(("name", "experts"), PAIRS)
     def test_every_implementation(self, name, experts):
         """Grouped, gathered and looped experts, in a graph or outside."""
         model, batches = build(name, experts), [tokens(3, 5)]

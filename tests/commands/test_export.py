@@ -65,11 +65,11 @@ def test_onnx(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("target", "options"),
     [
-        ("onnx", []),
         ("onnx", ["--decode", 6]),
-        ("onnx", ["--as-function"]),
         ("exported", []),
-        ("exported", ["--decode", 6]),
+        pytest.param("onnx", [], marks=pytest.mark.slow),
+        pytest.param("onnx", ["--as-function"], marks=pytest.mark.slow),
+        pytest.param("exported", ["--decode", 6], marks=pytest.mark.slow),
         pytest.param("aot", [], marks=pytest.mark.wide),
         pytest.param("aot", ["--decode", 6], marks=pytest.mark.wide),
     ],
@@ -151,7 +151,7 @@ def test_aot_passes_everything_on(checkpoint, tmp_path, monkeypatch):
     assert "grouped_mm" not in str(program.graph)
 
 
-@pytest.mark.parametrize("target", ["exported", "onnx"])
+@pytest.mark.parametrize("target", ["exported", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_earlier_file(checkpoint, tmp_path, no_room, target):
     """One line of ours; torch's own writer of programs would end the process."""
     _, folder, _, profile = checkpoint

@@ -9,7 +9,7 @@ from sere_compile.passes.verify_rewrite import SHOWN
 
 from ..compiled import logits
 from ..passes.moe_modules import ScatterCombine, expected, rows, similarity
-from ..tiny_models import IMPLEMENTATIONS, MODELS, build, random_profile, tokens
+from ..tiny_models import IMPLEMENTATIONS, PAIRS, build, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -17,8 +17,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 class TestVerification:
     """Each gate is run at compile time, as traced and re-routed."""
 
-    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize(("name", "experts"), PAIRS)
     def test_right_rewrites_are_proven(self, name, experts):
         """Every experts implementation passes, and computes what it computes without the proof."""
         model, ids = build(name, experts), tokens()

@@ -91,6 +91,7 @@ class TestPackage:
             torch.testing.assert_close(run(hidden), rewritten.module()(hidden), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(run(hidden_states(2)), program.module()(hidden_states(2)), atol=1e-2)
 
+    @pytest.mark.slow
     def test_python_and_cpp(self, tmp_path):
         """A model packaged in one call gives the oracle's logits for every batch size, in Python and without it."""
         packaged = package_model(tmp_path, "cpu")

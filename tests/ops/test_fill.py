@@ -379,7 +379,11 @@ BAD = [
     ({"topk_ids": torch.zeros(3, 2)}, TypeError, r"topk_ids: expected dtype torch.int32 or torch.int64"),
     ({"topk_ids": torch.tensor(1)}, ValueError, r"topk_ids: expected shape \[..., K\]"),
     ({"topk_weights": torch.zeros(3, 2).long()}, TypeError, "topk_weights: expected a floating-point dtype"),
-    ({"topk_weights": torch.zeros(3, 3)}, ValueError, r"topk_weights: expected shape \[3, 2\] \(of topk_ids\), got \[3, 3\]"),
+    (
+        {"topk_weights": torch.zeros(3, 3)},
+        ValueError,
+        r"topk_weights: expected shape \[3, 2\] \(of topk_ids\), got \[3, 3\]",
+    ),
     ({"scores": torch.zeros(3, 4).long()}, TypeError, "scores: expected a floating-point dtype"),
     ({"scores": torch.zeros(2, 4)}, ValueError, r"scores: expected shape \[3, 'E'\], got \[2, 4\]"),
     ({"scores": torch.zeros(3, 1)}, ValueError, "scores: expected at least K = 2 experts, got 1"),

@@ -270,7 +270,9 @@ def attribute(graph, node):
     return getattr(graph.get_submodule(owner), name)
 
 
-@pytest.mark.parametrize("chunk", range(SEEDS // CHUNK))
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(chunk, marks=pytest.mark.slow if chunk >= 10 else ()) for chunk in range(SEEDS // CHUNK)]
+)
 def test_chunk(chunk):
     """Twenty random gates each: found, rewritten, and equal to the oracle."""
     made = [check(seed) for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
