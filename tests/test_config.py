@@ -21,6 +21,7 @@ class TestOptions:
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="did you mean 'threshold'"):
             logits(compiled, tokens())
 
+    @pytest.mark.slow
     def test_inductor_options_reach_inductor(self):
         """Options that are Inductor's go there, and to nothing else."""
         model, ids = build("mixtral"), tokens()
@@ -29,6 +30,7 @@ class TestOptions:
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="unknown option 'epilogue_fusion'"):
             logits(torch.compile(model, backend="sere", options={**options, "inner": "eager"}), ids)
 
+    @pytest.mark.slow
     def test_mode_goes_to_inductor_only(self):
         """`mode` with another inner compiler is an error."""
         model, ids = build("mixtral"), tokens()

@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral.py", pytest.param("qwen_moe.py", marks=pytest.mark.slow)])
 def test_example(name):
     """Exit status 0, the report, continuations, active experts, rewritten code, and the oracle's word."""

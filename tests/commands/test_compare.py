@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from click.testing import CliRunner
 
 from sere_compile.cli import main
@@ -34,6 +35,7 @@ def test_compare_runs_every_rule(checkpoint, tmp_path, monkeypatch):
     assert "'nowhere:rule' is not MODULE:FUNCTION" in unknown.output
 
 
+@pytest.mark.slow
 def test_compare_calibrates_by_itself(checkpoint):
     """One command from a model and texts to the whole table."""
     text = checkpoint / "text.jsonl"

@@ -92,6 +92,7 @@ def test_what_is_printed_loads_the_file(checkpoint, tmp_path, target, options):
                                          (2, 8, tiny_models.VOCABULARY))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_model_of_the_package(tmp_path):
     """Without --model the trained one, in float32; with a projection and a share for rho it equals the oracle."""
     out = tmp_path / "model.pt2"

@@ -40,6 +40,7 @@ def test_a_table_is_printed_though_its_file_fails(checkpoint, tmp_path, no_room,
     assert f"Error: {out} could not be written: File too large" in result.output
 
 
+@pytest.mark.slow
 def test_per_layer_spends_no_more_than_the_budget(checkpoint):
     """With no budget but for what costs nothing, and with all the budget there is."""
     everything = sere(checkpoint, "sweep", "--per-layer", "--batch", 4, "--select-top-k", "1,2", "--budget", 1e9)

@@ -183,6 +183,7 @@ class TestBinding:
             matrices.append(sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
         torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_probing_agrees_between_implementations(self):
         """The traced dispatch region and the experts module give the same matrix."""
         matrices = []

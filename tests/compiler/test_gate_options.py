@@ -18,7 +18,7 @@ from sere_compile.similarity.threshold import resolve_threshold
 from sere_compile.testing import oracle_routing
 
 from ..compiled import CountingInner, logits
-from ..tiny_models import build, gate_names, random_profile, tokens
+from ..tiny_models import EAGER_SLOW, build, gate_names, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -82,7 +82,7 @@ class TestThreshold:
 
 
 class TestProjection:
-    @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+    @pytest.mark.parametrize("experts", EAGER_SLOW)
     def test_backend_equals_the_oracle(self, qwen, experts):
         """Sum-type dispatches and merged ones: weights of re-routed slots are scaled by their gate's coefficients."""
         model, profile, ids = qwen

@@ -74,6 +74,7 @@ def test_groups_of_experts_are_routed(version):
     assert (logits[1, False] - logits[4, False]).abs().max() > 1e-2 * scale
 
 
+@pytest.mark.slow
 def test_more_than_256_tokens_stay():
     """Beyond the operator's reach the stock dispatch is kept, in the same model."""
     model, seen = tiny_models.build("mixtral", "batched_mm"), []

@@ -54,6 +54,7 @@ def test_one_scan_for_a_compiled_graph(scans, how, expected):
     assert len(scans) == expected
 
 
+@pytest.mark.slow
 def test_few_scans_for_each_layer_that_shares_a_graph(scans):
     """Where Dynamo runs one graph for all layers, each layer's weight is met in a call of its own.
 

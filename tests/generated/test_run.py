@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .draws import drawn
 from .program import GATE
 from .verdicts import FAILURES, VERDICTS
@@ -16,6 +18,7 @@ def command(*arguments):
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_many(tmp_path):
     """A table, a log with a line for each program, and an exit status that says whether one failed."""
     log, failures = tmp_path / "log", tmp_path / "failures.md"

@@ -77,6 +77,7 @@ class TestExportRewritten:
 
 
 class TestPackage:
+    @pytest.mark.slow
     def test_save_and_load_in_another_process(self, tmp_path):
         """A saved program needs only `import sere_compile.ops` to load; packaged there, it is the same function."""
         free = ({0: torch.export.Dim("tokens", min=1, max=64)},)

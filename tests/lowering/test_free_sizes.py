@@ -85,6 +85,7 @@ def test_names_in_a_file(tmp_path):
     assert shapes(done.path) == [{"input": ["batch", 8]}, {"output": ["batch", 8]}]
 
 
+@pytest.mark.slow
 def test_names_of_a_decode_step(tmp_path):
     """Those of the model's cache; and of DeepSeek, whose keys and values differ in width."""
     lowering = pytest.importorskip("sere_compile.lowering.onnx")

@@ -59,6 +59,7 @@ def real_model(name, layers=1):
     return model, SimilarityProfile({gate: matrices[gate] for gate in tiny_models.gate_names(layers)})
 
 
+@pytest.mark.slow
 def test_decode_step(tmp_path):
     """Batches of any size decode token by token from an empty cache as the eager model does with the oracle's ids."""
     model, matrices = real_model("qwen3_moe")
@@ -105,7 +106,7 @@ def test_decode_step_beyond_the_window():
 # One layer, every setting
 
 
-@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize("as_function", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("leaks", [False, True], ids=["reroute", "reroute_merged"])
 def test_settings(tmp_path, as_function, leaks):
     """With threshold and min_active, both operators, plain or as a function: the same numbers as the operator."""
@@ -161,6 +162,7 @@ def test_higher_opset(tmp_path):
     run(done.path, hidden_states(3))
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, monkeypatch, no_room):
     """On a full disk, and where onnx.checker refuses what was written."""
     path = tmp_path / "small.onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
@@ -57,6 +58,7 @@ class Padded(nn.Module):
         return torch.ops.sere.reroute(ids, similarity, 1, 0.0, 0, real)
 
 
+@pytest.mark.slow
 def test_token_mask(tmp_path):
     """An operator that marks padding, written out and as a function."""
     ids, real = torch.tensor([[0, 1], [2, 3], [1, 4]]), torch.tensor([True, False, True])

@@ -107,7 +107,8 @@ def test_exported_program(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "as_function"), [*((name, False) for name in OPTIONS), ("budget", True), ("all", True)]
+    ("name", "as_function"),
+    [*((name, False) for name in OPTIONS), pytest.param("budget", True, marks=pytest.mark.slow), ("all", True)],
 )
 def test_onnx_file(name, as_function, tmp_path):
     """onnxruntime on standard operators, or on functions, all of them on TensorRT's list."""
@@ -141,6 +142,7 @@ def test_aot_package(tmp_path):
     check(torch._inductor.aoti_load_package(aot.package(program(config), tmp_path / "m.pt2")), config)
 
 
+@pytest.mark.slow
 def test_merged_dispatch_with_projection(tmp_path):
     """Two operators stand behind one gate there, and both the ids and the weights that leave are the program's."""
     ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")

@@ -297,6 +297,7 @@ def test_only_results_are_written_to(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "shared"), [(90, 227), (89, 99)])
 def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
     """For Hopper and for a GPU with less shared memory: tiles fit it and are copied to it 16 bytes at a time."""

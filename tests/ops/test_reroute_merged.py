@@ -243,6 +243,7 @@ def test_opcheck(structure, num_tokens, requires_grad, device):
     torch.library.opcheck(OP, (case.ids, weights, case.similarity, *case.options), test_utils=checks)
 
 
+@pytest.mark.slow
 def test_torch_compile_equals_eager(device):
     """Inductor, whole graph, symbolic token count, forward and backward."""
     torch._dynamo.reset()

@@ -123,6 +123,7 @@ def test_kernels_equal_oracle(case, kernel_device):
         check(kernel, case, tokens, seed, kernel_device)
 
 
+@pytest.mark.slow
 def test_many_tokens_take_the_statistics_of_ids(kernel_device):
     """Beyond what the first launch sums, a launch of its own does."""
     check(kernel, Case(8, 2, 1), 300, 0, kernel_device)

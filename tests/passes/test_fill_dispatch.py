@@ -63,7 +63,9 @@ def test_ids_stay_distinct_so_nothing_is_merged(kind):
     assert names == ["sere.fill.default"]
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2_moe", "qwen3_moe"))]
+)
 def test_models(name):
     """No matrix is probed, a batch of one and S = K change no bit, and slots do change."""
     model = tiny_models.build(name)

@@ -43,9 +43,10 @@ def known(name):
     return [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
 
 
-# Representatives in every run, the others in the lane of the zoo.
-OTHERS = sorted(set(ENTRIES) - set(REPRESENTATIVES))
-EVERYONE = cases(REPRESENTATIVES) + cases(OTHERS, [pytest.mark.zoo])
+# Representatives in every run but for those that take long to trace, the others in the lane of the zoo.
+QUICK = [name for name in REPRESENTATIVES if name not in ("dbrx", "jetmoe")]
+OTHERS = sorted(set(ENTRIES) - set(QUICK))
+EVERYONE = cases(QUICK) + cases(OTHERS, [pytest.mark.zoo])
 # Experts that transformers runs in several ways; `test_dynamo` runs the first.
 INTERFACE = sorted(name for name, entry in ENTRIES.items() if entry.interface)
 # Data-dependent loops, or a cache in the result that torch.export knows no type of.
