@@ -28,7 +28,12 @@ class SortedTopK(TorchFunctionMode):
 
 
 def reroute_oracle(
-    ids: torch.Tensor, similarity: torch.Tensor, select_top_k: int, threshold: float | str = 0.0, min_active: int = 0
+    ids: torch.Tensor,
+    similarity: torch.Tensor,
+    select_top_k: int,
+    threshold: float | str = 0.0,
+    min_active: int = 0,
+    max_active: int = 0,
 ) -> torch.Tensor:
     """Re-routed ids, one Python loop per sentence of SERE (arXiv 2602.07616); slow on purpose.
 
@@ -38,6 +43,7 @@ def reroute_oracle(
         select_top_k: S.
         threshold: rho; with "q0.2" the least similar 20 % of experts are critical.
         min_active: minimum number of primary experts, 0 for none.
+        max_active: budget of primary experts, up to which S grows; 0 for none.
 
     Returns:
         A new tensor like `ids`.
@@ -48,13 +54,17 @@ def reroute_oracle(
     critical_below = _critical_below(threshold, matrix)
     if not 0 < select_top_k < top_k:
         return ids.clone()
-    while True:
-        primary = {u for token in tokens for u in token[:select_top_k] if 0 <= u < num_experts}
-        if len(primary) >= min_active:
-            break
+
+    def named(slots: int) -> set[int]:
+        return {u for token in tokens for u in token[:slots] if 0 <= u < num_experts}
+
+    while select_top_k < top_k and len(named(select_top_k + 1)) <= max_active:
         select_top_k += 1
-        if select_top_k >= top_k:
-            return ids.clone()
+    while select_top_k < top_k and len(named(select_top_k)) < min_active:
+        select_top_k += 1
+    if select_top_k >= top_k:
+        return ids.clone()
+    primary = named(select_top_k)
     target = {}
     for expert in {u for token in tokens for u in token if 0 <= u < num_experts} - primary:
         best, chosen = -math.inf, expert

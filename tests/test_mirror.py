@@ -35,8 +35,6 @@ ELSEWHERE = {
     "sere_compile/compiler/report_rows.py": "tests/test_explain.py",
     "sere_compile/compiler/traced_graph.py": "tests/test_backend.py, tests/test_rewrite.py",
     "sere_compile/evaluation/comparison.py": "tests/commands/test_compare.py",
-    "sere_compile/evaluation/configured.py": "tests/evaluation/test_evaluate.py",
-    "sere_compile/evaluation/result.py": "tests/evaluation/test_evaluate.py",
     "sere_compile/experts/counterfactual.py": "tests/calibration/test_observed_model.py",
     "sere_compile/experts/probe.py": "tests/compiler/test_bound_graph.py",
     "sere_compile/extras.py": "each missing extra where it is needed: tests/evaluation/test_text.py",
@@ -48,7 +46,6 @@ ELSEWHERE = {
     "sere_compile/lowering/decode_step.py": "tests/lowering/test_onnx.py",
     "sere_compile/lowering/export.py": "tests/lowering/test_options.py",
     "sere_compile/lowering/standard_operators.py": "tests/lowering/test_options.py",
-    "sere_compile/similarity/binding.py": "tests/similarity/test_attach.py",
     "sere_compile/similarity/fit.py": "tests/similarity/test_attach.py",
     "sere_compile/testing.py": "an oracle: tests/evaluation/test_rules.py, tests/ops/test_reroute.py",
 }

@@ -5,6 +5,7 @@ import torch
 
 import sere_compile
 from sere_compile import sere_backend
+from sere_compile.similarity import binding
 from sere_compile.testing import oracle_routing
 
 from .compiled import logits
@@ -37,6 +38,18 @@ class TestStatistics:
             assert 0 < row.slots_changed < row.slots
         sere_compile.reset_stats(model)
         assert sere_compile.stats(model)[gate_names()[0]].calls == 0
+
+    def test_a_reset_keeps_the_counters_where_they_are(self):
+        """A recorded CUDA graph goes on adding to the same memory."""
+        weight = torch.nn.Parameter(torch.zeros(4, 2))
+        model = torch.nn.ParameterDict({"router": weight})
+        counts = binding.name(weight, "router").counts_on(torch.device("cpu"))
+        counts += 3
+        sere_compile.reset_stats(model)
+        assert binding.lookup(weight).counts is counts
+        assert counts.tolist() == [0] * len(counts)
+        counts += 1
+        assert sere_compile.stats(model)["router"].calls == 1
 
     @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
     def test_a_block_that_runs_twice_counts_twice(self, inner):

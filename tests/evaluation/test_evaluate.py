@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -78,19 +80,44 @@ def test_sequences_decode_together_in_the_order_given(qwen):
 
 
 def test_padding_changes_nothing_for_real_tokens(qwen):
-    """A left-padded row decodes as the same row without padding beside a row that has not begun."""
+    """Rows of length 6 and 3, padded to one length and decoded one by one, are the rows without padding."""
     model, profile = qwen
     ids = tokens(batch=2, length=6)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     rule = {"sere": Reroute(profile, 1, min_active=0)}
-    first = evaluate_rules(model, ids, rule, decode_batch=2, attention_mask=mask)["sere"]
+
+    def measured(rows, real=None):
+        return evaluate_rules(model, rows, rule, decode_batch=1, attention_mask=real)["sere"]
+
+    padded, parts = measured(ids, mask), [measured(ids[:1]), measured(ids[1:, 3:])]
+    assert padded.tokens == sum(part.tokens for part in parts) == 5 + 2
+    for value in ("perplexity", "original_perplexity"):
+        logs = [math.log(getattr(part, value)) * part.tokens for part in parts]
+        assert math.log(getattr(padded, value)) == pytest.approx(sum(logs) / 7, rel=1e-4)
+    assert padded.kl == pytest.approx(sum(part.kl * part.tokens for part in parts) / 7, rel=1e-3)
+    for value in ("mean_active_before", "mean_active_after"):
+        steps = zip(parts, (6, 3), strict=True)  # every position is a step of its layers
+        assert getattr(padded, value) == pytest.approx(sum(getattr(part, value) * n for part, n in steps) / 9)
+
+
+def test_padding_beside_a_row_that_has_begun(qwen):
+    """What stands there routes nothing and counts for nothing."""
+    model, profile = qwen
+    ids = tokens(batch=2, length=6)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    rule = {"sere": Reroute(profile, 1, min_active=0)}
     other = ids.clone()
     other[1, :3] = 7
-    second = evaluate_rules(model, other, rule, decode_batch=2, attention_mask=mask)["sere"]
+    first, second = (
+        evaluate_rules(model, rows, rule, decode_batch=2, attention_mask=mask)["sere"] for rows in (ids, other)
+    )
     assert first.tokens == 5 + 2
     assert first.perplexity == pytest.approx(second.perplexity, rel=1e-5)
     assert first.mean_active_after == second.mean_active_after
+    alone = evaluate_rules(model, ids[:1], rule, decode_batch=1)["sere"]
+    assert first.mean_active_before > alone.mean_active_before, "the second row, once it has begun, adds experts"
 
 
 def test_all_experts_primary_is_the_original(qwen):

@@ -26,14 +26,76 @@ def test_reroute_is_sere_position_by_position(select, threshold, min_active):
     assert torch.equal(weights, batch.weights)
 
 
+@pytest.mark.parametrize("min_active", [0, 9])
 @pytest.mark.parametrize("max_active", [1, 7, 10])
-def test_a_budget_of_experts_is_the_operators(max_active):
-    """`select_top_k="auto"`, against the operator on every routing batch alone."""
+def test_a_budget_of_experts(max_active, min_active):
+    """`select_top_k="auto"`, against the oracle on every routing batch alone."""
     batch = decisions()
-    ids, _ = Reroute(matrices(), 1, 0.0, 0, max_active)(batch)
+    ids, _ = Reroute(matrices(), 1, 0.0, min_active, max_active)(batch)
     for position in range(P):
-        expected = torch.ops.sere.reroute(batch.ids[position], matrices()["gate"], 1, 0.0, 0, max_active=max_active)
+        expected = reroute_oracle(
+            batch.ids[position], matrices()["gate"], 1, min_active=min_active, max_active=max_active
+        )
         assert torch.equal(ids[position], expected)
+
+
+def test_an_expert_that_is_as_similar_as_the_threshold_moves():
+    """At rho it moves, below it stays; so does one that no primary expert is comparable to."""
+    ids = torch.tensor([[[0, 1], [0, 2], [0, 3], [0, 4]]])
+    matrix = torch.eye(6)
+    matrix[1, 0], matrix[2, 0] = 0.5, 0.25
+    matrix[3, 0], matrix[4, 0] = float("nan"), float("-inf")
+    batch = RoutingBatch("gate", ids, torch.rand(1, 4, 2), torch.rand(1, 4, 6), torch.ones(1, 4, dtype=torch.bool))
+    for threshold, moved in ((0.5, [0, 2, 3, 4]), (0.0, [0, 0, 3, 4]), (-1.0, [0, 0, 3, 4])):
+        assert Reroute({"gate": matrix}, 1, threshold, 0)(batch)[0][0, :, 1].tolist() == moved
+
+
+def test_slots_of_no_expert():
+    """They stay, activate nothing, and are scaled by nothing."""
+    ids = torch.tensor([[[0, -1], [6, 1], [2, 3]]])
+    weights = torch.rand(1, 3, 2) + 0.1
+    batch = RoutingBatch("gate", ids, weights, torch.rand(1, 3, 6), torch.ones(1, 3, dtype=torch.bool))
+    assert active_experts(batch, ids, weights).tolist() == [4]
+    assert active_experts(batch, ids, weights * (ids != 2)).tolist() == [3]
+    matrix = torch.full((6, 6), 0.1)
+    matrix[3, 2] = matrix[1, 2] = 0.9
+    new_ids, new = Reroute({"gate": matrix}, 1, min_active=0, scale={"gate": torch.full((6, 6), 3.0)})(batch)
+    assert new_ids.tolist() == [[[0, -1], [6, 2], [2, 2]]]
+    torch.testing.assert_close(new, weights * torch.tensor([[1.0, 1.0], [1.0, 3.0], [1.0, 3.0]]))
+    assert Drop(1, min_active=0)(batch)[1][0, 0, 1] == 0
+    assert primary_experts(batch, 1, 0).tolist() == [[True, False, True, False, False, False]]
+
+
+def test_weights_of_rules_by_hand():
+    """One token: [0.5, 0.3, 0.2], S = 1, a second token whose first expert is the first one's third."""
+    ids, weights = torch.tensor([[[0, 1, 2], [2, 3, 1]]]), torch.tensor([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]])
+    scores = torch.tensor([[[0.5, 0.3, 0.2, 0.0], [0.0, 0.1, 0.6, 0.3]]])
+    batch = RoutingBatch("gate", ids, weights, scores, torch.ones(1, 2, dtype=torch.bool))
+
+    def is_close(rule, expected_ids, expected):
+        got_ids, got = rule(batch)
+        assert got_ids[0].tolist() == expected_ids
+        torch.testing.assert_close(got[0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+    is_close(TopS(1), ids[0].tolist(), [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    is_close(Drop(1, min_active=0), ids[0].tolist(), [[0.5, 0.0, 0.2], [0.6, 0.0, 0.0]])
+    is_close(Drop(1, True, 0), ids[0].tolist(), [[0.5 / 0.7, 0.0, 0.2 / 0.7], [1.0, 0.0, 0.0]])
+    filled, given = Fill(1, 0)(batch)
+    assert filled[0, :, :2].tolist() == [[0, 2], [2, 0]]
+    torch.testing.assert_close(given[0], torch.tensor([[5 / 7, 2 / 7, 0.0], [1.0, 0.0, 0.0]]))
+
+
+def test_fill_ranks_by_what_the_gate_selected_by():
+    """A choice of its own, such as scores with a bias; experts that it closes stay closed."""
+    ids, weights = torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[[0.6, 0.4], [0.7, 0.3]]])
+    scores = torch.tensor([[[0.6, 0.4, 0.3, 0.0], [0.1, 0.2, 0.7, 0.3]]])
+    choice = torch.tensor([[[0.1, 0.4, 0.9, 0.0], [float("-inf"), 0.2, 0.7, 0.3]]])
+    batch = RoutingBatch("gate", ids, weights, scores, torch.ones(1, 2, dtype=torch.bool), choice)
+    filled, given = Fill(1, 0)(batch)
+    assert filled[0, 0].tolist() == [2, 0]
+    torch.testing.assert_close(given[0, 0], torch.tensor([1 / 3, 2 / 3]))
+    assert filled[0, 1, 0] == 2
+    torch.testing.assert_close(given[0, 1], torch.tensor([1.0, 0.0]))
 
 
 def test_padding_rows_make_no_expert_active():
