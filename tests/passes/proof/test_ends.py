@@ -1,25 +1,62 @@
 """Where tokens come together, and what else reads what a rewrite changes."""
 
+import pytest
+import torch
+from torch import nn
+
+from sere_compile.passes import find_gates
 from sere_compile.passes.evidence.router import trace_router
 from sere_compile.passes.evidence.routing_weights import outer_consumers
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.proof.ends import find_ends
 
-from ..moe_modules import Indexed, ScatterCombine, from_make_fx, one_gate, rows
+from ..moe_modules import (
+    DUPLICATE_UNSAFE,
+    EXPERTS,
+    HIDDEN,
+    SUMS_DUPLICATES,
+    TOKENS,
+    TOP_K,
+    ExpertLoop,
+    Indexed,
+    ScatterCombine,
+    from_dynamo,
+    from_make_fx,
+    one_gate,
+    rows,
+)
+from ..test_verify_rewrite import Leaving
 
 
-def ends_of(module):
-    graph = from_make_fx(module, rows())
-    gate = one_gate(graph)
+def ends_of(module, trace=from_make_fx, gate_of=one_gate, *more):
+    graph = trace(module, rows(), *more)
+    gate = gate_of(graph)
     scores = nodes.operand(gate.selection)
     projection = trace_router(scores, nodes.last_size(scores)).projection
     return graph, find_ends(gate, tuple(outer_consumers(gate.weights, gate.ids)), projection)
 
 
-def test_the_exit_is_what_the_block_returns():
-    graph, ends = ends_of(Indexed())
-    assert ends.exit in graph.graph.output_node().all_input_nodes
+def returned(graph):
+    """What the graph returns, in front of views."""
+    found = []
+    for node in graph.graph.output_node().all_input_nodes:
+        while nodes.kind(node) in nodes.VALUE_PRESERVING | {"permute", "transpose"}:
+            node = nodes.operand(node)
+        found.append(node)
+    return found
+
+
+@pytest.mark.parametrize(
+    "module",
+    [module for module in (*SUMS_DUPLICATES, *DUPLICATE_UNSAFE) if module.__name__ != "IndexPut"],
+    ids=lambda m: m.__name__,
+)
+def test_the_exit_is_what_the_block_returns(module):
+    """A loop over experts ends at its last expert, not at the first sum."""
+    graph, ends = ends_of(module())
+    assert [ends.exit] == returned(graph)
     assert ends.sides == ends.written == ()
+    assert ends.last is ends.exit
 
 
 def test_a_reader_of_the_table_beside_the_exit_is_an_end():
@@ -31,3 +68,122 @@ def test_a_reader_of_the_table_beside_the_exit_is_an_end():
 
     _, ends = ends_of(Counted())
     assert [nodes.shape(side) for side in ends.sides] in ([(8,)], [(10, 8)])
+    assert nodes.count(ends.exit) == TOKENS * HIDDEN
+    assert ends.last is max([ends.exit, *ends.sides])
+
+
+class Around(Indexed):
+    """What stands around a dispatch is a function of (module, x, y)."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.around = around
+        self.shared = nn.Parameter(torch.rand(HIDDEN, HIDDEN))
+
+    def forward(self, x):
+        y = self.dispatch(x, *self.route(x))
+        self.exit_shape = y.shape
+        return self.around(self, x, y)
+
+
+# The exit is the dispatch's own sum over slots, whatever follows.
+AROUND = {
+    "a residual": lambda m, x, y: x + y,
+    "a projection": lambda m, x, y: torch.tanh(y) @ m.shared,
+    "a shared expert": lambda m, x, y: y + torch.tanh(x @ m.shared),
+    "a scale and a cast": lambda m, x, y: (y * 2).double(),
+    "the next layer": lambda m, x, y: (x + y) @ m.shared @ m.shared,
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_follows_is_behind_the_exit(name):
+    _, ends = ends_of(Around(AROUND[name]))
+    assert nodes.kind(ends.exit) == "sum"
+    assert tuple(nodes.shape(ends.exit)) == (TOKENS, HIDDEN)
+    assert ends.sides == ()
+
+
+class Joined(Indexed):
+    """Two dispatches by the same ids are added: the exit is their sum."""
+
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids, weights) + super().dispatch(2 * x, ids.clone(), weights)
+
+
+class Biased(Indexed):
+    """So is a bias that the ids look up, which joins last."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.rand(EXPERTS, HIDDEN))
+
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids, weights) + (self.bias[ids] * weights[..., None]).sum(1)
+
+
+class BiasedEmbedding(Biased):
+    def dispatch(self, x, ids, weights):
+        y = Indexed.dispatch(self, x, ids, weights)
+        return y + (nn.functional.embedding(ids, self.bias) * weights[..., None]).sum(1)
+
+
+class ByHalves(ExpertLoop):
+    """Two loops over half of the experts each, joined at the end."""
+
+    def dispatch(self, x, ids, weights):
+        halves = []
+        for start in (0, EXPERTS // 2):
+            y = torch.zeros_like(x)
+            for number in range(start, start + EXPERTS // 2):
+                mine = ids == number
+                weight = weights.gather(1, mine.int().argmax(-1, keepdim=True))
+                y = y + torch.where(mine.any(-1, keepdim=True), weight * self.expert(number, x), 0.0)
+            halves.append(y)
+        return halves[0] + halves[1]
+
+
+@pytest.mark.parametrize("module", [Joined, Biased, BiasedEmbedding, ByHalves], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("trace", [from_make_fx, from_dynamo])
+def test_what_joins_later_is_in_front_of_the_exit(module, trace):
+    graph, ends = ends_of(module(), trace)
+    assert [ends.exit] == returned(graph)
+
+
+class Remembering(Indexed):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, TOKENS, TOP_K, dtype=torch.int64))
+
+    def dispatch(self, x, ids, weights):
+        self.last[0].copy_(ids + 1)
+        return super().dispatch(x, ids, weights)
+
+
+def test_a_buffer_that_is_written_by_a_view_of_it():
+    """It is the buffer that a call leaves changed."""
+    _, ends = ends_of(Remembering(), from_dynamo)
+    [written] = ends.written
+    assert written.op == "placeholder"
+    assert tuple(nodes.shape(written)) == (2, TOKENS, TOP_K)
+    assert written in ends.sides
+
+
+def test_without_experts_there_is_no_end():
+    _, ends = ends_of(Leaving(), gate_of=lambda graph: find_gates(graph, lambda weight, experts: True).gates[0])
+    assert ends is None
+
+
+class Batched(Indexed):
+    """Ids and rows of [batch, tokens]."""
+
+    def forward(self, x):
+        flat = x.view(2, -1, HIDDEN)
+        ids, weights = self.route(flat)
+        y = torch.tanh(flat[:, :, None, None, :] @ self.experts[ids]).squeeze(3)
+        return (y * weights[..., None]).sum(2).view(x.shape) + 0.0
+
+
+def test_tokens_of_more_dimensions():
+    _, ends = ends_of(Batched())
+    assert tuple(nodes.shape(ends.exit)) == (2, TOKENS // 2, HIDDEN)

@@ -1,8 +1,14 @@
 """Which tensors are the experts' parameters."""
 
+import pytest
 import torch
+from torch import nn
 
 from sere_compile.passes.proof.expert_parameters import ExpertParameters, Stack
+
+from ..moe_modules import EXPERTS, HIDDEN, Block, ExpertLoop, Indexed, from_export, from_make_fx
+from .regions import leaves_of, region_of, told, values_of
+from .test_prover import Columns, FromBase, OneOutput, RouterScale, SharedBeside, Sliced, Values
 
 MAP = torch.tensor([0, 0, 2])
 
@@ -11,6 +17,8 @@ def test_blocks_and_turns():
     """[E * width] with each expert's rows together, or every E-th row an expert's."""
     assert Stack(0, 3).places(6, MAP).tolist() == [0, 1, 0, 1, 4, 5]
     assert Stack(0, 3, in_turn=True).places(6, MAP).tolist() == [0, 0, 2, 3, 3, 5]
+    assert Stack(0, 3).rows(6, torch.device("cpu")).tolist() == [0, 0, 1, 1, 2, 2]
+    assert Stack(0, 3, in_turn=True).rows(6, torch.device("cpu")).tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_rows_that_are_no_experts_stay():
@@ -19,5 +27,121 @@ def test_rows_that_are_no_experts_stay():
 
 def test_lists_exchange_whole_tensors():
     values = {"a": torch.zeros(1), "b": torch.ones(1), "c": torch.full((1,), 2.0)}
-    swapped = ExpertParameters(lists=[{0: "a", 1: "b", 2: "c"}]).swapped(values, MAP)
+    found = ExpertParameters(lists=[{0: "a", 1: "b", 2: "c"}])
+    swapped = found.swapped(values, MAP)
     assert [float(swapped[name]) for name in "abc"] == [0.0, 0.0, 2.0]
+    assert [float(values[name]) for name in "abc"] == [0.0, 1.0, 2.0]
+    assert found
+    assert found.tensors == {"a", "b", "c"}
+
+
+def test_stacks_exchange_along_their_dimension():
+    value = torch.arange(6.0).view(2, 3)
+    found = ExpertParameters(stacks={"s": Stack(1, 3)})
+    assert found.swapped({"s": value, "x": 1}, MAP)["s"].tolist() == [[0, 0, 2], [3, 3, 5]]
+    assert found.swapped({"s": value, "x": 1}, MAP)["x"] == 1
+    assert found
+    assert found.tensors == {"s"}
+    assert not ExpertParameters()
+
+
+class InTurn(Block):
+    """Every E-th row is an expert's."""
+
+    def __init__(self):
+        super().__init__()
+        del self.experts
+        self.rows = nn.Parameter(torch.randn(5 * EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(1)))
+
+    def dispatch(self, x, ids, weights):
+        rows = self.rows.view(5, EXPERTS, HIDDEN).transpose(0, 1)[ids]
+        y = torch.relu(torch.einsum("th,tkrh->tkr", x, rows))
+        return torch.einsum("tkr,tkrh,tk->th", y, rows, weights)
+
+
+class InBlocks(InTurn):
+    """Each expert's rows stand together."""
+
+    def dispatch(self, x, ids, weights):
+        rows = self.rows.view(EXPERTS, 5, HIDDEN)[ids]
+        y = torch.relu(torch.einsum("th,tkrh->tkr", x, rows))
+        return torch.einsum("tkr,tkrh,tk->th", y, rows, weights)
+
+
+class TwoLayers(ExpertLoop):
+    """Two matrices of one shape for each expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(EXPERTS))
+
+    def expert(self, number, x):
+        return self.seconds[number](torch.tanh(self.layers[number](x)))
+
+
+class Permuted(ExpertLoop):
+    """Expert e is the layer of another number: names tell nothing."""
+
+    def expert(self, number, x):
+        return torch.tanh(self.layers[3 * number % EXPERTS](x))
+
+
+MATRICES = (EXPERTS, HIDDEN, HIDDEN)
+# Program -> shapes of the stacks and how they are cut.
+STACKS = {
+    Indexed: {MATRICES: Stack(0, EXPERTS)},
+    Sliced: {MATRICES: Stack(0, EXPERTS)},
+    FromBase: {MATRICES: Stack(0, EXPERTS)},
+    RouterScale: {MATRICES: Stack(0, EXPERTS)},
+    SharedBeside: {MATRICES: Stack(0, EXPERTS)},
+    Columns: {MATRICES: Stack(0, EXPERTS), (HIDDEN, EXPERTS): Stack(1, EXPERTS)},
+    OneOutput: {(EXPERTS, HIDDEN, 1): Stack(0, EXPERTS), (EXPERTS,): Stack(0, EXPERTS)},
+    InBlocks: {(5 * EXPERTS, HIDDEN): Stack(0, EXPERTS)},
+    InTurn: {(5 * EXPERTS, HIDDEN): Stack(0, EXPERTS, in_turn=True)},
+    Values: {MATRICES: Stack(0, EXPERTS)},
+}
+
+
+@pytest.mark.parametrize("module", STACKS, ids=lambda m: m.__name__)
+def test_stacks(module):
+    """Told from what is the router's, shared, or a base of all experts."""
+    region = region_of(module())
+    shapes = leaves_of(region, "state")
+    found, _ = told(region)
+    assert {shapes[node]: stack for node, stack in found.stacks.items()} == STACKS[module]
+    assert found.lists == []
+
+
+@pytest.mark.parametrize(("module", "roles"), [(ExpertLoop, 1), (TwoLayers, 2)], ids=["one", "two"])
+@pytest.mark.parametrize("trace", [from_make_fx, from_export])
+def test_lists(module, roles, trace):
+    """A role has a tensor for each expert, in the experts' order."""
+    region = region_of(module(), trace)
+    found, _ = told(region)
+    assert found.stacks == {}
+    assert [sorted(role) for role in found.lists] == [list(range(EXPERTS))] * roles
+    if trace is from_export:
+        for role, name in zip(found.lists, ("layers", "seconds"), strict=False):
+            assert [region.leaves[role[e]].source.target for e in range(EXPERTS)] == [
+                f"{name}.{e}.weight" for e in range(EXPERTS)
+            ]
+
+
+def test_tensors_whose_names_tell_nothing():
+    """Each is exchanged alone, and the tokens that change tell whose it is."""
+    region = region_of(Permuted(), from_export)
+    [role] = told(region)[0].lists
+    assert {e: region.leaves[node].source.target for e, node in role.items()} == {
+        e: f"layers.{3 * e % EXPERTS}.weight" for e in range(EXPERTS)
+    }
+
+
+def test_swapping_is_what_the_definition_says():
+    """With every expert's parameters those of expert 5, all experts give what expert 5 does."""
+    region = region_of(Indexed())
+    found, _ = told(region)
+    values = values_of(region)
+    swapped = found.swapped(values, torch.full((EXPERTS,), 5))
+    [node] = found.stacks
+    assert torch.equal(swapped[node], values[node][5].expand_as(values[node]))
+    assert all(swapped[other] is value for other, value in values.items() if other is not node)

@@ -1,17 +1,18 @@
 """Values for the inputs of a region."""
 
+import pytest
 import torch
+from torch import nn
 
 from sere_compile.passes.proof.made_up import activation_values, redrawn, state_values
-from sere_compile.passes.proof.region import cut_region
 
-from ..moe_modules import Indexed, from_make_fx, one_gate, rows
-from ..test_verify_rewrite import weights_of
+from ..moe_modules import EXPERTS, HIDDEN, TOKENS, BiasCorrected, Indexed, ScatterCombine, from_dynamo, rows
+from .regions import leaves_of, region_of
 
 
-def region_of(module):
-    graph = from_make_fx(module, rows())
-    return cut_region(one_gate(graph), weights_of(graph))
+def logits_of(region, draw):
+    [logits] = leaves_of(region, "logits")
+    return activation_values(region, draw, single=True)[logits]
 
 
 def test_matrices_are_made_up():
@@ -20,16 +21,126 @@ def test_matrices_are_made_up():
     with torch.no_grad():
         module.experts.zero_()
     [value] = [v for v in state_values(region_of(module), single=True).values() if v.dim() == 3]
-    assert value.std() > 0.1
+    # Products with it keep the order of 1.
+    assert value.std().item() == pytest.approx((2 / (2 * HIDDEN)) ** 0.5, rel=0.2)
+    assert abs(value.mean()) < 0.1
+
+
+def test_vectors_and_whole_numbers_are_what_the_model_holds():
+    class Shifted(BiasCorrected):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("order", torch.arange(EXPERTS))
+
+        def dispatch(self, x, ids, weights):
+            return super().dispatch(x * (1 + self.order[:HIDDEN]), ids, weights)
+
+    module = Shifted()
+    values = state_values(region_of(module), single=True).values()
+    [bias] = [v for v in values if v.dim() == 1 and v.is_floating_point()]
+    [order] = [v for v in values if not v.is_floating_point()]
+    assert torch.equal(bias, module.bias)
+    assert torch.equal(order, module.order)
+    assert not bias.requires_grad
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_half_precision(single):
+    """Everything in float32, or as the model has it."""
+    module, dtype = Indexed().bfloat16(), torch.float32 if single else torch.bfloat16
+    region = region_of(module, lambda module, x: from_dynamo(module, x.bfloat16()))
+    values = state_values(region, single=single) | activation_values(region, 0, single=single)
+    assert {value.dtype for value in values.values()} == {dtype}
+    assert len(values) == len(region.leaves)
+
+
+def test_sizes_are_plain_numbers():
+    region = region_of(ScatterCombine(), lambda module, x: from_dynamo(module, x, dynamic=True))
+    values = state_values(region, single=True)
+    numbers = [values[node] for node, leaf in region.leaves.items() if leaf.kind == "number"]
+    assert TOKENS in numbers
+    assert all(type(number) is int for number in numbers)
 
 
 def test_two_first_choices_in_even_draws():
+    """Half a logit ahead of the next, by turns."""
     region = region_of(Indexed())
-    [logits] = [node for node, leaf in region.leaves.items() if leaf.kind == "logits"]
-    firsts = [len(activation_values(region, draw, single=True)[logits].argmax(-1).unique()) for draw in (0, 1)]
-    assert firsts[0] == 2 < firsts[1]
+    for draw in (0, 2):
+        logits = logits_of(region, draw)
+        best = logits.topk(2).values
+        ahead = best[:, 0] - best[:, 1]
+        assert ahead.min().item() == pytest.approx(0.5, abs=1e-5)
+        first = logits.argmax(-1).tolist()
+        assert len(set(first)) == 2
+        assert first == first[:2] * (TOKENS // 2)
+    assert len(logits_of(region, 1).argmax(-1).unique()) > 2
+    assert not torch.equal(logits_of(region, 1), logits_of(region, 3))
+    assert torch.equal(logits_of(region, 1), logits_of(region, 1))
+
+
+def test_distances_are_not_negative():
+    """The nearest expert is the first choice."""
+
+    class Nearest(Indexed):
+        def scores(self, x):
+            return torch.softmax(-torch.cdist(x, self.router), -1)
+
+    region = region_of(Nearest())
+    for draw in (0, 1):
+        assert (logits_of(region, draw) >= 0.04).all()
+    logits = logits_of(region, 0)
+    best = (-logits).topk(2).values
+    assert (best[:, 1] / best[:, 0]).min().item() == pytest.approx(2, rel=1e-5)
+    assert len((-logits).argmax(-1).unique()) == 2
+
+
+class WithInputs(Indexed):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Parameter(torch.rand(HIDDEN, 1))
+
+    def forward(self, x, z, keep):
+        ids, weights = self.route(x)
+        weights = torch.where(keep[:, None], weights, 0.0)
+        return self.dispatch(x, ids, weights * (z @ self.other))
+
+
+def test_masks_and_activations():
+    """Masks are full, empty and mixed, by turns; activations may be scores, and are above 0."""
+    region = region_of(WithInputs(), lambda m, x, z, k: from_dynamo(m, x, z, k), rows(seed=1), torch.ones(TOKENS) > 0)
+    activations = leaves_of(region, "activation")
+    [mask] = [node for node, shape in activations.items() if len(shape) == 1]
+    [score] = [node for node, shape in activations.items() if shape == (TOKENS, 1)]
+    [hidden] = leaves_of(region, "hidden")
+    filled = []
+    for draw in range(3):
+        values = activation_values(region, draw, single=True)
+        assert (values[score] >= 0.05).all()
+        assert (values[hidden] < 0).any()
+        filled.append(values[mask].tolist())
+    assert filled[0] in ([True] * TOKENS, rows(1)[0].tolist())
+    assert len({tuple(row) for row in filled}) in (1, 3)
 
 
 def test_redrawn_numbers_are_others():
     for value in (torch.zeros(4), torch.ones(4), torch.rand(2, 2), torch.arange(6)):
         assert not torch.equal(redrawn(value, 1), value)
+        assert torch.equal(redrawn(value, 1), redrawn(value, 1))
+        assert not torch.equal(redrawn(value, 1), redrawn(value, 2))
+
+
+def test_redrawn_numbers_are_of_the_same_kind():
+    """Whole numbers in another order, positive vectors positive, matrices of the scale that products keep."""
+    order = redrawn(torch.arange(12).view(3, 4), 3)
+    assert order.shape == (3, 4)
+    assert sorted(order.flatten().tolist()) == list(range(12))
+    positive = redrawn(torch.full((50,), 2.0), 3)
+    assert positive.min() >= 2
+    assert positive.max() <= 3
+    assert positive.std() > 0.1
+    assert redrawn(torch.tensor([1.0, -1.0] * 500), 3).std().item() == pytest.approx(0.5, rel=0.1)
+    assert redrawn(torch.ones(40, 10), 3).std().item() == pytest.approx(0.2, rel=0.2)
+    assert redrawn(torch.ones(3, 40, 10).half(), 3).dtype == torch.float16
+    narrow = redrawn(torch.ones(40).to(torch.float8_e4m3fn), 3)
+    assert narrow.dtype == torch.float8_e4m3fn
+    assert 0 <= narrow.float().min() < narrow.float().max() <= 1

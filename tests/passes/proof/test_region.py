@@ -1,9 +1,31 @@
 """The part of a graph that a proof runs."""
 
-from sere_compile.passes.proof.region import cut_region, hidden_root
+import pytest
+import torch
+from torch import nn
 
-from ..moe_modules import TOKENS, Indexed, from_make_fx, one_gate, rows
-from ..test_verify_rewrite import weights_of
+from sere_compile.passes import Skip, SkipReason, find_gates
+from sere_compile.passes.graph import nodes
+from sere_compile.passes.graph.run_part import plain_number
+from sere_compile.passes.proof.region import cut_region, hidden_root, stand_in
+
+from ..moe_modules import (
+    DUPLICATE_UNSAFE,
+    EXPERTS,
+    HIDDEN,
+    SUMS_DUPLICATES,
+    TOKENS,
+    TOP_K,
+    Indexed,
+    ScatterCombine,
+    from_dynamo,
+    from_export,
+    from_make_fx,
+    one_gate,
+    rows,
+)
+from ..test_verify_rewrite import Leaving, weights_of
+from .regions import kinds_of, leaves_of, region_of
 
 
 class Normed(Indexed):
@@ -20,6 +42,188 @@ def test_router_and_experts_read_the_same_hidden_states():
     root = hidden_root(gate.router_input)
     assert root.op == "placeholder"
     region = cut_region(gate, weights_of(graph))
-    kinds = sorted(leaf.kind for leaf in region.leaves.values())
-    assert kinds == ["hidden", "logits", "state"]
+    assert kinds_of(region) == ["hidden", "logits", "state"]
     assert region.ends[0].meta["val"].shape[0] == TOKENS
+
+
+@pytest.mark.parametrize("module", [*SUMS_DUPLICATES, *DUPLICATE_UNSAFE], ids=lambda m: m.__name__)
+def test_every_dispatch_has_a_region(module):
+    """Logits, hidden states and the experts go in, and what the block returns comes out."""
+    if module.__name__ == "IndexPut":
+        pytest.skip("its sizes depend on the ids, which make_fx does not trace")
+    region = region_of(module())
+    of_experts = ["state"] * (EXPERTS if hasattr(module(), "layers") else 1)
+    assert kinds_of(region) == ["hidden", "logits", *of_experts]
+    assert set(leaves_of(region, "logits").values()) == {(TOKENS, EXPERTS)}
+    assert set(leaves_of(region, "hidden").values()) == {(TOKENS, HIDDEN)}
+    [tokens] = region.ends
+    assert tuple(nodes.shape(tokens)) in ((TOKENS, HIDDEN), (TOKENS, 1, HIDDEN))  # an einsum is a product and a view
+    assert region.written == ()
+    region.graph.lint()
+    inside = set(region.graph.nodes)
+    gate = region.gate
+    assert {gate.selection, gate.ids, gate.weights, gate.router_weight, *gate.all_ids, *region.readers} <= inside
+    assert {node for use in gate.uses for node in (use.consumer, use.read)} <= inside
+    assert region.readers
+    assert all(gate.weights in reader.all_input_nodes for reader in region.readers)
+    copied = inside - set(region.leaves) - {region.graph.output_node()}
+    assert all(region.originals[node].name == node.name for node in copied)
+
+
+class Unordered(Indexed):
+    """A selection that promises no order."""
+
+    def route(self, x):
+        values, ids = torch.topk(self.scores(x), self.top_k, dim=-1, sorted=False)
+        return ids, values / values.sum(-1, keepdim=True)
+
+
+def test_a_selection_without_an_order_gets_one():
+    """In the region, not in the graph."""
+    graph = from_make_fx(Unordered(), rows())
+    gate = one_gate(graph)
+    region = cut_region(gate, weights_of(graph))
+    assert nodes.argument(region.gate.selection, 4, "sorted") is True
+    assert nodes.argument(gate.selection, 4, "sorted") is False
+
+
+class Returned(ScatterCombine):
+    """Ids and weights leave beside the tokens."""
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        return self.dispatch(x, ids, weights), ids, weights
+
+
+def test_what_leaves_beside_the_tokens_is_an_end():
+    """Something stands in for whoever reads it."""
+    region = region_of(Returned())
+    tokens, *left = region.ends
+    assert nodes.count(tokens) == TOKENS * HIDDEN
+    stand_ins = [end for end in left if end.target is stand_in]
+    assert {node.args[0] for node in stand_ins} == {region.gate.ids, region.gate.weights}
+    assert all(tuple(nodes.shape(node)) == (TOKENS, TOP_K) for node in stand_ins)
+    assert all(region.originals[node].op == "output" for node in stand_ins)
+    assert set(stand_ins) & set(region.readers)
+    assert set(stand_ins) & {use.consumer for use in region.gate.uses}
+    assert stand_in(7) == 7
+
+
+class Remembering(Indexed):
+    """Keeps the ids of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(TOKENS, TOP_K, dtype=torch.int64))
+
+    def dispatch(self, x, ids, weights):
+        self.last.copy_(ids)
+        return super().dispatch(x, ids, weights)
+
+
+def test_what_a_dispatch_writes_is_an_end():
+    region = region_of(Remembering(), from_dynamo)
+    [written] = region.written
+    assert written in region.ends[1:]
+    assert region.leaves[written].kind == "state"
+    assert tuple(nodes.shape(written)) == (TOKENS, TOP_K)
+
+
+class WithInputs(Indexed):
+    """What is computed of another input scales the weights; a mask of the caller's drops rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Parameter(torch.rand(HIDDEN, 1))
+        self.base = nn.Parameter(torch.rand(HIDDEN, HIDDEN))
+
+    def forward(self, x, z, keep):
+        ids, weights = self.route(x)
+        y = torch.tanh(x[:, None, None, :] @ (self.experts[ids] - 2 * self.base)).squeeze(2)
+        return ((y * (weights * (z @ self.other))[..., None]).sum(1)) * keep[:, None]
+
+
+def test_other_inputs_are_made_up_where_they_are_met():
+    """Not the matrix that they were projected by; what is computed of the state alone is computed."""
+    region = region_of(WithInputs(), from_make_fx, rows(seed=1), torch.ones(TOKENS, dtype=torch.bool))
+    assert (TOKENS, 1) in leaves_of(region, "activation").values()
+    assert sorted(leaves_of(region, "state").values()) == [(HIDDEN, HIDDEN), (EXPERTS, HIDDEN, HIDDEN)]
+    assert all(leaf.held is not None for leaf in region.leaves.values() if leaf.kind == "state")
+    assert all(leaf.held is None for leaf in region.leaves.values() if leaf.kind in ("logits", "hidden"))
+
+
+class Twice(Indexed):
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids, weights) + super().dispatch(2 * x, ids.clone(), weights)
+
+
+def test_an_attribute_that_is_read_twice_is_one_leaf():
+    """make_fx reads it anew for each use."""
+    graph = from_make_fx(Twice(), rows())
+    assert len(graph.graph.find_nodes(op="get_attr")) >= 2
+    assert kinds_of(cut_region(one_gate(graph), weights_of(graph))) == ["hidden", "logits", "state"]
+
+
+def test_sizes_are_numbers():
+    """What the caller knows of them is held."""
+    region = region_of(ScatterCombine(), lambda module, x: from_dynamo(module, x, dynamic=True))
+    numbers = [plain_number(leaf.held) for leaf in region.leaves.values() if leaf.kind == "number"]
+    assert TOKENS in numbers
+
+
+@pytest.mark.parametrize("trace", [from_dynamo, from_export, from_make_fx])
+def test_every_tracer(trace):
+    assert kinds_of(region_of(Normed(), trace)) == ["hidden", "logits", "state"]
+
+
+def test_tokens_that_do_not_come_together():
+    graph = from_make_fx(Leaving(), rows())
+    [gate] = find_gates(graph, lambda weight, experts: True).gates
+    refusal = cut_region(gate, weights_of(graph))
+    assert isinstance(refusal, Skip)
+    assert refusal.reason is SkipReason.UNVERIFIED
+    assert refusal.detail == "no tensor with one row per token gathers what its experts give"
+
+
+def test_a_router_that_cannot_be_traced():
+    graph = from_make_fx(Indexed(), rows())
+    gate = one_gate(graph)
+    gate.selection.replace_input_with(nodes.operand(gate.selection), next(iter(graph.graph.nodes)))
+    refusal = cut_region(gate, weights_of(graph))
+    assert isinstance(refusal, Skip)
+    assert refusal.detail == "its router could not be traced"
+
+
+# What the router reads, as a function of (module, x, z), and what is its root: "x", or an operation.
+ROOTS = {
+    "x itself": (lambda m, x, z: x, "x"),
+    "a cast and a view": (lambda m, x, z: x.double().view(-1, HIDDEN).float(), "x"),
+    "a norm": (lambda m, x, z: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6), "x"),
+    "a norm with a scale": (lambda m, x, z: m.scale * (x / x.norm(dim=-1, keepdim=True)), "x"),
+    "a product": (lambda m, x, z: torch.tanh(x @ m.mixing), "matmul"),
+    "a sum of two inputs": (lambda m, x, z: (x + z) * 2, "add"),
+    "far away": (lambda m, x, z: [x := x + 1 for _ in range(60)][-1], "add"),
+    "near": (lambda m, x, z: [x := x + 1 for _ in range(40)][-1], "x"),
+}
+
+
+class Reads(Indexed):
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.scale = nn.Parameter(torch.rand(HIDDEN))
+        self.mixing = nn.Parameter(torch.rand(HIDDEN, HIDDEN))
+
+    def forward(self, x, z):
+        return self.dispatch(x, *self.route(self.read(self, x, z)))
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_roots(name):
+    """The search ends at a product, where two tensors meet, and after some steps."""
+    read, expected = ROOTS[name]
+    graph = from_make_fx(Reads(read), rows(), rows(seed=1))
+    root = hidden_root(one_gate(graph).router_input)
+    assert root.op == "placeholder" if expected == "x" else nodes.kind(root) in (expected, "linear", "mm")
+    if expected == "x":
+        assert root is next(iter(graph.graph.nodes))

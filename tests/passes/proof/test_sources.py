@@ -1,13 +1,15 @@
 """What the nodes of a region depend on."""
 
+import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes.proof.region import cut_region
-from sere_compile.passes.proof.sources import trace_sources
+from sere_compile.passes.graph import nodes
+from sere_compile.passes.proof.sources import experts_meet_hidden, trace_sources
 
-from ..moe_modules import EXPERTS, Indexed, from_make_fx, one_gate, rows
-from ..test_verify_rewrite import weights_of
+from ..moe_modules import EXPERTS, TOKENS, BiasCorrected, ColumnLoop, ExpertLoop, Indexed, ScatterCombine
+from .regions import leaves_of, region_of, told
+from .test_prover import Codebook, Columns, OneOutput, Prompts, Values
 
 
 class Scaled(Indexed):
@@ -24,9 +26,71 @@ class Scaled(Indexed):
 
 def test_the_router_s_state():
     """It is the scale, not the experts."""
-    graph = from_make_fx(Scaled(), rows())
-    region = cut_region(one_gate(graph), weights_of(graph))
+    region = region_of(Scaled())
     sources = trace_sources(region)
     assert [tuple(node.meta["example_value"].shape) for node in sources.router] == [(EXPERTS,)]
     assert len(sources.state[region.ends[0]]) == 2
     assert region.ends[0] in sources.hidden
+
+
+def test_a_bias_of_the_selection_is_the_router_s():
+    region = region_of(BiasCorrected())
+    [bias] = [node for node, shape in leaves_of(region, "state").items() if shape == (EXPERTS,)]
+    assert trace_sources(region).router == {bias}
+
+
+def test_ids_are_no_scores():
+    """What they choose depends on hidden states by the experts alone; weights are scores, and no hidden states."""
+    region = region_of(Indexed())
+    sources = trace_sources(region)
+    gate, exit_node = region.gate, region.ends[0]
+    [logits], [hidden], [experts] = (list(leaves_of(region, kind)) for kind in ("logits", "hidden", "state"))
+    assert logits in sources.scored - sources.hidden
+    assert hidden in sources.hidden - sources.scored
+    assert gate.ids not in sources.scored | sources.hidden
+    assert gate.weights in sources.scored - sources.hidden
+    assert exit_node in sources.scored & sources.hidden
+    assert sources.state[experts] == {experts}
+    assert sources.state[exit_node] == {experts}
+    assert sources.state[gate.weights] == sources.state[logits] == sources.state[hidden] == frozenset()
+    picked = next(use.consumer for use in gate.dispatch_uses)
+    assert sources.state[picked] == {experts}
+    assert picked not in sources.scored | sources.hidden
+
+
+class IntoAView(ColumnLoop):
+    """The table of weights is written through a view of it."""
+
+    def dispatch(self, x, ids, weights):
+        table = torch.zeros(TOKENS, EXPERTS)
+        table.view(TOKENS, EXPERTS).scatter_(1, ids, weights)
+        y = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            y = y + table[:, number : number + 1] * self.expert(number, x)
+        return y
+
+
+def test_what_is_written_depends_on_what_is_written_to_it():
+    region = region_of(IntoAView())
+    sources = trace_sources(region)
+    made = [node for node in region.graph.nodes if node.op == "call_function" and not node.all_input_nodes]
+    [table] = [node for node in made if tuple(nodes.shape(node)) == (TOKENS, EXPERTS)]
+    assert table in sources.scored
+    assert table not in sources.hidden
+    assert sources.state[table] == frozenset()
+    assert region.ends[0] in sources.scored & sources.hidden
+    assert len(sources.state[region.ends[0]]) == EXPERTS
+
+
+MEET = (Indexed, ScatterCombine, ExpertLoop, Columns, OneOutput)
+ONLY_FETCHED = (Values, Prompts, Codebook)
+
+
+@pytest.mark.parametrize("module", [*MEET, *ONLY_FETCHED], ids=lambda m: m.__name__)
+def test_experts_are_multiplied_with_hidden_states(module):
+    """What is fetched, weighted and added, masked or scaled is no expert."""
+    region = region_of(module())
+    found, sources = told(region)
+    assert found
+    assert experts_meet_hidden(region, sources, found.tensors) is (module in MEET)
+    assert not experts_meet_hidden(region, sources, set())
