@@ -189,6 +189,24 @@ def test_weights_beside_the_file(tmp_path, monkeypatch):
     assert run(path, x)[0].shape == x.shape
 
 
+class CountsInABuffer(SmallMoE):
+    """Its cast copies nothing: only a decomposed program says that the buffer is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("load", torch.zeros(1))
+
+    def forward(self, hidden):
+        self.load.to(torch.float32).add_(1.0)
+        return super().forward(hidden) + self.load
+
+
+def test_a_buffer_that_is_written_through_a_cast(tmp_path):
+    """The file would go on with the value of the export."""
+    with pytest.raises(LoweringError, match="the program writes to load, and an ONNX graph keeps no state"):
+        export_small(tmp_path, CountsInABuffer().eval())
+
+
 def test_untraceable_model(tmp_path):
     """torch.export's own error, under one line of ours; and the experts' implementation is restored."""
     model, profile = real_model("mixtral")
@@ -200,7 +218,7 @@ def test_untraceable_model(tmp_path):
     assert "batched_mm" in first
     assert rest
     assert raised.value.__cause__ is not None
-    with pytest.raises(LoweringError):
+    with pytest.raises(LoweringError, match="MixtralForCausalLM"):
         lowering.export(model, ("not tokens",), tmp_path / "m.onnx", profile=profile)
     assert model.config._experts_implementation == "eager"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -101,15 +100,33 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, plain):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), zipped=st.booleans())
-def test_a_damaged_torch_file_is_a_profile_error(tmp_path_factory, data, zipped):
-    """Whatever is cut off or overwritten: no error but ours (some damage leaves a readable file)."""
+def test_a_torch_file_that_is_cut_off_is_a_profile_error(tmp_path_factory, data, zipped):
+    """Wherever it ends, and whatever else the rest becomes."""
+    path = tmp_path_factory.mktemp("damaged") / "s.pt"
+    reference_file(path, (0,), _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    at = data.draw(st.integers(0, len(content) - 5))
+    path.write_bytes(content[:at] + data.draw(st.binary(max_size=4)))
+    with pytest.raises(ProfileError, match=r"s\.pt"):
+        SimilarityProfile.from_reference(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), zipped=st.booleans())
+def test_a_torch_file_with_other_bytes_is_a_profile_error_or_a_profile(tmp_path_factory, data, zipped):
+    """Some damage leaves a file that can be read; what is read then is a profile like any other."""
     path = tmp_path_factory.mktemp("damaged") / "s.pt"
     reference_file(path, (0,), _use_new_zipfile_serialization=zipped)
     content = bytearray(path.read_bytes())
-    at = data.draw(st.integers(0, len(content) - 1))
-    path.write_bytes(content[:at] + data.draw(st.binary(max_size=4)))
-    with contextlib.suppress(ProfileError):
-        SimilarityProfile.from_reference(path)
+    at = data.draw(st.integers(0, len(content) - 4))
+    content[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4))
+    path.write_bytes(content)
+    try:
+        profile = SimilarityProfile.from_reference(path)
+    except ProfileError:
+        return
+    assert [tuple(value.shape) for value in profile.values()] == [(E, E)]
+    assert all(value.isfinite().all() for value in profile.values())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ BY_THEMSELVES = {"multi_label_statistics", "median_filter"}
 
 def cases():
     for name in NEGATIVES:
-        known = pytest.mark.xfail(name in KNOWN, reason="taken for a gate", strict=False)
+        known = pytest.mark.xfail(name in KNOWN, reason="taken for a gate", strict=True)
         yield pytest.param(name, marks=known)
 
 

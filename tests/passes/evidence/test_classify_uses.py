@@ -131,8 +131,12 @@ class TestKinds:
     def test_uses_know_what_they_read(self):
         """A use through views names the last view, which the consumer reads."""
         gate = one_gate(from_export(Used(lambda b, x, ids, s: b.scale[ids.reshape(-1).long()[None]]), rows()))
-        for use in gate.uses:
-            assert use.read in use.consumer.all_input_nodes
+        [look_up] = [use for use in gate.uses if use.kind is UseKind.LOOK_UP]
+        assert look_up.read is not gate.ids
+        assert nodes.slot_source(look_up.read) is not None
+        assert look_up.read in look_up.consumer.all_input_nodes
+        [dispatch] = gate.dispatch_uses
+        assert dispatch.read in dispatch.consumer.all_input_nodes
 
     def test_two_picks_of_the_ids(self):
         """Where a tracer kept `r[1]` and `r.indices` apart, the uses of both are known."""
