@@ -149,6 +149,26 @@ def test_slots_of_no_expert_contribute_nothing_even_where_weights_are_nan(device
     assert poisoned[2].abs().max() == 0
 
 
+FAR_OUT = Layer(activation="gpt_oss", interleaved=True, bias=True)
+
+
+def far_out(device):
+    """Arguments of a gpt-oss layer whose gates exceed 7, and whose ups lie beyond both clamps."""
+    arguments = list(FAR_OUT.draw(device=device, ids=torch.tensor([[0, 1], [2, 3], [4, 5], [1, 0], [3, 2]])))
+    arguments[0] = arguments[0] * 8
+    between = torch.einsum("th,enh->ten", arguments[0], arguments[3])
+    assert between[..., 0::2].max() > 8
+    assert between[..., 1::2].max() > 8
+    assert between[..., 1::2].min() < -8
+    return arguments
+
+
+def test_clamps_of_gpt_oss(device):
+    """All three of them."""
+    arguments = far_out(device)
+    assert_close_to_oracle(expert_mlp(*arguments), arguments)
+
+
 def test_no_tokens(device):
     arguments = Layer(tokens=0).draw(device=device)
     assert expert_mlp(*arguments).shape == (0, 40)
@@ -254,6 +274,12 @@ def small_tiles(**changes):
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_kernels_equal_oracle(layer, tile, kernel_device):
     arguments = drawn_for_kernel(layer, kernel_device)
+    assert_close_to_oracle(launch(arguments, small_tiles(**tile)), arguments)
+
+
+@pytest.mark.parametrize("tile", [{}, {"swap": True}], ids=["rows", "swapped"])
+def test_clamps_of_gpt_oss_in_kernels(tile, kernel_device):
+    arguments = far_out(kernel_device)
     assert_close_to_oracle(launch(arguments, small_tiles(**tile)), arguments)
 
 

@@ -163,6 +163,28 @@ def test_threshold_keeps_critical_experts():
     assert reroute(ids, similarity, 1, threshold=0.0).equal(row_ids([0, 0], [0, 0]))
 
 
+def test_a_matrix_of_16_bits_is_compared_with_the_threshold_in_fp32(kernel_device):
+    """0.30078125 in bfloat16 is below 0.3015, which in bfloat16 would be the same number."""
+    similarity = torch.eye(4, dtype=torch.bfloat16)
+    similarity[2, 0] = 0.3
+    ids = row_ids([0, 2], [0, 1])
+    case = draw_case(Structure(4, 2, 1), 0)
+    case.ids, case.similarity = ids, similarity
+    for threshold, want in ((0.3015, 2), (0.3, 0)):
+        assert reroute(ids, similarity, 1, threshold=threshold)[0].tolist() == [0, want]
+        case.threshold = threshold
+        assert launch(case.to(kernel_device)).cpu()[0].tolist() == [0, want]
+
+
+def test_kernel_reads_a_mask_with_strides(kernel_device):
+    """A column of a wider table, as padding often is."""
+    case = draw_case(Structure(8, 3, 1), 0, 4, distinct=True).to(kernel_device)
+    case.ids = case.ids.reshape(4, 3)
+    case.mask = torch.tensor([[True, False], [False, True], [True, False], [False, True]], device=kernel_device)[:, 0]
+    assert case.mask.stride() == (2,)
+    assert_is(launch(case), expected(case), case)
+
+
 @pytest.mark.parametrize(("min_active", "changes"), [(0, True), (2, True), (3, True), (4, False), (5, False)])
 def test_min_active_widens_the_primary_set(min_active, changes):
     """One token [0 1 2 3]: S' grows from 1 until S' = min_active, and S' = K changes nothing."""
@@ -403,10 +425,14 @@ def test_tensors_on_another_gpu():
 
 
 @pytest.mark.parametrize("run", ["operator", "lowered", "kernel"])
+@pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("min_active", [0, 5])
 @pytest.mark.parametrize("max_active", [1, 6, 9, 14, 16, 40])
-def test_budget_of_active_experts(run, min_active, max_active, kernel_device):
-    """The largest S whose union fits the budget, at least the given one; min_active may ask for more."""
+def test_budget_of_active_experts(run, min_active, max_active, padding, kernel_device):
+    """The largest S whose union fits the budget, at least the given one; min_active may ask for more.
+
+    Where S reaches K nothing changes, in padding rows neither.
+    """
     from sere_compile.ops.reroute.kernel import LaunchConfig, launch_reroute
 
     generator = torch.Generator().manual_seed(max_active)
@@ -415,13 +441,16 @@ def test_budget_of_active_experts(run, min_active, max_active, kernel_device):
     unions = [len(ids[:, :width].unique()) for width in range(1, 6)]
     width = max([1, *(w for w in range(1, 6) if unions[w - 1] <= max_active)])
     width = max(width, next((w for w in range(1, 6) if unions[w - 1] >= min_active), 5))
-    rows = reroute_rows(ids.tolist(), as_fp32_rows(similarity), width)
-    arguments = (ids.to(kernel_device), similarity.to(kernel_device), 1, 0.0, min_active)
+    ids = torch.cat([ids, ids.flip(0)[:padding] * 5 % 16])
+    mask = torch.arange(4 + padding) < 4
+    rows = reroute_rows(ids.tolist(), as_fp32_rows(similarity), width, real=mask.tolist())
+    mask = mask.to(kernel_device) if padding else None
+    arguments = (ids.to(kernel_device), similarity.to(kernel_device), 1, 0.0, min_active, mask)
     if run == "operator":
         result = OP(*arguments, max_active=max_active)
     elif run == "lowered":
         result = reroute_reference(*arguments, max_active=max_active, named=named_by_comparison)
     else:
         config = LaunchConfig(slots=8, chunk=16, num_warps=1)
-        result = launch_reroute(*arguments, None, config, max_active)
+        result = launch_reroute(*arguments, config, max_active)
     assert result.tolist() == rows

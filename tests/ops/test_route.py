@@ -94,6 +94,38 @@ def test_order_of_equals_and_nan(run, kernel_device):
 
 
 @pytest.mark.parametrize("run", [route, lambda *a: launch(a)], ids=["operator", "kernel"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_order_where_scores_are_saturated(run, scoring, kernel_device):
+    """Scores of 0 and 1 are in the order of their logits, which rounding did not make equal."""
+    logits = torch.tensor([[-300.0, 40.0, 300.0, -200.0]], device=kernel_device)
+    _, ids = run(logits, None, 4, scoring, False, 0.0, 1.0, torch.float32)
+    assert ids.tolist() == [[2, 1, 3, 0]]
+
+
+@pytest.mark.parametrize("run", [route, lambda *a: launch(a)], ids=["operator", "kernel"])
+def test_nan_with_the_sign_bit_set(run, kernel_device):
+    """It is above everything, too."""
+    negative_nan = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)
+    logits = torch.cat([torch.tensor([1.0, 2.0]), negative_nan]).to(kernel_device)[None]
+    _, ids = run(logits, None, 3, "none", False, 0.0, 1.0, torch.float32)
+    assert ids.tolist() == [[2, 1, 0]]
+
+
+@pytest.mark.parametrize("run", [route, lambda *a: launch(a)], ids=["operator", "kernel"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_16_bits_of_logits_do_not_make_the_order_one_of_16_bits(run, grouped, kernel_device):
+    """A bias, and scores by which groups are ranked, differ by less than two numbers of 16 bits do."""
+    if grouped:
+        logits = torch.tensor([[8.0, 8.0625, 8.125, 8.1875, -1.0, -1.0, -1.0, -1.0]], dtype=torch.bfloat16)
+        bias, groups = None, (2, 1, "max", True)
+    else:
+        logits, bias, groups = torch.zeros(1, 4, dtype=torch.bfloat16), torch.arange(4) * 1e-5, (1, 1, "max", True)
+        bias = bias.to(kernel_device)
+    _, ids = run(logits.to(kernel_device), bias, 4, "sigmoid", False, 0.0, 1.0, torch.float32, *groups)
+    assert ids.tolist() == [[3, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("run", [route, lambda *a: launch(a)], ids=["operator", "kernel"])
 def test_any_shape_and_strides(run, kernel_device):
     """Leading dimensions, none at all, no tokens, and logits whose experts are not next to each other."""
     options = (None, 3, "softmax", False, 0.0, 1.0, torch.float32)
