@@ -18,7 +18,13 @@ from .reroute_dispatch import Rewrite
 COUNTED = ("calls", "tokens", "slots", "slots_changed", "active_before", "active_after")
 
 
-def add_counts(before: torch.Tensor, after: torch.Tensor, num_experts: int, counts: torch.Tensor) -> None:
+def add_counts(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    num_experts: int,
+    counts: torch.Tensor,
+    real: torch.Tensor | None = None,
+) -> None:
     """Add one batch to `counts` in place.
 
     Args:
@@ -26,9 +32,14 @@ def add_counts(before: torch.Tensor, after: torch.Tensor, num_experts: int, coun
         after: int, same shape, the ids that were dispatched.
         num_experts: E.
         counts: int64 [6], see `COUNTED`.
+        real: bool [...], rows that count; None: all of them.
     """
     top_k = before.shape[-1]
-    slots = torch.ones_like(before, dtype=torch.int64).sum()
+    if real is None:
+        slots = torch.ones_like(before, dtype=torch.int64).sum()
+    else:
+        slots = real.sum() * top_k
+        before, after = (torch.where(real[..., None], ids, -1) for ids in (before, after))
     changed = (before != after).sum()
     batch = [torch.ones_like(slots), slots // top_k, slots, changed]
     batch += [_active(ids, num_experts) for ids in (before, after)]

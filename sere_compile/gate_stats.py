@@ -11,7 +11,7 @@ class GateStats:
 
     Attributes:
         calls: batches that were re-routed.
-        tokens: rows of ids.
+        tokens: rows of ids, without those that are known to be padding.
         slots: ids, tokens times K.
         slots_changed: ids that re-routing changed.
         active_before: distinct experts of a batch before re-routing, summed over batches.

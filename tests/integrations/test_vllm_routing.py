@@ -107,6 +107,27 @@ def _recorded(call, device: str):
     return replay
 
 
+def test_counts_are_of_real_tokens_in_active_batches(device):
+    """Padding rows count as nothing, and neither does a prefill."""
+    router = FusedTopKRouter()
+    made = RoutingHook(
+        router, similarity(), SereConfig(select_top_k=1, min_active=0, collect_stats=True),
+        BatchState(torch.device(device), "decode", None, 1), mask_padding=True,
+    )  # fmt: skip
+    made.install()
+    hidden, logits = inputs(device)
+    before = logits.softmax(-1).topk(TOP_K, dim=-1).indices[:5].cpu()
+    after = reroute_oracle(before, similarity(), 1)
+    padding = torch.arange(TOKENS, device=device) >= 5
+    for metadata in (DECODE, PREFILL):
+        made.state.begin(metadata, padding)
+        router._compute_routing(hidden, logits)
+    counted = made.stats()
+    assert (counted.calls, counted.tokens, counted.slots) == (1, 5, 5 * TOP_K)
+    assert counted.slots_changed == int((before != after).sum()) > 0
+    assert (counted.mean_active_before, counted.mean_active_after) == (len(before.unique()), len(after.unique()))
+
+
 @pytest.mark.parametrize("indices_type", [torch.int32, torch.int64, torch.uint32], ids=str)
 def test_ids_keep_their_type(device, indices_type):
     """Kernels ask for a type of ids; some for one in which PyTorch can do little."""

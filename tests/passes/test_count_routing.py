@@ -51,6 +51,15 @@ class TestCount:
         after = before.clamp(max=3)
         assert counted(before, after) == by_hand(before, after)
 
+    def test_rows_that_are_padding(self):
+        """They are no tokens, no slots and no changes, and activate no expert."""
+        before = torch.tensor([[0, 1], [2, 3], [4, 5]])
+        after = torch.tensor([[0, 0], [2, 0], [4, 0]])
+        counts = torch.zeros(len(COUNTED), dtype=torch.int64)
+        real = torch.tensor([True, False, True])
+        add_counts(before, after, EXPERTS, counts, real)
+        assert dict(zip(COUNTED, counts.tolist(), strict=True)) == by_hand(before[real], after[real])
+
     def test_adds_up_in_place(self):
         """Counts of several calls are summed in the same memory."""
         counts = torch.zeros(len(COUNTED), dtype=torch.int64)

@@ -188,10 +188,8 @@ class RoutingHook:
         return (weights * torch.where(moved, projection[at[0], at[1]], 1.0)).to(weights.dtype)
 
     def _count(self, counts: Tensor, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
-        if mask is not None:
-            before, after = (torch.where(mask[:, None], ids, -1) for ids in (before, after))
         batch = torch.zeros_like(counts)
-        add_counts(before, after, self.num_experts, batch)
+        add_counts(before, after, self.num_experts, batch, mask)
         counts.add_(batch * self.state.active)
 
 
