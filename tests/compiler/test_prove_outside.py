@@ -238,3 +238,111 @@ def test_half_of_the_draws_let_most_tokens_name_an_expert_twice():
     assert sorted(order[0, 0].tolist()) == list(range(EXPERTS))
     assert set(order[..., 0].flatten().tolist()) == {0, 1}
     assert len(set(made_up_order((4, 5), EXPERTS, seed=1)[..., 0].flatten().tolist())) > 2
+
+
+class TestHowRunsAreCompared:
+    """What a trial calls equal, changed, or something else."""
+
+    def test_relative_to_the_largest_number_of_its_tensor(self):
+        wanted = [torch.tensor([4.0, -8.0]), torch.tensor([0.5])]
+        assert module._distance([w.clone() for w in wanted], wanted) == 0
+        assert module._distance([torch.tensor([4.0, -7.0]), torch.tensor([0.5])], wanted) == 0.125
+        assert module._distance([torch.tensor([4.0, -7.0]), torch.tensor([1.0])], wanted) == 1.0
+        assert module._distance([torch.zeros(0, 3)], [torch.zeros(0, 3)]) == 0
+
+    @pytest.mark.parametrize(
+        ("got", "wanted"),
+        [
+            ([torch.ones(2)], []),
+            ([torch.ones(2)], [torch.ones(3)]),
+            ([torch.ones(2)], [torch.ones(2).double()]),
+            ([torch.tensor([1, 2])], [torch.tensor([1, 3])]),
+        ],
+    )
+    def test_other_things(self, got, wanted):
+        """More of them, another shape or type, or other whole numbers."""
+        assert module._distance(got, wanted) is None
+
+    def test_whole_numbers_that_are_equal_are_followed_by_the_rest(self):
+        ids = torch.tensor([1, 2])
+        assert module._distance([ids, torch.tensor([3.0])], [ids.clone(), torch.tensor([2.0])]) == 0.5
+
+    def test_rows_that_differ(self):
+        """In any output that has a row per token; others tell nothing."""
+        before = [torch.zeros(1, 3, 2), torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 2, dtype=torch.int64)]
+        after = [value.clone() for value in before]
+        assert module._changed_rows(before, after, 3).tolist() == [False, False, False]
+        after[0][0, 1, 1] = 1e-9
+        after[1][2, 0] = 1
+        assert module._changed_rows(before, after, 3).tolist() == [False, True, True]
+        assert module._changed_rows(before[2:], after[2:], 3) is None
+        assert module._changed_rows(before[:1], [torch.zeros(3, 2)], 3) is None
+
+    def test_close(self):
+        """By the larger of both; empty tensors are."""
+        left = torch.tensor([1.0, 100.0])
+        assert module._close(left, left + 0.009)
+        assert module._close(left + 0.009, left)
+        assert not module._close(left, left + torch.tensor([0.0, 0.02]))
+        assert module._close(torch.zeros(3), torch.full((3,), 5e-8))
+        assert not module._close(torch.zeros(3), torch.full((3,), 1e-3))
+        assert module._close(torch.zeros(0), torch.zeros(0))
+
+
+class TestWhatIsMadeUp:
+    def test_an_order_of_all_experts(self):
+        """Even seeds: the first two experts are the first choices, by turns, so that most tokens name one twice."""
+        for leading in ((6,), (2, 3)):
+            for seed in range(4):
+                order = made_up_order(leading, 5, seed)
+                assert order.shape == (*leading, 5)
+                assert order.dtype == torch.int64
+                assert all(sorted(row) == list(range(5)) for row in order.view(-1, 5).tolist())
+                first = order[..., 0].flatten().tolist()
+                assert (first == [0, 1] * 3) is (seed % 2 == 0)
+                assert torch.equal(order, made_up_order(leading, 5, seed))
+            assert not torch.equal(made_up_order(leading, 5, 0)[..., 1:], made_up_order(leading, 5, 2)[..., 1:])
+        assert made_up_order((3,), 1, 0).tolist() == [[0]] * 3
+        assert {row[0] for row in made_up_order((6,), 2, 0).tolist()} == {0, 1}
+
+    def test_an_exchange_moves_every_expert(self):
+        assert module._shift(3) == {0: 1, 1: 2, 2: 0}
+
+    def test_other_hidden_states(self):
+        """Of the same kind; what is no floating-point number stays."""
+        ids = torch.arange(3)
+        assert module._turned(ids) is ids
+        assert module._turned("x") == "x"
+        assert module._turned(torch.tensor([2.0, 4.0])).tolist() == [2.0, 1.0]
+        assert module._in_float32(torch.ones(2).half()).dtype == torch.float32
+        assert module._in_float32(ids) is ids
+        assert module._in_float32(7) == 7
+        value = torch.ones(2, requires_grad=True)
+        assert not module._detached(value).requires_grad
+        assert module._detached(7) == 7
+
+    def test_an_error_in_a_few_words(self):
+        assert module._short(ValueError("first\nsecond")) == "ValueError: first"
+        assert module._short(KeyError()) == "KeyError: "
+        assert len(module._short(RuntimeError("x" * 500))) == len("RuntimeError: ") + 120
+
+
+class TestWhoseBlock:
+    def test_without_an_owner_nothing_is_proven(self):
+        verdict = prove_outside(None, None)
+        assert (verdict.merged, verdict.is_gate, verdict.block) == (None, False, -1)
+        assert verdict.reason == "no module of this process owns its router weight"
+
+    def test_modules_that_compute_the_same_have_one_number(self):
+        first, second, other = nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(2, 4)
+        assert module._number(first) == module._number(second)
+        assert module._number(first) != module._number(other)
+
+    def test_verdicts_hold_for_blocks_that_compute_the_same(self):
+        layers = [nn.Sequential(nn.Linear(2, 3), nn.Tanh()) for _ in range(2)]
+        verdict = module.Verdict(True, block=module._number(layers[0]))
+        assert module.computes_the_same(layers[0][0].weight, verdict)
+        assert module.computes_the_same(layers[1][0].weight, verdict)
+        assert not module.computes_the_same(layers[0][0].weight, module.Verdict(True, block=-1))
+        assert not module.computes_the_same(torch.zeros(3, 2), verdict)
+        assert not module.computes_the_same(None, verdict)

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from sere_compile.passes import SkipReason, UseKind, find_gates
-from sere_compile.passes.evidence.expert_evidence import limits_named, numbers_named, reaches_experts
+from sere_compile.passes.evidence.expert_evidence import (
+    is_multiplied,
+    limits_named,
+    numbers_named,
+    reaches_experts,
+    same_for_every_expert,
+)
 from sere_compile.passes.graph import nodes
 
 from ..moe_modules import (
@@ -17,6 +23,7 @@ from ..moe_modules import (
     Used,
     from_dynamo,
     from_export,
+    from_make_fx,
     one_gate,
     rows,
 )
@@ -167,3 +174,110 @@ def test_numbers_named(function, operation, numbers):
 def test_limits_named(function, operation, limits):
     """The number of experts that a comparison or clamp of the ids makes sense of."""
     assert limits_named(consumer(function, operation)) == limits
+
+
+def compared(function, operation):
+    """The consumer of that kind in the graph of make_fx, which is made in no time."""
+    graph = from_make_fx(Used(function), rows()).graph
+    return [node for node in graph.nodes if nodes.kind(node) == operation][-1]
+
+
+# Comparison -> numbers with which it says the same of every expert, and others.
+ALIKE = {
+    "eq": ((-2, -1, EXPERTS, EXPERTS + 1), (0, 1, EXPERTS - 1)),
+    "ne": ((-2, -1, EXPERTS, EXPERTS + 1), (0, 1, EXPERTS - 1)),
+    "ge": ((-1, 0, EXPERTS, EXPERTS + 1), (1, EXPERTS - 1)),
+    "lt": ((-1, 0, EXPERTS, EXPERTS + 1), (1, EXPERTS - 1)),
+    "gt": ((-2, -1, EXPERTS - 1, EXPERTS), (0, EXPERTS - 2)),
+    "le": ((-2, -1, EXPERTS - 1, EXPERTS), (0, EXPERTS - 2)),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_separates_experts_from_other_numbers_alone(name):
+    """Ids outside [0, E) are on one side, and all experts on the other."""
+    for numbers, alike in zip(ALIKE[name], (True, False), strict=True):
+        for number in numbers:
+            node = compared(lambda b, x, ids, s, number=number: getattr(ids, name)(number), name)
+            assert same_for_every_expert(node, EXPERTS) is alike, number
+
+
+def test_comparisons_with_a_tensor_name_nothing():
+    node = compared(lambda b, x, ids, s: ids < ids.flip(0), "lt")
+    assert not same_for_every_expert(node, EXPERTS)
+    assert limits_named(node) == set()
+    assert not same_for_every_expert(compared(lambda b, x, ids, s: ids + 9, "add"), EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("function", "operation", "limits"),
+    [
+        (lambda ids: ids.le(6), "le", {7}),
+        (lambda ids: ids.ge(6), "ge", {6}),
+        (lambda ids: ids.ne(6), "ne", {6}),
+        (lambda ids: ids.eq(6), "eq", {6}),
+        (lambda ids: ids.clamp(0, 5), "clamp", {6}),
+        (lambda ids: ids.clamp(min=0), "clamp", set()),
+        (lambda ids: ids.clamp_max(5), "clamp_max", {6}),
+    ],
+    ids=["le", "ge", "ne", "eq", "clamp", "from below", "clamp_max"],
+)
+def test_further_limits(function, operation, limits):
+    assert limits_named(compared(lambda b, x, ids, s: function(ids), operation)) == limits
+
+
+@pytest.mark.parametrize(
+    ("pick", "numbers"),
+    [
+        (lambda table: table[:, 5], {5}),
+        (lambda table: table[:, 4:5] + table[:, 0], {4, 0}),
+        (lambda table: table[:, 2:4], set()),
+        (lambda table: table.T[3] + table.T[6:7], {3, 6}),
+        (lambda table: (table * 2)[:, 1], {1}),
+        (lambda table: table.sum(1)[:3], set()),
+    ],
+    ids=["column", "two", "range", "rows", "through a product", "of a sum"],
+)
+def test_columns_of_a_table(pick, numbers):
+    """Of what the ids were scattered into, however it is arranged."""
+
+    def picked(b, x, ids, s):
+        return pick(torch.zeros_like(s).scatter(1, ids, 1.0))
+
+    assert numbers_named(compared(picked, "scatter")) == numbers
+
+
+@pytest.mark.parametrize(
+    ("use", "multiplied"),
+    [
+        (lambda b, x, w: x[:, None, None] @ w, True),
+        (lambda b, x, w: torch.einsum("th,tkhd->tkd", x, w), True),
+        (lambda b, x, w: torch.bmm(x[:, None], w[:, 0].transpose(1, 2) * 2), True),
+        (lambda b, x, w: w.mean(1) @ b.experts[0], False),
+        (lambda b, x, w: w @ b.experts[0], False),
+        (lambda b, x, w: w + x[:, None, None], False),
+        (lambda b, x, w: w.sum(1) * x[:, None], False),
+    ],
+    ids=["matmul", "einsum", "scaled", "summed", "with weights", "added", "times"],
+)
+def test_gathered_weights_meet_hidden_states(use, multiplied):
+    """In a product of matrices, with something that is not the model's own."""
+    node = compared(lambda b, x, ids, s: use(b, x, b.experts[ids]), "index")
+    assert is_multiplied(node) is multiplied
+
+
+def test_the_search_ends_after_some_steps():
+    """An ordinary dispatch is much shorter."""
+
+    def far(steps):
+        def function(b, x, ids, s):
+            y = ids.float()
+            for _ in range(steps):
+                y = y.sin()
+            return torch.bmm(y[None], b.experts[:1, :3])
+
+        graph = from_make_fx(Used(function), rows()).graph
+        return next(node for node in graph.nodes if nodes.kind(node) == "sin")
+
+    assert reaches_experts(far(150), EXPERTS)
+    assert not reaches_experts(far(250), EXPERTS)

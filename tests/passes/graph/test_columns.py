@@ -18,7 +18,22 @@ PARTS = {
     "split": (lambda x: x.split([1, 3], -1)[1], (1, 4)),
     "chunk": (lambda x: x.chunk(2, 1)[1], (2, 4)),
     "every second": (lambda x: x[:, ::2], None),
+    "all but the first": (lambda x: x[:, 1:], (1, 4)),
+    "all but the last": (lambda x: x[:, :-1], (0, 3)),
+    "behind dots": (lambda x: x[..., 1:3], (1, 3)),
+    "one column": (lambda x: x[:, 2:3], (2, 3)),
+    "narrow from behind": (lambda x: x.narrow(1, -3, 2), (1, 3)),
+    "middle of a split": (lambda x: x.split([1, 2, 1], 1)[1], (1, 3)),
+    "first of a split": (lambda x: x.split(3, 1)[0], (0, 3)),
     "rows": (lambda x: x[1:], None),
+    "rows and columns": (lambda x: x[1:, 1:], None),
+    "rows by narrow": (lambda x: x.narrow(0, 1, 2), None),
+    "rows of a split": (lambda x: x.split([1, 2], 0)[1], None),
+    "rows of chunks": (lambda x: x.chunk(3)[1], None),
+    "a column taken out": (lambda x: x[:, 1], None),
+    "unbound": (lambda x: x.unbind(1)[1], None),
+    "a new dimension": (lambda x: x[:, None], None),
+    "chosen": (lambda x: x.topk(2)[0], None),
 }
 
 
@@ -32,9 +47,15 @@ def test_parts(name, tracer):
     part, x = nodes.operand(negated), graph.graph.find_nodes(op="placeholder")
     x = next(node for node in x if nodes.shape(node) == (3, 4))
     source = cut_from(part)
-    assert (source is x) == (expected is not None)
-    if expected is not None:
-        assert columns_of(part, x) == expected
+    if expected is None:
+        assert source is not x
+        assert columns_of(part, x) is None
+        return
+    # torch.export takes all rows first, then columns of these.
+    assert source is x or columns_of(source, x) == (0, 4)
+    assert columns_of(part, source) == expected
+    assert columns_of(part, negated) is None
+    assert columns_of(part, None) is None
 
 
 @pytest.mark.parametrize("tracer", TRACERS)
@@ -44,5 +65,26 @@ def test_constant(tracer):
     [where] = [node for node in graph.graph.nodes if nodes.kind(node) == "where"]
     assert constant(nodes.argument(where, 2, "other")) == -1
     assert constant(2.5) == 2.5
+    assert constant(0) == 0
+    assert constant("1") is None
     assert constant(True) is None
     assert constant(where) is None
+
+
+# Ways to write a tensor of one number, and the number.
+FILLED = {
+    "full": (lambda x: torch.full((), 3.0), 3.0),
+    "full_like": (lambda x: torch.full_like(x, 2.0), 2.0),
+    "new_full": (lambda x: x.new_full((3, 4), 5.0), 5.0),
+    "scalar_tensor": (lambda x: torch.scalar_tensor(7.0), 7.0),
+    "tensor": (lambda x: torch.tensor(4.0), 4.0),
+    "none of these": (lambda x: x * 2, None),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_constants_of_dynamo(name):
+    function, number = FILLED[name]
+    graph = graph_of(lambda m, x, ids: torch.where(ids[:, None] > 0, x, function(x)), TRACERS["dynamo"])
+    [where] = [node for node in graph.graph.nodes if nodes.kind(node) == "where"]
+    assert constant(nodes.argument(where, 2, "other")) == number
