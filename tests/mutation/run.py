@@ -64,7 +64,7 @@ def judge(drawn: Iterable[Mutant], *, jobs: int = 1, cache: Path | None = None) 
     by_files: dict[tuple[str, ...], list[Mutant]] = defaultdict(list)
     for mutant in drawn:
         by_files[own_tests(mutant.path)].append(mutant)
-    tasks = sorted(by_files.items(), key=lambda task: (-len(task[1]), task[0]))
+    tasks = sorted(by_files.items())
     verdicts: Verdicts = {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         waiting = [pool.submit(_judge, files, of_files, cache) for files, of_files in tasks]

@@ -105,7 +105,7 @@ def squashed(layer, logits):
 def test_numbers_of_the_chain_are_what_may_scale():
     """1 always; a positive number, and its inverse where it divides; small ones may be an epsilon."""
     found = scorings(scaled)
-    assert {scoring.scale for scoring in found} == {1.0, 1e-6, 2.5, 4.0, 0.25}
+    assert {scoring.scale for scoring in found} == {1.0, 1e-6, 2.5, 4.0, 0.25, float(K)}
     assert {scoring.epsilon for scoring in found if scoring.renormalize} == {1e-6, 0.0}
     assert {scoring.epsilon for scoring in found if not scoring.renormalize} == {0.0}
     # The epsilon first: on most logits it makes no visible difference.
@@ -127,8 +127,8 @@ def test_where_scores_become_weights(route, scoring):
 def in_groups(count, chosen, score=lambda groups: groups.amax(-1), outside=0.0):
     def route(layer, logits):
         scores = logits.sigmoid()
-        best = score(scores.view(-1, count, E // count)).topk(chosen, dim=-1)[1]
-        mask = torch.zeros(scores.shape[0], count).scatter(1, best, 1.0).bool()
+        best = score(scores.view(-1, count, E // count))
+        mask = torch.zeros_like(best).scatter(1, best.topk(chosen, dim=-1)[1], 1.0).bool()
         mask = mask.unsqueeze(-1).expand(-1, count, E // count).reshape(scores.shape)
         ids = scores.masked_fill(~mask, outside).topk(K, dim=-1)[1]
         return scores.gather(1, ids), ids, logits
@@ -156,7 +156,7 @@ def test_a_bias_of_another_size_is_none():
             super().__init__(route)
             self.odd = torch.nn.Parameter(torch.ones(1))
 
-    gate = gate_of(Odd(lambda layer, logits: raw(layer, logits * layer.odd)))
+    gate = gate_of(Odd(lambda layer, logits: (*raw(layer, logits * layer.odd)[:2], logits)))
     chain = find_chain(gate)
     assert isinstance(chain, RoutingChain)
     assert list(possible_routings(gate, chain)) == []

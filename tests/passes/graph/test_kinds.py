@@ -82,3 +82,77 @@ class TestKind:
             "item",
             "slice",
         ]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "writes"),
+    [
+        (operator.itruediv, "div", True),
+        (operator.truediv, "div", False),
+        (operator.iadd, "add", True),
+        (operator.imul, "mul", True),
+        (operator.isub, "sub", True),
+        (operator.ifloordiv, "floor_divide", True),
+        (operator.floordiv, "floor_divide", False),
+        (operator.imod, "remainder", True),
+        (operator.mod, "remainder", False),
+        (operator.ior, "bitwise_or", True),
+        (operator.or_, "bitwise_or", False),
+        (operator.ixor, "bitwise_xor", True),
+        (operator.ipow, "pow", True),
+        (operator.matmul, "matmul", False),
+        (operator.setitem, "index_put", True),
+        (torch.ops.aten.relu_.default, "relu", True),
+        (torch.ops.aten._softmax.default, "softmax", False),
+        (torch.ops.aten._to_copy.default, "to", False),
+        (torch.ops.aten.index_put, "index_put", False),
+        (torch.ops.prims.mul.default, "mul", False),
+    ],
+    ids=str,
+)
+def test_functions(target, kind, writes):
+    """Python's operators and ATen's, in place or not."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(target, (x, x, x))
+    assert nodes.kind(node) == kind
+    assert nodes.writes(node) == ([x] if writes else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("T", "transpose"), ("mT", "transpose"), ("H", "transpose"), ("mH", "transpose")]
+)
+def test_attributes(name, kind):
+    """Dynamo writes `x.T` as one."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    assert nodes.kind(graph.call_function(getattr, (x, name))) == kind
+    assert nodes.kind(graph.call_function(getattr, (x, "shape"))) == "getattr"
+    assert nodes.kind(graph.call_method("mean", (x,))) == "mean"
+
+
+@pytest.mark.parametrize("tracer", ["dynamo"])
+@pytest.mark.parametrize(
+    ("index", "kind"),
+    [
+        (lambda x, ids: x[1], "slice"),
+        (lambda x, ids: x[:, 1:], "slice"),
+        (lambda x, ids: x[..., None], "unsqueeze"),
+        (lambda x, ids: x[None], "unsqueeze"),
+        (lambda x, ids: x[:, None, :], "unsqueeze"),
+        (lambda x, ids: x[None, 1:], "slice"),
+        (lambda x, ids: x[ids], "index"),
+        (lambda x, ids: x[:, ids], "index"),
+        (lambda x, ids: x[ids, None], "index"),
+        (lambda x, ids: x[[0, 2]], "index"),
+        (lambda x, ids: x[x > 0], "index"),
+    ],
+    ids=["row", "columns", "last", "first", "between", "both", "rows", "by columns", "and new", "list", "mask"],
+)
+def test_ways_to_index(index, kind, tracer):
+    """Numbers and slices take a part, None alone adds dimensions, a tensor gathers."""
+    if kind == "index" and index(torch.zeros(3, 4), torch.tensor([0])).dim() == 1:
+        pytest.skip("sizes depend on the data")
+    graph = graph_of(lambda m, x, ids: index(x, ids) * 1, TRACERS[tracer])
+    [found] = [node for node in calls(graph) if nodes.raw_name(node) == "getitem"]
+    assert nodes.kind(found) == kind

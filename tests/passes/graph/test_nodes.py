@@ -1,5 +1,7 @@
 """`nodes`: what is asked of a node that takes more than its own kind, value or arguments."""
 
+import operator
+
 import pytest
 import torch
 from torch.fx import Graph
@@ -69,3 +71,106 @@ class TestReadsNumbers:
         x = graph.placeholder("x")
         assert nodes.reads_numbers(graph.call_function(getattr, (x, "T")), x)
         assert not nodes.reads_numbers(graph.call_function(getattr, (x, "shape")), x)
+
+
+def asked(function):
+    """The node that `neg` reads in the graph of make_fx."""
+    return nodes.operand(find(graph_of(lambda m, x, ids: function(m, x, ids).neg(), TRACERS["make_fx"]), "neg"))
+
+
+class TestSlotSource:
+    """Ids that are viewed, cast or partly replaced are ids still."""
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda ids: ids.view(3, 1),
+            lambda ids: ids.to(torch.int32),
+            lambda ids: ids.clone(),
+            lambda ids: torch.where(ids > 0, ids, -1),
+            lambda ids: ids.masked_fill(ids > 1, 0),
+            lambda ids: ids.clamp(max=1),
+            lambda ids: ids.clamp_min(1),
+            lambda ids: ids % 2,
+        ],
+        ids=["view", "cast", "copy", "where", "masked", "clamp", "clamp_min", "remainder"],
+    )
+    def test_passed_on(self, function):
+        node = asked(lambda m, x, ids: function(ids))
+        source = nodes.slot_source(node)
+        assert source is not None
+        assert source.op == "placeholder"
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda ids: ids + 1,
+            lambda ids: torch.where(ids > 0, -1, ids[None].expand(2, 3)[:1]),
+            lambda ids: torch.where((ids > 0)[:, None], ids, -1),
+            lambda ids: ids.sum(0, keepdim=True),
+            lambda ids: ids.clone().clamp_(max=1),
+            lambda ids: ids.clone().masked_fill_(ids > 1, 0),
+        ],
+        ids=["sum", "other branch", "broadcast", "reduced", "in place", "masked in place"],
+    )
+    def test_not_passed_on(self, function):
+        source = nodes.slot_source(asked(lambda m, x, ids: function(ids)))
+        assert source is None or source.op != "placeholder"
+
+
+class TestMovedOnes:
+    """Views and permutations that keep the numbers in order."""
+
+    @pytest.mark.parametrize(
+        ("function", "kept"),
+        [
+            (lambda x: x.view(3, 1, 4), True),
+            (lambda x: x.view(1, 3, 4).permute(1, 0, 2), True),
+            (lambda x: x.view(1, 3, 4).transpose(0, 1), True),
+            (lambda x: x.view(1, 3, 4).permute(2, 1, 0), False),
+            (lambda x: x.view(1, 3, 4).transpose(1, 2), False),
+            (lambda x: x.view(1, 3, 4).transpose(-1, -2), False),
+            (lambda x: x.view(4, 3), False),
+            (lambda x: x.view(12), False),
+            (lambda x: x[:, :3].transpose(0, 1), False),
+            (lambda x: x.t(), False),
+            (lambda x: x[:1].t(), True),
+            (lambda x: x * 2, False),
+        ],
+    )
+    def test_order(self, function, kept):
+        assert nodes.only_moves_ones(asked(lambda m, x, ids: function(x))) is kept
+
+    @pytest.mark.parametrize(("name", "kept"), [("T", False), ("mT", False), ("H", False)])
+    def test_attributes(self, name, kept):
+        """By dimension: a square has the same sizes turned."""
+        graph = graph_of(lambda m, x, ids: getattr(x, name) * 1, TRACERS["dynamo"])
+        assert nodes.only_moves_ones(find(graph, "transpose")) is kept
+        graph = graph_of(lambda m, x, ids: x[None, :1].mT * 1, TRACERS["dynamo"])
+        assert nodes.only_moves_ones(find(graph, "transpose"))
+
+
+def test_first_of_several_results():
+    """What a decomposition writes for an elementwise operation: its first result stands for it."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    normed = graph.call_function(torch.ops.aten.native_layer_norm.default, (x, [4], None, None, 1e-5))
+    first, second = (graph.call_function(operator.getitem, (normed, number)) for number in (0, 1))
+    best = graph.call_function(torch.ops.aten.topk.default, (x, 2))
+    values = graph.call_function(operator.getitem, (best, 0))
+    for node in (normed, best):
+        node.meta["val"] = (torch.ones(3, 4), torch.ones(3, 4))
+    assert nodes.first_result(first) is normed
+    assert nodes.first_result(second) is None
+    assert nodes.first_result(values) is None
+    assert nodes.first_result(x) is None
+    plain = graph.call_function(torch.ops.aten.relu.default, (x,))
+    assert nodes.elementwise_users(x) == [first, best, plain]
+
+
+def test_indices_by_keyword():
+    graph = Graph()
+    x, ids = graph.placeholder("x"), graph.placeholder("ids")
+    assert nodes.index_tensors(graph.call_method("index_select", (x,), {"dim": 0, "index": ids})) == [ids]
+    assert nodes.index_tensors(graph.call_function(torch.ops.aten.index.Tensor, (x, [None, ids, 3]))) == [ids]
+    assert nodes.index_tensors(graph.call_method("index_select", (x, 0))) == []

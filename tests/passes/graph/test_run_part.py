@@ -1,9 +1,13 @@
 """`run_graph`: a graph on given values."""
 
+import collections
+
+import pytest
 import torch
+from torch import nn
 from torch.fx import symbolic_trace
 
-from sere_compile.passes.graph.run_part import run_graph
+from sere_compile.passes.graph.run_part import copied, plain_number, run_graph
 
 
 def test_half_precision_becomes_single():
@@ -28,3 +32,69 @@ def test_writes_go_to_copies():
     value = torch.zeros(2)
     run_graph(graph.graph, graph, {next(iter(graph.graph.nodes)): value})
     assert torch.equal(value, torch.zeros(2))
+
+
+def last_of(graph, value, **options):
+    return list(run_graph(graph.graph, graph, {next(iter(graph.graph.nodes)): value}, **options).values())[-1]
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda x: x.half(),
+        lambda x: x.bfloat16(),
+        lambda x: x.to(torch.float16),
+        lambda x: x.to(dtype=torch.bfloat16),
+        lambda x: torch.softmax(x, -1, dtype=torch.float16),
+    ],
+    ids=["half", "bfloat16", "to", "keyword", "softmax"],
+)
+def test_every_cast_to_half_precision(cast):
+    """Becomes one to float32; casts to other types stay."""
+    graph = symbolic_trace(lambda x: cast(x))
+    assert last_of(graph, torch.ones(3)).dtype is torch.float32
+    assert last_of(graph, torch.ones(3).double()).dtype is torch.float32
+    assert last_of(graph, torch.ones(3), single=False).dtype in (torch.float16, torch.bfloat16)
+    assert last_of(symbolic_trace(lambda x: x.double()), torch.ones(3)).dtype is torch.float64
+
+
+class Owning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        self.inner.register_buffer("shift", torch.arange(3.0))
+
+    def forward(self, x):
+        return torch.dropout(self.inner(x), 0.5, True) + self.inner.shift
+
+
+def test_modules_attributes_and_dropout():
+    """What a module holds is read from it; nothing is dropped."""
+    module = Owning()
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(last_of(symbolic_trace(module), x), module.inner(x) + module.inner.shift)
+
+
+def test_what_is_given_is_not_computed():
+    graph = symbolic_trace(lambda x: (x + 1) * 2)
+    x, added, product, output = graph.graph.nodes
+    values = run_graph(graph.graph, None, {x: torch.ones(1), added: torch.full((1,), 5.0)})
+    assert values[product] == 10
+    assert output not in values
+    assert not values[product].requires_grad
+
+
+def test_copies():
+    """Of tensors, also in tuples, whose form stays."""
+    pair = collections.namedtuple("pair", "values indices")
+    given = pair(torch.ones(2), (torch.zeros(2), 3))
+    made = copied(given)
+    assert type(made) is pair
+    assert type(made.indices) is tuple
+    assert made.indices[1] == 3
+    made.values.add_(1)
+    made.indices[0].add_(1)
+    assert given.values.tolist() == [1, 1]
+    assert given.indices[0].tolist() == [0, 0]
+    assert copied("x") == "x"
+    assert plain_number(7) == 7

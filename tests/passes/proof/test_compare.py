@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sere_compile.passes.proof.compare import distance
+from sere_compile.passes.proof.compare import distance, tolerance
 
 
 def test_rounding_is_no_difference():
@@ -23,3 +23,43 @@ def test_what_differs(got):
 def test_the_same_nan_is_the_same():
     value = torch.tensor([float("nan"), float("inf"), 1.0])
     assert distance(value, value.clone(), exact=True) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 5e-2)]
+)
+def test_rounding_is_relative_to_the_largest_number(dtype, allowed):
+    """Of its type; a whole number that differs does so in any case."""
+    assert tolerance(dtype) == allowed
+    expected = torch.tensor([0.0, 64.0], dtype=dtype)
+    assert distance(expected, expected + torch.tensor([32 * allowed, 0], dtype=dtype), exact=False) is None
+    assert distance(expected, expected + torch.tensor([128 * allowed, 0], dtype=dtype), exact=False) is not None
+    assert distance(expected, expected + torch.tensor([32 * allowed, 0], dtype=dtype), exact=True) is not None
+    assert distance(torch.tensor([10**6]), torch.tensor([10**6 + 1]), exact=False) == "1 of 1e+06"
+
+
+def test_what_is_no_tensor():
+    assert distance(3, 3, exact=True) is None
+    assert distance(3, 4, exact=True) == "4 instead of 3"
+    assert distance(1, True, exact=True) == "True instead of 1"
+    assert distance(torch.ones(1), 1, exact=False) is not None
+    assert distance(1, torch.ones(1), exact=False) is not None
+
+
+def test_words():
+    """What was got, and what was expected."""
+    ones = torch.ones(3)
+    assert distance(ones, torch.ones(2), exact=False) == "[2] torch.float32 instead of [3] torch.float32"
+    assert distance(ones, ones.double(), exact=False) == "[3] torch.float64 instead of [3] torch.float32"
+    assert distance(ones, ones.where(ones < 0, torch.nan), exact=False) == "infinities or NaNs"
+    assert distance(ones * 2, torch.tensor([2.0, 2.5, 2.0]), exact=False) == "0.5 of 2"
+    assert distance(torch.zeros(0), torch.zeros(0), exact=True) is None
+
+
+def test_what_is_not_finite_is_compared_as_well():
+    """Infinities of another sign are others; next to them rounding counts as ever."""
+    inf = float("inf")
+    left = torch.tensor([inf, 1.0])
+    assert distance(left, torch.tensor([-inf, 1.0]), exact=True) is not None
+    assert distance(left, torch.tensor([inf, 1.00001]), exact=False) is None
+    assert distance(left, torch.tensor([inf, 1.1]), exact=False) == "0.1 of 1"
