@@ -81,7 +81,7 @@ def split_at_fixed_places(sort: Node, slots: object) -> Node | None:
 
     def in_order(node: Node) -> list[Node]:
         users = nodes.followers(node)
-        return [user for user in users if nodes.kind(user) == "item" or (nodes.shape(user) or (None,))[0] == slots]
+        return [user for user in users if nodes.kind(user) == "item" or _rows(user) == str(slots)]
 
     for node in walk([sort], in_order, _HORIZON):
         for user in nodes.followers(node):
@@ -92,13 +92,18 @@ def split_at_fixed_places(sort: Node, slots: object) -> Node | None:
 
 def _takes_fixed_part(node: Node, source: Node, slots: int) -> bool:
     """Whether a node takes fewer rows than there are, from and to constant places."""
-    rows = nodes.shape(source)
-    if nodes.kind(node) not in _TAKES_PARTS or nodes.operand(node) is not source or not rows or rows[0] != slots:
+    if nodes.kind(node) not in _TAKES_PARTS or nodes.operand(node) is not source or _rows(source) != str(slots):
         return False
     parts = nodes.value(node)
     first = parts[0] if isinstance(parts, (tuple, list)) and parts else parts
     sizes = tuple(getattr(first, "shape", ()))
     return bool(sizes) and isinstance(sizes[0], int) and sizes[0] != slots and not _symbolic(node)
+
+
+def _rows(node: Node) -> str:
+    """How many rows there are, as written: a size that depends on the data must not be asked for its value."""
+    sizes = nodes.shape(node)
+    return str(sizes[0]) if sizes else ""
 
 
 def _symbolic(node: Node) -> bool:

@@ -106,7 +106,7 @@ def kind(node: Node) -> str:
     """Canonical name of the operation, without the mark of an in-place variant (`div_` is `div`).
 
     `placeholder`, `get_attr`, `output` and `call_module` nodes have their opcode as kind. Indexing
-    is split: `index` takes at least one index tensor, `slice` takes only numbers, slices, None and
+    is split: `index` takes at least one index tensor or list, `slice` takes only numbers, slices, None and
     Ellipsis, `unsqueeze` adds dimensions and takes everything, and `item` picks one result of an
     operation that returns several.
     """
@@ -126,10 +126,11 @@ def _kind_of_getitem(node: Node) -> str:
     source, index = node.args
     if isinstance(source, Node) and not is_tensor(source) and isinstance(index, int):
         return "item"
-    parts = index if isinstance(index, (tuple, list)) else (index,)
+    parts = index if isinstance(index, tuple) else (index,)
     if all(part is None or part is Ellipsis or part == slice(None) for part in parts):
         return "unsqueeze"
-    return "index" if any(isinstance(part, Node) and is_tensor(part) for part in parts) else "slice"
+    gathers = any(isinstance(part, list) or (isinstance(part, Node) and is_tensor(part)) for part in parts)
+    return "index" if gathers else "slice"
 
 
 def marks_in_place(name: str) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -64,58 +64,61 @@ def judge(drawn: Iterable[Mutant], *, jobs: int = 1, cache: Path | None = None) 
     by_files: dict[tuple[str, ...], list[Mutant]] = defaultdict(list)
     for mutant in drawn:
         by_files[own_tests(mutant.path)].append(mutant)
-    tasks = sorted(by_files.items())
+    parts: list[list[tuple[tuple[str, ...], list[Mutant]]]] = [[] for _ in range(jobs)]
+    for task in sorted(by_files.items(), key=lambda task: (len(task[1]), task[0])):
+        min(parts, key=lambda part: sum(len(mutants) for _, mutants in part)).append(task)
     verdicts: Verdicts = {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        waiting = [pool.submit(_judge, files, of_files, cache) for files, of_files in tasks]
-        for found in waiting:
-            verdicts |= found.result()
+        for found in pool.map(_judge, parts, itertools.repeat(cache)):
+            verdicts |= found
     return verdicts
 
 
-def _judge(files: Iterable[str], drawn: list[Mutant], cache: Path | None) -> Verdicts:
+def _judge(tasks: list[tuple[tuple[str, ...], list[Mutant]]], cache: Path | None) -> Verdicts:
     verdicts: Verdicts = {}
-    for file in files:
-        left = [mutant for mutant in drawn if mutant not in verdicts or not verdicts[mutant].killed]
-        if left:
-            verdicts |= _judge_in(file, left, cache)
+    files = {file for files, _ in tasks for file in files}
+    with server.collected(files, population()) as tests:
+        for own, drawn in tasks:
+            for file in own:
+                left = [mutant for mutant in drawn if mutant not in verdicts or not verdicts[mutant].killed]
+                if left:
+                    verdicts |= _judge_in(file, left, tests, cache)
     return verdicts
 
 
-def _judge_in(file: str, drawn: list[Mutant], cache: Path | None) -> Verdicts:
+def _judge_in(file: str, drawn: list[Mutant], tests: server.Tests, cache: Path | None) -> Verdicts:
     verdicts = {}
-    started = time.monotonic()
-    modules = [module for module in population() if file in own_tests(module)]
-    modules += {mutant.path for mutant in drawn}.difference(modules)
-    with server.collected(file, modules) as tests:
-        measured = _measured(tests, [file, *modules], cache, ask=len(drawn) >= WORTH_MEASURING)
-        if measured and measured.failed:
-            raise RuntimeError(f"{file} fails on the code as it is: {', '.join(measured.failed)}")
-        print(f"{file}: ready in {time.monotonic() - started:.0f} s", flush=True)
-        for mutant in drawn:
-            chosen = measured.covering(mutant) if measured else None
-            seconds = sum(measured.seconds[test] for test in chosen) if measured and chosen else 120.0
-            verdict = tests.judge(mutant, chosen, seconds)
-            verdicts[mutant] = verdict
-            word = "killed" if verdict.killed else "ALIVE "
-            print(f"{word} {verdict.seconds:5.1f} s  {verdict.by or f'{verdict.tests} tests'}\n{mutant}", flush=True)
+    everything = tests.of(file)
+    measured = _measured(file, everything, tests, cache, ask=len(drawn) >= WORTH_MEASURING)
+    if measured and measured.failed:
+        raise RuntimeError(f"{file} fails on the code as it is: {', '.join(measured.failed)}")
+    for mutant in drawn:
+        chosen = measured.covering(mutant) if measured else everything
+        seconds = sum(measured.seconds[test] for test in chosen) if measured else 120.0
+        verdict = tests.judge(mutant, chosen, seconds)
+        verdicts[mutant] = verdict
+        word, by = "killed" if verdict.killed else "ALIVE ", verdict.by or f"{verdict.tests} tests of {file}"
+        print(f"{word} {verdict.seconds:5.1f} s  {by}\n{mutant}", flush=True)
     return verdicts
 
 
-def _measured(tests: server.TestFile, files: list[str], cache: Path | None, *, ask: bool) -> server.Measured | None:
+def _measured(
+    file: str, everything: list[str], tests: server.Tests, cache: Path | None, *, ask: bool
+) -> server.Measured | None:
     """What a file of tests does on the code as it is, from the cache if neither the file nor its modules changed.
 
     None if it is in no cache, and not to be asked.
     """
     if cache is None:
-        return tests.measure() if ask else None
-    digest = hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in files)).hexdigest()[:16]
+        return tests.measure(everything) if ask else None
+    modules = [module for module in population() if file in own_tests(module)]
+    digest = hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in (file, *modules))).hexdigest()[:16]
     kept = cache / f"{digest}.json"
     if not kept.exists():
         if not ask:
             return None
         cache.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(vars(tests.measure())), encoding="utf-8")
+        kept.write_text(json.dumps(vars(tests.measure(everything))), encoding="utf-8")
     return server.Measured(**json.loads(kept.read_text(encoding="utf-8")))
 
 

@@ -1,8 +1,8 @@
 """Runs tests on changed code, without importing torch or collecting the tests for each change.
 
-One process imports what the package depends on. For a file of tests it forks one that imports the package, collects the
-tests and stops where pytest would begin to run them. Each change is a fork of that one: it puts the changed code into
-the functions that are there already, and runs tests until one fails.
+One process imports what the package depends on. It forks one that imports the package, collects files of tests and
+stops where pytest would begin to run them. Each change is a fork of that one: it puts the changed code into the
+functions that are there already, and runs tests until one fails.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Verdict:
 
 @dataclass
 class Measured:
-    """A file of tests on the code as it is: seconds of each test, and the lines that it runs of each module."""
+    """Tests on the code as they are: seconds of each, which fail, and the lines that each runs of each module."""
 
     seconds: dict[str, float]
     lines: dict[str, dict[str, list[int]]]
@@ -87,35 +87,37 @@ def prepare() -> None:
 
 
 @contextlib.contextmanager
-def collected(file: str, modules: Iterable[str]) -> Iterator[TestFile]:
-    """A file of tests, collected in a process of its own that ends with the block."""
+def collected(files: Iterable[str], modules: Iterable[str]) -> Iterator[Tests]:
+    """The tests of files, collected in a process of its own that ends with the block."""
     (here, there), (answers, replies) = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
         os.close(there)
         os.close(answers)
-        _serve(file, list(modules), os.fdopen(here, "rb"), os.fdopen(replies, "wb"))
+        _serve(list(files), list(modules), os.fdopen(here, "rb"), os.fdopen(replies, "wb"))
     os.close(here)
     os.close(replies)
     with os.fdopen(there, "wb") as requests, os.fdopen(answers, "rb") as results:
-        yield TestFile(file, requests, results)
+        yield Tests(requests, results)
     os.waitpid(child, 0)
 
 
-class TestFile:
-    """Asks the process that has collected a file of tests."""
+class Tests:
+    """Asks the process that has collected tests."""
 
-    __test__ = False
+    def __init__(self, requests: BinaryIO, results: BinaryIO):
+        self._requests, self._results = requests, results
 
-    def __init__(self, file: str, requests: BinaryIO, results: BinaryIO):
-        self._file, self._requests, self._results = file, requests, results
+    def of(self, file: str) -> list[str]:
+        """The tests of a file, in order."""
+        return self._ask({"list": file})["tests"]
 
-    def measure(self) -> Measured:
-        """Seconds and lines of its tests, on the code as it is."""
-        return Measured(**self._ask({}))
+    def measure(self, tests: list[str]) -> Measured:
+        """Seconds and lines of tests, on the code as it is."""
+        return Measured(**self._ask({"measure": tests}))
 
-    def judge(self, mutant: Mutant, tests: list[str] | None, seconds: float) -> Verdict:
-        """Runs tests, or all of the file, on a mutant; they take so many seconds on the code as it is."""
+    def judge(self, mutant: Mutant, tests: list[str], seconds: float) -> Verdict:
+        """Runs tests in this order on a mutant; they take so many seconds on the code as it is."""
         return Verdict(**self._ask({"mutant": vars(mutant), "tests": tests, "seconds": seconds}))
 
     def _ask(self, question: dict) -> dict:
@@ -123,16 +125,16 @@ class TestFile:
         self._requests.flush()
         answer = self._results.readline()
         if not answer:
-            raise RuntimeError(f"{self._file} cannot be collected: run pytest on it")
+            raise RuntimeError("the tests cannot be collected: run pytest on them")
         return json.loads(answer)
 
 
-def _serve(file: str, modules: list[str], requests: BinaryIO, results: BinaryIO) -> None:
-    """What the process of a file of tests does; it never returns."""
+def _serve(files: list[str], modules: list[str], requests: BinaryIO, results: BinaryIO) -> None:
+    """What the process that collects tests does; it never returns."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         options = ["-p", "no:cacheprovider", "-n", "0", "-q", "--tb=line", "-m", _MARKERS, "--capture=fd"]
-        pytest.main([*options, file], plugins=[_Server(modules, requests, results)])
+        pytest.main([*options, *files], plugins=[_Server(modules, requests, results)])
     finally:
         os._exit(0)
 
@@ -148,10 +150,12 @@ class _Server:
         functions = _functions_of(self._modules)
         for line in self._requests:
             question = json.loads(line)
-            if "mutant" not in question:
-                answer = _measure(session, self._modules)
+            if "list" in question:
+                answer = {"tests": [i.nodeid for i in session.items if i.nodeid.partition("::")[0] == question["list"]]}
+            elif "measure" in question:
+                answer = _measure(session, self._modules, question["measure"])
             else:
-                answer = vars(_judge(session, functions, Mutant(**question["mutant"]), question))
+                answer = vars(_judge(session, functions, question))
             self._results.write(json.dumps(answer).encode() + b"\n")
             self._results.flush()
         return True
@@ -172,8 +176,8 @@ def _functions_of(modules: Iterable[str]) -> dict[tuple[str, str], list[types.Fu
     return found
 
 
-def _judge(session: pytest.Session, functions: dict, mutant: Mutant, question: dict) -> Verdict:
-    tests = question["tests"] or [item.nodeid for item in session.items]
+def _judge(session: pytest.Session, functions: dict, question: dict) -> Verdict:
+    mutant, tests, seconds = Mutant(**question["mutant"]), question["tests"], question["seconds"]
 
     def work(out: Path) -> None:
         if not _replace(functions, mutant):
@@ -184,7 +188,6 @@ def _judge(session: pytest.Session, functions: dict, mutant: Mutant, question: d
         out.write_text("".join(watch.failed), encoding="utf-8")
 
     started = time.monotonic()
-    seconds = question["seconds"]
     said = _in_child(work, wall=600 + 20 * seconds, cpu=20 + 4 * seconds)
     killed = said is None or (bool(said) and not said.startswith(_NOT_REACHED))
     by = "its process ended, or took too long" if said is None else said
@@ -211,10 +214,10 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _measure(session: pytest.Session, modules: list[str]) -> dict:
+def _measure(session: pytest.Session, modules: list[str], tests: list[str]) -> dict:
     def work(out: Path) -> None:
         watch = _Watch(modules)
-        _run(session, [item.nodeid for item in session.items], watch, until_failure=False)
+        _run(session, tests, watch, until_failure=False)
         lines = {test: {module: sorted(of) for module, of in by.items()} for test, by in watch.lines.items()}
         out.write_text(json.dumps({"seconds": watch.seconds, "lines": lines, "failed": watch.failed}), encoding="utf-8")
 

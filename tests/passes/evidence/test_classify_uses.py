@@ -21,6 +21,7 @@ from ..moe_modules import (
     Used,
     expected,
     from_export,
+    from_make_fx,
     one_gate,
     reroute,
     rows,
@@ -81,6 +82,13 @@ USES = {
     "transposed": (lambda b, x, ids, s: ids.T + 1, "transpose", UseKind.UNKNOWN),
     "indexes a computed table": (lambda b, x, ids, s: (b.scale * 2)[ids], "index", UseKind.UNKNOWN),
     "two indices": (lambda b, x, ids, s: b.expert_bias[ids, ids % HIDDEN], "index", UseKind.UNKNOWN),
+    "gather of other tokens' scores": (lambda b, x, ids, s: s.gather(0, ids), "gather", UseKind.UNKNOWN),
+    "rows of scores": (lambda b, x, ids, s: s[ids, torch.arange(TOP_K)], "index", UseKind.UNKNOWN),
+    "load that keeps a row": (
+        lambda b, x, ids, s: F.one_hot(ids, EXPERTS).float().mean((0, 1), keepdim=True),
+        "one_hot",
+        UseKind.UNKNOWN,
+    ),
     "unsafe sort": (lambda b, x, ids, s: ids.flatten().sort()[0] + 1, "sort", UseKind.UNKNOWN),
 }
 
@@ -291,3 +299,33 @@ class TestSplitByCounts:
         reroute(graph, gate=dataclasses.replace(gate, uses=uses))
         with pytest.raises(RuntimeError):
             run(graph, rows())
+
+
+class Alone(Block):
+    """No experts: ids that are only returned, or only looked up."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        scores = self.scores(x)
+        ids = scores.topk(TOP_K)[1]
+        return self.function(scores, ids)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, ids: ids,
+        lambda s, ids: torch.where((ids == 1).any(-1, keepdim=True), s, 0.0),
+        lambda s, ids: F.one_hot(ids, EXPERTS).sum(1).float() @ s.T,
+    ],
+    ids=["returned", "masked", "multiplied"],
+)
+def test_a_dispatch_that_reaches_no_experts_is_no_evidence(function):
+    """Neither that it dispatches nor that something reaches experts is enough: it has to be the same use."""
+    graph = from_make_fx(Alone(function), rows())
+    assert find_gates(graph).gates == ()
+    [skip] = find_gates(graph).skips
+    assert skip.detail.startswith("ids are used by")

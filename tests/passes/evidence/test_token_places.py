@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sere_compile.passes.evidence.token_places import drops_tokens, is_counted, split_at_fixed_places
 from sere_compile.passes.graph import nodes
 
-from ..moe_modules import EXPERTS, TOKENS, TOP_K, TRACERS, Used, from_export, rows
+from ..moe_modules import EXPERTS, TOKENS, TOP_K, TRACERS, Used, from_dynamo, from_export, rows
 
 
 def in_graph(function, operation, tracer="export"):
@@ -102,6 +102,12 @@ class TestSplitAtFixedPlaces:
     def test_a_symbolic_number_of_slots(self):
         """Nothing can have been written down then."""
         assert split_at_fixed_places(self.sort(from_real_make_fx, self.split), None) is None
+
+    @pytest.mark.parametrize("trace", [from_export, from_dynamo])
+    def test_sizes_that_depend_on_the_data(self, trace):
+        """How many numbers `bincount` gives is not asked: that would be an error of torch's."""
+        sort = self.sort(trace, lambda ids: torch.bincount(ids.flatten().sort()[0], minlength=EXPERTS))
+        assert split_at_fixed_places(sort, TOKENS * TOP_K) is None
 
     def test_the_whole_order(self):
         """Reading every slot takes no part."""
