@@ -18,6 +18,7 @@ CASES = [
     (8, 2, "softmax", False, False, 0.0, 1.0, torch.float32, torch.float32),
     (60, 4, "softmax_after", False, False, 0.0, 1.0, torch.float16, torch.float32),
     (37, 5, "sigmoid", True, True, 1e-20, 2.5, torch.float32, torch.bfloat16),
+    (37, 5, "sigmoid", True, True, 0.5, 2.5, torch.float32, torch.float32),  # an epsilon that is to be seen
     (6, 6, "none", False, False, 0.0, 1.0, torch.float32, torch.float32),
     (1, 1, "softmax", False, True, 0.0, 1.0, torch.float32, torch.float32),
 ]
