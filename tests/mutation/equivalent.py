@@ -5,7 +5,14 @@ from __future__ import annotations
 from .draw import Mutant
 
 # Module, function, what the statement becomes, and why nothing changes.
-EQUIVALENT: tuple[tuple[str, str, str, str], ...] = ()
+EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
+    (
+        "ops/route/reference.py",
+        "_limited_to_groups",
+        "best = groups.sort(descending=True).values[..., :1 if scoring.group_score == 'max' else 2].sum(-1)",
+        "a sort is along the last dimension unless it is told another",
+    ),
+)
 
 _KNOWN = {(path, function, after) for path, function, after, _ in EQUIVALENT}
 

@@ -6,14 +6,23 @@ import sys
 
 from . import run, server
 
+# Where the tests of a module take seconds. Those of the other modules compile models; `run.py` draws there, too.
+MODULES = (
+    "passes/graph/*.py",
+    "passes/evidence/*.py",
+    "passes/proof/*.py",
+    "ops/*/reference.py",
+    "sere_compile/evaluation/*.py",
+    "sere_compile/similarity/binding.py",
+)
 COUNT, SEED = 40, 15
-# Mutants of the sample that their tests kill, at least. When tests are added, raise it to what the lane prints.
-AT_LEAST = 20
+# How many mutants of the sample their tests kill, at least. Raise it to what the lane prints, and never lower it.
+AT_LEAST = 30
 
 
 def main() -> int:
     """Judges the sample."""
-    drawn = run.draw(run.population(), COUNT, SEED)
+    drawn = run.draw(run.population(MODULES), COUNT, SEED)
     server.prepare()
     verdicts = run.judge(drawn, jobs=2)
     alive = [str(mutant) for mutant, verdict in verdicts.items() if not verdict.killed]

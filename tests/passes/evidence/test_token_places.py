@@ -99,6 +99,13 @@ class TestSplitAtFixedPlaces:
         """Sizes that the graph computes hold for every call."""
         assert split_at_fixed_places(self.sort(from_export, self.split), TOKENS * TOP_K) is None
 
+    @pytest.mark.parametrize("trace", [from_real_make_fx, from_export, from_dynamo])
+    @pytest.mark.parametrize("take", [lambda order: order[3:7], lambda order: order.narrow(0, 2, 4)])
+    def test_a_part_by_constants(self, trace, take):
+        """Wherever it was written: it stands at the same places in every call."""
+        found = split_at_fixed_places(self.sort(trace, lambda ids: take(ids.flatten().argsort()) + 1), TOKENS * TOP_K)
+        assert nodes.kind(found) in ("slice", "narrow")
+
     def test_a_symbolic_number_of_slots(self):
         """Nothing can have been written down then."""
         assert split_at_fixed_places(self.sort(from_real_make_fx, self.split), None) is None
