@@ -141,7 +141,10 @@ def test_perplexity_is_that_of_the_model(qwen):
     ("change", "message"),
     [
         ({"tokens": torch.zeros(3, 4, dtype=torch.int64)}, "do not make decoding batches of decode_batch=2"),
+        ({"tokens": torch.zeros(0, 4, dtype=torch.int64)}, "0 sequences do not make decoding batches"),
         ({"tokens": torch.zeros(2, 1, dtype=torch.int64)}, "length >= 2"),
+        ({"tokens": torch.zeros(2, 4)}, r"must be integers .* got \(2, 4\)"),
+        ({"tokens": torch.zeros(4, dtype=torch.int64)}, r"must be integers .* got \(4,\)"),
         ({"attention_mask": torch.ones(2, 3)}, r"attention_mask is \(2, 3\), tokens are \(2, 4\)"),
         ({"attention_mask": torch.zeros(2, 4)}, "leaves no token to predict"),
     ],

@@ -7,6 +7,12 @@ from .draw import Mutant
 # Module, function, what the statement becomes, and why nothing changes.
 EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     (
+        "passes/fuse_reroute.py",
+        "fuse_reroute",
+        "any((not matrix <= routed for matrix in matrices))",
+        "the operator is none of its own matrices",
+    ),
+    (
         "ops/route/reference.py",
         "_limited_to_groups",
         "best = groups.sort(descending=True).values[..., :1 if scoring.group_score == 'max' else 2].sum(-1)",

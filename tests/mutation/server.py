@@ -35,7 +35,7 @@ _LIBRARIES = (
     *("onnx", "onnxruntime", "onnxscript", "matplotlib.pyplot"),
 )
 _NOT_REACHED = "no function holds it"
-_MARKERS = "not (zoo or wide or vllm or generated or tensorrt or gpu)"
+_MARKERS = "not (slow or zoo or wide or vllm or generated or tensorrt or gpu)"
 
 
 @dataclass(frozen=True)

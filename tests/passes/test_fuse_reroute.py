@@ -36,7 +36,7 @@ def test_one_operator_routes_and_re_routes(projecting):
     done = fuse_reroute(gate, similarity, settings, projection if projecting else None)
     assert isinstance(done, Rewrite)
     graph.graph.lint()
-    assert (done.gate, done.new_ids, done.merged) == (before, gate.ids, False)
+    assert (done.gate, done.new_ids, done.merged, done.filled) == (before, gate.ids, False, False)
     (call,) = [node for node in graph.graph.nodes if kind(node) == "sere.route"]
     assert not [node for node in graph.graph.nodes if kind(node) == "sere.reroute"]
     logits, matrix, factors = torch.randn(T, E), torch.rand(E, E), torch.rand(E, E)
@@ -52,6 +52,27 @@ def test_one_operator_routes_and_re_routes(projecting):
     assert not torch.equal(ids, old_ids)
     factor = torch.where(old_ids == want, 1.0, factors[old_ids, want])
     assert torch.equal(weights, old_weights * factor if projecting else old_weights)
+
+
+def test_without_a_matrix_slots_are_filled():
+    """By the operator itself, as the settings say; that duplicates would have to be merged is no matter."""
+    graph, gate, _ = routed_gate()
+    done = fuse_reroute(merging(graph, gate), None, RoutingSettings(1, 0.25, 5, 0))
+    assert isinstance(done, Rewrite)
+    assert (done.new_ids, done.merged, done.filled) == (gate.ids, False, True)
+    arguments = gate.selection.kwargs
+    assert {name: arguments[name] for name in ("fill", "select_top_k", "threshold", "min_active")} == {
+        "fill": True, "select_top_k": 1, "threshold": 0.25, "min_active": 5,
+    }  # fmt: skip
+
+
+def test_matrices_have_to_be_there_first():
+    graph, gate, (similarity, _) = routed_gate()
+    with graph.graph.inserting_after(gate.selection):
+        late = graph.graph.call_method("clone", (similarity,))
+    for matrices in ((late, None), (similarity, late)):
+        refusal = fuse_reroute(gate, matrices[0], RoutingSettings(1), matrices[1])
+        assert str(refusal) == "its matrix comes after it"
 
 
 def unfused(graph, gate):
