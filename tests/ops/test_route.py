@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from sere_compile.ops import route
-from sere_compile.ops.route.reference import Rerouting, Scoring
+from sere_compile.ops import fill, reroute, route
+from sere_compile.ops.route.reference import Rerouting, Scoring, projected
 
 from .cases import poisoned_memory
 
@@ -137,6 +137,66 @@ def test_any_shape_and_strides(run, kernel_device):
     assert torch.equal(ids, want.indices)
     assert [x.shape for x in run(logits[0, 0], *options)] == [(3,), (3,)]
     assert [x.shape for x in run(logits[:0], *options)] == [(0, 4, 3), (0, 4, 3)]
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+@pytest.mark.parametrize("outside_zero", [True, False])
+@pytest.mark.parametrize("bias", [0.0, -5.0])
+def test_groups_by_hand(group_score, outside_zero, bias):
+    """The best of four groups of three by their best expert, or their two best; what stands outside may be chosen.
+
+    With a bias every score is below 0, and experts outside that count as 0 are the best of all.
+    """
+    scores = torch.randn(20, 12, generator=torch.Generator().manual_seed(3))
+    biases = torch.full((12,), bias)
+    _, ids = route(scores, biases, 5, "none", num_groups=4, top_groups=2, group_score=group_score,
+                   outside_zero=outside_zero)  # fmt: skip
+    for row, chosen in zip((scores + biases).tolist(), ids.tolist(), strict=True):
+        groups = [sorted(row[start : start + 3], reverse=True) for start in range(0, 12, 3)]
+        worth = [sum(group[: 1 if group_score == "max" else 2]) for group in groups]
+        open_groups = sorted(range(4), key=lambda g, worth=worth: (-worth[g], g))[:2]
+        outside = 0.0 if outside_zero else -math.inf
+        limited = [value if e // 3 in open_groups else outside for e, value in enumerate(row)]
+        assert chosen == sorted(range(12), key=lambda e, limited=limited: (-limited[e], e))[:5]
+
+
+def test_weights_of_moved_slots_are_projected():
+    """In their dtype; those that stay are not touched, also where they name no expert."""
+    weights = torch.tensor([[0.5, 0.25], [1.0, 2.0]], dtype=torch.bfloat16)
+    ids, new_ids = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[0, 2], [2, 0]])
+    projection = torch.full((3, 3), 7.0)
+    projection[1, 2], projection[1, 0] = 2.0, 0.5
+    got = projected(weights, ids, new_ids, projection)
+    assert got.tolist() == [[0.5, 0.5], [1.0, 1.0]]
+    assert got.dtype == torch.bfloat16
+    assert projected(weights, ids, new_ids, None) is weights
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_after", "none"])
+def test_re_routing_and_filling_are_what_their_operators_do(scoring):
+    """Behind the selection: new ids with projected weights, or slots filled by scores, the softmax of logits."""
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(5))
+    numbers = {"select_top_k": 1, "threshold": 0.1, "min_active": 4}
+    similarity, projection = (torch.rand(10, 10, generator=torch.Generator().manual_seed(n)) for n in (6, 7))
+    weights, ids = route(logits, None, 4, scoring)
+    given = {"similarity": similarity, "projection": projection, **numbers}
+    moved_weights, moved = route(logits, None, 4, scoring, **given)
+    want = reroute(ids, similarity, *numbers.values())
+    assert torch.equal(moved, want)
+    assert not torch.equal(moved, ids)
+    torch.testing.assert_close(moved_weights, projected(weights, ids, want, projection))
+    budget = {"select_top_k": 1, "max_active": 5}
+    assert torch.equal(
+        route(logits, None, 4, scoring, similarity=similarity, **budget)[1], reroute(ids, similarity, 1, max_active=5)
+    )
+    worth = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+    for options in (numbers, budget):
+        filled_weights, filled = route(logits, None, 4, scoring, fill=True, **options)
+        want_ids, want_weights = fill(ids, weights, worth, choice=logits, **options)
+        assert torch.equal(filled, want_ids)
+        torch.testing.assert_close(filled_weights, want_weights)
+    for select in (0, 4):
+        assert torch.equal(route(logits, None, 4, scoring, similarity=similarity, select_top_k=select)[1], ids)
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
