@@ -1,7 +1,10 @@
 """Equal regions have equal keys, others do not."""
 
+import dataclasses
+
 import torch
 
+from sere_compile.passes import UseKind
 from sere_compile.passes.proof.key import region_key
 from sere_compile.passes.proof.region import cut_region
 
@@ -31,3 +34,37 @@ def test_operations_and_sizes_do():
             return Indexed.dispatch(self, x, ids, weights * 3)
 
     assert len({key(m) for m in (Indexed(), Grouped(), Indexed(top_k=2), More())}) == 4
+
+
+def test_what_is_known_of_the_gate_does():
+    """And how its uses are taken."""
+    graph = from_make_fx(Indexed(), rows())
+    region = cut_region(one_gate(graph), weights_of(graph))
+    gate = region.gate
+    uses = tuple(dataclasses.replace(use, kind=UseKind.GROUPED) for use in gate.uses)
+    changes = [
+        {}, {"form": "sort"}, {"num_experts": 7}, {"top_k": 2}, {"is_sorted": not gate.is_sorted}, {"uses": uses},
+        {"weights": None}, {"uses": ()},
+    ]  # fmt: skip
+    keys = [
+        region_key(dataclasses.replace(region, gate=dataclasses.replace(gate, **change)), graph) for change in changes
+    ]
+    assert len(set(keys)) == len(changes)
+    assert region_key(dataclasses.replace(region, readers=()), graph) not in keys
+
+
+def test_numbers_of_a_table_do():
+    """Whole ones that the model holds; sizes and types of everything."""
+
+    class Ordered(Indexed):
+        def __init__(self, order, top_k=3):
+            super().__init__(top_k=top_k)
+            self.register_buffer("order", order)
+
+        def dispatch(self, x, ids, weights):
+            return super().dispatch(x * (1 + self.order), ids, weights)
+
+    tables = [torch.arange(6), torch.arange(6).flip(0), torch.arange(6).int(), torch.zeros(1, 6, dtype=torch.int64)]
+    assert len({key(Ordered(table)) for table in tables}) == len(tables)
+    assert key(Ordered(torch.rand(6))) == key(Ordered(torch.rand(6)))
+    assert key(Ordered(tables[0])) == key(Ordered(tables[0].clone()))
