@@ -173,7 +173,24 @@ class PaddedSort(Padded):
         return ids, values / values.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", [Padded, PaddedSort])
+class PaddedRows(Padded):
+    """Weights are looked up by rows and ids, which is no dispatch."""
+
+    def route(self, x):
+        scores = self.scores(x)
+        ids = scores.topk(TOP_K, dim=-1)[1]
+        return ids, scores[torch.arange(len(x))[:, None], ids]
+
+
+class PaddedView(Padded):
+    """The mark is made on a view of the ids."""
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        return ids.flatten().view(-1, TOP_K), weights
+
+
+@pytest.mark.parametrize("kind", [Padded, PaddedSort, PaddedRows, PaddedView])
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_marked_padding_makes_no_primary(tracer, kind):
     """Ids are re-routed behind the mark, so that a padding row makes no expert primary and keeps -1."""
