@@ -144,8 +144,8 @@ def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | 
 def _made_of(factor: Node) -> Node | None:
     """The graph input that a factor is a view of, or is computed from with other model state.
 
-    Cosine routers normalise the weight, others scale or dequantise it: its identity still
-    identifies the layer.
+    Cosine routers normalise the weight, others scale or dequantise it, or add a product of small
+    matrices (LoRA): the identity of the one that has the factor's sizes still identifies the layer.
     """
     root = nodes.parameter_root(factor)
     if root is not None:
@@ -156,4 +156,7 @@ def _made_of(factor: Node) -> Node | None:
         return None
     # make_fx reads an attribute anew for each use.
     matrices = {n.target: n for n in inputs if nodes.is_floating(n) and len(nodes.shape(n) or ()) == 2}
+    if len(matrices) > 1:
+        sizes = sorted(map(str, nodes.shape(factor) or ()))
+        matrices = {target: n for target, n in matrices.items() if sorted(map(str, nodes.shape(n) or ())) == sizes}
     return next(iter(matrices.values())) if len(matrices) == 1 else None

@@ -2,6 +2,7 @@
 
     topk(scores, K)                                          "top-k"
     topk(scores, K + 1), columns [:K] of both results        "top-k", narrowed
+    argsort(-scores), columns [:K]                           "sort", best first as well
     sort(scores, descending) or argsort, columns [:K]        "sort"
     argmax(scores, -1) or max(scores, -1) with its indices   "max", K = 1
     max > mask what it chose > max > ..., concatenated       "steps", K columns
@@ -110,8 +111,11 @@ def _sorted(node: Node, name: str) -> Iterable[Selection | Skip]:
     if not cut or nodes.last_size(cut[0]) in (None, size):
         return
     values = () if name == "argsort" else tuple(nodes.picked(node, 0))
-    # A sort in ascending order puts the best last; only the other way is a ranking.
+    # A sort in ascending order puts the best last; only the other way is a ranking, unless the scores are negated.
     smallest = not nodes.argument(node, 2, "descending", False)
+    if smallest and nodes.kind(scores) == "neg" and not any(value.users for value in values):
+        negated = nodes.operand(scores)
+        scores, smallest = (scores, True) if negated is None else (negated, False)
     top_k = nodes.last_size(cut[0])
     assert top_k is not None
     yield Selection(node, "sort", scores, top_k, cut, values, smallest=smallest, unnarrowed=ids)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sere_compile.passes import SkipReason, UseKind, find_gates
+from sere_compile.passes.evidence.gate_scores import gate_scores
 from sere_compile.passes.graph import nodes
 
 from ..moe_modules import (
@@ -37,6 +38,12 @@ def cut_sort(b, x):
 def cut_argsort(b, x):
     scores = b.scores(x)
     ids = torch.argsort(scores, dim=-1, descending=True)[..., : b.top_k]
+    return ids, scores.gather(-1, ids)
+
+
+def negated_argsort(b, x):
+    scores = b.scores(x)
+    ids = (-scores).argsort(-1)[..., :TOP_K]
     return ids, scores.gather(-1, ids)
 
 
@@ -110,6 +117,12 @@ def check(module, tracer, select_top_k=1):
     torch.testing.assert_close(run(graph, rows()), want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before, want, atol=1e-3), "the case re-routes nothing"
     return done
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_the_smallest_of_negated_scores_are_the_best(tracer):
+    done = check(RoutedIndexed(negated_argsort), tracer)
+    assert gate_scores(done.gate).choice is nodes.operand(nodes.operand(done.gate.selection))
 
 
 @pytest.mark.parametrize("tracer", TRACERS)
