@@ -146,7 +146,7 @@ class _Trial:
         self._block = block
         self._version = "original"
         self._seed = 0
-        self._weighs_anew = False
+        self.scores = "own"  # those of the run that is under way, see `_run`
         self.absent: int | None = None  # the expert that nobody chooses in the run that is under way
         self._found: list[Gate] = []
         self._ids: list[torch.Tensor] = []
@@ -205,7 +205,7 @@ class _Trial:
         version: str = "original",
         seed: int = 0,
         *,
-        weighs_anew: bool = False,
+        scores: str = "own",
         absent: int | None = None,
     ) -> list[torch.Tensor]:
         """Every tensor that the block returns.
@@ -214,10 +214,10 @@ class _Trial:
             inputs: of the block.
             version: of its graph.
             seed: of the choice that is made up.
-            weighs_anew: whether the same choice is made at other scores.
+            scores: at which the choice is made: the router's "own", "others", or "equal" ones for all.
             absent: an expert that no token chooses.
         """
-        self._version, self._seed, self._weighs_anew, self.absent = version, seed, weighs_anew, absent
+        self._version, self._seed, self.scores, self.absent = version, seed, scores, absent
         self._ids.clear()
         self._weights.clear()
         device = self._block.weight.device
@@ -278,10 +278,10 @@ class _Trial:
         if self._gate.top_k == 1:
             return False
         differences = []
-        for anew in (False, True):
-            before = self._run(inputs, weighs_anew=anew)
+        for scores in ("own", "others"):
+            before = self._run(inputs, scores=scores)
             with self._block.exchanged(experts, _shift(self._block.num_experts)):
-                after = self._run(inputs, weighs_anew=anew)
+                after = self._run(inputs, scores=scores)
             differences.append([a - b for a, b in zip(after, before, strict=True) if _floats(a)])
         return all(_close(a, b) for a, b in zip(*differences, strict=True))
 
@@ -311,17 +311,12 @@ class _Trial:
 
     def _acts_on_hidden(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether what an exchange of experts changes depends on the hidden states, at the same choices and weights."""
-        router = self._block.weight.data
-        kept = router.clone()
-        router.zero_()
-        try:
-            differences = []
-            for other in (inputs, tree_map(_turned, inputs)):
-                before = self._run(other)
-                with self._block.exchanged(experts, _shift(self._block.num_experts)):
-                    differences.append([a - b for a, b in zip(self._run(other), before, strict=True) if _floats(a)])
-        finally:
-            router.copy_(kept)
+        differences = []
+        for other in (inputs, tree_map(_turned, inputs)):
+            before = self._run(other, scores="equal")
+            with self._block.exchanged(experts, _shift(self._block.num_experts)):
+                after = self._run(other, scores="equal")
+            differences.append([a - b for a, b in zip(after, before, strict=True) if _floats(a)])
         return not all(_close(a, b) for a, b in zip(*differences, strict=True))
 
     def _sends_elsewhere(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
@@ -439,8 +434,8 @@ class _Trial:
         router = trace_router(scores, nodes.last_size(scores) or 0)
         assert isinstance(router, Router)
         with graph.inserting_after(router.projection):
-            anew = graph.call_function(_Rescale(self), (router.projection,))
-        router.projection.replace_all_uses_with(anew, delete_user_cb=lambda user: user is not anew)
+            given = graph.call_function(_Score(self), (router.projection,))
+        router.projection.replace_all_uses_with(given, delete_user_cb=lambda user: user is not given)
         graph.lint()
         copy.recompile()
         return copy.forward
@@ -453,12 +448,7 @@ class _Trial:
     @property
     def seed_of_scores(self) -> int:
         """Of the scores at which they are made."""
-        return self._seed + 1000 * self._weighs_anew
-
-    @property
-    def weighs_anew(self) -> bool:
-        """Whether scores are others than the router's own in the run that is under way."""
-        return self._weighs_anew
+        return self._seed + 1000 * (self.scores == "others")
 
 
 def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> list[Gate]:
@@ -484,18 +474,20 @@ class _Tell:
         self._told.append(value.detach().clone())
 
 
-class _Rescale:
-    """A call in a graph that lets the router give other scores, where they are asked for."""
+class _Score:
+    """A call in a graph that puts other logits in place of the router's, where they are asked for."""
 
-    __name__ = "rescale"
+    __name__ = "score"
 
     def __init__(self, trial: _Trial) -> None:
         self._trial = trial
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits, or others."""
-        if not self._trial.weighs_anew:
+        if self._trial.scores == "own":
             return logits
+        if self._trial.scores == "equal":
+            return torch.zeros_like(logits)
         generator = torch.Generator().manual_seed(self._trial.seed_of_scores)
         return logits * (torch.rand(logits.shape, generator=generator) + 0.5).to(logits)
 
@@ -516,7 +508,7 @@ class _Choose:
         if self._steps:  # scores, of which each step takes the best that is left
             order = self._order(chosen.shape[:-1]).to(chosen.device)
             level = torch.arange(self._columns, 0, -1, device=chosen.device).to(chosen) / self._columns
-            level = level**2 if self._trial.weighs_anew else level
+            level = level**2 if self._trial.scores == "others" else level
             return torch.zeros_like(chosen).scatter(-1, order, level.expand(order.shape))
         ids = chosen if isinstance(chosen, torch.Tensor) else chosen[1]
         leading = ids.shape if self._flat else ids.shape[:-1]
