@@ -162,7 +162,8 @@ def _turns(node: Node) -> bool:
     if len(nodes.shape(node) or ()) != 2:
         return False
     dims = node.args[1] if len(node.args) == 2 else node.args[1:]
-    return nodes.kind(node) == "transpose" or (nodes.kind(node) == "permute" and list(dims) == [1, 0])
+    swapped = isinstance(dims, (list, tuple)) and list(dims) == [1, 0]
+    return nodes.kind(node) == "transpose" or (nodes.kind(node) == "permute" and swapped)
 
 
 def _sums_last(node: Node, rank: int) -> bool:
@@ -174,11 +175,9 @@ def _sums_last(node: Node, rank: int) -> bool:
 def _weight_and(weight: Node, hidden: Node | None, columns: object) -> tuple[Node, Node] | None:
     """The hidden states and the matrix [columns, H] behind a factor, or None where they do not fit."""
     root = _made_of(weight)
-    sizes = nodes.shape(root) if root is not None else None
-    fits = sizes is not None and len(sizes) == 2 and sizes[0] == columns and nodes.is_model_state(root)
-    if not fits or hidden is None or root is None or nodes.last_size(hidden) != sizes[1]:
+    if root is None or hidden is None or not nodes.is_model_state(root):
         return None
-    return hidden, root
+    return (hidden, root) if nodes.shape(root) == (columns, nodes.last_size(hidden)) else None
 
 
 def _made_of(factor: Node) -> Node | None:
