@@ -23,7 +23,7 @@ from .evidence.classify_uses import Leaving, Uses, classify_uses
 from .evidence.expert_evidence import reaches_experts
 from .evidence.router import Router, trace_router
 from .evidence.routing_weights import find_routing_weights, weigh_a_product
-from .evidence.selections import Selection, find_selections
+from .evidence.selections import Selection, find_selections, with_marked_padding
 from .evidence.token_places import drops_tokens, split_at_fixed_places
 from .gate import Evidence, Gate, Skip, SkipReason, UseKind
 from .graph import nodes
@@ -93,6 +93,10 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
     if not selection.ids:
         return Skip(SkipReason.NO_IDS, selection.node, evidence=Evidence.ROUTER)
     uses, num_experts = _experts_behind(selection, router, experts_outside, leaves)
+    marked = with_marked_padding(selection, uses.all)
+    if marked is not None:
+        selection = marked
+        uses, num_experts = _experts_behind(selection, router, experts_outside, leaves)
     done = next((use.consumer for use in uses.all if nodes.kind(use.consumer) in _REROUTING), None)
     if done is not None:
         return Skip(SkipReason.REWRITTEN, selection.node, f"by {done.name}", evidence=Evidence.REWRITING)

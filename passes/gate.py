@@ -78,6 +78,7 @@ class SkipReason(enum.Enum):
     )
     FETCHED = "its indices fetch values, keys or prompts of the model; none is a weight that acts on hidden states"
     SHARED_ROUTER = "its router weight also selects from other experts"
+    NOT_PROBED = "no similarity profile is attached for it, and its experts cannot be run to measure one"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"
     NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores do not weight what is computed from them"

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from .compiler import dynamo, missing_gates
 from .compiler.bound_graph import BoundGraph
 from .compiler.dynamo_graph import DynamoGraph
-from .compiler.gate_matrices import examples
+from .compiler.gate_matrices import examples, find_matrix
 from .compiler.gate_plan import GatePlan, experts_are_live, plan_gates, without_look_alikes
 from .compiler.observed_graph import ObservedGraph
 from .compiler.rewrite_gate import rewrite_gate
@@ -74,7 +74,8 @@ class SereBackend:
             GateNotFoundError: with strict=True, no gate in the compiled callable, or one that
                 cannot be re-routed.
             ProfileError: a profile is attached to the model and lacks a matrix for a gate.
-            ProbeError: no matrix is attached and the experts could not be run to measure one.
+            ProbeError: with strict=True, no matrix is attached for a layer that uses a compiled graph again,
+                and its experts could not be run to measure one.
         """
         config, inner_options = split_options(self.config, options)
         if config.capture == "auto":
@@ -95,7 +96,8 @@ class SereBackend:
         compiled = _compile_inner(rewritten, graph.inputs, config, mode, inner_options)
         if not plans:
             return missing_gates.watch(compiled, findings, config, whole_call=whole_call)
-        bound = BoundGraph(compiled, graph, plans, None if whole_call else missing_gates.watch_others(config))
+        watch = None if whole_call else missing_gates.watch_others(config)
+        bound = BoundGraph(compiled, module.forward, graph, plans, watch)
         bound.bind(example_inputs, owners)
         return bound
 
@@ -103,7 +105,14 @@ class SereBackend:
         """Rewrite one gate; raise if it cannot be re-routed and has to be, unless refusals become rows of a report."""
         weight = plan.weight(example_inputs)
         matrices = examples(plan, weight) if plan.is_to_reroute else {}
-        refusal = rewrite_gate(plan, graph, matrices, weight, owners)
+        refusal = rewrite_gate(
+            plan,
+            graph,
+            matrices,
+            weight,
+            owners,
+            lambda: find_matrix(plan, weight, graph.value_of, owners, probing=not self._explaining),
+        )
         if refusal is None or not refusal.is_refused_gate:
             return
         if plan.config.strict and not self._explaining:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,15 +13,16 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from .compiler import gate_options
+from .compiler.gate_matrices import unprobed
 from .compiler.gate_plan import GatePlan, refuse_shared_routers
 from .compiler.missing_gates import describe_nearest_miss
 from .compiler.program import Program
 from .compiler.rewrite_gate import rewrite_gate
 from .config import SereConfig
-from .errors import ConfigError, GateNotFoundError, ProfileError
+from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
 from .experts.experts_module import find_experts
 from .experts.probe import Probed, probe_gate
-from .passes import Gate, extract_dispatch, find_gates
+from .passes import Gate, Skip, extract_dispatch, find_gates
 from .similarity.fit import check_size, required_projection
 from .similarity.profile import SimilarityProfile
 from .similarity.threshold import matrix_in_graph
@@ -59,12 +61,13 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         A rewritten copy that shares the weights.
 
     Raises:
-        GateNotFoundError: no gate was found or every gate was refused; the message says why.
+        GateNotFoundError: no gate was found or every gate was refused; the message says why. Without a
+            profile a gate is refused whose experts cannot be run.
         ConfigError: max_tokens is given, and the program takes batches on both sides of it; or
             collect_stats is.
         ProfileError: the profile has no matrix for a gate, or one of another size, or lacks
             projections that are asked for.
-        ProbeError: without a profile, an expert could not be run.
+        ProbeError: without a profile, a gate cannot be filled, and its experts could not be run.
     """
     config = config or SereConfig()
     _check_options(config)
@@ -74,11 +77,11 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         why = describe_nearest_miss(findings.nearest_miss) if program.has_shapes() else _NO_SHAPES
         raise GateNotFoundError(f"no MoE gate in the traced graph. {why}")
     plans = _plan_gates(findings.gates, config, program)
-    # All matrices first: a profile that does not fit is an error before anything is changed.
+    # The matrices of a profile first: one that does not fit is an error before anything is changed.
     matrices = [_needed(plan, profile, program) for plan in plans]
     refused = [plan.refusal for plan in plans if plan.refusal is not None]
     for plan, found in zip(plans, matrices, strict=True):
-        refusal = rewrite_gate(plan, program, found, plan.weight(()), program.owners)
+        refusal = rewrite_gate(plan, program, found, plan.weight(()), program.owners, partial(_find, plan, found))
         if refusal is not None:
             log.warning("%s is not re-routed: %s", plan.name, refusal)
             refused.append(refusal)
@@ -131,10 +134,19 @@ class _Late(dict[str, torch.Tensor]):
 def _needed(plan: GatePlan, profile: SimilarityProfile | None, program: Program) -> dict[str, torch.Tensor]:
     if not plan.is_to_reroute:
         return {}
-    if plan.config.substitution == "fill":
-        # Only a gate that cannot be filled has a use for them.
+    if profile is None or plan.config.substitution == "fill":
+        # Nobody probes the experts of a gate that is refused; only a gate that cannot be filled has a use for them.
         return _Late(lambda: _matrices(plan, profile, program))
     return _matrices(plan, profile, program)
+
+
+def _find(plan: GatePlan, matrices: dict[str, torch.Tensor]) -> Skip | None:
+    """Why a gate that is proven has no matrix, or None."""
+    try:
+        matrices["similarity"]
+    except ProbeError as error:
+        return unprobed(plan, error)
+    return None
 
 
 def _matrices(plan: GatePlan, profile: SimilarityProfile | None, program: Program) -> dict[str, torch.Tensor]:

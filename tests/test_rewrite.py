@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import sere_compile
 from sere_compile import ConfigError, GateNotFoundError, ProbeError, ProfileError, SereConfig, SimilarityProfile
+from sere_compile.ops.reroute import reroute
 from sere_compile.passes import SkipReason, find_gates
 from sere_compile.passes.graph import nodes
 from sere_compile.testing import oracle_routing, reroute_oracle
@@ -415,7 +416,8 @@ class TestProbing:
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         buffer.seek(0)
-        with pytest.raises(ProbeError, match=r"cannot be probed: .*Give a profile, or rewrite while that model is"):
+        told = r"cannot be probed: .*Give a profile, or rewrite while that model is"
+        with pytest.raises(GateNotFoundError, match=told):
             sere_compile.rewrite(torch.export.load(buffer), config=S1)
 
     def test_experts_that_only_a_call_has(self):
@@ -427,7 +429,7 @@ class TestProbing:
                 return ((x[:, None, None] @ experts[ids]).squeeze(2) * weights[..., None]).sum(1)
 
         program = torch.export.export(Passed(), (torch.randn(4, 6), torch.randn(5, 6, 6)))
-        with pytest.raises(ProbeError, match="their dispatch reads experts, which only a call has"):
+        with pytest.raises(GateNotFoundError, match="their dispatch reads experts, which only a call has"):
             sere_compile.rewrite(program, config=S1)
 
 
@@ -464,7 +466,7 @@ def test_hand_written_module(trace, probed):
     module, x = _Indexed(), torch.randn(12, 6)
     traced = trace(module, x)
     if probed and trace is from_make_fx_with_symbols:
-        with pytest.raises(ProbeError, match="traced for any number of tokens"):
+        with pytest.raises(GateNotFoundError, match="traced for any number of tokens"):
             sere_compile.rewrite(traced)
         return
     # make_fx names a weight itself.

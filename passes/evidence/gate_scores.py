@@ -35,6 +35,9 @@ class GateScores:
 def gate_scores(gate: Gate) -> GateScores | None:
     """The scores at a gate, or None where the selection does not read one tensor of them."""
     choice = nodes.operand(gate.selection)
+    if choice is not None and gate.form == "sort" and not nodes.argument(gate.selection, 2, "descending", False):
+        # In ascending order the best are first of negated scores alone.
+        choice = nodes.operand(choice) if nodes.kind(choice) == "neg" else None
     if choice is None or nodes.last_size(choice) != gate.num_experts:
         return None
     looked_up = [

@@ -62,12 +62,9 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
         first = nodes.first_result(node)
         node = node if first is None else first
         name = _FIRST_RESULTS.get(nodes.kind(node), nodes.kind(node))
-        if name in _PROJECTIONS:
-            factors = _projection_factors(node, _PROJECTIONS[name])
-            if factors is not None:
-                found[node] = factors
-            else:
-                stops.append(node)
+        factors = _projection_factors(node, _PROJECTIONS[name]) if name in _PROJECTIONS else _written_out(node, name)
+        if factors is not None:
+            found[node] = factors
             continue
         if name in _COLUMNS:
             source = cut_from(node)
@@ -141,11 +138,53 @@ def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | 
     return None
 
 
+def _written_out(node: Node, name: str) -> tuple[Node, Node] | None:
+    """What is projected, and the weight, of `(weight @ hidden.T).T` and `(hidden.unsqueeze(-2) * weight).sum(-1)`."""
+    product = nodes.operand(node)
+    sizes = nodes.shape(product) if product is not None else None
+    if product is None or sizes is None or len(sizes) < 2:
+        return None
+    factors = [factor for factor in product.args[:2] if isinstance(factor, Node)]
+    if len(factors) != 2:
+        return None
+    if _turns(node) and nodes.kind(product) == "matmul":
+        if _turns(factors[1]):
+            return _weight_and(factors[0], nodes.operand(factors[1]), sizes[0])
+    elif name == "sum" and nodes.kind(product) == "mul" and _sums_last(node, len(sizes)):
+        for weight, other in (factors, factors[::-1]):
+            if nodes.kind(other) in nodes.VALUE_PRESERVING and nodes.shape(weight) == tuple(sizes[-2:]):
+                return _weight_and(weight, nodes.operand(other), sizes[-2])
+    return None
+
+
+def _turns(node: Node) -> bool:
+    """Whether a node is the transpose of a matrix, which make_fx permutes."""
+    if len(nodes.shape(node) or ()) != 2:
+        return False
+    dims = node.args[1] if len(node.args) == 2 else node.args[1:]
+    swapped = isinstance(dims, (list, tuple)) and list(dims) == [1, 0]
+    return nodes.kind(node) == "transpose" or (nodes.kind(node) == "permute" and swapped)
+
+
+def _sums_last(node: Node, rank: int) -> bool:
+    dim = nodes.argument(node, 1, "dim")
+    dims = list(dim) if isinstance(dim, (list, tuple)) else [dim]
+    return dims in ([-1], [rank - 1]) and not nodes.argument(node, 2, "keepdim", False)
+
+
+def _weight_and(weight: Node, hidden: Node | None, columns: object) -> tuple[Node, Node] | None:
+    """The hidden states and the matrix [columns, H] behind a factor, or None where they do not fit."""
+    root = _made_of(weight)
+    if root is None or hidden is None or not nodes.is_model_state(root):
+        return None
+    return (hidden, root) if nodes.shape(root) == (columns, nodes.last_size(hidden)) else None
+
+
 def _made_of(factor: Node) -> Node | None:
     """The graph input that a factor is a view of, or is computed from with other model state.
 
-    Cosine routers normalise the weight, others scale or dequantise it: its identity still
-    identifies the layer.
+    Cosine routers normalise the weight, others scale or dequantise it, or add a product of small
+    matrices (LoRA): the identity of the one that has the factor's sizes still identifies the layer.
     """
     root = nodes.parameter_root(factor)
     if root is not None:
@@ -156,4 +195,7 @@ def _made_of(factor: Node) -> Node | None:
         return None
     # make_fx reads an attribute anew for each use.
     matrices = {n.target: n for n in inputs if nodes.is_floating(n) and len(nodes.shape(n) or ()) == 2}
+    if len(matrices) > 1:
+        sizes = sorted(map(str, nodes.shape(factor) or ()))
+        matrices = {target: n for target, n in matrices.items() if sorted(map(str, nodes.shape(n) or ())) == sizes}
     return next(iter(matrices.values())) if len(matrices) == 1 else None

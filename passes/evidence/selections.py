@@ -2,6 +2,7 @@
 
     topk(scores, K)                                          "top-k"
     topk(scores, K + 1), columns [:K] of both results        "top-k", narrowed
+    argsort(-scores), columns [:K]                           "sort", best first as well
     sort(scores, descending) or argsort, columns [:K]        "sort"
     argmax(scores, -1) or max(scores, -1) with its indices   "max", K = 1
     max > mask what it chose > max > ..., concatenated       "steps", K columns
@@ -17,7 +18,7 @@ from itertools import pairwise
 
 from torch.fx import Graph, Node
 
-from ..gate import Evidence, Skip, SkipReason
+from ..gate import Evidence, Skip, SkipReason, Use
 from ..graph import nodes
 from ..graph.columns import columns_of, constant
 from ..graph.walk import walk
@@ -69,7 +70,7 @@ def find_selections(graph: Graph) -> list[Selection | Skip]:
             found += _sorted(node, name)
         elif name in ("max", "argmax"):
             found += _maximum(node, name)
-    return [_with_padding(s) if isinstance(s, Selection) else s for s in _join_steps(found)]
+    return _join_steps(found)
 
 
 def _top_k(node: Node) -> Selection | Skip:
@@ -110,8 +111,11 @@ def _sorted(node: Node, name: str) -> Iterable[Selection | Skip]:
     if not cut or nodes.last_size(cut[0]) in (None, size):
         return
     values = () if name == "argsort" else tuple(nodes.picked(node, 0))
-    # A sort in ascending order puts the best last; only the other way is a ranking.
+    # A sort in ascending order puts the best last; only the other way is a ranking, unless the scores are negated.
     smallest = not nodes.argument(node, 2, "descending", False)
+    if smallest and nodes.kind(scores) == "neg" and not any(value.users for value in values):
+        negated = nodes.operand(scores)
+        scores, smallest = (scores, True) if negated is None else (negated, False)
     top_k = nodes.last_size(cut[0])
     assert top_k is not None
     yield Selection(node, "sort", scores, top_k, cut, values, smallest=smallest, unnarrowed=ids)
@@ -153,12 +157,24 @@ def _refined(selection: Selection) -> Selection:
     return replace(selection, ids=cut, top_k=width, unnarrowed=selection.unnarrowed + selection.ids)
 
 
-def _with_padding(selection: Selection) -> Selection:
-    """The selection with ids that mark padding, where those alone are dispatched: it makes no primary experts."""
-    marked = _padding_marked(selection.ids, nodes.last_size(selection.scores))
-    if marked is None:
-        return selection
-    return replace(selection, ids=(marked,), unnarrowed=selection.unnarrowed + selection.ids)
+def with_marked_padding(selection: Selection, uses: Iterable[Use]) -> Selection | None:
+    """The selection with ids that mark padding, `where(real, ids, -1)` or `masked_fill(ids, padding, E)`.
+
+    Where all that is dispatched reads those, padding makes no primary experts.
+
+    Args:
+        selection: with ids that mark nothing.
+        uses: of its ids.
+
+    Returns:
+        None where the dispatch reads ids that mark nothing.
+    """
+    columns = nodes.last_size(selection.scores)
+    marked = {_padding_marked(use.read, selection.ids, columns) for use in uses if use.kind.dispatches}
+    found = marked.pop() if len(marked) == 1 else None
+    if found is None:
+        return None
+    return replace(selection, ids=(found,), unnarrowed=selection.unnarrowed + selection.ids)
 
 
 def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:
@@ -175,13 +191,16 @@ def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:
     return tuple(cuts)
 
 
-def _padding_marked(ids: tuple[Node, ...], columns: int | None) -> Node | None:
-    """`where(real, ids, -1)` or `masked_fill(ids, padding, E)`, if that alone is dispatched."""
-    if len(ids) != 1:
-        return None
-    [node] = ids
-    marking = [user for user in node.users if _marks_padding(user, node, columns)]
-    return marking[0] if len(marking) == 1 and not _read_otherwise(ids, marking) else None
+def _padding_marked(read: Node, ids: tuple[Node, ...], columns: int | None) -> Node | None:
+    """The first node between the ids and a view or copy of them that marks padding."""
+    found, node = None, read
+    while node not in ids:
+        source = nodes.slot_source(node)
+        if source is None:
+            return None
+        found = node if _marks_padding(node, source, columns) and nodes.same_shape(node, ids[0]) else found
+        node = source
+    return found
 
 
 def _read_otherwise(ids: tuple[Node, ...], known: list[Node]) -> bool:

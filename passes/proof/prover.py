@@ -18,7 +18,7 @@ from .compare import distance
 from .expert_parameters import ExpertParameters, Told, Values
 from .made_up import activation_values, state_values
 from .region import Region
-from .sources import experts_meet_hidden
+from .sources import Sources, experts_meet_hidden
 from .ways import Got, Way, leads_to, rewrite_region, settings_of, with_proven_kinds
 
 # What an operation raises that does not take made-up values.
@@ -76,6 +76,8 @@ class Prover:
             return Verdict(refusal=refusal, without_experts=True)
         if not experts_meet_hidden(region, sources, experts.tensors):
             return Verdict(reason=SkipReason.FETCHED)
+        if self._weighs_nothing(experts.tensors, sources):
+            return Verdict(reason=SkipReason.NOTHING_WEIGHED)
         refusals: list[str] = []
         reason = SkipReason.UNVERIFIED
         for way in self._ways(experts.tensors):
@@ -88,6 +90,12 @@ class Prover:
             refusals.append(wrong)
         text = "; ".join(dict.fromkeys(refusals)) or "nothing of its dispatch can be re-routed"
         return Verdict(refusal=text, reason=reason)
+
+    def _weighs_nothing(self, experts: set[Node], sources: Sources) -> bool:
+        """Whether tensors are fetched by the ids, and no score weighs what comes of them, as of attended prompts."""
+        uses = with_proven_kinds(self._region, experts).dispatch_uses
+        fetched = bool(uses) and all(use.kind is UseKind.EXPERT_INDEX for use in uses)
+        return fetched and self._region.gate.top_k > 1 and self._region.ends[0] not in sources.scored
 
     def _drawn(self, number: int) -> Values:
         return self._state | activation_values(self._region, number, single=self._single)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..errors import ProbeError
 from ..experts.owner import Owners
 from ..report import REWRITTEN
 from ..similarity import binding
 from . import missing_gates
 from .dynamo_graph import DynamoGraph
-from .gate_matrices import appended_value, bind_weight
+from .gate_matrices import appended_value, bind_weight, unprobed
 from .gate_plan import GatePlan
+
+log = logging.getLogger(__name__)
 
 
 class BoundGraph:
@@ -22,6 +27,7 @@ class BoundGraph:
 
     Args:
         compiled: the rewritten graph, compiled.
+        original: the graph as it was traced, for layers whose experts cannot be run to measure a matrix.
         graph: the same before that; only its inputs are kept, since its example inputs would keep
             the weights alive.
         plans: of its gates.
@@ -32,11 +38,14 @@ class BoundGraph:
     def __init__(
         self,
         compiled: Callable[..., Any],
+        original: Callable[..., Any],
         graph: DynamoGraph,
         plans: list[GatePlan],
         watch: Callable[[list[torch.Tensor]], bool] | None = None,
     ) -> None:
         self._compiled = compiled
+        self._original = original
+        self._unprobed = WeakTensorKeyDictionary()  # weights of these layers
         self._watch = watch
         self._inputs = graph.own_inputs
         self._appended = graph.appended
@@ -52,8 +61,27 @@ class BoundGraph:
             self._watch = None
         missing_gates.runs.graphs += 1
         missing_gates.runs.with_gates += 1
-        missing_gates.runs.rewritten += self._is_rewritten
-        return self._compiled(*arguments, *self.bind(arguments))
+        extra = self._bind_or_tell(arguments)
+        missing_gates.runs.rewritten += self._is_rewritten and extra is not None
+        return self._original(*arguments) if extra is None else self._compiled(*arguments, *extra)
+
+    def _bind_or_tell(self, arguments: Sequence[Any]) -> list[torch.Tensor] | None:
+        """See `bind`; None, and a warning, where experts of a layer that was not compiled for cannot be run.
+
+        Raises:
+            ProbeError: the same, with strict=True.
+        """
+        if self._unprobed and any(plan.weight(arguments) in self._unprobed for plan in self._plans):
+            return None
+        try:
+            return self.bind(arguments)
+        except ProbeError as error:
+            if any(plan.config.strict for plan in self._plans):
+                raise
+            for plan in self._plans:
+                self._unprobed[plan.weight(arguments)] = True
+            log.warning("a layer with the code of %s is not re-routed: %s", plan.name, unprobed(plan, error))
+            return None
 
     def bind(self, arguments: Sequence[Any], owners: Owners | None = None) -> list[torch.Tensor]:
         """The appended inputs for a call with these arguments; the same list while the weights stay the same.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Any
 
 import torch
 
+from ..errors import ProbeError
 from ..experts.experts_module import find_experts
 from ..experts.owner import Owners
-from ..experts.probe import Probed, probe_gate
+from ..experts.probe import Probed, find_dispatch, probe_gate
+from ..passes import Evidence, Skip, SkipReason
 from ..passes.graph.run_part import ValueOf
 from ..report import REWRITTEN
 from ..similarity import binding
@@ -59,6 +62,39 @@ def named_entry(plan: GatePlan, weight: torch.Tensor, owners: Owners) -> binding
     return entry
 
 
+def find_matrix(
+    plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners: Owners, *, probing: bool = True
+) -> Skip | None:
+    """Find or measure the matrix of a gate that is proven, before it is rewritten; or why there is none.
+
+    Args:
+        plan: of the gate.
+        weight: its router's.
+        value_of: what the graph's inputs hold.
+        owners: of the router weights.
+        probing: whether to run the experts; else it is only asked whether they could be run.
+
+    Raises:
+        ProfileError: see `named_entry`.
+    """
+    entry = named_entry(plan, weight, owners)
+    if entry.matrix is not None:
+        return None
+    try:
+        if probing:
+            _probe(plan, weight, value_of, entry.name, owners)
+        else:
+            find_dispatch(*_to_probe(plan, weight, value_of, entry.name, owners))
+    except ProbeError as error:
+        return unprobed(plan, error)
+    return None
+
+
+def unprobed(plan: GatePlan, error: ProbeError) -> Skip:
+    """The refusal of a gate whose experts cannot be run: a program that runs without us is not stopped."""
+    return Skip(SkipReason.NOT_PROBED, plan.gate.selection, str(error), evidence=Evidence.EXPERTS)
+
+
 def bind_weight(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners: Owners) -> None:
     """Find or measure the matrix of the weight that a call passes.
 
@@ -74,20 +110,25 @@ def bind_weight(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners:
         return
     entry = named_entry(plan, weight, owners)
     if entry.matrix is None and not plan.is_filled:
-        found = _probe(plan, weight, value_of, entry.name, owners)
-        binding.assign(weight, entry.name, found.similarity, "probed", from_profile=False, projection=found.projection)
+        _probe(plan, weight, value_of, entry.name, owners)
 
 
-def _probe(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, name: str, owners: Owners) -> Probed:
-    gate = plan.gate
-    log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, gate.num_experts)
+def _probe(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, name: str, owners: Owners) -> None:
+    count = plan.gate.num_experts
+    log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, count)
+    found: Probed = probe_gate(*_to_probe(plan, weight, value_of, name, owners))
     warn_of_probing()
-    return probe_gate(
-        gate,
+    binding.assign(weight, name, found.similarity, "probed", from_profile=False, projection=found.projection)
+
+
+def _to_probe(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, name: str, owners: Owners) -> tuple[Any, ...]:
+    """The arguments of `probe_gate`."""
+    return (
+        plan.gate,
         plan.region,
         name,
         weight,
-        lambda: find_experts(owners.find(weight), gate.num_experts),
+        lambda: find_experts(owners.find(weight), plan.gate.num_experts),
         value_of,
         "Attach a profile: sere_compile.attach(model, profile)",
     )

@@ -25,6 +25,7 @@ from ..passes import (
     has_more_tokens,
     verify_rewrite,
 )
+from ..passes.graph import nodes
 from ..passes.graph.run_part import ValueOf
 from ..report import IDENTITY, SKIPPED
 from ..similarity import binding
@@ -80,6 +81,8 @@ class GatePlan:
         limit = self.config.max_tokens
         if self.select_top_k >= self.gate.top_k:
             self.reason = f"S = {self.select_top_k}: nothing to re-route"
+        elif 0 in [size for size in nodes.shape(self.gate.ids) or () if isinstance(size, int)]:
+            self.reason = "no tokens: nothing to re-route"
         elif limit is not None and exceeds(self.gate, limit):
             self.reason = f"more than max_tokens = {limit} tokens"
 

@@ -12,6 +12,7 @@ where the block gives what it gives, as traced, when expert u has the parameters
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -27,7 +28,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
 from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
-from ..passes import Gate, RoutingSettings, Skip, find_gates, reroute_dispatch
+from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch
+from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
 from . import dynamo
 
@@ -37,6 +39,10 @@ _ROWS = 12
 _DRAWS = 3
 _FEW_TOKENS = 64
 _TOLERANCE = 1e-4
+_SENT_ELSEWHERE = (
+    "outside the graph some tokens go to other experts than it chose, or to none, as padding does: mark their ids with "
+    "-1 before the graph ends"
+)
 # What code that is run on made-up numbers may raise.
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -140,6 +146,8 @@ class _Trial:
         self._block = block
         self._version = "original"
         self._seed = 0
+        self.scores = "own"  # those of the run that is under way, see `_run`
+        self.absent: int | None = None  # the expert that nobody chooses in the run that is under way
         self._found: list[Gate] = []
         self._ids: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -161,7 +169,12 @@ class _Trial:
             experts = self._experts(candidates, inputs)
             if isinstance(experts, str):
                 return Verdict(None, experts, is_gate=False)
-            return self._compare(experts, inputs)
+            verdict = self._compare(experts, inputs)
+            if verdict.merged is None:
+                return verdict
+            if self._weighs_nothing(experts, inputs):
+                return Verdict(None, SkipReason.NOTHING_WEIGHED.value)
+            return Verdict(None, _SENT_ELSEWHERE) if self._sends_elsewhere(experts, inputs) else verdict
         except _FAILURES as error:
             return Verdict(None, f"{name} could not be run on made-up choices: {_short(error)}")
 
@@ -186,9 +199,25 @@ class _Trial:
                 return arguments
         return None
 
-    def _run(self, inputs: Arguments, version: str = "original", seed: int = 0) -> list[torch.Tensor]:
-        """Every tensor that the block returns."""
-        self._version, self._seed = version, seed
+    def _run(
+        self,
+        inputs: Arguments,
+        version: str = "original",
+        seed: int = 0,
+        *,
+        scores: str = "own",
+        absent: int | None = None,
+    ) -> list[torch.Tensor]:
+        """Every tensor that the block returns.
+
+        Args:
+            inputs: of the block.
+            version: of its graph.
+            seed: of the choice that is made up.
+            scores: at which the choice is made: the router's "own", "others", or "equal" ones for all.
+            absent: an expert that no token chooses.
+        """
+        self._version, self._seed, self.scores, self.absent = version, seed, scores, absent
         self._ids.clear()
         self._weights.clear()
         device = self._block.weight.device
@@ -216,11 +245,45 @@ class _Trial:
                 continue
             if self._belongs_to_experts(one, inputs, base, ids, weights):
                 taken.append(one)
+        taken = [one for one in taken if not self._scales_weights(one, taken, inputs)]
         if not taken:
             return "no parameter around its router acts on the tokens of one expert alone"
         if not self._acts_on_hidden(taken, inputs):
             return "what its indices fetch is added up whatever the hidden states are: values of a table, no experts"
         return taken
+
+    def _scales_weights(self, one: ExpertSlices, taken: list[ExpertSlices], inputs: Arguments) -> bool:
+        """Whether a number per expert does nothing by itself: it may scale routing weights, and then be the router's.
+
+        A bias of the experts shows where all else that they have is zero.
+        """
+        others = [other for other in taken if other is not one]
+        if one.parts(self._block.num_experts)[0].numel() > 1 or not others:
+            return False
+        # Weights that are returned change with it, whatever the experts give.
+        made_by_experts = self._changes_with(others, inputs)
+        with self._block.zeroed(others):
+            changes = self._changes_with([one], inputs)
+        return not any(by_one and by_experts for by_one, by_experts in zip(changes, made_by_experts, strict=True))
+
+    def _changes_with(self, exchanged: list[ExpertSlices], inputs: Arguments) -> list[bool]:
+        """Which of the tensors that the block returns are others when experts take each other's parameters."""
+        before = self._run(inputs)
+        with self._block.exchanged(exchanged, _shift(self._block.num_experts)):
+            after = self._run(inputs)
+        return [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+
+    def _weighs_nothing(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
+        """Whether other scores for the same choice change nothing of what the experts give, as of attended prompts."""
+        if self._gate.top_k == 1:
+            return False
+        differences = []
+        for scores in ("own", "others"):
+            before = self._run(inputs, scores=scores)
+            with self._block.exchanged(experts, _shift(self._block.num_experts)):
+                after = self._run(inputs, scores=scores)
+            differences.append([a - b for a, b in zip(after, before, strict=True) if _floats(a)])
+        return all(_close(a, b) for a, b in zip(*differences, strict=True))
 
     def _belongs_to_experts(
         self,
@@ -248,18 +311,54 @@ class _Trial:
 
     def _acts_on_hidden(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether what an exchange of experts changes depends on the hidden states, at the same choices and weights."""
-        router = self._block.weight.data
-        kept = router.clone()
-        router.zero_()
-        try:
-            differences = []
-            for other in (inputs, tree_map(_turned, inputs)):
-                before = self._run(other)
-                with self._block.exchanged(experts, _shift(self._block.num_experts)):
-                    differences.append([a - b for a, b in zip(self._run(other), before, strict=True) if _floats(a)])
-        finally:
-            router.copy_(kept)
+        differences = []
+        for other in (inputs, tree_map(_turned, inputs)):
+            before = self._run(other, scores="equal")
+            with self._block.exchanged(experts, _shift(self._block.num_experts)):
+                after = self._run(other, scores="equal")
+            differences.append([a - b for a, b in zip(after, before, strict=True) if _floats(a)])
         return not all(_close(a, b) for a, b in zip(*differences, strict=True))
+
+    def _sends_elsewhere(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
+        """Whether the code outside changes ids before the experts get them, as those of padding: it may count no token.
+
+        An expert that padding would be sent to must do nothing where nobody chose it, and what a token chose must do
+        something, whatever a mask among the inputs says.
+        """
+        masked = tree_map(_half_masked, inputs)
+        has_mask = any(a is not b for a, b in zip(tree_leaves(masked), tree_leaves(inputs), strict=True))
+        return any(
+            self._adds_tokens(experts, given) or self._misses_tokens(experts, given)
+            for given in ((inputs, masked) if has_mask else (inputs,))
+        )
+
+    def _adds_tokens(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
+        """Whether the first or last expert does something for tokens that did not choose it."""
+        count = self._block.num_experts
+        for expert in (0, count - 1) if self._gate.top_k < count else ():
+            before = self._run(inputs, seed=1, absent=expert)
+            with contextlib.ExitStack() as stack:
+                for one in experts:
+                    stack.enter_context(self._block.disturbed(one, expert))
+                after = self._run(inputs, seed=1, absent=expert)
+            if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+                return True
+        return False
+
+    def _misses_tokens(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
+        """Whether some tokens with a choice are the same in every draw, whatever their experts are."""
+        served: torch.Tensor | None = None
+        for seed in range(_DRAWS):
+            before = self._run(inputs, seed=seed)
+            ids = self._ids[0].reshape(-1, self._gate.top_k)
+            with self._block.exchanged(experts, _shift(self._block.num_experts)):
+                changed = _changed_rows(before, self._run(inputs, seed=seed), len(ids))
+            if changed is None:
+                return False
+            unmarked = ((ids >= 0) & (ids < self._block.num_experts)).any(-1).to(changed.device)
+            found = changed | ~unmarked
+            served = found if served is None else served | found
+        return served is not None and not bool(served.all())
 
     # Whether a rewrite is right.
 
@@ -332,6 +431,11 @@ class _Trial:
         with graph.inserting_after(chosen):
             forced = graph.call_function(_Choose(self, scores, gate), (chosen,))
         chosen.replace_all_uses_with(forced, delete_user_cb=lambda user: user is not forced)
+        router = trace_router(scores, nodes.last_size(scores) or 0)
+        assert isinstance(router, Router)
+        with graph.inserting_after(router.projection):
+            given = graph.call_function(_Score(self), (router.projection,))
+        router.projection.replace_all_uses_with(given, delete_user_cb=lambda user: user is not given)
         graph.lint()
         copy.recompile()
         return copy.forward
@@ -340,6 +444,11 @@ class _Trial:
     def seed(self) -> int:
         """Of the choices made up for the run that is under way."""
         return self._seed
+
+    @property
+    def seed_of_scores(self) -> int:
+        """Of the scores at which they are made."""
+        return self._seed + 1000 * (self.scores == "others")
 
 
 def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> list[Gate]:
@@ -365,6 +474,24 @@ class _Tell:
         self._told.append(value.detach().clone())
 
 
+class _Score:
+    """A call in a graph that puts other logits in place of the router's, where they are asked for."""
+
+    __name__ = "score"
+
+    def __init__(self, trial: _Trial) -> None:
+        self._trial = trial
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits, or others."""
+        if self._trial.scores == "own":
+            return logits
+        if self._trial.scores == "equal":
+            return torch.zeros_like(logits)
+        generator = torch.Generator().manual_seed(self._trial.seed_of_scores)
+        return logits * (torch.rand(logits.shape, generator=generator) + 0.5).to(logits)
+
+
 class _Choose:
     """A call in a graph that puts a made-up choice in place of the router's."""
 
@@ -379,28 +506,36 @@ class _Choose:
     def __call__(self, chosen: Any) -> Any:
         """The choice in the form of what the router's selection gives."""
         if self._steps:  # scores, of which each step takes the best that is left
-            order = made_up_order(chosen.shape[:-1], self._columns, self._trial.seed).to(chosen.device)
+            order = self._order(chosen.shape[:-1]).to(chosen.device)
             level = torch.arange(self._columns, 0, -1, device=chosen.device).to(chosen) / self._columns
+            level = level**2 if self._trial.scores == "others" else level
             return torch.zeros_like(chosen).scatter(-1, order, level.expand(order.shape))
         ids = chosen if isinstance(chosen, torch.Tensor) else chosen[1]
         leading = ids.shape if self._flat else ids.shape[:-1]
-        order = made_up_order(leading, self._columns, self._trial.seed).to(ids)
+        order = self._order(leading).to(ids)
         made_up = (order[..., 0] if self._flat else order[..., : ids.shape[-1]]).contiguous()
         if isinstance(chosen, torch.Tensor):
             return made_up
-        generator = torch.Generator().manual_seed(self._trial.seed)
+        generator = torch.Generator().manual_seed(self._trial.seed_of_scores)
         values = (torch.rand(order.shape, generator=generator) + 0.1).sort(-1, descending=True)[0].to(chosen[0])
         values = values[..., 0] if self._flat else values[..., : ids.shape[-1]]
         return _Picked(values.contiguous(), made_up)
 
+    def _order(self, leading: Sequence[int]) -> torch.Tensor:
+        return made_up_order(leading, self._columns, self._trial.seed, self._trial.absent)
 
-def made_up_order(leading: Sequence[int], columns: int, seed: int) -> torch.Tensor:
+
+def made_up_order(leading: Sequence[int], columns: int, seed: int, last: int | None = None) -> torch.Tensor:
     """An order of all experts for each token, int64 [*leading, columns].
 
     With an even seed the first choices are two experts only, so that most tokens name an expert twice after re-routing.
+    With an odd one the expert `last` is every token's last choice.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(*leading, columns, generator=generator).argsort(-1)
+    keys = torch.rand(*leading, columns, generator=generator)
+    if last is not None:
+        keys[..., last] = 2
+    order = keys.argsort(-1)
     if seed % 2 or columns < 2:
         return order
     rows = torch.arange(order[..., 0].numel()).view(order.shape[:-1])
@@ -415,6 +550,13 @@ def _detached(value: Any) -> Any:
 
 def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _half_masked(value: Any) -> Any:
+    """A mask that marks the second half of what it is about; other values are as they are."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.numel() < 2:
+        return value
+    return torch.arange(value.numel(), device=value.device).view(value.shape) < value.numel() // 2
 
 
 def _turned(value: Any) -> Any:

@@ -37,6 +37,7 @@ def rewrite_gate(
     matrices: Mapping[str, torch.Tensor],
     weight: torch.Tensor,
     owners: Owners,
+    find_matrix: Callable[[], Skip | None],
 ) -> Skip | None:
     """Do what a plan says, and record in it what was done.
 
@@ -47,13 +48,14 @@ def rewrite_gate(
             nothing to re-route.
         weight: the router's.
         owners: of the router weights.
+        find_matrix: asked once the gate is proven: why there is no similarity matrix for it, or None.
 
     Returns:
         Why the gate cannot be re-routed, where that was to be done.
     """
     if plan.status == SKIPPED:
         return None
-    run = _run(plan, graph, matrices, weight, owners)
+    run = _run(plan, graph, matrices, weight, owners, find_matrix)
     refusal = run_pipeline(run, _switches(plan, run, graph.takes_kernels))
     plan.kernels = _kernels(run)
     plan.merged = run.rewrite is not None and run.rewrite.merged
@@ -73,7 +75,12 @@ def rewrite_gate(
 
 
 def _run(
-    plan: GatePlan, graph: TracedGraph, matrices: Mapping[str, torch.Tensor], weight: torch.Tensor, owners: Owners
+    plan: GatePlan,
+    graph: TracedGraph,
+    matrices: Mapping[str, torch.Tensor],
+    weight: torch.Tensor,
+    owners: Owners,
+    find_matrix: Callable[[], Skip | None],
 ) -> Run:
     """What the passes ask of the graph and of the call that it is rewritten for."""
 
@@ -81,6 +88,13 @@ def _run(
         counting = kind == "counts"
         value = torch.zeros(len(COUNTED), dtype=torch.int64, device=weight.device) if counting else matrices[kind]
         return graph.place(plan, kind, value)
+
+    filling = plan.config.substitution == "fill"
+
+    def prove(gate: Gate, weighing: bool) -> Proof | Skip:
+        proof = _prove(gate, weight, graph, owners, weighing=weighing)
+        # What fills lost slots reads no matrix. Nobody measures one for what is not re-routed.
+        return proof if isinstance(proof, Skip) or filling else find_matrix() or proof
 
     inputs = graph.module.graph.find_nodes(op="placeholder")
     return Run(
@@ -90,10 +104,10 @@ def _run(
         sizes={node: value for node in inputs if isinstance(value := graph.value_of(node), int)},
         device=weight.device,
         has_gradients=graph.has_gradients,
-        prove=lambda gate, weighing: _prove(gate, weight, graph, owners, weighing=weighing),
+        prove=prove,
         input_for=input_for,
         projecting=plan.config.substitution == "projection",
-        filling=plan.config.substitution == "fill",
+        filling=filling,
         strict=plan.config.strict,
         counting=plan.config.collect_stats,
     )

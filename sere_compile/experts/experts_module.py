@@ -37,7 +37,7 @@ def find_experts(owner: Owner | None, num_experts: int) -> Experts | None:
         for module in owner.beside(around):
             if _takes_routing(module) and (_holds_experts(module, num_experts) or _counts_experts(module, num_experts)):
                 return module
-            if isinstance(module, nn.ModuleList) and len(module) == num_experts:
+            if isinstance(module, nn.ModuleList) and len(module) == num_experts and all(map(_can_be_called, module)):
                 return _ExpertList(module)
     return None
 
@@ -77,6 +77,11 @@ def count_experts_beside(owner: Owner | None, columns: int) -> int:
             if fewer and (columns in stacks if as_many else _takes_routing(module)):
                 return min(fewer)
     return columns if as_many else 0
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Whether it computes something by itself, unlike a dictionary of modules that are called one by one."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _counts(experts: nn.ModuleDict) -> int:

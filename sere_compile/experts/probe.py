@@ -18,6 +18,7 @@ from ..errors import ProbeError
 from ..passes import DispatchRegion, Gate, NormScale, Skip
 from ..passes.graph import nodes
 from ..passes.graph.run_part import ValueOf
+from ..passes.proof.prover import FAILURES
 from .counterfactual import CounterfactualExperts, Dispatch
 from .experts_module import Experts
 from .hidden_states import draw, hidden_size_of, scale_at
@@ -52,11 +53,38 @@ def probe_gate(
     value_of: ValueOf,
     advice: str,
 ) -> Probed:
-    """Measure how alike a gate's experts are: run in the graph, else beside the router in the live model.
+    """Measure how alike a gate's experts are, see `find_dispatch`.
 
-    The graph's own dispatch needs every tensor that it reads and a known number of tokens. Where it
-    takes few rows at once, thousands of runs would be needed, and an experts module beside the
-    router is run instead.
+    Raises:
+        ProbeError: the experts cannot be run, or one gives NaN or infinity.
+    """
+    dispatch, rows = find_dispatch(gate, region, name, weight, find_experts, value_of, advice)
+    try:
+        return probe_experts(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
+    except ProbeError as error:
+        raise ProbeError(f"the experts of {name} cannot be probed: {error}. {advice}") from error
+    except FAILURES as error:
+        text = (str(error).splitlines() or [""])[0][:120]
+        raise ProbeError(
+            f"the experts of {name} cannot be probed: on random hidden states they raise {type(error).__name__}: "
+            f"{text}. {advice}"
+        ) from error
+
+
+def find_dispatch(
+    gate: Gate,
+    region: DispatchRegion | Skip,
+    name: str,
+    weight: torch.Tensor,
+    find_experts: Callable[[], Experts | None],
+    value_of: ValueOf,
+    advice: str,
+) -> tuple[Dispatch, int]:
+    """What runs a gate's experts on hidden states that are drawn, and how many rows it takes at once.
+
+    They are run in the graph, else beside the router in the live model. The graph's own dispatch needs
+    every tensor that it reads and a known number of tokens. Where it takes few rows at once, thousands
+    of runs would be needed, and an experts module beside the router is run instead.
 
     Args:
         gate: as it was found.
@@ -70,13 +98,12 @@ def probe_gate(
             message.
 
     Raises:
-        ProbeError: the experts can be run in neither place, or one gives NaN or infinity.
+        ProbeError: the experts can be run in neither place.
     """
     found = _dispatch_in_graph(gate, region, name, value_of)
     experts = None if not isinstance(found, str) and found[1] >= PROBE_TOKENS else find_experts()
     if not isinstance(found, str) and experts is None:
-        dispatch, rows = found
-        return probe_experts(dispatch, rows, gate.num_experts, gate.top_k, weight.device)
+        return found
     if experts is None:
         raise ProbeError(
             f"the experts of {name} cannot be probed: {found}, and no experts module stands beside its router in a "
@@ -84,8 +111,7 @@ def probe_gate(
         )
     scale = _known_scale(gate.router_input, gate, name, value_of)
     hidden_size = hidden_size_of(weight, gate)
-    dispatch = module_dispatch(experts, hidden_size, weight.dtype, weight.device, scale, value_of)
-    return probe_experts(dispatch, MODULE_ROWS, gate.num_experts, gate.top_k, weight.device)
+    return module_dispatch(experts, hidden_size, weight.dtype, weight.device, scale, value_of), MODULE_ROWS
 
 
 def probe_experts(dispatch: Dispatch, rows: int, num_experts: int, top_k: int, device: torch.device) -> Probed:

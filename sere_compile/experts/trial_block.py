@@ -107,6 +107,19 @@ class TrialBlock:
                     target.copy_(part)
 
     @contextlib.contextmanager
+    def zeroed(self, slices: list[ExpertSlices]) -> Iterator[None]:
+        """Meanwhile every expert's part of these parameters is zero."""
+        parts = [part for one in slices for part in one.parts(self.num_experts)]
+        kept = [part.clone() for part in parts]
+        try:
+            for part in parts:
+                part.zero_()
+            yield
+        finally:
+            for part, before in zip(parts, kept, strict=True):
+                part.copy_(before)
+
+    @contextlib.contextmanager
     def disturbed(self, slices: ExpertSlices, expert: int) -> Iterator[None]:
         """Meanwhile the part of one expert is another one."""
         part = slices.parts(self.num_experts)[expert]

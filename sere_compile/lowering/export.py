@@ -57,10 +57,9 @@ def export_rewritten(
     Raises:
         LoweringError: torch.export cannot trace the model (its error is the cause), or arguments that do not belong
             together.
-        GateNotFoundError: nothing to re-route was found.
+        GateNotFoundError: nothing to re-route was found, or, without a profile, its experts could not be run.
         ConfigError: max_tokens lies inside the range of batch sizes.
         ProfileError: the profile is for another model; the message names the first gate that differs.
-        ProbeError: without a profile, an expert could not be run.
     """
     if isinstance(model_or_program, ExportedProgram):
         _check_program_only(args, kwargs, dynamic_shapes)

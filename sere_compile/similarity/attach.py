@@ -44,7 +44,7 @@ def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
         )
     parameters = parameters_by_plain_name(model)
     gates = {gate: plain_name(gate) for gate in profile}
-    _check_known(gates.values(), parameters)
+    _check_known(gates.values(), parameters, {plain_name(name) for name, _ in model.named_buffers()})
     _check_distinct(gates.values(), parameters)
     owners = Owners()
     for gate, name in gates.items():
@@ -94,10 +94,15 @@ def detach(model: torch.nn.Module) -> None:
             binding.forget(parameter)
 
 
-def _check_known(gates: Iterable[str], parameters: Mapping[str, torch.nn.Parameter]) -> None:
+def _check_known(gates: Iterable[str], parameters: Mapping[str, torch.nn.Parameter], buffers: set[str]) -> None:
     unknown = [gate for gate in gates if gate not in parameters]
     if not unknown:
         return
+    if unknown[0] in buffers:
+        raise ProfileError(
+            f"the profile's gate {unknown[0]} is a buffer of the model, and a matrix belongs to a parameter: register "
+            f"it as torch.nn.Parameter(..., requires_grad=False), or compile without a profile"
+        )
     routers = [name for name, parameter in parameters.items() if parameter.ndim == 2]
     near = difflib.get_close_matches(unknown[0], routers, n=3, cutoff=0.0)
     raise ProfileError(

@@ -7,9 +7,10 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 import sere_compile
-from sere_compile import SereConfig, sere_backend
+from sere_compile import ProbeError, SereConfig, sere_backend
 
 from ..compiled import CountingInner, logits, oracle_logits
 from ..tiny_models import IMPLEMENTATIONS, TOP_K, build, gate_names, random_profile, tokens
@@ -195,3 +196,71 @@ class TestBinding:
             matrices.append(sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[1])).matrix)
         torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(matrices[2], matrices[0], rtol=1e-4, atol=1e-5)
+
+
+class Unreachable(nn.Module):
+    """A loop over experts of the graph with weights of its own for each: its dispatch cannot be run by itself."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.router = nn.Parameter(torch.randn(6, 8, generator=generator))
+        self.experts = nn.Parameter(torch.randn(6, 8, 8, generator=generator))
+
+    def forward(self, x):
+        weights, ids = (x @ self.router.T).softmax(-1).topk(3)
+        y = 0.0
+        for expert in range(6):
+            share = (weights * (ids == expert)).sum(-1, keepdim=True)
+            y = y + torch.tanh(x @ self.experts[expert]) * share
+        return y
+
+
+class TestUnprobed:
+    """Experts that cannot be run to measure a matrix: the gate stays as it is, with a reason, and nothing stops."""
+
+    def test_is_refused_with_a_reason(self, caplog):
+        model, x = Unreachable(), torch.randn(5, 8)
+        with caplog.at_level(logging.WARNING), torch.no_grad():
+            got = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, min_active=0, inner="eager"))(
+                x
+            )
+        assert torch.equal(got, model(x))
+        [told] = [record.message for record in caplog.records if "is not re-routed" in record.message]
+        assert "router cannot be probed" in told
+        assert "Attach a profile" in told
+        assert not any("experts are probed" in record.message for record in caplog.records)
+        report = sere_compile.explain(model, x, config=SereConfig(select_top_k=1))
+        assert [row.status for row in report] == ["skipped"]
+        assert "router cannot be probed" in report.rows[0].reason
+
+    def test_is_an_error_where_that_was_asked_for(self):
+        backend = sere_backend.with_options(select_top_k=1, inner="eager", strict=True)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="router cannot be probed"):
+            torch.compile(Unreachable(), backend=backend)(torch.randn(5, 8))
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_a_later_layer_of_the_same_graph(self, strict, caplog):
+        """One layer's experts give infinity: it runs as it was, the layer before stays re-routed."""
+        model = build("mixtral")
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.down_proj.fill_(float("inf"))
+        hidden = torch.randn(1, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        backend = sere_backend.with_options(select_top_k=1, min_active=0, inner="eager", strict=strict)
+        blocks = [layer.mlp for layer in model.model.layers]
+        plain = [block(hidden) for block in blocks]
+        for block in blocks:
+            block.compile(backend=backend)
+        with torch.no_grad(), caplog.at_level(logging.WARNING):
+            assert not torch.equal(as_tensor(blocks[0](hidden)), as_tensor(plain[0]))
+            if strict:
+                with pytest.raises(ProbeError, match="hold NaN or infinity"):
+                    blocks[1](hidden)
+                return
+            for _ in range(2):
+                torch.testing.assert_close(as_tensor(blocks[1](hidden)), as_tensor(plain[1]), equal_nan=True)
+        assert sum("hold NaN or infinity" in record.message for record in caplog.records) == 1
+
+
+def as_tensor(result):
+    return result[0] if isinstance(result, tuple) else result

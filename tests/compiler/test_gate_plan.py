@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from sere_compile import sere_backend
+
+from ..passes.moe_modules import Indexed, rows
+
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
@@ -38,3 +42,14 @@ class TestRefusedGate:
         compiled = torch.compile(Unweighted(), backend="sere", options={"inner": "eager", "strict": True})
         with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"router\.weight cannot be"):
             compiled(torch.randn(8, 6))
+
+
+def test_a_first_call_without_tokens_has_nothing_to_re_route(caplog):
+    """Neither a warning nor, with strict=True, an error; the next call re-routes."""
+    model, x = Indexed(), rows()
+    backend = sere_backend.with_options(select_top_k=1, min_active=0, inner="eager", strict=True)
+    compiled = torch.compile(model, backend=backend)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        assert torch.equal(compiled(x[:0]), model(x[:0]))
+        assert not caplog.records
+        assert not torch.equal(compiled(x), model(x))

@@ -74,6 +74,70 @@ class Values(Experts):
         return (self.w[ids, 0] * weights[..., None]).sum(-2)
 
 
+class Scaled(Experts):
+    """A number per expert scales the weights: it goes with what the router chose, and new ids would fetch another."""
+
+    def __init__(self, sizes=(EXPERTS,)):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(sizes) + 0.5)
+
+    def forward(self, x, ids, weights):
+        ids.sum().item()
+        return super().forward(x, ids, weights * self.scale[ids].view(weights.shape))
+
+
+class ScaledLoss(Scaled):
+    """Its loss reads the scaled weights, whatever the experts give."""
+
+    def forward(self, x, ids, weights):
+        weights = weights * self.scale[ids].view(weights.shape)
+        ids.sum().item()
+        return Experts.forward(self, x, ids, weights), weights.std()
+
+
+class MarksOutside(nn.Module):
+    """Rows of padding get a number for their ids behind the end of the graph; None: the mask scales what comes out."""
+
+    def __init__(self, marked):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = Experts()
+        self.marked = marked
+
+    def forward(self, x, mask):
+        weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
+        torch._dynamo.graph_break()
+        if self.marked is None:
+            return self.experts(x, ids, weights) * torch.where(mask, 1.0, 0.5)[:, None]
+        y = torch.zeros_like(x)
+        ids = ids.masked_fill(~mask[:, None], self.marked)
+        for expert in range(EXPERTS):
+            token, slot = torch.where(ids == expert)
+            y.index_add_(0, token, self.experts.expert(x[token], expert) * weights[token, slot, None])
+        return y
+
+
+class OneOutput(Experts):
+    """Experts of one number each, the bias of which is a number per expert, too, and their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.bias = nn.Parameter(torch.randn(EXPERTS))
+
+    def expert(self, x, number):
+        return (x @ self.w[number] + self.bias[number])[:, None].expand(x.shape)
+
+
+class Prompts(Experts):
+    """Prompts that the indices fetch and the hidden states attend to; the weights weigh nothing of them."""
+
+    def forward(self, x, ids, weights):
+        ids.sum().item()
+        prompts = self.w[ids].flatten(1, 2)
+        return ((prompts @ x[:, :, None]).softmax(1) * prompts).sum(1)
+
+
 class Listed(Experts):
     """A list of modules."""
 
@@ -97,7 +161,7 @@ class Block(nn.Module):
         scores = self.gate(x.view(-1, HIDDEN)).softmax(-1)
         weights, ids = scores.topk(TOP_K)
         weights = weights / weights.sum(-1, keepdim=True)
-        return self.returns(self.experts(x.view(-1, HIDDEN), ids, weights).view(x.shape), weights)
+        return self.returns(self.experts(x.view(-1, HIDDEN), ids, weights), weights)
 
 
 class Layer(nn.Module):
@@ -189,6 +253,41 @@ def test_where_no_rewrite_is_right_it_says_how_far_it_is_off():
 def test_a_table_of_values_is_no_gate():
     found = verdicts(Block(Values()), rows())
     assert all(v.merged is None and not v.is_gate and "values of a table" in v.reason for v in found)
+
+
+@pytest.mark.parametrize("sizes", [(EXPERTS,), (EXPERTS, 1)])
+def test_a_scale_per_expert_outside_keeps_what_the_router_chose(sizes):
+    """New ids would fetch another scale: exchanged experts keep the old one, and nothing is proven."""
+    assert [v.merged for v in verdicts(Block(Scaled(sizes)), rows())] == [None]
+
+
+def test_a_scale_that_a_loss_of_the_weights_reads_is_no_experts_either():
+    block = Block(ScaledLoss())
+    assert [v.merged for v in verdicts(block, rows())] == [None]
+
+
+@pytest.mark.parametrize(("marked", "padded"), [(-1, 2), (0, 0), (EXPERTS, 0)])
+def test_padding_that_is_marked_outside_is_refused(marked, padded):
+    """The graph would count it among the tokens; also where the first call has none."""
+    mask = torch.arange(5) < 5 - padded
+    [verdict] = verdicts(MarksOutside(marked), rows()[0], mask)
+    assert verdict.merged is None
+    assert "mark their ids with -1 before the graph ends" in verdict.reason
+
+
+def test_a_mask_that_drops_no_token_is_no_padding():
+    assert [v.merged for v in verdicts(MarksOutside(None), rows()[0], torch.arange(5) < 3)] == [True]
+
+
+def test_the_bias_of_experts_with_one_output_is_their_own():
+    block = Block(OneOutput())
+    assert [v.merged for v in verdicts(block, rows())] == [True]
+
+
+def test_prompts_that_are_attended_to_are_no_experts():
+    [verdict] = verdicts(Block(Prompts()), rows())
+    assert verdict.merged is None
+    assert "its scores do not weight what is computed" in verdict.reason
 
 
 def test_a_classifier_with_as_many_labels_as_layers_is_no_gate():

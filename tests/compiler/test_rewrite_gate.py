@@ -68,3 +68,20 @@ class TestVerification:
         with torch.no_grad():
             got = torch.compile(block, backend="sere", options=options)(rows())
             torch.testing.assert_close(got, expected(block, rows(), matrix.fill_diagonal_(1.0), 1))
+
+
+def test_other_weights_in_a_functional_call_are_not_re_routed_in_silence(caplog):
+    """The profile belongs to the model's own router weight, and the call brings another one."""
+    model, x = ScatterCombine(), rows()
+    matrix = similarity()
+    sere_compile.attach(model, sere_compile.SimilarityProfile({"router": (matrix + matrix.T) / 2}))
+    others = {name: torch.randn_like(value) for name, value in model.named_parameters()}
+
+    def call(x):
+        return torch.func.functional_call(model, others, (x,))
+
+    backend = sere_backend.with_options(select_top_k=1, min_active=0, inner="eager")
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        got = torch.compile(call, backend=backend)(x)
+    assert torch.equal(got, call(x))
+    assert any("is not re-routed" in record.message for record in caplog.records)

@@ -54,6 +54,13 @@ def test_list_of_experts_sums_slots():
     torch.testing.assert_close(experts(hidden, ids, weights), expected)
 
 
+def test_a_list_of_what_cannot_be_called_is_no_list_of_experts():
+    """As many dictionaries of modules as experts: layers whose parts are called one by one."""
+    block = ListBlock()
+    block.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 6)}) for _ in range(5))
+    assert find_experts(block.router.weight, 5) is None
+
+
 def test_vocabulary_head_has_no_experts():
     """A matrix that is no router has no experts beside it."""
     model = build("mixtral")

@@ -72,6 +72,17 @@ def test_exchanged_parameters_come_back():
         assert all(torch.equal(a, b) for a, b in zip(one.parts(EXPERTS), parts, strict=True))
 
 
+def test_zeroed_parameters_come_back():
+    block = trial(Model())
+    slices = block.candidates()
+    before = [[part.clone() for part in one.parts(EXPERTS)] for one in slices]
+    with block.zeroed(slices[:1]):
+        assert not any(part.any() for part in slices[0].parts(EXPERTS))
+        assert all(part.any() for part in slices[-1].parts(EXPERTS))
+    for one, parts in zip(slices, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parts(EXPERTS), parts, strict=True))
+
+
 def test_disturbing_changes_one_expert_for_a_while():
     block = trial(Model())
     [stacked] = [one for one in block.candidates() if one.name == "stacked"]

@@ -18,7 +18,9 @@ from .program import GATE, LOOK_ALIKE
 from .table import Judged, summary
 
 # Programs of one test: enough that a chunk of gates without any that is re-routed means something.
-SAMPLE, CHUNK, CHUNKS = 30, 50, 10
+CHUNK, CHUNKS = 50, 10
+# Of the default suite: a few seconds. A gate costs as much as three look-alikes.
+SAMPLE = {GATE: 6, LOOK_ALIKE: 12}
 KINDS = (GATE, LOOK_ALIKE)
 
 
@@ -56,14 +58,10 @@ def check(kind, first, count):
         assert any(sum(result.verdict.rerouted) and result.verdict.rerouted[0] for result in results), summary(results)
 
 
-# Not among the tests of every change before it is green: a pool of prompts that are attended to, behind a break,
-# is proven to be experts and then cannot be probed, an error.
-@pytest.mark.generated
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", range(2))
-def test_sample(kind, chunk):
+def test_sample(kind):
     """The same programs each time."""
-    check(kind, chunk * SAMPLE, SAMPLE)
+    check(kind, 0, SAMPLE[kind])
 
 
 @pytest.mark.generated

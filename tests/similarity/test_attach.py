@@ -202,3 +202,10 @@ def test_attach_of_a_dict_says_how_to_wrap_it(mixtral):
     """Unchecked matrices are not taken."""
     with pytest.raises(ProfileError, match=r"got dict; wrap a dict as SimilarityProfile\(\{name: matrix\}\)"):
         attach(mixtral, matrices())
+
+
+def test_a_router_that_is_a_buffer_is_refused_with_what_to_do():
+    model = nn.Module()
+    model.register_buffer("router", torch.randn(E, H))
+    with pytest.raises(ProfileError, match=r"router is a buffer of the model.*requires_grad=False"):
+        attach(model, SimilarityProfile({"router": matrix(0)}))

@@ -20,6 +20,8 @@ class Scored(Block):
         self.second = torch.nn.Parameter(torch.randn(EXPERTS, HIDDEN))
         self.wide = torch.nn.Parameter(torch.randn(EXPERTS + 2, HIDDEN))
         self.bias = torch.nn.Parameter(torch.randn(EXPERTS))
+        self.up, self.down = torch.nn.Parameter(torch.randn(EXPERTS, 2)), torch.nn.Parameter(torch.randn(2, HIDDEN))
+        self.length = torch.nn.Parameter(torch.rand(EXPERTS, 1) + 0.5)
 
     def forward(self, x):
         return torch.topk(self.function(self, x), self.top_k)
@@ -41,6 +43,10 @@ ROUTERS = {
     "bias": (lambda b, x: F.linear(x, b.router).sigmoid() + b.bias, (EXPERTS, HIDDEN), "sigmoid"),
     "matmul": (lambda b, x: x @ b.router.T, (EXPERTS, HIDDEN), "raw logits"),
     "normalised weight": (lambda b, x: x @ F.normalize(b.router, dim=-1).T, (EXPERTS, HIDDEN), "raw logits"),
+    "LoRA on the weight": (lambda b, x: F.linear(x, b.router + b.up @ b.down), (EXPERTS, HIDDEN), "raw logits"),
+    "weight norm": (lambda b, x: F.linear(x, torch._weight_norm(b.router, b.length)), (EXPERTS, HIDDEN), "raw logits"),
+    "transposed twice": (lambda b, x: (b.router @ x.T).T, (EXPERTS, HIDDEN), "raw logits"),
+    "multiply and sum": (lambda b, x: (x.unsqueeze(-2) * b.router).sum(-1), (EXPERTS, HIDDEN), "raw logits"),
     "further columns": (lambda b, x: F.linear(x, b.wide)[:, :EXPERTS], (EXPERTS + 2, HIDDEN), "raw logits"),
 }
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sere_compile.passes import SkipReason, UseKind, find_gates
+from sere_compile.passes.evidence.gate_scores import gate_scores
 from sere_compile.passes.graph import nodes
 
 from ..moe_modules import (
@@ -37,6 +38,12 @@ def cut_sort(b, x):
 def cut_argsort(b, x):
     scores = b.scores(x)
     ids = torch.argsort(scores, dim=-1, descending=True)[..., : b.top_k]
+    return ids, scores.gather(-1, ids)
+
+
+def negated_argsort(b, x):
+    scores = b.scores(x)
+    ids = (-scores).argsort(-1)[..., :TOP_K]
     return ids, scores.gather(-1, ids)
 
 
@@ -113,6 +120,12 @@ def check(module, tracer, select_top_k=1):
 
 
 @pytest.mark.parametrize("tracer", TRACERS)
+def test_the_smallest_of_negated_scores_are_the_best(tracer):
+    done = check(RoutedIndexed(negated_argsort), tracer)
+    assert gate_scores(done.gate).choice is nodes.operand(nodes.operand(done.gate.selection))
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize("module", [RoutedIndexed, RoutedScatter], ids=["indexed", "scattered"])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, module, tracer):
@@ -173,7 +186,24 @@ class PaddedSort(Padded):
         return ids, values / values.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", [Padded, PaddedSort])
+class PaddedRows(Padded):
+    """Weights are looked up by rows and ids, which is no dispatch."""
+
+    def route(self, x):
+        scores = self.scores(x)
+        ids = scores.topk(TOP_K, dim=-1)[1]
+        return ids, scores[torch.arange(len(x))[:, None], ids]
+
+
+class PaddedView(Padded):
+    """The mark is made on a view of the ids."""
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        return ids.flatten().view(-1, TOP_K), weights
+
+
+@pytest.mark.parametrize("kind", [Padded, PaddedSort, PaddedRows, PaddedView])
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_marked_padding_makes_no_primary(tracer, kind):
     """Ids are re-routed behind the mark, so that a padding row makes no expert primary and keeps -1."""

@@ -564,6 +564,32 @@ class Codebook(Values):
         return self.fetched(ids, weights).sum(1) + x
 
 
+class Attended(Values):
+    """(7) Prompts that the hidden states attend to; a mask of scores only shapes the weights that are returned."""
+
+    def route(self, x):
+        weights, ids = torch.topk(x @ self.router.T, TOP_K)
+        hidden = x.new_full((len(x), EXPERTS), float("-inf")).scatter(1, ids, weights)
+        return ids, hidden.softmax(-1).gather(1, ids)
+
+    def dispatch(self, x, ids, weights):
+        prompts = self.experts[ids].flatten(1, 2)
+        return ((prompts @ x[:, :, None]).softmax(1) * prompts).sum(1)
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        return self.dispatch(x, ids, weights), weights
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_attended_prompts_are_no_experts(tracer):
+    """They act on hidden states as experts do; but no score weighs what comes of them."""
+    graph = TRACERS[tracer](Attended(), rows())
+    refusal = verify_rewrite(one_gate(graph), weights_of(graph))
+    assert isinstance(refusal, Skip)
+    assert refusal.reason is SkipReason.NOTHING_WEIGHED
+
+
 @pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize("module", [Values, Prompts, Codebook], ids=lambda m: m.__name__)
 def test_what_is_fetched_is_no_expert(module, tracer):
