@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import find_gates
+from sere_compile.compiler import dynamo
+from sere_compile.passes import Proof, find_gates, verify_rewrite
 from sere_compile.passes.evidence.router import trace_router
 from sere_compile.passes.evidence.routing_weights import outer_consumers
 from sere_compile.passes.graph import nodes
@@ -19,18 +20,22 @@ from ..moe_modules import (
     TOP_K,
     ExpertLoop,
     Indexed,
+    IndexPut,
     ScatterCombine,
     from_dynamo,
     from_make_fx,
     one_gate,
     rows,
 )
-from ..test_verify_rewrite import Leaving
+from ..test_verify_rewrite import Leaving, weights_of
 
 
 def ends_of(module, trace=from_make_fx, gate_of=one_gate, *more):
     graph = trace(module, rows(), *more)
-    gate = gate_of(graph)
+    return found_in(graph, gate_of(graph))
+
+
+def found_in(graph, gate):
     scores = nodes.operand(gate.selection)
     projection = trace_router(scores, nodes.last_size(scores)).projection
     return graph, find_ends(gate, tuple(outer_consumers(gate.weights, gate.ids)), projection)
@@ -187,3 +192,52 @@ class Batched(Indexed):
 def test_tokens_of_more_dimensions():
     _, ends = ends_of(Batched())
     assert tuple(nodes.shape(ends.exit)) == (2, TOKENS // 2, HIDDEN)
+
+
+class TwoLayers(nn.Module):
+    """Each layer adds to memory of its own, which the next reads as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = IndexPut(), IndexPut()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class ReadBefore(ExpertLoop):
+    """A copy of the memory leaves before the last expert has added to it."""
+
+    def dispatch(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            early = out + 1
+            token, slot = torch.where(ids == number)
+            out[token] += weights[token, slot, None] * self.expert(number, x[token])
+        return out, early
+
+
+def captured(module):
+    with dynamo.dynamic_shape_capture():
+        return from_dynamo(module, rows())
+
+
+def test_memory_that_experts_add_to_is_an_exit():
+    """No operation follows that could be one: the memory is returned."""
+    _, ends = found_in(graph := captured(IndexPut()), one_gate(graph))
+    assert nodes.kind(ends.exit) == "zeros_like"
+    assert ends.sides == ends.written == ()
+    assert ends.last == max(nodes.writers(ends.exit))
+
+
+def test_the_memory_of_the_layer_before_is_made_up():
+    """The second layer starts from what the first left there, not from its experts' writes."""
+    graph = captured(TwoLayers())
+    for gate in find_gates(graph).gates:
+        assert isinstance(proof := verify_rewrite(gate, weights_of(graph)), Proof), proof
+        assert len(proof.experts) == EXPERTS
+
+
+def test_what_is_read_of_memory_before_it_is_complete_is_an_end():
+    _, ends = found_in(graph := captured(ReadBefore()), one_gate(graph))
+    assert [nodes.shape(side)[-1] for side in ends.sides] == [HIDDEN]
