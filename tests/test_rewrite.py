@@ -15,8 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 import sere_compile
-from sere_compile import ConfigError, GateNotFoundError, ProbeError, ProfileError, SereConfig, SimilarityProfile
-from sere_compile.ops.reroute import reroute
+from sere_compile import ConfigError, GateNotFoundError, ProfileError, SereConfig, SimilarityProfile
 from sere_compile.passes import SkipReason, find_gates
 from sere_compile.passes.graph import nodes
 from sere_compile.testing import oracle_routing, reroute_oracle
