@@ -250,6 +250,8 @@ class _Trial:
         taken = [one for one in taken if not self._scales_weights(one, taken, inputs)]
         if not taken:
             return "no parameter around its router acts on the tokens of one expert alone"
+        if all(one.dim is not None and _is_vector(one.parts(self._block.num_experts)[0]) for one in taken):
+            return "what its indices fetch are vectors, which act on no hidden states: values of a table, no experts"
         if not self._acts_on_hidden(taken, inputs):
             return "what its indices fetch is added up whatever the hidden states are: values of a table, no experts"
         return taken
@@ -572,6 +574,10 @@ def _turned(value: Any) -> Any:
 
 def _shift(num_experts: int) -> dict[int, int]:
     return {expert: (expert + 1) % num_experts for expert in range(num_experts)}
+
+
+def _is_vector(part: torch.Tensor) -> bool:
+    return sum(size > 1 for size in part.shape) < 2
 
 
 def _floats(tensor: torch.Tensor) -> bool:

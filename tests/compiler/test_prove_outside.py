@@ -122,11 +122,10 @@ class OneOutput(Experts):
 
     def __init__(self):
         super().__init__()
-        self.w = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
         self.bias = nn.Parameter(torch.randn(EXPERTS))
 
     def expert(self, x, number):
-        return (x @ self.w[number] + self.bias[number])[:, None].expand(x.shape)
+        return (torch.tanh(x @ self.w[number]).sum(-1, keepdim=True) + self.bias[number]).expand(x.shape)
 
 
 class Prompts(Experts):
@@ -136,6 +135,19 @@ class Prompts(Experts):
         ids.sum().item()
         prompts = self.w[ids].flatten(1, 2)
         return ((prompts @ x[:, :, None]).softmax(1) * prompts).sum(1)
+
+
+class ScalingValues(Experts):
+    """Values of a table that scale the hidden states: what comes out depends on them, and no expert acts on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.out = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x, ids, weights):
+        ids.sum().item()
+        return self.out((self.w[ids] * weights[..., None]).sum(1)) * x
 
 
 class Listed(Experts):
@@ -266,8 +278,9 @@ def test_where_no_rewrite_is_right_it_says_how_far_it_is_off():
     assert "run with the code that receives its ids, Block is off by" in verdict.reason
 
 
-def test_a_table_of_values_is_no_gate():
-    found = verdicts(Block(Values()), rows())
+@pytest.mark.parametrize("values", [Values, ScalingValues])
+def test_a_table_of_values_is_no_gate(values):
+    found = verdicts(Block(values()), rows())
     assert all(v.merged is None and not v.is_gate and "values of a table" in v.reason for v in found)
 
 
