@@ -49,6 +49,7 @@ class SkipReason(enum.Enum):
     SMALLEST = "selects the smallest scores"
     SIZE_UNKNOWN = "the number of scores or of selected experts is not a constant"
     NO_ROUTER = "its scores do not come from a projection by a weight"
+    EXPERT_CHOICE = "it selects tokens for each column of its scores: experts that choose tokens are not re-routed"
     AMBIGUOUS_ROUTER = "its scores come from several projections"
     ROUTER_SIZE = "its projection has more columns than there are scores to select from"
     STEPS = "it selects experts one at a time and uses each separately"

@@ -106,9 +106,18 @@ def _no_router(scores: Node, stops: list[Node], broadcast: list[Node]) -> Skip:
     if len(behind) > 1:
         names = ", ".join(sorted({source.name for source in behind.values()}))
         return Skip(SkipReason.PRODUCT_KEYS, scores, names, evidence=Evidence.SELECTION)
+    if turned := next((stop for stop in stops if _has_columns_elsewhere(stop)), None):
+        return Skip(SkipReason.EXPERT_CHOICE, scores, turned.name, evidence=Evidence.SELECTION)
     computed = [stop for stop in stops if stop.op not in ("placeholder", "get_attr")] or stops
     at = f"stopped at {computed[0].name}, a {nodes.kind(computed[0])}" if computed else ""
     return Skip(SkipReason.NO_ROUTER, scores, at, evidence=Evidence.SELECTION)
+
+
+def _has_columns_elsewhere(stop: Node) -> bool:
+    """Whether a router's scores were turned so that their columns, one per expert, come before the tokens."""
+    source = nodes.operand(stop) if nodes.kind(stop) in ("transpose", "permute") else None
+    columns = nodes.last_size(source) if source is not None else None
+    return source is not None and columns is not None and isinstance(trace_router(source, columns), Router)
 
 
 def _selection_behind(stop: Node) -> Node | None:

@@ -68,6 +68,7 @@ def test_one_weight_that_projects_twice(tracer):
 
 # name -> (function of (block, x), reason, evidence)
 NONE = {
+    "turned": (lambda b, x: F.linear(x, b.router).softmax(-1).T, SkipReason.EXPERT_CHOICE, Evidence.SELECTION),
     "no weight": (lambda b, x: torch.cat([x, x], -1), SkipReason.NO_ROUTER, Evidence.SELECTION),
     "two weights": (
         lambda b, x: F.linear(x, b.router) + F.linear(x, b.second),
