@@ -19,7 +19,8 @@ class Ends:
     """What a proof compares.
 
     Attributes:
-        exit: the first node with one row per token behind which no expert's output is still on its way.
+        exit: the first node with one row per token behind which no expert's output is still on its way; or memory with
+            one row per token that experts add to, where what is read is that memory itself.
         sides: nodes that a rewrite can change and that are read elsewhere.
         written: graph inputs and attributes among these: state that the dispatch leaves changed.
         last: the last of all in graph order.
@@ -41,18 +42,20 @@ def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends |
     """
     # Uses that keep the ids as well: what they look up may be an expert's, and must not join behind the exit.
     starts = {use.consumer for use in gate.uses} | set(readers)
-    exit_node, visited = _Search(gate, projection).run({n for n in starts if n.op != "output"})
-    if exit_node is None:
+    search = _Search(gate, projection)
+    complete, visited = search.run({n for n in starts if n.op != "output"})
+    if complete is None:
         return None
+    exit_node = search.memory or complete
     sides, written = [], []
     for node in sorted(visited):
-        outside = [user for user in nodes.followers(node) if exit_node < user and nodes.reads_numbers(user, node)]
-        if outside and nodes.is_tensor(node):
+        outside = [user for user in nodes.followers(node) if complete < user and nodes.reads_numbers(user, node)]
+        if outside and nodes.is_tensor(node) and _root_of(node) is not search.memory:
             sides.append(node)
         for target in map(_root_of, nodes.writes(node)):
             if target.op in ("placeholder", "get_attr") and target not in written:
                 written.append(target)
-    last = max([exit_node, *sides])
+    last = max([complete, *sides])
     return Ends(exit_node, tuple(dict.fromkeys([*sides, *written])), tuple(written), last)
 
 
@@ -64,9 +67,10 @@ class _Search:
         self._router = {gate.router_weight, *_same_attribute(gate.router_weight)}
         per_expert = {gate.num_experts, nodes.last_size(projection), gate.top_k}
         self._of_router = {1, *per_expert}  # how many numbers state has that shapes or scales the router's scores
+        self.memory: Node | None = None  # what the found node wrote, where the exit is memory
 
     def run(self, starts: set[Node]) -> tuple[Node | None, set[Node]]:
-        """The exit, and every node from the starts up to it."""
+        """The node with which the exit is complete, and every node from the starts up to it."""
         # In graph order, so that the search ends at the exit: the rest of a deep model is never walked.
         ahead, seen = list(starts), set(starts)
         visited: set[Node] = set()
@@ -79,6 +83,8 @@ class _Search:
             gathers = carries and _one_row_a_token(node, self._gate.ids) and _runs_experts(node, self._gate)
             if gathers and not self._is_joined_later(node, ahead, starts, carrying):
                 return node, visited
+            if carries and self._completes_memory(node, ahead, starts, carrying):
+                return node, visited | {node}
             visited.add(node)
             for target in (node, *nodes.writes(node)) if carries else ():
                 carrying.add(target)
@@ -87,6 +93,20 @@ class _Search:
                     seen.add(follower)
                     heapq.heappush(ahead, follower)
         return None, visited
+
+    def _completes_memory(self, node: Node, ahead: list[Node], starts: set[Node], carrying: set[Node]) -> bool:
+        """Whether a node is the last to add what experts give to memory with one row per token, which is then read."""
+        memory = next((_root_of(written) for written in nodes.writes(node)), None)
+        if memory is None or memory.op != "call_function" or max(nodes.writers(memory), default=node) is not node:
+            return False
+        if not _one_row_a_token(memory, self._gate.ids) or not _runs_experts(node, self._gate):
+            return False
+        # What reads the memory from here on reads the exit.
+        beside = [branch for branch in ahead if all(_root_of(s) is not memory for s in branch.all_input_nodes)]
+        if self._is_joined_later(node, beside, starts, carrying):
+            return False
+        self.memory = memory
+        return True
 
     def _is_joined_later(self, node: Node, ahead: list[Node], starts: set[Node], carrying: set[Node]) -> bool:
         """Whether what an expert gives is still on its way beside a node."""

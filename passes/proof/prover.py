@@ -10,9 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..gate import Skip, SkipReason, UseKind
-from ..graph import nodes
 from ..graph.run_part import run_graph
-from ..graph.walk import walk
 from ..reroute_dispatch import RoutingSettings
 from .compare import distance
 from .expert_parameters import ExpertParameters, Told, Values
@@ -158,7 +156,7 @@ class Prover:
 
     def _is_scratch(self, written: Node) -> bool:
         """Whether a buffer is written anew in each call, for the dispatch to read: no part of what a call leaves."""
-        if self._region.ends[0] not in walk([written], nodes.followers):
+        if not leads_to(written, self._region.ends[0]):
             return False
         values = self._drawn(0)
         other = values | {written: torch.ones_like(values[written])}

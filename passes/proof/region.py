@@ -25,6 +25,7 @@ from ..graph import nodes
 from ..graph.arguments import update_argument
 from ..graph.run_part import ValueOf
 from ..graph.state import computed_of_state
+from ..graph.walk import walk
 from .ends import Ends, find_ends
 
 _PRODUCTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm", "embedding", "cdist"})
@@ -103,7 +104,7 @@ class _Cutter:
         self._gate, self._readers, self._ends = gate, readers, ends
         self._projection, self._value_of = projection, value_of
         self._root = hidden_root(gate.router_input)
-        self._behind = _closure({projection, self._root}, ends.last)
+        self._behind = _closure({projection, *_readers_of(self._root, projection)}, ends.last) | {self._root}
         self._of_state: dict[Node, bool] = {}
 
     def cut(self) -> Region:
@@ -252,6 +253,20 @@ def hidden_root(read: Node) -> Node:
         frontier.remove(node)
         frontier += [source for source in sources if source not in frontier]
     return root
+
+
+def _readers_of(root: Node, projection: Node) -> list[Node]:
+    """What follows the hidden states once they are complete: writes that make them what the router reads are no part.
+
+    `y = zeros_like(x); y[tokens] += ..; router(y)`: the sum of the experts of the layer before.
+    """
+    writers = nodes.writers(root)
+    if not writers:
+        return nodes.followers(root)
+    between = set(walk([projection], lambda node: [source for source in node.all_input_nodes if root < source]))
+    first = min((user for user in root.users if user in between), default=projection)
+    complete = max((writer for writer in writers if writer < first), default=root)
+    return [follower for follower in nodes.followers(root) if complete < follower]
 
 
 def _closure(starts: set[Node], last: Node) -> set[Node]:

@@ -136,13 +136,15 @@ def with_proven_kinds(region: Region, experts: set[Node]) -> Gate:
 
 
 def leads_to(start: Node, end: Node) -> bool:
-    """Whether what a node gives reaches another."""
+    """Whether what a node gives reaches another, also by a write to its memory."""
+    ends = {end, *nodes.writers(end)}
+    last = max(ends)
     found, pending = {start}, [start]
     while pending:
         node = pending.pop()
-        if node is end:
+        if node in ends:
             return True
-        fresh = [n for n in nodes.followers(node) if n not in found and not end < n]
+        fresh = [n for n in nodes.followers(node) if n not in found and not last < n]
         found.update(fresh)
         pending.extend(fresh)
     return False
