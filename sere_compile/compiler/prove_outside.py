@@ -157,13 +157,15 @@ class _Trial:
         name = type(self._block.module).__name__
         if len(self._found) > 1 or _signature(self._found[0]) != _signature(self._gate):
             return Verdict(None, f"{name} compiled alone has another gate than it has in the model")
+        seen = False
         try:
             experts = self._experts(candidates, inputs)
             if isinstance(experts, str):
                 return Verdict(None, experts, is_gate=False)
+            seen = True
             return self._compare(experts, inputs)
         except _FAILURES as error:
-            return Verdict(None, f"{name} could not be run on made-up choices: {_short(error)}")
+            return Verdict(None, f"{name} could not be run on made-up choices: {_short(error)}", is_gate=seen)
 
     def _inputs(self) -> Arguments | None:
         """What the block takes: what it is being called with, if little, or made-up hidden states."""
@@ -234,8 +236,12 @@ class _Trial:
         count = ids.numel() // self._gate.top_k
         chosen = [expert for expert in ids.flatten().tolist() if 0 <= expert < self._block.num_experts]
         for expert in chosen[:2]:
-            with self._block.disturbed(one, expert):
-                changed = self._run(inputs)
+            try:
+                with self._block.disturbed(one, expert):
+                    changed = self._run(inputs)
+            except _FAILURES as error:  # numbers that have to be what they are, such as places in a table
+                log.debug("%s is no expert's: disturbed, %s", one.name, _short(error))
+                return False
             if not all(torch.equal(a, b) for a, b in zip(weights, self._weights, strict=True)):
                 return False  # the router's own number per expert
             rows = _changed_rows(base, changed, count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ class TrialBlock:
     def __init__(self, block: nn.Module, weight: torch.Tensor, root: nn.Module, num_experts: int, columns: int) -> None:
         inside = set(block.modules())
         memo: dict[int, Any] = {id(module): module for module in root.modules() if module not in inside}
-        self.module = copy.deepcopy(block, memo)
+        with _groups_shared():
+            self.module = copy.deepcopy(block, memo)
         self.weight = memo[id(weight)]
         self.num_experts, self.columns = num_experts, columns
         generator = torch.Generator().manual_seed(0)
@@ -112,10 +114,24 @@ class TrialBlock:
         part = slices.parts(self.num_experts)[expert]
         kept = part.clone()
         try:
-            part.add_(1.0) if not part.is_floating_point() else part.mul_(-1.5).add_(0.25)
+            part.copy_(part * -1.5 + 0.25 if part.is_floating_point() else ~part)
             yield
         finally:
             part.copy_(kept)
+
+
+@contextlib.contextmanager
+def _groups_shared() -> Iterator[None]:
+    """Meanwhile a copy of a process group is the group itself: it cannot be copied, and holds nothing of a model."""
+    table, group = copyreg.dispatch_table, torch.distributed.ProcessGroup if torch.distributed.is_available() else None
+    if group is None or group in table:
+        yield
+        return
+    table[group] = lambda shared: "shared"  # a name in place of parts says that copying keeps the object
+    try:
+        yield
+    finally:
+        del table[group]
 
 
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:

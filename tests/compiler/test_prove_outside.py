@@ -129,6 +129,22 @@ class Classifier(nn.Module):
         return self.head(x).softmax(-1).topk(TOP_K)
 
 
+class Counted(Classifier):
+    """Layers with counters, and places that index a table: whole numbers with a part per label."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(HIDDEN) for _ in range(EXPERTS))
+        self.places = nn.Buffer(torch.arange(EXPERTS) % 2)
+        self.table = nn.Parameter(torch.randn(2, HIDDEN))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.table[self.places].sum(0)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = torch.relu(norm(layer(x)))
+        return self.head(x).softmax(-1).topk(TOP_K)
+
+
 def verdicts(model, *args, **kwargs):
     """Of every gate of the model's graphs whose ids leave; the compiled model gives what the model gives."""
     torch._dynamo.reset()
@@ -195,6 +211,13 @@ def test_a_classifier_with_as_many_labels_as_layers_is_no_gate():
     [verdict] = verdicts(Classifier(), torch.arange(6))
     assert verdict.merged is None
     assert not verdict.is_gate
+
+
+def test_whole_numbers_that_have_to_be_what_they_are_are_no_experts():
+    """Disturbing them raises: that says nothing of the gate."""
+    [verdict] = verdicts(Counted().eval(), torch.arange(6))
+    assert not verdict.is_gate
+    assert verdict.reason == "no parameter around its router acts on the tokens of one expert alone"
 
 
 def test_a_layer_is_run_on_what_it_is_called_with():

@@ -1,5 +1,9 @@
 """A private copy of the block around a router: what of it is the experts', and that the model is not touched."""
 
+import copy
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 
@@ -48,6 +52,18 @@ def test_modules_outside_the_block_are_not_copied():
     assert trial(model).module.parent.head is model.head
 
 
+def test_a_process_group_is_shared():
+    """Layers made for several devices hold theirs, in objects of their own; it cannot be copied."""
+    model = Model()
+    store = torch.distributed.HashStore()
+    model.block.dispatcher = SimpleNamespace(group=torch.distributed.ProcessGroup(store, 0, 1), sizes=[1])
+    copied = trial(model).module.dispatcher
+    assert copied.group is model.block.dispatcher.group
+    assert copied.sizes is not model.block.dispatcher.sizes
+    with pytest.raises(TypeError, match="ProcessGroup"):  # elsewhere as before
+        copy.deepcopy(copied)
+
+
 def test_candidates_are_told_by_their_sizes():
     found = {(one.name, one.dim) for one in trial(Model()).candidates()}
     assert found == {
@@ -80,6 +96,18 @@ def test_disturbing_changes_one_expert_for_a_while():
         changed = (block.module.stacked != before).flatten(1).any(1)
         assert changed.tolist() == [False, True, False, False]
     assert torch.equal(block.module.stacked, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_disturbed_too(dtype):
+    """Packed weights are some."""
+    model = Model()
+    model.block.packed = nn.Buffer(torch.zeros(EXPERTS, 7, dtype=dtype))
+    block = trial(model)
+    [packed] = [one for one in block.candidates() if one.name == "packed"]
+    with block.disturbed(packed, 1):
+        assert [bool(row.any()) for row in block.module.packed] == [False, True, False, False]
+    assert not block.module.packed.any()
 
 
 def test_a_fingerprint_leaves_out_places_and_numbers_in_tensors():
