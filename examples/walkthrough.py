@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
@@ -29,17 +30,15 @@ class Walk:
     config: sere_compile.SereConfig
     new_tokens: int
 
-    def generate(self, backend: Any) -> torch.Tensor:
-        """Greedy continuations [batch, new_tokens], with the decode step compiled by `backend` or, for None, eager."""
-        compile_config = CompileConfig(backend=backend or "inductor", mode=None, fullgraph=False)
-        compile_config._compile_all_devices = True  # transformers compiles on a CPU only when told so
+    def generate(self, compile_config: CompileConfig | None) -> torch.Tensor:
+        """Greedy continuations [batch, new_tokens], with the decode step compiled so or, for None, eager."""
         output = self.model.generate(
             **self.inputs,
             max_new_tokens=self.new_tokens,
             do_sample=False,
             cache_implementation="static",
             compile_config=compile_config,
-            disable_compile=backend is None,
+            disable_compile=compile_config is None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return output[:, self.inputs["input_ids"].shape[1] :]
@@ -57,8 +56,8 @@ def main(default: str, description: str) -> None:
         sys.exit("no gate was rewritten")
 
     _title(f"Greedy continuations of a decode batch of {len(PROMPTS)}")
-    backend = sere_compile.SereBackend(walk.config)
-    original, rerouted = walk.generate(None), walk.generate(backend)
+    sere = sere_compile.generate_config(**dataclasses.asdict(walk.config))
+    original, rerouted = walk.generate(None), walk.generate(sere)
     for prompt, before, after in zip(PROMPTS, *(_texts(walk, ids) for ids in (original, rerouted)), strict=True):
         print(f"{prompt!r}\n    without SERE  {before!r}\n    with SERE     {after!r}")
 

@@ -22,6 +22,7 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .explain import explain
+from .integrations.generate import generate_config
 from .report import GateReport, GateRow
 from .rewrite import rewrite
 from .similarity.attach import attach, detach
@@ -53,6 +54,7 @@ __all__ = [
     "detach",
     "evaluate",
     "explain",
+    "generate_config",
     "reset_stats",
     "rewrite",
     "sere_backend",

@@ -7,10 +7,8 @@ from typing import Any
 import click
 import torch
 
-from ..backend import SereBackend
-from ..config import SereConfig
 from ..errors import SereError
-from ..extras import require
+from ..integrations.generate import generate_config
 from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
 from ..statistics import stats
 
@@ -36,10 +34,10 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
     try:
         # The graph is small: on a CPU, compiling it would take longer than the demo.
         inner = "inductor" if torch.cuda.is_available() else "eager"
-        config = SereConfig(select_top_k=select_top_k, collect_stats=True, inner=inner)
+        sere = generate_config(select_top_k=select_top_k, collect_stats=True, inner=inner)
         model, tokenizer = load_causal_lm(str(SHIPPED / kind), dtype=torch.float32)
         original = _continuations(model, tokenizer, new_tokens, None)
-        rerouted = _continuations(model, tokenizer, new_tokens, SereBackend(config))
+        rerouted = _continuations(model, tokenizer, new_tokens, sere)
         counted = stats(model)
     except SereError as error:
         raise click.ClickException(str(error)) from error
@@ -50,12 +48,8 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
         click.echo(f"{name}: {gate.mean_active_before:.1f} -> {gate.mean_active_after:.1f}")
 
 
-def _continuations(model: Any, tokenizer: Any, new_tokens: int, backend: SereBackend | None) -> list[str]:
-    """Greedy continuations of the prompts; `backend` compiles the decode step, None leaves it eager."""
-    (transformers,) = require("hf", "transformers", needed_for="the demo needs")
-    settings: dict[str, Any] = {"mode": None, "fullgraph": False}
-    compile_config: Any = transformers.CompileConfig(backend=backend or "eager", **settings)
-    compile_config._compile_all_devices = True  # transformers compiles on a CPU only when told so
+def _continuations(model: Any, tokenizer: Any, new_tokens: int, compile_config: Any) -> list[str]:
+    """Greedy continuations of the prompts; `compile_config` says how decoding is compiled, None leaves it eager."""
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(model.device)
     output = model.generate(
         input_ids=inputs["input_ids"],
@@ -64,6 +58,6 @@ def _continuations(model: Any, tokenizer: Any, new_tokens: int, backend: SereBac
         do_sample=False,
         cache_implementation="static",
         compile_config=compile_config,
-        disable_compile=backend is None,
+        disable_compile=compile_config is None,
     )
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
