@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import CalibrationError, ConfigError, ProbeError
 from ..experts.metrics import METRICS, CkaAccumulator, FrobeniusAccumulator, SimilarityAccumulator, make_accumulator
 from ..similarity.profile import SimilarityProfile
-from ..similarity.profile_file import library_version, some
+from ..similarity.profile_file import library_version
 from ..whole_file import check_writable
 from . import resume as resume_file
 from .batches import Batch, example_batch, read_batch
@@ -228,11 +228,6 @@ class _Calibration:
         for name, (sums, count) in self.done.sums.items():
             self._accumulator(name, sums.shape[0]).restore(sums, count)
         self._observed(*batch.args, **batch.kwargs)
-        if not self._accumulators:
-            refused = f" (refused: {some(self._observed.refused)})" if self._observed.refused else ""
-            raise CalibrationError(
-                f"no MoE gate ran in a graph of this model{refused}: see sere_compile.explain(model, ...)"
-            )
         now = {n: (a.sums(), a.num_tokens) for n, a in self._accumulators.items()}
         known = {name: (value, number) for name, (value, number) in now.items() if value is not None}
         self.data.add(batch)
