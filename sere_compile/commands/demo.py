@@ -26,11 +26,23 @@ PROMPTS = (
 
 
 @click.command("demo")
-@click.option("--kind", type=click.Choice(KINDS), default="qwen3", show_default=True, help="Which shipped model.")
+@click.option(
+    "--model",
+    "--kind",
+    "kind",
+    type=click.Choice(KINDS),
+    default="qwen3",
+    show_default=True,
+    help="Which shipped model.",
+)
 @click.option("--select-top-k", type=int, default=1, show_default=True, help="S.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="Tokens to decode.")
 def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
-    """Decode a batch of prompts with a small trained model, unchanged and re-routed, and count its active experts."""
+    """Decode a batch of prompts with a small trained model, unchanged and re-routed, and count its active experts.
+
+    \b
+    sere demo --model mixtral --select-top-k 1
+    """  # noqa: D301
     try:
         # The graph is small: on a CPU, compiling it would take longer than the demo.
         inner = "inductor" if torch.cuda.is_available() else "eager"
@@ -38,11 +50,18 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
         model, tokenizer = load_causal_lm(str(SHIPPED / kind), dtype=torch.float32)
         original = _continuations(model, tokenizer, new_tokens, None)
         rerouted = _continuations(model, tokenizer, new_tokens, sere)
-        counted = stats(model)
+        top_k = model.config.num_experts_per_tok
+        counted = stats(model) if select_top_k < top_k else {}
     except SereError as error:
         raise click.ClickException(str(error)) from error
     for prompt, before, after in zip(PROMPTS, original, rerouted, strict=True):
         click.echo(f"{prompt!r}\n    unchanged  {before!r}\n    re-routed  {after!r}")
+    if not counted:
+        click.echo(
+            f"\nnothing was re-routed: S = {select_top_k} keeps all K = {top_k} experts of a token; give "
+            f"--select-top-k 1 to {top_k - 1}"
+        )
+        return
     click.echo(f"\nactive experts per step, decode batch {len(PROMPTS)}, S = {select_top_k}")
     for name, gate in counted.items():
         click.echo(f"{name}: {gate.mean_active_before:.1f} -> {gate.mean_active_after:.1f}")

@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..config import SereConfig
 from ..experts.experts_module import count_experts_beside
 from ..experts.owner import Owners
+from ..idle import tell_once, too_many_primary
 from ..passes import (
     DispatchRegion,
     Evidence,
@@ -78,7 +79,10 @@ class GatePlan:
     def decide(self, exceeds: Callable[[Gate, int], bool]) -> None:
         """Record why there is nothing to re-route, if so; `exceeds`: whether a batch has more tokens than a limit."""
         limit = self.config.max_tokens
-        if self.select_top_k >= self.gate.top_k:
+        if (idle := too_many_primary(self.config, self.gate.top_k)) != "":
+            self.reason = idle
+            tell_once(self.name, idle)
+        elif self.select_top_k >= self.gate.top_k:
             self.reason = f"S = {self.select_top_k}: nothing to re-route"
         elif limit is not None and exceeds(self.gate, limit):
             self.reason = f"more than max_tokens = {limit} tokens"

@@ -202,3 +202,13 @@ def test_attach_of_a_dict_says_how_to_wrap_it(mixtral):
     """Unchecked matrices are not taken."""
     with pytest.raises(ProfileError, match=r"got dict; wrap a dict as SimilarityProfile\(\{name: matrix\}\)"):
         attach(mixtral, matrices())
+
+
+def test_a_path_is_loaded(mixtral, tmp_path):
+    path = tmp_path / "p.safetensors"
+    SimilarityProfile(matrices(), {"method": "cosine"}).save(path)
+    attach(mixtral, str(path))
+    attach(mixtral, path)
+    assert bound(mixtral)[GATES[0]][1] == "profile (cosine)"
+    with pytest.raises(ProfileError, match=r"none\.safetensors"):
+        attach(mixtral, tmp_path / "none.safetensors")
