@@ -22,12 +22,16 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .explain import explain
+from .integrations.experts import register_experts
 from .integrations.generate import generate_config
 from .report import GateReport, GateRow
 from .rewrite import rewrite
 from .similarity.attach import attach, detach
 from .similarity.profile import SimilarityProfile
+from .similarity.profile_file import library_version
 from .statistics import GateStats, reset_stats, stats
+
+__version__ = library_version()
 
 __all__ = [
     "CalibrationError",
@@ -48,6 +52,7 @@ __all__ = [
     "SereConfig",
     "SereError",
     "SimilarityProfile",
+    "__version__",
     "attach",
     "calibrate",
     "compile",
@@ -55,6 +60,7 @@ __all__ = [
     "evaluate",
     "explain",
     "generate_config",
+    "register_experts",
     "reset_stats",
     "rewrite",
     "sere_backend",

@@ -214,3 +214,8 @@ def test_the_package_imports_neither_benchmarks_nor_tests():
                 if name.partition(".")[0] in found:
                     found[name.partition(".")[0]].add(folder)
     assert found == {"benchmarks": {"benchmarks"}, "tests": {"benchmarks"}}
+
+
+def test_the_version_is_that_of_the_installed_package(tmp_path):
+    known = importlib.metadata.version("sere-compile")
+    assert run_python("import sere_compile; print(sere_compile.__version__)", tmp_path).strip() == known
