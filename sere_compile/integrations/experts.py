@@ -86,16 +86,16 @@ class _Rerouted:
 
     def __init__(self, config: SereConfig, stock: ExpertsForward) -> None:
         self._config, self._stock = config, stock
+        # Which matrix belongs to which module is no matter of tensors: a graph would have it as a constant.
+        self._reroute_outside = torch.compiler.disable(self._reroute)
         self._known: weakref.WeakKeyDictionary[nn.Module, _Routed] = weakref.WeakKeyDictionary()
 
     def __call__(self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if top_k_index.shape[0] > (self._config.max_tokens or MAX_TOKENS) or module._is_expert_parallel:
             return self._stock(module, hidden_states, top_k_index, top_k_weights)
-        ids, weights = self._reroute(module, top_k_index, top_k_weights)
+        ids, weights = self._reroute_outside(module, top_k_index, top_k_weights)
         return self._stock(module, hidden_states, ids, weights)
 
-    # Which matrix belongs to which module is no matter of tensors: a graph would have it as a constant.
-    @torch.compiler.disable
     def _reroute(self, module: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [T, K] re-routed, and weights [T, K] in the same order."""
         routed = self._known.get(module)
