@@ -172,7 +172,8 @@ def undecided(rows: Iterable[SweepRow], budget: float) -> dict[int, tuple[SweepR
     from being recommended. The number is what its bound needs if mean and spread stay; at least twice the data.
     """
     rows = list(rows)
-    best, found = recommend(rows, budget), {}
+    best = recommend(rows, budget)
+    found: dict[int, tuple[SweepRow, int]] = {}
     for row in rows:
         chosen = best[row.decode_batch]
         known = found.get(row.decode_batch)
