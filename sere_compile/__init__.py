@@ -22,11 +22,16 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .explain import explain
+from .integrations.experts import register_experts
+from .integrations.generate import generate_config
 from .report import GateReport, GateRow
 from .rewrite import rewrite
 from .similarity.attach import attach, detach
 from .similarity.profile import SimilarityProfile
+from .similarity.profile_file import library_version
 from .statistics import GateStats, reset_stats, stats
+
+__version__ = library_version()
 
 __all__ = [
     "CalibrationError",
@@ -47,12 +52,15 @@ __all__ = [
     "SereConfig",
     "SereError",
     "SimilarityProfile",
+    "__version__",
     "attach",
     "calibrate",
     "compile",
     "detach",
     "evaluate",
     "explain",
+    "generate_config",
+    "register_experts",
     "reset_stats",
     "rewrite",
     "sere_backend",

@@ -20,6 +20,8 @@ from .config import SereConfig, split_options
 from .errors import ConfigError, GateNotFoundError
 from .experts.owner import Owners
 from .passes import find_gates
+from .report import REWRITTEN
+from .similarity import binding
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ class SereBackend:
             owners,
             lambda: find_matrix(plan, weight, graph.value_of, owners, probing=not self._explaining),
         )
+        if plan.config.collect_stats and plan.status != REWRITTEN and not self._explaining:
+            binding.note_uncounted(weight, plan.reason)
         if refusal is None or not refusal.is_refused_gate:
             return
         if plan.config.strict and not self._explaining:

@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .backend import sere_backend
-from .compiler import dynamo
-from .compiler.missing_gates import runs, tell_no_graph
+from .compiler import dynamo, missing_gates
+from .compiler.missing_gates import runs
 from .config import SereConfig
+from .errors import GateNotFoundError
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ def compile(
     """`torch.compile(model, backend="sere")` that can also capture data-dependent expert loops.
 
     With capture="auto" the first call is traced with Dynamo's dynamic-shape capture. If that raises, or
-    lets no gate be re-routed, the model is compiled as torch.compile does by default, from then on. Where
-    Dynamo makes no graph at all, the first call says so, or raises with strict=True.
+    lets no gate be re-routed, the model is compiled as torch.compile does by default, from then on. The
+    end of the first call says which gates no graph holds, and which line of code keeps them out; with
+    strict=True it raises, as every later call does.
 
     Args:
         model: an nn.Module or a function.
@@ -55,7 +57,7 @@ def compile(
 
     Raises:
         ConfigError: an unknown option or value.
-        GateNotFoundError: of a call, with strict=True: nothing of the model is re-routed.
+        GateNotFoundError: of every call, with strict=True: a gate of the model is not re-routed.
     """
     sere_backend.config.replace(capture=capture)  # raises for an unknown value
     backend = sere_backend.with_options(**options)
@@ -86,26 +88,44 @@ class _Compiled:
         self._config = config
         self._dynamic: bool | None = None if captured is not None else False  # None before the first call
         self._settled = False
+        self._refusal: GateNotFoundError | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._refusal is not None:
+            raise GateNotFoundError(str(self._refusal))
         before = runs.graphs
-        if self._dynamic is None:
-            result = self._first_call(args, kwargs)
-        elif self._dynamic:
-            result = self._call_captured(args, kwargs)
-        else:
-            result = self._plain(*args, **kwargs)
-        if not self._settled and runs.graphs == before:
-            tell_no_graph(self._model, self._config)  # with strict=True again at every call
+        with missing_gates.one_call() as call:
+            if self._dynamic is None:
+                result = self._first_call(call, args, kwargs)
+            elif self._dynamic:
+                result = self._call_captured(args, kwargs)
+            else:
+                result = self._plain(*args, **kwargs)
+        if not self._settled:
             self._settled = True
+            self._settle(call, args, kwargs, no_graph=runs.graphs == before)
         return result
+
+    def _settle(
+        self, call: missing_gates.OneCall, args: tuple[Any, ...], kwargs: dict[str, Any], *, no_graph: bool
+    ) -> None:
+        """Say what was not re-routed; with strict=True this raises, and every later call does."""
+        captured = self._captured is not None
+        try:
+            if no_graph:
+                missing_gates.tell_no_graph(self._model, args, kwargs, self._config, captured=captured)
+            else:
+                missing_gates.settle(call, self._model, args, kwargs, self._config, captured=captured)
+        except GateNotFoundError as refusal:
+            self._refusal = refusal
+            raise
 
     def _call_captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._captured is not None
         with dynamo.dynamic_shape_capture():
             return self._captured(*args, **kwargs)
 
-    def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _first_call(self, call: missing_gates.OneCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
         untouched = _versions(self._model, args, kwargs)
@@ -121,6 +141,7 @@ class _Compiled:
                 )
                 raise
             random_state.restore()
+            call.forget()
             return self._plain(*args, **kwargs)
         if runs.rewritten > before:
             self._dynamic = True
@@ -129,6 +150,7 @@ class _Compiled:
         if untouched is None or untouched != _versions(self._model, args, kwargs):
             return result
         random_state.restore()
+        call.forget()
         return self._plain(*args, **kwargs)
 
     def _give_up(self, reason: str) -> None:

@@ -78,6 +78,13 @@ class SereConfig:
     substitution: str = "reroute"
     per_gate: Mapping[str, Mapping[str, Any]] | PerGate = ()
 
+    def __new__(cls, *args: Any, **options: Any) -> SereConfig:
+        """Made like any object; an unknown name raises `ConfigError` with the nearest known one."""
+        unknown = [name for name in options if name not in option_names()]
+        if unknown:
+            raise unknown_option(unknown[0], option_names())
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         automatic = self.select_top_k == "auto"
         if not automatic:

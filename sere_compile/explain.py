@@ -12,6 +12,7 @@ from .backend import SereBackend
 from .compiler import dynamo
 from .compiler.eager_selections import WatchSelections
 from .compiler.observed_graph import observer, on_lines, on_whole_call
+from .compiler.obstacle import diagnose
 from .config import SereConfig
 from .report import REWRITTEN, SKIPPED, GateReport, GateRow
 
@@ -37,7 +38,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     """
     config = config or SereConfig()
     if config.capture == "default":
-        return GateReport(rows := _rows(model, args, kwargs, config), _hint(rows))
+        return GateReport(rows := _rows(model, args, kwargs, config), _hint(rows, model, args, kwargs))
     again = _copied((args, kwargs))
     # A frame that was compiled or skipped without capture would stay so, and the other way round.
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
@@ -50,11 +51,11 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
         reason = f"dynamic-shape capture raises {type(error).__name__}"
     else:
         if again is None or any(row.status == REWRITTEN for row in rows):
-            return GateReport(rows, _hint(rows, captured=True))
+            return GateReport(rows, _hint(rows, model, args, kwargs, captured=True))
         reason = "dynamic-shape capture lets no gate be re-routed"
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
     rows = _rows(model, again[0], again[1], config)
-    hint = _hint(rows, captured=True)
+    hint = _hint(rows, model, again[0], again[1], captured=True)
     return GateReport(rows, f"Traced without capture, as sere_compile.compile then does: {reason}. {hint}".strip())
 
 
@@ -115,18 +116,12 @@ def _copied(value: Any) -> Any:
         return None
 
 
-def _hint(rows: tuple[GateRow, ...], *, captured: bool = False) -> str:
+def _hint(
+    rows: tuple[GateRow, ...], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, captured: bool = False
+) -> str:
     if any(row.reason.startswith(_OUTSIDE) for row in rows):
-        remedy = (
-            "Dynamic-shape capture does not help here: move router and top-k into a function or module of their own, "
-            "which Dynamo then compiles by itself"
-            if captured
-            else "Compile with sere_compile.compile(model, ...), which captures expert loops"
-        )
-        return (
-            f"Dynamo skipped or broke the code of gates that ran outside every graph. {remedy}, or see with "
-            "torch.compile(fullgraph=True) what breaks the graph."
-        )
+        why = diagnose(model, args, kwargs, captured=captured)
+        return f"Dynamo skipped or broke the code of gates that ran outside every graph. {why}"
     if any(row.num_experts for row in rows):
         return ""
     if rows:

@@ -29,10 +29,17 @@ def stats(model: Any) -> dict[str, GateStats]:
         entry = binding.lookup(parameter)
         if entry is not None and entry.counts is not None:
             found[entry.name] = GateStats(**dict(zip(COUNTED, entry.counts.tolist(), strict=True)))
+    idle = {name: why for name, parameter in model.named_parameters() if (why := binding.uncounted(parameter))}
+    if not found and idle:
+        (name, why), more = next(iter(idle.items())), len(idle) - 1
+        others = f" ({more} more gates)" if more else ""
+        raise SereError(
+            f"the model was compiled with collect_stats=True, and nothing is counted because nothing is re-routed: "
+            f"{name}: {why}{others}"
+        )
     if not found:
         raise SereError(
-            'no routing statistics: compile the model with options={"collect_stats": True} and run it first; gates '
-            "that re-route nothing (S = K, or above max_tokens) are not counted"
+            'no routing statistics: compile the model with options={"collect_stats": True} and run it first'
         )
     return found
 

@@ -1,6 +1,7 @@
 """`sere_compile.compile`: dynamic-shape capture where it brings a gate into a graph, the default elsewhere."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -79,13 +80,13 @@ class Loop(torch.nn.Module):
 class TestNoGraphAtAll:
     """The backend is never called then: `compile`, which owns the call, has to say so."""
 
-    def test_it_warns_once_and_says_why(self, caplog):
+    def test_it_warns_once_and_says_what_helps(self, caplog):
         compiled = sere_compile.compile(Loop(), select_top_k=1, inner="eager", capture="default")
         for _ in range(2):
             compiled(torch.randn(2, 4, HIDDEN))
         [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
         assert "Dynamo made no graph of Loop" in record.message
-        assert "Dynamo says: " in record.message
+        assert "Compile with sere_compile.compile(model, ...), which captures expert loops" in record.message
 
     @pytest.mark.parametrize("capture", ["auto", "default"])
     def test_strict_raises_at_every_call(self, capture):
@@ -93,6 +94,59 @@ class TestNoGraphAtAll:
         for _ in range(2):
             with pytest.raises(GateNotFoundError, match="Dynamo made no graph of Loop"):
                 compiled(torch.randn(2, 4, HIDDEN))
+
+
+class IfAny(CountLoop):
+    """The commonest loop of all: experts without tokens are left out by an `if` on a size."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), 3)
+        y = torch.zeros_like(rows)
+        for number in range(EXPERTS):
+            token, slot = torch.where(ids == number)
+            if token.numel():
+                y.index_add_(0, token, self.expert(number, rows[token]) * weights[token, slot, None])
+        return y.view(x.shape)
+
+
+class TestOneDiagnosis:
+    """Whoever is asked names the line that depends on data, and what to change there."""
+
+    LINE = re.compile(
+        r"gate\.weight.*test_capture\.py:\d+, `if token\.numel\(\):`, depends on data.*drop the condition", re.DOTALL
+    )
+
+    def test_the_backend(self, caplog):
+        model, _, x = prepared(IfAny)
+        compiled = torch.compile(model, backend="sere", options={"inner": "eager"})
+        for _ in range(3):
+            close(compiled(x), model(x))
+        [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert self.LINE.search(record.message)
+
+    @pytest.mark.parametrize("capture", ["default", "auto"])
+    def test_explain(self, capture):
+        model, _, x = prepared(IfAny)
+        assert self.LINE.search(str(sere_compile.explain(model, x, config=SereConfig(capture=capture))))
+
+    @pytest.mark.parametrize("capture", ["default", "auto"])
+    def test_compile_at_its_first_call(self, caplog, capture):
+        model, _, x = prepared(IfAny)
+        compiled = sere_compile.compile(model, inner="eager", capture=capture)
+        close(compiled(x), model(x))
+        [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert self.LINE.search(record.message)
+        compiled(x)
+        assert sum(r.levelno == logging.WARNING for r in caplog.records) == 1
+
+    @pytest.mark.parametrize("capture", ["default", "auto"])
+    def test_strict_raises_from_the_first_call_on(self, capture):
+        model, _, x = prepared(IfAny)
+        compiled = sere_compile.compile(model, inner="eager", strict=True, capture=capture)
+        for _ in range(3):
+            with pytest.raises(GateNotFoundError, match=self.LINE):
+                compiled(x)
 
 
 class Noisy(torch.nn.Module):
@@ -189,7 +243,7 @@ class TestExplainWithCapture:
         report = sere_compile.explain(Loop(), torch.randn(2, 4, HIDDEN), config=SereConfig(capture="auto"))
         assert [row.name for row in report.gates] == ["gate.weight"]
         assert "captures expert loops" not in report.hint
-        assert "does not help here: move router and top-k" in report.hint
+        assert "move router and top-k into a function" in report.hint
 
 
 class Refused(torch.nn.Module):

@@ -1,5 +1,8 @@
 """Options: names, values, who gets them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -96,3 +99,11 @@ class TestOptions:
         assert [config.resolved_min_active(k) for k in (2, 8)] == [2, 4]
         with pytest.raises(ConfigError, match="min_active=8 allows no budget of max_active=4 experts"):
             config.replace(min_active=8)
+
+
+def test_a_misspelt_option_of_the_constructor():
+    """As with every other way to give options."""
+    with pytest.raises(ConfigError, match="unknown option 'selecttopk'; did you mean 'select_top_k'"):
+        SereConfig(selecttopk=2)
+    config = SereConfig(select_top_k=2)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config

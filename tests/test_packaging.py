@@ -164,7 +164,7 @@ def test_arrows_point_one_way(folder, allowed):
 
 # Each may import those above it. What stands alone is one file of the top level, the others are folders.
 ORDER = [
-    *("errors", "extras", "report", "gate_stats", "testing", "whole_file", "config"),
+    *("errors", "extras", "report", "gate_stats", "testing", "whole_file", "config", "idle"),
     *("experts", "similarity", "compiler"),
     *("backend", "rewrite", "capture", "explain"),
     *("calibration", "integrations", "statistics", "lowering", "evaluation", "benchmark"),
@@ -214,3 +214,8 @@ def test_the_package_imports_neither_benchmarks_nor_tests():
                 if name.partition(".")[0] in found:
                     found[name.partition(".")[0]].add(folder)
     assert found == {"benchmarks": {"benchmarks"}, "tests": {"benchmarks"}}
+
+
+def test_the_version_is_that_of_the_installed_package(tmp_path):
+    known = importlib.metadata.version("sere-compile")
+    assert run_python("import sere_compile; print(sere_compile.__version__)", tmp_path).strip() == known

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import nn
 from ..errors import CalibrationError, ConfigError, ProbeError
 from ..experts.metrics import METRICS, CkaAccumulator, FrobeniusAccumulator, SimilarityAccumulator, make_accumulator
 from ..similarity.profile import SimilarityProfile
-from ..similarity.profile_file import library_version, some
+from ..similarity.profile_file import library_version
 from ..whole_file import check_writable
 from . import resume as resume_file
 from .batches import Batch, example_batch, read_batch
 from .observed_model import Arrival, ObservedModel
-from .resume import Identity, Progress
+from .resume import Fingerprint, Identity, Progress
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def calibrate(
         seed: of what is drawn where there are no batches.
         resume: a file that keeps what was done: every minute, when interrupted, and at the end.
             Where it exists already, the calibration goes on behind the batches that it holds; give
-            the same batches again.
+            the same batches again, others are refused.
         progress: show a bar.
         example: batches=None: what to call the model with once, to trace it; models of transformers
             need none.
@@ -97,7 +98,7 @@ def calibrate(
         with _in_eval_mode(model):
             run.add(read_batch(example_batch(model, example), model))
     else:
-        run = _Calibration(model, settings, chunk, max_tokens)
+        run = _Calibration(model, settings, chunk, max_tokens, seed=seed)
         with _in_eval_mode(model):
             _consume(run, batches, None if resume is None else Path(resume), progress)
         if max_tokens is not None and run.done.tokens < max_tokens:
@@ -143,29 +144,48 @@ def _consume(run: _Calibration, batches: Iterable[Any], path: Path | None, progr
         check_writable(path)
         run.go_on_from(path)
     bar = _bar(run, progress)
-    saved = time.monotonic()
-    seen = 0
+    saved, found = time.monotonic(), run.done
+    remaining = iter(batches)
     try:
-        for number, batch in enumerate(batches):
+        if path is not None:
+            _skip(run, remaining, path)
+        for batch in remaining:
             if run.is_full:
                 break
-            seen += 1
-            if number < run.skipped:
-                continue
             before = run.done.tokens
             run.add(read_batch(batch, run.model))
             bar.update(run.done.tokens - before)
             if path is not None and time.monotonic() - saved > _SAVE_SECONDS:
                 run.save(path)
                 saved = time.monotonic()
+    except KeyboardInterrupt:
+        log.warning("interrupted: %s", _kept(run, path))
+        raise
     finally:
         bar.close()
-        if path is not None and run.done.batches:
+        if path is not None and run.done is not found:
             run.save(path)
-    if not seen and not run.done.batches:
+    if not run.done.batches:
         raise CalibrationError("the data set is empty: batches gave no batch")
     if not run.done.tokens:
         raise CalibrationError("the data set is empty: all its tokens are padding")
+
+
+def _skip(run: _Calibration, batches: Iterator[Any], path: Path) -> None:
+    """Pass over the batches that the file holds, and see that they are the same."""
+    for batch in itertools.islice(batches, run.done.batches):
+        run.data.add(read_batch(batch, run.model))
+    resume_file.check_data(path, run.done, str(run.data))
+
+
+def _kept(run: _Calibration, path: Path | None) -> str:
+    """What of an interrupted calibration is not lost."""
+    done = f"{resume_file.some_batches(run.done.batches)}, {run.done.tokens} tokens"
+    if path is None:
+        return f"nothing is kept of {done}; resume= (--resume) names a file to go on from"
+    if not run.done.batches:
+        return f"no batch was done, so that {path} holds nothing new"
+    return f"{path} holds {done}; the same call goes on from there"
 
 
 def _bar(run: _Calibration, progress: bool) -> Any:
@@ -187,9 +207,11 @@ class _Calibration:
         chunk: int,
         max_tokens: int | None,
         drawn: tuple[int, int] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.model, self.max_tokens, self.done, self.skipped = model, max_tokens, Progress(), 0
-        self._method, self._chunk = method, chunk
+        self.model, self.max_tokens, self.data = model, max_tokens, Fingerprint()
+        self.done = Progress(data=str(self.data))
+        self._method, self._chunk, self._seed = method, chunk, seed
         self._observed = ObservedModel(model, self._see, drawn)
         self._accumulators: dict[str, SimilarityAccumulator] = {}
         self._batch = Batch((), {})
@@ -206,14 +228,10 @@ class _Calibration:
         for name, (sums, count) in self.done.sums.items():
             self._accumulator(name, sums.shape[0]).restore(sums, count)
         self._observed(*batch.args, **batch.kwargs)
-        if not self._accumulators:
-            refused = f" (refused: {some(self._observed.refused)})" if self._observed.refused else ""
-            raise CalibrationError(
-                f"no MoE gate ran in a graph of this model{refused}: see sere_compile.explain(model, ...)"
-            )
         now = {n: (a.sums(), a.num_tokens) for n, a in self._accumulators.items()}
         known = {name: (value, number) for name, (value, number) in now.items() if value is not None}
-        self.done = Progress(self.done.batches + 1, self.done.tokens + self._largest, known)
+        self.data.add(batch)
+        self.done = Progress(self.done.batches + 1, self.done.tokens + self._largest, str(self.data), known)
 
     def profile(self, metadata: Mapping[str, str]) -> SimilarityProfile:
         """What the sums so far come to."""
@@ -237,17 +255,23 @@ class _Calibration:
 
     def go_on_from(self, path: Path) -> None:
         """Take up what the file holds, where it is there."""
-        self.done = resume_file.load(path, self._identity())
-        self.skipped = self.done.batches
-        if self.skipped:
-            log.info("going on behind %d batches, %d tokens", self.skipped, self.done.tokens)
+        found = resume_file.load(path, self._identity())
+        if found is None:
+            return
+        if self.max_tokens is not None and found.tokens > self.max_tokens:
+            raise CalibrationError(
+                f"{path} holds {found.tokens} tokens already, more than max_tokens={self.max_tokens}; remove it to "
+                "begin anew"
+            )
+        self.done = found
+        log.info("going on behind %d batches, %d tokens", found.batches, found.tokens)
 
     def save(self, path: Path) -> None:
         """Write what was done with whole batches."""
         resume_file.save(path, self._identity(), self.done)
 
     def _identity(self) -> Identity:
-        return Identity.of(self._method, self._chunk, self._observed.model)
+        return Identity.of(self._method, self._chunk, self._seed, self._observed.model)
 
     def _see(self, arrival: Arrival) -> None:
         tokens = self._counted(arrival)

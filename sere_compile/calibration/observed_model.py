@@ -1,12 +1,14 @@
 """Run a model and see, at each of its gates, what every expert would give for the tokens that arrive there.
 
 The model is compiled with a backend that leaves Dynamo's graphs as they are, but for one call in
-front of each gate's dispatch. Where the experts run outside the graph (loops that Dynamo does not
-capture), the module beside the router stands in for them.
+front of each gate's dispatch. Where the experts run outside the graph, the module beside the router
+stands in for them; where nothing does, or no gate is in a graph at all, the model is traced with
+sizes that depend on data, as `sere_compile.compile` does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +21,17 @@ from torch.fx import GraphModule, Node
 from ..compiler import dynamo
 from ..compiler.dynamo_graph import DynamoGraph
 from ..compiler.gate_plan import GatePlan, experts_are_live, plan_gates
+from ..compiler.obstacle import diagnose
 from ..config import SereConfig
 from ..errors import CalibrationError
 from ..experts.counterfactual import CounterfactualExperts, agree, of_module, of_region
 from ..experts.experts_module import Experts, find_experts
 from ..experts.hidden_states import draw, scale_at
-from ..experts.owner import Owners
+from ..experts.owner import Owners, routers_in
 from ..passes import DispatchRegion, NormScale, UseKind, find_gates
 from ..passes.graph import nodes
 from ..report import SKIPPED
+from ..similarity.profile_file import some
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,10 @@ class Arrival:
     experts: CounterfactualExperts
 
 
+class _NotShownError(Exception):
+    """No graph of this call shows the experts of a gate; another way to trace the model may."""
+
+
 class ObservedModel:
     """A model that reports to `see` what arrives at its gates.
 
@@ -65,16 +73,70 @@ class ObservedModel:
         self.model = getattr(model, "_orig_mod", model)
         self.see, self.drawn = see, drawn
         self.refused: list[str] = []
+        self.arrived = 0  # how often tokens arrived at a gate
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._compiled = torch.compile(self.model, backend=self._compile)
+        self._captures: bool | None = None  # None before the first call
+        self._needs_region = False
+        self._not_shown = ""  # why a graph with a gate did not show its experts
         self._owners = Owners()
         self._fast: dict[int, bool] = {}
         self._modules: dict[int, Experts | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Run the model, without gradients."""
+        """Run the model, without gradients.
+
+        Raises:
+            CalibrationError: no gate ran in a graph, or the experts of one cannot be run.
+        """
         with dynamo.unlimited_recompiles(), torch.no_grad(), dynamo.without_own_compile(self.model):
-            self._compiled(*args, **kwargs)
+            if self._captures is None:
+                self._captures = self._first_call(args, kwargs)
+            elif self._captures:
+                with dynamo.dynamic_shape_capture():
+                    self._compiled(*args, **kwargs)
+            else:
+                self._compiled(*args, **kwargs)
+
+    def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Run the model in the way that shows most of its gates; whether that is dynamic-shape capture.
+
+        What a graph shows of the experts is what the model computes. Modules beside the router, which stand in for
+        what no graph shows, come last.
+        """
+        for captures, needs_region in ((False, True), (True, True), (False, False)):
+            if captures or not needs_region:
+                dynamo.forget_codes(self.model)
+            self._needs_region = needs_region
+            try:
+                with dynamo.dynamic_shape_capture() if captures else contextlib.nullcontext():
+                    self._compiled(*args, **kwargs)
+            except _NotShownError as error:
+                self._not_shown = str(error)
+            except Exception:  # what capture raises has no common class
+                # Part of the sums cannot be taken back.
+                if self.arrived or not captures:
+                    raise
+                log.info("dynamic-shape capture raises", exc_info=True)
+            if self.arrived:
+                return captures
+        raise CalibrationError(self._nothing_ran(args, kwargs))
+
+    def _nothing_ran(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        if self.refused:
+            return (
+                f"no MoE gate of this model can be observed: {some(self.refused)}; see sere_compile.explain(model, ...)"
+            )
+        if self._not_shown:
+            return (
+                f"{self._not_shown}. Let the loop over experts make new tensors instead of writing into one: "
+                "out = out.index_add(0, tokens, result)"
+            )
+        outside = [router.name for router in routers_in(self.model)]
+        if not outside:
+            return "no MoE gate ran in a graph of this model: see sere_compile.explain(model, ...)"
+        why = diagnose(self.model, args, kwargs, captured=True)
+        return f"no MoE gate ran in a graph of this model; {some(outside)} ran outside. {why}"
 
     def _compile(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = DynamoGraph(module, inputs)
@@ -98,6 +160,11 @@ class ObservedModel:
         graph = plan.gate.selection.graph
         with graph.inserting_after(max(plan.gate.ids, plan.gate.router_input, *activations, *norms)):
             graph.call_function(call, arguments)
+
+    @property
+    def needs_region(self) -> bool:
+        """Whether to give up a call whose graphs do not show the experts: nothing of it counts yet."""
+        return self._needs_region and not self.arrived
 
     def name(self, weight: torch.Tensor, fallback: str) -> str:
         """The name of a router's weight in the model."""
@@ -154,6 +221,7 @@ class _Arrive:
             ]
             tables, rows = drawn[:-1], drawn[-1]
         experts = self._experts(name, weight, rows, ids, inputs, activations, tables)
+        self.observed.arrived += 1
         self.observed.see(Arrival(name, gate.num_experts, len(rows), ids.device, experts))
 
     def _experts(
@@ -172,6 +240,8 @@ class _Arrive:
         if self.region is not None:
             dtype = nodes.value(self.region.weights).dtype
             sure = of_region(self.region, ids, dtype, inputs, activations, tables)
+        elif self.observed.needs_region:
+            raise _NotShownError(f"the experts of {name} cannot be run apart from its graph: {self.plan.region}")
         module = self.observed.module_beside(weight, gate.num_experts)
         if module is None:
             if sure is None:

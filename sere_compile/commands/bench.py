@@ -9,7 +9,7 @@ import click
 from ..benchmark.geometries import GEOMETRIES
 from ..errors import MissingExtraError, SereError
 from ..extras import require
-from .options import Numbers, positive
+from .options import MODEL_HELP, Numbers, positive
 from .output_file import OutputFile, Picture
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _SIZES = "positive whole numbers such as 8,32"
 
 @click.command("bench")
 @click.option("--geometry", type=click.Choice(list(GEOMETRIES)), help="A published model's shape with random weights.")
-@click.option("--model", "name", help="Folder or Hugging Face name of a causal language model.")
+@click.option("--model", "name", help=MODEL_HELP)
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; random without.")
 @click.option("--layers", type=click.IntRange(min=2), help=f"Layers of a geometry; {LAYERS} by default.")
 @click.option("--what", default="gating,layer,decode", show_default=True, help="What to time.")
@@ -63,7 +63,10 @@ def bench_command(
 
     Every compiled variant is a CUDA graph; all variants take turns in one process. Outputs are compared first: where
     one disagrees, no speed-up is printed and the exit status is 1, as it is where something could not be measured.
-    """
+
+    \b
+    sere bench --geometry qwen3-30b-a3b --what decode --batch 16,32 --json bench.json
+    """  # noqa: D301
     from ..benchmark.run import KINDS, begin, require_device, run_bench
     from ..benchmark.subject import loaded_model, random_model
     from ..similarity.profile import SimilarityProfile

@@ -11,18 +11,19 @@ from ..errors import SereError
 from ..evaluation.text import mixed_windows
 from ..experts.metrics import CkaAccumulator
 from ..integrations.transformers import load_causal_lm
-from .output_file import OutputFile
+from .options import MODEL_HELP
+from .output_file import OutputFile, ProfileFile
 
 
 @click.command("calibrate")
-@click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
+@click.option("--model", "name", required=True, help=MODEL_HELP)
 @click.option(
     "--data",
     multiple=True,
     type=click.Path(dir_okay=False),
     help="Text: .txt, .jsonl, .parquet; any number of files, in equal shares. Data-free without it.",
 )
-@click.option("--out", required=True, type=OutputFile(), help="File to write, .safetensors.")
+@click.option("--out", required=True, type=ProfileFile(), help="File to write, .safetensors.")
 @click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")
 @click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per sequence.")
 @click.option("--sequences", type=click.IntRange(min=1), default=400, show_default=True, help="Number of sequences.")
@@ -48,7 +49,12 @@ def calibrate_command(
     dtype: str,
     **options: Any,
 ) -> None:
-    """Measure how alike the experts of every gate are, on the same tokens, in one pass."""
+    """Measure how alike the experts of every gate are, on the same tokens, in one pass.
+
+    \b
+    sere calibrate --model qwen3 --data text.jsonl --out profile.safetensors --resume state
+    sere calibrate --model qwen3 --out profile.safetensors
+    """  # noqa: D301
     if not data and options["resume"] is not None:
         raise click.UsageError("--resume is for calibration on --data")
     try:

@@ -55,7 +55,10 @@ def compare_command(
     """Compare naive top-S, drop, fill, re-routing by profiles and by random matrices, and recombining.
 
     Printed are quality and active experts of each.
-    """
+
+    \b
+    sere compare --model qwen3 --data text.jsonl --calibrate-on other.jsonl --select-top-k 1,2 --csv rules.csv
+    """  # noqa: D301
     if bool(profiles) == bool(calibrate_on):
         raise click.UsageError("give either --profile or --calibrate-on")
     try:

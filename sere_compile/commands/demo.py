@@ -7,10 +7,8 @@ from typing import Any
 import click
 import torch
 
-from ..backend import SereBackend
-from ..config import SereConfig
 from ..errors import SereError
-from ..extras import require
+from ..integrations.generate import generate_config
 from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
 from ..statistics import stats
 
@@ -28,34 +26,49 @@ PROMPTS = (
 
 
 @click.command("demo")
-@click.option("--kind", type=click.Choice(KINDS), default="qwen3", show_default=True, help="Which shipped model.")
+@click.option(
+    "--model",
+    "--kind",
+    "kind",
+    type=click.Choice(KINDS),
+    default="qwen3",
+    show_default=True,
+    help="Which shipped model.",
+)
 @click.option("--select-top-k", type=int, default=1, show_default=True, help="S.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="Tokens to decode.")
 def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
-    """Decode a batch of prompts with a small trained model, unchanged and re-routed, and count its active experts."""
+    """Decode a batch of prompts with a small trained model, unchanged and re-routed, and count its active experts.
+
+    \b
+    sere demo --model mixtral --select-top-k 1
+    """  # noqa: D301
     try:
         # The graph is small: on a CPU, compiling it would take longer than the demo.
         inner = "inductor" if torch.cuda.is_available() else "eager"
-        config = SereConfig(select_top_k=select_top_k, collect_stats=True, inner=inner)
+        sere = generate_config(select_top_k=select_top_k, collect_stats=True, inner=inner)
         model, tokenizer = load_causal_lm(str(SHIPPED / kind), dtype=torch.float32)
         original = _continuations(model, tokenizer, new_tokens, None)
-        rerouted = _continuations(model, tokenizer, new_tokens, SereBackend(config))
-        counted = stats(model)
+        rerouted = _continuations(model, tokenizer, new_tokens, sere)
+        top_k = model.config.num_experts_per_tok
+        counted = stats(model) if select_top_k < top_k else {}
     except SereError as error:
         raise click.ClickException(str(error)) from error
     for prompt, before, after in zip(PROMPTS, original, rerouted, strict=True):
         click.echo(f"{prompt!r}\n    unchanged  {before!r}\n    re-routed  {after!r}")
+    if not counted:
+        click.echo(
+            f"\nnothing was re-routed: S = {select_top_k} keeps all K = {top_k} experts of a token; give "
+            f"--select-top-k 1 to {top_k - 1}"
+        )
+        return
     click.echo(f"\nactive experts per step, decode batch {len(PROMPTS)}, S = {select_top_k}")
     for name, gate in counted.items():
         click.echo(f"{name}: {gate.mean_active_before:.1f} -> {gate.mean_active_after:.1f}")
 
 
-def _continuations(model: Any, tokenizer: Any, new_tokens: int, backend: SereBackend | None) -> list[str]:
-    """Greedy continuations of the prompts; `backend` compiles the decode step, None leaves it eager."""
-    (transformers,) = require("hf", "transformers", needed_for="the demo needs")
-    settings: dict[str, Any] = {"mode": None, "fullgraph": False}
-    compile_config: Any = transformers.CompileConfig(backend=backend or "eager", **settings)
-    compile_config._compile_all_devices = True  # transformers compiles on a CPU only when told so
+def _continuations(model: Any, tokenizer: Any, new_tokens: int, compile_config: Any) -> list[str]:
+    """Greedy continuations of the prompts; `compile_config` says how decoding is compiled, None leaves it eager."""
     inputs = tokenizer(list(PROMPTS), return_tensors="pt", padding=True).to(model.device)
     output = model.generate(
         input_ids=inputs["input_ids"],
@@ -64,6 +77,6 @@ def _continuations(model: Any, tokenizer: Any, new_tokens: int, backend: SereBac
         do_sample=False,
         cache_implementation="static",
         compile_config=compile_config,
-        disable_compile=backend is None,
+        disable_compile=compile_config is None,
     )
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

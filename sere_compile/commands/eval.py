@@ -23,7 +23,11 @@ def eval_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str,
     profile: str, batch: int, **options: Any,
 ) -> None:  # fmt: skip
-    """Perplexity, divergence from the original and active experts; every position of a batch is routed on its own."""
+    """Perplexity, divergence from the original and active experts; every position of a batch is routed on its own.
+
+    \b
+    sere eval --model qwen3 --data text.jsonl --profile profile.safetensors --select-top-k 1 --batch 16
+    """  # noqa: D301
     try:
         SereConfig(**options)  # before a model is loaded
         matrices = SimilarityProfile.load(profile)

@@ -13,17 +13,21 @@ from ..explain import explain
 from ..integrations.transformers import load_causal_lm
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
-from .options import routing_options
+from .options import MODEL_HELP, routing_options
 
 
 @click.command("explain")
-@click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model.")
+@click.option("--model", "name", required=True, help=MODEL_HELP)
 @click.option("--prompt", default="The capital of France is", show_default=True, help="Text to trace the model with.")
 @routing_options
 @click.option("--strict", is_flag=True, help="Run each gate, as traced and re-routed, and say what that proves.")
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile to attach.")
 def explain_command(name: str, prompt: str, profile: str | None, **options: Any) -> None:
-    """Print every gate of a model, what re-routing would do to it, and why not. Exits with 1 if none is found."""
+    """Print every gate of a model, what re-routing would do to it, and why not. Exits with 1 if none is found.
+
+    \b
+    sere explain --model qwen3 --select-top-k 1
+    """  # noqa: D301
     if not prompt:
         raise click.UsageError("--prompt is empty; give a text of a word or more")
     try:

@@ -20,7 +20,7 @@ from ..lowering.prefill import Prefill
 from ..lowering.standard_operators import rerouted_gates
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
-from .options import routing_options
+from .options import MODEL_HELP, routing_options
 from .output_file import OutputFile
 
 
@@ -31,7 +31,7 @@ from .output_file import OutputFile
     "name",
     default=KINDS[0],
     show_default=True,
-    help=f"Folder or Hugging Face name of a causal language model, or {', '.join(KINDS)}, which come with the package.",
+    help=MODEL_HELP,
 )
 @click.option("--out", required=True, type=OutputFile(), help="File to write.")
 @click.option(
@@ -68,7 +68,7 @@ def export_command(
     dtype: str | None,
     **options: Any,
 ) -> None:
-    r"""Write a model with its gates re-routed, and print how to load it.
+    """Write a model with its gates re-routed, and print how to load it.
 
     Without --decode the graph takes input_ids and attention_mask of any batch size and length and returns logits, for
     prefill and scoring; hidden tokens make no expert primary. With it, (input_ids, position, keys, values) to (logits,
@@ -77,7 +77,7 @@ def export_command(
     \b
     sere export --to onnx --model P --profile p.safetensors --select-top-k 2 --out model.onnx --check
     sere export --to aot --model P --out model.pt2
-    """
+    """  # noqa: D301
     try:
         config = SereConfig(**options)
         if as_function and target != "onnx":

@@ -12,22 +12,37 @@ import torch
 
 from ..config import SUBSTITUTIONS
 from ..evaluation.text import mixed_windows
-from ..integrations.transformers import load_causal_lm
+from ..integrations.transformers import KINDS, load_causal_lm
 
 
 def count_or_auto(text: str) -> int | str:
     """`--select-top-k`."""
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a whole number nor auto") from None
 
 
 def number_or_share(text: str) -> float | str:
     """`--threshold`; `SereConfig` says what a share is."""
-    return text if text.startswith("q") else float(text)
+    if text.startswith("q"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a number nor a share of experts such as q0.2") from None
 
 
 def per_gate_options(text: str) -> Any:
     """`--per-gate`; `SereConfig` says what may be in it."""
-    return json.loads(text)  # its errors are ValueErrors, which click reports
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'{text!r} is not JSON such as {{"model.layers.0.*": {{"select_top_k": 4}}}}: {error}'
+        ) from None
 
 
 def positive(text: str) -> int:
@@ -72,8 +87,12 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of {self.what}", param, ctx)
 
 
+MODEL_HELP = (
+    f"Folder or Hugging Face name of a causal language model, or {', '.join(KINDS)}, which come with the package."
+)
+
 _DATA_OPTIONS = [
-    click.option("--model", "name", required=True, help="Folder or Hugging Face name of a causal language model."),
+    click.option("--model", "name", required=True, help=MODEL_HELP),
     click.option(
         "--data", required=True, multiple=True, type=click.Path(dir_okay=False),
         help="Text: .txt, .jsonl, .parquet; if given several times, decoding batches are mixed.",

@@ -24,6 +24,16 @@ class OutputFile(click.ParamType):
         return value
 
 
+class ProfileFile(OutputFile):
+    """A file for a similarity profile, whose name does not promise another format."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as it was given."""
+        if Path(value).suffix not in ("", ".safetensors"):
+            self.fail(f"{value!r}: profiles are .safetensors files", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Picture(OutputFile):
     """A file whose name ends in a format that matplotlib writes."""
 

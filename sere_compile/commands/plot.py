@@ -26,7 +26,16 @@ from .output_file import Picture
     help="Mark experts that are always critical at this rho, a number or a share.",
 )
 def plot_command(source: str, out: str, threshold: float | str) -> None:
-    """Draw SOURCE: heat maps of a profile (.safetensors), or quality against active experts (.csv of `sere sweep`)."""
+    """Draw SOURCE: heat maps of a profile (.safetensors), or quality against active experts (.csv of `sere sweep`).
+
+    \b
+    sere plot profile.safetensors -o heat.png
+    sere plot sweep.csv -o pareto.svg
+    """  # noqa: D301
+    if Path(source).suffix not in (".csv", ".safetensors"):
+        raise click.UsageError(
+            f"{source} is neither a .safetensors file of `sere calibrate` nor a .csv file of `sere sweep`"
+        )
     try:
         SereConfig(threshold=threshold)  # raises if it is wrong
         if Path(source).suffix == ".csv":

@@ -12,7 +12,17 @@ import torch
 from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import SereError
 from ..evaluation.plots import plot_sweep
-from ..evaluation.sweep import GateSettings, SweepRow, format_table, recommend, settings, spend_budget, sweep, write_csv
+from ..evaluation.sweep import (
+    GateSettings,
+    SweepRow,
+    format_table,
+    recommend,
+    settings,
+    spend_budget,
+    sweep,
+    undecided,
+    write_csv,
+)
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import Numbers, counts, data_options, load_subject, min_active_option, number_or_share, per_gate_option
@@ -47,7 +57,14 @@ def sweep_command(
     min_active: int | None, per_gate: Any, batch: list[int], budget: float,
     csv_path: str | None, plot_path: str | None, per_layer: bool,
 ) -> None:  # fmt: skip
-    """S x threshold x substitution x batch as a table, and the setting that a quality budget allows."""
+    """S x threshold x substitution x batch as a table, and the setting that a quality budget allows.
+
+    A setting is recommended if its perplexity is within the budget with 95 % confidence. With --per-layer, options are
+    printed as JSON on standard output, and all else on standard error.
+
+    \b
+    sere sweep --model qwen3 --data text.jsonl --profile profile.safetensors --select-top-k 1,2,3 --budget 1
+    """  # noqa: D301
     several = {"both": ("reroute", "projection"), "all": SUBSTITUTIONS}
     substitutions = several.get(substitution, (substitution,))
     if per_layer and (len(threshold) > 1 or len(substitutions) > 1 or max_active or csv_path or plot_path):
@@ -80,14 +97,24 @@ def sweep_command(
 
 
 def _recommend(rows: list[SweepRow], budget: float) -> None:
+    open_ones = undecided(rows, budget / 100)
     for size, row in recommend(rows, budget / 100).items():
         if row is None:
-            click.echo(f"decode batch {size}: no setting stays within {budget:g} % perplexity")
-            continue
-        click.echo(
-            f"decode batch {size}: options={row.options} for at most {budget:g} % perplexity "
-            f"({row.perplexity_change:+.2%}, active experts {row.active_before:.1f} -> {row.active_after:.1f})"
-        )
+            click.echo(f"decode batch {size}: no setting is shown to stay within {budget:g} % perplexity")
+        else:
+            click.echo(
+                f"decode batch {size}: options={row.options} for at most {budget:g} % perplexity "
+                f"({row.perplexity_change:+.2%}, with 95 % confidence below {row.upper_bound:+.2%}, active experts "
+                f"{row.active_before:.1f} -> {row.active_after:.1f})"
+            )
+        if size in open_ones:
+            better, needed = open_ones[size]
+            noise = "" if math.isnan(better.standard_error) else f" ± {better.standard_error:.2%}"
+            click.echo(
+                f"decode batch {size}: too few data for options={better.options}, {better.perplexity_change:+.2%}"
+                f"{noise} on {better.decode_batches} decoding batches, active experts {better.active_after:.1f}: about "
+                f"--sequences {needed} would decide"
+            )
 
 
 def _per_layer(
@@ -108,10 +135,10 @@ def _per_layer(
         model, tokens, profile,
         budget=budget / 100, select_top_k=select_top_k, decode_batch=batch, config=config, progress=say,
     )  # fmt: skip
-    click.echo(str(done.result))
+    click.echo(f"{done.result}; with 95 % confidence below {done.result.upper_bound:+.2%}", err=True)
     given = {"threshold": config.threshold, "substitution": config.substitution}
     others = {name: value for name, value in given.items() if value != getattr(SereConfig(), name)}
-    click.echo(json.dumps({**done.options(profile), **others}, indent=1))
+    click.echo(json.dumps({**done.options(), **others}, indent=1))
     untouched = [name for name in profile if name not in done.select_top_k]
     if untouched:
-        click.echo(f"left as they are: {', '.join(untouched)}")
+        click.echo(f"left as they are: {', '.join(untouched)}", err=True)

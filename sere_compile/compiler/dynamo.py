@@ -116,16 +116,6 @@ def unlimited_recompiles() -> Iterator[None]:
         yield
 
 
-def last_graph_break() -> str:
-    """Why Dynamo gave up code last, in its own words, one sentence; empty where it did not say."""
-    from torch._dynamo.utils import counters
-
-    reasons = [*counters["graph_break"], *counters["unimplemented"]]
-    lines = [line.strip() for line in str(reasons[-1]).splitlines()] if reasons else []
-    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
-    return (explained or lines or [""])[0]
-
-
 def has_graph_break() -> bool:
     """Whether the graph being compiled ends at a graph break; True where Dynamo does not say."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

@@ -12,6 +12,7 @@ from ..errors import ProbeError
 from ..experts.experts_module import find_experts
 from ..experts.owner import Owners
 from ..experts.probe import Probed, find_dispatch, probe_gate
+from ..idle import never_reached, tell_once
 from ..passes import Evidence, Skip, SkipReason
 from ..passes.graph.run_part import ValueOf
 from ..report import REWRITTEN
@@ -111,6 +112,17 @@ def bind_weight(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners:
     entry = named_entry(plan, weight, owners)
     if entry.matrix is None and not plan.is_filled:
         _probe(plan, weight, value_of, entry.name, owners)
+        entry = binding.name(weight, entry.name)
+    if entry.matrix is not None and not plan.is_filled:
+        _tell_unreached(entry, plan.config.threshold)
+
+
+def _tell_unreached(entry: binding.GateEntry, threshold: float | str) -> None:
+    """Say that a threshold cannot act; layers that share a graph are bound at every call, so each is asked once."""
+    if threshold in entry.judged or entry.matrix is None:
+        return
+    entry.judged.add(threshold)
+    tell_once(entry.name, never_reached(threshold, entry.matrix))
 
 
 def _probe(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, name: str, owners: Owners) -> None:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..config import SereConfig
 from ..experts.experts_module import count_experts_beside
 from ..experts.owner import Owners
+from ..idle import tell_once, too_many_primary
 from ..passes import (
     DispatchRegion,
     Evidence,
@@ -79,7 +80,10 @@ class GatePlan:
     def decide(self, exceeds: Callable[[Gate, int], bool]) -> None:
         """Record why there is nothing to re-route, if so; `exceeds`: whether a batch has more tokens than a limit."""
         limit = self.config.max_tokens
-        if self.select_top_k >= self.gate.top_k:
+        if (idle := too_many_primary(self.config, self.gate.top_k)) != "":
+            self.reason = idle
+            tell_once(self.name, idle)
+        elif self.select_top_k >= self.gate.top_k:
             self.reason = f"S = {self.select_top_k}: nothing to re-route"
         elif 0 in [size for size in nodes.shape(self.gate.ids) or () if isinstance(size, int)]:
             self.reason = "no tokens: nothing to re-route"

@@ -1,15 +1,18 @@
 """Tell the user of gates that are not re-routed, once, and as soon as it is certain.
 
 That a compiled callable holds no gate at all, or that some of its gates run outside every graph, is
-certain when its second call begins: the first has compiled all that it runs.
+certain when its first call ends. `sere_compile.compile` sees that end; a backend by itself knows of
+it when the second call begins.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -23,6 +26,7 @@ from ..experts.owner import find_owner, routers_in
 from ..passes import Findings, Skip
 from ..passes.graph.nodes import source_line
 from . import dynamo
+from .obstacle import diagnose, model_of
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,56 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
+# The call of `sere_compile.compile` under way, which reports when it ends, and not when the next one begins.
+_watched: ContextVar[OneCall | None] = ContextVar("sere call", default=None)
+
+
+@dataclass
+class OneCall:
+    """What the graphs of one call show, for a caller that knows when it ends.
+
+    Attributes:
+        nearest: of the selections that are no gates, the one that looked most like one.
+        routers: weights of the gates that ran.
+        settled: whether all there is to say was said at compile time.
+    """
+
+    nearest: Skip | None = None
+    routers: list[torch.Tensor] = field(default_factory=list)
+    settled: bool = False
+
+    def forget(self) -> None:
+        """The call is made again, in another way."""
+        self.nearest, self.routers, self.settled = None, [], False
+
+
+@contextlib.contextmanager
+def one_call() -> Iterator[OneCall]:
+    """Graphs that run meanwhile leave it to the caller to report, with `settle`."""
+    call = OneCall()
+    token = _watched.set(call)
+    try:
+        yield call
+    finally:
+        _watched.reset(token)
+
+
+def settle(
+    call: OneCall, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], config: SereConfig, *, captured: bool
+) -> None:
+    """Report what a call of a model has shown.
+
+    Raises:
+        GateNotFoundError: with strict=True, in place of the warning.
+    """
+    if call.settled:
+        return
+    module = model_of(model)
+    outside = routers_outside(module, call.routers) if module is not None else []
+    if outside and (call.routers or call.nearest is None):
+        tell_outside(outside, model, args, kwargs, config, captured=captured)
+    elif not call.routers:
+        tell(call.nearest, config)
 
 
 def watch(
@@ -73,6 +127,8 @@ def watch(
         GateNotFoundError: with strict=True, in place of the warning.
     """
     if whole_call:
+        if (call := _watched.get()) is not None:
+            call.settled = True
         tell(findings.nearest_miss, config)
 
     def watched(*arguments: Any) -> Any:
@@ -99,6 +155,10 @@ def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor])
     Returns:
         Whether nothing is left to report.
     """
+    if (watched := _watched.get()) is not None:
+        watched.nearest = _nearer(watched.nearest, nearest)
+        watched.routers += weights
+        return False
     frame = dynamo.current_call()
     if frame is None:
         return False
@@ -111,13 +171,13 @@ def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor])
         raise GateNotFoundError(str(call.refusal))
     if call.settled:
         return True
-    call.nearest = max((call.nearest, nearest), key=lambda skip: -1 if skip is None else skip.evidence)
+    call.nearest = _nearer(call.nearest, nearest)
     if call.frame is not frame:
         # Holding the frame keeps its id from being used again; it is let go of once this is
         # settled.
         call.settled, call.frame = True, None
         try:
-            _settle(call, config)
+            _settle(call, frame, config)
         except GateNotFoundError as refusal:
             call.refusal = refusal
             raise
@@ -126,31 +186,60 @@ def _note(config: SereConfig, nearest: Skip | None, weights: list[torch.Tensor])
     return False
 
 
-def _settle(call: _Call, config: SereConfig) -> None:
+def _nearer(left: Skip | None, right: Skip | None) -> Skip | None:
+    return max((left, right), key=lambda skip: -1 if skip is None else skip.evidence)
+
+
+def _settle(call: _Call, frame: FrameType, config: SereConfig) -> None:
+    """Report what one call has shown; `frame` is the next one's."""
+    function, args = frame.f_locals.get("fn"), frame.f_locals.get("args", ())
+    kwargs = frame.f_locals.get("kwargs", {})
     if call.runs_with_gates == runs.with_gates:
-        tell(call.nearest, config)
+        model = model_of(function)
+        if call.nearest is None and model is not None and (outside := routers_outside(model, [])):
+            tell_outside(outside, model, args, kwargs, config)
+        else:
+            tell(call.nearest, config)
         return
-    outside = routers_outside([weight for ref in call.routers if (weight := ref()) is not None])
-    if outside:
-        _warn(
-            f"these gates run outside every graph, where nothing is re-routed, while others are: {', '.join(outside)}. "
-            "Dynamo gave up the code around them. sere_compile.compile(model, ...) captures expert loops; "
-            "print(sere_compile.explain(model, *inputs)) names the lines.",
-            config,
-        )
+    seen = [weight for ref in call.routers if (weight := ref()) is not None]
+    owner = find_owner(seen[0]) if seen else None
+    if owner is not None and (outside := routers_outside(owner.root, seen)):
+        tell_outside(outside, model_of(function) or function, args, kwargs, config)
 
 
-def routers_outside(seen: list[torch.Tensor]) -> list[str]:
-    """Names of routers beside experts whose code Dynamo skipped, in the model that the weights seen belong to.
+def tell_outside(
+    outside: Sequence[str],
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: SereConfig,
+    *,
+    captured: bool = False,
+) -> None:
+    """Warn of gates that no graph holds, and name the line that keeps them out; see `diagnose`.
+
+    Raises:
+        GateNotFoundError: with strict=True, in place of the warning.
+    """
+    _warn(
+        f"these gates run outside every graph, where nothing is re-routed: {', '.join(outside)}. "
+        f"{diagnose(model, args, kwargs, captured=captured)}",
+        config,
+    )
+
+
+def routers_outside(model: nn.Module, seen: Sequence[torch.Tensor]) -> list[str]:
+    """Names of routers beside experts whose code Dynamo skipped, in a model.
 
     Another layer of the same code that was seen shows that its code gets into a graph: such a layer
     did not run.
+
+    Args:
+        model: the outermost module.
+        seen: weights of the gates that graphs held.
     """
-    owner = find_owner(seen[0]) if seen else None
-    if owner is None:
-        return []
     known, skipped = {id(weight) for weight in seen}, dynamo.skipped_codes()
-    routers = list(routers_in(owner.root))
+    routers = list(routers_in(model))
     captured = {type(router.modules[-1]) for router in routers if id(router.weight) in known}
     return [
         router.name
@@ -187,20 +276,18 @@ def tell(nearest: Skip | None, config: SereConfig) -> None:
     _warn(text, config)
 
 
-def tell_no_graph(model: Any, config: SereConfig) -> None:
-    """Warn that Dynamo made no graph of a model, so that no backend was called.
+def tell_no_graph(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], config: SereConfig, *, captured: bool
+) -> None:
+    """Warn that Dynamo made no graph of a model, so that no backend was called; see `diagnose`.
 
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
     """
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__qualname__", repr(model))
-    breaks = dynamo.last_graph_break()
     _warn(
         f"Dynamo made no graph of {name}: all of it runs as it is, and nothing is re-routed. "
-        f"{f'Dynamo says: {breaks} ' if breaks else ''}"
-        "Code that loops over experts with sizes that depend on the data has to be captured as a whole: look at "
-        "TORCH_LOGS=graph_breaks, or move router and top-k into a function or module of their own, which Dynamo then "
-        "compiles by itself.",
+        f"{diagnose(model, args, kwargs, captured=captured)}",
         config,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..idle import never_reached
 from ..passes import Skip
 from ..passes.graph import nodes
 from ..report import REWRITTEN, SKIPPED, GateRow
@@ -23,7 +24,7 @@ def row_of(plan: GatePlan, entry: GateEntry) -> GateRow:
         is_sorted=gate.is_sorted,
         dispatch=gate.dispatch + (", merged" if rewritten and plan.merged else ""),
         status=plan.status,
-        reason=plan.reason or plan.fallback,
+        reason=plan.reason or plan.fallback or (_idle(plan, entry) if rewritten else ""),
         similarity=_similarity(plan, entry) if rewritten else "",
         threshold=_threshold(plan, entry) if rewritten else 0.0,
         substitution=_substitution(plan) if rewritten else "reroute",
@@ -41,6 +42,11 @@ def row_of_skip(skip: Skip) -> GateRow:
 
 def _substitution(plan: GatePlan) -> str:
     return "reroute" if plan.fallback else plan.config.substitution
+
+
+def _idle(plan: GatePlan, entry: GateEntry) -> str:
+    """Why the threshold of a gate leaves nothing to re-route, where its matrix is known."""
+    return "" if entry.matrix is None or plan.is_filled else never_reached(plan.config.threshold, entry.matrix)
 
 
 def _similarity(plan: GatePlan, entry: GateEntry) -> str:

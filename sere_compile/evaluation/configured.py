@@ -9,6 +9,7 @@ import torch
 
 from ..config import SereConfig
 from ..errors import EvaluationError
+from ..idle import never_reached, tell_once, too_many_primary
 from ..similarity.profile import SimilarityProfile
 from ..similarity.threshold import matrix_in_graph, threshold_in_graph
 from .filling import FillKept
@@ -28,12 +29,14 @@ class ConfiguredRule:
         config, top_k = self.config.for_gate(batch.name), batch.ids.shape[-1]
         if config.max_tokens is not None and batch.ids.shape[1] > config.max_tokens:
             return batch.ids, batch.weights
+        tell_once(batch.name, too_many_primary(config, top_k))
         select, least = config.resolved_top_k(top_k), config.resolved_min_active(top_k)
         if config.substitution == "fill":
             assert isinstance(config.threshold, float | int)  # `SereConfig` takes no other one with it
             return FillKept(select, config.threshold, least, config.max_active)(batch)
         if batch.name not in self.similarity:
             raise EvaluationError(f"the profile has no matrix for the gate {batch.name}")
+        tell_once(batch.name, never_reached(config.threshold, self.similarity[batch.name]))
         matrix = matrix_in_graph(self.similarity[batch.name], config.threshold)
         threshold = threshold_in_graph(config.threshold)
         scale = self.projections if config.substitution == "projection" else None

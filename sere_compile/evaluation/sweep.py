@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
 from .configured import ConfiguredRule
 from .evaluate import evaluate_rules
-from .result import Evaluation
+from .result import NORMAL, Evaluation, upper_bound
 from .rules import RoutingBatch, Rule
 
 
@@ -35,6 +35,7 @@ class SweepRow:
         max_active: the budget of primary experts with "auto", else "".
         threshold: as in `SereConfig`.
         standard_error: of `perplexity_change`.
+        decode_batches: how many were measured; 0 in tables of earlier versions.
     """
 
     rule: str
@@ -50,6 +51,7 @@ class SweepRow:
     top1_agreement: float
     active_before: float
     active_after: float
+    decode_batches: int = 0
 
     @classmethod
     def of(cls, config: SereConfig, result: Evaluation, rule: str | None = None, similarity: str = "") -> SweepRow:
@@ -68,7 +70,13 @@ class SweepRow:
             result.top1_agreement,
             result.mean_active_before,
             result.mean_active_after,
+            len(result.losses),
         )
+
+    @property
+    def upper_bound(self) -> float:
+        """Of `perplexity_change`, with 95 % confidence; NaN where too few batches were measured to say."""
+        return upper_bound(self.perplexity_change, self.standard_error, self.decode_batches)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -142,14 +150,47 @@ def sweep(
 
 
 def recommend(rows: Iterable[SweepRow], budget: float) -> dict[int, SweepRow | None]:
-    """For each decode batch, the setting with the fewest active experts whose perplexity grows by at most `budget`."""
+    """For each decode batch, the setting with the fewest active experts that is within a budget, error included.
+
+    Args:
+        rows: of a sweep.
+        budget: growth of perplexity, 0.01 for one percent, that `upper_bound` has to keep to.
+    """
     best: dict[int, SweepRow | None] = {}
     for row in rows:
         current = best.setdefault(row.decode_batch, None)
-        fits = row.perplexity_change <= budget
+        fits = row.upper_bound <= budget
         if fits and (current is None or row.active_after < current.active_after):
             best[row.decode_batch] = row
     return best
+
+
+def undecided(rows: Iterable[SweepRow], budget: float) -> dict[int, tuple[SweepRow, int]]:
+    """For each decode batch, a better setting that more data could show to be within a budget, and how many sequences.
+
+    That is the one with the fewest active experts of those that were measured within the budget, if the error keeps it
+    from being recommended. The number is what its bound needs if mean and spread stay; at least twice the data.
+    """
+    rows = list(rows)
+    best = recommend(rows, budget)
+    found: dict[int, tuple[SweepRow, int]] = {}
+    for row in rows:
+        chosen = best[row.decode_batch]
+        known = found.get(row.decode_batch)
+        limit = min(r.active_after for r in (chosen, known[0] if known else None) if r) if chosen or known else math.inf
+        if row.perplexity_change < budget < math.inf and row.active_after < limit and row is not chosen:
+            found[row.decode_batch] = (row, _sequences_needed(row, budget))
+    return found
+
+
+def _sequences_needed(row: SweepRow, budget: float) -> int:
+    """How many sequences bring the bound of a setting within a budget, rounded up to whole decoding batches."""
+    given = max(row.decode_batches, 1)
+    if math.isnan(row.standard_error):
+        return 8 * row.decode_batch
+    spread = row.standard_error * given**0.5
+    needed = math.ceil((NORMAL * spread / (budget - row.perplexity_change)) ** 2)
+    return max(needed, 2 * given) * row.decode_batch
 
 
 @dataclass(frozen=True)
@@ -157,24 +198,32 @@ class PerGate:
     """A rule for each gate; gates without one are left as they are."""
 
     rules: Mapping[str, Rule]
+    top_k: dict[str, int] = field(default_factory=dict, compare=False)  # K by gate, of those that ran
 
     def __call__(self, batch: RoutingBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule`."""
+        self.top_k[batch.name] = batch.ids.shape[-1]
         rule = self.rules.get(batch.name)
         return (batch.ids, batch.weights) if rule is None else rule(batch)
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """S of each gate that is re-routed, and the evaluation of the model with them."""
+    """S of each gate that is re-routed, the evaluation of the model with them, and the K of every gate."""
 
     select_top_k: Mapping[str, int]
     result: Evaluation
+    top_k: Mapping[str, int]
 
-    def options(self, similarity: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The options of the backend: gates without an S get one that no K exceeds."""
-        per_gate = {name: {"select_top_k": s} for name, s in self.select_top_k.items()}
-        return {"select_top_k": max(len(matrix) for matrix in similarity.values()), "per_gate": per_gate}
+    def options(self) -> dict[str, Any]:
+        """The options of the backend: gates without an S of their own keep all K experts of a token."""
+        unchanged = {name: k for name, k in self.top_k.items() if name not in self.select_top_k}
+        most = max(unchanged.values(), default=max(self.top_k.values()))
+        fewer = {name: k for name, k in unchanged.items() if k < most}
+        return {
+            "select_top_k": most,
+            "per_gate": {n: {"select_top_k": s} for n, s in {**fewer, **self.select_top_k}.items()},
+        }
 
 
 def spend_budget(
@@ -211,16 +260,18 @@ def spend_budget(
         raise EvaluationError("select_top_k has no values to go through")
     tokens = whole_batches(tokens, decode_batch)
     level = dict.fromkeys(similarity, -1)
+    top_k: dict[str, int] = {}
 
     def rule(levels: Mapping[str, int]) -> PerGate:
         chosen = {name: steps[index] for name, index in levels.items() if index >= 0}
-        return PerGate({n: ConfiguredRule.of(config.replace(select_top_k=s), similarity) for n, s in chosen.items()})
+        rules = {n: ConfiguredRule.of(config.replace(select_top_k=s), similarity) for n, s in chosen.items()}
+        return PerGate(rules, top_k)
 
-    state = GateSettings({}, evaluate_rules(model, tokens, {"": rule(level)}, decode_batch=decode_batch)[""])
+    state = GateSettings({}, evaluate_rules(model, tokens, {"": rule(level)}, decode_batch=decode_batch)[""], top_k)
     while True:
         trials = {name: {**level, name: index + 1} for name, index in level.items() if index + 1 < len(steps)}
         results = evaluate_rules(model, tokens, {n: rule(t) for n, t in trials.items()}, decode_batch=decode_batch)
-        fitting = {n: r for n, r in results.items() if r.perplexity_change <= budget}
+        fitting = {n: r for n, r in results.items() if r.upper_bound <= budget}
         if not fitting:
             return state
         best = max(fitting, key=lambda name: _gain(state.result, fitting[name]))
@@ -249,9 +300,11 @@ def whole_batches(tokens: torch.Tensor, decode_batch: int) -> torch.Tensor:
     return tokens[:usable]
 
 
+# Columns that tables of earlier versions lack.
+_LATER = ("decode_batches",)
 # Columns with what reads them.
 _COLUMNS: dict[str, Callable[[str], Any]] = {
-    field.name: {"str": str, "int": int, "float": float}[str(field.type)] for field in dataclasses.fields(SweepRow)
+    column.name: {"str": str, "int": int, "float": float}[str(column.type)] for column in dataclasses.fields(SweepRow)
 }
 
 
@@ -275,7 +328,9 @@ def read_csv(path: str | Path) -> list[SweepRow]:
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
-            rows = [SweepRow(**{n: read(line[n]) for n, read in _COLUMNS.items()}) for line in csv.DictReader(file)]
+            lines = list(csv.DictReader(file))
+            known = [n for n in _COLUMNS if n not in _LATER or n in (lines[0] if lines else {})]
+            rows = [SweepRow(**{n: _COLUMNS[n](line[n]) for n in known}) for line in lines]
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise EvaluationError(f"{path} is not a table that `sere sweep` wrote: {error!r}") from error
     if not rows:

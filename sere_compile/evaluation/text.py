@@ -50,7 +50,10 @@ def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | No
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     wanted = 1 if count is None else count
     if len(windows) < wanted:
-        raise EvaluationError(f"{len(tokens)} tokens are too few for {wanted} windows of {length}")
+        raise EvaluationError(
+            f"{len(tokens)} tokens are too few for {wanted} windows of {length}: give more text, fewer --sequences (at "
+            f"most {len(windows)} from this) or a smaller --length"
+        )
     if count is None:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
@@ -94,7 +97,10 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise EvaluationError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise EvaluationError(f"{path}:{number} has no text in the field {field!r}")
+            known = ", ".join(record) if isinstance(record, dict) and record else "none"
+            raise EvaluationError(
+                f"{path}:{number} has no text in the field {field!r}; its fields are {known}: --field names the one"
+            )
         yield record[field]
 
 
@@ -105,5 +111,7 @@ def _parquet(path: Path, field: str) -> list[str]:
     except pyarrow.ArrowInvalid as error:
         raise EvaluationError(f"{path} is not a parquet file: {error}") from error
     if field not in table.column_names:
-        raise EvaluationError(f"{path} has no column {field!r}; it has {', '.join(table.column_names)}")
+        raise EvaluationError(
+            f"{path} has no column {field!r}; it has {', '.join(table.column_names)}: --field names the one"
+        )
     return [str(text) for text in table.column(field).to_pylist() if text is not None]

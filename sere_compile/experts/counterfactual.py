@@ -93,6 +93,7 @@ def of_region(
     copies = [_rows_a_token(tensor, rows, region) for tensor in activations]
     own = [a.reshape(rows, count, -1)[:, 0] for a, count in zip(activations, copies, strict=True)]
     chosen_from = own if tables is None else tables
+    unwritten = _Unwritten(inputs)
 
     def dispatch(token: torch.Tensor, new_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         chosen = [
@@ -100,10 +101,33 @@ def of_region(
             for table, count, tensor in zip(chosen_from, copies, activations, strict=True)
         ]
         new_ids = new_ids.to(ids.dtype).reshape(ids.shape)
-        result = region.module(new_ids, weights.to(weights_dtype).reshape(ids.shape), *inputs, *chosen)
+        with unwritten as given:
+            result = region.module(new_ids, weights.to(weights_dtype).reshape(ids.shape), *given, *chosen)
         return result.reshape(rows, -1)
 
     return CounterfactualExperts(dispatch, rows, slots)
+
+
+class _Unwritten:
+    """The inputs of a region as they are before every run: loops add to a tensor that was made in front of them."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._values, self._given = values, list(values)
+        # Of the first run on: where a run writes to.
+        self._written = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor) and not _is_weight(v)]
+
+    def __enter__(self) -> list[Any]:
+        self._given = list(self._values)
+        for place in self._written:
+            self._given[place] = self._values[place].clone()
+        return self._given
+
+    def __exit__(self, *_: object) -> None:
+        self._written = [i for i in self._written if self._given[i].is_inference() or self._given[i]._version]
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 def _rows_a_token(tensor: torch.Tensor, rows: int, region: DispatchRegion) -> int:

@@ -8,6 +8,7 @@ weight that it is given.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -24,7 +25,7 @@ from .reference_import import parameters_by_plain_name, plain_name
 _PROFILE_ATTRIBUTE = "_sere_profile"
 
 
-def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
+def attach(model: torch.nn.Module, profile: SimilarityProfile | str | os.PathLike[str]) -> None:
     """Give every router of `model` its matrix of `profile`, for `torch.compile(model, backend="sere")`.
 
     All or nothing: the profile is checked against the whole model before anything is recorded. The
@@ -32,11 +33,17 @@ def attach(model: torch.nn.Module, profile: SimilarityProfile) -> None:
     attribute, so that copies of the model and weights that are loaded into it later have it too.
     Attaching again replaces.
 
+    Args:
+        model: the model.
+        profile: a profile, or the path of a file that `SimilarityProfile.save` wrote.
+
     Raises:
-        ProfileError: `profile` is not a `SimilarityProfile`; a gate the model does not have; a
+        ProfileError: `profile` is neither, or its file cannot be read; a gate the model does not have; a
             router weight that is not 2-D with a dimension of E; a router like the profile's that
             has no matrix; two gates that are one parameter.
     """
+    if isinstance(profile, (str, os.PathLike)):
+        profile = SimilarityProfile.load(profile)
     if not isinstance(profile, SimilarityProfile):
         raise ProfileError(
             f"attach needs a SimilarityProfile, got {type(profile).__name__}; "

@@ -37,6 +37,8 @@ class GateEntry:
     projection: torch.Tensor | None = field(default=None, repr=False)
     # Matrices of ranks by the threshold that they were counted from.
     ranks: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    # Thresholds of which is known whether they can act on this matrix.
+    judged: set[float | str] = field(default_factory=set, repr=False)
 
     def matrix_on(self, device: torch.device, threshold: float | str = 0.0) -> torch.Tensor:
         """What a graph reads with this threshold, on a device; made once, then kept there, at one address."""
@@ -70,6 +72,8 @@ class GateEntry:
 
 
 _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Why gates that were to be counted are not.
+_uncounted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Compiled graphs remember what they bound last; a change of the registry makes them ask again.
 _version = 0
 
@@ -110,6 +114,16 @@ def name(weight: torch.Tensor, full_name: str) -> GateEntry:
     if entry is None:
         entry = _entries[weight] = GateEntry(full_name)
     return entry
+
+
+def note_uncounted(weight: torch.Tensor, why: str) -> None:
+    """Remember why nothing is counted for a router weight, though it was asked for."""
+    _uncounted[weight] = why
+
+
+def uncounted(weight: torch.Tensor) -> str:
+    """What was noted of a weight; empty where nothing was."""
+    return _uncounted.get(weight, "")
 
 
 def lookup(weight: torch.Tensor) -> GateEntry | None:

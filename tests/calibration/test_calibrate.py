@@ -16,7 +16,10 @@ from sere_compile import CalibrationError, ConfigError, calibrate
 from sere_compile.calibration import observed_model
 
 from ..passes.moe_modules import DUPLICATE_UNSAFE, EXPERTS, HIDDEN, SUMS_DUPLICATES, Block, Indexed, rows
+from ..test_capture import IfAny, prepared
 from ..tiny_models import EAGER_SLOW, PAIRS, build, gate_names, tokens
+from ..zoo.outside.loops import HIDDEN as HIDDEN_OF_LOOPS
+from ..zoo.outside.loops import MaskLoop
 from .plain import METRICS, expert_outputs, outputs_of, pairs, plain_frobenius, run
 
 
@@ -150,6 +153,42 @@ class TestErrors:
         )
         with pytest.raises(CalibrationError, match=r"no MoE gate ran in a graph of this model: see sere_compile\.expl"):
             run(LlamaForCausalLM(config), [tokens(2, 5)])
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_loop_that_has_to_be_captured(self, compiled):
+        """What `sere_compile.compile` captures, `calibrate` does, too: all of the layer's code counts."""
+
+        class Adding(MaskLoop):
+            def forward(self, x):
+                rows = x.view(-1, HIDDEN_OF_LOOPS)
+                weights, ids = torch.topk(self.gate(rows).softmax(-1), 3)
+                y = torch.zeros_like(rows)
+                for number in range(len(self.experts)):
+                    token, slot = torch.where(ids == number)
+                    y = y.index_add(0, token, self.expert(number, rows[token]) * weights[token, slot, None])
+                return y.view(x.shape)
+
+        model, _, x = prepared(Adding)
+        torch._dynamo.reset()
+        outputs = torch.stack([model.expert(e, x.view(-1, x.shape[-1])) for e in range(len(model.experts))]).double()
+        got = run(sere_compile.compile(model, inner="eager") if compiled else model, [x, x])
+        torch.testing.assert_close(got["gate.weight"], plain_frobenius(outputs).float(), rtol=0, atol=1e-5)
+
+    def test_a_captured_loop_that_writes_in_place(self):
+        """Its experts cannot be told from the rest: refused, with what to change, and not measured wrongly."""
+        model, _, x = prepared(MaskLoop)
+        torch._dynamo.reset()
+        with pytest.raises(
+            CalibrationError, match=r"cannot be run apart .* instead of writing .*: out = out\.index_add"
+        ):
+            run(model, [x])
+
+    def test_a_loop_that_no_graph_holds(self):
+        """The line is named, as `explain` and `compile` name it."""
+        model, _, x = prepared(IfAny)
+        message = r"gate\.weight ran outside\. test_capture\.py:\d+, `if token\.numel\(\):`, depends on data"
+        with pytest.raises(CalibrationError, match=message):
+            run(model, [x])
 
     def test_experts_that_cannot_be_run(self):
         """Ids that leave the graph, and no module that takes them."""

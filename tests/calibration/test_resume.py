@@ -50,17 +50,70 @@ class TestResume:
         torch._dynamo.reset()
         assert run(qwen, self.batches(), resume=path) == run(qwen, self.batches())
 
-    def test_a_finished_one_returns_at_once(self, qwen, tmp_path):
+    def test_a_finished_one_returns_at_once(self, qwen, tmp_path, monkeypatch):
         """The file holds all that the profile is made of; batches that it holds are not run again."""
         path = tmp_path / "state"
         first = run(qwen, self.batches(), resume=path, max_tokens=20)
-        assert run(qwen, iter([None]), resume=path, max_tokens=20) == first
+        monkeypatch.setattr(calibrate_module._Calibration, "add", None)
+        assert run(qwen, self.batches(), resume=path, max_tokens=20) == first
+
+    @pytest.mark.parametrize("change", ["text", "order", "batch size", "fewer", "none"])
+    def test_of_other_data(self, qwen, tmp_path, change):
+        """Sums of one text are never taken for those of another; the file stays as it was."""
+        path = tmp_path / "state"
+        run(qwen, self.batches(), resume=path, max_tokens=20)
+        first, second, *rest = self.batches()
+        changed = {
+            "text": [first, second.clone().index_fill_(1, torch.tensor([4]), 7), *rest],
+            "order": [second, first, *rest],
+            "batch size": [torch.cat([first, second]), *rest],
+            "fewer": [first],
+            "none": [],
+        }[change]
+        content = path.read_bytes()
+        with pytest.raises(CalibrationError, match=r"state is of other data: the 2 batches in it differ"):
+            run(qwen, changed, resume=path)
+        assert path.read_bytes() == content
+
+    def test_mappings_are_told_apart_by_every_argument(self, qwen, tmp_path):
+        """A mask is data, too; what an object prints, such as its address, is not."""
+        path, ids = tmp_path / "state", tokens(2, 5)
+        mask = torch.ones_like(ids)
+        run(qwen, [{"input_ids": ids, "attention_mask": mask}], resume=path)
+        assert run(qwen, [{"attention_mask": mask, "input_ids": ids}], resume=path)
+        with pytest.raises(CalibrationError, match="of other data: the 1 batch in it differs"):
+            run(qwen, [{"input_ids": ids, "attention_mask": mask.index_fill(1, torch.tensor([0]), 0)}], resume=path)
+
+    def test_more_tokens_than_are_asked_for(self, qwen, tmp_path):
+        """Sums cannot be taken back."""
+        path = tmp_path / "state"
+        run(qwen, self.batches(), resume=path, max_tokens=20)
+        with pytest.raises(CalibrationError, match="holds 20 tokens already, more than max_tokens=10; remove it"):
+            run(qwen, self.batches(), resume=path, max_tokens=10)
+
+    def test_of_an_earlier_version(self, qwen, tmp_path):
+        """Which did not say what data its sums are of."""
+        path = tmp_path / "state"
+        run(qwen, self.batches(), resume=path, max_tokens=20)
+        path.write_bytes(path.read_bytes().replace(b'\\"data\\"', b'\\"date\\"'))
+        with pytest.raises(CalibrationError, match="earlier version, which did not record what data"):
+            run(qwen, self.batches(), resume=path)
+
+    @pytest.mark.parametrize(("kept", "told"), [(True, "holds 2 batches, 20 tokens"), (False, "nothing")])
+    def test_an_interrupt_says_what_is_kept(self, qwen, tmp_path, caplog, kept, told):
+        """And what would have kept it."""
+        with pytest.raises(KeyboardInterrupt):
+            run(qwen, self.batches(stop=2), resume=tmp_path / "state" if kept else None)
+        (message,) = [r.getMessage() for r in caplog.records if "interrupted" in r.getMessage()]
+        assert told in message
+        assert kept or "--resume" in message
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"method": "cosine"}, r"another method \(frobenius, not cosine\); remove it"),
             ({"chunk": 3}, r"another chunk \(256, not 3\)"),
+            ({"seed": 3}, r"another seed \(0, not 3\)"),
         ],
     )
     def test_of_another_calibration(self, qwen, tmp_path, change, message):

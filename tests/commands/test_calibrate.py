@@ -58,6 +58,7 @@ def test_a_full_disk_is_one_line(tmp_path, no_room):
     ("arguments", "message"),
     [
         (["--out", "no/such/folder/p"], "Invalid value for '--out': there is no folder"),
+        (["--out", "p.pt"], "'p.pt': profiles are .safetensors files"),
         (["--out", "p", "--resume", "state"], "--resume is for calibration on --data"),
         (["--out", "p", "--seed", "9" * 23], "Invalid value for '--seed'"),
         (["--out", "p", "--dtype", "float8_e4m3fn"], "of 16 bits or more such as bfloat16, got 'float8_e4m3fn'"),

@@ -19,6 +19,15 @@ def test_demo_decodes_with_fewer_active_experts():
     assert result.output.count("re-routed  ") == len(PROMPTS)
 
 
+def test_demo_with_nothing_to_re_route():
+    """Texts are shown, and why both are the same."""
+    result = CliRunner().invoke(main, ["demo", "--model", "qwen3", "--new-tokens", "2", "--select-top-k", "4"])
+    assert result.exit_code == 0, result.output
+    assert (
+        "nothing was re-routed: S = 4 keeps all K = 4 experts of a token; give --select-top-k 1 to 3" in result.output
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_shipped_models_stay_small(kind):
     """A trained model of the package is at most 12 MB, with its tokenizer and its record of training."""

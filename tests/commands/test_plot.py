@@ -31,3 +31,12 @@ def test_plots_are_written(checkpoint, tmp_path):
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert heat.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_kind_of_file_is_named(tmp_path):
+    """By its own name, not as a profile that cannot be read."""
+    source = tmp_path / "empty.txt"
+    source.touch()
+    result = CliRunner().invoke(main, ["plot", str(source), "-o", str(tmp_path / "p.png")])
+    assert result.exit_code == 2
+    assert "empty.txt is neither a .safetensors file of `sere calibrate` nor" in result.output

@@ -45,11 +45,20 @@ def test_per_layer_spends_no_more_than_the_budget(checkpoint):
     """With no budget but for what costs nothing, and with all the budget there is."""
     everything = sere(checkpoint, "sweep", "--per-layer", "--batch", 4, "--select-top-k", "1,2", "--budget", 1e9)
     assert everything.exit_code == 0, everything.output
-    settings = json.loads(everything.stdout[everything.stdout.index("{") :])
+    settings = json.loads(everything.stdout)  # nothing else stands there
+    assert settings["select_top_k"] == 4
     assert settings["per_gate"] == {gate: {"select_top_k": 1} for gate in gate_names()}
     assert SereConfig(**settings).for_gate("another").resolved_top_k(4) == 4
     nothing = sere(checkpoint, "sweep", "--per-layer", "--batch", 4, "--select-top-k", "1", "--budget", -99)
     assert f"left as they are: {', '.join(gate_names())}" in nothing.output
+
+
+def test_too_few_data_are_said_to_be(checkpoint):
+    """One decoding batch has no error, so that nothing is recommended; the command says how many would do."""
+    result = sere(checkpoint, "sweep", "--batch", "8", "--select-top-k", "1", "--budget", 1e9)
+    assert "decode batch 8: no setting is shown to stay within 1e+09 % perplexity" in result.output
+    assert "too few data for options={'select_top_k': 1}" in result.output
+    assert "about --sequences 64 would decide" in result.output
 
 
 def test_each_value_is_taken_once(checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from math import ceil, nan
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sere_compile import Evaluation, EvaluationError, OutputError, SereConfig, S
 from sere_compile.evaluation import sweep as sweeping
 from sere_compile.evaluation.configured import ConfiguredRule
 from sere_compile.evaluation.plots import plot_sweep
+from sere_compile.evaluation.result import student
 from sere_compile.evaluation.sweep import (
     GateSettings,
     PerGate,
@@ -22,6 +24,7 @@ from sere_compile.evaluation.sweep import (
     settings,
     spend_budget,
     sweep,
+    undecided,
     whole_batches,
     write_csv,
 )
@@ -233,3 +236,39 @@ def test_a_table():
     assert rule == "| --- " * 10 + "|"
     assert first == "| reroute | cka | 1 | 0 | 4 | 1.000 | +2.00% ± 0.10% | 0.0000 | 100.0% | 9.0 -> 5.0 |"
     assert second == "| reroute |  | auto, 7 active | 0 | 4 | 1.000 | +2.00% | 0.0000 | 100.0% | 9.0 -> 5.0 |"
+
+
+def test_the_recommendation_counts_its_error():
+    """A mean within the budget is no evidence, if its error is larger than what is left of the budget."""
+    lucky, safe = row(16, 3.0, 0.0074, error=0.0217, batches=4), row(16, 5.0, -0.0103, error=0.004, batches=4)
+    assert recommend([lucky, safe], 0.01) == {16: safe}
+    assert safe.upper_bound == pytest.approx(-0.0103 + 2.353 * 0.004)
+    # 1.645 times the spread over the root of the number of batches is to be what the budget leaves.
+    assert undecided([lucky, safe], 0.01) == {16: (lucky, 16 * ceil((1.6449 * 0.0434 / 0.0026) ** 2))}
+
+
+def test_one_batch_has_no_error_and_recommends_nothing():
+    alone = row(64, 3.0, 0.001, error=nan, batches=1)
+    assert recommend([alone], 0.01) == {64: None}
+    assert undecided([alone], 0.01) == {64: (alone, 8 * 64)}
+
+
+@pytest.mark.parametrize(("degrees", "expected"), [(1, 6.314), (5, 2.015), (11, 1.796), (30, 1.697), (10**6, 1.6449)])
+def test_quantiles_of_student(degrees, expected):
+    assert student(degrees) == pytest.approx(expected, abs=0.01)
+
+
+def test_tables_of_earlier_versions_are_read(tmp_path):
+    """They do not say how many batches were measured."""
+    path = tmp_path / "sweep.csv"
+    write_csv([row(4, 5.0, 0.02)], path)
+    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines))
+    assert read_csv(path) == [row(4, 5.0, 0.02, batches=0)]
+
+
+def test_gates_that_are_left_alone_keep_their_k():
+    """The options say so with K, not with a number that no K reaches."""
+    done = GateSettings({"a": 1}, None, {"a": 4, "b": 4, "c": 2})
+    assert done.options() == {"select_top_k": 4, "per_gate": {"c": {"select_top_k": 2}, "a": {"select_top_k": 1}}}
+    assert GateSettings({"a": 1}, None, {"a": 4}).options()["select_top_k"] == 4

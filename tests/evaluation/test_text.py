@@ -15,7 +15,7 @@ from ..tiny_models import word_tokenizer
 def test_windows_are_spread_over_the_text():
     windows = token_windows(word_tokenizer(), ["a b c", "d e f g h"], length=2, count=2)
     assert windows.tolist() == [[2, 3], [9, 0]]
-    with pytest.raises(EvaluationError, match="10 tokens are too few for 6 windows of 2"):
+    with pytest.raises(EvaluationError, match=r"10 tokens are too few for 6 windows of 2: .* --sequences .at most 5"):
         token_windows(word_tokenizer(), ["a b c", "d e f g h"], length=2, count=6)
 
 
@@ -29,7 +29,7 @@ def test_an_empty_tokenizer_is_told():
 def test_texts_that_cannot_be_read_say_why(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"other": 1}\n')
-    with pytest.raises(EvaluationError, match=r"x.jsonl:2 has no text in the field 'text'"):
+    with pytest.raises(EvaluationError, match=r"x.jsonl:2 has no text in the field 'text'; its fields are .*: --field"):
         read_texts(path)
     path.write_text("nothing")
     with pytest.raises(EvaluationError, match=r"x.jsonl:1 is not JSON"):

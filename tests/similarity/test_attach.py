@@ -209,3 +209,13 @@ def test_a_router_that_is_a_buffer_is_refused_with_what_to_do():
     model.register_buffer("router", torch.randn(E, H))
     with pytest.raises(ProfileError, match=r"router is a buffer of the model.*requires_grad=False"):
         attach(model, SimilarityProfile({"router": matrix(0)}))
+
+
+def test_a_path_is_loaded(mixtral, tmp_path):
+    path = tmp_path / "p.safetensors"
+    SimilarityProfile(matrices(), {"method": "cosine"}).save(path)
+    attach(mixtral, str(path))
+    attach(mixtral, path)
+    assert bound(mixtral)[GATES[0]][1] == "profile (cosine)"
+    with pytest.raises(ProfileError, match=r"none\.safetensors"):
+        attach(mixtral, tmp_path / "none.safetensors")

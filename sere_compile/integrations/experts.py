@@ -1,0 +1,171 @@
+"""`experts_implementation="sere"`: re-routing inside the experts of transformers, without torch.compile.
+
+transformers calls an experts module's forward through a registry of functions of (module, hidden
+states [T, H], ids [T, K], weights [T, K]). `register_experts` puts one there that re-routes the ids of
+small batches and hands over to `grouped_mm`, whose cost follows the active experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SereConfig
+from ..errors import ConfigError, ProbeError
+from ..experts.counterfactual import of_module
+from ..experts.metrics import FrobeniusAccumulator
+from ..experts.owner import Owner, Owners, routers_in
+from ..experts.probe import PROBE_SEED, PROBE_TOKENS
+from ..extras import require
+from ..ops.expert_mlp.op import MAX_TOKENS
+from ..similarity import binding
+from ..similarity.attach import attach_from_owner
+from ..similarity.threshold import threshold_in_graph
+
+log = logging.getLogger(__name__)
+
+NAME = "sere"
+# What computes the experts: reads each active one once.
+_STOCK = "grouped_mm"
+# Options that act here; the others are about graphs.
+_OPTIONS = ("select_top_k", "threshold", "min_active", "max_active", "max_tokens", "per_gate")
+
+ExpertsForward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def register_experts(**options: Any) -> None:
+    """Register "sere" among the experts implementations of transformers; again, with other options, replaces it.
+
+    Models then take it by name, before or after loading, and run re-routed in eager mode, in `generate` of every kind
+    and under torch.compile. Forwards of more than `max_tokens` tokens, 256 by default, are left alone: prefill.
+
+    Example:
+        >>> sere_compile.register_experts(select_top_k=2)
+        >>> AutoModelForCausalLM.from_pretrained(name, experts_implementation="sere")
+        >>> model.set_experts_implementation("sere")
+
+    Args:
+        **options: `select_top_k`, `threshold`, `min_active`, `max_active`, `max_tokens` and `per_gate` of `SereConfig`.
+
+    Raises:
+        ConfigError: an unknown option, one that acts on graphs only, or a bad value.
+        MissingExtraError: transformers is not installed.
+    """
+    config = SereConfig().replace(**{"max_tokens": MAX_TOKENS, **options})
+    graphs = [name for name in options if name not in _OPTIONS]
+    if graphs:
+        raise ConfigError(
+            f"{graphs[0]} acts on graphs, and register_experts makes none: it takes {', '.join(_OPTIONS)}; with "
+            'torch.compile(model, backend="sere") all options act'
+        )
+    moe, fp8 = require(
+        "hf", "transformers.integrations.moe", "transformers.integrations.finegrained_fp8", needed_for="this needs"
+    )
+    for interface in (moe.ALL_EXPERTS_FUNCTIONS, fp8.ALL_FP8_EXPERTS_FUNCTIONS):
+        type(interface).register(NAME, _Rerouted(config, interface[_STOCK]))
+
+
+@dataclass
+class _Routed:
+    """What re-routing in one experts module needs."""
+
+    config: SereConfig
+    version: int  # of the registry of matrices
+    weight: Callable[[], Tensor | None]  # of the router
+    matrix: Tensor
+
+
+class _Rerouted:
+    """An experts function of transformers."""
+
+    def __init__(self, config: SereConfig, stock: ExpertsForward) -> None:
+        self._config, self._stock = config, stock
+        # Which matrix belongs to which module is no matter of tensors: a graph would have it as a constant.
+        self._reroute_outside = torch.compiler.disable(self._reroute)
+        self._known: weakref.WeakKeyDictionary[nn.Module, _Routed] = weakref.WeakKeyDictionary()
+
+    def __call__(self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if top_k_index.shape[0] > (self._config.max_tokens or MAX_TOKENS) or module._is_expert_parallel:
+            return self._stock(module, hidden_states, top_k_index, top_k_weights)
+        ids, weights = self._reroute_outside(module, top_k_index, top_k_weights)
+        return self._stock(module, hidden_states, ids, weights)
+
+    def _reroute(self, module: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [T, K] re-routed, and weights [T, K] in the same order."""
+        routed = self._known.get(module)
+        if routed is None or routed.version != binding.version():
+            routed = self._known[module] = self._find(module)
+        config, top_k = routed.config, ids.shape[-1]
+        select = config.resolved_top_k(top_k)
+        if select >= top_k:
+            return ids, weights
+        # Best first: not every router sorts what it chose.
+        order = weights.argsort(dim=-1, descending=True, stable=True)
+        ids, weights = ids.gather(-1, order), weights.gather(-1, order)
+        new = torch.ops.sere.reroute(
+            ids,
+            routed.matrix,
+            select,
+            threshold_in_graph(config.threshold),
+            config.resolved_min_active(top_k),
+            None,
+            config.max_active or 0,
+        )
+        return new, weights
+
+    def _find(self, module: nn.Module) -> _Routed:
+        """The router beside an experts module, and its matrix, attached or probed."""
+        parameter = next(module.parameters())
+        owner = Owners().find(parameter)
+        around = (
+            []
+            if owner is None
+            else [r for r in routers_in(owner.root) if any(inner is module for inner in r.modules[-1].modules())]
+        )
+        if not around:
+            raise ConfigError(
+                f'experts_implementation="sere": no router stands beside {type(module).__name__}, whose matrix this '
+                "needs; set another implementation"
+            )
+        router = max(around, key=lambda r: r.name.count("."))
+        entry = binding.lookup(router.weight)
+        if entry is None or entry.matrix is None:
+            attach_from_owner(_owner_of(router.weight))
+            entry = binding.lookup(router.weight)
+        if entry is None or entry.matrix is None:
+            log.info("no similarity attached for %s: probing its experts on random hidden states", router.name)
+            matrix = self._probe(module, router.name)
+            binding.assign(router.weight, router.name, matrix, "probed", from_profile=False)
+            entry = binding.name(router.weight, router.name)
+        config = self._config.for_gate(router.name)
+        matrix = entry.matrix_on(parameter.device, config.threshold)
+        return _Routed(config, binding.version(), weakref.ref(router.weight), matrix)
+
+    def _probe(self, module: Any, name: str) -> Tensor:
+        """Similarity [E, E] of a module's experts on normally distributed hidden states."""
+        parameter, experts = next(module.parameters()), module.num_experts
+        generator = torch.Generator().manual_seed(PROBE_SEED)
+        width = module.hidden_dim if hasattr(module, "hidden_dim") else module.hidden_size
+        dtype = parameter.dtype if parameter.dtype.itemsize > 1 else torch.bfloat16
+        hidden = torch.randn(PROBE_TOKENS, width, generator=generator).to(parameter.device, dtype)
+        size = sum(p.numel() * p.element_size() for p in module.parameters()) // experts
+        one_slot = of_module(lambda *call: self._stock(module, *call), hidden, 1, size)
+        with torch.inference_mode(False), torch.no_grad():
+            accumulator = FrobeniusAccumulator(experts)
+            try:
+                accumulator.update(one_slot.outputs(torch.arange(PROBE_TOKENS, device=parameter.device), experts))
+            except RuntimeError as error:
+                raise ProbeError(f"the experts of {name} cannot be probed: {error}. Attach a profile") from error
+        return accumulator.similarity()
+
+
+def _owner_of(weight: Tensor) -> Owner:
+    owner = Owners().find(weight)
+    assert owner is not None  # it was found in a module
+    return owner
