@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..gate import Skip, SkipReason, UseKind
+from ..graph import nodes
 from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .compare import distance
@@ -93,7 +94,10 @@ class Prover:
         """Whether tensors are fetched by the ids, and no score weighs what comes of them, as of attended prompts."""
         uses = with_proven_kinds(self._region, experts).dispatch_uses
         fetched = bool(uses) and all(use.kind is UseKind.EXPERT_INDEX for use in uses)
-        return fetched and self._region.gate.top_k > 1 and self._region.ends[0] not in sources.scored
+        end, ids = self._region.ends[0], nodes.shape(self._region.gate.ids) or ()
+        if (nodes.shape(end) or ())[: len(ids)] == ids:
+            return False  # slots are apart still: weights may follow
+        return fetched and self._region.gate.top_k > 1 and end not in sources.scored
 
     def _drawn(self, number: int) -> Values:
         return self._state | activation_values(self._region, number, single=self._single)

@@ -75,7 +75,7 @@ def test_a_row_is_a_setting_and_its_result():
     config = SereConfig(select_top_k="auto", max_active=6, threshold=0.25, substitution="projection")
     found = SweepRow.of(config, result(11.0, 4.0, (1.0, 2.0)), similarity="cka")
     assert found == SweepRow(
-        "projection", "cka", "auto", "6", "0.25", 4, 11.0, pytest.approx(0.1), pytest.approx(0.55), 0.25, 0.5, 8.0, 4.0
+        "projection", "cka", "auto", "6", "0.25", 4, 11.0, pytest.approx(0.1), pytest.approx(0.55), 0.25, 0.5, 8.0, 4.0, 2
     )
     plain = SweepRow.of(SereConfig(threshold="q0.2"), result(11.0, 4.0), rule="mine")
     assert (plain.rule, plain.similarity, plain.select_top_k) == ("mine", "", "default")
@@ -165,7 +165,7 @@ class Costs:
             chosen = {gate: rule.config.select_top_k for gate, rule in per_gate.rules.items()}
             self.asked.append(chosen)
             active = 8.0 - sum(self.saved[gate][s] for gate, s in chosen.items())
-            found[name] = result(10.0 + sum(self.lost[gate][s] for gate, s in chosen.items()), active)
+            found[name] = result(10.0 + sum(self.lost[gate][s] for gate, s in chosen.items()), active, (1.0, 1.0))
         return found
 
 
@@ -188,8 +188,8 @@ def test_a_budget_goes_where_it_saves_most(monkeypatch):
     assert asked[1:3] == [{"a": 2}, {"b": 2}]
     assert state is steps[-1]
     assert state.result.perplexity == pytest.approx(10.4)
-    assert state.options({"a": torch.eye(8), "b": torch.eye(6)}) == {
-        "select_top_k": 8,
+    assert replace(state, top_k={"a": 4, "b": 4}).options() == {
+        "select_top_k": 4,
         "per_gate": {"b": {"select_top_k": 2}, "a": {"select_top_k": 1}},
     }
 
@@ -210,7 +210,7 @@ def test_steps_that_cost_nothing_come_first(monkeypatch):
 def test_a_budget_needs_values_of_s(monkeypatch):
     with pytest.raises(EvaluationError, match="select_top_k has no values to go through"):
         spent(monkeypatch, 0.1, select_top_k=())
-    assert GateSettings({}, result(10.0, 8.0)).options({"a": torch.eye(8)}) == {"select_top_k": 8, "per_gate": {}}
+    assert GateSettings({}, result(10.0, 8.0), {"a": 8}).options() == {"select_top_k": 8, "per_gate": {}}
 
 
 def test_a_file_gives_the_rows_back(tmp_path):
