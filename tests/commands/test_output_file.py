@@ -40,12 +40,13 @@ def test_a_path_that_takes_no_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name in PICTURES:
         pytest.importorskip("matplotlib")
-    assert f"there is no folder {tmp_path / 'missing'}" in refused(name, tmp_path / "missing" / "file.png")
-    assert "/proc/file.png could not be written: " in refused(name, "/proc/file.png")
-    assert "could not be written: File name too long" in refused(name, tmp_path / f"{'n' * 252}.png")
-    (tmp_path / "folder.png").mkdir()
-    assert "is a folder; give the name of a file" in refused(name, "folder.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+    suffix = ".safetensors" if name.startswith("calibrate") else ".png"
+    assert f"there is no folder {tmp_path / 'missing'}" in refused(name, tmp_path / "missing" / f"file{suffix}")
+    assert f"/proc/file{suffix} could not be written: " in refused(name, f"/proc/file{suffix}")
+    assert "could not be written: File name too long" in refused(name, tmp_path / f"{'n' * 252}{suffix}")
+    (tmp_path / f"folder{suffix}").mkdir()
+    assert "is a folder; give the name of a file" in refused(name, f"folder{suffix}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"folder{suffix}"]
 
 
 @pytest.mark.parametrize("name", PICTURES)
