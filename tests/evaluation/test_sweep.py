@@ -75,7 +75,20 @@ def test_a_row_is_a_setting_and_its_result():
     config = SereConfig(select_top_k="auto", max_active=6, threshold=0.25, substitution="projection")
     found = SweepRow.of(config, result(11.0, 4.0, (1.0, 2.0)), similarity="cka")
     assert found == SweepRow(
-        "projection", "cka", "auto", "6", "0.25", 4, 11.0, pytest.approx(0.1), pytest.approx(0.55), 0.25, 0.5, 8.0, 4.0, 2
+        "projection",
+        "cka",
+        "auto",
+        "6",
+        "0.25",
+        4,
+        11.0,
+        pytest.approx(0.1),
+        pytest.approx(0.55),
+        0.25,
+        0.5,
+        8.0,
+        4.0,
+        2,
     )
     plain = SweepRow.of(SereConfig(threshold="q0.2"), result(11.0, 4.0), rule="mine")
     assert (plain.rule, plain.similarity, plain.select_top_k) == ("mine", "", "default")
