@@ -420,7 +420,7 @@ class TestProbing:
             sere_compile.rewrite(torch.export.load(buffer), config=S1)
 
     def test_experts_that_only_a_call_has(self):
-        """Experts that are passed as an argument cannot be probed ahead of time."""
+        """Experts that are passed as an argument are no state that could be exchanged: nothing is proven, or probed."""
 
         class Passed(_Indexed):
             def forward(self, x, experts):
@@ -428,7 +428,7 @@ class TestProbing:
                 return ((x[:, None, None] @ experts[ids]).squeeze(2) * weights[..., None]).sum(1)
 
         program = torch.export.export(Passed(), (torch.randn(4, 6), torch.randn(5, 6, 6)))
-        with pytest.raises(GateNotFoundError, match="their dispatch reads experts, which only a call has"):
+        with pytest.raises(GateNotFoundError, match="no tensor with one row per token gathers what its experts give"):
             sere_compile.rewrite(program, config=S1)
 
 
