@@ -133,7 +133,7 @@ class TestModes:
         torch.testing.assert_close(inferred.clone(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("experts", ["batched_mm", "eager"])
+    @pytest.mark.parametrize("experts", ["batched_mm", pytest.param("eager", marks=pytest.mark.slow)])
     def test_gradients_equal_the_oracle(self, experts):
         """Training through re-routing gives the gradients of the re-routed eager model."""
         ids = tokens()
@@ -246,6 +246,7 @@ class TestNothingFound:
         with pytest.raises(GateNotFoundError, match="no top-k selection at all"):
             compiled(torch.randn(4, 8))
 
+    @pytest.mark.slow
     def test_moe_with_breaks_does_not_warn(self, caplog):
         """A model whose gates run behind a graph break is no false alarm."""
         model, ids = build("mixtral", "eager"), tokens()

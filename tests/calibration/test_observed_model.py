@@ -8,7 +8,7 @@ import torch
 from sere_compile.calibration import observed_model
 from sere_compile.experts.counterfactual import CounterfactualExperts
 
-from ..tiny_models import IMPLEMENTATIONS, build, gate_names, tokens
+from ..tiny_models import EAGER_SLOW, build, gate_names, tokens
 from .plain import run
 
 
@@ -27,7 +27,7 @@ def test_holds_one_chunk_only(qwen, monkeypatch):
     assert sum(sizes) >= 2 * 4 * 9
 
 
-@pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+@pytest.mark.parametrize("experts", EAGER_SLOW)
 def test_nothing_is_computed_for_slots_without_weight(experts, monkeypatch):
     """A module that takes ids of any width gets one a row, in a handful of calls."""
     calls, find = [], observed_model.find_experts

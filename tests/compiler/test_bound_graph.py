@@ -13,7 +13,7 @@ import sere_compile
 from sere_compile import ProbeError, SereConfig, sere_backend
 
 from ..compiled import CountingInner, logits, oracle_logits
-from ..tiny_models import IMPLEMENTATIONS, TOP_K, build, gate_names, random_profile, tokens
+from ..tiny_models import EAGER_SLOW, IMPLEMENTATIONS, TOP_K, build, gate_names, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -147,7 +147,7 @@ class TestBinding:
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"no matrix for the gate model\.layers\.1"):
             logits(compiled, ids)
 
-    @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("experts", EAGER_SLOW)
     def test_probing_measures_the_experts(self, experts, caplog):
         """With nothing attached, twins are found by probing and the log says so once."""
         model, ids = build("mixtral", experts), tokens()

@@ -254,7 +254,9 @@ def rows():
     return torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("experts", [Experts, Overwriting, Listed])
+@pytest.mark.parametrize(
+    "experts", [Experts, *(pytest.param(e, marks=pytest.mark.slow) for e in (Overwriting, Listed))]
+)
 def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]
 
@@ -263,10 +265,10 @@ def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     "weigh",
     [
         lambda weights: weights.softmax(-1),
-        lambda weights: weights**2,
-        lambda weights: weights / weights.amax(-1, keepdim=True),
-        lambda weights: torch.where(weights > 0.3, weights, 0),
-        lambda weights: torch.nn.functional.normalize(weights, dim=-1),
+        pytest.param(lambda weights: weights**2, marks=pytest.mark.slow),
+        pytest.param(lambda weights: weights / weights.amax(-1, keepdim=True), marks=pytest.mark.slow),
+        pytest.param(lambda weights: torch.where(weights > 0.3, weights, 0), marks=pytest.mark.slow),
+        pytest.param(lambda weights: torch.nn.functional.normalize(weights, dim=-1), marks=pytest.mark.slow),
     ],
 )
 def test_weights_that_pass_another_function_are_not_merged(weigh):
@@ -296,12 +298,13 @@ def test_a_table_of_values_is_no_gate(values):
     assert all(v.merged is None and not v.is_gate and "values of a table" in v.reason for v in found)
 
 
-@pytest.mark.parametrize("sizes", [(EXPERTS,), (EXPERTS, 1)])
+@pytest.mark.parametrize("sizes", [(EXPERTS,), pytest.param((EXPERTS, 1), marks=pytest.mark.slow)])
 def test_a_scale_per_expert_outside_keeps_what_the_router_chose(sizes):
     """New ids would fetch another scale: exchanged experts keep the old one, and nothing is proven."""
     assert [v.merged for v in verdicts(Block(Scaled(sizes)), rows())] == [None]
 
 
+@pytest.mark.slow
 def test_a_scale_that_a_loss_of_the_weights_reads_is_no_experts_either():
     block = WithLoss(ScaledLoss())
     assert [v.merged for v in verdicts(block, rows())] == [None]

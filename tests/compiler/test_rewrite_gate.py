@@ -38,6 +38,7 @@ class TestVerification:
         assert {row.proof for row in report.rewritten} == {outside if experts == "eager" else SHOWN}
         assert "proven" in str(report)
 
+    @pytest.mark.slow
     def test_experts_outside_that_no_rewrite_serves_are_refused(self, monkeypatch):
         """The mean of a token's distinct experts: a report row, and with strict=True an error."""
         model, ids = build("qwen3_moe", "eager"), tokens()

@@ -1,4 +1,4 @@
-"""Drawn programs through the product: a small sample always, 2,000 in the lane `generated`.
+"""Drawn programs through the product: a small sample in the lane `slow`, 2,000 in the lane `generated`.
 
 A failure is shrunk to a minimal program and printed with the command that shows it again.
 """
@@ -19,7 +19,7 @@ from .table import Judged, summary
 
 # Programs of one test: enough that a chunk of gates without any that is re-routed means something.
 CHUNK, CHUNKS = 50, 10
-# Of the default suite: a few seconds. A gate costs as much as three look-alikes.
+# Of the lane `slow`: half a minute. A gate costs as much as three look-alikes.
 SAMPLE = {GATE: 6, LOOK_ALIKE: 12}
 KINDS = (GATE, LOOK_ALIKE)
 
@@ -58,6 +58,7 @@ def check(kind, first, count):
         assert any(sum(result.verdict.rerouted) and result.verdict.rerouted[0] for result in results), summary(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sample(kind):
     """The same programs each time."""

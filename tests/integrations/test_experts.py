@@ -74,6 +74,7 @@ def test_a_checkpoint_is_loaded_with_it_and_generates(tmp_path):
     assert not torch.equal(logits(model, ids[:, :1]), logits(stock, ids[:, :1]))
 
 
+@pytest.mark.slow
 def test_under_torch_compile():
     """Compiled, the numbers are those of eager mode."""
     model, ids = build("qwen3_moe"), tokens(6, 1)
