@@ -5,6 +5,7 @@ python -m benchmarks.packages_page     # in the environment that .ci/packages ma
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import re
 from pathlib import Path
@@ -69,6 +70,7 @@ def read() -> list[Row]:
 
 def main() -> None:
     """The command."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FILE.write_text(page([measure(model) for model in MODELS]), encoding="utf-8")
 
 
