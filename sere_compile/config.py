@@ -80,9 +80,10 @@ class SereConfig:
 
     def __new__(cls, *args: Any, **options: Any) -> SereConfig:
         """Made like any object; an unknown name raises `ConfigError` with the nearest known one."""
-        unknown = [name for name in options if name not in option_names()]
+        known = tuple(field.name for field in dataclasses.fields(cls))
+        unknown = [name for name in options if name not in known]
         if unknown:
-            raise unknown_option(unknown[0], option_names())
+            raise unknown_option(unknown[0], known)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
