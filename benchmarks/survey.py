@@ -85,16 +85,18 @@ class _Ids(TorchDispatchMode):
 class _Variants:
     """A backend that compiles each graph as it is, explained, with S = K and with S = 1."""
 
-    def __init__(self, model: nn.Module, profile: SimilarityProfile | None) -> None:
-        self.model, self.profile = model, profile
+    def __init__(self, model: nn.Module, profile: SimilarityProfile | None, *, probed: bool) -> None:
+        self.model, self.profile, self.probed = model, profile, probed
         self.current = "plain"
         self.graphs = 0
         self.ids = _Ids()
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        # Before a profile is attached: it would be evidence of its own for ids that leave a graph.
+        # Before a profile is attached, unless it is needed: it would be evidence of its own for ids that leave a graph.
         sere_compile.detach(self.model)
+        if self.profile is not None and not self.probed:
+            sere_compile.attach(self.model, self.profile)
         explained = SereBackend(SereConfig(inner="eager", strict=True), explaining=True)(module, example_inputs)
         if self.profile is not None:
             sere_compile.attach(self.model, self.profile)
@@ -148,7 +150,7 @@ def survey_dynamo(
         return result
     result.run = len(calls) - ENTRIES[name].unselected
     torch._dynamo.reset()
-    backend = _Variants(model, profile)
+    backend = _Variants(model, profile, probed=ENTRIES[name].probed)
     compiled: Any = model if by_layer else torch.compile(model, backend=backend, **compiling)
     for layer in _layers(model) if by_layer else ():
         layer.compile(backend=backend, **compiling)

@@ -331,9 +331,11 @@ class _Trial:
         """Whether the code outside changes ids before the experts get them, as those of padding: it may count no token.
 
         An expert that padding would be sent to must do nothing where nobody chose it, and what a token chose must do
-        something, whatever a mask among the inputs says.
+        something, whatever a mask of tokens among the inputs says. (One of attention may leave a token nothing.)
         """
-        masked = tree_map(_half_masked, inputs)
+        self._run(inputs)
+        tokens = self._ids[0].numel() // self._gate.top_k
+        masked = tree_map(lambda value: _half_masked(value, tokens), inputs)
         has_mask = any(a is not b for a, b in zip(tree_leaves(masked), tree_leaves(inputs), strict=True))
         return any(
             self._adds_tokens(experts, given) or self._misses_tokens(experts, given)
@@ -560,11 +562,11 @@ def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _half_masked(value: Any) -> Any:
-    """A mask that marks the second half of what it is about; other values are as they are."""
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.numel() < 2:
+def _half_masked(value: Any, tokens: int) -> Any:
+    """A mask of so many tokens marks the second half of them; other values are as they are."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.numel() != tokens or tokens < 2:
         return value
-    return torch.arange(value.numel(), device=value.device).view(value.shape) < value.numel() // 2
+    return torch.arange(tokens, device=value.device).view(value.shape) < tokens // 2
 
 
 def _turned(value: Any) -> Any:

@@ -37,6 +37,7 @@ class Entry:
         columns: columns of the router, which may be more than the experts selected from.
         experts: size of the similarity matrices.
         unselected: how many calls of experts a forward makes without a selection (hash routing).
+        probed: whether its experts can be run for a matrix; else its gates are re-routed with a profile alone.
         skipped: why no gate of the architecture is re-routed, or empty: a word of the reason in the report.
     """
 
@@ -49,6 +50,7 @@ class Entry:
     columns: int = EXPERTS
     experts: int = EXPERTS
     unselected: int = 0
+    probed: bool = True
     skipped: str = ""
 
 
@@ -120,7 +122,7 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
     "jamba": Entry(
         {"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 3, "attn_layer_offset": 1}
     ),
-    "jetmoe": Entry({"kv_channels": 8}, selecting="TopKGating", interface=False),
+    "jetmoe": Entry({"kv_channels": 8}, selecting="TopKGating", interface=False, probed=False),
     "kimi_linear": Entry({"linear_num_heads": 2, "linear_head_dim": 8}),
     "lfm2_moe": Entry({"layer_types": ["conv", "full_attention", "conv"]}),
     # The published models take one expert a token.
