@@ -40,9 +40,11 @@ class _Once:
         self._told: set[str] = set()
 
     def __call__(self, gate: str, why: str) -> None:
+        if not why:
+            return
         kind = why.partition(" is ")[0]
         with self._lock:
-            if not why or kind in self._told:
+            if kind in self._told:
                 return
             self._told.add(kind)
         log.warning("%s: %s", gate, why)

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from ..gate import Gate, Skip, Use, UseKind
 from ..graph import nodes
 from ..graph.arguments import update_operator_argument
+from ..graph.walk import walk
 from ..reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
 from .region import Region
 
@@ -139,12 +140,5 @@ def leads_to(start: Node, end: Node) -> bool:
     """Whether what a node gives reaches another, also by a write to its memory."""
     ends = {end, *nodes.writers(end)}
     last = max(ends)
-    found, pending = {start}, [start]
-    while pending:
-        node = pending.pop()
-        if node in ends:
-            return True
-        fresh = [n for n in nodes.followers(node) if n not in found and not last < n]
-        found.update(fresh)
-        pending.extend(fresh)
-    return False
+    before_last = walk([start], lambda node: [n for n in nodes.followers(node) if not last < n])
+    return any(node in ends for node in before_last)

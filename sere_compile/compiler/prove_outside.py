@@ -272,22 +272,27 @@ class _Trial:
 
     def _changes_with(self, exchanged: list[ExpertSlices], inputs: Arguments) -> list[bool]:
         """Which of the tensors that the block returns are others when experts take each other's parameters."""
-        before = self._run(inputs)
-        with self._block.exchanged(exchanged, _shift(self._block.num_experts)):
-            after = self._run(inputs)
-        return [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        return [not torch.equal(a, b) for a, b in zip(*self._with_exchange(exchanged, inputs), strict=True)]
+
+    def _with_exchange(
+        self, experts: list[ExpertSlices], inputs: Arguments, *, seed: int = 0, scores: str = "own"
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the block returns, and what it returns when experts take each other's parameters."""
+        before = self._run(inputs, seed=seed, scores=scores)
+        with self._block.exchanged(experts, _shift(self._block.num_experts)):
+            return before, self._run(inputs, seed=seed, scores=scores)
+
+    def _is_same_effect(self, experts: list[ExpertSlices], *runs: tuple[Arguments, str]) -> bool:
+        """Whether an exchange of experts adds the same to what two runs give, each of inputs and scores."""
+        differences = []
+        for inputs, scores in runs:
+            before, after = self._with_exchange(experts, inputs, scores=scores)
+            differences.append([a - b for a, b in zip(after, before, strict=True) if _floats(a)])
+        return all(_close(a, b) for a, b in zip(*differences, strict=True))
 
     def _weighs_nothing(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether other scores for the same choice change nothing of what the experts give, as of attended prompts."""
-        if self._gate.top_k == 1:
-            return False
-        differences = []
-        for scores in ("own", "others"):
-            before = self._run(inputs, scores=scores)
-            with self._block.exchanged(experts, _shift(self._block.num_experts)):
-                after = self._run(inputs, scores=scores)
-            differences.append([a - b for a, b in zip(after, before, strict=True) if _floats(a)])
-        return all(_close(a, b) for a, b in zip(*differences, strict=True))
+        return self._gate.top_k > 1 and self._is_same_effect(experts, (inputs, "own"), (inputs, "others"))
 
     def _belongs_to_experts(
         self,
@@ -319,13 +324,7 @@ class _Trial:
 
     def _acts_on_hidden(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether what an exchange of experts changes depends on the hidden states, at the same choices and weights."""
-        differences = []
-        for other in (inputs, tree_map(_turned, inputs)):
-            before = self._run(other, scores="equal")
-            with self._block.exchanged(experts, _shift(self._block.num_experts)):
-                after = self._run(other, scores="equal")
-            differences.append([a - b for a, b in zip(after, before, strict=True) if _floats(a)])
-        return not all(_close(a, b) for a, b in zip(*differences, strict=True))
+        return not self._is_same_effect(experts, (inputs, "equal"), (tree_map(_turned, inputs), "equal"))
 
     def _sends_elsewhere(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether the code outside changes ids before the experts get them, as those of padding: it may count no token.
@@ -359,10 +358,9 @@ class _Trial:
         """Whether some tokens with a choice are the same in every draw, whatever their experts are."""
         served: torch.Tensor | None = None
         for seed in range(_DRAWS):
-            before = self._run(inputs, seed=seed)
-            ids = self._ids[0].reshape(-1, self._gate.top_k)
-            with self._block.exchanged(experts, _shift(self._block.num_experts)):
-                changed = _changed_rows(before, self._run(inputs, seed=seed), len(ids))
+            before, after = self._with_exchange(experts, inputs, seed=seed)
+            ids = self._ids[0].reshape(-1, self._gate.top_k)  # the same in both runs
+            changed = _changed_rows(before, after, len(ids))
             if changed is None:
                 return False
             unmarked = ((ids >= 0) & (ids < self._block.num_experts)).any(-1).to(changed.device)

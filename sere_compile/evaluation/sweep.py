@@ -172,14 +172,12 @@ def undecided(rows: Iterable[SweepRow], budget: float) -> dict[int, tuple[SweepR
     from being recommended. The number is what its bound needs if mean and spread stay; at least twice the data.
     """
     rows = list(rows)
-    best = recommend(rows, budget)
+    within = [row for row in rows if row.perplexity_change < budget < math.inf]
     found: dict[int, tuple[SweepRow, int]] = {}
-    for row in rows:
-        chosen = best[row.decode_batch]
-        known = found.get(row.decode_batch)
-        limit = min(r.active_after for r in (chosen, known[0] if known else None) if r) if chosen or known else math.inf
-        if row.perplexity_change < budget < math.inf and row.active_after < limit and row is not chosen:
-            found[row.decode_batch] = (row, _sequences_needed(row, budget))
+    for size, chosen in recommend(rows, budget).items():
+        better = min((row for row in within if row.decode_batch == size), key=lambda r: r.active_after, default=None)
+        if better is not None and (chosen is None or better.active_after < chosen.active_after):
+            found[size] = (better, _sequences_needed(better, budget))
     return found
 
 

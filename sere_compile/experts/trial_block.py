@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,40 +97,41 @@ class TrialBlock:
     @contextlib.contextmanager
     def exchanged(self, slices: list[ExpertSlices], expert_map: Mapping[int, int]) -> Iterator[None]:
         """Meanwhile expert u has the parameters of expert `expert_map[u]`."""
-        kept = [[part.clone() for part in one.parts(self.num_experts)] for one in slices]
-        try:
-            for one, parts in zip(slices, kept, strict=True):
-                for expert, target in enumerate(one.parts(self.num_experts)):
-                    target.copy_(parts[expert_map.get(expert, expert)])
+        with contextlib.ExitStack() as stack:
+            for one in slices:
+                parts = one.parts(self.num_experts)
+                kept = stack.enter_context(_restored(parts))
+                for expert, target in enumerate(parts):
+                    target.copy_(kept[expert_map.get(expert, expert)])
             yield
-        finally:
-            for one, parts in zip(slices, kept, strict=True):
-                for target, part in zip(one.parts(self.num_experts), parts, strict=True):
-                    target.copy_(part)
 
     @contextlib.contextmanager
     def zeroed(self, slices: list[ExpertSlices]) -> Iterator[None]:
         """Meanwhile every expert's part of these parameters is zero."""
         parts = [part for one in slices for part in one.parts(self.num_experts)]
-        kept = [part.clone() for part in parts]
-        try:
+        with _restored(parts):
             for part in parts:
                 part.zero_()
             yield
-        finally:
-            for part, before in zip(parts, kept, strict=True):
-                part.copy_(before)
 
     @contextlib.contextmanager
     def disturbed(self, slices: ExpertSlices, expert: int) -> Iterator[None]:
         """Meanwhile the part of one expert is another one."""
         part = slices.parts(self.num_experts)[expert]
-        kept = part.clone()
-        try:
+        with _restored([part]):
             part.copy_(part * -1.5 + 0.25 if part.is_floating_point() else ~part)
             yield
-        finally:
-            part.copy_(kept)
+
+
+@contextlib.contextmanager
+def _restored(parts: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Parts of parameters that may be written to meanwhile; gives copies of what they were, and will be again."""
+    kept = [part.clone() for part in parts]
+    try:
+        yield kept
+    finally:
+        for part, before in zip(parts, kept, strict=True):
+            part.copy_(before)
 
 
 @contextlib.contextmanager

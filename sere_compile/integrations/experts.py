@@ -20,7 +20,7 @@ from ..config import SereConfig
 from ..errors import ConfigError, ProbeError
 from ..experts.counterfactual import of_module
 from ..experts.metrics import FrobeniusAccumulator
-from ..experts.owner import Owner, Owners, routers_in
+from ..experts.owner import Owners, routers_in
 from ..experts.probe import PROBE_SEED, PROBE_TOKENS
 from ..extras import require
 from ..ops.expert_mlp.op import MAX_TOKENS
@@ -77,7 +77,6 @@ class _Routed:
 
     config: SereConfig
     version: int  # of the registry of matrices
-    weight: Callable[[], Tensor | None]  # of the router
     matrix: Tensor
 
 
@@ -122,7 +121,8 @@ class _Rerouted:
     def _find(self, module: nn.Module) -> _Routed:
         """The router beside an experts module, and its matrix, attached or probed."""
         parameter = next(module.parameters())
-        owner = Owners().find(parameter)
+        owners = Owners()
+        owner = owners.find(parameter)
         around = (
             []
             if owner is None
@@ -136,7 +136,9 @@ class _Rerouted:
         router = max(around, key=lambda r: r.name.count("."))
         entry = binding.lookup(router.weight)
         if entry is None or entry.matrix is None:
-            attach_from_owner(_owner_of(router.weight))
+            of_router = owners.find(router.weight)
+            assert of_router is not None  # it was found in a module
+            attach_from_owner(of_router)
             entry = binding.lookup(router.weight)
         if entry is None or entry.matrix is None:
             log.info("no similarity attached for %s: probing its experts on random hidden states", router.name)
@@ -145,7 +147,7 @@ class _Rerouted:
             entry = binding.name(router.weight, router.name)
         config = self._config.for_gate(router.name)
         matrix = entry.matrix_on(parameter.device, config.threshold)
-        return _Routed(config, binding.version(), weakref.ref(router.weight), matrix)
+        return _Routed(config, binding.version(), matrix)
 
     def _probe(self, module: Any, name: str) -> Tensor:
         """Similarity [E, E] of a module's experts on normally distributed hidden states."""
@@ -163,9 +165,3 @@ class _Rerouted:
             except RuntimeError as error:
                 raise ProbeError(f"the experts of {name} cannot be probed: {error}. Attach a profile") from error
         return accumulator.similarity()
-
-
-def _owner_of(weight: Tensor) -> Owner:
-    owner = Owners().find(weight)
-    assert owner is not None  # it was found in a module
-    return owner
