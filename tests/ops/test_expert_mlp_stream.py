@@ -23,12 +23,6 @@ BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 WIDE = {"hidden": 256, "inner": 128}
 
 
-@pytest.fixture(autouse=True)
-def enabled(monkeypatch):
-    """As they are to be used once they have run on a GPU, see `stream.ENABLED`."""
-    monkeypatch.setattr(stream, "ENABLED", True)
-
-
 def quantised(weight):
     """(FP8 [E, R, C], scales, what they stand for in fp64): a scale for each block of 128 x 128."""
     experts, rows, columns = weight.shape
@@ -101,14 +95,6 @@ def test_scales_with_transposed_weights_are_refused():
     transposed = {name: SCALES[name].transpose(1, 2) for name in ("gate_up", "down")}
     with pytest.raises(ValueError, match="transposed: expected False with scales"):
         expert_mlp(**arguments_with(**SCALES | transposed, transposed=True))
-
-
-@pytest.mark.gpu
-def test_not_used_before_they_have_run_on_a_gpu(monkeypatch):
-    """Today's default: Triton's kernels, also for the calls that these would take."""
-    monkeypatch.setattr(stream, "ENABLED", False)
-    call = Call(*Layer(dtype=BF16, tokens=5, experts=8, **WIDE).draw(device="cuda")[:7], None, None)
-    assert not takes(call, transposed=False)
 
 
 def test_no_kernel_without_a_gpu():
@@ -203,6 +189,8 @@ CPU_CASES = [
     (Layer(dtype=BF16, tokens=70, slots=1, experts=1, hidden=64, inner=64), StreamConfig(64)),
     (Layer(dtype=BF16, tokens=19, slots=3, experts=4, hidden=192, inner=320), StreamConfig(32, groups=2)),
     (Layer(dtype=BF16, tokens=2, hidden=64, inner=1024), StreamConfig(8, trigger=2)),
+    # Each token names each expert several times.
+    (Layer(dtype=BF16, tokens=9, slots=8, experts=2, hidden=64, inner=64), StreamConfig(8)),
 ]  # fmt: skip
 
 
@@ -284,6 +272,17 @@ def test_slots_of_no_expert_contribute_nothing():
     arguments[2] = torch.where((arguments[1] < 0) | (arguments[1] > 2), torch.nan, arguments[2])
     assert torch.equal(launch(arguments), clean)
     assert clean[2].abs().max() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 9, 64])
+def test_slots_of_one_expert_are_merged(tokens):
+    """As S = 1 and 2 leave some."""
+    ids = torch.randint(0, 20, (tokens, 8), generator=torch.Generator().manual_seed(0))
+    ids[:, 2:] = ids[:, :1]
+    ids[::2, 1] = ids[::2, 0]
+    arguments = Layer(dtype=BF16, experts=16, bias=True, **WIDE).draw(device="cuda", ids=ids)
+    assert_close_to_oracle(launch(arguments), arguments)
 
 
 @pytest.mark.gpu
