@@ -142,12 +142,7 @@ class Call:
 def takes(call: Call, transposed: bool) -> bool:
     """Whether a call is one for these kernels, which then `sere::expert_mlp_stream` runs."""
     num_tokens, top_k = call.topk_ids.shape
-    if (
-        not isinstance(num_tokens, int)
-        or transposed
-        or _compiled_ahead()
-        or not _device_can(call.hidden.device)
-    ):
+    if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not _device_can(call.hidden.device):
         return False
     most = min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
     return num_tokens <= MOST_TOKENS and 0 < num_tokens * top_k <= most and _can_run(call)
