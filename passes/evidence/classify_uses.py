@@ -75,7 +75,7 @@ def classify_uses(
     if not inside and any(use.kind.dispatches for use in uses):
         # Sorted rows leave together with counts: experts outside the graph may split the ones by
         # the others.
-        uses = [_outside(use, leaves) for use in uses]
+        uses = [_outside(use, leaves, counts) for use in uses]
     later = (*selection.ids, *selection.unnarrowed)
     early = [pair for ids in (*selection.unnarrowed, *selection.steps) for pair in consumers(ids, later)]
     before = [_classify(consumer, ids, projection, num_experts, leaves)[0] for consumer, ids in early]
@@ -101,14 +101,14 @@ def _inside(use: Use, counts: set[int]) -> Use:
 
 
 def _only_counts(consumer: Node, counts: set[int]) -> bool:
-    """Whether a mask only becomes a load, or a loss that balances load: numbers for all tokens.
+    """Whether a mask or a count only becomes a load, or a loss that balances load: numbers for all tokens.
 
-    A mask of the ids meets nothing else until its tokens are added up, and what comes of that meets
-    nothing larger.
+    A mask of the ids meets nothing else until its tokens are added up, and what comes of that, or
+    of counting the ids, meets nothing larger.
     """
-    if nodes.kind(consumer) not in MASKING:
+    if nodes.kind(consumer) not in MASKING | COUNTS:
         return False
-    pending: list[tuple[Node, bool]] = [(consumer, False)]
+    pending: list[tuple[Node, bool]] = [(consumer, nodes.kind(consumer) in COUNTS)]
     seen = set(pending)
     while pending:
         node, summed = pending.pop()
@@ -141,10 +141,21 @@ def _sums_rows(node: Node) -> bool:
     return not dims or None in dims or 0 in dims
 
 
-def _outside(use: Use, leaves: Callable[[Node], bool]) -> Use:
+def _outside(use: Use, leaves: Callable[[Node], bool], counts: set[int]) -> Use:
+    """A use in a graph without experts: it may be the dispatch of those outside, unless a buffer of the model counts."""
+    if use.consumer.op != "output" and _counts_into_state(use.consumer, counts):
+        return Use(use.consumer, use.read, UseKind.STATISTIC)
     if use.kind in (UseKind.STATISTIC, UseKind.GROUPED) and leaves(use.consumer):
         return Use(use.consumer, use.read, UseKind.LEAVES)
     return use
+
+
+def _counts_into_state(consumer: Node, counts: set[int]) -> bool:
+    """Whether numbers for all tokens are made of a mask, and all that leaves of them is a buffer that they change."""
+    if not _only_counts(consumer, counts):
+        return False
+    returned = (node for node in walk([consumer], nodes.followers) if any(u.op == "output" for u in node.users))
+    return all(any(target.op in ("placeholder", "get_attr") for target in nodes.writes(node)) for node in returned)
 
 
 def _only_masks(consumer: Node, columns: int) -> bool:

@@ -210,7 +210,7 @@ class _Trial:
         scores: str = "own",
         absent: int | None = None,
     ) -> list[torch.Tensor]:
-        """Every tensor that the block returns.
+        """Every tensor that the block returns, and every buffer that it leaves changed.
 
         Args:
             inputs: of the block.
@@ -229,11 +229,13 @@ class _Trial:
             torch.no_grad(),
             torch.random.fork_rng(devices),
             dynamo.compiling_aside(),
+            self._block.state_restored() as written,
         ):
             torch.manual_seed(0)
             args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
             result = self._call(*args, **kwargs)
-        return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            return returned + written()
 
     # Which parameters are the experts'.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ class TrialBlock:
             self.module = copy.deepcopy(block, memo)
         self.weight = memo[id(weight)]
         self.num_experts, self.columns = num_experts, columns
+        # Buffers that a call has written to or replaced, and that are no memory which each call fills anew.
+        self._written: dict[tuple[nn.Module, str], None] = {}
         generator = torch.Generator().manual_seed(0)
         for tensor in _tensors(self.module).values():
             if tensor.is_floating_point():
@@ -93,6 +95,34 @@ class TrialBlock:
                     dims = [d for d, size in enumerate(tensor.shape) if size % self.num_experts == 0]
                 found += [ExpertSlices(name, (tensor,), dim) for dim in dims]
         return found
+
+    @contextlib.contextmanager
+    def state_restored(self) -> Iterator[Callable[[], list[torch.Tensor]]]:
+        """Buffers may be written to or replaced meanwhile, and are what they were afterwards.
+
+        Gives a function that tells what those hold that some call so far has written to.
+        """
+        kept = {
+            (module, name): (buffer, buffer.clone(), buffer._version)
+            for module in self.module.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+        def written() -> list[torch.Tensor]:
+            for (module, name), (buffer, _, version) in kept.items():
+                now = module._buffers[name]
+                if now is not buffer or buffer._version != version:
+                    self._written[module, name] = None
+            found = (module._buffers[name] for module, name in self._written)
+            return [buffer.detach().clone() for buffer in found if buffer is not None]
+
+        try:
+            yield written
+        finally:
+            for (module, name), (buffer, before, version) in kept.items():
+                if module._buffers[name] is not buffer or buffer._version != version:
+                    module._buffers[name] = buffer.copy_(before)
 
     @contextlib.contextmanager
     def exchanged(self, slices: list[ExpertSlices], expert_map: Mapping[int, int]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sere_compile.compiler import prove_outside as module
@@ -190,6 +191,20 @@ class WithLoss(Block):
         return out.view(x.shape), loss
 
 
+class Counting(Block):
+    """A buffer counts the tokens of each expert, as the router chose them."""
+
+    def __init__(self, experts, count):
+        super().__init__(experts)
+        self.count = count
+        self.register_buffer("load", torch.zeros(EXPERTS, dtype=torch.int64))
+
+    def forward(self, x):
+        weights, ids = self.gate(x.view(-1, HIDDEN)).softmax(-1).topk(TOP_K)
+        self.count(self.load, ids)
+        return self.experts(x.view(-1, HIDDEN), ids, weights).view(x.shape)
+
+
 class Layer(nn.Module):
     """Router and experts inside a layer that takes more than hidden states."""
 
@@ -261,6 +276,29 @@ def rows():
 )
 def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]
+
+
+def test_a_buffer_counts_what_the_router_chose():
+    """Its graph ends before the experts; the count in it stays the original's, and the trial leaves no mark."""
+    block = Counting(Experts(), lambda load, ids: load.add_(F.one_hot(ids, EXPERTS).reshape(-1, EXPERTS).sum(0)))
+    assert [v.merged for v in verdicts(block, rows())] == [True]
+    assert block.load.sum() == rows()[..., 0].numel() * TOP_K
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda load, ids: load.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten())),
+        # Dynamo ends the graph before it.
+        lambda load, ids: load.add_(torch.bincount(ids.flatten(), minlength=EXPERTS)),
+    ],
+    ids=["scatter_add_", "bincount"],
+)
+def test_a_buffer_that_new_ids_would_change_is_seen(count):
+    """In a form that is not known as a count, or outside the graph."""
+    [verdict] = verdicts(Counting(Experts(), count), rows())
+    assert verdict.merged is None
+    assert "returns other things" in verdict.reason
 
 
 @pytest.mark.parametrize(
