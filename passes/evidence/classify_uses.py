@@ -142,7 +142,7 @@ def _sums_rows(node: Node) -> bool:
 
 
 def _outside(use: Use, leaves: Callable[[Node], bool], counts: set[int]) -> Use:
-    """A use in a graph without experts: it may be the dispatch of those outside, unless a buffer of the model counts."""
+    """A use in a graph without experts: it may be the dispatch of those outside, or counts for a buffer."""
     if use.consumer.op != "output" and _counts_into_state(use.consumer, counts):
         return Use(use.consumer, use.read, UseKind.STATISTIC)
     if use.kind in (UseKind.STATISTIC, UseKind.GROUPED) and leaves(use.consumer):
