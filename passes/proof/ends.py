@@ -78,7 +78,8 @@ class _Search:
         heapq.heapify(ahead)
         while ahead:
             node = heapq.heappop(ahead)
-            read = [source for source in nodes.operands(node) if nodes.reads_numbers(node, source)]
+            # All inputs: experts may be in a graph of their own, whose results come as a tuple.
+            read = [source for source in node.all_input_nodes if nodes.reads_numbers(node, source)]
             carries = any(s in carrying if s in visited else self._is_weighed(s) for s in read)
             gathers = carries and _one_row_a_token(node, self._gate.ids) and _runs_experts(node, self._gate)
             if gathers and not self._is_joined_later(node, ahead, starts, carrying):

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from sere_compile.passes import (
@@ -407,6 +408,24 @@ class SharedBeside(Stacked):
         return super().dispatch(x, ids, weights) + torch.tanh(x @ self.shared.T) @ self.shared
 
 
+class TwoSets(Stacked):
+    """A second set of experts for the same choice, in a graph of its own, as checkpointing makes it."""
+
+    of_experts: ClassVar = {"experts": 0, "others": 0}
+
+    def __init__(self):
+        super().__init__()
+        self.others = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(4)))
+
+    def beside(self, x, ids, weights):
+        table = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+        return torch.einsum("te,eth->th", table, torch.tanh(x @ self.others))
+
+    def dispatch(self, x, ids, weights):
+        y = torch.utils.checkpoint.checkpoint(self.beside, x, ids, weights, use_reentrant=False)
+        return y + super().dispatch(x, ids, weights)
+
+
 class InHalf(Masked):
     """Half precision around the dispatch."""
 
@@ -436,7 +455,7 @@ class FlatStack(Block):
 
 RIGHT = (
     Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded,
-    PaddedWithE, Columns, SharedBeside, InHalf,
+    PaddedWithE, Columns, SharedBeside, TwoSets, InHalf,
     IdsReturned, StandardDeviation, BentRows, SecondReader, OneOutput, Renormalised,
 )  # fmt: skip
 REFUSED = (
