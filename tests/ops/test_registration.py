@@ -184,11 +184,12 @@ def test_kernels_compile_for_sm90(tmp_path):
             for experts, num_tokens in ((128, 32), (60, 1000), (128, 5000)):
                 config = launch_config(num_tokens, expert_block(experts))
                 constants = dict(K=8, SELECT=2, E=experts, E_BLOCK=expert_block(experts), HAS_MASK=flags,
-                                 HAS_MIN=flags, HAS_MAX=flags, SLOTS=config.slots, CHUNK=config.chunk, BLOCK=1024)
+                                 HAS_REAL=flags, HAS_MIN=flags, HAS_MAX=flags, SLOTS=config.slots,
+                                 CHUNK=config.chunk, BLOCK=1024)
                 kernel = reroute_kernel if num_tokens <= 1024 else expert_map_kernel
                 compile_for_sm90(kernel, config.num_warps, constants, ids_ptr=ids, sim_ptr="*bf16",
-                                 mask_ptr="*i1", out_ptr=ids, map_ptr="*i32")
-            compile_for_sm90(apply_map_kernel, 4, constants, ids_ptr=ids, map_ptr="*i32", out_ptr=ids)
+                                 mask_ptr="*i1", real_ptr="*i64", out_ptr=ids, map_ptr="*i32")
+            compile_for_sm90(apply_map_kernel, 4, constants, ids_ptr=ids, map_ptr="*i32", real_ptr="*i64", out_ptr=ids)
             config = merge_launch_config(128)
             constants.update(TOKENS=config.slots, CHUNK=config.chunk)
             compile_for_sm90(merge_slots_kernel, config.num_warps, constants, ids_ptr=ids, weights_ptr="*bf16",
