@@ -33,9 +33,10 @@ CASES: dict[str, dict[str, Any] | None] = {
     "s1": {"select_top_k": 1, "min_active": 0},
     "sK": {"select_top_k": 99},
     "nothing": {"select_top_k": 1, "min_active": 0, "threshold": 2.0, "experts": "vllm"},
+    "nothing-hook": {"select_top_k": 1, "min_active": 0, "threshold": 2.0, "experts": "vllm", "router": "vllm"},
     "s2": {"select_top_k": 2, "min_active": 0},
     "nothing-ours": {"select_top_k": 1, "min_active": 0, "threshold": 2.0},
-    "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm"},
+    "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm", "router": "vllm"},
 }
 DEFAULT_CASES = "stock,s1,sK,nothing,s2"
 ENVIRONMENT = {

@@ -210,8 +210,9 @@ def test_kernels_compile_for_sm90(tmp_path):
             constants = dict(K=6, K_BLOCK=8, E=60, E_BLOCK=64, SCORING=scoring, RENORMALIZE=True, TOKENS=1,
                              HAS_BIAS=scoring == "sigmoid", GROUPS=groups, TOP_GROUPS=(groups + 1) // 2, TOP2=True,
                              OUTSIDE_ZERO=False, G_BLOCK=groups, NARROW=narrow, SELECT=2, HAS_MIN=narrow,
-                             HAS_MAX=not narrow, HAS_PROJECTION=narrow, HAS_STATISTICS=not narrow)
-            pointers = dict(logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16", ids_ptr="*i64",
+                             HAS_MAX=not narrow, HAS_PROJECTION=narrow, HAS_STATISTICS=not narrow,
+                             HAS_REAL=narrow)
+            pointers = dict(logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16", ids_ptr="*i64", real_ptr="*i64",
                             sim_ptr="*fp32", projection_ptr="*fp32", mass_ptr="*fp32", slots_ptr="*i32")
             compile_for_sm90(route_kernel, 1, constants, **pointers)
             tile = tile_for(32, 64, narrow)

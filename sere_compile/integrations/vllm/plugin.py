@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .engine import EngineMismatchError, check_internals, check_modes, kernels_t
 from .experts import replace_experts
 from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options
+from .routers import differs, known_router
 from .routing import BatchState, RoutingHook
 
 log = logging.getLogger("vllm.sere_compile")
@@ -161,6 +163,7 @@ class WorkerHooks:
             plans, source = plan_layers(runners, options, config, device)
             self.hooks = {name: _hook(plan, self.state) for name, plan in plans.items()}
             replaced = replace_experts(runners, options, config, device)
+            routed = select_in_hooks(self.hooks, runners, device) if options.router == "auto" else 0
         for hook in self.hooks.values():
             hook.install()
         self._layers = config.compilation_config.static_forward_context
@@ -176,6 +179,10 @@ class WorkerHooks:
         self._logged = time.monotonic()
         if replaced:
             log.info("SERE: the experts of %d of %d MoE layers run by %s", replaced.layers, len(runners), replaced.text)
+        if routed:
+            log.info(
+                "SERE: sere::route selects experts and re-routes them in %d of %d MoE layers", routed, len(runners)
+            )
         if not self.hooks:
             log.warning("SERE re-routes none of %d MoE layers: S = K in all of them.", len(runners))
             return
@@ -204,7 +211,9 @@ class WorkerHooks:
         metadata = context.attn_metadata
         if isinstance(metadata, dict) and metadata and self._own.isdisjoint(metadata):
             return  # of a draft model
-        self.state.begin(metadata, getattr(context, "is_padding", None))
+        # An engine that does not skip padding leaves its mask as some earlier batch had it.
+        skips = getattr(importlib.import_module("vllm.envs"), "VLLM_MOE_SKIP_PADDING", True)
+        self.state.begin(metadata, getattr(context, "is_padding", None) if skips else None)
 
     def reset(self) -> None:
         """The worker is warm: what was counted so far were warm-up and the recording of graphs."""
@@ -232,6 +241,25 @@ def _hook(plan: LayerPlan, state: BatchState) -> RoutingHook:
     masked = not plan.runner.moe_config.is_sequence_parallel
     experts = int(plan.runner.moe_config.num_logical_experts)
     return RoutingHook(plan.runner.router, plan.similarity, plan.config, state, plan.projection, masked, experts)
+
+
+def select_in_hooks(hooks: dict[str, RoutingHook], runners: Mapping[str, Any], device: torch.device) -> int:
+    """Let `sere::route` select in the place of routers that are known, on CUDA. Returns in how many layers."""
+    if device.type != "cuda":
+        return 0
+    compared: dict[Any, str] = {}
+    for name, hook in hooks.items():
+        moe = runners[name].moe_config
+        dtype = getattr(moe, "router_logits_dtype", None) or moe.in_dtype
+        known = known_router(hook.router, dtype) if hook.selects else None
+        if known is None:
+            continue
+        if known.kind not in compared:
+            compared[known.kind] = differs(hook.router, known, hook.num_experts, device)
+            if compared[known.kind]:
+                log.info("SERE: vLLM's router selects experts, sere::route does not as it: %s", compared[known.kind])
+        hook.known = None if compared[known.kind] else known
+    return sum(hook.known is not None for hook in hooks.values())
 
 
 def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool) -> None:

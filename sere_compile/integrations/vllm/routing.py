@@ -19,6 +19,7 @@ from ...ops import fill, reroute
 from ...passes import COUNTED
 from ...passes.count_routing import add_counts
 from ...similarity.threshold import matrix_in_graph, threshold_in_graph
+from .routers import KnownRouter
 
 NO_PADDING = torch.iinfo(torch.int64).max
 
@@ -145,6 +146,8 @@ class RoutingHook:
         self.traced_calls = torch.zeros(1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device) if config.collect_stats else None
         self.ordered = _is_ordered(router, device)
+        # What selects and re-routes in the place of the router; None: the router selects.
+        self.known: KnownRouter | None = None
 
     def install(self) -> None:
         """On the instance: whoever holds the router, or a bound `select_experts` of it, comes through here."""
@@ -154,12 +157,14 @@ class RoutingHook:
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, *, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weights [T, K] as the router gave them, projected or filled, and ids [T, K] re-routed or filled."""
-        weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         if torch.compiler.is_compiling():
             # Counts runs of the compiled code, which may come from a cache and never pass here.
             self.traced_calls.add_(1)
         else:
             self.calls += 1
+        if self.known is not None and self.known.takes(router_logits):
+            return self._route(self.known, router_logits, indices_type)
+        weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         # Kernels may ask for a type of ids, uint32, with which CUDA can do next to nothing.
         old = ids.view(torch.int32) if ids.dtype is torch.uint32 else ids
         if self.matrix is None:
@@ -181,6 +186,18 @@ class RoutingHook:
         """What was counted. Waits for the device."""
         assert self.counts is not None, "statistics are not collected"
         return GateStats(**dict(zip(COUNTED, self.counts.tolist(), strict=True)))
+
+    @property
+    def selects(self) -> bool:
+        """Whether selection and re-routing can be one operator: nothing else needs the ids between them."""
+        return self.matrix is not None and self.projection is None and self.counts is None
+
+    def _route(self, known: KnownRouter, logits: Tensor, indices_type: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        wide = torch.int64 if indices_type is torch.int64 else torch.int32
+        numbers = (*self.options, self.max_active)
+        real = self.state.real_tokens if self.mask_padding else None
+        weights, ids = known.route(logits, self.matrix, numbers, wide, real, self.rerouted_tokens)
+        return weights, ids.view(torch.uint32) if indices_type is torch.uint32 else ids
 
     def _real(self, ids: Tensor) -> Tensor | None:
         """Which rows are not padding, bool [T]; None: all."""
