@@ -192,7 +192,7 @@ def run(case: dict[str, Any], seconds: float, log: Path) -> dict[str, Any] | Non
 def said(log: Path) -> None:
     """What SERE wrote into the log of the last engine."""
     for line in log.read_text(errors="replace").rpartition("=== ")[2].splitlines():
-        if "SERE" in line:
+        if "SERE" in line and "is not re-routed" not in line:
             click.echo("    " + line[line.index("SERE") :][:200])
 
 
