@@ -7,6 +7,7 @@ their own, all in turn; the floor is the bytes of the active experts' weights at
 """
 
 import argparse
+import itertools
 import statistics
 
 import torch
@@ -22,10 +23,14 @@ CASES = "1:8,2:8,4:8,8:8,8:1,16:1,32:8,32:2,32:1,64:8,64:1"
 
 
 def configs(num_slots, fp8):
-    """By name: the one in use, the other number of groups, and later starts of the second projection."""
+    """By name: the one in use, and others of groups, starts of the second projection and slots per pass."""
     used = stream_config(num_slots, fp8)
-    found = {"stream": used, "other groups": StreamConfig(used.rows, 3 - used.groups)}
-    return found | {f"start {t}": StreamConfig(used.rows, used.groups, t) for t in (0, 2, 4, 8, 16)}
+    found = {"stream": used}
+    if num_slots > 512:
+        return found
+    others = [StreamConfig(used.rows, *other) for other in itertools.product((1, 2), (-1, 8, 16))]
+    others += [StreamConfig(rows, used.groups, used.trigger) for rows in (16, 32)]
+    return found | {f"{c.rows}x{c.groups} {c.trigger}": c for c in others if c != used}
 
 
 def as_fp8(weight):

@@ -41,10 +41,16 @@ DEVICE long long id_of(const void* ids, int slot) {
 // Which experts are active and which slots are theirs. All threads.
 DEVICE void make_plan(Plan& plan, const void* ids, int num_slots) {
   const int thread = threadIdx.x, lane = thread & 31;
-  // The expert that a slot names, or -1. The first ones are loaded while the rest is made ready.
+  // The expert that a slot names, or -1: also where an earlier slot of its token names the same one, as re-routing
+  // leaves some, which then has the weights of both. The first ones are loaded while the rest is made ready.
   auto expert_of = [&](int slot) {
-    const long long e = slot < num_slots ? id_of(ids, slot) : -1;
-    return e >= 0 && e < EXPERTS ? (int)e : -1;
+    if (slot >= num_slots) return -1;
+    const long long e = id_of(ids, slot);
+    bool is_new = e >= 0 && e < EXPERTS;
+#pragma unroll
+    for (int k = 1; k < TOP_K; ++k)
+      if (k <= slot % TOP_K && id_of(ids, slot - k) == e) is_new = false;
+    return is_new ? (int)e : -1;
   };
   const int first_expert = expert_of(thread);
   for (int e = thread; e < EXPERTS; e += THREADS) plan.count[e] = 0;

@@ -365,7 +365,7 @@ PROJECTION gate_up(const u8* x, const u8* weight, const float* scale, const u16*
   project<true>(x, weight, scale, bias, ids, act, num_slots);
 }
 
-// rows [T * K, HIDDEN] in fp32; those of slots of no expert stay unwritten.
+// rows [T * K, HIDDEN] in fp32; those of slots of no expert, or of one named before, stay unwritten.
 PROJECTION down(const u8* act, const u8* weight, const float* scale, const u16* bias, const void* ids, void* rows,
                 int num_slots) {
   project<false>(act, weight, scale, bias, ids, rows, num_slots);
@@ -376,14 +376,24 @@ extern "C" __global__ void __launch_bounds__(128)
 sum_slots(const float* rows, const void* ids, const void* weights, u16* out) {
   const int token = blockIdx.y, column = (blockIdx.x * 128 + threadIdx.x) * 4;
   if (column >= HIDDEN) return;
+  long long expert[TOP_K];
   bool named[TOP_K];
   float weight[TOP_K];
 #pragma unroll
   for (int k = 0; k < TOP_K; ++k) {
-    const long long e = id_of(ids, token * TOP_K + k);
-    named[k] = e >= 0 && e < EXPERTS;
+    expert[k] = id_of(ids, token * TOP_K + k);
+    named[k] = expert[k] >= 0 && expert[k] < EXPERTS;
     weight[k] = routing_weight(weights, token * TOP_K + k);
   }
+  // The first of a token's slots that name one expert has its row.
+#pragma unroll
+  for (int k = 1; k < TOP_K; ++k)
+#pragma unroll
+    for (int first = 0; first < k; ++first)
+      if (named[first] && named[k] && expert[k] == expert[first]) {
+        weight[first] += weight[k];
+        named[k] = false;
+      }
   wait_for_earlier_kernels();
   float x[TOP_K][4];
 #pragma unroll

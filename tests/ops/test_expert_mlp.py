@@ -55,7 +55,7 @@ class Layer:
             ids = torch.randint(-1, self.experts + 1, (self.tokens, self.slots), generator=generator)
         weights = torch.rand(ids.shape, generator=generator).to(self.dtype)
         return (
-            normal(self.tokens, self.hidden),
+            normal(len(ids), self.hidden),
             ids.to(self.ids_dtype).to(device),
             weights.to(device),
             gate_up,

@@ -15,18 +15,13 @@ from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, stream
 from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
 from sere_compile.ops.expert_mlp.stream import Call, Stream, StreamConfig, launch_stream, takes
 
+from ..thinned import thinned
 from . import cuda_on_cpu
 from .cases import poisoned_memory
 from .test_expert_mlp import Layer, arguments_with, assert_close_to_oracle, small_tiles
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 WIDE = {"hidden": 256, "inner": 128}
-
-
-@pytest.fixture(autouse=True)
-def enabled(monkeypatch):
-    """As they are to be used once they have run on a GPU, see `stream.ENABLED`."""
-    monkeypatch.setattr(stream, "ENABLED", True)
 
 
 def quantised(weight):
@@ -103,14 +98,6 @@ def test_scales_with_transposed_weights_are_refused():
         expert_mlp(**arguments_with(**SCALES | transposed, transposed=True))
 
 
-@pytest.mark.gpu
-def test_not_used_before_they_have_run_on_a_gpu(monkeypatch):
-    """Today's default: Triton's kernels, also for the calls that these would take."""
-    monkeypatch.setattr(stream, "ENABLED", False)
-    call = Call(*Layer(dtype=BF16, tokens=5, experts=8, **WIDE).draw(device="cuda")[:7], None, None)
-    assert not takes(call, transposed=False)
-
-
 def test_no_kernel_without_a_gpu():
     """A CPU tensor, or a fake CUDA tensor where there is no CUDA, gets no CUDA C++."""
     tensors = Layer(dtype=BF16, **WIDE).draw()[:7]
@@ -171,7 +158,7 @@ def test_shared_memory_fits():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("activation", ["silu_glu", "gpt_oss", "relu2"])
+@pytest.mark.parametrize("activation", thinned(["silu_glu", "gpt_oss", "relu2"], (0,)))
 def test_source_compiles(activation, tmp_path):
     """With nvcc where there is one, without a GPU. The source asserts that its shared memory is what is asked for."""
     source = tmp_path / "all.cu"
@@ -203,6 +190,8 @@ CPU_CASES = [
     (Layer(dtype=BF16, tokens=70, slots=1, experts=1, hidden=64, inner=64), StreamConfig(64)),
     (Layer(dtype=BF16, tokens=19, slots=3, experts=4, hidden=192, inner=320), StreamConfig(32, groups=2)),
     (Layer(dtype=BF16, tokens=2, hidden=64, inner=1024), StreamConfig(8, trigger=2)),
+    # Each token names each expert several times.
+    (Layer(dtype=BF16, tokens=9, slots=8, experts=2, hidden=64, inner=64), StreamConfig(8)),
 ]  # fmt: skip
 
 
@@ -284,6 +273,17 @@ def test_slots_of_no_expert_contribute_nothing():
     arguments[2] = torch.where((arguments[1] < 0) | (arguments[1] > 2), torch.nan, arguments[2])
     assert torch.equal(launch(arguments), clean)
     assert clean[2].abs().max() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 9, 64])
+def test_slots_of_one_expert_are_merged(tokens):
+    """As S = 1 and 2 leave some."""
+    ids = torch.randint(0, 20, (tokens, 8), generator=torch.Generator().manual_seed(0))
+    ids[:, 2:] = ids[:, :1]
+    ids[::2, 1] = ids[::2, 0]
+    arguments = Layer(dtype=BF16, experts=16, bias=True, **WIDE).draw(device="cuda", ids=ids)
+    assert_close_to_oracle(launch(arguments), arguments)
 
 
 @pytest.mark.gpu

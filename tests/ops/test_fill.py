@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sere_compile.ops import fill
 from sere_compile.ops.fill.reference import Keeping, fill_batches, fill_reference
 
+from ..thinned import thinned
 from . import fill_oracle
 from .cases import poisoned_memory
 
@@ -60,6 +61,8 @@ STRUCTURES = [
     Structure(64, 8, 1, min_active=8),
     Structure(64, 8, 3, floats=BF16, masked=True, choice=True, max_active=16),
 ]
+# Where slots are lost.
+LOSING = [s for s in STRUCTURES if 0 < s.select < s.slots]
 CASES = 100  # of each structure: 2,000 in all
 TOKENS = (0, 1, 2, 3, 5, 8, 13, 40)
 
@@ -187,7 +190,7 @@ def test_operator_equals_oracle(structure, device):
         assert_is(fill(*case.arguments), case)
 
 
-@pytest.mark.parametrize("structure", [s for s in STRUCTURES if 0 < s.select < s.slots], ids=str)
+@pytest.mark.parametrize("structure", thinned(LOSING, range(0, len(LOSING), 2)), ids=str)
 def test_kernel_equals_oracle(structure, kernel_device):
     """The kernels too, and they write every slot and nothing else. (The interpreter truncates to 16 bits.)"""
     interpreted = kernel_device != "cuda"
@@ -197,7 +200,7 @@ def test_kernel_equals_oracle(structure, kernel_device):
         assert_is(launch(case), case, rounding=2)
 
 
-@pytest.mark.parametrize("tile", [(1, 4), (2, 2), (8, 4)], ids=str)
+@pytest.mark.parametrize("tile", thinned([((1, 4),), ((2, 2),), ((8, 4),)], (1,)), ids=str)
 def test_tiles(tile, kernel_device):
     """The result does not depend on how tokens are cut into programs, nor on the rows of statistics."""
     from sere_compile.ops.fill.launch import Tile
@@ -329,7 +332,7 @@ def test_independent_batches_are_as_one_by_one():
         torch.testing.assert_close(both[1][p], alone[1], rtol=1e-6, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES[2:14:3], ids=str)
+@pytest.mark.parametrize("structure", thinned(STRUCTURES[2:14:3], (0, 3)), ids=str)
 def test_opcheck(structure, device):
     """Schema, fake implementation, autograd registration and dynamic shapes."""
     for tokens in (1, 5):

@@ -144,6 +144,7 @@ def test_tracing_route_for_cuda_reaches_the_kernels():
     """)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_sm90(tmp_path):
     """Every kernel compiles to machine code for Hopper with both id types; no GPU is needed for that."""
     output = run_alone(

@@ -19,6 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from sere_compile.passes import RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, verify_rewrite
 from sere_compile.testing import reroute_oracle
 
+from ..thinned import thinned
 from . import moe_modules as blocks
 from .evidence.test_selections import argmax_steps
 from .moe_modules import Block, add_matrix, from_dynamo, from_export, from_make_fx, run, weighted_sum
@@ -270,9 +271,7 @@ def attribute(graph, node):
     return getattr(graph.get_submodule(owner), name)
 
 
-@pytest.mark.parametrize(
-    "chunk", [pytest.param(chunk, marks=pytest.mark.slow if chunk >= 10 else ()) for chunk in range(SEEDS // CHUNK)]
-)
+@pytest.mark.parametrize("chunk", thinned(range(SEEDS // CHUNK), range(5)))
 def test_chunk(chunk):
     """Twenty random gates each: found, rewritten, and equal to the oracle."""
     made = [check(seed) for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
