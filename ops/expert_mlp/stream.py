@@ -142,15 +142,10 @@ class Call:
 def takes(call: Call, transposed: bool) -> bool:
     """Whether a call is one for these kernels, which then `sere::expert_mlp_stream` runs."""
     num_tokens, top_k = call.topk_ids.shape
-    if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not available(call.hidden.device):
+    if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not device_can(call.hidden.device):
         return False
     most = min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
     return num_tokens <= MOST_TOKENS and 0 < num_tokens * top_k <= most and _can_run(call)
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernels run on a device."""
-    return _device_can(device)
 
 
 def _can_run(call: Call) -> bool:
@@ -176,7 +171,8 @@ def _compiled_ahead() -> bool:
 
 
 @functools.cache
-def _device_can(device: torch.device) -> bool:
+def device_can(device: torch.device) -> bool:
+    """Whether the kernels run on a device."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...ops.expert_mlp import MAX_SLOTS, MAX_TOKENS, expert_mlp_into
-from ...ops.expert_mlp.stream import available as stream_is_available
+from ...ops.expert_mlp.stream import device_can
 from .options import VllmOptions
 
 log = logging.getLogger("vllm.sere_compile")
@@ -119,7 +119,7 @@ def most_tokens(runner: Any, forced: bool) -> int:
 
 def not_faster(device: torch.device) -> str:
     """Why it is not known to be faster on a device; empty where it is."""
-    if not stream_is_available(device):
+    if not device_can(device):
         return 'on this device ours were not measured to be faster (experts="sere" takes them anyway)'
     return ""
 
