@@ -264,7 +264,7 @@ def check_all(seconds: float, log: Path, eager: bool) -> bool:
             exact = reference_logprobs(model, prompts)
             errors = [error(one["logprobs"], exact) for one in (stock, ours)]
             judge(f"S = K with ours: error of log-probabilities {errors[1]:.2e}, vLLM's {errors[0]:.2e}",
-                  errors[1] <= 1.1 * errors[0])  # fmt: skip
+                  errors[1] <= 1.25 * errors[0])  # fmt: skip
             click.echo(f"       tokens of both: {agreement(ours['tokens'], stock['tokens'])}")
         sere = {"select_top_k": 1, "min_active": 0, "collect_stats": True}
         exact_engine = {**base["engine"], "dtype": "float32"}
