@@ -39,6 +39,16 @@ def check_token_mask(topk_ids: Tensor, token_mask: Tensor | None) -> None:
         )
 
 
+def check_real_tokens(real_tokens: Tensor | None, name: str = "real_tokens") -> None:
+    """Raise unless the number of tokens that take part, if there is one, is int64 [1]."""
+    if real_tokens is None:
+        return
+    if real_tokens.dtype != torch.int64:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {real_tokens.dtype}")
+    if real_tokens.shape != (1,):
+        raise ValueError(f"{name}: expected shape [1], got {list(real_tokens.shape)}")
+
+
 def check_similarity(similarity: Tensor, min_active: int) -> None:
     """Raise unless the matrix is fp32, bf16 or fp16 [E, E] and `min_active` at least 0."""
     if similarity.dtype not in (torch.float32, torch.bfloat16, torch.float16):

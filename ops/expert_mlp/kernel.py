@@ -413,6 +413,21 @@ def down_kernel(
             tl.store(row + column + n, tl.zeros([BLOCK_N], tl.float32), mask=column + n < HIDDEN)
 
 
+@triton.jit
+def sum_slots_kernel(rows_ptr, out_ptr, K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Write out [T, HIDDEN]: the sums of K rows each of rows [T * K, HIDDEN] in fp32, BLOCK columns a program."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(rows_ptr + (token * K + k) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+    tl.store(out_ptr + token * HIDDEN + column, total.to(out_ptr.dtype.element_ty), mask=column < HIDDEN)
+
+
+# Columns of a program of `sum_slots_kernel`: one warp, 8 numbers a thread.
+SUM_BLOCK = 256
+
+
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether Triton can widen FP8 numbers on a GPU."""
     return not torch.cuda.is_initialized() or torch.cuda.get_device_capability(device) >= (8, 9)
@@ -470,13 +485,19 @@ def launch_expert_mlp(
     config: LaunchConfig | None = None,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """`sere::expert_mlp` on checked arguments; `config` replaces the heuristics."""
+    """`sere::expert_mlp` on checked arguments; `config` replaces the heuristics.
+
+    `into`: contiguous [T, H] in the dtype of hidden, where the result is wanted; outside of a compiler, which
+    makes the sum part of what follows, it saves a launch.
+    """
     num_tokens, num_slots = topk_ids.shape[0], int(topk_ids.shape[1])
     num_experts, width = int(down.shape[0]), int(hidden.shape[1])
     inner = int(down.shape[1 if transposed else 2])
     if guard_or_false(num_tokens == 0) or num_slots == 0:
-        return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        zeros = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        return zeros if into is None else into.zero_()
     many_slots = guard_or_false(num_tokens * num_slots > MANY_SLOTS_PER_EXPERT * num_experts)
     config = config or launch_config(hidden.dtype, transposed, many_slots)
     act, *plan = launch_gate_up(
@@ -490,7 +511,12 @@ def launch_expert_mlp(
         K=num_slots, E=num_experts, HIDDEN=width, INNER=inner, HAS_BIAS=down_bias is not None,
         SCALE=0 if down_scale is None else SCALE_BLOCK, **config.down.arguments(),
     )  # fmt: skip
-    return out.view(num_tokens, num_slots, width).sum(1).to(hidden.dtype)
+    if into is None:
+        return out.view(num_tokens, num_slots, width).sum(1).to(hidden.dtype)
+    launchable(sum_slots_kernel)[(num_tokens, triton.cdiv(width, SUM_BLOCK))](
+        out, into, K=num_slots, HIDDEN=width, BLOCK=SUM_BLOCK, num_warps=1
+    )
+    return into
 
 
 def _strides(weight: Tensor, transposed: bool) -> tuple[int, int, int]:

@@ -238,3 +238,46 @@ def expert_mlp(
         hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed,
         gate_up_scale, down_scale,
     )  # fmt: skip
+
+
+def expert_mlp_into(
+    out: Tensor,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu_glu",
+    interleaved: bool = False,
+) -> None:
+    """`expert_mlp` into a tensor that is there: for an engine, which owns the memory of its layers' outputs.
+
+    No operator: compilers do not see it, and nothing is checked that `expert_mlp` checks.
+
+    `out` is [T, H] in the dtype of hidden, contiguous, and not hidden itself; what it held is lost. The others are as
+    `expert_mlp` takes them, on one device.
+
+    Raises:
+        ValueError: out has another shape, dtype or layout, or lies where hidden does.
+    """
+    if out.shape != hidden.shape or out.dtype != hidden.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected contiguous {hidden.dtype} {list(hidden.shape)}, got {out.dtype} {list(out.shape)}"
+        )
+    if out.numel() and out.data_ptr() == hidden.data_ptr():
+        raise ValueError("out: expected memory of its own, got that of hidden")
+    tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
+    if not (hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation)):
+        out.copy_(expert_mlp_reference(*tensors, activation, interleaved))
+        return
+    from ..launching import device_guard
+    from .kernel import launch_expert_mlp
+    from .stream import Call, launch_stream, takes
+
+    call = Call(*tensors, None, None)
+    with device_guard(hidden):
+        if takes(call, False) and launch_stream(call, activation, interleaved, out=out) is not None:
+            return
+        launch_expert_mlp(*tensors, activation, interleaved, False, into=out)

@@ -142,7 +142,7 @@ class Call:
 def takes(call: Call, transposed: bool) -> bool:
     """Whether a call is one for these kernels, which then `sere::expert_mlp_stream` runs."""
     num_tokens, top_k = call.topk_ids.shape
-    if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not _device_can(call.hidden.device):
+    if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not device_can(call.hidden.device):
         return False
     most = min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
     return num_tokens <= MOST_TOKENS and 0 < num_tokens * top_k <= most and _can_run(call)
@@ -171,7 +171,8 @@ def _compiled_ahead() -> bool:
 
 
 @functools.cache
-def _device_can(device: torch.device) -> bool:
+def device_can(device: torch.device) -> bool:
+    """Whether the kernels run on a device."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -208,8 +209,13 @@ def stream_of(call: Call, activation: str, interleaved: bool, config: StreamConf
     )  # fmt: skip
 
 
-def launch_stream(call: Call, activation: str, interleaved: bool, config: StreamConfig | None = None) -> Tensor | None:
-    """`sere::expert_mlp` on a call that `takes` allows; None where the kernels cannot be had after all."""
+def launch_stream(
+    call: Call, activation: str, interleaved: bool, config: StreamConfig | None = None, out: Tensor | None = None
+) -> Tensor | None:
+    """`sere::expert_mlp` on a call that `takes` allows; None where the kernels cannot be had after all.
+
+    `out`: contiguous [T, H] in the dtype of hidden, where the result is wanted; a new tensor without it.
+    """
     num_tokens, top_k = call.topk_ids.shape
     num_slots, hidden = num_tokens * top_k, _aligned(call.hidden)
     stream = stream_of(call, activation, interleaved, config or stream_config(num_slots, call.fp8))
@@ -219,7 +225,7 @@ def launch_stream(call: Call, activation: str, interleaved: bool, config: Stream
     ids, weights = call.topk_ids.contiguous(), call.topk_weights.contiguous()
     act = torch.empty((num_slots, stream.inner), dtype=hidden.dtype, device=hidden.device)
     rows = torch.empty((num_slots, stream.hidden), dtype=torch.float32, device=hidden.device)
-    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if out is None else out
     gate_up_scale, down_scale, gate_up_bias, down_bias = map(
         _contiguous, (call.gate_up_scale, call.down_scale, call.gate_up_bias, call.down_bias)
     )

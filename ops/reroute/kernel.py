@@ -96,7 +96,8 @@ def primary_bits(
     elif HAS_MIN:
         # T tokens name at most T * S' experts, so no smaller width can be enough: no need to try it. With
         # one token and min_active = K (what the compiler backend asks for) the search ends here.
-        width = tl.minimum(tl.maximum(SELECT, (min_active + num_tokens - 1) // num_tokens), K)
+        some = tl.maximum(num_tokens, 1)
+        width = tl.minimum(tl.maximum(SELECT, (min_active + some - 1) // some), K)
     else:
         width: tl.constexpr = SELECT  # type: ignore[no-redef]
     words = slot_words(
@@ -128,6 +129,14 @@ def primary_bits(
     elif HAS_MAX:
         bits = tl.where(width < K, bits, 1)
     return bits
+
+
+@triton.jit
+def leading_tokens(real_ptr, num_tokens, HAS_REAL: tl.constexpr):
+    """How many of the tokens take part, the first ones; all of them without a tensor that says so."""
+    if HAS_REAL:
+        return tl.minimum(tl.maximum(tl.load(real_ptr), 0), num_tokens).to(tl.int32)
+    return num_tokens
 
 
 @triton.jit
@@ -168,6 +177,7 @@ def reroute_kernel(
     ids_ptr,
     sim_ptr,
     mask_ptr,
+    real_ptr,
     out_ptr,
     num_tokens,
     stride_t,
@@ -181,6 +191,7 @@ def reroute_kernel(
     E: tl.constexpr,
     E_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_REAL: tl.constexpr,
     HAS_MIN: tl.constexpr,
     HAS_MAX: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -190,12 +201,13 @@ def reroute_kernel(
     index = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
     inside = index < num_tokens * K
     ids = tl.load(ids_ptr + (index // K) * stride_t + (index % K) * stride_k, mask=inside, other=-1)
-    is_expert = (ids >= 0) & (ids < E)
+    real = leading_tokens(real_ptr, num_tokens, HAS_REAL)
+    is_expert = (ids >= 0) & (ids < E) & (index < real.to(tl.int64) * K)
     expert = ids.to(tl.int32)
     # Asked for before the set is built: the two waits for memory overlap.
     sim = similarity_rows(expert, is_expert, sim_ptr, E, E_BLOCK)
     bits = primary_bits(
-        ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, min_active, max_active,
+        ids_ptr, mask_ptr, real, stride_t, stride_k, stride_m, min_active, max_active,
         K, SELECT, E, HAS_MASK, HAS_MIN, HAS_MAX, E_BLOCK // 32, CHUNK,
     )  # fmt: skip
     target = most_similar(expert, sim, bits, threshold, E_BLOCK)
@@ -207,6 +219,7 @@ def expert_map_kernel(
     ids_ptr,
     sim_ptr,
     mask_ptr,
+    real_ptr,
     map_ptr,
     num_tokens,
     stride_t,
@@ -220,6 +233,7 @@ def expert_map_kernel(
     E: tl.constexpr,
     E_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_REAL: tl.constexpr,
     HAS_MIN: tl.constexpr,
     HAS_MAX: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -228,8 +242,9 @@ def expert_map_kernel(
     """The map of SLOTS consecutive experts per program, into int32 [E]."""
     expert = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     sim = similarity_rows(expert, expert < E, sim_ptr, E, E_BLOCK)
+    real = leading_tokens(real_ptr, num_tokens, HAS_REAL)
     bits = primary_bits(
-        ids_ptr, mask_ptr, num_tokens, stride_t, stride_k, stride_m, min_active, max_active,
+        ids_ptr, mask_ptr, real, stride_t, stride_k, stride_m, min_active, max_active,
         K, SELECT, E, HAS_MASK, HAS_MIN, HAS_MAX, E_BLOCK // 32, CHUNK,
     )  # fmt: skip
     target = most_similar(expert, sim, bits, threshold, E_BLOCK)
@@ -240,19 +255,22 @@ def expert_map_kernel(
 def apply_map_kernel(
     ids_ptr,
     map_ptr,
+    real_ptr,
     out_ptr,
     num_slots,
     stride_t,
     stride_k,
     K: tl.constexpr,
     E: tl.constexpr,
+    HAS_REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Store map[ids] for BLOCK consecutive slots per program; ids that name no expert pass through."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_slots
     ids = tl.load(ids_ptr + (index // K) * stride_t + (index % K) * stride_k, mask=inside, other=-1)
-    is_expert = (ids >= 0) & (ids < E)
+    real = leading_tokens(real_ptr, num_slots // K, HAS_REAL)
+    is_expert = (ids >= 0) & (ids < E) & (index < real.to(tl.int64) * K)
     target = tl.load(map_ptr + ids, mask=is_expert, other=0)
     tl.store(out_ptr + index, tl.where(is_expert, target.to(ids.dtype), ids), mask=inside)
 
@@ -303,13 +321,14 @@ def launch_expert_map(
     token_mask: Tensor | None,
     config: LaunchConfig | None = None,
     max_active: int = 0,
+    real_tokens: Tensor | None = None,
 ) -> Tensor:
     """Where each expert's slots go: int32 [E]. ids [T, K], similarity [E, E], both checked; T >= 1."""
     num_experts = int(similarity.shape[0])
     config = config or launch_config(ids.shape[0], expert_block(num_experts))
     mapping = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
     grid = (triton.cdiv(num_experts, config.slots),)
-    options = (select_top_k, threshold, min_active, token_mask, config, max_active)
+    options = (select_top_k, threshold, min_active, token_mask, config, max_active, real_tokens)
     launchable(expert_map_kernel)[grid](**_set_arguments(ids, similarity, *options), map_ptr=mapping)
     return mapping
 
@@ -323,6 +342,7 @@ def launch_reroute(
     token_mask: Tensor | None,
     config: LaunchConfig | None = None,
     max_active: int = 0,
+    real_tokens: Tensor | None = None,
 ) -> Tensor:
     """`sere::reroute` for 0 < select_top_k < K on checked arguments; `config` replaces the heuristics."""
     num_slots, num_experts = int(topk_ids.shape[-1]), int(similarity.shape[0])
@@ -335,14 +355,14 @@ def launch_reroute(
     if guard_or_false(num_tokens <= SINGLE_LAUNCH_TOKENS):
         config = config or launch_config(num_tokens, expert_block(num_experts))
         grid = (triton.cdiv(num_tokens * num_slots, config.slots),)
-        arguments = _set_arguments(ids, similarity, *options, config, max_active)
+        arguments = _set_arguments(ids, similarity, *options, config, max_active, real_tokens)
         launchable(reroute_kernel)[grid](**arguments, out_ptr=out)
         return out
-    mapping = launch_expert_map(ids, similarity, *options, config, max_active)
+    mapping = launch_expert_map(ids, similarity, *options, config, max_active, real_tokens)
     grid = (triton.cdiv(num_tokens * num_slots, GATHER_BLOCK),)
     launchable(apply_map_kernel)[grid](
-        ids, mapping, out, num_tokens * num_slots, ids.stride(0), ids.stride(1),
-        K=num_slots, E=num_experts, BLOCK=GATHER_BLOCK,
+        ids, mapping, ids if real_tokens is None else real_tokens, out, num_tokens * num_slots, ids.stride(0),
+        ids.stride(1), K=num_slots, E=num_experts, HAS_REAL=real_tokens is not None, BLOCK=GATHER_BLOCK,
     )  # fmt: skip
     return out
 
@@ -356,6 +376,7 @@ def _set_arguments(
     token_mask: Tensor | None,
     config: LaunchConfig,
     max_active: int,
+    real_tokens: Tensor | None,
 ) -> dict:
     """The arguments that `reroute_kernel` and `expert_map_kernel` share."""
     mask = None if token_mask is None else token_mask.reshape(-1)
@@ -363,8 +384,9 @@ def _set_arguments(
     return {
         "ids_ptr": ids,
         "sim_ptr": similarity.contiguous(),
-        # Without a mask the pointer is not read; any tensor will do.
+        # Without a mask, or a number of tokens, the pointer is not read; any tensor will do.
         "mask_ptr": ids if mask is None else mask,
+        "real_ptr": ids if real_tokens is None else real_tokens,
         "num_tokens": ids.shape[0],
         "stride_t": ids.stride(0),
         "stride_k": ids.stride(1),
@@ -377,6 +399,7 @@ def _set_arguments(
         "E": num_experts,
         "E_BLOCK": expert_block(num_experts),
         "HAS_MASK": mask is not None,
+        "HAS_REAL": real_tokens is not None,
         "HAS_MIN": min_active > 0,
         "HAS_MAX": max_active > 0,
         "SLOTS": config.slots,

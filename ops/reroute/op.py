@@ -7,7 +7,14 @@ torch.export keeps it whole.
 import torch
 from torch import Tensor
 
-from ..checks import check_budget, check_ids, check_same_device, check_similarity, check_token_mask
+from ..checks import (
+    check_budget,
+    check_ids,
+    check_real_tokens,
+    check_same_device,
+    check_similarity,
+    check_token_mask,
+)
 from ..registration import register_triton_op
 from .reference import reroute_reference
 
@@ -17,13 +24,19 @@ KERNEL_MAX_SLOTS = 64
 
 
 def check_arguments(
-    topk_ids: Tensor, similarity: Tensor, min_active: int, token_mask: Tensor | None, max_active: int = 0
+    topk_ids: Tensor,
+    similarity: Tensor,
+    min_active: int,
+    token_mask: Tensor | None,
+    max_active: int = 0,
+    real_tokens: Tensor | None = None,
 ) -> None:
     """Raise TypeError (dtype) or ValueError, naming the argument, what is expected and what came."""
     check_ids(topk_ids)
     check_similarity(similarity, min_active)
     check_token_mask(topk_ids, token_mask)
-    check_same_device(topk_ids, "topk_ids", similarity=similarity, token_mask=token_mask)
+    check_real_tokens(real_tokens)
+    check_same_device(topk_ids, "topk_ids", similarity=similarity, token_mask=token_mask, real_tokens=real_tokens)
     check_budget(max_active)
 
 
@@ -45,8 +58,9 @@ def _reroute(
     min_active: int = 0,
     token_mask: Tensor | None = None,
     max_active: int = 0,
+    real_tokens: Tensor | None = None,
 ) -> Tensor:
-    check_arguments(topk_ids, similarity, min_active, token_mask, max_active)
+    check_arguments(topk_ids, similarity, min_active, token_mask, max_active, real_tokens)
     # Under torch.compile(dynamic=True) these can be symbolic; the generated code depends on their
     # value.
     options = int(select_top_k), float(threshold), int(min_active)
@@ -55,16 +69,18 @@ def _reroute(
         from .kernel import launch_reroute
 
         with device_guard(topk_ids):
-            return launch_reroute(topk_ids, similarity, *options, token_mask, max_active=int(max_active))
-    return reroute_reference(topk_ids, similarity, *options, token_mask, int(max_active))
+            return launch_reroute(topk_ids, similarity, *options, token_mask, None, int(max_active), real_tokens)
+    return reroute_reference(topk_ids, similarity, *options, token_mask, int(max_active), real_tokens)
 
 
 _reroute_op = register_triton_op("sere::reroute", _reroute)
 
 
 @_reroute_op.register_fake
-def _reroute_fake(topk_ids, similarity, select_top_k, threshold=0.0, min_active=0, token_mask=None, max_active=0):
-    check_arguments(topk_ids, similarity, min_active, token_mask, max_active)
+def _reroute_fake(
+    topk_ids, similarity, select_top_k, threshold=0.0, min_active=0, token_mask=None, max_active=0, real_tokens=None
+):
+    check_arguments(topk_ids, similarity, min_active, token_mask, max_active, real_tokens)
     return topk_ids.new_empty(topk_ids.shape)
 
 
@@ -76,6 +92,7 @@ def reroute(
     min_active: int = 0,
     token_mask: Tensor | None = None,
     max_active: int = 0,
+    real_tokens: Tensor | None = None,
 ) -> Tensor:
     """Re-route expert ids to the most similar primary expert (SERE, arXiv 2602.07616).
 
@@ -100,6 +117,10 @@ def reroute(
         max_active: a budget of experts. Above 0 the largest S from `select_top_k` to K is used
             whose primary experts are at most that many, or `select_top_k` when none is;
             `min_active` may still ask for more. 0 is off.
+        real_tokens: int64 [1], how many of the tokens take part, the first ones in memory order;
+            the others neither make an expert primary nor change. 0 or less: nothing changes. None:
+            all. A tensor, so that a recorded CUDA graph serves batches of every size and can be
+            told to leave one alone.
 
     Returns:
         A new contiguous tensor of the shape, dtype and device of `topk_ids`; never a view of it.
@@ -112,5 +133,5 @@ def reroute(
     host, so CUDA graphs can capture it. Integer output: no gradient.
     """
     return torch.ops.sere.reroute.default(
-        topk_ids, similarity, select_top_k, threshold, min_active, token_mask, max_active
+        topk_ids, similarity, select_top_k, threshold, min_active, token_mask, max_active, real_tokens
     )

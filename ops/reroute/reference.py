@@ -129,6 +129,7 @@ def reroute_reference(
     min_active: int = 0,
     token_mask: Tensor | None = None,
     max_active: int = 0,
+    real_tokens: Tensor | None = None,
     *,
     named: Named = named_by_scatter,
 ) -> Tensor:
@@ -138,6 +139,9 @@ def reroute_reference(
         return topk_ids.clone(memory_format=torch.contiguous_format)
     ids = topk_ids.contiguous().view(-1, num_slots)
     mask = None if token_mask is None else token_mask.reshape(-1)
-    primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, mask, max_active, named)
-    mapping = expert_map(similarity, primary, threshold)
-    return apply_map(ids, mapping).view(topk_ids.shape)
+    real = None if real_tokens is None else torch.arange(ids.shape[0], device=ids.device) < real_tokens
+    counted = mask if real is None else real if mask is None else mask & real
+    primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, counted, max_active, named)
+    new_ids = apply_map(ids, expert_map(similarity, primary, threshold))
+    new_ids = new_ids if real is None else torch.where(real[:, None], new_ids, ids)
+    return new_ids.view(topk_ids.shape)

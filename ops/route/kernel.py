@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..fill.statistics import count_slot, store_statistics
-from ..reroute.kernel import most_similar, similarity_rows
+from ..reroute.kernel import leading_tokens, most_similar, similarity_rows
 
 
 @triton.jit
@@ -179,11 +179,11 @@ def load_rows(logits_ptr, token, num_tokens, stride_t, E: tl.constexpr, E_BLOCK:
 
 @triton.jit(do_not_specialize=["num_tokens", "epsilon", "scale"])
 def route_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, mass_ptr, slots_ptr, num_tokens, stride_t, epsilon, scale,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, mass_ptr, slots_ptr, real_ptr, num_tokens, stride_t, epsilon, scale,
     K: tl.constexpr, E: tl.constexpr, SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, OUTSIDE_ZERO: tl.constexpr,
-    G_BLOCK: tl.constexpr, NARROW: tl.constexpr, HAS_STATISTICS: tl.constexpr, TOKENS: tl.constexpr,
-    K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
+    G_BLOCK: tl.constexpr, NARROW: tl.constexpr, HAS_STATISTICS: tl.constexpr, HAS_REAL: tl.constexpr,
+    TOKENS: tl.constexpr, K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weights and ids [T, K] of TOKENS consecutive rows of logits [T, E] per program, and a row of their statistics."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -194,8 +194,12 @@ def route_kernel(
     offset = token.to(tl.int64)[:, None] * K + slot
     stored = (token < num_tokens)[:, None] & (slot < K)
     weights = (weights * scale).to(weights_ptr.dtype.element_ty)
+    if HAS_REAL:
+        real = (token < leading_tokens(real_ptr, num_tokens, HAS_REAL))[:, None]
+        weights = tl.where(real, weights, 0.0).to(weights.dtype)
+        ids = tl.where(real, ids, -1)
     tl.store(weights_ptr + offset, weights, mask=stored)
-    tl.store(ids_ptr + offset, ids.to(tl.int64), mask=stored)
+    tl.store(ids_ptr + offset, ids.to(ids_ptr.dtype.element_ty), mask=stored)
     if HAS_STATISTICS:
         mass = tl.zeros([TOKENS, E_BLOCK], tl.float32)
         slots = tl.zeros([TOKENS, E_BLOCK], tl.int32)
@@ -303,4 +307,4 @@ def route_reroute_kernel(
         weights = tl.where(moved, (weights.to(tl.float32) * factor).to(weights.dtype), weights)
     offset = token.to(tl.int64)[:, None] * K + slot
     tl.store(weights_ptr + offset, weights, mask=stored)
-    tl.store(ids_ptr + offset, target.to(tl.int64), mask=stored)
+    tl.store(ids_ptr + offset, target.to(ids_ptr.dtype.element_ty), mask=stored)

@@ -66,32 +66,39 @@ def launch_route(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     shape = (*logits.shape[:-1], scoring.top_k)
     weights = torch.empty(shape, dtype=scoring.dtype, device=logits.device)
-    ids = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    ids = torch.empty(shape, dtype=rerouting.ids_dtype, device=logits.device)
     if guard_or_false(rows.shape[0] == 0):
         return weights, ids
     narrow, e_block = is_narrow(logits, bias, scoring), triton.next_power_of_2(num_experts)
     arguments = _arguments(rows, bias, weights, ids, scoring, narrow, e_block)
+    real = rerouting.real_tokens
     if not rerouting.acts_on(scoring.top_k):
-        _launch_selection(arguments, rows.shape[0], e_block, tile.tokens if tile else 1)
+        _launch_selection(arguments, rows.shape[0], e_block, tile.tokens if tile else 1, real=real)
         return weights, ids
     if rerouting.fill:
         return _launch_filled(arguments, rows, bias, scoring, rerouting)
-    if tile is not None or one_launch(rows.shape[0], num_experts, narrow, rerouting):
+    everything = real is None and rerouting.rerouted_tokens is None
+    if everything and (tile is not None or one_launch(rows.shape[0], num_experts, narrow, rerouting)):
         tile = tile or tile_for(rows.shape[0], e_block, narrow)
         launchable(route_reroute_kernel)[(triton.cdiv(rows.shape[0], tile.tokens),)](
             **arguments, **_rerouting_arguments(rerouting, rows), TOKENS=tile.tokens, ROWS=tile.rows(e_block),
             CHUNK=tile.chunk, num_warps=tile.num_warps,
         )  # fmt: skip
         return weights, ids
-    _launch_selection(arguments, rows.shape[0], e_block, 1)
+    _launch_selection(arguments, rows.shape[0], e_block, 1, real=real)
     assert rerouting.similarity is not None
-    numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None)
-    new_ids = launch_reroute(ids, rerouting.similarity, *numbers, max_active=rerouting.max_active)
+    numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, None, rerouting.max_active)
+    new_ids = launch_reroute(ids, rerouting.similarity, *numbers, rerouting.rerouted_tokens)
     return projected(weights, ids, new_ids, rerouting.projection), new_ids
 
 
 def _launch_selection(
-    arguments: dict, num_tokens: int, e_block: int, tokens: int, statistics: tuple[Tensor, Tensor] | None = None
+    arguments: dict,
+    num_tokens: int,
+    e_block: int,
+    tokens: int,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    real: Tensor | None = None,
 ) -> None:
     # One token in one warp at 128 experts: four scores a lane, K short reductions without a barrier.
     num_warps = tokens * (1 if e_block <= 256 else 4) if statistics else 1 if e_block <= 256 else 4
@@ -99,6 +106,8 @@ def _launch_selection(
     # Every row of statistics is written, also those of no token.
     launchable(route_kernel)[(ROWS if statistics else triton.cdiv(num_tokens, tokens),)](
         **arguments, mass_ptr=mass, slots_ptr=slots, HAS_STATISTICS=statistics is not None, TOKENS=tokens,
+        # Without a number of tokens the pointer is not read; any tensor will do.
+        real_ptr=arguments["logits_ptr"] if real is None else real, HAS_REAL=real is not None,
         num_warps=min(num_warps, 16),
     )  # fmt: skip
 

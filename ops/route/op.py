@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_budget, check_min_active, check_same_device, check_similarity
+from ..checks import check_budget, check_min_active, check_real_tokens, check_same_device, check_similarity
 from ..registration import register_triton_op
 from .reference import GROUP_SCORES, SCORINGS, Rerouting, Scoring, route_reference
 
@@ -24,7 +24,10 @@ def check_arguments(logits: Tensor, bias: Tensor | None, scoring: Scoring, rerou
         raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring.scoring!r}")
     if bias is not None and bias.shape != logits.shape[-1:]:
         raise ValueError(f"bias: expected shape {list(logits.shape[-1:])}, got {list(bias.shape)}")
+    if rerouting.ids_dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids_dtype: expected torch.int32 or torch.int64, got {rerouting.ids_dtype}")
     check_same_device(logits, "logits", bias=bias, similarity=rerouting.similarity, projection=rerouting.projection)
+    _check_tokens(logits, rerouting)
     _check_groups(int(logits.shape[-1]), scoring)
     _check_rerouting(logits, rerouting)
 
@@ -38,6 +41,15 @@ def _check_groups(num_experts: int, scoring: Scoring) -> None:
         raise ValueError(f"top_groups: expected 1 to {scoring.num_groups} groups, got {scoring.top_groups}")
     if scoring.is_grouped and scoring.group_score == "top2" and num_experts // scoring.num_groups < 2:
         raise ValueError(f"group_score: top2 needs groups of two experts, got {scoring.num_groups} of {num_experts}")
+
+
+def _check_tokens(logits: Tensor, rerouting: Rerouting) -> None:
+    for name in ("real_tokens", "rerouted_tokens"):
+        tokens = getattr(rerouting, name)
+        check_real_tokens(tokens, name)
+        check_same_device(logits, "logits", **{name: tokens})
+        if tokens is not None and rerouting.fill:
+            raise ValueError(f"{name}: expected None with fill=True")
 
 
 def _check_rerouting(logits: Tensor, rerouting: Rerouting) -> None:
@@ -76,6 +88,9 @@ def _route(
     max_active: int = 0,
     projection: Tensor | None = None,
     fill: bool = False,
+    ids_dtype: torch.dtype = torch.int64,
+    real_tokens: Tensor | None = None,
+    rerouted_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # Under torch.compile(dynamic=True) numbers can be symbolic; the generated code depends on their value.
     settings = Scoring(
@@ -83,7 +98,7 @@ def _route(
         int(num_groups), int(top_groups), group_score, bool(outside_zero),
     )  # fmt: skip
     numbers = int(select_top_k), float(threshold), int(min_active), int(max_active)
-    rerouting = Rerouting(similarity, *numbers, projection, bool(fill))
+    rerouting = Rerouting(similarity, *numbers, projection, bool(fill), ids_dtype, real_tokens, rerouted_tokens)
     check_arguments(logits, bias, settings, rerouting)
     if logits.is_cuda and settings.top_k <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
         from ..launching import device_guard
@@ -101,15 +116,16 @@ _route_op = register_triton_op("sere::route", _route)
 def _route_fake(
     logits, bias, top_k, scoring, renormalize=False, epsilon=0.0, scale=1.0, dtype=torch.float32, num_groups=1,
     top_groups=1, group_score="max", outside_zero=True, similarity=None, select_top_k=0, threshold=0.0, min_active=0,
-    max_active=0, projection=None, fill=False,
+    max_active=0, projection=None, fill=False, ids_dtype=torch.int64, real_tokens=None, rerouted_tokens=None,
 ):  # fmt: skip
     settings = Scoring(
         top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score, outside_zero
     )
-    rerouting = Rerouting(similarity, select_top_k, threshold, min_active, max_active, projection, fill)
+    numbers = select_top_k, threshold, min_active, max_active
+    rerouting = Rerouting(similarity, *numbers, projection, fill, ids_dtype, real_tokens, rerouted_tokens)
     check_arguments(logits, bias, settings, rerouting)
     shape = (*logits.shape[:-1], top_k)
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=ids_dtype)
 
 
 def route(
@@ -132,6 +148,9 @@ def route(
     max_active: int = 0,
     projection: Tensor | None = None,
     fill: bool = False,
+    ids_dtype: torch.dtype = torch.int64,
+    real_tokens: Tensor | None = None,
+    rerouted_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score router logits, select the top K experts of each token, weigh and re-route them.
 
@@ -159,9 +178,13 @@ def route(
         fill: instead of by a similarity, lost slots are filled as `sere::fill` does, inside of the groups that are open
             to the token: select_top_k, threshold, min_active and max_active are those of that operator, scores without
             the bias weigh (softmax for "softmax_after" and "none"), and what is selected by ranks.
+        ids_dtype: of the ids, int64 or int32.
+        real_tokens: int64 [1], how many of the tokens are real, the first ones; the others, padding, get the ids -1
+            and the weights 0. None: all are. Not with fill.
+        rerouted_tokens: int64 [1], the `real_tokens` of `sere::reroute`: 0 re-routes nothing. Not with fill.
 
     Returns:
-        (weights, ids), both new and contiguous [..., K], ids int64, in descending order of score plus bias before
+        (weights, ids), both new and contiguous [..., K], in descending order of score plus bias before
         re-routing. Among equals the lowest expert comes first, NaN is above everything (with groups it has no defined
         place). Without bias and groups the order is that of the logits, which scores that round to the same keep.
 
@@ -173,5 +196,6 @@ def route(
     """
     return torch.ops.sere.route.default(
         logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score,
-        outside_zero, similarity, select_top_k, threshold, min_active, max_active, projection, fill,
+        outside_zero, similarity, select_top_k, threshold, min_active, max_active, projection, fill, ids_dtype,
+        real_tokens, rerouted_tokens,
     )  # fmt: skip

@@ -37,7 +37,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Rerouting:
-    """How ids are re-routed, as in `sere_compile.ops.route`; without a similarity, or `fill`, they are not."""
+    """What becomes of ids, as in `sere_compile.ops.route`; without a similarity, or `fill`, they are not re-routed."""
 
     similarity: Tensor | None = None
     select_top_k: int = 0
@@ -46,6 +46,9 @@ class Rerouting:
     max_active: int = 0
     projection: Tensor | None = None
     fill: bool = False
+    ids_dtype: torch.dtype = torch.int64
+    real_tokens: Tensor | None = None
+    rerouted_tokens: Tensor | None = None
 
     def acts_on(self, top_k: int) -> bool:
         """Whether any id can change."""
@@ -75,7 +78,10 @@ def route_reference(
         weights = weights.softmax(-1)
     if scoring.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + scoring.epsilon)
-    weights = (weights * scoring.scale).to(scoring.dtype)
+    weights, ids = (weights * scoring.scale).to(scoring.dtype), ids.to(rerouting.ids_dtype)
+    if rerouting.real_tokens is not None:
+        real = _leading(ids, rerouting.real_tokens)
+        weights, ids = torch.where(real, weights, 0.0), torch.where(real, ids, -1)
     if not rerouting.acts_on(scoring.top_k):
         return weights, ids
     if rerouting.fill:
@@ -85,8 +91,14 @@ def route_reference(
         return weights, new_ids
     assert rerouting.similarity is not None
     numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, rerouting.max_active)
-    new_ids = reroute_reference(ids, rerouting.similarity, *numbers)
+    new_ids = reroute_reference(ids, rerouting.similarity, *numbers, rerouting.rerouted_tokens)
     return projected(weights, ids, new_ids, rerouting.projection), new_ids
+
+
+def _leading(ids: Tensor, tokens: Tensor) -> Tensor:
+    """True for the first tokens [..., 1] of ids [..., K], in memory order."""
+    rows = ids[..., :1].numel()
+    return (torch.arange(rows, device=ids.device) < tokens).view(ids[..., :1].shape)
 
 
 def projected(weights: Tensor, ids: Tensor, new_ids: Tensor, projection: Tensor | None) -> Tensor:

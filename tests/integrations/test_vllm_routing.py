@@ -128,6 +128,53 @@ def test_counts_are_of_real_tokens_in_active_batches(device):
     assert (counted.mean_active_before, counted.mean_active_after) == (len(before.unique()), len(after.unique()))
 
 
+def test_batches_of_padding_alone_are_not_counted(device):
+    """As engines make them up while they warm up and record graphs; and after a reset the count begins anew."""
+    router = FusedTopKRouter()
+    made = hook(router, device, collect_stats=True)
+    hidden, logits = inputs(device)
+
+    def forward(metadata, real):
+        made.state.begin(metadata, torch.arange(TOKENS, device=device) >= real)
+        router._compute_routing(hidden, logits)
+
+    forward(DECODE, 0)
+    forward(None, TOKENS)
+    assert (made.state.forwards, made.state.active_forwards, made.stats().calls) == (0, 0, 0)
+    forward(DECODE, 5)
+    forward(PREFILL, TOKENS)
+    assert (made.state.forwards, made.state.active_forwards, made.stats().calls) == (2, 1, 1)
+    made.state.reset()
+    made.reset()
+    forward(DECODE, 5)
+    assert (made.state.forwards, made.state.active_forwards, made.stats().calls) == (1, 1, 1)
+
+
+@pytest.mark.gpu
+def test_a_beginning_that_was_recorded_counts_and_switches_in_each_replay():
+    """The engine's second model runner records it with the forward, while all rows are padding."""
+    router = FusedTopKRouter()
+    made = hook(router, "cuda", collect_stats=True)
+    state, static = made.state, inputs("cuda")
+    padding = torch.ones(TOKENS, dtype=torch.bool, device="cuda")
+
+    def forward():
+        state.begin(DECODE, padding)
+        return router._compute_routing(*static)
+
+    replay = _recorded(forward, "cuda")
+    state.reset()
+    made.reset()
+    ids = static[1].softmax(-1).topk(TOP_K, dim=-1).indices.cpu()
+    for real in (3, 0, TOKENS):
+        padding.copy_(torch.arange(TOKENS, device="cuda") >= real)
+        state.begin(PREFILL, None)  # what ran between two replays
+        got = replay()[1].cpu().long()
+        assert torch.equal(got[:real], reroute_oracle(ids[:real], similarity(), 1))
+        assert torch.equal(got[real:], ids[real:])
+    assert state.active_forwards == made.stats().calls == 2
+
+
 @pytest.mark.parametrize("indices_type", [torch.int32, torch.int64, torch.uint32], ids=str)
 def test_ids_keep_their_type(device, indices_type):
     """Kernels ask for a type of ids; some for one in which PyTorch can do little."""

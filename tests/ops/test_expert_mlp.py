@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sere_compile.ops import expert_mlp
-from sere_compile.ops.expert_mlp import ACTIVATIONS, gate_width, supports
+from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, gate_width, supports
 from sere_compile.ops.expert_mlp.kernel import cut
 
 from .cases import poisoned_memory
@@ -281,6 +281,45 @@ def test_kernels_equal_oracle(layer, tile, kernel_device):
 def test_clamps_of_gpt_oss_in_kernels(tile, kernel_device):
     arguments = far_out(kernel_device)
     assert_close_to_oracle(launch(arguments, small_tiles(**tile)), arguments)
+
+
+@pytest.mark.parametrize("layer", [Layer(), Layer(slots=5, hidden=300, dtype=torch.bfloat16), Layer(tokens=0)], ids=str)
+def test_kernels_write_where_they_are_told_to(layer, kernel_device):
+    """With the sum in a kernel of its own; not next to it."""
+    from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
+
+    arguments = drawn_for_kernel(layer, kernel_device)
+    wide = torch.full((layer.tokens + 2, layer.hidden), -77.0, dtype=arguments[0].dtype, device=kernel_device)
+    into = wide[1:-1]
+    with poisoned_memory():
+        result = launch_expert_mlp(*arguments, None if kernel_device == "cuda" else small_tiles(), into=into)
+    assert result.data_ptr() == into.data_ptr()
+    assert_close_to_oracle(result, arguments)
+    assert (wide[[0, -1]] == -77).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_into_a_tensor_that_is_there(dtype, device):
+    """As an engine calls it: int32 ids, weights in fp32."""
+    layer = Layer(
+        hidden=64, inner=64, dtype=dtype, ids_dtype=torch.int32, activation="gpt_oss", interleaved=True, bias=True
+    )
+    arguments = layer.draw(device=device)
+    out = torch.full_like(arguments[0], -77)
+    expert_mlp_into(out, *arguments[:2], arguments[2].float(), *arguments[3:9])
+    assert_close_to_oracle(out, arguments)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda hidden: torch.empty(3, 3), r"out: expected contiguous torch.float32 \[5, 40\], got torch.float32 \[3, 3\]"),
+    (lambda hidden: hidden.half(), r"out: expected contiguous torch.float32 \[5, 40\], got torch.float16"),
+    (lambda hidden: torch.empty(40, 5).T, r"out: expected contiguous"),
+    (lambda hidden: hidden, r"out: expected memory of its own, got that of hidden"),
+])  # fmt: skip
+def test_into_refuses_what_it_cannot_write_to(change, message):
+    arguments = Layer().draw()
+    with pytest.raises(ValueError, match=message):
+        expert_mlp_into(change(arguments[0]), *arguments[:9])
 
 
 def test_narrower_tiles_change_no_bit(kernel_device):

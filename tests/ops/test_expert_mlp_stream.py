@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sere_compile.ops import expert_mlp
-from sere_compile.ops.expert_mlp import ACTIVATIONS, stream
+from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, stream
 from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
 from sere_compile.ops.expert_mlp.stream import Call, Stream, StreamConfig, launch_stream, takes
 
@@ -301,6 +301,10 @@ def test_operator_uses_them_eager_compiled_and_in_a_graph():
     want = launch(arguments)
     assert takes(Call(*arguments[:7], None, None), transposed=False)
     assert torch.equal(expert_mlp(*arguments), want)
+    wide = torch.full((10, want.shape[1]), -77, dtype=BF16, device="cuda")
+    expert_mlp_into(wide[1:-1], *arguments[:9])
+    assert torch.equal(wide[1:-1], want)
+    assert (wide[[0, -1]] == -77).all()
     compiled = torch.compile(lambda x, *rest: expert_mlp(expert_mlp(x, *rest), *rest), fullgraph=True)
     twice = launch((want, *arguments[1:]))
     torch.testing.assert_close(compiled(*arguments), twice, rtol=0, atol=0)

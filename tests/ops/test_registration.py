@@ -185,11 +185,12 @@ def test_kernels_compile_for_sm90(tmp_path):
             for experts, num_tokens in ((128, 32), (60, 1000), (128, 5000)):
                 config = launch_config(num_tokens, expert_block(experts))
                 constants = dict(K=8, SELECT=2, E=experts, E_BLOCK=expert_block(experts), HAS_MASK=flags,
-                                 HAS_MIN=flags, HAS_MAX=flags, SLOTS=config.slots, CHUNK=config.chunk, BLOCK=1024)
+                                 HAS_REAL=flags, HAS_MIN=flags, HAS_MAX=flags, SLOTS=config.slots,
+                                 CHUNK=config.chunk, BLOCK=1024)
                 kernel = reroute_kernel if num_tokens <= 1024 else expert_map_kernel
                 compile_for_sm90(kernel, config.num_warps, constants, ids_ptr=ids, sim_ptr="*bf16",
-                                 mask_ptr="*i1", out_ptr=ids, map_ptr="*i32")
-            compile_for_sm90(apply_map_kernel, 4, constants, ids_ptr=ids, map_ptr="*i32", out_ptr=ids)
+                                 mask_ptr="*i1", real_ptr="*i64", out_ptr=ids, map_ptr="*i32")
+            compile_for_sm90(apply_map_kernel, 4, constants, ids_ptr=ids, map_ptr="*i32", real_ptr="*i64", out_ptr=ids)
             config = merge_launch_config(128)
             constants.update(TOKENS=config.slots, CHUNK=config.chunk)
             compile_for_sm90(merge_slots_kernel, config.num_warps, constants, ids_ptr=ids, weights_ptr="*bf16",
@@ -210,8 +211,9 @@ def test_kernels_compile_for_sm90(tmp_path):
             constants = dict(K=6, K_BLOCK=8, E=60, E_BLOCK=64, SCORING=scoring, RENORMALIZE=True, TOKENS=1,
                              HAS_BIAS=scoring == "sigmoid", GROUPS=groups, TOP_GROUPS=(groups + 1) // 2, TOP2=True,
                              OUTSIDE_ZERO=False, G_BLOCK=groups, NARROW=narrow, SELECT=2, HAS_MIN=narrow,
-                             HAS_MAX=not narrow, HAS_PROJECTION=narrow, HAS_STATISTICS=not narrow)
-            pointers = dict(logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16", ids_ptr="*i64",
+                             HAS_MAX=not narrow, HAS_PROJECTION=narrow, HAS_STATISTICS=not narrow,
+                             HAS_REAL=narrow)
+            pointers = dict(logits_ptr="*bf16", bias_ptr="*fp32", weights_ptr="*bf16", ids_ptr="*i64", real_ptr="*i64",
                             sim_ptr="*fp32", projection_ptr="*fp32", mass_ptr="*fp32", slots_ptr="*i32")
             compile_for_sm90(route_kernel, 1, constants, **pointers)
             tile = tile_for(32, 64, narrow)

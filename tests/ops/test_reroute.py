@@ -205,6 +205,82 @@ def test_min_active_counts_real_tokens_only():
     assert reroute(ids, similarity, 1, min_active=3, token_mask=mask).equal(ids)
 
 
+REAL_STRUCTURES = [
+    Structure(8, 3, 1, I32 := torch.int32),
+    Structure(60, 4, 2, masked=True, min_active=4),
+    Structure(128, 8, 1, I32, torch.bfloat16),
+]
+
+
+def expected_of_leading(case, real):
+    """The oracle on the first `real` tokens; the others as they were."""
+    rows, mask = case.flat("ids"), case.flat("mask")
+    counted = [i < real and (mask is None or mask[i]) for i in range(len(rows))]
+    new = reroute_rows(rows, as_fp32_rows(case.similarity), case.select, case.threshold, case.min_active, counted)
+    kept = [new[i] if i < real else rows[i] for i in range(len(rows))]
+    return torch.tensor(kept, dtype=case.ids.dtype).reshape(case.ids.shape)
+
+
+def number(real, device):
+    return torch.tensor([real], device=device)
+
+
+@pytest.mark.parametrize("structure", REAL_STRUCTURES, ids=str)
+@pytest.mark.parametrize("real", [-1, 0, 1, 4, 6, 7, 2**40])
+def test_tokens_behind_the_real_ones_neither_count_nor_change(structure, real, device):
+    for seed in range(5):
+        case = draw_case(structure, seed, 7).to(device)
+        result = reroute(case.ids, case.similarity, *case.options, real_tokens=number(real, device))
+        assert_is(result, expected_of_leading(case, real), case)
+
+
+@pytest.mark.parametrize("structure", REAL_STRUCTURES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "reals"), [(7, (-1, 0, 1, 4, 7, 2**40)), (1030, (0, 5, 1029, 1030))])
+def test_kernel_reads_how_many_tokens_are_real(structure, num_tokens, reals, kernel_device):
+    """In one launch and in two."""
+    from sere_compile.ops.reroute.kernel import LaunchConfig, launch_reroute
+
+    small = LaunchConfig(32, 16, 4) if num_tokens < 1024 else LaunchConfig(2048, 64, 4)
+    case = draw_case(structure, 1, num_tokens).to(kernel_device)
+    for real in reals:
+        with poisoned_memory():
+            result = launch_reroute(
+                case.ids, case.similarity, *case.options, None if case.ids.is_cuda else small,
+                real_tokens=number(real, kernel_device),
+            )  # fmt: skip
+        assert_is(result, expected_of_leading(case, real), case)
+
+
+def test_kernel_with_a_budget_reads_how_many_tokens_are_real(kernel_device):
+    """With two real tokens S grows to 2 within a budget of 3; with four it stays 1."""
+    from sere_compile.ops.reroute.kernel import LaunchConfig, launch_reroute
+
+    ids = row_ids([0, 1, 3], [0, 2, 3], [4, 5, 3], [5, 4, 3]).to(kernel_device)
+    similarity = torch.ones(6, 6, device=kernel_device)
+    config = None if ids.is_cuda else LaunchConfig(32, 16, 4)
+    for real in (2, 4):
+        one = number(real, kernel_device)
+        want = reroute_reference(ids, similarity, 1, 0.0, 0, None, 3, one)
+        assert launch_reroute(ids, similarity, 1, 0.0, 0, None, config, 3, one).equal(want)
+        assert want[0, 1] == (1 if real == 2 else 0)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_follows_the_number_of_real_tokens():
+    case = draw_case(Structure(128, 8, 2, torch.int32), 0, 32, distinct=True).to("cuda")
+    ids, real = case.ids.reshape(32, 8).contiguous(), number(32, "cuda")
+    reroute(ids, case.similarity, 2, real_tokens=real)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = reroute(ids, case.similarity, 2, real_tokens=real)
+    for now in (32, 0, 5):
+        real.fill_(now)
+        graph.replay()
+        assert result.equal(reroute_reference(ids, case.similarity, 2, real_tokens=real))
+        assert result.equal(ids) == (now == 0)
+
+
 @st.composite
 def cases(draw):
     experts = draw(st.integers(1, 12))
@@ -280,6 +356,9 @@ BAD_ARGUMENTS = [
     ({"token_mask": torch.ones(3)}, TypeError, r"token_mask: expected dtype torch.bool, got torch.float32"),
     ({"token_mask": torch.ones(3, 4).bool()}, ValueError, r"token_mask: expected shape \[3\].* got \[3, 4\]"),
     ({"token_mask": torch.ones(3, device="meta").bool()}, ValueError, r"token_mask: expected device cpu"),
+    ({"real_tokens": torch.ones(1)}, TypeError, r"real_tokens: expected dtype torch.int64, got torch.float32"),
+    ({"real_tokens": torch.tensor(1)}, ValueError, r"real_tokens: expected shape \[1\], got \[\]"),
+    ({"real_tokens": torch.ones(1, device="meta").long()}, ValueError, r"real_tokens: expected device cpu"),
 ]
 
 
@@ -305,7 +384,7 @@ def test_bad_argument_under_torch_compile_names_it():
     [
         TYPICAL,
         Structure(8, 4, 4),
-        Structure(8, 4, 0, I32 := torch.int32),
+        Structure(8, 4, 0, I32),
         Structure(60, 8, 2, I32, torch.bfloat16),
         Structure(128, 8, 1, torch.int64, torch.float16, masked=True),
         Structure(3, 3, 1, I32, masked=True, min_active=5),
@@ -318,6 +397,7 @@ def test_opcheck(structure, num_tokens, device):
     for seed in range(2):
         case = draw_case(structure, seed, num_tokens).to(device)
         torch.library.opcheck(OP, (case.ids, case.similarity, *case.options))
+        torch.library.opcheck(OP, (case.ids, case.similarity, *case.options, 0, number(seed, device)))
 
 
 def test_fake_cuda_without_cuda():

@@ -220,3 +220,59 @@ def test_refusals(change, error, message):
     arguments = {"logits": torch.zeros(2, 4), "bias": None, "top_k": 2, "scoring": "softmax", **change}
     with pytest.raises(error, match=message):
         route(**arguments)
+
+
+def routed_with_numbers(run, device, real, rerouted, ids_dtype=torch.int32):
+    """Weights and ids of 6 tokens of which some are real and re-routed."""
+    logits, bias, *numbers = draw(CASES[0], rows=6, device=device)
+    similarity = torch.rand(128, 128, generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = [None if n is None else torch.tensor([n], device=device) for n in (real, rerouted)]
+    if run == "operator":
+        groups = (1, 1, "max", True)
+        return route(logits, bias, *numbers, *groups, similarity, 1, 0.0, 0, 0, None, False, ids_dtype, *tokens)
+    from sere_compile.ops.route.launch import launch_route
+
+    rerouting = Rerouting(similarity, 1, ids_dtype=ids_dtype, real_tokens=tokens[0], rerouted_tokens=tokens[1])
+    with poisoned_memory():
+        return launch_route(logits, bias, Scoring(*numbers), rerouting)
+
+
+@pytest.mark.parametrize("run", ["operator", "kernel"])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("real", "rerouted"), [(None, None), (6, 6), (4, 4), (4, 0), (0, 0), (None, 0), (2**40, 2**40)]
+)
+def test_padding_gets_no_expert_and_a_batch_can_be_left_alone(run, ids_dtype, real, rerouted, kernel_device):
+    """-1 and 0 behind the real tokens; re-routed as far as is said, by those alone."""
+    arguments = draw(CASES[0], rows=6, device=kernel_device)
+    weights, ids = route(*arguments)
+    similarity = torch.rand(128, 128, generator=torch.Generator().manual_seed(1)).to(kernel_device)
+    got = routed_with_numbers(run, kernel_device, real, rerouted, ids_dtype)
+    rows, some = (min(6, 6 if n is None else n) for n in (real, rerouted))
+    want = ids.clone()
+    want[:some] = reroute(ids[:some], similarity, 1)
+    want[rows:] = -1
+    assert got[1].dtype == ids_dtype
+    assert torch.equal(got[1].long(), want)
+    torch.testing.assert_close(got[0][:rows], weights[:rows], rtol=8e-3, atol=0)
+    assert (got[0][rows:] == 0).all()
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"ids_dtype": torch.int16}, TypeError, "ids_dtype: expected torch.int32 or torch.int64, got torch.int16"),
+    ({"real_tokens": torch.ones(1)}, TypeError, "real_tokens: expected dtype torch.int64, got torch.float32"),
+    ({"rerouted_tokens": torch.ones(2).long()}, ValueError, r"rerouted_tokens: expected shape \[1\], got \[2\]"),
+    ({"real_tokens": torch.ones(1).long(), "fill": True}, ValueError, "real_tokens: expected None with fill=True"),
+])  # fmt: skip
+def test_wrong_numbers_of_tokens_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        route(torch.rand(3, 8), None, 2, "softmax", **changes)
+
+
+def test_opcheck_with_numbers_of_tokens(device):
+    tokens = {name: torch.tensor([2], device=device) for name in ("real_tokens", "rerouted_tokens")}
+    similarity = torch.rand(8, 8, device=device)
+    torch.library.opcheck(
+        torch.ops.sere.route.default, (torch.rand(3, 8, device=device), None, 2, "softmax"),
+        {"similarity": similarity, "select_top_k": 1, "ids_dtype": torch.int32, **tokens},
+    )  # fmt: skip

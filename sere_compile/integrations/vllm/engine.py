@@ -7,8 +7,11 @@ re-routing.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ...errors import ConfigError, SereError
@@ -21,6 +24,8 @@ _MOE = "vllm.model_executor.layers.fused_moe"
 INTERNALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.forward_context", "create_forward_context", ("attn_metadata", "vllm_config", "is_padding")),
     ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens")),
+    ("vllm.v1.worker.worker_base", "WorkerBase.compile_or_warm_up_model", ()),
+    ("vllm.v1.worker.worker_base", "WorkerBase.execute_model", ("scheduler_output",)),
     ("vllm.distributed", "tensor_model_parallel_all_reduce", ("input_",)),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights", ("model",)),
     (f"{_MOE}.router.base_router", "BaseRouter._compute_routing",
@@ -72,6 +77,53 @@ def _difference(module: str, path: str, parameters: tuple[str, ...]) -> str:
         return f"{module} has no {path}"
     missing = set(parameters) - set(inspect.signature(found).parameters) if parameters else set()
     return f"{path} has no parameter {', '.join(sorted(missing))}" if missing else ""
+
+
+@contextmanager
+def kernels_that_ask_the_router() -> Iterator[None]:
+    """While a model is made: of the expert kernels of a backend, none that routes by itself.
+
+    Since 0.33 a router can say that it needs this; before, each kernel class is asked whether it fits.
+    Where neither is there the engine chooses as it would, and a kernel that routes by itself is refused
+    later, by `find_runners`.
+    """
+    router = _found(f"{_MOE}.router.fused_moe_router", "FusedMoERouter")
+    experts = _found(f"{_MOE}.modular_kernel", "FusedMoEExperts")
+    if router is not None and "supports_monolithic_kernels" in vars(router):
+        with _replaced(router, "supports_monolithic_kernels", property(lambda self: False)):
+            yield
+    elif experts is not None and isinstance(vars(experts).get("is_supported_config"), staticmethod):
+        with _replaced(experts, "is_supported_config", staticmethod(_unless_monolithic(experts.is_supported_config))):
+            yield
+    else:
+        yield
+
+
+def _unless_monolithic(original: Callable[..., tuple[bool, str | None]]) -> Callable[..., tuple[bool, str | None]]:
+    @functools.wraps(original)
+    def is_supported_config(cls: Any, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+        if cls.is_monolithic():
+            return False, "kernel does not support routes adjusted after routing, as SERE does"
+        return original(cls, *args, **kwargs)
+
+    return is_supported_config
+
+
+def _found(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def check_modes(vllm_config: Any) -> None:

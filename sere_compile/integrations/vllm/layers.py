@@ -72,8 +72,8 @@ def find_runners(vllm_config: Any, model: nn.Module) -> dict[str, Any]:
         if runner.is_monolithic:
             kernel = type(runner._quant_method).__name__
             raise EngineMismatchError(
-                f"{name}: the expert kernel of {kernel} routes by itself and never asks vLLM's router; choose another "
-                "one, for example --moe-backend triton"
+                f"{name}: the expert kernel of {kernel} ({_backend(runner)}) routes by itself and never asks vLLM's "
+                f"router; choose a backend that asks it: {_other_backends(kernel)}"
             )
         if not isinstance(runner.router, BaseRouter):
             raise EngineMismatchError(f"{name}: a router of the kind {type(runner.router).__name__} cannot be hooked")
@@ -83,6 +83,19 @@ def find_runners(vllm_config: Any, model: nn.Module) -> dict[str, Any]:
                 "disagree on the phase of the batch; use tensor or expert parallelism, or an all-to-all backend"
             )
     return runners
+
+
+def _backend(runner: Any) -> str:
+    kernel = getattr(runner._quant_method, "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    return type(experts).__name__ if experts is not None else "of no known class"
+
+
+def _other_backends(kernel: str) -> str:
+    """What to put after --moe-backend, by the class of the quantisation method."""
+    if "mxfp4" in kernel.lower():
+        return "--moe-backend marlin, or triton_unfused"
+    return "--moe-backend triton, or marlin for weights of 4 bits"
 
 
 def plan_layers(

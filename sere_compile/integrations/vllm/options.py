@@ -18,6 +18,8 @@ ROUTING = (
     "collect_stats",
 )  # fmt: skip
 PHASES = ("decode", "all")
+EXPERTS = ("auto", "sere", "vllm")
+ROUTERS = ("auto", "vllm")
 # How the reference implementation is switched on: `hf_overrides={"select_top_k": 1, "threshold":
 # 0.1}`.
 OVERRIDES = ("select_top_k", "threshold")
@@ -35,15 +37,25 @@ class VllmOptions:
                 start.
         phase: "decode" leaves every batch alone that holds a prompt's tokens; "all" re-routes every
             batch.
+        experts: who computes the experts of a small batch. "auto": `sere::expert_mlp` where it was
+            measured to be faster; "sere": wherever it can; "vllm": vLLM's kernels always.
+        router: who selects experts in a small batch. "auto": `sere::route`, which re-routes as well,
+            where it was seen to select as vLLM's router does; "vllm": vLLM's router always.
     """
 
     config: SereConfig
     profile: str | None = None
     phase: str = "decode"
+    experts: str = "auto"
+    router: str = "auto"
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
             raise ConfigError(f"phase must be one of {', '.join(map(repr, PHASES))}, got {self.phase!r}")
+        if self.experts not in EXPERTS:
+            raise ConfigError(f"experts must be one of {', '.join(map(repr, EXPERTS))}, got {self.experts!r}")
+        if self.router not in ROUTERS:
+            raise ConfigError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {self.router!r}")
         if self.profile is not None and not isinstance(self.profile, str):
             raise ConfigError(f"profile must be the path of a file or folder, got {self.profile!r}")
         if limited := [pattern for pattern, options in self.config.gates if "max_tokens" in dict(options)]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ...errors import GateNotFoundError, SereError
 from ...gate_stats import GateStats
-from .engine import EngineMismatchError, check_internals, check_modes
+from .engine import EngineMismatchError, check_internals, check_modes, kernels_that_ask_the_router
+from .experts import replace_experts
 from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options
+from .routers import differs, known_router
 from .routing import BatchState, RoutingHook
 
 log = logging.getLogger("vllm.sere_compile")
@@ -71,17 +74,32 @@ def _prepare_worker(worker: Any) -> None:
     check_modes(worker.vllm_config)
     check_internals()
     _skip_matrices_among_weights()
-    load_model = worker.load_model
+    load_model, warm_up, execute = worker.load_model, worker.compile_or_warm_up_model, worker.execute_model
 
+    @functools.wraps(load_model)
     def load_and_hook(*args: Any, **kwargs: Any) -> Any:
-        result = load_model(*args, **kwargs)
+        with kernels_that_ask_the_router():
+            result = load_model(*args, **kwargs)
         worker.sere = WorkerHooks(worker, options)
         # By these names `collective_rpc` reaches them.
         worker.sere_stats = worker.sere.stats
         worker.sere_digest = worker.sere.digest
         return result
 
-    worker.load_model = load_and_hook
+    @functools.wraps(warm_up)
+    def warm_up_and_reset(*args: Any, **kwargs: Any) -> Any:
+        result = warm_up(*args, **kwargs)
+        worker.sere.reset()
+        return result
+
+    @functools.wraps(execute)
+    def execute_and_watch(*args: Any, **kwargs: Any) -> Any:
+        result = execute(*args, **kwargs)
+        worker.sere.watch()
+        return result
+
+    worker.load_model, worker.compile_or_warm_up_model = load_and_hook, warm_up_and_reset
+    worker.execute_model = execute_and_watch
 
 
 def _skip_matrices_among_weights() -> None:
@@ -144,15 +162,30 @@ class WorkerHooks:
         with torch.inference_mode(False), torch.no_grad():
             plans, source = plan_layers(runners, options, config, device)
             self.hooks = {name: _hook(plan, self.state) for name, plan in plans.items()}
+            replaced = replace_experts(runners, options, config, device)
+            routed = select_in_hooks(self.hooks, runners, device) if options.router == "auto" else 0
         for hook in self.hooks.values():
             hook.install()
         self._layers = config.compilation_config.static_forward_context
         modules = set(worker.get_model().modules())
         self._own = {name for name, layer in self._layers.items() if layer in modules}
-        _workers.add(self)
-        _follow_forwards()
+        if self.hooks:
+            _workers.add(self)
+            _follow_forwards()
+        # Until the worker is warm, batches are made up.
+        self._serving = False
+        self._steps = 0
         self._checked = not self.hooks
         self._logged = time.monotonic()
+        if replaced:
+            log.info("SERE: the experts of %d of %d MoE layers run by %s", replaced.layers, len(runners), replaced.text)
+        if routed:
+            log.info(
+                "SERE: sere::route selects experts and re-routes them in %d of %d MoE layers", routed, len(runners)
+            )
+        if not self.hooks:
+            log.warning("SERE re-routes none of %d MoE layers: S = K in all of them.", len(runners))
+            return
         log.warning(
             "SERE re-routes %d of %d MoE layers (similarity: %s; phase %r). A token's experts now depend on the batch "
             "it is in: outputs are not batch-invariant.",
@@ -178,15 +211,26 @@ class WorkerHooks:
         metadata = context.attn_metadata
         if isinstance(metadata, dict) and metadata and self._own.isdisjoint(metadata):
             return  # of a draft model
-        self.state.begin(metadata, getattr(context, "is_padding", None))
-        self._watch()
+        # An engine that does not skip padding leaves its mask as some earlier batch had it.
+        skips = getattr(importlib.import_module("vllm.envs"), "VLLM_MOE_SKIP_PADDING", True)
+        self.state.begin(metadata, getattr(context, "is_padding", None) if skips else None)
 
-    def _watch(self) -> None:
-        """Once, whether the hooks run at all; now and then, a line of statistics."""
-        if not self._checked and self.state.forwards > FORWARDS_BEFORE_WARNING:
+    def reset(self) -> None:
+        """The worker is warm: what was counted so far were warm-up and the recording of graphs."""
+        self._serving = True
+        self.state.reset()
+        for hook in self.hooks.values():
+            hook.reset()
+
+    def watch(self) -> None:
+        """After each step. Once, whether the hooks run at all; now and then, a line of statistics."""
+        if not self._serving:
+            return
+        self._steps += 1
+        if not self._checked and self._steps > FORWARDS_BEFORE_WARNING:
             self._checked = True
             warn_if_idle(self.hooks, self.state, self.options.config.strict)
-        if self.options.config.collect_stats and time.monotonic() - self._logged > LOG_SECONDS:
+        if self.hooks and self.options.config.collect_stats and time.monotonic() - self._logged > LOG_SECONDS:
             self._logged = time.monotonic()
             log.info("%s", summary({name: hook.stats() for name, hook in self.hooks.items()}, self.state))
 
@@ -197,6 +241,25 @@ def _hook(plan: LayerPlan, state: BatchState) -> RoutingHook:
     masked = not plan.runner.moe_config.is_sequence_parallel
     experts = int(plan.runner.moe_config.num_logical_experts)
     return RoutingHook(plan.runner.router, plan.similarity, plan.config, state, plan.projection, masked, experts)
+
+
+def select_in_hooks(hooks: dict[str, RoutingHook], runners: Mapping[str, Any], device: torch.device) -> int:
+    """Let `sere::route` select in the place of routers that are known, on CUDA. Returns in how many layers."""
+    if device.type != "cuda":
+        return 0
+    compared: dict[Any, str] = {}
+    for name, hook in hooks.items():
+        moe = runners[name].moe_config
+        dtype = getattr(moe, "router_logits_dtype", None) or moe.in_dtype
+        known = known_router(hook.router, dtype) if hook.selects else None
+        if known is None:
+            continue
+        if known.kind not in compared:
+            compared[known.kind] = differs(hook.router, known, hook.num_experts, device)
+            if compared[known.kind]:
+                log.info("SERE: vLLM's router selects experts, sere::route does not as it: %s", compared[known.kind])
+        hook.known = None if compared[known.kind] else known
+    return sum(hook.known is not None for hook in hooks.values())
 
 
 def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool) -> None:

@@ -19,6 +19,7 @@ from ...ops import fill, reroute
 from ...passes import COUNTED
 from ...passes.count_routing import add_counts
 from ...similarity.threshold import matrix_in_graph, threshold_in_graph
+from .routers import KnownRouter
 
 NO_PADDING = torch.iinfo(torch.int64).max
 
@@ -26,33 +27,61 @@ NO_PADDING = torch.iinfo(torch.int64).max
 class BatchState:
     """What the hooks of one worker know of the batch: set by `begin`, read on the device.
 
+    An engine may record `begin` in the CUDA graph of a forward and never come through it again: then
+    its kernels run in every replay. So nothing that changes from one batch to the next is counted
+    or decided in Python, and the padding is asked anew.
+
     Attributes:
-        active: bool [1], whether this forward is re-routed.
         real_tokens: int64 [1], rows before the padding.
+        rerouted_tokens: int64 [1], the same where this forward is re-routed, else 0.
+        all_or_none: int64 [1], `NO_PADDING` where this forward is re-routed, else 0.
     """
 
     def __init__(self, device: torch.device, phase: str, max_tokens: int | None, decode_tokens: int) -> None:
-        self.active = torch.zeros(1, dtype=torch.bool, device=device)
-        self.real_tokens = torch.full((1,), NO_PADDING, dtype=torch.int64, device=device)
+        self._tokens = torch.tensor([NO_PADDING, 0], dtype=torch.int64, device=device)
+        self.real_tokens, self.rerouted_tokens = self._tokens[:1], self._tokens[1:]
+        self.all_or_none = torch.zeros(1, dtype=torch.int64, device=device)
+        self._batches = torch.zeros(2, dtype=torch.int64, device=device)
         self.phase = phase
         self.max_tokens = max_tokens
         # A request that decodes has one new token, and what speculative decoding proposes.
         self.decode_tokens = decode_tokens
-        self.forwards = 0
-        self.active_forwards = 0
         self.unknown = ""
+
+    @property
+    def active(self) -> Tensor:
+        """Whether this forward is re-routed: bool [1], on the device."""
+        return self.rerouted_tokens > 0
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of real tokens since the last reset. Waits for the device."""
+        return int(self._batches[0])
+
+    @property
+    def active_forwards(self) -> int:
+        """Those of them that were re-routed. Waits for the device."""
+        return int(self._batches[1])
+
+    def reset(self) -> None:
+        """Count from 0 again."""
+        self._batches.zero_()
 
     def begin(self, attn_metadata: Any, is_padding: Tensor | None) -> None:
         """Before each forward: `attn_metadata` by layer or None (a dummy run), `is_padding` bool [T] or None."""
         active = attn_metadata is not None and self._wanted(attn_metadata)
-        self.forwards += attn_metadata is not None
-        self.active_forwards += active
-        self.active.fill_(active)
         if is_padding is None:
             self.real_tokens.fill_(NO_PADDING)
         else:
             # Counted on the device: asking for the number would wait for it.
-            self.real_tokens.copy_((~is_padding).sum())
+            torch.sum(~is_padding, 0, keepdim=True, out=self.real_tokens)
+        if active:
+            self.rerouted_tokens.copy_(self.real_tokens)
+        else:
+            self.rerouted_tokens.zero_()
+        self.all_or_none.fill_(NO_PADDING if active else 0)
+        if attn_metadata is not None:
+            self._batches.add_(self._tokens > 0)
 
     def _wanted(self, attn_metadata: Any) -> bool:
         layers = attn_metadata.values() if isinstance(attn_metadata, dict) else [attn_metadata]
@@ -110,11 +139,15 @@ class RoutingHook:
         self.max_active = config.max_active or 0
         self.state = state
         self.mask_padding = mask_padding
+        # Where rows are not those of the batch, all of them are re-routed or none.
+        self.rerouted_tokens = state.rerouted_tokens if mask_padding else state.all_or_none
         self.num_experts = num_experts if similarity is None else similarity.shape[0]
         self.calls = 0
         self.traced_calls = torch.zeros(1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=device) if config.collect_stats else None
         self.ordered = _is_ordered(router, device)
+        # What selects and re-routes in the place of the router; None: the router selects.
+        self.known: KnownRouter | None = None
 
     def install(self) -> None:
         """On the instance: whoever holds the router, or a bound `select_experts` of it, comes through here."""
@@ -124,28 +157,25 @@ class RoutingHook:
         self, hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, *, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Weights [T, K] as the router gave them, projected or filled, and ids [T, K] re-routed or filled."""
-        weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         if torch.compiler.is_compiling():
             # Counts runs of the compiled code, which may come from a cache and never pass here.
             self.traced_calls.add_(1)
         else:
             self.calls += 1
-        mask = None
-        if self.mask_padding:
-            mask = torch.arange(ids.shape[0], device=ids.device) < self.state.real_tokens
+        if self.known is not None and self.known.takes(router_logits):
+            return self._route(self.known, router_logits, indices_type)
+        weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         # Kernels may ask for a type of ids, uint32, with which CUDA can do next to nothing.
-        old = ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
+        old = ids.view(torch.int32) if ids.dtype is torch.uint32 else ids
         if self.matrix is None:
-            filled, given = self._fill(old, weights, router_logits, mask)
-            new = torch.where(self.state.active, filled, old)
-            weights = torch.where(self.state.active, given, weights)
+            new, weights = self._filled(old, weights, router_logits)
         else:
-            new = torch.where(self.state.active, self._reroute(old, weights, router_logits, mask), old)
+            new = self._reroute(old, weights, router_logits)
         if self.counts is not None:
-            self._count(self.counts, old, new, mask)
+            self._count(self.counts, old, new)
         if self.projection is not None:
             weights = self._projected(self.projection, weights, old, new)
-        return weights, new.to(ids.dtype)
+        return weights, new.view(torch.uint32) if ids.dtype is torch.uint32 else new
 
     @property
     def has_run(self) -> bool:
@@ -157,14 +187,37 @@ class RoutingHook:
         assert self.counts is not None, "statistics are not collected"
         return GateStats(**dict(zip(COUNTED, self.counts.tolist(), strict=True)))
 
-    def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+    @property
+    def selects(self) -> bool:
+        """Whether selection and re-routing can be one operator: nothing else needs the ids between them."""
+        return self.matrix is not None and self.projection is None and self.counts is None
+
+    def _route(self, known: KnownRouter, logits: Tensor, indices_type: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        wide = torch.int64 if indices_type is torch.int64 else torch.int32
+        numbers = (*self.options, self.max_active)
+        real = self.state.real_tokens if self.mask_padding else None
+        weights, ids = known.route(logits, self.matrix, numbers, wide, real, self.rerouted_tokens)
+        return weights, ids.view(torch.uint32) if indices_type is torch.uint32 else ids
+
+    def _real(self, ids: Tensor) -> Tensor | None:
+        """Which rows are not padding, bool [T]; None: all."""
+        return torch.arange(ids.shape[0], device=ids.device) < self.state.real_tokens if self.mask_padding else None
+
+    def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
         assert self.matrix is not None
+        numbers = (*self.options, None, self.max_active, self.rerouted_tokens)
         if self.ordered:
-            return reroute(ids, self.matrix, *self.options, mask, self.max_active)
+            return reroute(ids, self.matrix, *numbers)
         # vLLM asks for an unsorted top-k; slots are put in order, re-routed, and put back.
         order = selection_scores(self.router, ids, weights, logits).argsort(dim=-1, descending=True, stable=True)
-        new_ids = reroute(ids.gather(1, order), self.matrix, *self.options, mask, self.max_active)
+        new_ids = reroute(ids.gather(1, order), self.matrix, *numbers)
         return torch.zeros_like(new_ids).scatter(1, order, new_ids)
+
+    def _filled(self, ids: Tensor, weights: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Filled in a forward that is re-routed; as they are in others."""
+        new_ids, new_weights = self._fill(ids, weights, logits, self._real(ids))
+        active = self.rerouted_tokens > 0
+        return torch.where(active, new_ids, ids), torch.where(active, new_weights, weights)
 
     def _fill(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids and weights of kept experts, from the scores of all; see `cannot_fill`."""
@@ -187,10 +240,15 @@ class RoutingHook:
         at = [torch.where(moved, ids, 0).long() for ids in (old, new)]
         return (weights * torch.where(moved, projection[at[0], at[1]], 1.0)).to(weights.dtype)
 
-    def _count(self, counts: Tensor, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+    def _count(self, counts: Tensor, before: Tensor, after: Tensor) -> None:
         batch = torch.zeros_like(counts)
-        add_counts(before, after, self.num_experts, batch, mask)
-        counts.add_(batch * self.state.active)
+        add_counts(before, after, self.num_experts, batch, self._real(before))
+        counts.add_(batch * (self.rerouted_tokens > 0))
+
+    def reset(self) -> None:
+        """Count from 0 again."""
+        if self.counts is not None:
+            self.counts.zero_()
 
 
 def cannot_fill(router: Any) -> str:

@@ -78,6 +78,15 @@ def test_a_changed_internal_is_one_error_at_the_start(folder, monkeypatch):
         pass
 
 
+def test_a_kernel_that_routes_by_itself_is_refused_with_backends_that_do_not(folder, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
+    message = r"CPU\w*Experts\) routes by itself and never asks vLLM's router; .* --moe-backend triton, or marlin"
+    with pytest.raises(EngineMismatchError, match=message), engine(folder, {"select_top_k": 1}):
+        pass
+
+
 def test_the_reference_switch_is_honoured_and_batches_grow_and_shrink(folder):
     """`hf_overrides` alone; requests leave at different times; a batch of one is never changed."""
     lengths = [2, 3, 5, 8, 8, 12]
@@ -106,6 +115,9 @@ def test_every_batch_with_phase_all(folder, monkeypatch, caplog):
     """And a line of statistics in the log."""
     monkeypatch.setattr(plugin, "LOG_SECONDS", 0.0)
     with engine(folder, {"select_top_k": 1, "phase": "all", "collect_stats": True}) as llm:
+        # What ran while the worker warmed up is not counted.
+        assert hooks(llm).state.forwards == 0
+        assert {gate.calls for gate in stats(llm).values()} == {0}
         # vLLM sets up its loggers anew when an engine is made.
         monkeypatch.setattr(plugin.log, "handlers", [caplog.handler])
         with caplog.at_level(logging.INFO, plugin.log.name):

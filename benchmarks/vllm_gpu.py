@@ -1,0 +1,375 @@
+r"""SERE in vLLM on a GPU: whether the engine computes what it should, and milliseconds per token with and without.
+
+\b
+python -m benchmarks.vllm_gpu check                        # small: what .ci/gpu calls the engine's tests
+python -m benchmarks.vllm_gpu time --batches 1,8,16,32,64  # 48 layers of Qwen3-30B-A3B's shape, dummy weights
+python -m benchmarks.vllm_gpu time --cases stock,s1 --batches 32 --profile s1
+
+Each engine is a process of its own, for it does not give its memory back. An engine that is not done when the minutes
+are over is left out, and said to be. In the environment of vLLM; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+LAYERS, EXPERTS, PROMPT = 48, 128, 128
+# By name: the options of SERE, or none. "nothing" does all of re-routing's work, and no expert is similar enough.
+CASES: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "s1": {"select_top_k": 1, "min_active": 0},
+    "sK": {"select_top_k": 99},
+    "nothing": {"select_top_k": 1, "min_active": 0, "threshold": 2.0, "experts": "vllm"},
+    "nothing-hook": {"select_top_k": 1, "min_active": 0, "threshold": 2.0, "experts": "vllm", "router": "vllm"},
+    "s2": {"select_top_k": 2, "min_active": 0},
+    "nothing-ours": {"select_top_k": 1, "min_active": 0, "threshold": 2.0},
+    "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm", "router": "vllm"},
+}
+DEFAULT_CASES = "stock,s1,sK,nothing,s2"
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
+
+
+def save_model(folder: Path, layers: int) -> tuple[Path, Path]:
+    """The configuration of Qwen3-30B-A3B with some layers, and a profile of random similarities for it."""
+    from transformers import Qwen3MoeConfig
+
+    from sere_compile import SimilarityProfile
+
+    config = Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=EXPERTS, num_experts_per_tok=8,
+        norm_topk_prob=True, decoder_sparse_step=1, max_position_embeddings=4096, tie_word_embeddings=False,
+        dtype="bfloat16",
+    )  # fmt: skip
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    matrices = {}
+    for i in range(layers):
+        half = torch.rand(EXPERTS, EXPERTS, generator=generator)
+        matrices[f"model.layers.{i}.mlp.gate.weight"] = ((half + half.T) / 2).fill_diagonal_(1.0)
+    profile = folder / "profile.safetensors"
+    SimilarityProfile(matrices, {"method": "random"}).save(profile)
+    return folder / "model", profile
+
+
+# One engine, in a process of its own
+
+
+def additional(case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an engine that switch SERE on, or none."""
+    sere = case["sere"]
+    if sere is None:
+        return {}
+    profile = {"profile": case["profile"]} if case.get("profile") else {}
+    return {"additional_config": {"sere": {**sere, **profile}}}
+
+
+def random_prompts(batch: int, rng: random.Random) -> list[dict[str, list[int]]]:
+    """As many prompts of `PROMPT` tokens."""
+    return [{"prompt_token_ids": [rng.randrange(100, 30000) for _ in range(PROMPT)]} for _ in range(batch)]
+
+
+def time_engine(case: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds per output token by batch: that of 73 tokens less that of 9, over 64, the median of three."""
+    from vllm import LLM, SamplingParams
+
+    started = time.perf_counter()
+    batches = case["batches"]
+    llm = LLM(
+        model=case["model"], load_format="dummy", skip_tokenizer_init=True, max_model_len=512,
+        max_num_seqs=max(batches), gpu_memory_utilization=0.9, seed=0, disable_log_stats=True,
+        compilation_config={"cudagraph_capture_sizes": sorted({1, 2, 4, 8, *batches})}, enable_prefix_caching=False,
+        **additional(case),
+    )  # fmt: skip
+    result: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1), "ms": {}}
+    rng = random.Random(0)
+
+    def seconds(batch: int, tokens: int) -> float:
+        params = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True, detokenize=False)
+        prompts = random_prompts(batch, rng)
+        begun = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        took = time.perf_counter() - begun
+        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
+        return took
+
+    for batch in batches:
+        seconds(batch, 8)
+        times = sorted((seconds(batch, 73) - seconds(batch, 9)) / 64 * 1e3 for _ in range(3))
+        result["ms"][batch] = [round(t, 3) for t in times]
+        print("MS", case["name"], batch, result["ms"][batch], flush=True)
+    if batch := case.get("profile_batch"):
+        result["kernels"] = kernels_of_a_step(lambda tokens: seconds(batch, tokens), case["layers"])
+    return result
+
+
+def kernels_of_a_step(run, layers: int) -> list[list[Any]]:
+    """(us per layer, launches per layer, name) of each kernel of a decode step: 33 tokens less 9."""
+    from torch.profiler import ProfilerActivity, profile
+
+    sums: dict[str, list[float]] = {}
+    for tokens, sign in ((9, -1), (33, 1)):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run(tokens)
+        for event in profiler.key_averages():
+            entry = sums.setdefault(event.key, [0.0, 0.0])
+            entry[0] += sign * event.self_device_time_total
+            entry[1] += sign * event.count
+    rows = [[round(us / 24 / layers, 2), round(n / 24 / layers, 2), name[:100]] for name, (us, n) in sums.items()]
+    return sorted((row for row in rows if row[0] >= 0.05), reverse=True)
+
+
+def tokens_of_engine(case: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens, log-probabilities of the prompts' tokens, and what SERE counted."""
+    from vllm import LLM, SamplingParams
+
+    import sere_compile
+
+    options = {"max_model_len": 64, "max_num_seqs": 8, "gpu_memory_utilization": 0.3, "seed": 0, **case["engine"]}
+    llm = LLM(model=case["model"], skip_tokenizer_init=True, enable_prefix_caching=False, **options, **additional(case))
+    prompts = [{"prompt_token_ids": ids} for ids in case["prompts"]]
+    params = SamplingParams(max_tokens=case["tokens"], temperature=0, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    if case["sere"] and case["sere"].get("collect_stats"):
+        counted = sere_compile.stats(llm).values()
+        result["active"] = [round(sum(getattr(gate, name) for gate in counted) / len(counted), 2)
+                            for name in ("mean_active_before", "mean_active_after")]  # fmt: skip
+        result["calls"] = [gate.calls for gate in counted]
+    if case.get("score"):
+        # One request at a time: few tokens, as in a small batch.
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        outputs = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt in prompts]
+        result["logprobs"] = [
+            [given[token].logprob for token, given in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(case["prompts"], outputs, strict=True)
+        ]
+    return result
+
+
+def run(case: dict[str, Any], seconds: float, log: Path) -> dict[str, Any] | None:
+    """The result of one engine in a process of its own; None where it failed or was not done in time."""
+    environment = {**os.environ, **{key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()}}
+    ptxas = Path("/usr/local/cuda/bin/ptxas")
+    if ptxas.exists():
+        environment.setdefault("TRITON_PTXAS_PATH", str(ptxas))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.vllm_gpu", "one", json.dumps(case), str(out)]
+        with log.open("a") as file:
+            file.write(f"\n=== {case['name']}\n")
+            file.flush()
+            try:
+                status = subprocess.run(command, stdout=file, stderr=file, env=environment, timeout=seconds).returncode
+            except subprocess.TimeoutExpired:
+                status = "out of time"
+        if status == 0:
+            return json.loads(out.read_text())
+    tail = log.read_text(errors="replace").rpartition("=== ")[2].splitlines()[-25:]
+    click.echo(f"{case['name']}: FAILED ({status})\n    " + "\n    ".join(tail))
+    return None
+
+
+def said(log: Path) -> None:
+    """What SERE wrote into the log of the last engine."""
+    for line in log.read_text(errors="replace").rpartition("=== ")[2].splitlines():
+        if "SERE" in line and "is not re-routed" not in line:
+            click.echo("    " + line[line.index("SERE") :][:200])
+
+
+# What is compared
+
+
+def reference_logprobs(model: str, prompts: list[list[int]]) -> list[list[float]]:
+    """Of each prompt's tokens after the first, by transformers in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    found = []
+    with torch.no_grad():
+        for ids in prompts:
+            logprobs = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+            found.append(logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+    return found
+
+
+def error(logprobs: list[list[float]], exact: list[list[float]]) -> float:
+    """Root of the mean square of differences."""
+    pairs = zip(chain.from_iterable(logprobs), chain.from_iterable(exact), strict=True)
+    return statistics.fmean((a - b) ** 2 for a, b in pairs) ** 0.5
+
+
+def agreement(a: list[list[int]], b: list[list[int]]) -> str:
+    """How many requests have the same tokens, and how many tokens are the same before the first other one."""
+    pairs = list(zip(a, b, strict=True))
+    same = sum(x == y for x, y in pairs)
+    before = sum(next((i for i, (u, v) in enumerate(zip(x, y, strict=True)) if u != v), len(x)) for x, y in pairs)
+    return f"{same} of {len(a)} requests, {before} of {sum(map(len, a))} tokens before the first other one"
+
+
+def check_all(seconds: float, log: Path, eager: bool) -> bool:
+    """The shipped trained model and a dummy one in the engine. Prints what was found; whether all of it is right."""
+    from tests.integrations.vllm import models
+    from tests.integrations.vllm.lockstep import in_transformers
+
+    ends, ok = time.monotonic() + seconds, True
+    model = str(models.SHIPPED / "qwen3")
+    prompts = models.texts(Path(model))[1]
+    graphs: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
+    graphs = {"enforce_eager": True} if eager else graphs
+    base = {
+        "model": model,
+        "kind": "tokens",
+        "prompts": prompts,
+        "tokens": 8,
+        "engine": {"dtype": "bfloat16", **graphs},
+    }
+
+    def engine(name: str, **changes: Any) -> dict[str, Any]:
+        case = {**base, "name": name, **changes}
+        return run(case, max(1.0, ends - time.monotonic()), log) or {}
+
+    def judge(text: str, good: bool) -> None:
+        nonlocal ok
+        ok &= good
+        click.echo(f"{'ok    ' if good else 'WRONG '} {text}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        profile = models.calibrated(Path(model), Path(folder))
+        stock = engine("stock", sere=None, score=True)
+        identity = engine("S = K, vLLM's kernels", sere={"select_top_k": 99, "experts": "vllm"}, score=True)
+        judge("S = K with vLLM's kernels: vLLM's tokens", bool(stock) and identity.get("tokens") == stock["tokens"])
+        ours = engine("S = K, our kernels", sere={"select_top_k": 99, "experts": "sere", "strict": True}, score=True)
+        said(log)
+        if stock and ours:
+            exact = reference_logprobs(model, prompts)
+            errors = [error(one["logprobs"], exact) for one in (stock, ours)]
+            judge(f"S = K with ours: error of log-probabilities {errors[1]:.2e}, vLLM's {errors[0]:.2e}",
+                  errors[1] <= 1.25 * errors[0])  # fmt: skip
+            click.echo(f"       tokens of both: {agreement(ours['tokens'], stock['tokens'])}")
+        sere = {"select_top_k": 1, "min_active": 0, "collect_stats": True}
+        exact_engine = {**base["engine"], "dtype": "float32"}
+        expected = in_transformers(Path(model), prompts, profile, select_top_k=1, min_active=0)
+        got = engine("S = 1", sere={**sere, "experts": "vllm" if eager else "sere"}, profile=profile)
+        judge(
+            f"S = 1: every step but the prompts' counted, {got.get('calls')} calls, active experts {got.get('active')}",
+            bool(got) and set(got["calls"]) == {7},
+        )
+        if got:
+            click.echo(f"       bf16, tokens of transformers in fp32: {agreement(got['tokens'], expected)}")
+            # Without counting, sere::route selects; its weights may differ in the last bit.
+            rest = {key: value for key, value in sere.items() if key != "collect_stats"}
+            routed = engine(
+                "S = 1, sere::route", sere={**rest, "experts": "vllm" if eager else "sere"}, profile=profile
+            )
+            said(log)
+            if routed:
+                same = sum(a == b for a, b in zip(routed["tokens"], got["tokens"], strict=True))
+                judge(
+                    f"S = 1 selected by sere::route: tokens of the hook: {agreement(routed['tokens'], got['tokens'])}",
+                    same >= len(prompts) - 1,
+                )
+        got = engine("S = 1, float32", sere=sere, profile=profile, engine=exact_engine)
+        if got:
+            judge(f"S = 1 in float32: tokens of transformers with the backend: {agreement(got['tokens'], expected)}",
+                  got["tokens"] == expected)  # fmt: skip
+    return ok
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """Commands."""
+
+
+@main.command()
+@click.argument("case")
+@click.argument("out", type=Path)
+def one(case: str, out: Path) -> None:
+    """One engine; what the other commands start."""
+    told = json.loads(case)
+    result = time_engine(told) if told["kind"] == "time" else tokens_of_engine(told)
+    out.write_text(json.dumps(result))
+
+
+@main.command()
+@click.option("--minutes", default=4.0, show_default=True)
+@click.option("--log", type=Path, default=Path("vllm_gpu.log"), show_default=True)
+@click.option("--eager", is_flag=True, help="Without graphs: also where there is no GPU.")
+def check(minutes: float, log: Path, eager: bool) -> None:
+    """Tokens, log-probabilities and counts of a small trained model."""
+    raise SystemExit(0 if check_all(60 * minutes, log, eager) else 1)
+
+
+@main.command("time")
+@click.option("--cases", default=DEFAULT_CASES, show_default=True, help=f"Of {', '.join(CASES)}.")
+@click.option("--batches", default="1,8,16,32,64", show_default=True)
+@click.option("--layers", default=LAYERS, show_default=True)
+@click.option("--profile", "profiled", default="", help="Cases of which the kernels of a decode step are shown.")
+@click.option("--profile-batch", default=32, show_default=True)
+@click.option("--minutes", default=8.0, show_default=True)
+@click.option("--log", type=Path, default=Path("vllm_gpu.log"), show_default=True)
+@click.option("--json", "to", type=Path, default=None, help="Where to write all results.")
+def time_all(
+    cases: str, batches: str, layers: int, profiled: str, profile_batch: int, minutes: float, log: Path, to: Path | None
+) -> None:
+    """Milliseconds per output token, and over the first case."""
+    ends, results = time.monotonic() + 60 * minutes, {}
+    sizes = [int(batch) for batch in batches.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        model, profile = save_model(Path(folder), layers)
+        for name in cases.split(","):
+            case = {"name": name, "kind": "time", "sere": CASES[name], "model": str(model), "profile": str(profile),
+                    "batches": sizes, "layers": layers,
+                    "profile_batch": profile_batch if name in profiled.split(",") else 0}  # fmt: skip
+            left = ends - time.monotonic()
+            begun = time.monotonic()
+            if left < 30:
+                click.echo(f"{name}: left out, no time")
+                continue
+            result = run(case, left, log)
+            if result is None:
+                continue
+            results[name] = result
+            click.echo(f"{name}: started in {result['start_s']} s, {time.monotonic() - begun:.0f} s in all")
+            said(log)
+            show(results, sizes, layers, name)
+            if to is not None:
+                to.write_text(json.dumps(results))
+    raise SystemExit(0 if len(results) == len(cases.split(",")) else 1)
+
+
+def show(results: dict[str, Any], sizes: list[int], layers: int, name: str) -> None:
+    """A row of the table, and the kernels of a layer."""
+    first = next(iter(results.values()))["ms"]
+    mine = results[name]["ms"]
+    cells = []
+    for size in map(str, sizes):
+        low, middle, high = mine[size]
+        added = (middle - first[size][1]) * 1e3 / layers
+        cells.append(f"{middle:.2f} [{low:.2f} .. {high:.2f}] {first[size][1] / middle:.2f}x {added:+.1f} us/layer")
+    click.echo(f"| {name} | " + " | ".join(cells) + " |")
+    for us, launches, kernel in results[name].get("kernels", [])[:24]:
+        click.echo(f"    {us:8.2f} us {launches:6.2f} x  {kernel}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The experts of a small batch by `sere::expert_mlp` instead of vLLM's kernels.
+
+vLLM's modular kernel hands a layer's weights, hidden states, ids and weights to an experts object, whose
+`apply` writes into an output tensor. Here its `apply` is put before: up to some number of tokens
+the layer is `sere::expert_mlp`, which needs no table of aligned blocks, no sort, and no activation
+or sum of its own; above, it is what it was. The number of tokens is known when a CUDA graph is
+recorded, so each graph holds one or the other.
+
+Nothing is replaced that was not compared: at start both compute one layer of each kind on the same
+random tokens, for every form of kernel that is to be used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...ops.expert_mlp import MAX_SLOTS, MAX_TOKENS, expert_mlp_into
+from ...ops.expert_mlp.stream import device_can
+from .options import VllmOptions
+
+log = logging.getLogger("vllm.sere_compile")
+
+# Up to here faster than vLLM's Triton kernels with their tuned tiles wherever it was measured, on an
+# H200: docs/vllm.md.
+FASTER_TOKENS, FASTER_SLOTS_PER_EXPERT = 64, 8
+# How far outputs of 16 bits that were summed in another order may be apart, relative to their norm.
+TOLERANCE = 0.02
+
+# vLLM's names of activations, and whether gate and up alternate in its weights.
+_ACTIVATIONS = {
+    "silu": ("silu_glu", False),
+    "gelu": ("gelu_glu", False),
+    "gelu_tanh": ("gelu_tanh_glu", False),
+    "swigluoai": ("gpt_oss", True),
+}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Attributes: layers: how many; text: by what, and up to how many tokens."""
+
+    layers: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What `sere::expert_mlp` has to know of a layer beside tensors that come with each call."""
+
+    activation: str
+    interleaved: bool
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+def replace_experts(
+    runners: Mapping[str, Any], options: VllmOptions, vllm_config: Any, device: torch.device
+) -> Replaced | None:
+    """Put `sere::expert_mlp` before the experts of small batches, where the option and the layer allow it.
+
+    Args:
+        runners: vLLM's MoE layers by name.
+        options: what the user wrote; `experts` decides.
+        vllm_config: the engine's configuration.
+        device: of the experts.
+
+    Returns:
+        How many layers it is; None where there is none, after a line in the log that says why.
+
+    Raises:
+        ConfigError: `experts="sere"` with `strict`, and a layer for which it cannot be.
+    """
+    if options.experts == "vllm":
+        return None
+    forced, reasons, checked = options.experts == "sere", Counter[str](), dict[Any, str]()
+    replaced, most = 0, 0
+    for name, runner in runners.items():
+        limit, reason = _limit(runner, forced, device)
+        if not reason:
+            key = _kind(runner)
+            if key not in checked:
+                checked[key] = compare(runner, vllm_config, device, limit)
+            reason = checked[key]
+        if not reason:
+            put_before(runner, limit)
+            replaced, most = replaced + 1, max(most, limit)
+        elif forced and options.config.strict:
+            raise ConfigError(f'{name}: experts="sere" is out of reach: {reason}')
+        else:
+            reasons[reason] += 1
+    for reason, count in reasons.items():
+        level = logging.WARNING if forced or reason.startswith(_WRONG) else logging.INFO
+        log.log(level, "SERE: vLLM's own kernels compute the experts of %d MoE layers: %s", count, reason)
+    return Replaced(replaced, f"sere::expert_mlp up to {most} tokens, by vLLM's kernels above") if replaced else None
+
+
+def _limit(runner: Any, forced: bool, device: torch.device) -> tuple[int, str]:
+    """Up to how many tokens, and why not at all. Whatever of vLLM's is not as it is known, is a reason."""
+    try:
+        return most_tokens(runner, forced), cannot_serve(runner) or ("" if forced else not_faster(device))
+    except AttributeError as error:
+        return 0, f"this vLLM's layers are not as those of the releases that were tested: {error}"
+
+
+def most_tokens(runner: Any, forced: bool) -> int:
+    """Up to how many tokens of a forward a layer is `sere::expert_mlp`."""
+    top_k, experts = int(runner.moe_config.experts_per_token), int(runner.moe_config.num_local_experts)
+    possible = min(MAX_TOKENS, MAX_SLOTS // top_k)
+    return possible if forced else min(possible, FASTER_TOKENS, FASTER_SLOTS_PER_EXPERT * experts // top_k)
+
+
+def not_faster(device: torch.device) -> str:
+    """Why it is not known to be faster on a device; empty where it is."""
+    if not device_can(device):
+        return 'on this device ours were not measured to be faster (experts="sere" takes them anyway)'
+    return ""
+
+
+def cannot_serve(runner: Any) -> str:
+    """Why a layer cannot be computed by `sere::expert_mlp`; empty where it can."""
+    method = runner._quant_method
+    kernel = getattr(method, "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    if type(method).__name__ != "UnquantizedFusedMoEMethod":
+        return f"their weights are not bfloat16 or float16 as they are ({type(method).__name__})"
+    if type(experts).__name__ != "TritonExperts":
+        return f"{type(experts).__name__} may keep weights in a layout of its own"
+    exchange = type(getattr(kernel, "prepare_finalize", None)).__name__
+    if exchange != "MoEPrepareAndFinalizeNoDPEPModular":
+        return f"{exchange} exchanges tokens with other ranks"
+    layer, moe = runner.routed_experts, runner.moe_config
+    if layer.expert_map is not None:
+        return "a rank has a part of the experts (expert parallelism)"
+    if layer.apply_router_weight_on_input or moe.is_lora_enabled:
+        return "router weights on the input, or LoRA"
+    if _activation(layer) is None:
+        return f"the activation {layer.activation.value}"
+    weights = (layer.w13_weight, layer.w2_weight)
+    if any(w.dtype not in (torch.bfloat16, torch.float16) or w.dtype != moe.in_dtype for w in weights):
+        return f"weights of {weights[0].dtype} and hidden states of {moe.in_dtype}"
+    if not all(w.is_contiguous() for w in weights) or weights[1].shape[2] * 2 != weights[0].shape[1]:
+        return "weights that are not contiguous, or an activation without a gate"
+    return ""
+
+
+def _activation(layer: Any) -> tuple[str, bool] | None:
+    """Name and layout of a layer's activation for `sere::expert_mlp`; None where it has none that computes this."""
+    known = _ACTIVATIONS.get(layer.activation.value)
+    config = layer.quant_method.moe_kernel.fused_experts.activation_config
+    if known is None or (known[0] != "gpt_oss" and config.clamp_limit is not None):
+        return None
+    return known
+
+
+def _kind(runner: Any) -> tuple[Any, ...]:
+    """What decides which kernels a layer gets."""
+    layer = runner.routed_experts
+    biased = layer.quant_method.moe_kernel.fused_experts.w1_bias is not None
+    shapes = (tuple(layer.w13_weight.shape), tuple(layer.w2_weight.shape), runner.moe_config.experts_per_token)
+    return (*shapes, layer.w13_weight.dtype, layer.activation, biased)
+
+
+def put_before(runner: Any, limit: int) -> Callable[[], None]:
+    """Let a layer's experts be `sere::expert_mlp` up to `limit` tokens. Returns what takes it back."""
+    layer = runner.routed_experts
+    experts = layer.quant_method.moe_kernel.fused_experts
+    activation, interleaved = _activation(layer) or ("", False)
+    known = Layer(activation, interleaved, experts.w1_bias, experts.w2_bias)
+    original = experts.apply
+
+    def apply(
+        output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        **others: Any,
+    ) -> Any:  # fmt: skip
+        mine = (
+            hidden_states.shape[0] <= limit
+            and others.get("expert_map") is None
+            and others.get("a1q_scale") is None
+            and others.get("expert_tokens_meta") is None
+            and topk_ids.dtype in (torch.int32, torch.int64)
+            and hidden_states.dtype == w1.dtype == output.dtype
+            and getattr(experts, "post_gemm2_hook", None) is None
+        )
+        if not mine:
+            return original(
+                output=output, hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights,
+                topk_ids=topk_ids, **others,
+            )  # fmt: skip
+        expert_mlp_into(
+            output, hidden_states, topk_ids, topk_weights, w1, w2, known.gate_up_bias, known.down_bias,
+            known.activation, known.interleaved,
+        )  # fmt: skip
+        return None
+
+    experts.apply = apply
+
+    def take_back() -> None:
+        del experts.apply
+
+    return take_back
+
+
+_WRONG = "sere::expert_mlp"
+
+
+def compare(runner: Any, vllm_config: Any, device: torch.device, limit: int) -> str:
+    """Compute a layer both ways, for every form of kernel up to `limit` tokens.
+
+    That also compiles them before graphs are recorded.
+
+    Returns:
+        What differs, or what of the engine was not as it is known; empty where outputs agree.
+    """
+    top_k = int(runner.moe_config.experts_per_token)
+    # Kernels are cut for up to 8, 16, or more slots, and others come above 32 tokens.
+    sizes = sorted({size for size in (1, max(1, 16 // top_k), 32, limit) if size <= limit})
+    try:
+        for size in sizes:
+            inputs = _random_tokens(runner, size, device)
+            expected = _layer(runner, vllm_config, inputs)
+            take_back = put_before(runner, limit)
+            try:
+                got = _layer(runner, vllm_config, inputs)
+            finally:
+                take_back()
+            apart, norm = (got - expected).norm().item(), expected.norm().item()
+            if not apart <= TOLERANCE * norm:
+                return f"{_WRONG} differs from them by {apart:.2e} of {norm:.2e} for {size} tokens"
+    except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        return f"{_WRONG} could not be compared with them: {type(error).__name__}: {error}"
+    return ""
+
+
+def _random_tokens(runner: Any, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [T, H], weights [T, K] that sum to 1, ids [T, K] of different experts."""
+    moe, generator = runner.moe_config, torch.Generator().manual_seed(size)
+    hidden = torch.randn(size, int(moe.hidden_dim), generator=generator).to(device, moe.in_dtype)
+    scores = torch.rand(size, int(moe.num_local_experts), generator=generator)
+    weights, ids = scores.softmax(-1).topk(int(moe.experts_per_token), dim=-1)
+    weights = (weights / weights.sum(-1, keepdim=True)).to(device)
+    return hidden, weights, ids.to(device, runner._quant_method.topk_indices_dtype or torch.int32)
+
+
+def _layer(runner: Any, vllm_config: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The experts' weighted sum in fp32."""
+    from vllm.forward_context import set_forward_context
+
+    hidden, weights, ids = inputs
+    runner.routed_experts._ensure_moe_quant_config_init()
+    with set_forward_context(None, vllm_config, num_tokens=hidden.shape[0]):
+        output = runner.routed_experts.forward_modular(x=hidden, topk_weights=weights, topk_ids=ids)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"experts gave {type(output).__name__}, no tensor")
+    return output.float()
