@@ -36,6 +36,8 @@ class SweepRow:
         threshold: as in `SereConfig`.
         standard_error: of `perplexity_change`.
         decode_batches: how many were measured; 0 in tables of earlier versions.
+        model: its name, and
+        data: the text, for titles; "" where nobody said.
     """
 
     rule: str
@@ -52,6 +54,8 @@ class SweepRow:
     active_before: float
     active_after: float
     decode_batches: int = 0
+    model: str = ""
+    data: str = ""
 
     @classmethod
     def of(cls, config: SereConfig, result: Evaluation, rule: str | None = None, similarity: str = "") -> SweepRow:
@@ -72,6 +76,10 @@ class SweepRow:
             result.mean_active_after,
             len(result.losses),
         )
+
+    def named(self, model: str, data: str) -> SweepRow:
+        """The row, saying of which model and text it is."""
+        return replace(self, model=model, data=data)
 
     @property
     def upper_bound(self) -> float:
@@ -299,7 +307,7 @@ def whole_batches(tokens: torch.Tensor, decode_batch: int) -> torch.Tensor:
 
 
 # Columns that tables of earlier versions lack.
-_LATER = ("decode_batches",)
+_LATER = ("decode_batches", "model", "data")
 # Columns with what reads them.
 _COLUMNS: dict[str, Callable[[str], Any]] = {
     column.name: {"str": str, "int": int, "float": float}[str(column.type)] for column in dataclasses.fields(SweepRow)

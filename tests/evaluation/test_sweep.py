@@ -12,7 +12,7 @@ import torch
 from sere_compile import Evaluation, EvaluationError, OutputError, SereConfig, SimilarityProfile
 from sere_compile.evaluation import sweep as sweeping
 from sere_compile.evaluation.configured import ConfiguredRule
-from sere_compile.evaluation.plots import plot_sweep
+from sere_compile.evaluation.pareto_plot import plot_sweep
 from sere_compile.evaluation.result import student
 from sere_compile.evaluation.sweep import (
     GateSettings,
@@ -272,10 +272,10 @@ def test_quantiles_of_student(degrees, expected):
 
 
 def test_tables_of_earlier_versions_are_read(tmp_path):
-    """They do not say how many batches were measured."""
+    """They say neither how many batches were measured, nor of which model and text."""
     path = tmp_path / "sweep.csv"
     write_csv([row(4, 5.0, 0.02)], path)
-    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    lines = [line.rsplit(",", 3)[0] for line in path.read_text().splitlines()]
     path.write_text("\n".join(lines))
     assert read_csv(path) == [row(4, 5.0, 0.02, batches=0)]
 
