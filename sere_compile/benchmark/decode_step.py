@@ -12,7 +12,7 @@ from ..errors import SereError
 from ..integrations.transformers import cache_argument
 from ..testing import oracle_routing
 from .result import Row
-from .subject import Subject
+from .subject import Subject, dense_bytes
 from .timing import Timing, capture, time_in_turn
 from .variant import Variant, all_variants, tell_if_blind, those_that_fit, token_error, use_experts
 
@@ -148,16 +148,7 @@ def _row(
     bandwidth: float,
 ) -> Row:
     count = active[variant.select_top_k or subject.blocks[0].top_k]
-    size = _dense_bytes(subject) + count * sum(block.expert_bytes for block in subject.blocks)
+    size = dense_bytes(subject.model, subject.blocks) + count * sum(block.expert_bytes for block in subject.blocks)
     share = size / (timing.median * 1e-6) / bandwidth
     ours = variant.select_top_k is not None
     return Row("decode step", batch, variant.name, ours, timing, error, TOLERANCE, count, size, share)
-
-
-def _dense_bytes(subject: Subject) -> int:
-    """Weights that every step reads: all but experts and the embedding table (a step reads one row of it per token)."""
-    model = subject.model
-    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    experts = sum(block.experts * block.expert_bytes for block in subject.blocks)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(sizes.values()) - experts - (0 if embedding is head else sizes[id(embedding)])

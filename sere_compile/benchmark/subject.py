@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,3 +125,11 @@ def random_profile(blocks: tuple[Block, ...], seed: int = 0) -> SimilarityProfil
         matrix = torch.rand(block.experts, block.experts, generator=generator)
         matrices[f"{block.name}.{block.router_weight}"] = ((matrix + matrix.T) / 2).fill_diagonal_(1.0)
     return SimilarityProfile(matrices, {"method": "random"})
+
+
+def dense_bytes(model: Any, blocks: Sequence[Block]) -> int:
+    """Weights that every step reads: all but experts and the embedding table (a step reads one row of it per token)."""
+    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    experts = sum(block.experts * block.expert_bytes for block in blocks)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(sizes.values()) - experts - (0 if embedding is head else sizes[id(embedding)])

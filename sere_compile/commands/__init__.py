@@ -17,6 +17,7 @@ COMMANDS = {
     "explain": "Print every gate of a model, what re-routing would do to it, and why not.",
     "export": "Write a model with its gates re-routed.",
     "plot": "Draw a similarity profile, or the table of a sweep.",
+    "report": "Gates, similarity, loss and expected speed of a model, and the recommended setting, as one page.",
     "sweep": "S x threshold x substitution x batch as a table, and the setting that a quality budget allows.",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from .pictures import new_figure, save
 from .sweep import SweepRow
 
 COLUMNS = 3
+LIST_WIDTH = 76
 MARKERS = "os^DvPX*<>"
 PALE = 0.3
 # Active experts that differ by less than this share count as equal: rules keep the same number but for chance.
@@ -27,16 +29,6 @@ class Look:
 
     colours: Mapping[str, Any]
     markers: Mapping[str, str]
-    one_similarity: bool
-
-    def label(self, row: SweepRow) -> str:
-        """A setting in words, and what it loses."""
-        size = f"auto, at most {row.max_active}" if row.max_active else f"S = {row.select_top_k}"
-        similarity = "" if self.one_similarity else row.similarity
-        rho = "" if row.threshold == "0" else f"rho {row.threshold}"
-        noise = "" if math.isnan(row.standard_error) else f" ± {row.standard_error:.1%}"
-        setting = ", ".join(filter(None, [size, row.rule, similarity, rho]))
-        return f"{setting}: {row.perplexity_change:+.1%}{noise}"
 
 
 def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
@@ -56,7 +48,8 @@ def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
     width = 4.6 * columns + 1.2
     across = max(1, int(width / (0.6 + 0.055 * max(map(len, look.colours)))))  # inches of a key at 7 points
     keys = -(-(len(look.colours) + len(look.markers) + 1) // across)
-    listed = max(len(pareto_front([row for row in rows if row.decode_batch == b], SLACK)) for b in batches)
+    fronts = [pareto_front([row for row in rows if row.decode_batch == batch], SLACK) for batch in batches]
+    listed = max(_listed(front).count("\n") + 1 for front in fronts)
     figure = new_figure(width, (3.9 + 0.15 * listed) * lines + 1.0 + 0.2 * keys)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(batches) :]:
@@ -92,12 +85,8 @@ def pareto_front(rows: Iterable[SweepRow], slack: float = 0.0) -> list[SweepRow]
 
 
 def title_of(rows: Sequence[SweepRow]) -> str:
-    """Model and text, where the table names them, and the similarity if all rows with one have the same."""
-    similarities = {row.similarity for row in rows} - {""}
-    parts = ["quality against active experts", rows[0].model, rows[0].data]
-    if len(similarities) == 1:
-        parts.append(f"similarity: {similarities.pop()}")
-    return "  |  ".join(filter(None, parts))
+    """Model and text, where the table names them."""
+    return "  |  ".join(filter(None, ["quality against active experts", rows[0].model, rows[0].data]))
 
 
 def _look(rows: Sequence[SweepRow]) -> Look:
@@ -109,7 +98,6 @@ def _look(rows: Sequence[SweepRow]) -> Look:
     return Look(
         {rule: palette[index % len(palette)] for index, rule in enumerate(rules)},
         {size: MARKERS[index % len(MARKERS)] for index, size in enumerate(sizes)},
-        len({row.similarity for row in rows} - {""}) < 2,
     )
 
 
@@ -134,10 +122,15 @@ def _panel(axis: Any, rows: Sequence[SweepRow], look: Look) -> None:
         )  # fmt: skip
     axis.margins(0.15)
     axis.set_title(f"decode batch {rows[0].decode_batch} ({rows[0].active_before:.1f} active without)", fontsize=9)
-    listed = "\n".join(f"{number}  {look.label(row)}" for number, row in enumerate(front, start=1))
     axis.set_xlabel("active experts per layer", fontsize=8)
-    axis.annotate(listed, (0, 0), (0, -34), "axes fraction", "offset points", fontsize=7, va="top")
+    axis.annotate(_listed(front), (0, 0), (0, -34), "axes fraction", "offset points", fontsize=7, va="top")
     axis.tick_params(labelsize=7, labelleft=True)
+
+
+def _listed(front: Sequence[SweepRow]) -> str:
+    """The numbered settings, in lines that are no wider than a panel."""
+    lines = (f"{number}  {row.label}: {row.change}" for number, row in enumerate(front, start=1))
+    return "\n".join(textwrap.fill(line, LIST_WIDTH, subsequent_indent="     ") for line in lines)
 
 
 def _legend(figure: Any, look: Look, across: int) -> None:
@@ -154,6 +147,7 @@ def _legend(figure: Any, look: Look, across: int) -> None:
 def _spread_numbers(figure: Any, axes: Iterable[Any]) -> None:
     """Where numbers would overlap, the later one moves away from its point, along the empty side of the front."""
     figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what is measured now stays
     for axis in axes:
         placed: list[Any] = []
         for number in axis.texts[:-1]:  # the last one is the list

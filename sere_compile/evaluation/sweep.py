@@ -101,10 +101,16 @@ class SweepRow:
 
     @property
     def label(self) -> str:
-        """The setting in a few characters, for a plot."""
-        size = f"auto {self.max_active}" if self.max_active else f"S={self.select_top_k}"
-        rule = "" if self.rule == "reroute" else self.rule
-        return ", ".join(filter(None, [size, rule, "" if self.threshold == "0" else self.threshold]))
+        """The setting in words, for a plot: S, rule, similarity if there is one, rho if there is one."""
+        size = f"auto, at most {self.max_active}" if self.max_active else f"S = {self.select_top_k}"
+        rho = "" if self.threshold == "0" else f"rho {self.threshold}"
+        return ", ".join(filter(None, [size, self.rule, self.similarity, rho]))
+
+    @property
+    def change(self) -> str:
+        """Growth of perplexity in percent, with its standard error where there is one."""
+        noise = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2%}"
+        return f"{self.perplexity_change:+.2%}{noise}"
 
 
 def settings(
@@ -153,7 +159,8 @@ def sweep(
     rows = []
     for batch in decode_batches:
         results = evaluate_rules(model, whole_batches(tokens, batch), rules, decode_batch=batch)
-        rows += [SweepRow.of(config, result, similarity=measured) for config, result in results.items()]
+        for config, result in results.items():
+            rows.append(SweepRow.of(config, result, similarity="" if config.substitution == "fill" else measured))
     return rows
 
 
@@ -350,10 +357,9 @@ def format_table(rows: Sequence[SweepRow]) -> str:
     lines = [f"| {columns.replace(', ', ' | ')} |", "| --- " * len(columns.split(", ")) + "|"]
     for row in rows:
         size = f"auto, {row.max_active} active" if row.max_active else row.select_top_k
-        noise = "" if math.isnan(row.standard_error) else f" ± {row.standard_error:.2%}"
         lines.append(
             f"| {row.rule} | {row.similarity} | {size} | {row.threshold} | {row.decode_batch} | {row.perplexity:.3f} | "
-            f"{row.perplexity_change:+.2%}{noise} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
+            f"{row.change} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
             f"{row.active_before:.1f} -> {row.active_after:.1f} |"
         )
     return "\n".join(lines)

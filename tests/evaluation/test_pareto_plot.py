@@ -92,7 +92,7 @@ def test_error_bars(drawn):
 
 
 def test_numbers_are_listed(drawn):
-    """With what no colour says, and the similarity where there are several."""
+    """With setting, growth and error."""
     rows = [
         row(4, 5.0, 0.02, error=0.001, similarity="cka", threshold="q0.2"),
         row(4, 7.0, 0.01, error=math.nan, select_top_k="auto", max_active="6", similarity="cosine"),
@@ -101,16 +101,16 @@ def test_numbers_are_listed(drawn):
     *numbers, listed = [text.get_text() for text in axis.texts]
     assert numbers == ["1", "2"]
     assert listed.splitlines() == [
-        "1  S = 1, reroute, cka, rho q0.2: +2.0% ± 0.1%",
-        "2  auto, at most 6, reroute, cosine: +1.0%",
+        "1  S = 1, reroute, cka, rho q0.2: +2.00% ± 0.10%",
+        "2  auto, at most 6, reroute, cosine: +1.00%",
     ]
 
 
 def test_title(drawn):
-    """Model and text, and the similarity if it is the same in all rows that have one."""
+    """Model and text, where the table names them."""
     named = {"model": "some model", "data": "books.txt, 4 x 8 tokens"}
     rows = [row(4, 5.0, 0.02, similarity="cka", **named), row(4, 7.0, 0.01, rule="fill", **named)]
-    title = "quality against active experts  |  some model  |  books.txt, 4 x 8 tokens  |  similarity: cka"
+    title = "quality against active experts  |  some model  |  books.txt, 4 x 8 tokens"
     assert drawn(rows).get_suptitle() == title
     assert drawn([row(4, 5.0, 0.02)]).get_suptitle() == "quality against active experts"
 

@@ -99,9 +99,9 @@ def test_a_row_is_a_setting_and_its_result():
 @pytest.mark.parametrize(
     ("columns", "label"),
     [
-        ({}, "S=1"),
-        ({"select_top_k": "auto", "max_active": "7", "threshold": "q0.2"}, "auto 7, q0.2"),
-        ({"rule": "fill", "threshold": "0.5"}, "S=1, fill, 0.5"),
+        ({}, "S = 1, reroute"),
+        ({"select_top_k": "auto", "max_active": "7", "threshold": "q0.2"}, "auto, at most 7, reroute, rho q0.2"),
+        ({"rule": "fill", "threshold": "0.5", "similarity": "cka"}, "S = 1, fill, cka, rho 0.5"),
     ],
 )
 def test_a_row_has_a_short_name(columns, label):
