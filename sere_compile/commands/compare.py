@@ -80,7 +80,8 @@ def compare_command(
         )  # fmt: skip
         rows, names = [], names_of(name, data, sequences, length)
         for size in batch:
-            for setting, result in evaluate_rules(model, whole_batches(tokens, size), rules, decode_batch=size).items():
+            some = whole_batches(tokens, size)
+            for setting, result in evaluate_rules(model, some, rules, decode_batch=size, progress=True).items():
                 config = SereConfig(select_top_k=setting.select_top_k, threshold=setting.threshold)
                 row = SweepRow.of(config, result, setting.rule, setting.similarity_name)
                 rows.append(row.named(**names))

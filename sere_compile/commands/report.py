@@ -51,8 +51,9 @@ def report_command(
         attach(model, matrices)  # raises if it does not fit the model
         gates = explain(model, input_ids=tokens[:2].to(model.device), use_cache=False)
         configs = settings(select_top_k, substitutions=SUBSTITUTIONS, config=SereConfig())
+        rows = sweep(model, tokens, matrices, configs, batch, progress=True)
         contents = Contents(
-            gates=gates, profile=matrices, rows=sweep(model, tokens, matrices, configs, batch), budget=budget / 100,
+            gates=gates, profile=matrices, rows=rows, budget=budget / 100,
             profile_file="" if profile is None else Path(profile).name, speedup=expected_speedup(model),
             made_by=f"sere-compile {importlib.metadata.version('sere-compile')}, torch {torch.__version__}", **names,
         )  # fmt: skip

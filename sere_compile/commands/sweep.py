@@ -95,7 +95,7 @@ def sweep_command(
             _per_layer(model, matrices, tokens, select_top_k, batch[0], budget, config)
             return
         names = names_of(name, data, sequences, length)
-        rows = [row.named(**names) for row in sweep(model, tokens, matrices, configs, batch)]
+        rows = [row.named(**names) for row in sweep(model, tokens, matrices, configs, batch, progress=True)]
         click.echo(format_table(rows))
         _recommend(rows, budget)
         if csv_path is not None:
@@ -143,7 +143,8 @@ def _per_layer(
 
     done = spend_budget(
         model, tokens, profile,
-        budget=budget / 100, select_top_k=select_top_k, decode_batch=batch, config=config, progress=say,
+        budget=budget / 100, select_top_k=select_top_k, decode_batch=batch, config=config, on_step=say,
+        progress=True,
     )  # fmt: skip
     click.echo(f"{done.result}; with 95 % confidence below {done.result.upper_bound:+.2%}", err=True)
     given = {"threshold": config.threshold, "substitution": config.substitution}

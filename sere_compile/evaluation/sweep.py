@@ -144,6 +144,7 @@ def sweep(
     similarity: Mapping[str, torch.Tensor],
     configs: Iterable[SereConfig],
     decode_batches: Iterable[int] = (4, 16, 64),
+    progress: bool = False,
 ) -> list[SweepRow]:
     """Evaluate every setting at every decode batch; the original model runs once per decode batch.
 
@@ -153,12 +154,14 @@ def sweep(
         similarity: [E, E] for each gate; a profile brings its projections.
         configs: the settings.
         decode_batches: values of B.
+        progress: show a bar for each of them.
     """
     rules: dict[SereConfig, Rule] = {config: ConfiguredRule.of(config, similarity) for config in configs}
     measured = similarity.metadata.get("method", "") if isinstance(similarity, SimilarityProfile) else ""
     rows = []
     for batch in decode_batches:
-        results = evaluate_rules(model, whole_batches(tokens, batch), rules, decode_batch=batch)
+        some = whole_batches(tokens, batch)
+        results = evaluate_rules(model, some, rules, decode_batch=batch, progress=progress)
         for config, result in results.items():
             rows.append(SweepRow.of(config, result, similarity="" if config.substitution == "fill" else measured))
     return rows
@@ -248,7 +251,8 @@ def spend_budget(
     select_top_k: Sequence[int],
     decode_batch: int = 16,
     config: SereConfig | None = None,
-    progress: Callable[[GateSettings], None] = lambda settings: None,
+    on_step: Callable[[GateSettings], None] = lambda settings: None,
+    progress: bool = False,
 ) -> GateSettings:
     """Lower S gate by gate, always where the most active experts are saved per perplexity lost, within a budget.
 
@@ -262,7 +266,8 @@ def spend_budget(
         select_top_k: values of S to go through; each gate starts unchanged, then takes them from the largest down.
         decode_batch: B.
         config: the other options.
-        progress: called after each step taken.
+        on_step: called after each step taken.
+        progress: show a bar for each round.
 
     Raises:
         EvaluationError: no value of S.
@@ -280,10 +285,12 @@ def spend_budget(
         rules = {n: ConfiguredRule.of(config.replace(select_top_k=s), similarity) for n, s in chosen.items()}
         return PerGate(rules, top_k)
 
-    state = GateSettings({}, evaluate_rules(model, tokens, {"": rule(level)}, decode_batch=decode_batch)[""], top_k)
+    first = evaluate_rules(model, tokens, {"": rule(level)}, decode_batch=decode_batch, progress=progress)
+    state = GateSettings({}, first[""], top_k)
     while True:
         trials = {name: {**level, name: index + 1} for name, index in level.items() if index + 1 < len(steps)}
-        results = evaluate_rules(model, tokens, {n: rule(t) for n, t in trials.items()}, decode_batch=decode_batch)
+        rules = {name: rule(levels) for name, levels in trials.items()}
+        results = evaluate_rules(model, tokens, rules, decode_batch=decode_batch, progress=progress)
         fitting = {n: r for n, r in results.items() if r.upper_bound <= budget}
         if not fitting:
             return state
@@ -291,7 +298,7 @@ def spend_budget(
         level = trials[best]
         chosen = {name: steps[index] for name, index in level.items() if index >= 0}
         state = replace(state, select_top_k=chosen, result=fitting[best])
-        progress(state)
+        on_step(state)
 
 
 def _gain(now: Evaluation, then: Evaluation) -> tuple[bool, float]:

@@ -137,7 +137,7 @@ def test_every_setting_at_every_decode_batch(monkeypatch):
     """With as many sequences as make whole decoding batches."""
     asked = []
 
-    def evaluated(model, tokens, rules, *, decode_batch):
+    def evaluated(model, tokens, rules, *, decode_batch, progress):
         asked.append((len(tokens), decode_batch, list(rules.values())))
         return {name: replace(result(11.0, 4.0), decode_batch=decode_batch) for name in rules}
 
@@ -151,6 +151,8 @@ def test_every_setting_at_every_decode_batch(monkeypatch):
         (4, "1", "cka"), (4, "2", "cka"), (2, "1", "cka"), (2, "2", "cka"),
     ]  # fmt: skip
     assert {r.similarity for r in sweep(None, torch.zeros(9, 2), matrices(), configs, (4,))} == {""}
+    filled = settings([1], substitutions=["fill"])
+    assert {r.similarity for r in sweep(None, torch.zeros(9, 2), profile, filled, (4,))} == {""}  # it uses none
 
 
 def test_a_rule_for_each_gate():
@@ -171,7 +173,7 @@ class Costs:
         self.lost = {"a": {2: 0.1, 1: 0.2}, "b": {2: 0.2, 1: 1.5}}
         self.asked = []
 
-    def __call__(self, model, tokens, rules, *, decode_batch):
+    def __call__(self, model, tokens, rules, *, decode_batch, progress):
         assert (len(tokens), decode_batch) == (4, 4)
         found = {}
         for name, per_gate in rules.items():
@@ -188,7 +190,7 @@ def spent(monkeypatch, budget, costs=None, select_top_k=(1, 2, 2)):
     similarity = {"a": torch.eye(8), "b": torch.eye(8)}
     state = spend_budget(
         None, torch.zeros(5, 2), similarity, budget=budget, select_top_k=select_top_k, decode_batch=4,
-        progress=steps.append,
+        on_step=steps.append,
     )  # fmt: skip
     return state, steps, costs.asked
 
