@@ -55,18 +55,23 @@ class Subject:
     routing: str
 
 
-def random_model(geometry: str, num_layers: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Subject:
-    """A named geometry with random weights made on the device."""
+def random_model(
+    geometry: str, num_layers: int, dtype: torch.dtype | None = None, device: str | None = None
+) -> Subject:
+    """A named geometry with random weights made on the device: bfloat16 on a GPU, float32 on a CPU."""
     from transformers import AutoModelForCausalLM
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     config = GEOMETRIES[geometry].config(num_layers)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="grouped_mm")
     routing = "random routers (near uniform), random similarity"
-    return make_subject(f"{geometry}, {num_layers} layers, random weights", model.eval(), None, routing)
+    name = f"{geometry}, {num_layers} layers, random weights, {str(dtype).removeprefix('torch.')}"
+    return make_subject(name, model.eval(), None, routing)
 
 
-def loaded_model(name_or_path: str, profile: SimilarityProfile | None, device: str = "cuda") -> Subject:
+def loaded_model(name_or_path: str, profile: SimilarityProfile | None, device: str | None = None) -> Subject:
     """A user's checkpoint; random matrices if there is no profile: they cost the same as real ones."""
     from ..integrations.transformers import load_causal_lm
 

@@ -9,7 +9,7 @@ import click
 
 # Name, and the line that `sere --help` prints: known without importing the file.
 COMMANDS = {
-    "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this GPU.",
+    "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this machine.",
     "calibrate": "Measure how alike the experts of every gate are, on text or without data.",
     "compare": "Compare quality and active experts of re-routing and every other rule, on your model and text.",
     "demo": "Decode with a small trained model that comes with the package, unchanged and re-routed.",
