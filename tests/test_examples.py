@@ -53,3 +53,14 @@ def test_example_fails_when_the_oracle_differs(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "the compiled model differs from the oracle" in done.stderr
+
+
+@pytest.mark.slow
+def test_continuous_batching():
+    """Real text for every prompt, and re-routing changes some of it."""
+    command = [sys.executable, EXAMPLES / "continuous_batching.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (re.findall(rf"{name}  (.*)", done.stdout) for name in ("unchanged", "re-routed"))
+    assert len(before) == len(after) == 6
+    assert before != after
