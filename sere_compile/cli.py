@@ -5,9 +5,12 @@ from __future__ import annotations
 import click
 
 from .commands import LazyGroup
+from .commands.foreign_warnings import silenced
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sere-compile")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Similarity-based expert re-routing for Mixture-of-Experts models."""
+    context.with_resource(silenced())

@@ -53,3 +53,29 @@ def test_example_fails_when_the_oracle_differs(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "the compiled model differs from the oracle" in done.stderr
+
+
+@pytest.mark.slow
+def test_continuous_batching():
+    """Real text for every prompt, and re-routing changes some of it."""
+    command = [sys.executable, EXAMPLES / "continuous_batching.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (re.findall(rf"{name}  (.*)", done.stdout) for name in ("unchanged", "re-routed"))
+    assert len(before) == len(after) == 6
+    assert before != after
+
+
+@pytest.mark.slow
+def test_notebook():
+    """Every cell runs, top to bottom, in a fresh kernel; gates are found and fewer experts are active."""
+    client, notebooks = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = notebooks.read(EXAMPLES / "quick_start.ipynb", as_version=4)
+    client.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "4 MoE gates found, 4 rewritten" in printed
+    active = re.findall(r"([\d.]+) -> ([\d.]+) active experts per step", printed)
+    assert len(active) == 4
+    assert all(float(after) < float(before) for before, after in active)
+    assert printed.count("perplexity") == 3

@@ -1,4 +1,4 @@
-"""Time whole decode steps with a static cache: model, argmax and cache update in one CUDA graph per variant."""
+"""Time whole decode steps with a static cache: model, argmax and cache update, in one CUDA graph on a GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..errors import SereError
 from ..integrations.transformers import cache_argument
 from ..testing import oracle_routing
 from .result import Row
-from .subject import Subject
-from .timing import Timing, capture, time_in_turn
+from .subject import Subject, dense_bytes
+from .timing import Calls, Timing, capture, time_in_turn
 from .variant import Variant, all_variants, tell_if_blind, those_that_fit, token_error, use_experts
 
 # Logits of a whole model in bf16: rounding adds up over layers.
@@ -69,10 +69,11 @@ def bench_decode_step(
     stock: Sequence[str],
     bandwidth: float,
     prompt: int = 128,
-    steps: int = 32,
+    steps: int | None = None,
     rounds: int = 5,
 ) -> list[Row]:
-    """Rows for decoding `steps` tokens after `prompt` tokens, in microseconds per step."""
+    """Rows for decoding `steps` tokens (32, on a CPU 8) after `prompt` tokens, in microseconds per step."""
+    steps = steps or (32 if subject.model.device.type == "cuda" else 8)
     use_experts(subject.model, "grouped_mm")
     decoder = Decoder(subject, batch, prompt, steps)
     top_k = subject.blocks[0].top_k
@@ -103,7 +104,7 @@ def bench_decode_step(
     return [_row(v, subject, batch, times[v.name], errors[v.name], active, bandwidth) for v in variants]
 
 
-def _graph_run(decoder: Decoder, graph: torch.cuda.CUDAGraph) -> Callable[[], None]:
+def _graph_run(decoder: Decoder, graph: torch.cuda.CUDAGraph | Calls) -> Callable[[], None]:
     def run() -> None:
         decoder.reset()
         for _ in range(decoder.steps):
@@ -148,16 +149,7 @@ def _row(
     bandwidth: float,
 ) -> Row:
     count = active[variant.select_top_k or subject.blocks[0].top_k]
-    size = _dense_bytes(subject) + count * sum(block.expert_bytes for block in subject.blocks)
+    size = dense_bytes(subject.model, subject.blocks) + count * sum(block.expert_bytes for block in subject.blocks)
     share = size / (timing.median * 1e-6) / bandwidth
     ours = variant.select_top_k is not None
     return Row("decode step", batch, variant.name, ours, timing, error, TOLERANCE, count, size, share)
-
-
-def _dense_bytes(subject: Subject) -> int:
-    """Weights that every step reads: all but experts and the embedding table (a step reads one row of it per token)."""
-    model = subject.model
-    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    experts = sum(block.experts * block.expert_bytes for block in subject.blocks)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(sizes.values()) - experts - (0 if embedding is head else sizes[id(embedding)])

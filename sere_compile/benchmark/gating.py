@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..errors import SereError
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
-from .timing import time_in_turn
+from .timing import Run, time_in_turn
 from .variant import Variant, all_variants, token_error
 
 # Calls in one graph: a call takes a few microseconds, and the start of a replay must not be what is measured.
@@ -86,7 +86,7 @@ def bench_gating(
         torch.randn(size, device=weight.device, generator=_seeded(weight, i)).to(weight.dtype) for i in range(CALLS)
     ]
     matrices = {"router.weight": subject.matrices[f"{block.name}.{block.router_weight}"]}
-    runs: dict[str, Callable[[], object] | torch.cuda.CUDAGraph] = {}
+    runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     keep: list[Any] = []
     variants = [

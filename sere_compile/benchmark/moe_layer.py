@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from ..testing import oracle_routing
 from .result import Row
 from .subject import Block, Subject
-from .timing import Timing, time_in_turn
+from .timing import Run, Timing, time_in_turn
 from .variant import (
     Variant,
     all_variants,
@@ -37,7 +37,7 @@ def bench_moe_layer(
     expected, active = _references(subject, block, inputs, selects)
     outputs = {select: torch.cat(results) for select, results in expected.items()}
     tell_if_blind(f"MoE layer, batch {batch}", outputs, block.top_k, TOLERANCE)
-    runs: dict[str, Callable[[], object] | torch.cuda.CUDAGraph] = {}
+    runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     keep: list[Any] = []
 

@@ -86,7 +86,9 @@ class Results:
 
     def table(self) -> str:
         """Markdown: one section per kind of measurement."""
-        lines = [f"{self.subject}", f"{self.machine}, copy {self.copy_bandwidth / 1e12:.2f} TB/s; {self.routing}"]
+        copied = self.copy_bandwidth
+        speed = f"{copied / 1e12:.2f} TB/s" if copied >= 1e12 else f"{copied / 1e9:.1f} GB/s"
+        lines = [f"{self.subject}", f"{self.machine}, copy {speed}; {self.routing}"]
         for what in dict.fromkeys(row.what for row in self.rows):
             lines += ["", f"### {what}", "", "| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
             lines += ["| " + " | ".join(self._cells(row)) + " |" for row in self.rows if row.what == what]

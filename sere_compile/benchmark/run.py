@@ -20,7 +20,7 @@ from .gating import bench_gating
 from .moe_layer import bench_moe_layer
 from .result import Results, Row
 from .subject import Subject
-from .timing import cache_bytes, copy_bandwidth
+from .timing import cache_bytes, copy_bandwidth, machine_name
 
 KINDS: dict[str, Callable[..., list[Row]]] = {
     "gating": bench_gating,
@@ -33,27 +33,17 @@ _ABOUT = {
 }
 
 
-def require_device() -> None:
-    """Raise SereError where there is no CUDA device."""
-    if not torch.cuda.is_available():
-        raise SereError("sere bench times kernels: it needs a CUDA device")
-
-
 def begin(subject: Subject) -> Results:
-    """Results without rows: the machine and its copy bandwidth.
-
-    Raises:
-        SereError: no CUDA device.
-    """
-    require_device()
-    device = torch.cuda.get_device_name()
-    machine = f"{device}, torch {torch.__version__}, triton {triton.__version__}"
+    """Results without rows: the machine and its copy bandwidth."""
+    on_gpu = torch.cuda.is_available()
+    machine = f"{machine_name()}, torch {torch.__version__}" + (f", triton {triton.__version__}" if on_gpu else "")
     results = Results(subject.name, machine, copy_bandwidth(), subject.routing)
     experts, cache = max(block.experts * block.expert_bytes for block in subject.blocks), cache_bytes()
     if experts < cache:
+        level = "L2" if on_gpu else "last-level"
         results.notes.append(
-            f"a layer's experts, {experts / 1e6:.0f} MB, fit the L2 cache of {cache / 1e6:.0f} MB: a layer timed alone "
-            "reads them from there, and its share of the copy bandwidth means nothing"
+            f"a layer's experts, {experts / 1e6:.0f} MB, fit the {level} cache of {cache / 1e6:.0f} MB: a layer timed "
+            "alone reads them from there, and its share of the copy bandwidth means nothing"
         )
     return results
 
@@ -73,7 +63,7 @@ def run_bench(
 
     Args:
         results: from `begin`.
-        subject: on a CUDA device.
+        subject: on the machine's GPU, or on its CPU.
         kinds: some of `KINDS`.
         batches: numbers of tokens.
         selects: S; K or more leaves the model unchanged.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,18 +55,23 @@ class Subject:
     routing: str
 
 
-def random_model(geometry: str, num_layers: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Subject:
-    """A named geometry with random weights made on the device."""
+def random_model(
+    geometry: str, num_layers: int, dtype: torch.dtype | None = None, device: str | None = None
+) -> Subject:
+    """A named geometry with random weights made on the device: bfloat16 on a GPU, float32 on a CPU."""
     from transformers import AutoModelForCausalLM
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     config = GEOMETRIES[geometry].config(num_layers)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="grouped_mm")
     routing = "random routers (near uniform), random similarity"
-    return make_subject(f"{geometry}, {num_layers} layers, random weights", model.eval(), None, routing)
+    name = f"{geometry}, {num_layers} layers, random weights, {str(dtype).removeprefix('torch.')}"
+    return make_subject(name, model.eval(), None, routing)
 
 
-def loaded_model(name_or_path: str, profile: SimilarityProfile | None, device: str = "cuda") -> Subject:
+def loaded_model(name_or_path: str, profile: SimilarityProfile | None, device: str | None = None) -> Subject:
     """A user's checkpoint; random matrices if there is no profile: they cost the same as real ones."""
     from ..integrations.transformers import load_causal_lm
 
@@ -125,3 +130,11 @@ def random_profile(blocks: tuple[Block, ...], seed: int = 0) -> SimilarityProfil
         matrix = torch.rand(block.experts, block.experts, generator=generator)
         matrices[f"{block.name}.{block.router_weight}"] = ((matrix + matrix.T) / 2).fill_diagonal_(1.0)
     return SimilarityProfile(matrices, {"method": "random"})
+
+
+def dense_bytes(model: Any, blocks: Sequence[Block]) -> int:
+    """Weights that every step reads: all but experts and the embedding table (a step reads one row of it per token)."""
+    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    experts = sum(block.experts * block.expert_bytes for block in blocks)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(sizes.values()) - experts - (0 if embedding is head else sizes[id(embedding)])

@@ -12,7 +12,7 @@ import torch
 
 from ..backend import sere_backend
 from ..errors import SereError
-from .timing import call_all, capture
+from .timing import Run, call_all, capture
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class Variant:
 
     def run_of(
         self, function: Callable[..., Any], inputs: list[torch.Tensor], keep: list[Any]
-    ) -> tuple[Callable[[], object] | torch.cuda.CUDAGraph, list[Any]]:
-        """What calls the function on all inputs (a graph, or one by one if eager), and what it returned.
+    ) -> tuple[Run, list[Any]]:
+        """What calls the function on all inputs (a graph, or one by one if eager or on a CPU), and what it returned.
 
         `keep` collects what has to live as long as the graph.
         """

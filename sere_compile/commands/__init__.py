@@ -9,7 +9,7 @@ import click
 
 # Name, and the line that `sere --help` prints: known without importing the file.
 COMMANDS = {
-    "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this GPU.",
+    "bench": "Time gating, Mixture-of-Experts layer and decode step, stock against ours, on this machine.",
     "calibrate": "Measure how alike the experts of every gate are, on text or without data.",
     "compare": "Compare quality and active experts of re-routing and every other rule, on your model and text.",
     "demo": "Decode with a small trained model that comes with the package, unchanged and re-routed.",
@@ -17,6 +17,7 @@ COMMANDS = {
     "explain": "Print every gate of a model, what re-routing would do to it, and why not.",
     "export": "Write a model with its gates re-routed.",
     "plot": "Draw a similarity profile, or the table of a sweep.",
+    "report": "Gates, similarity, loss and expected speed of a model, and the recommended setting, as one page.",
     "sweep": "S x threshold x substitution x batch as a table, and the setting that a quality budget allows.",
 }
 

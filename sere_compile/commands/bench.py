@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
+import torch
 
 from ..benchmark.geometries import GEOMETRIES
 from ..errors import MissingExtraError, SereError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Layers of a geometry unless --layers is given.
 LAYERS = 12
+CPU_LAYERS = 2
+_LAYERS = f"Layers of a geometry; {LAYERS} on a GPU, {CPU_LAYERS} on a CPU."
 
 
 def _size(text: str) -> int:
@@ -38,7 +41,7 @@ _SIZES = "positive whole numbers such as 8,32"
 @click.option("--geometry", type=click.Choice(list(GEOMETRIES)), help="A published model's shape with random weights.")
 @click.option("--model", "name", help=MODEL_HELP)
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile; random without.")
-@click.option("--layers", type=click.IntRange(min=2), help=f"Layers of a geometry; {LAYERS} by default.")
+@click.option("--layers", type=click.IntRange(min=2), help=_LAYERS)
 @click.option("--what", default="gating,layer,decode", show_default=True, help="What to time.")
 @click.option("--batch", type=Numbers(_size, _SIZES), default="8,32,64", show_default=True, help="Batch sizes.")
 @click.option(
@@ -59,15 +62,17 @@ def bench_command(
     json_path: str | None,
     plot_path: str | None,
 ) -> None:
-    """Time gating, Mixture-of-Experts layer and decode step of a model, stock against ours, on this GPU.
+    """Time gating, Mixture-of-Experts layer and decode step of a model, stock against ours, on this machine.
 
-    Every compiled variant is a CUDA graph; all variants take turns in one process. Outputs are compared first: where
-    one disagrees, no speed-up is printed and the exit status is 1, as it is where something could not be measured.
+    All variants take turns in one process, so that their ratios hold; on a GPU each is a CUDA graph. Outputs are
+    compared first: where one disagrees, no speed-up is printed and the exit status is 1, as it is where something could
+    not be measured.
 
     \b
     sere bench --geometry qwen3-30b-a3b --what decode --batch 16,32 --json bench.json
+    sere bench --model qwen3 --what layer,decode --batch 16
     """  # noqa: D301
-    from ..benchmark.run import KINDS, begin, require_device, run_bench
+    from ..benchmark.run import KINDS, begin, run_bench
     from ..benchmark.subject import loaded_model, random_model
     from ..similarity.profile import SimilarityProfile
 
@@ -82,9 +87,8 @@ def bench_command(
         raise click.UsageError("--layers is for --geometry; a model has a fixed number of layers")
     implementations = _experts(stock)
     try:
-        require_device()
         if geometry is not None:
-            subject = random_model(geometry, layers or LAYERS)
+            subject = random_model(geometry, layers or (LAYERS if torch.cuda.is_available() else CPU_LAYERS))
         else:
             matrices = None if profile is None else SimilarityProfile.load(profile)
             subject = loaded_model(name, matrices)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ from ..errors import SereError
 from ..evaluation.text import mixed_windows
 from ..experts.metrics import CkaAccumulator
 from ..integrations.transformers import load_causal_lm
-from .options import MODEL_HELP
+from ..similarity.profile import SimilarityProfile
+from .options import MODEL_HELP, names_of
 from .output_file import OutputFile, ProfileFile
 
 
@@ -64,6 +65,8 @@ def calibrate_command(
             rows = mixed_windows(tokenizer, data, field, length, sequences)
             batches = [{"input_ids": part} for part in rows.split(batch)]
         profile = calibrate(model, batches, max_tokens=length * sequences if data else None, **options)
+        known = {**profile.metadata, **names_of(name, data, sequences, length)}
+        profile = SimilarityProfile(dict(profile), known, profile.projections)
         profile.save(out)
     except SereError as error:
         raise click.ClickException(str(error)) from error

@@ -14,7 +14,7 @@ from ..evaluation.sweep import SweepRow, format_table, whole_batches, write_csv
 from ..evaluation.text import mixed_windows
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
-from .options import Numbers, counts, data_options, load_subject, number_or_share, some_numbers
+from .options import Numbers, counts, data_options, load_subject, names_of, number_or_share, some_numbers
 from .output_file import OutputFile
 
 
@@ -78,11 +78,13 @@ def compare_command(
             loaded, reference=next(iter(loaded)), select_top_k=select_top_k, thresholds=threshold,
             fills=fill, restores=restore, others=own,
         )  # fmt: skip
-        rows = []
+        rows, names = [], names_of(name, data, sequences, length)
         for size in batch:
-            for setting, result in evaluate_rules(model, whole_batches(tokens, size), rules, decode_batch=size).items():
+            some = whole_batches(tokens, size)
+            for setting, result in evaluate_rules(model, some, rules, decode_batch=size, progress=True).items():
                 config = SereConfig(select_top_k=setting.select_top_k, threshold=setting.threshold)
-                rows.append(SweepRow.of(config, result, setting.rule, setting.similarity_name))
+                row = SweepRow.of(config, result, setting.rule, setting.similarity_name)
+                rows.append(row.named(**names))
         click.echo(format_table(rows))
         if csv_path is not None:
             write_csv(rows, csv_path)

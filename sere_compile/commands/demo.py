@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
 import torch
 
+from ..benchmark.timing import machine_name
 from ..errors import SereError
 from ..integrations.generate import generate_config
 from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
 from ..statistics import stats
 
+# Generations with each configuration that are timed.
+ROUNDS = 5
 # Of what the models were trained on: Python's standard library, and novels of Jane Austen.
 PROMPTS = (
     "def __init__(self,",
@@ -38,7 +45,7 @@ PROMPTS = (
 @click.option("--select-top-k", type=int, default=1, show_default=True, help="S.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="Tokens to decode.")
 def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
-    """Decode a batch of prompts with a small trained model, unchanged and re-routed, and count its active experts.
+    """Decode a batch of prompts with a small trained model, unchanged and re-routed; count experts, time both.
 
     \b
     sere demo --model mixtral --select-top-k 1
@@ -47,11 +54,16 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
         # The graph is small: on a CPU, compiling it would take longer than the demo.
         inner = "inductor" if torch.cuda.is_available() else "eager"
         sere = generate_config(select_top_k=select_top_k, collect_stats=True, inner=inner)
+        alike = {
+            "unchanged": _without_re_routing(generate_config(inner=inner)),
+            "re-routed": generate_config(select_top_k=select_top_k, inner=inner),
+        }
         model, tokenizer = load_causal_lm(str(SHIPPED / kind), dtype=torch.float32)
         original = _continuations(model, tokenizer, new_tokens, None)
         rerouted = _continuations(model, tokenizer, new_tokens, sere)
         top_k = model.config.num_experts_per_tok
         counted = stats(model) if select_top_k < top_k else {}
+        seconds = _seconds(model, tokenizer, new_tokens, alike) if counted else {}
     except SereError as error:
         raise click.ClickException(str(error)) from error
     for prompt, before, after in zip(PROMPTS, original, rerouted, strict=True):
@@ -65,6 +77,32 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
     click.echo(f"\nactive experts per step, decode batch {len(PROMPTS)}, S = {select_top_k}")
     for name, gate in counted.items():
         click.echo(f"{name}: {gate.mean_active_before:.1f} -> {gate.mean_active_after:.1f}")
+    each = {name: 1e3 * taken / new_tokens for name, taken in seconds.items()}
+    click.echo(
+        f"\nms per step, {machine_name()}, in turn, medians of {ROUNDS}: unchanged {each['unchanged']:.1f}, re-routed "
+        f"{each['re-routed']:.1f} ({each['unchanged'] / each['re-routed']:.2f}x), both compiled, inner={inner!r}.\n"
+        "These experts are small enough for a cache; sere bench times larger ones, and your model."
+    )
+
+
+def _without_re_routing(config: Any) -> Any:
+    """The same configuration with the inner compiler alone."""
+    options = {name: value for name, value in config.options.items() if name != "inner"}
+    changed = dataclasses.replace(config, backend=config.options["inner"], options=options or None)
+    changed._compile_all_devices = True
+    return changed
+
+
+def _seconds(model: Any, tokenizer: Any, new_tokens: int, configs: Mapping[str, Any]) -> dict[str, float]:
+    """Median seconds of a generation with each configuration, in turn; the first, which compiles, is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in configs}
+    for index in range(1 + ROUNDS):
+        for name, config in configs.items():
+            start = time.perf_counter()
+            _continuations(model, tokenizer, new_tokens, config)
+            if index:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def _continuations(model: Any, tokenizer: Any, new_tokens: int, compile_config: Any) -> list[str]:

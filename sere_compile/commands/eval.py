@@ -33,7 +33,7 @@ def eval_command(
         matrices = SimilarityProfile.load(profile)
         model, _, tokens = load_subject(name, data, field, length, sequences, dtype)
         attach(model, matrices)  # raises if it does not fit the model
-        result = evaluate(model, tokens, profile=matrices, decode_batch=batch, **options)
+        result = evaluate(model, tokens, profile=matrices, decode_batch=batch, progress=True, **options)
     except SereError as error:
         raise click.ClickException(str(error)) from error
     click.echo(str(result))

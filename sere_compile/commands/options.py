@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -137,6 +138,15 @@ def _with(options: list[Callable[..., Any]], command: Callable[..., Any]) -> Cal
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def names_of(name: str, data: Sequence[str], sequences: int, length: int) -> dict[str, str]:
+    """What titles say: the model, and the text with its amount; of files and folders the last part of the path."""
+    files = ", ".join(Path(path).name for path in data)
+    return {
+        "model": Path(name).resolve().name if Path(name).exists() else name,
+        "data": f"{files}, {sequences} x {length} tokens" if data else "without data",
+    }
 
 
 def load_subject(

@@ -39,7 +39,7 @@ class Picture(OutputFile):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The path as it was given."""
-        from ..evaluation.plots import picture_formats
+        from ..evaluation.pictures import picture_formats
 
         try:
             formats = picture_formats()

@@ -8,7 +8,8 @@ import click
 
 from ..config import SereConfig
 from ..errors import SereError
-from ..evaluation.plots import plot_profile, plot_sweep
+from ..evaluation.heat_maps import plot_profile
+from ..evaluation.pareto_plot import plot_sweep
 from ..evaluation.sweep import read_csv
 from ..similarity.profile import SimilarityProfile
 from .options import number_or_share
@@ -28,19 +29,24 @@ from .output_file import Picture
 def plot_command(source: str, out: str, threshold: float | str) -> None:
     """Draw SOURCE: heat maps of a profile (.safetensors), or quality against active experts (.csv of `sere sweep`).
 
+    Of a profile with more than 12 gates: an overview, and pages of heat maps beside it.
+
     \b
     sere plot profile.safetensors -o heat.png
     sere plot sweep.csv -o pareto.svg
     """  # noqa: D301
     if Path(source).suffix not in (".csv", ".safetensors"):
         raise click.UsageError(
-            f"{source} is neither a .safetensors file of `sere calibrate` nor a .csv file of `sere sweep`"
+            f"{source} is neither a .safetensors file of `sere calibrate` nor a .csv file of `sere sweep` or "
+            "`sere compare`"
         )
     try:
         SereConfig(threshold=threshold)  # raises if it is wrong
         if Path(source).suffix == ".csv":
             plot_sweep(read_csv(source), out)
         else:
-            plot_profile(SimilarityProfile.load(source), out, threshold)
+            written = plot_profile(SimilarityProfile.load(source), out, threshold)
+            if len(written) > 1:
+                click.echo(f"{written[0]}: all gates; {written[1]} .. {written[-1].name}: their maps")
     except SereError as error:
         raise click.ClickException(str(error)) from error

@@ -11,7 +11,7 @@ import torch
 
 from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import SereError
-from ..evaluation.plots import plot_sweep
+from ..evaluation.pareto_plot import plot_sweep
 from ..evaluation.sweep import (
     GateSettings,
     SweepRow,
@@ -25,7 +25,16 @@ from ..evaluation.sweep import (
 )
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
-from .options import Numbers, counts, data_options, load_subject, min_active_option, number_or_share, per_gate_option
+from .options import (
+    Numbers,
+    counts,
+    data_options,
+    load_subject,
+    min_active_option,
+    names_of,
+    number_or_share,
+    per_gate_option,
+)
 from .output_file import OutputFile, Picture
 
 
@@ -85,7 +94,8 @@ def sweep_command(
             config = config.replace(threshold=threshold[0], substitution=substitution)
             _per_layer(model, matrices, tokens, select_top_k, batch[0], budget, config)
             return
-        rows = sweep(model, tokens, matrices, configs, batch)
+        names = names_of(name, data, sequences, length)
+        rows = [row.named(**names) for row in sweep(model, tokens, matrices, configs, batch, progress=True)]
         click.echo(format_table(rows))
         _recommend(rows, budget)
         if csv_path is not None:
@@ -133,7 +143,8 @@ def _per_layer(
 
     done = spend_budget(
         model, tokens, profile,
-        budget=budget / 100, select_top_k=select_top_k, decode_batch=batch, config=config, progress=say,
+        budget=budget / 100, select_top_k=select_top_k, decode_batch=batch, config=config, on_step=say,
+        progress=True,
     )  # fmt: skip
     click.echo(f"{done.result}; with 95 % confidence below {done.result.upper_bound:+.2%}", err=True)
     given = {"threshold": config.threshold, "substitution": config.substitution}

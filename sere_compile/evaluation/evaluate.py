@@ -36,6 +36,7 @@ def evaluate(
     profile: SimilarityProfile | None = None,
     decode_batch: int = 16,
     attention_mask: torch.Tensor | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Evaluation:
     """Compare a model that decodes with re-routing to the unchanged model, on held-out tokens.
@@ -51,6 +52,7 @@ def evaluate(
         profile: similarity; None: the one attached to the model, or none where every gate is filled.
         decode_batch: B.
         attention_mask: [N, L], 0 at padding.
+        progress: show a bar.
         **options: of `SereConfig`, as for the backend.
 
     Raises:
@@ -64,8 +66,9 @@ def evaluate(
         rule = ConfiguredRule(config, {})
     else:
         rule = ConfiguredRule(config, *_attached_matrices(model))
-    results = evaluate_rules(model, tokens, {"": rule}, decode_batch=decode_batch, attention_mask=attention_mask)
-    return results[""]
+    return evaluate_rules(
+        model, tokens, {"": rule}, decode_batch=decode_batch, attention_mask=attention_mask, progress=progress
+    )[""]
 
 
 def _attached_matrices(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -84,6 +87,7 @@ def evaluate_rules(
     *,
     decode_batch: int = 16,
     attention_mask: torch.Tensor | None = None,
+    progress: bool = False,
 ) -> dict[Name, Evaluation]:
     """Compare a model under each of several routing rules to the unchanged model.
 
@@ -97,6 +101,7 @@ def evaluate_rules(
         decode_batch: B.
         attention_mask: [N, L], 0 at padding: padding activates no expert, and predictions of padding or from it
             do not count.
+        progress: show a bar, which counts forwards over the same tokens: one of the original, one for each rule.
 
     Raises:
         EvaluationError: wrong shapes, nothing to predict, no gate, or a gate that cannot be re-routed.
@@ -106,19 +111,24 @@ def evaluate_rules(
     totals = {name: Totals() for name in rules}
     training = model.training
     model.eval()
+    rows = decode_batch * _batches_a_forward(model, tokens.shape[1], decode_batch)
+    parts = list(zip(tokens.to(_device(model)).split(rows), mask.to(_device(model)).split(rows), strict=True))
+    bar = _bar(len(parts) * (1 + len(rules)), decode_batch, progress)
     try:
-        rows = decode_batch * _batches_a_forward(model, tokens.shape[1], decode_batch)
-        for part, real in zip(tokens.to(_device(model)).split(rows), mask.to(_device(model)).split(rows), strict=True):
+        for part, real in parts:
             inputs = _inputs(part, real, padded=attention_mask is not None)
             before = _Recorder(None, real, decode_batch)
             routed.decide = before
             original = _log_probabilities(routed(**inputs))
+            bar.update()
             for name, rule in rules.items():
                 after = _Recorder(rule, real, decode_batch)
                 routed.decide = after
                 changed = _log_probabilities(routed(**inputs))
                 totals[name].add(original, changed, part, real, before.active, after.active, decode_batch)
+                bar.update()
     finally:
+        bar.close()
         model.train(training)
     return {name: total.result(decode_batch) for name, total in totals.items()}
 
@@ -185,6 +195,13 @@ def _batches_a_forward(model: nn.Module, length: int, decode_batch: int) -> int:
     if not isinstance(vocabulary, int):
         return 1
     return max(1, _MOST_LOGITS // (decode_batch * length * vocabulary))
+
+
+def _bar(forwards: int, decode_batch: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm  # here, because it looks for a notebook
+
+    name = f"evaluating, decode batch {decode_batch}"
+    return tqdm(total=forwards, unit="forward", desc=name, disable=not progress)
 
 
 def _inputs(tokens: torch.Tensor, real: torch.Tensor, padded: bool) -> dict[str, Any]:

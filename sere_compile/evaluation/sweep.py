@@ -36,6 +36,8 @@ class SweepRow:
         threshold: as in `SereConfig`.
         standard_error: of `perplexity_change`.
         decode_batches: how many were measured; 0 in tables of earlier versions.
+        model: its name, and
+        data: the text, for titles; "" where nobody said.
     """
 
     rule: str
@@ -52,6 +54,8 @@ class SweepRow:
     active_before: float
     active_after: float
     decode_batches: int = 0
+    model: str = ""
+    data: str = ""
 
     @classmethod
     def of(cls, config: SereConfig, result: Evaluation, rule: str | None = None, similarity: str = "") -> SweepRow:
@@ -73,6 +77,10 @@ class SweepRow:
             len(result.losses),
         )
 
+    def named(self, model: str, data: str) -> SweepRow:
+        """The row, saying of which model and text it is."""
+        return replace(self, model=model, data=data)
+
     @property
     def upper_bound(self) -> float:
         """Of `perplexity_change`, with 95 % confidence; NaN where too few batches were measured to say."""
@@ -93,10 +101,16 @@ class SweepRow:
 
     @property
     def label(self) -> str:
-        """The setting in a few characters, for a plot."""
-        size = f"auto {self.max_active}" if self.max_active else f"S={self.select_top_k}"
-        rule = "" if self.rule == "reroute" else self.rule
-        return ", ".join(filter(None, [size, rule, "" if self.threshold == "0" else self.threshold]))
+        """The setting in words, for a plot: S, rule, similarity if there is one, rho if there is one."""
+        size = f"auto, at most {self.max_active}" if self.max_active else f"S = {self.select_top_k}"
+        rho = "" if self.threshold == "0" else f"rho {self.threshold}"
+        return ", ".join(filter(None, [size, self.rule, self.similarity, rho]))
+
+    @property
+    def change(self) -> str:
+        """Growth of perplexity in percent, with its standard error where there is one."""
+        noise = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2%}"
+        return f"{self.perplexity_change:+.2%}{noise}"
 
 
 def settings(
@@ -130,6 +144,7 @@ def sweep(
     similarity: Mapping[str, torch.Tensor],
     configs: Iterable[SereConfig],
     decode_batches: Iterable[int] = (4, 16, 64),
+    progress: bool = False,
 ) -> list[SweepRow]:
     """Evaluate every setting at every decode batch; the original model runs once per decode batch.
 
@@ -139,13 +154,16 @@ def sweep(
         similarity: [E, E] for each gate; a profile brings its projections.
         configs: the settings.
         decode_batches: values of B.
+        progress: show a bar for each of them.
     """
     rules: dict[SereConfig, Rule] = {config: ConfiguredRule.of(config, similarity) for config in configs}
     measured = similarity.metadata.get("method", "") if isinstance(similarity, SimilarityProfile) else ""
     rows = []
     for batch in decode_batches:
-        results = evaluate_rules(model, whole_batches(tokens, batch), rules, decode_batch=batch)
-        rows += [SweepRow.of(config, result, similarity=measured) for config, result in results.items()]
+        some = whole_batches(tokens, batch)
+        results = evaluate_rules(model, some, rules, decode_batch=batch, progress=progress)
+        for config, result in results.items():
+            rows.append(SweepRow.of(config, result, similarity="" if config.substitution == "fill" else measured))
     return rows
 
 
@@ -233,7 +251,8 @@ def spend_budget(
     select_top_k: Sequence[int],
     decode_batch: int = 16,
     config: SereConfig | None = None,
-    progress: Callable[[GateSettings], None] = lambda settings: None,
+    on_step: Callable[[GateSettings], None] = lambda settings: None,
+    progress: bool = False,
 ) -> GateSettings:
     """Lower S gate by gate, always where the most active experts are saved per perplexity lost, within a budget.
 
@@ -247,7 +266,8 @@ def spend_budget(
         select_top_k: values of S to go through; each gate starts unchanged, then takes them from the largest down.
         decode_batch: B.
         config: the other options.
-        progress: called after each step taken.
+        on_step: called after each step taken.
+        progress: show a bar for each round.
 
     Raises:
         EvaluationError: no value of S.
@@ -265,10 +285,12 @@ def spend_budget(
         rules = {n: ConfiguredRule.of(config.replace(select_top_k=s), similarity) for n, s in chosen.items()}
         return PerGate(rules, top_k)
 
-    state = GateSettings({}, evaluate_rules(model, tokens, {"": rule(level)}, decode_batch=decode_batch)[""], top_k)
+    first = evaluate_rules(model, tokens, {"": rule(level)}, decode_batch=decode_batch, progress=progress)
+    state = GateSettings({}, first[""], top_k)
     while True:
         trials = {name: {**level, name: index + 1} for name, index in level.items() if index + 1 < len(steps)}
-        results = evaluate_rules(model, tokens, {n: rule(t) for n, t in trials.items()}, decode_batch=decode_batch)
+        rules = {name: rule(levels) for name, levels in trials.items()}
+        results = evaluate_rules(model, tokens, rules, decode_batch=decode_batch, progress=progress)
         fitting = {n: r for n, r in results.items() if r.upper_bound <= budget}
         if not fitting:
             return state
@@ -276,7 +298,7 @@ def spend_budget(
         level = trials[best]
         chosen = {name: steps[index] for name, index in level.items() if index >= 0}
         state = replace(state, select_top_k=chosen, result=fitting[best])
-        progress(state)
+        on_step(state)
 
 
 def _gain(now: Evaluation, then: Evaluation) -> tuple[bool, float]:
@@ -299,7 +321,7 @@ def whole_batches(tokens: torch.Tensor, decode_batch: int) -> torch.Tensor:
 
 
 # Columns that tables of earlier versions lack.
-_LATER = ("decode_batches",)
+_LATER = ("decode_batches", "model", "data")
 # Columns with what reads them.
 _COLUMNS: dict[str, Callable[[str], Any]] = {
     column.name: {"str": str, "int": int, "float": float}[str(column.type)] for column in dataclasses.fields(SweepRow)
@@ -342,10 +364,9 @@ def format_table(rows: Sequence[SweepRow]) -> str:
     lines = [f"| {columns.replace(', ', ' | ')} |", "| --- " * len(columns.split(", ")) + "|"]
     for row in rows:
         size = f"auto, {row.max_active} active" if row.max_active else row.select_top_k
-        noise = "" if math.isnan(row.standard_error) else f" ± {row.standard_error:.2%}"
         lines.append(
             f"| {row.rule} | {row.similarity} | {size} | {row.threshold} | {row.decode_batch} | {row.perplexity:.3f} | "
-            f"{row.perplexity_change:+.2%}{noise} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
+            f"{row.change} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
             f"{row.active_before:.1f} -> {row.active_after:.1f} |"
         )
     return "\n".join(lines)

@@ -1,6 +1,5 @@
 """`sere bench` without a GPU: options, table, files, exit status."""
 
-import functools
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ from click.testing import CliRunner
 
 from sere_compile.benchmark import run, variant
 from sere_compile.benchmark.result import Results
+from sere_compile.benchmark.timing import machine_name
 from sere_compile.cli import main
 
 from ..benchmark.made import results_of, results_row
@@ -18,14 +18,9 @@ from ..benchmark.made import results_of, results_row
 def test_the_command_on_a_checkpoint(subject, without_gpu, monkeypatch, tmp_path, agrees):
     """--model: table, JSON and plot; exit status 1 and no speed-up anywhere when an output of ours is wrong."""
     pytest.importorskip("matplotlib")
-    from sere_compile.benchmark import subject as subjects
-
     subject.model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(subjects, "loaded_model", functools.partial(subjects.loaded_model, device="cpu"))
-    monkeypatch.setattr(run, "require_device", lambda: None)
     monkeypatch.setattr(run, "copy_bandwidth", lambda: 1e12)
     monkeypatch.setattr(run, "cache_bytes", lambda: 60_000_000)
-    monkeypatch.setattr(run.torch.cuda, "get_device_name", lambda: "no machine")
     compiled = variant.Variant.compiled
 
     def perhaps_wrong(self, function):
@@ -46,21 +41,19 @@ def test_the_command_on_a_checkpoint(subject, without_gpu, monkeypatch, tmp_path
 
 
 def test_nothing_is_measured_twice(subject, monkeypatch):
-    """However often it is asked for; without --layers a geometry has twelve."""
+    """However often it is asked for; without --layers a geometry has twelve, on a CPU two."""
     given = []
-    monkeypatch.setattr(run, "require_device", lambda: None)
     monkeypatch.setattr(run, "begin", lambda _: results_of([results_row()]))
     monkeypatch.setattr(run, "run_bench", lambda *arguments: given.extend(arguments[2:5]))
     monkeypatch.setattr("sere_compile.benchmark.subject.random_model", lambda *arguments: given.append(arguments))
     options = ["--what", "layer,gating,layer", "--batch", "3,5,3", "--select-top-k", "K,1,1"]
     done = CliRunner().invoke(main, ["bench", "--geometry", "mixtral-8x7b", *options])
     assert done.exit_code == 0, done.output
-    assert given == [("mixtral-8x7b", 12), ["layer", "gating"], [3, 5], [10**6, 1]]
+    assert given == [("mixtral-8x7b", 12 if torch.cuda.is_available() else 2), ["layer", "gating"], [3, 5], [10**6, 1]]
 
 
 def test_the_table_is_printed_though_a_file_fails(subject, monkeypatch, tmp_path, no_room):
     """A disk that is full when the work is done."""
-    monkeypatch.setattr(run, "require_device", lambda: None)
     monkeypatch.setattr(run, "begin", lambda _: results_of([results_row()]))
     monkeypatch.setattr(run, "run_bench", lambda *_: None)
     monkeypatch.setattr("sere_compile.benchmark.subject.random_model", lambda *_: subject)
@@ -101,7 +94,20 @@ def test_without_transformers_the_command_says_so(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu_the_command_says_so():
-    done = CliRunner().invoke(main, ["bench", "--geometry", "mixtral-8x7b"])
-    assert done.exit_code == 1
-    assert "needs a CUDA device" in done.output
+def test_a_cpu_is_measured(subject, tmp_path):
+    """Real clocks, the eager backend inside: every variant, the machine's name, ratios of one run."""
+    subject.model.save_pretrained(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variant, "INNER", "eager")
+        patch.setattr(run, "copy_bandwidth", lambda: 1e10)
+        options = ["--what", "gating,layer,decode", "--batch", "3", "--select-top-k", "1", "--stock", "grouped_mm"]
+        out = tmp_path / "bench.json"
+        done = CliRunner().invoke(main, ["bench", "--model", str(tmp_path), "--json", str(out), *options])
+    torch._dynamo.reset()
+    assert done.exit_code == 0, done.output
+    results = Results.load(out)
+    assert results.machine.startswith(f"{machine_name()}, torch ")
+    assert f"{results.machine}, copy 10.0 GB/s" in done.output
+    assert {row.what for row in results.rows} == {"gating", "without gating", "MoE layer", "decode step"}
+    assert all(row.timing.low > 0 for row in results.rows)
+    assert all(results.speedup(row) for row in results.rows if row.ours)

@@ -30,6 +30,7 @@ def test_text_to_profile(tmp_path):
     profile = SimilarityProfile.load(out)
     assert len(profile) == len(profile.projections) == 4
     assert profile.metadata["tokens"] == "64"
+    assert (profile.metadata["model"], profile.metadata["data"]) == ("mixtral", "t.txt, 4 x 16 tokens")
     assert "4 gates, 8 experts, frobenius, 64 tokens, with projections" in result.output
     again = sere(*options)
     assert again.exit_code == 0, again.output

@@ -5,8 +5,10 @@ import re
 import pytest
 from click.testing import CliRunner
 
+from sere_compile.benchmark.timing import machine_name
 from sere_compile.cli import main
-from sere_compile.commands.demo import KINDS, PROMPTS, SHIPPED
+from sere_compile.commands.demo import KINDS, PROMPTS, SHIPPED, _without_re_routing
+from sere_compile.integrations.generate import generate_config
 
 
 def test_demo_decodes_with_fewer_active_experts():
@@ -17,6 +19,18 @@ def test_demo_decodes_with_fewer_active_experts():
     assert len(counts) == 4
     assert all(0 < after < before for before, after in counts)
     assert result.output.count("re-routed  ") == len(PROMPTS)
+    speed = rf"ms per step, {re.escape(machine_name())}, in turn, medians of 5: unchanged ([\d.]+), re-routed ([\d.]+)"
+    assert all(float(time) > 0 for time in re.search(speed, result.output).groups())
+
+
+def test_what_is_compared_differs_in_re_routing_alone():
+    """The unchanged model is compiled by the same inner compiler with the same options."""
+    sere = generate_config(inner="inductor", max_autotune=False)
+    plain = _without_re_routing(sere)
+    assert (sere.backend, plain.backend) == ("sere", "inductor")
+    assert sere.options == {**plain.options, "inner": "inductor"}
+    assert plain.options["max_autotune"] is False
+    assert plain._compile_all_devices
 
 
 def test_demo_with_nothing_to_re_route():

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from sere_compile import SimilarityProfile
 from sere_compile.cli import main
-from sere_compile.evaluation.sweep import SweepRow
+from sere_compile.evaluation.sweep import SweepRow, read_csv
+
+from .checkpoint import sere
 
 
 @pytest.mark.parametrize("content", ["", ",".join(field.name for field in fields(SweepRow)) + "\n"])
@@ -40,3 +44,25 @@ def test_another_kind_of_file_is_named(tmp_path):
     result = CliRunner().invoke(main, ["plot", str(source), "-o", str(tmp_path / "p.png")])
     assert result.exit_code == 2
     assert "empty.txt is neither a .safetensors file of `sere calibrate` nor" in result.output
+
+
+def test_tables_and_profiles_say_of_what_they_are(checkpoint, tmp_path):
+    """Model and text reach the title, of a sweep through its table."""
+    pytest.importorskip("matplotlib")
+    table, out = tmp_path / "sweep.csv", tmp_path / "p.svg"
+    result = sere(checkpoint, "sweep", "--batch", 4, "--select-top-k", 1, "--csv", table)
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(main, ["plot", str(table), "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    [row] = read_csv(table)
+    assert (row.model, row.data) == ("model", "text.jsonl, 8 x 6 tokens")
+    assert "quality against active experts  |  model  |  text.jsonl, 8 x 6 tokens" in out.read_text()
+
+
+def test_pages_of_many_gates_are_named(tmp_path):
+    pytest.importorskip("matplotlib")
+    many = SimilarityProfile({f"layers.{number}.gate": torch.eye(2) for number in range(13)})
+    many.save(tmp_path / "p.safetensors")
+    result = CliRunner().invoke(main, ["plot", str(tmp_path / "p.safetensors"), "-o", str(tmp_path / "p.png")])
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/p.png: all gates; {tmp_path}/p-1.png .. p-2.png: their maps" in result.output

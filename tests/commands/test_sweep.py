@@ -36,7 +36,7 @@ def test_a_table_is_printed_though_its_file_fails(checkpoint, tmp_path, no_room,
         result = sere(checkpoint, command, "--batch", 4, "--select-top-k", 1, "--csv", out)
     assert result.exit_code == 1
     assert "| reroute |" in result.output
-    assert ("decode batch 4: " in result.output) == (command == "sweep")
+    assert ("decode batch 4: " in result.stdout) == (command == "sweep")
     assert f"Error: {out} could not be written: File too large" in result.output
 
 

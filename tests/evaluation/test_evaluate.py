@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import sere_compile
-from sere_compile.evaluation import Reroute, evaluate_rules
+from sere_compile.evaluation import Reroute, TopS, evaluate_rules
 from sere_compile.evaluation.evaluate import _Recorder
 from sere_compile.evaluation.routing import RoutedModel
 
@@ -176,3 +176,15 @@ def test_evaluate_takes_the_backends_options_and_the_attached_profile(qwen):
     assert "active experts" in str(result)
     with pytest.raises(sere_compile.ConfigError, match="select_top_k"):
         sere_compile.evaluate(model, tokens(), select_topk=1)
+
+
+def test_progress(qwen, capsys):
+    """A bar of forwards, the original's and each rule's, if it is asked for."""
+    model, _ = qwen
+    rules = {"a": TopS(1), "b": TopS(2)}
+    evaluate_rules(model, tokens(8, 6), rules, decode_batch=4)
+    assert capsys.readouterr().err == ""
+    evaluate_rules(model, tokens(8, 6), rules, decode_batch=4, progress=True)
+    shown = capsys.readouterr().err
+    assert "evaluating, decode batch 4: 100%" in shown
+    assert "3/3" in shown

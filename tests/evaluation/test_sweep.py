@@ -12,7 +12,7 @@ import torch
 from sere_compile import Evaluation, EvaluationError, OutputError, SereConfig, SimilarityProfile
 from sere_compile.evaluation import sweep as sweeping
 from sere_compile.evaluation.configured import ConfiguredRule
-from sere_compile.evaluation.plots import plot_sweep
+from sere_compile.evaluation.pareto_plot import plot_sweep
 from sere_compile.evaluation.result import student
 from sere_compile.evaluation.sweep import (
     GateSettings,
@@ -99,9 +99,9 @@ def test_a_row_is_a_setting_and_its_result():
 @pytest.mark.parametrize(
     ("columns", "label"),
     [
-        ({}, "S=1"),
-        ({"select_top_k": "auto", "max_active": "7", "threshold": "q0.2"}, "auto 7, q0.2"),
-        ({"rule": "fill", "threshold": "0.5"}, "S=1, fill, 0.5"),
+        ({}, "S = 1, reroute"),
+        ({"select_top_k": "auto", "max_active": "7", "threshold": "q0.2"}, "auto, at most 7, reroute, rho q0.2"),
+        ({"rule": "fill", "threshold": "0.5", "similarity": "cka"}, "S = 1, fill, cka, rho 0.5"),
     ],
 )
 def test_a_row_has_a_short_name(columns, label):
@@ -137,7 +137,7 @@ def test_every_setting_at_every_decode_batch(monkeypatch):
     """With as many sequences as make whole decoding batches."""
     asked = []
 
-    def evaluated(model, tokens, rules, *, decode_batch):
+    def evaluated(model, tokens, rules, *, decode_batch, progress):
         asked.append((len(tokens), decode_batch, list(rules.values())))
         return {name: replace(result(11.0, 4.0), decode_batch=decode_batch) for name in rules}
 
@@ -151,6 +151,8 @@ def test_every_setting_at_every_decode_batch(monkeypatch):
         (4, "1", "cka"), (4, "2", "cka"), (2, "1", "cka"), (2, "2", "cka"),
     ]  # fmt: skip
     assert {r.similarity for r in sweep(None, torch.zeros(9, 2), matrices(), configs, (4,))} == {""}
+    filled = settings([1], substitutions=["fill"])
+    assert {r.similarity for r in sweep(None, torch.zeros(9, 2), profile, filled, (4,))} == {""}  # it uses none
 
 
 def test_a_rule_for_each_gate():
@@ -171,7 +173,7 @@ class Costs:
         self.lost = {"a": {2: 0.1, 1: 0.2}, "b": {2: 0.2, 1: 1.5}}
         self.asked = []
 
-    def __call__(self, model, tokens, rules, *, decode_batch):
+    def __call__(self, model, tokens, rules, *, decode_batch, progress):
         assert (len(tokens), decode_batch) == (4, 4)
         found = {}
         for name, per_gate in rules.items():
@@ -188,7 +190,7 @@ def spent(monkeypatch, budget, costs=None, select_top_k=(1, 2, 2)):
     similarity = {"a": torch.eye(8), "b": torch.eye(8)}
     state = spend_budget(
         None, torch.zeros(5, 2), similarity, budget=budget, select_top_k=select_top_k, decode_batch=4,
-        progress=steps.append,
+        on_step=steps.append,
     )  # fmt: skip
     return state, steps, costs.asked
 
@@ -272,10 +274,10 @@ def test_quantiles_of_student(degrees, expected):
 
 
 def test_tables_of_earlier_versions_are_read(tmp_path):
-    """They do not say how many batches were measured."""
+    """They say neither how many batches were measured, nor of which model and text."""
     path = tmp_path / "sweep.csv"
     write_csv([row(4, 5.0, 0.02)], path)
-    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    lines = [line.rsplit(",", 3)[0] for line in path.read_text().splitlines()]
     path.write_text("\n".join(lines))
     assert read_csv(path) == [row(4, 5.0, 0.02, batches=0)]
 

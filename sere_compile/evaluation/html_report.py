@@ -1,0 +1,217 @@
+"""One page about a model under re-routing that opens without a network: everything that it shows is in it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report import GateReport
+from ..similarity.profile import SimilarityProfile
+from ..whole_file import whole_file
+from .charts import chart_html, loss_chart, plotly_javascript, similarity_chart
+from .heat_maps import GateSimilarity
+from .sweep import SweepRow, recommend, undecided
+
+# Nothing is fetched, whatever a browser or the library for charts would like to.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; max-height: 32rem }
+th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: left; vertical-align: top }
+th { position: sticky; top: 0; background: #fff }
+pre { background: #f4f4f4; padding: 0.6rem; overflow-x: auto }
+"""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a report is about.
+
+    Attributes:
+        model: its name.
+        data: the text that settings were measured on.
+        gates: of `sere_compile.explain`.
+        profile: the similarity that was used.
+        profile_file: where it came from; "" if it was measured without data.
+        rows: of a sweep.
+        budget: growth of perplexity that is allowed, 0.01 for one percent.
+        speedup: expected for a row, or None where that is not known for this model.
+        made_by: versions, in words.
+    """
+
+    model: str
+    data: str
+    gates: GateReport
+    profile: SimilarityProfile
+    profile_file: str
+    rows: Sequence[SweepRow]
+    budget: float
+    speedup: Callable[[SweepRow], float] | None
+    made_by: str
+
+
+def write_report(contents: Contents, path: str | Path) -> None:
+    """Write the page.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+        OutputError: the file cannot be written.
+    """
+    page = report_html(contents)
+    with whole_file(path) as beside:
+        beside.write_text(page, encoding="utf-8")
+
+
+def report_html(contents: Contents) -> str:
+    """The page as text.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    title = html.escape(f"Re-routing in {contents.model}")
+    parts = [
+        f"<h1>{title}</h1>",
+        _paragraph(
+            f"Text: {contents.data}. Similarity: {contents.profile_file or 'measured without data'}. "
+            f"{contents.made_by}."
+        ),
+        *_recommended(contents),
+        *_losses(contents),
+        *_gates(contents.gates),
+        *_similarity(contents.profile),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n<script>{plotly_javascript()}</script>\n</head><body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _recommended(contents: Contents) -> list[str]:
+    budget = f"{100 * contents.budget:g} %"
+    parts = [
+        "<h2>Recommended</h2>",
+        _paragraph(
+            "For each decode batch, the setting with the fewest active experts whose perplexity is, with 95 % "
+            f"confidence, at most {budget} above the original's."
+        ),
+    ]
+    open_ones = undecided(contents.rows, contents.budget)
+    for batch, row in recommend(contents.rows, contents.budget).items():
+        if row is None:
+            parts.append(_paragraph(f"Decode batch {batch}: no setting is shown to stay within {budget}."))
+        else:
+            parts.append(_paragraph(f"Decode batch {batch}: {_detail(row, contents, ', ')}"))
+            lines = [f'model = torch.compile(model, backend="sere", options={row.options})']
+            if row.similarity and contents.profile_file:
+                lines.insert(0, f"sere_compile.attach(model, {contents.profile_file!r})")
+            parts.append(f'<pre class="recommended">{html.escape(chr(10).join(lines), quote=False)}</pre>')
+        if batch in open_ones:
+            better, needed = open_ones[batch]
+            parts.append(
+                _paragraph(
+                    f"Decode batch {batch}: too few data for {better.label} ({better.change}); about {needed} "
+                    "sequences would decide."
+                )
+            )
+    return parts
+
+
+def _losses(contents: Contents) -> list[str]:
+    rows, speedup = contents.rows, contents.speedup
+
+    def hover(row: SweepRow) -> str:
+        return html.escape(_detail(row, contents, "\n")).replace("\n", "<br>")
+
+    active = loss_chart(rows, lambda row: row.active_after, "active experts per layer", hover)
+    parts = [
+        "<h2>Loss against active experts</h2>",
+        _paragraph("Bars are one standard error. Pale: another setting is better in both. Hover for values."),
+        chart_html(active, "loss-active"),
+        "<h2>Loss against expected speed</h2>",
+    ]
+    if speedup is None:
+        parts.append(_paragraph("Not known: this model's experts are not stacked weights beside a router."))
+    else:
+        parts.append(
+            _paragraph(
+                "Expected is what a decode step gains whose time follows the bytes of weights that it reads: all but "
+                "the experts, and the active experts. Attention's cache is not counted. Not measured: sere bench does."
+            )
+        )
+        parts.append(chart_html(loss_chart(rows, speedup, "expected speed-up of a decode step", hover), "loss-speed"))
+    heads = ["decode batch", "rule", "S", "rho", "perplexity", "change"]
+    heads += ["KL", "top-1 same", "active experts", "expected speed"]
+    lines = [
+        [
+            str(row.decode_batch),
+            row.rule,
+            f"auto, at most {row.max_active}" if row.max_active else row.select_top_k,
+            row.threshold,
+            f"{row.perplexity:.3f}",
+            row.change,
+            f"{row.kl:.4f}",
+            f"{row.top1_agreement:.1%}",
+            f"{row.active_before:.1f} → {row.active_after:.1f}",
+            "" if speedup is None else f"{speedup(row):.2f}x",
+        ]
+        for row in rows
+    ]
+    return [*parts, "<h2>Every setting</h2>", _table("settings", heads, lines)]
+
+
+def _detail(row: SweepRow, contents: Contents, separator: str) -> str:
+    parts = [
+        row.label,
+        f"perplexity {row.change}",
+        f"KL {row.kl:.4f}, top-1 same {row.top1_agreement:.1%}",
+        f"active experts {row.active_before:.1f} → {row.active_after:.1f}",
+    ]
+    if contents.speedup is not None:
+        parts.append(f"expected speed-up {contents.speedup(row):.2f}x")
+    return separator.join(parts)
+
+
+def _gates(report: GateReport) -> list[str]:
+    heads = ["gate", "E", "K", "scoring", "dispatch", "status", "reason"]
+    lines = [
+        [row.name, *("" if n is None else str(n) for n in (row.num_experts, row.top_k)), row.scoring, row.dispatch]
+        + [row.status, row.reason]
+        for row in report
+    ]
+    summary = f"{len(report.gates)} found, {len(report.rewritten)} re-routed. {report.hint}"
+    return ["<h2>Gates</h2>", _paragraph(summary), _table("gates", heads, lines)]
+
+
+def _similarity(profile: SimilarityProfile) -> list[str]:
+    gates = [GateSimilarity.of(name, matrix, "q0.2") for name, matrix in profile.items()]
+    heads = ["gate", "experts", "nearest, median", "most similar", "least similar fifth (rho q0.2)"]
+    lines = [
+        [
+            gate.name,
+            str(len(gate.nearest)),
+            f"{gate.nearest.median():.3f}",
+            ", ".join(f"{u}-{v} {value:.3f}" for u, v, value in gate.most_similar()),
+            ", ".join(map(str, gate.critical)) + f" (below {gate.rho:.3f})",
+        ]
+        for gate in gates
+    ]
+    chart = similarity_chart(gates, profile.metadata.get("method", "given"))
+    return ["<h2>Similarity of experts</h2>", chart_html(chart, "similarity"), _table("similar", heads, lines)]
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text, quote=False)}</p>"
+
+
+def _table(name: str, heads: Iterable[str], lines: Iterable[Sequence[Any]]) -> str:
+    def cells(kind: str, texts: Iterable[str]) -> str:
+        return "".join(f"<{kind}>{html.escape(text, quote=False)}</{kind}>" for text in texts)
+
+    body = "\n".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
+    return f'<table id="{name}"><thead><tr>{cells("th", heads)}</tr></thead><tbody>\n{body}\n</tbody></table>'

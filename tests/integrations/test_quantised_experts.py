@@ -1,0 +1,112 @@
+"""Quantised experts of transformers: what is found and re-routed, with what needs a GPU replaced by plain PyTorch."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.integrations import finegrained_fp8, mxfp4
+
+import sere_compile
+from sere_compile import SimilarityProfile
+from sere_compile.testing import oracle_routing
+
+from ..tiny_models import VOCABULARY, build, tokens
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+IDS = tokens(4, 3)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def similarity_of(model):
+    """A random similarity for every router."""
+    routers = {name: len(p) for name, p in model.named_parameters() if name.endswith(("gate.weight", "router.weight"))}
+    halves = {name: torch.rand(n, n, generator=torch.Generator().manual_seed(0)) for name, n in routers.items()}
+    return SimilarityProfile({name: ((half + half.T) / 2).fill_diagonal_(1.0) for name, half in halves.items()})
+
+
+def re_routed(model):
+    """Logits at S = 1 through the backend, and those of the eager oracle."""
+    profile = similarity_of(model)
+    sere_compile.attach(model, profile)
+    compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
+    with oracle_routing(model, profile, 1):
+        wanted = logits(model)
+    return logits(compiled), wanted
+
+
+def fp8_linear(hidden, weight, scale, activation_scale=None):
+    """What the FP8 kernel computes, but for the rounding of activations."""
+    blocks = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    return F.linear(hidden, weight.float() * blocks[: weight.shape[0], : weight.shape[1]])
+
+
+def test_fp8_experts_are_re_routed():
+    """Their loop runs outside the graph; FP8 weights with block scales, the matmul in plain PyTorch."""
+    model = build("qwen3_moe")
+    for layer in model.model.layers:
+        experts = finegrained_fp8.FP8Experts(model.config, block_size=(16, 16))
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(experts, name).data = getattr(layer.mlp.experts, name).detach().to(torch.float8_e4m3fn)
+            scale = getattr(experts, f"{name}_scale_inv")
+            scale.data = torch.full_like(scale, 0.5)
+        experts.linear = fp8_linear
+        layer.mlp.experts = experts
+    model.set_experts_implementation("eager")
+    found, wanted = re_routed(model)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, logits(model))
+
+
+@torch.library.custom_op("test_quantised::routing", mutates_args=())
+def routing(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selects experts where no graph sees it, as the Triton kernel does."""
+    best = scores.topk(top_k, -1)
+    return best.values.softmax(-1), best.indices
+
+
+@routing.register_fake
+def _(scores, top_k):
+    shape = (scores.shape[0], top_k)
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@pytest.fixture
+def gpt_oss(monkeypatch):
+    """gpt-oss with the layer that MXFP4 puts in; its kernels are the plain experts, behind an opaque selection."""
+    config = GptOssConfig(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=32, num_local_experts=8, num_experts_per_tok=4,
+        vocab_size=VOCABULARY, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).eval()
+    hub = types.SimpleNamespace(routing=types.SimpleNamespace(routing=lambda s, k: (routing(s, k), None, None)))
+    monkeypatch.setattr(mxfp4, "triton_kernels_hub", hub, raising=False)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        experts.forward_routed = lambda x, routed, *_, own=experts: own(x, routed[1], routed[0])
+        layer.mlp = mxfp4.Mxfp4GptOssMLP(layer.mlp.router, experts)
+    return model
+
+
+def test_mxfp4_selects_in_a_kernel(gpt_oss):
+    """Nothing is found, and the model is what it was."""
+    report = sere_compile.explain(gpt_oss, input_ids=IDS, use_cache=False)
+    assert (len(report.gates), bool(report.hint)) == (0, True)
+    found, _ = re_routed(gpt_oss)
+    torch.testing.assert_close(found, logits(gpt_oss))
+
+
+def test_mxfp4_calls_its_router_where_it_is_hooked(gpt_oss):
+    """`experts._is_hooked = True`, which expert parallelism sets: the router's ids reach the experts."""
+    for layer in gpt_oss.model.layers:
+        layer.mlp.experts._is_hooked = True
+    found, wanted = re_routed(gpt_oss)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, logits(gpt_oss))
