@@ -16,8 +16,8 @@ from typing import Any
 
 from ...errors import ConfigError, SereError
 
-# Releases that the tests have run with; others are tried where every internal below is still there.
-SUPPORTED = "0.32"
+# Releases that were run (docs/vllm.md); others are tried where every internal below is still there.
+SUPPORTED = "0.32 and 0.33"
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 # (module, attribute, parameters it must take)
@@ -57,8 +57,8 @@ def check_internals() -> None:
         wrong = ["BaseRouter._select_experts no longer routes first and maps logical to physical experts after"]
     if wrong:
         raise EngineMismatchError(
-            f"vLLM {version()} cannot be re-routed: {'; '.join(wrong)}. This plug-in was tested with vLLM "
-            f"{SUPPORTED}.x. Install that release or a newer sere-compile, or take 'sere' out of additional_config"
+            f"vLLM {version()} cannot be re-routed: {'; '.join(wrong)}. This plug-in was run with vLLM "
+            f"{SUPPORTED}. Install one of these or a newer sere-compile, or take 'sere' out of additional_config"
         )
 
 
