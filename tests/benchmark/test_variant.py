@@ -10,7 +10,7 @@ from sere_compile.passes import Skip, SkipReason
 from .made import results_of, results_row
 
 
-@pytest.mark.parametrize("kind", ["layer", "decode"])
+@pytest.mark.parametrize("kind", ["layer", pytest.param("decode", marks=pytest.mark.slow)])
 def test_every_variant_agrees_and_fewer_experts_are_active(subject, without_gpu, kind):
     """S=2 and S=1 agree with the eager oracle, and S=K with the eager model; the fewest experts are active at S=1."""
     bench = {"layer": moe_layer.bench_moe_layer, "decode": decode_step.bench_decode_step}[kind]

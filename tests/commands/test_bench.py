@@ -94,6 +94,7 @@ def test_without_transformers_the_command_says_so(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.slow
 def test_a_cpu_is_measured(subject, tmp_path):
     """Real clocks, the eager backend inside: every variant, the machine's name, ratios of one run."""
     subject.model.save_pretrained(tmp_path)

@@ -66,7 +66,7 @@ def test_onnx(checkpoint, tmp_path):
     ("target", "options"),
     [
         ("onnx", ["--decode", 6]),
-        ("exported", []),
+        pytest.param("exported", [], marks=pytest.mark.slow),
         pytest.param("onnx", [], marks=pytest.mark.slow),
         pytest.param("onnx", ["--as-function"], marks=pytest.mark.slow),
         pytest.param("exported", ["--decode", 6], marks=pytest.mark.slow),

@@ -29,6 +29,7 @@ def test_a_page_of_a_checkpoint(checkpoint, tmp_path):
     assert 'id="loss-speed"' in page
 
 
+@pytest.mark.slow
 def test_without_a_profile_experts_are_compared_without_data(checkpoint, tmp_path):
     pytest.importorskip("plotly")
     out = tmp_path / "report.html"

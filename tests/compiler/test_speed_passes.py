@@ -56,7 +56,7 @@ def test_speed_passes_give_the_stock_logits(name, experts):
         assert not {"bmm", "transformers.grouped_mm_fallback", "sort"} & set(seen[1])
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_groups_of_experts_are_routed(version):
     """DeepSeek-V2 and V3 limit a token to groups of experts; the operator does, with and without re-routing."""
     model, logits = tiny_models.grouped_deepseek(version), {}
@@ -99,6 +99,7 @@ def test_gradients_keep_the_stock_dispatch(caplog):
     assert "gradients are on" in caplog.text
 
 
+@pytest.mark.slow
 def test_many_slots_an_expert_keep_the_stock_dispatch(caplog):
     """Where grouped matmuls are as fast they stay, and the user can see why: in the log and in `explain`."""
     model, seen = tiny_models.build("mixtral", "grouped_mm"), []

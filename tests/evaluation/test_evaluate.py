@@ -64,6 +64,7 @@ def qwen():
     return model, random_profile(model)
 
 
+@pytest.mark.slow
 def test_sequences_decode_together_in_the_order_given(qwen):
     """Two decoding batches of two are two lockstep decodes; experts touched are counted by step and batch."""
     model, profile = qwen

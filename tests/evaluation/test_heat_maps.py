@@ -94,6 +94,7 @@ def test_one_expert_has_no_pairs(drawn, tmp_path):
     assert "most similar: none" in maps(drawn["p.png"])[0].get_xlabel()
 
 
+@pytest.mark.slow
 def test_many_gates_are_an_overview_and_pages(drawn, tmp_path):
     """48 of them; no picture is larger than 2,400 pixels either way."""
     written = plot_profile(profile(48), tmp_path / "p.png", 0.505)

@@ -44,6 +44,7 @@ def test_requests_are_re_routed_as_the_oracle_does(model):
     assert found != served(model)
 
 
+@pytest.mark.slow
 def test_a_decode_config_alone_is_left_aside_on_a_cpu(model):
     """The path that it is for needs flash attention on a GPU; transformers says so, and nothing is re-routed."""
     if torch.cuda.is_available():

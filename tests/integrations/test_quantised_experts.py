@@ -48,6 +48,7 @@ def fp8_linear(hidden, weight, scale, activation_scale=None):
     return F.linear(hidden, weight.float() * blocks[: weight.shape[0], : weight.shape[1]])
 
 
+@pytest.mark.slow
 def test_fp8_experts_are_re_routed():
     """Their loop runs outside the graph; FP8 weights with block scales, the matmul in plain PyTorch."""
     model = build("qwen3_moe")

@@ -71,6 +71,7 @@ def test_token_mask(tmp_path):
         np.testing.assert_array_equal(run(done.path, *inputs)[0], wanted.numpy())
 
 
+@pytest.mark.slow
 def test_each_setting_has_its_function(tmp_path):
     """Gates that differ in their number of experts cannot share a body; equal ones do."""
 
