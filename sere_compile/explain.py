@@ -126,4 +126,5 @@ def _hint(
         return ""
     if rows:
         return "No selection above is an MoE gate that a graph shows."
-    return "No graph held a top-k selection. Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"
+    why = dynamo.recompile_limit_hint() or "Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"
+    return f"No graph held a top-k selection. {why}"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import sere_compile
 from sere_compile import SereConfig, sere_backend
@@ -56,3 +57,37 @@ class TestExplain:
         compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
         logits(compiled, ids)
         assert len(sere_compile.explain(compiled, ids, use_cache=False).rewritten) == 2
+
+
+class Wrapped(nn.Module):
+    """Code that several modules share, as decorators of transformers are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.fixture
+def recompile_limit_hit():
+    """Dynamo has compiled `Wrapped.forward` as often as it may, and for one module more."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for module in (nn.ReLU(), nn.Tanh(), nn.Sigmoid()):
+            torch.compile(Wrapped(module), backend="eager")(torch.ones(2))
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_a_recompile_limit_that_was_hit_is_named(recompile_limit_hit):
+    """What was compiled too often is no graph any more, and no reason to doubt that the model is an MoE."""
+    report = sere_compile.explain(Wrapped(nn.Linear(4, 4)), torch.ones(2, 4))
+    assert "recompile_limit" in report.hint
+    assert "torch._dynamo.reset()" in report.hint
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert "Is the model an MoE" in sere_compile.explain(Wrapped(nn.Linear(4, 4)), torch.ones(2, 4)).hint

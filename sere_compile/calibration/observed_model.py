@@ -134,7 +134,8 @@ class ObservedModel:
             )
         outside = [router.name for router in routers_in(self.model)]
         if not outside:
-            return "no MoE gate ran in a graph of this model: see sere_compile.explain(model, ...)"
+            why = dynamo.recompile_limit_hint() or "see sere_compile.explain(model, ...)"
+            return f"no MoE gate ran in a graph of this model: {why}"
         why = diagnose(self.model, args, kwargs, captured=True)
         return f"no MoE gate ran in a graph of this model; {some(outside)} ran outside. {why}"
 

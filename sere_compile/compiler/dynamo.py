@@ -116,6 +116,18 @@ def unlimited_recompiles() -> Iterator[None]:
         yield
 
 
+def recompile_limit_hint() -> str:
+    """What to do where Dynamo gave up some code in this process, which it had compiled too often; empty where not."""
+    from torch._dynamo.utils import counters
+
+    if not any(str(reason).startswith("Dynamo recompile limit exceeded") for reason in counters["unimplemented"]):
+        return ""
+    return (
+        "Dynamo hit torch._dynamo.config.recompile_limit in this process: code that it compiled so often runs as it "
+        "is from then on. Call torch._dynamo.reset(), or raise the limit before the first call."
+    )
+
+
 def has_graph_break() -> bool:
     """Whether the graph being compiled ends at a graph break; True where Dynamo does not say."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

@@ -271,9 +271,10 @@ def tell(nearest: Skip | None, config: SereConfig) -> None:
     """Warn or raise that nothing is re-routed, with the nearest candidate."""
     text = (
         "sere found no MoE gate in the compiled code: it runs unchanged. "
-        f"{describe_nearest_miss(nearest)} print(sere_compile.explain(model, *inputs)) shows more."
+        f"{describe_nearest_miss(nearest)} print(sere_compile.explain(model, *inputs)) shows more. "
+        f"{dynamo.recompile_limit_hint()}"
     )
-    _warn(text, config)
+    _warn(text.strip(), config)
 
 
 def tell_no_graph(

@@ -68,6 +68,8 @@ def diagnose(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, capt
     found = find_obstacle(model, args, kwargs)
     if found is not None:
         return str(found)
+    if hint := dynamo.recompile_limit_hint():
+        return hint
     if captured:
         return f"Dynamic-shape capture does not help here: {_MOVE}."
     return "Compile with sere_compile.compile(model, ...), which captures expert loops."

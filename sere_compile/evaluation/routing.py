@@ -73,7 +73,8 @@ class RoutedModel:
         with dynamo.unlimited_recompiles(), torch.no_grad():
             output = self._compiled(*args, **kwargs)
         if not self._calls:
-            raise EvaluationError("no MoE gate ran in a graph of this model: see sere_compile.explain(model, ...)")
+            why = dynamo.recompile_limit_hint() or "see sere_compile.explain(model, ...)"
+            raise EvaluationError(f"no MoE gate ran in a graph of this model: {why}")
         return output
 
     def _compile(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
