@@ -67,12 +67,6 @@ def kernel_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_compiles():
-    """Files of tests compile code that all models share, and Dynamo compiles it a few times in a process only."""
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def fresh_dynamo():
     """Nothing compiled before is found, nothing compiled here is left."""

@@ -86,7 +86,7 @@ class TestShapes:
         compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, min_active=0, inner="eager"))
         torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_max_tokens_leaves_prefill_alone(self, dynamic):
         """Forwards above max_tokens are the original bit for bit, those below re-route."""
         model = build("qwen3_moe")

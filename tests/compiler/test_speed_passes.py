@@ -30,7 +30,7 @@ def compiled(model, seen, dynamic=None, **options):
     ("name", "experts"),
     [
         ("mixtral", "grouped_mm"),
-        ("qwen2_moe", "batched_mm"),
+        pytest.param("qwen2_moe", "batched_mm", marks=pytest.mark.slow),
         pytest.param("mixtral", "batched_mm", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", "grouped_mm", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", "grouped_mm", marks=pytest.mark.slow),

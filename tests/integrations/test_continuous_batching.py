@@ -33,6 +33,7 @@ def served(model, **config):
     return [output.generated_tokens for output in outputs]
 
 
+@pytest.mark.slow
 def test_requests_are_re_routed_as_the_oracle_does(model):
     """By `experts_implementation="sere"`: all tokens of a forward, of whatever request, are one batch."""
     sere_compile.register_experts(select_top_k=1)

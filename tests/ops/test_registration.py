@@ -60,6 +60,7 @@ def test_cache_key_covers_the_source(name):
     assert get_triton_kernels_for_op(name) == [FINGERPRINT]
 
 
+@pytest.mark.slow
 def test_changed_source_is_not_served_from_the_cache(monkeypatch):
     """Compiled code of an older version of this package is not used again."""
     ids, similarity = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(8, 8)

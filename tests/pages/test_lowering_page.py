@@ -71,6 +71,7 @@ def test_tensorrt_program(model, graph):
     check(tensorrt_program(case(model, graph)))
 
 
+@pytest.mark.wide
 @every_case
 def test_onnx_file(model, graph, tmp_path):
     """onnxruntime, for batch sizes that were not traced; every operator in it is on TensorRT's list."""
