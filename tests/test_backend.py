@@ -55,7 +55,7 @@ class TestModels:
 
 
 class TestShapes:
-    @pytest.mark.parametrize("dynamic", [None, True])
+    @pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
     def test_batch_and_length_change(self, dynamic):
         """Other batches and lengths are right, and compiling stops after the first dynamic graph."""
         model = build("qwen3_moe")

@@ -264,6 +264,7 @@ class TestDataFree:
         assert got == run(qwen, None, max_tokens=64)
         assert got != run(qwen, None, max_tokens=64, seed=1)
 
+    @pytest.mark.slow
     def test_scale_matters(self):
         """A norm that silences a channel silences what experts make of it: two that differ there alone are twins."""
         model = build("mixtral")

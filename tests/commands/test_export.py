@@ -188,6 +188,7 @@ def test_bad_options(checkpoint, tmp_path):
     assert "--as-function is for --to onnx" in export("--to", "aot", *out, "--as-function").output
 
 
+@pytest.mark.slow
 def test_options_by_gate(checkpoint, tmp_path):
     """A budget for all, numbers for one gate: what reaches the operator is the gate's own."""
     _, folder, _, profile = checkpoint

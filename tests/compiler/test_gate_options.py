@@ -149,7 +149,7 @@ class TestProjection:
             compiled_logits(model, tokens(), substitution="projection")
         assert isinstance(e.value.inner_exception, ProfileError)
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_rewrite_equals_the_oracle(self, qwen, dynamic):
         """An exported program has both matrices as buffers and the numbers of the backend."""
         model, profile, ids = qwen
@@ -272,6 +272,7 @@ class TestPerGate:
         with pytest.raises(ConfigError, match=message):
             SereConfig(per_gate=options)
 
+    @pytest.mark.slow
     def test_pattern_without_a_gate_is_told(self, caplog):
         """Once a model; with strict=True it is an error."""
         model, ids = build("qwen3_moe"), tokens()

@@ -359,10 +359,12 @@ def test_padding_that_is_marked_outside_is_refused(marked, padded):
     assert "mark their ids with -1 before the graph ends" in verdict.reason
 
 
+@pytest.mark.slow
 def test_a_mask_that_drops_no_token_is_no_padding():
     assert [v.merged for v in verdicts(MarksOutside(None), rows()[0], torch.arange(5) < 3)] == [True]
 
 
+@pytest.mark.slow
 def test_the_bias_of_experts_with_one_output_is_their_own():
     block = Block(OneOutput())
     assert [v.merged for v in verdicts(block, rows())] == [True]
@@ -417,6 +419,7 @@ def test_layers_that_compute_the_same_are_tried_once(monkeypatch):
     assert module.computes_the_same(second.gate.weight, verdict)
 
 
+@pytest.mark.slow
 def test_a_layer_with_another_setting_is_not_covered_by_the_proof():
     first, second = Block(Experts()), Block(Experts(lambda weights: weights**2))
     [verdict] = verdicts(nn.Sequential(first, nn.Sequential(second)), rows())

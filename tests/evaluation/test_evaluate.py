@@ -102,6 +102,7 @@ def test_padding_changes_nothing_for_real_tokens(qwen):
         assert getattr(padded, value) == pytest.approx(sum(getattr(part, value) * n for part, n in steps) / 9)
 
 
+@pytest.mark.slow
 def test_padding_beside_a_row_that_has_begun(qwen):
     """What stands there routes nothing and counts for nothing."""
     model, profile = qwen

@@ -128,6 +128,7 @@ def test_settings(tmp_path, as_function, leaks):
             np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=exact)
 
 
+@pytest.mark.slow
 def test_attached_profile_and_gates_off(tmp_path):
     """The matrix in the file is the attached one; with S = K there is none, and that is not an error."""
     model = SmallMoE().eval()
@@ -155,6 +156,7 @@ def test_opset_out_of_range(tmp_path):
         export_small(tmp_path, nn.Linear(8, 8), profile=None, allow_no_gates=True, opset=99)
 
 
+@pytest.mark.slow
 def test_higher_opset(tmp_path):
     done = export_small(tmp_path, opset=23, as_function=True)
     assert done.opset == 23

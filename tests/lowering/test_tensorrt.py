@@ -71,7 +71,7 @@ def traced(operator, numbers):
 CASES = [(operator, numbers) for operator in (Reroute, RerouteMerged) for numbers in SETTINGS] + [(Reroute, BUDGET)]
 
 
-@pytest.mark.parametrize(("operator", "numbers"), thinned(CASES, (0, 3, 7, 8)), ids=str)
+@pytest.mark.parametrize(("operator", "numbers"), thinned(CASES, (3, 8)), ids=str)
 def test_every_added_operator_has_a_converter(operator, numbers):
     """With dynamic shapes, in any setting; and the program handed over still computes the same."""
     program = tensorrt.convertible(traced(operator, numbers))
@@ -185,7 +185,7 @@ def test_unknown_operators_are_named():
     assert tensorrt.operators_without_converter(program) == {"aten.special_bessel_j0.default"}
 
 
-@pytest.mark.parametrize(("operator", "numbers"), [CASES[i] for i in (0, 3, 4, 7, 8)], ids=str)
+@pytest.mark.parametrize(("operator", "numbers"), thinned([CASES[i] for i in (0, 3, 4, 7, 8)], (1, 4)), ids=str)
 def test_every_onnx_operator_is_listed(tmp_path, operator, numbers):
     """By name, and by the type of its first input."""
     onnx = pytest.importorskip("onnx", reason="needs the extra onnx")

@@ -113,6 +113,7 @@ def test_tracing_for_cuda_reaches_the_kernels():
     """)
 
 
+@pytest.mark.slow
 def test_tracing_route_for_cuda_reaches_the_kernels():
     """With symbolic T: re-routing is part of one launch where that is faster."""
     run_alone("""
@@ -227,6 +228,7 @@ def test_kernels_compile_for_sm90(tmp_path):
         pytest.skip("Triton has no ptxas here")
 
 
+@pytest.mark.slow
 def test_tracing_expert_mlp_for_cuda_reaches_the_kernels():
     """With symbolic T: first and second projection are two launches, and no guard on a size class is broken."""
     run_alone("""
