@@ -90,7 +90,7 @@ RULES = {
     "outside: tokens stay with their experts": Rule(TRIAL, "_sends_elsewhere", always(False), (GATE,)),
     # Of 200 programs of each kind none needs these.
     "exchanged parts change their own tokens alone": Rule(
-        expert_parameters.Told, "_changes_only", always(True), tests=(PROVER,)),
+        expert_parameters.Told, "_changes_only", always(True), tests=("tests/passes/proof/test_expert_parameters.py",)),
     "scores weigh what experts give": Rule(
         prover.Prover, "_weighs_nothing", always(False), tests=(f"{PROVER}::test_attended_prompts_are_no_experts",)),
     "what else reads ids and weights stays": Rule(prover.Prover, "_differs", first_end, tests=(PROVER,)),
