@@ -240,6 +240,7 @@ print("sere.reroute" in str(program.graph))
 """
 
 
+@pytest.mark.slow
 def test_save_and_load(tmp_path):
     """A rewritten program is saved, and runs in a process that imports only the operators."""
     model, ids = build("qwen3_moe", "batched_mm"), tokens()

@@ -258,6 +258,7 @@ class TestDataFree:
             outputs = outputs_of(layer.mlp.experts, hidden * layer.post_attention_layernorm.weight)
             torch.testing.assert_close(got[name], plain_frobenius(outputs).float(), rtol=0, atol=1e-5)
 
+    @pytest.mark.slow
     def test_is_seeded(self, qwen):
         """The same seed gives the same profile, bit for bit, another one another."""
         got = run(qwen, None, max_tokens=64)

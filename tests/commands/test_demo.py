@@ -33,6 +33,7 @@ def test_what_is_compared_differs_in_re_routing_alone():
     assert plain._compile_all_devices
 
 
+@pytest.mark.slow
 def test_demo_with_nothing_to_re_route():
     """Texts are shown, and why both are the same."""
     result = CliRunner().invoke(main, ["demo", "--model", "qwen3", "--new-tokens", "2", "--select-top-k", "4"])

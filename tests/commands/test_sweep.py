@@ -61,6 +61,7 @@ def test_too_few_data_are_said_to_be(checkpoint):
     assert "about --sequences 64 would decide" in result.output
 
 
+@pytest.mark.slow
 def test_each_value_is_taken_once(checkpoint):
     result = sere(checkpoint, "sweep", "--batch", "4,4", "--select-top-k", "1,1", "--threshold", "0,0.0")
     assert result.output.count("| reroute |") == 1

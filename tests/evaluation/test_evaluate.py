@@ -80,6 +80,7 @@ def test_sequences_decode_together_in_the_order_given(qwen):
     assert together.mean_active_after > both.mean_active_after
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing_for_real_tokens(qwen):
     """Rows of length 6 and 3, padded to one length and decoded one by one, are the rows without padding."""
     model, profile = qwen

@@ -182,6 +182,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, monkeyp
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"small.onnx": b"old"}
 
 
+@pytest.mark.slow
 def test_weights_beside_the_file(tmp_path, monkeypatch):
     """Those of a large model, here of any: they come along, and the file finds them."""
     monkeypatch.setattr(torch.onnx._internal.exporter._onnx_program, "_LARGE_MODEL_THRESHOLD", 0)

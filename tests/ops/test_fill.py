@@ -339,6 +339,7 @@ def test_opcheck(structure, device):
         torch.library.opcheck(OP, draw_case(structure, 0, tokens).to(device).arguments)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(device):
     """One graph for every T, with the results of the eager call."""
     compiled = torch.compile(fill, fullgraph=True, dynamic=True)
