@@ -121,6 +121,11 @@ def apply_map(ids: Tensor, mapping: Tensor) -> Tensor:
     return torch.where(named, mapped.to(ids.dtype), ids)
 
 
+def leading_tokens(num_tokens: int, real_tokens: Tensor) -> Tensor:
+    """Which of the tokens take part, bool [T]: the first `real_tokens`, int64 [1]."""
+    return torch.arange(num_tokens, device=real_tokens.device) < real_tokens
+
+
 def reroute_reference(
     topk_ids: Tensor,
     similarity: Tensor,
@@ -139,7 +144,7 @@ def reroute_reference(
         return topk_ids.clone(memory_format=torch.contiguous_format)
     ids = topk_ids.contiguous().view(-1, num_slots)
     mask = None if token_mask is None else token_mask.reshape(-1)
-    real = None if real_tokens is None else torch.arange(ids.shape[0], device=ids.device) < real_tokens
+    real = None if real_tokens is None else leading_tokens(ids.shape[0], real_tokens)
     counted = mask if real is None else real if mask is None else mask & real
     primary = primary_experts(ids, similarity.shape[0], select_top_k, min_active, counted, max_active, named)
     new_ids = apply_map(ids, expert_map(similarity, primary, threshold))

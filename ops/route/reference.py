@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..fill.reference import fill_reference
-from ..reroute.reference import reroute_reference
+from ..reroute.reference import leading_tokens, reroute_reference
 
 # How logits become weights: over all experts before the selection, or over the selected ones after it.
 SCORINGS = ("softmax", "sigmoid", "softmax_after", "none")
@@ -80,7 +80,7 @@ def route_reference(
         weights = weights / (weights.sum(-1, keepdim=True) + scoring.epsilon)
     weights, ids = (weights * scoring.scale).to(scoring.dtype), ids.to(rerouting.ids_dtype)
     if rerouting.real_tokens is not None:
-        real = _leading(ids, rerouting.real_tokens)
+        real = leading_tokens(ids[..., 0].numel(), rerouting.real_tokens).view(ids[..., :1].shape)
         weights, ids = torch.where(real, weights, 0.0), torch.where(real, ids, -1)
     if not rerouting.acts_on(scoring.top_k):
         return weights, ids
@@ -93,12 +93,6 @@ def route_reference(
     numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, rerouting.max_active)
     new_ids = reroute_reference(ids, rerouting.similarity, *numbers, rerouting.rerouted_tokens)
     return projected(weights, ids, new_ids, rerouting.projection), new_ids
-
-
-def _leading(ids: Tensor, tokens: Tensor) -> Tensor:
-    """True for the first tokens [..., 1] of ids [..., K], in memory order."""
-    rows = ids[..., :1].numel()
-    return (torch.arange(rows, device=ids.device) < tokens).view(ids[..., :1].shape)
 
 
 def projected(weights: Tensor, ids: Tensor, new_ids: Tensor, projection: Tensor | None) -> Tensor:

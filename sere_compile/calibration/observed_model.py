@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from ..compiler import dynamo
 from ..compiler.dynamo_graph import DynamoGraph
 from ..compiler.gate_plan import GatePlan, experts_are_live, plan_gates
-from ..compiler.obstacle import diagnose
+from ..compiler.obstacle import diagnose, no_gate_ran
 from ..config import SereConfig
 from ..errors import CalibrationError
 from ..experts.counterfactual import CounterfactualExperts, agree, of_module, of_region
@@ -134,8 +134,7 @@ class ObservedModel:
             )
         outside = [router.name for router in routers_in(self.model)]
         if not outside:
-            why = dynamo.recompile_limit_hint() or "see sere_compile.explain(model, ...)"
-            return f"no MoE gate ran in a graph of this model: {why}"
+            return no_gate_ran()
         why = diagnose(self.model, args, kwargs, captured=True)
         return f"no MoE gate ran in a graph of this model; {some(outside)} ran outside. {why}"
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import click
 import torch
 
-from ..benchmark.timing import machine_name
+from ..benchmark.timing import Run, Timing, machine_name, time_in_turn
 from ..errors import SereError
 from ..integrations.generate import generate_config
 from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
@@ -63,7 +62,7 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
         rerouted = _continuations(model, tokenizer, new_tokens, sere)
         top_k = model.config.num_experts_per_tok
         counted = stats(model) if select_top_k < top_k else {}
-        seconds = _seconds(model, tokenizer, new_tokens, alike) if counted else {}
+        times = _time(model, tokenizer, new_tokens, alike) if counted else {}
     except SereError as error:
         raise click.ClickException(str(error)) from error
     for prompt, before, after in zip(PROMPTS, original, rerouted, strict=True):
@@ -77,7 +76,7 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
     click.echo(f"\nactive experts per step, decode batch {len(PROMPTS)}, S = {select_top_k}")
     for name, gate in counted.items():
         click.echo(f"{name}: {gate.mean_active_before:.1f} -> {gate.mean_active_after:.1f}")
-    each = {name: 1e3 * taken / new_tokens for name, taken in seconds.items()}
+    each = {name: timing.median * 1e-3 for name, timing in times.items()}
     click.echo(
         f"\nms per step, {machine_name()}, in turn, medians of {ROUNDS}: unchanged {each['unchanged']:.1f}, re-routed "
         f"{each['re-routed']:.1f} ({each['unchanged'] / each['re-routed']:.2f}x), both compiled, inner={inner!r}.\n"
@@ -93,16 +92,13 @@ def _without_re_routing(config: Any) -> Any:
     return changed
 
 
-def _seconds(model: Any, tokenizer: Any, new_tokens: int, configs: Mapping[str, Any]) -> dict[str, float]:
-    """Median seconds of a generation with each configuration, in turn; the first, which compiles, is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in configs}
-    for index in range(1 + ROUNDS):
-        for name, config in configs.items():
-            start = time.perf_counter()
-            _continuations(model, tokenizer, new_tokens, config)
-            if index:
-                taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+def _time(model: Any, tokenizer: Any, new_tokens: int, configs: Mapping[str, Any]) -> dict[str, Timing]:
+    """Microseconds per step of a generation with each configuration; the first, which compiles, is not counted."""
+    runs: dict[str, Run] = {
+        name: functools.partial(_continuations, model, tokenizer, new_tokens, config)
+        for name, config in configs.items()
+    }
+    return time_in_turn(runs, new_tokens, ROUNDS, warmup=1)
 
 
 def _continuations(model: Any, tokenizer: Any, new_tokens: int, compile_config: Any) -> list[str]:

@@ -75,6 +75,12 @@ def diagnose(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, capt
     return "Compile with sere_compile.compile(model, ...), which captures expert loops."
 
 
+def no_gate_ran() -> str:
+    """Of a model whose graphs hold no gate, and that has none outside either."""
+    why = dynamo.recompile_limit_hint() or "see sere_compile.explain(model, ...)"
+    return f"no MoE gate ran in a graph of this model: {why}"
+
+
 def find_obstacle(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Obstacle | None:
     """The first line that keeps a model from being one graph, with sizes that depend on data as symbols, if any."""
     module = getattr(model, "_orig_mod", model)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from ..compiler import dynamo
 from ..compiler.dynamo_graph import DynamoGraph
 from ..compiler.gate_plan import experts_are_live
+from ..compiler.obstacle import no_gate_ran
 from ..errors import EvaluationError
 from ..experts.owner import Owners
 from ..passes import Gate, Skip, SkipReason, find_gates, redirect_dispatch
@@ -73,8 +74,7 @@ class RoutedModel:
         with dynamo.unlimited_recompiles(), torch.no_grad():
             output = self._compiled(*args, **kwargs)
         if not self._calls:
-            why = dynamo.recompile_limit_hint() or "see sere_compile.explain(model, ...)"
-            raise EvaluationError(f"no MoE gate ran in a graph of this model: {why}")
+            raise EvaluationError(no_gate_ran())
         return output
 
     def _compile(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -68,7 +68,7 @@ class TrialBlock:
             self.module = copy.deepcopy(block, memo)
         self.weight = memo[id(weight)]
         self.num_experts, self.columns = num_experts, columns
-        # Buffers that a call has written to or replaced, and that are no memory which each call fills anew.
+        # Buffers that a call has written to or replaced.
         self._written: dict[tuple[nn.Module, str], None] = {}
         generator = torch.Generator().manual_seed(0)
         for tensor in _tensors(self.module).values():

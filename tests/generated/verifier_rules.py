@@ -27,14 +27,12 @@ def always(value):
     return lambda *args, **kwargs: value
 
 
-def only(compared):
-    """`_differs` that looks at some of what it is given."""
-    differs = prover.Prover._differs
+def exactly_or_not_at_all(self, expected, got, exact):
+    """`_differs` that compares with S = K alone."""
+    return _differs(self, expected, got, exact) if exact else None
 
-    def partly(self, expected, got, exact):
-        return differs(self, expected, got, exact) if compared(self, exact) else None
 
-    return partly
+_differs = prover.Prover._differs
 
 
 def first_end(self, expected, got, exact):
@@ -82,7 +80,7 @@ OUTSIDE = "tests/compiler/test_prove_outside.py"
 TRIAL = prove_outside._Trial
 RULES = {
     "experts are contracted with hidden states": Rule(prover, "experts_meet_hidden", always(True), (LOOK_ALIKE,)),
-    "S < K is as with exchanged experts": Rule(prover.Prover, "_differs", only(lambda _, exact: exact), (GATE,)),
+    "S < K is as with exchanged experts": Rule(prover.Prover, "_differs", exactly_or_not_at_all, (GATE,)),
     "slots are merged as shown": Rule(prover.Prover, "_verdict", other_merging, (GATE,)),
     "equal regions alone share a proof": Rule(VERIFY, "region_key", by_few_sizes, (GATE,)),
     "the exit has all experts' outputs": Rule(ends._Search, "_is_joined_later", always(False), (GATE,)),

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...config import SereConfig
 from ...gate_stats import GateStats
 from ...ops import fill, reroute
+from ...ops.reroute.reference import leading_tokens
 from ...passes import COUNTED
 from ...passes.count_routing import add_counts
 from ...similarity.threshold import matrix_in_graph, threshold_in_graph
@@ -201,7 +202,7 @@ class RoutingHook:
 
     def _real(self, ids: Tensor) -> Tensor | None:
         """Which rows are not padding, bool [T]; None: all."""
-        return torch.arange(ids.shape[0], device=ids.device) < self.state.real_tokens if self.mask_padding else None
+        return leading_tokens(ids.shape[0], self.state.real_tokens) if self.mask_padding else None
 
     def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
         assert self.matrix is not None
