@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -138,7 +139,7 @@ def routers_in(root: nn.Module) -> list[RouterModule]:
     """Every weight of a model that has a row or column for each of the experts around it, whether it runs or not.
 
     Of several such weights around the same experts the nearest are taken: a head of the model is
-    farther than a router.
+    farther than a router. A table of words is none, however few there are.
     """
     modules = dict(root.named_modules())
     counts = {len(m) for m in modules.values() if isinstance(m, (nn.ModuleList, nn.ModuleDict))}
@@ -146,6 +147,8 @@ def routers_in(root: nn.Module) -> list[RouterModule]:
     found: list[tuple[RouterModule, nn.Module, int]] = []
     nearest: dict[nn.Module, int] = {}
     for path, holder in modules.items():
+        if isinstance(holder, nn.Embedding):
+            continue
         parts = path.split(".") if path else []
         for name, weight in holder.named_parameters(recurse=False):
             sizes = counts.intersection(weight.shape) if weight.dim() == 2 else set()
@@ -167,7 +170,15 @@ def _nearest_experts(owner: Owner, num_experts: int) -> tuple[nn.Module, int] | 
     """The module that holds `num_experts` experts, and how many modules out from the router it is found."""
     for distance, around in enumerate(owner.surroundings):
         for module in (around, *owner.beside(around)):
-            listed = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) == num_experts
+            listed = _may_be_experts(module) and len(module) == num_experts
             if listed or any(p.dim() >= 3 and p.shape[0] == num_experts for p in module.parameters(recurse=False)):
                 return module, distance
     return None
+
+
+def _may_be_experts(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.ModuleDict]:
+    """Whether it lists modules that are no layers of a model: those list modules themselves."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    return isinstance(module, lists) and not any(
+        isinstance(inner, lists) for inner in module.modules() if inner is not module
+    )

@@ -106,6 +106,22 @@ def test_routers_are_known_by_what_stands_around_them():
     ]
 
 
+def test_a_table_of_words_is_no_router():
+    """Also where a model has as many words as layers."""
+    model = nn.Module()
+    model.words, model.layers = nn.Embedding(EXPERTS, HIDDEN), nn.ModuleList([nn.Linear(1, 1) for _ in range(EXPERTS)])
+    assert routers_in(model) == []
+    model.words = nn.Linear(HIDDEN, EXPERTS, bias=False)
+    assert [router.name for router in routers_in(model)] == ["words.weight"]
+
+
+def test_layers_are_no_experts():
+    """A head with as many labels as there are layers is no router: layers list modules of their own."""
+    model = nn.Module()
+    model.head, model.layers = nn.Linear(HIDDEN, EXPERTS), nn.ModuleList([MaskLoop() for _ in range(EXPERTS)])
+    assert "head.weight" not in [router.name for router in routers_in(model)]
+
+
 class TestOutsideEveryGraph:
     def test_it_is_told_once_when_the_second_call_begins(self, caplog):
         model, x = compiled(Both(MaskLoop()))
