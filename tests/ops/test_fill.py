@@ -332,7 +332,7 @@ def test_independent_batches_are_as_one_by_one():
         torch.testing.assert_close(both[1][p], alone[1], rtol=1e-6, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("structure", thinned(STRUCTURES[2:14:3], (0, 3)), ids=str)
+@pytest.mark.parametrize("structure", thinned(STRUCTURES[2:14:3], (3,)), ids=str)
 def test_opcheck(structure, device):
     """Schema, fake implementation, autograd registration and dynamic shapes."""
     for tokens in (1, 5):

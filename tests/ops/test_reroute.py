@@ -6,6 +6,7 @@ launch blocks, because that goes through a set's reduction one element at a time
 """
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sere_compile.ops import reroute
 from sere_compile.ops.reroute.reference import named_by_comparison, named_by_scatter, reroute_reference
 
+from ..thinned import thinned
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
 from .oracle import as_fp32_rows, reroute_rows
 
@@ -379,19 +381,20 @@ def test_bad_argument_under_torch_compile_names_it():
         torch.compile(reroute, backend="eager", fullgraph=True)(**arguments(similarity=torch.zeros(8, 7)))
 
 
-@pytest.mark.parametrize(
-    "structure",
-    [
-        TYPICAL,
-        Structure(8, 4, 4),
-        Structure(8, 4, 0, I32),
-        Structure(60, 8, 2, I32, torch.bfloat16),
-        Structure(128, 8, 1, torch.int64, torch.float16, masked=True),
-        Structure(3, 3, 1, I32, masked=True, min_active=5),
-    ],
-    ids=str,
+OPCHECKED = (
+    TYPICAL,
+    Structure(8, 4, 4),
+    Structure(8, 4, 0, I32),
+    Structure(60, 8, 2, I32, torch.bfloat16),
+    Structure(128, 8, 1, torch.int64, torch.float16, masked=True),
+    Structure(3, 3, 1, I32, masked=True, min_active=5),
 )
-@pytest.mark.parametrize("num_tokens", [0, 1, 6])
+
+
+# By default every structure with tokens, and one without.
+@pytest.mark.parametrize(
+    ("num_tokens", "structure"), thinned(itertools.product((6, 0, 1), OPCHECKED), range(len(OPCHECKED) + 1)), ids=str
+)
 def test_opcheck(structure, num_tokens, device):
     """Schema, fake kernel, autograd registration and AOT dispatch with symbolic shapes are consistent."""
     for seed in range(2):

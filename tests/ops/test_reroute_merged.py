@@ -1,5 +1,7 @@
 """`sere::reroute_merged`: reference and kernel against the oracle, distinctness, weights, gradients."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from sere_compile.ops import reroute, reroute_merged
 from sere_compile.ops.reroute.reference import named_by_comparison
 from sere_compile.ops.reroute_merged.reference import reroute_merged_reference
 
+from ..thinned import thinned
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
 from .oracle import as_fp32_rows, merge_rows, reroute_rows
 
@@ -228,9 +231,15 @@ def test_bad_arguments_shared_with_reroute_are_named():
         reroute_merged(ids, weights[:2], torch.zeros(8, 8), 2)
 
 
-@pytest.mark.parametrize("structure", [*TYPICAL, Structure(8, 4, 4)], ids=str)
-@pytest.mark.parametrize("num_tokens", [0, 6])
-@pytest.mark.parametrize("requires_grad", [False, True])
+OPCHECKED = (*TYPICAL, Structure(8, 4, 4))
+
+
+# By default every structure with tokens, and one without.
+@pytest.mark.parametrize(
+    ("requires_grad", "num_tokens", "structure"),
+    thinned(itertools.product((False, True), (6, 0), OPCHECKED), range(len(OPCHECKED) + 1)),
+    ids=str,
+)
 def test_opcheck(structure, num_tokens, requires_grad, device):
     """Schema, fake kernel, autograd registration and AOT dispatch with symbolic shapes are consistent."""
     case = draw_case(structure, 1, num_tokens).to(device)

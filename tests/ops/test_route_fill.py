@@ -142,7 +142,7 @@ def test_a_selection_that_groups_exhaust(device):
     assert weights[0, 1] == 0
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6]], ids=str)
+@pytest.mark.parametrize("case", thinned([CASES[0], CASES[3], CASES[6]], (1,)), ids=str)
 def test_opcheck(case):
     """Schema, fake implementation and tracing agree with the operator."""
     logits, bias, scoring, filling = case.draw(5, 0, "cpu")
