@@ -123,6 +123,15 @@ def test_padding_beside_a_row_that_has_begun(qwen):
     assert first.mean_active_before > alone.mean_active_before, "the second row, once it has begun, adds experts"
 
 
+def test_evaluate_hands_its_mask_on(qwen):
+    model, profile = qwen
+    ids = tokens(batch=2, length=4)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    found = sere_compile.evaluate(model, ids, profile=profile, decode_batch=2, attention_mask=mask, select_top_k=1)
+    assert found.tokens == 3 + 1
+
+
 def test_all_experts_primary_is_the_original(qwen):
     model, profile = qwen
     result = evaluate_rules(model, tokens(), {"same": Reroute(profile, 4)}, decode_batch=4)["same"]

@@ -49,6 +49,18 @@ def test_a_row_says_what_to_give_the_backend(columns, options):
     SereConfig(**found)
 
 
+def test_what_a_step_gains():
+    """Experts saved per growth of perplexity; what costs nothing is ahead, by what it saves."""
+
+    def gain(active, perplexity):
+        return sweeping._gain(result(10.0, 8.0), result(perplexity, active))
+
+    dear, cheap, free, more_free = gain(6.0, 12.0), gain(6.0, 11.0), gain(7.0, 10.0), gain(5.0, 9.0)
+    assert dear < cheap < free < more_free
+    assert cheap == (False, 2.0)
+    assert gain(8.0, 9.0)[0] is False, "what saves nothing is no free step"
+
+
 @pytest.mark.parametrize("write", [write_csv, plot_sweep])
 def test_a_full_disk_leaves_the_earlier_file(tmp_path, no_room, write):
     if write is plot_sweep:

@@ -26,6 +26,8 @@ POPULATION = (
     "sere_compile/similarity/binding.py",
     "sere_compile/evaluation/*.py",
 )
+# What they draw is looked at: no test asks how large a label is.
+PICTURES = ("charts", "heat_maps", "html_report", "pareto_plot", "pictures")
 # For fewer mutants of a file it is cheaper to run all of its tests, until one fails, than to ask which it needs.
 WORTH_MEASURING = 4
 
@@ -35,7 +37,7 @@ Verdicts = dict[Mutant, server.Verdict]
 def population(patterns: Iterable[str] = POPULATION) -> list[str]:
     """Paths of the modules to change, below the root of the repository."""
     found = {path for pattern in patterns for path in ROOT.glob(pattern) if not path.name.startswith("__")}
-    return sorted(str(path.relative_to(ROOT)) for path in found)
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.stem not in PICTURES)
 
 
 def own_tests(module: str) -> tuple[str, ...]:

@@ -398,3 +398,27 @@ def test_hand_made_graph_without_shapes():
     graph.output(graph.call_function(torch.topk, (scores, 2)))
     [skip] = find_gates(GraphModule(nn.Module(), graph)).skips
     assert (skip.reason, skip.detail) == (SkipReason.SIZE_UNKNOWN, "scores None, k 2")
+
+
+class HashRouted(nn.Module):
+    """Experts that a table chooses by the number of the token's word; `hidden` is what its rows meet."""
+
+    def __init__(self, dispatches):
+        super().__init__()
+        self.dispatches = dispatches
+        self.register_buffer("table", torch.randint(0, EXPERTS, (11, 2)))
+        self.experts = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN))
+
+    def forward(self, x, words):
+        ids = self.table[words]
+        if not self.dispatches:
+            return x, ids + 1
+        return torch.einsum("th,tkhd->td", x, self.experts[ids]), ids
+
+
+@pytest.mark.parametrize("dispatches", [True, False])
+def test_hash_routing_is_named(dispatches):
+    """Where the ids meet experts; a table of numbers that nothing is looked up by is none."""
+    graph = make_fx(HashRouted(dispatches))(rows(), torch.arange(len(rows())) % 11)
+    reasons = [(skip.reason, skip.evidence) for skip in find_gates(graph).skips]
+    assert reasons == ([(SkipReason.HASH, Evidence.DISPATCH)] if dispatches else [])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sere_compile.passes import RoutingSettings, Skip, SkipReason, UseKind, find_gates, reroute_dispatch
+from sere_compile.passes import Evidence, RoutingSettings, Skip, SkipReason, UseKind, find_gates, reroute_dispatch
 from sere_compile.passes.graph import nodes
 from sere_compile.testing import reroute_oracle
 
@@ -269,6 +269,7 @@ class TestRefusals:
 
         skip, _ = refused(Crossed(), from_dynamo)
         assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.WEIGHTS_LATE, "mul")
+        assert skip.evidence is Evidence.EXPERTS
         # In ATen the write's result is what the weights are made of, so that both move together.
         module, x = Crossed(), rows()
         graph = from_export(module, x)

@@ -131,3 +131,10 @@ def test_says_what_stands_there_instead(function, named):
     assert isinstance(found, str)
     assert found.startswith(named)
     assert found.endswith("is no normalisation")
+
+
+@pytest.mark.parametrize(("norm", "names"), [(LayerNorm, ["gain", "bias"]), (LayerNormWithoutBias, ["gain"])])
+def test_parameters_are_those_that_there_are(norm, names):
+    gate = one_gate(from_export(norm(), rows()))
+    found = find_norm_scale(gate.router_input).parameters
+    assert [node.target if node.op == "get_attr" else node.name.removeprefix("p_") for node in found] == names

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sere_compile.passes import SkipReason, find_gates
+from sere_compile.passes import Evidence, SkipReason, find_gates
 from sere_compile.passes.graph import nodes
 
 from ..moe_modules import (
@@ -79,6 +79,7 @@ class TestRefusals:
         module = Weighted(lambda b, v, ids, s: torch.full(ids.shape, 0.5))
         gate = one_gate(from_export(module, rows()))
         assert (gate.weights, gate.weights_skip.reason) == (None, SkipReason.NO_WEIGHTS)
+        assert gate.weights_skip.evidence is Evidence.DISPATCH
         assert gate.weights_skip.node is gate.ids
 
     def test_ambiguous_weights(self):

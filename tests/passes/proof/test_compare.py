@@ -20,6 +20,12 @@ def test_what_differs(got):
     assert distance(torch.ones(3), got, exact=True) is not None
 
 
+def test_nothing_equals_nothing():
+    """Of the same shape and type."""
+    assert distance(torch.empty(0, 3), torch.empty(0, 3), exact=True) is None
+    assert distance(torch.empty(0, 3), torch.empty(3, 0), exact=True) is not None
+
+
 def test_the_same_nan_is_the_same():
     value = torch.tensor([float("nan"), float("inf"), 1.0])
     assert distance(value, value.clone(), exact=True) is None
