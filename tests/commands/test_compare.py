@@ -27,6 +27,10 @@ def test_compare_runs_every_rule(checkpoint, tmp_path, monkeypatch):
     }
     assert rows["own:last_resort", "profile", "1"].kl == rows["naive top-S", "", "1"].kl > 0
     assert ("reroute", "random 2", "1") in rows
+    # Of the rules that recombine, those with substitutes need the outputs' inner products.
+    needs = {(row.rule.partition(", fill")[0].endswith("substitutes"), row.similarity) for row in rows.values()
+             if row.rule.startswith("recombine") and "one substitute" not in row.rule}  # fmt: skip
+    assert needs == {(False, ""), (True, "inner products")}
     assert all(row.kl == 0 for (_, _, select), row in rows.items() if select == "4")
     twice = sere(checkpoint, "compare", "--calibrate-on", checkpoint / "text.jsonl")
     assert twice.exit_code == 2

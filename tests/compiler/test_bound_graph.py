@@ -11,6 +11,9 @@ from torch import nn
 
 import sere_compile
 from sere_compile import ProbeError, SereConfig, sere_backend
+from sere_compile.compiler.gate_matrices import _tell_unreached
+from sere_compile.idle import tell_once
+from sere_compile.similarity import binding
 
 from ..compiled import CountingInner, logits, oracle_logits
 from ..tiny_models import EAGER_SLOW, IMPLEMENTATIONS, TOP_K, build, gate_names, random_profile, tokens
@@ -264,3 +267,17 @@ class TestUnprobed:
 
 def as_tensor(result):
     return result[0] if isinstance(result, tuple) else result
+
+
+def test_a_threshold_that_cannot_act_is_told_once(caplog):
+    """Of each gate; nothing where there is no matrix yet."""
+    tell_once.reset()
+    entry = binding.GateEntry("only here", torch.eye(4))
+    with caplog.at_level(logging.WARNING):
+        _tell_unreached(binding.GateEntry("only there"), 2.0)
+        assert not caplog.records
+        for _ in range(2):
+            _tell_unreached(entry, 2.0)
+    [record] = caplog.records
+    assert record.message.startswith("only here: threshold=2")
+    assert entry.judged == {2.0}

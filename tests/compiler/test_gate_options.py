@@ -314,3 +314,13 @@ def test_evaluator_does_what_the_backend_does(qwen):
     rule = ConfiguredRule(SereConfig(**options), profile, profile.projections)
     routed.decide = _Recorder(rule, torch.ones_like(ids, dtype=torch.bool))
     torch.testing.assert_close(routed(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_patterns_that_match_nothing_are_told(caplog):
+    config = SereConfig(per_gate={"layers.0.*": {"select_top_k": 1}, "lairs.*": {"select_top_k": 2}})
+    with caplog.at_level(logging.WARNING):
+        gate_options.tell_unknown(config, ["layers.0.gate", "layers.1.gate"], "the model")
+    [record] = caplog.records
+    assert record.message == ("per_gate: no gate of the model matches 'lairs.*'; gates are named like layers.0.gate")
+    with pytest.raises(ConfigError, match=r"matches 'lairs\.\*';"):
+        gate_options.tell_unknown(config.replace(strict=True), ["layers.0.gate"], "the model")

@@ -69,3 +69,19 @@ def test_the_model_of_a_call():
     compiled = torch.compile(module, backend="eager")
     assert model_of(module) is model_of(module.__call__) is model_of(compiled) is module
     assert model_of(len) is None
+
+
+class Branching(nn.Module):
+    """The graph ends where a branch depends on data."""
+
+    def forward(self, x):
+        y = x * 2
+        if y.sum() > 1e9:
+            y = y + 1
+        return y
+
+
+def test_a_branch_behind_a_graph():
+    """The part in front of it is a graph, the whole is none."""
+    found = find_obstacle(Branching(), (torch.ones(3),), {})
+    assert found.code == "if y.sum() > 1e9:"

@@ -110,3 +110,20 @@ def test_the_square_root_restores_half_of_the_sum():
     torch.testing.assert_close(full, batch.weights.sum(-1))
     torch.testing.assert_close(half, (free * full).sqrt())
     assert (free - full).abs().max() > 0.1
+
+
+def test_inner_products_are_those_of_the_outputs():
+    """From coefficients, up to a factor: of outputs of one length they are the cosines."""
+    outputs = torch.nn.functional.normalize(torch.randn(E, 20, generator=torch.Generator().manual_seed(8)), dim=-1)
+    gram = outputs @ outputs.T
+    profile = SimilarityProfile({"gate": gram}, projections={"gate": gram / gram.diagonal()[:, None]})
+    torch.testing.assert_close(gram_matrices(profile)["gate"], gram, atol=1e-4, rtol=0)
+
+
+def test_without_substitutes_what_is_dropped_adds_nothing():
+    batch = decisions()
+    ids, weights = Recombine(OUTPUTS_GRAM, 1, "none", 0.0, 0.0, False, min_active=0)(batch)
+    kept = primary_experts(batch, 1, 0)
+    named = kept[:, None, :].expand(P, B, E).gather(2, ids)
+    assert (weights[~named] == 0).all()
+    assert weights.sum() < batch.weights.sum()

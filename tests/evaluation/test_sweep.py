@@ -49,6 +49,12 @@ def test_a_row_says_what_to_give_the_backend(columns, options):
     SereConfig(**found)
 
 
+def test_rules_per_gate_say_how_many_experts_a_token_has():
+    rule, batch = PerGate({}), decisions()
+    assert rule(batch)[0] is batch.ids
+    assert rule.top_k == {"gate": batch.ids.shape[-1]}
+
+
 def test_what_a_step_gains():
     """Experts saved per growth of perplexity; what costs nothing is ahead, by what it saves."""
 

@@ -277,3 +277,18 @@ def test_opcheck_with_numbers_of_tokens(device):
         torch.ops.sere.route.default, (torch.rand(3, 8, device=device), None, 2, "softmax"),
         {"similarity": similarity, "select_top_k": 1, "ids_dtype": torch.int32, **tokens},
     )  # fmt: skip
+
+
+def test_what_re_routes():
+    """A similarity or filling, with S from 1 to below K."""
+    matrix = torch.eye(8)
+    assert [
+        Rerouting(**options).acts_on(4)
+        for options in (
+            {"select_top_k": 1},
+            {"select_top_k": 1, "similarity": matrix},
+            {"select_top_k": 3, "fill": True},
+            {"select_top_k": 4, "fill": True},
+            {"similarity": matrix},
+        )
+    ] == [False, True, True, False, False]

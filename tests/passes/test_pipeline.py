@@ -241,3 +241,17 @@ def test_passes_import_each_other_in_one_direction():
         free = {name for name, others in needs.items() if not others & needs.keys()}
         assert free, f"a circle among {sorted(needs)}"
         needs = {name: others for name, others in needs.items() if name not in free}
+
+
+class TestWhatARunSays:
+    def test_readers_are_as_proven(self):
+        """Any where nothing is proven yet; as proven for the weights where that was asked."""
+        graph = from_dynamo(Indexed(), rows())
+        gate = one_gate(graph)
+        found, _ = run_of(graph, gate)
+        assert found.readers is None
+        readers = tuple(graph.graph.find_nodes(op="placeholder"))
+        found.proof = Proof(gate, False, readers, frozenset(), "shown")
+        assert found.readers == readers
+        found.weighed = Proof(gate, True, readers[:1], frozenset(), "shown")
+        assert found.readers == readers[:1]

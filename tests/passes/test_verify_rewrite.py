@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import Proof, SkipReason, UseKind, find_gates, verify_rewrite
+from sere_compile.passes import Evidence, Proof, SkipReason, UseKind, find_gates, verify_rewrite
 from sere_compile.passes.graph import nodes
 
 from .evidence.test_selections import FORMS, RoutedIndexed, RoutedScatter, SkipSlots
@@ -17,6 +17,8 @@ from .moe_modules import (
     BiasCorrected,
     Indexed,
     ScatterCombine,
+    from_dynamo,
+    from_make_fx,
     one_gate,
     rows,
 )
@@ -149,3 +151,27 @@ class TestOutside:
         gate = self.leaving(tracer)
         shown = Proof(gate, True, None, frozenset(), "it was run")
         assert verify_rewrite(gate, outside=lambda asked: shown if asked is gate else None) is shown
+
+
+def test_one_example_at_a_time_is_refused():
+    """Inside `vmap` a token is a batch of its own."""
+    graph = from_dynamo(torch.vmap(Indexed()), rows()[:, None])
+    refusal = verified(graph)
+    assert (refusal.reason, refusal.evidence) == (SkipReason.ONE_TOKEN, Evidence.EXPERTS)
+
+
+class Unweighted(Indexed):
+    """Experts behind a mask, summed without weights."""
+
+    def dispatch(self, x, ids, weights):
+        mask = torch.zeros(len(x), self.num_experts).scatter(1, ids, 1.0)
+        return torch.einsum("te,th,ehd->td", mask, x, self.experts)
+
+
+def test_without_weights_the_refusal_says_why_there_are_none():
+    """And what the trial showed."""
+    gate = one_gate(from_make_fx(Unweighted(), rows()))
+    refusal = verified(gate.selection.graph.owning_module, gate)
+    assert refusal.reason is gate.weights_skip.reason
+    assert refusal.evidence is Evidence.EXPERTS
+    assert "; " in refusal.detail

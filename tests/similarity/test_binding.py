@@ -134,3 +134,9 @@ def test_a_weight_is_not_kept_alive():
     del weight
     gc.collect()
     assert len(binding._entries) == number - 1
+
+
+def test_why_nothing_is_counted_is_remembered():
+    weight, other = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+    binding.note_uncounted(weight, "no room")
+    assert (binding.uncounted(weight), binding.uncounted(other)) == ("no room", "")

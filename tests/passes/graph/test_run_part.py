@@ -56,6 +56,7 @@ def test_every_cast_to_half_precision(cast):
     assert last_of(graph, torch.ones(3).double()).dtype is torch.float32
     assert last_of(graph, torch.ones(3), single=False).dtype in (torch.float16, torch.bfloat16)
     assert last_of(symbolic_trace(lambda x: x.double()), torch.ones(3)).dtype is torch.float64
+    assert last_of(symbolic_trace(lambda x: x.to(torch.int32)), torch.ones(3)).dtype is torch.int32
 
 
 class Owning(nn.Module):
