@@ -93,6 +93,28 @@ def test_fused_router_fills_in_its_own_operator():
         torch.testing.assert_close(compiled(model, fuse_router="always")(tokens).logits, apart, rtol=1e-4, atol=1e-4)
 
 
+class Returning(moe_modules.Indexed):
+    """Its caller gets the ids as well."""
+
+    def route(self, x):
+        self.chosen, weights = super().route(x)
+        return self.chosen, weights
+
+    def forward(self, x):
+        return super().forward(x), self.chosen
+
+
+def test_a_fused_router_keeps_its_ids_for_others():
+    """They see what the router chose; the dispatch is filled by the operator once more."""
+    torch.manual_seed(0)
+    block, x = Returning().eval(), moe_modules.rows()
+    with torch.no_grad():
+        _, ids = block(x)
+        got, seen = compiled(block, fuse_router="always", lower_experts=False)(x)
+        torch.testing.assert_close(got, routed_by_oracle(block, x, 1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(seen, ids)
+
+
 class Overwrites(moe_modules.Indexed):
     """Its scores are gone when the dispatch begins."""
 

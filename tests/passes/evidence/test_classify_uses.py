@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sere_compile.passes import UseKind, find_gates
 from sere_compile.passes.graph import nodes
@@ -20,6 +21,7 @@ from ..moe_modules import (
     Indexed,
     Used,
     expected,
+    from_dynamo,
     from_export,
     from_make_fx,
     one_gate,
@@ -51,6 +53,7 @@ USES = {
         "one_hot",
         UseKind.STATISTIC,
     ),
+    "number of slots": (lambda b, x, ids, s: F.one_hot(ids, EXPERTS).sum(), "one_hot", UseKind.STATISTIC),
     "loss that balances load": (
         lambda b, x, ids, s: (torch.zeros_like(s).scatter(1, ids, 1.0).mean(0) * s.mean(0)).sum(),
         "scatter",
@@ -329,3 +332,25 @@ def test_a_dispatch_that_reaches_no_experts_is_no_evidence(function):
     assert find_gates(graph).gates == ()
     [skip] = find_gates(graph).skips
     assert skip.detail.startswith("ids are used by")
+
+
+class CountedRouter(nn.Module):
+    """A router whose ids leave, and that counts them in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.register_buffer("load", torch.zeros(EXPERTS, dtype=torch.int64))
+
+    def forward(self, x):
+        weights, ids = self.router(x).softmax(-1).topk(TOP_K)
+        self.load.add_(F.one_hot(ids, EXPERTS).sum((0, 1)))
+        return weights, ids
+
+
+def test_counts_for_a_buffer_beside_ids_that_leave():
+    """They stay what the router chose; what leaves is the dispatch."""
+    graph = from_dynamo(CountedRouter(), rows())
+    [gate] = find_gates(graph, lambda router, columns: columns).gates
+    found = {(nodes.kind(use.consumer), use.kind) for use in gate.uses}
+    assert found == {("one_hot", UseKind.STATISTIC), ("output", UseKind.LEAVES)}

@@ -225,6 +225,17 @@ class SecondReader(Masked):
         return self.dispatch(x, ids, weights) + (1 - weights[:, :1]) * x
 
 
+class ReaderInside(Looped):
+    """(6) The token's own part comes first, so that the experts' sum ends behind it: it keeps the router's weights."""
+
+    def dispatch(self, x, ids, weights):
+        table = x.new_zeros(x.shape[0], EXPERTS).scatter(1, ids, weights)
+        y = (1 - weights[:, :1]) * x
+        for number in range(EXPERTS):
+            y = y + table[:, number, None] * self.expert(number, x)
+        return y
+
+
 class StandardDeviation(Masked):
     """(6) The weights are returned as a statistic."""
 
@@ -456,7 +467,7 @@ class FlatStack(Block):
 RIGHT = (
     Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded,
     PaddedWithE, Columns, SharedBeside, TwoSets, InHalf,
-    IdsReturned, StandardDeviation, BentRows, SecondReader, OneOutput, Renormalised,
+    IdsReturned, StandardDeviation, BentRows, SecondReader, ReaderInside, OneOutput, Renormalised,
 )  # fmt: skip
 REFUSED = (
     L2Norm, ByMaximum, Clamped, Threshold, MaskedFill, Square, Relu, Ceil, Sign, ScaledInput, InsideActivation,
