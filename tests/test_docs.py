@@ -73,6 +73,16 @@ def test_commands():
     assert wrong == set()
 
 
+def test_site():
+    """Every page that is not for one folder's readers is in the site's contents, and nothing that is not there."""
+    site = ROOT / "docs" / "site"
+    contents = re.findall(r"^([\w./]+)$", "\n".join(re.findall(r"```{toctree}(.*?)```", (site / "index.md").read_text(
+        encoding="utf-8"), re.DOTALL)), re.MULTILINE)  # fmt: skip
+    named = {(site / f"{page}.md").resolve() for page in contents}
+    assert [page for page in named if not page.exists()] == []
+    assert {*(ROOT / "docs").glob("*.md")} - named == {ROOT / "docs" / "README.md"}
+
+
 def test_index():
     """Every page of docs/ stands in its index, and the README leads there."""
     listed = {(ROOT / "docs" / link).resolve() for link in files(ROOT / "docs" / "README.md")}

@@ -61,7 +61,7 @@ def calibrate(
         batches: what to call it with: mappings of keyword arguments, or tensors as its only
             argument. Tokens that an `attention_mask` [batch, length] in a mapping marks with 0 do
             not count. None: data-free, each gate's experts run on `max_tokens` (1024 by default)
-            hidden states of mean b and scale |g|, the bias and gain of the norm in front of the
+            hidden states of mean b and scale abs(g), the bias and gain of the norm in front of the
             gate; standard normal where no norm is found.
         method: "frobenius" (the paper's choice), "cosine" or "cka", see
             `sere_compile.experts.metrics`.
