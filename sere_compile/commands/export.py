@@ -17,7 +17,7 @@ from ..lowering.decode_step import DecodeStep
 from ..lowering.export import export_rewritten
 from ..lowering.loading import TARGETS, load, snippet
 from ..lowering.prefill import Prefill
-from ..lowering.standard_operators import rerouted_gates
+from ..lowering.standard_operators import CONDITIONAL, rerouted_gates
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import MODEL_HELP, routing_options
@@ -47,10 +47,11 @@ from .output_file import OutputFile
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
 @click.option(
     "--experts",
-    type=click.Choice(["grouped_mm", "batched_mm"]),
+    type=click.Choice(["grouped_mm", "batched_mm", CONDITIONAL]),
     default="batched_mm",
     show_default=True,
-    help="How the graph computes experts; what grouped_mm gives loads only where transformers is imported, on a CPU.",
+    help="How the graph computes experts. conditional, for ONNX: only those that are active, one If for each. What "
+    "grouped_mm gives loads only where transformers is imported, on a CPU.",
 )
 @click.option("--check", is_flag=True, help="Run the file on random tokens against the model in PyTorch.")
 @click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")
@@ -76,12 +77,15 @@ def export_command(
 
     \b
     sere export --to onnx --model P --profile p.safetensors --select-top-k 2 --out model.onnx --check
+    sere export --to onnx --model P --experts conditional --decode 2048 --out step.onnx
     sere export --to aot --model P --out model.pt2
     """  # noqa: D301
     try:
         config = SereConfig(**options)
         if as_function and target != "onnx":
             raise click.UsageError("--as-function is for --to onnx")
+        if experts == CONDITIONAL and target != "onnx":
+            raise click.UsageError(f"--experts {CONDITIONAL} is for --to onnx")
         matrices = None if profile is None else SimilarityProfile.load(profile)
         model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
         if matrices is None:
