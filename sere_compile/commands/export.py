@@ -17,7 +17,7 @@ from ..lowering.decode_step import DecodeStep
 from ..lowering.export import export_rewritten
 from ..lowering.loading import TARGETS, load, snippet
 from ..lowering.prefill import Prefill
-from ..lowering.standard_operators import CONDITIONAL, rerouted_gates
+from ..lowering.standard_operators import FUSED, rerouted_gates
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import MODEL_HELP, routing_options
@@ -47,11 +47,12 @@ from .output_file import OutputFile
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
 @click.option(
     "--experts",
-    type=click.Choice(["grouped_mm", "batched_mm", CONDITIONAL]),
+    type=click.Choice(["grouped_mm", "batched_mm", *FUSED]),
     default="batched_mm",
     show_default=True,
-    help="How the graph computes experts. conditional, for ONNX: only those that are active, one If for each. What "
-    "grouped_mm gives loads only where transformers is imported, on a CPU.",
+    help="How the graph computes experts. For ONNX: conditional, only those that are active, one If for each; "
+    "onnxruntime_moe, likewise by an operator that onnxruntime alone has. What grouped_mm gives loads only where "
+    "transformers is imported, on a CPU.",
 )
 @click.option("--check", is_flag=True, help="Run the file on random tokens against the model in PyTorch.")
 @click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")
@@ -84,8 +85,8 @@ def export_command(
         config = SereConfig(**options)
         if as_function and target != "onnx":
             raise click.UsageError("--as-function is for --to onnx")
-        if experts == CONDITIONAL and target != "onnx":
-            raise click.UsageError(f"--experts {CONDITIONAL} is for --to onnx")
+        if experts in FUSED and target != "onnx":
+            raise click.UsageError(f"--experts {experts} is for --to onnx")
         matrices = None if profile is None else SimilarityProfile.load(profile)
         model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
         if matrices is None:
@@ -101,7 +102,7 @@ def export_command(
             experts=experts,
             allow_no_gates=allow_no_gates,
         )
-        written = _write(target, out, program, module.names(), as_function)
+        written = _write(target, out, program, module.names(), as_function, experts)
         click.echo(f"{out}: {rerouted_gates(program)} gates re-routed, {written}")
         if check:
             difference = largest_difference(program, load(target, out), module)
@@ -112,7 +113,12 @@ def export_command(
 
 
 def _write(
-    target: str, out: str, program: ExportedProgram, names: tuple[list[str], list[str]], as_function: bool
+    target: str,
+    out: str,
+    program: ExportedProgram,
+    names: tuple[list[str], list[str]],
+    as_function: bool,
+    experts: str,
 ) -> str:
     """Lower a program; a few words on what was written."""
     if target == "onnx":
@@ -125,6 +131,7 @@ def _write(
             as_function=as_function,
             input_names=names[0],
             output_names=names[1],
+            experts=experts,
             allow_no_gates=True,
         )
         return f"opset {done.opset}, {done.operators.total()} operators"

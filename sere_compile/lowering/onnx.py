@@ -25,7 +25,8 @@ from .conditional_experts import as_one_node, build_conditions
 from .export import export_rewritten
 from .free_sizes import name_axes
 from .onnx_functions import DOMAIN, Functions, scopes_of, translate
-from .standard_operators import REFERENCES, SCOPE, decompose, rerouted_gates
+from .onnxruntime_moe import moe_node
+from .standard_operators import ONNXRUNTIME_MOE, REFERENCES, SCOPE, decompose, rerouted_gates
 
 # What torch.onnx translates to; below it torch has to convert the finished graph, which can fail.
 LOWEST_OPSET = 18
@@ -89,7 +90,8 @@ def export(
         output_names: names for its outputs; by default those of the fields that the model returns, such as `logits`.
         experts: how Hugging Face models compute their experts in the graph; None leaves that as it is. "conditional":
             one `If` for each expert of every gate, of any model or program whose experts are stacked weights, so that
-            those alone are computed that an id names; time follows the active experts.
+            those alone are computed that an id names; time follows the active experts. "onnxruntime_moe": so does
+            that of `com.microsoft.MoE`, for which the experts are gated by SiLU; onnxruntime alone has it.
         allow_no_gates: write the model unchanged where nothing can be re-routed.
 
     Raises:
@@ -114,12 +116,17 @@ def export(
         experts=experts,
         allow_no_gates=allow_no_gates,
     )
+    if experts == ONNXRUNTIME_MOE and any(name.startswith("sere_projection") for name in program.state_dict):
+        raise LoweringError(
+            f'projection may make weights negative, which experts="{ONNXRUNTIME_MOE}" cannot say: use "conditional"'
+        )
     gates = rerouted_gates(program)
     _check_translatable(program)
     functions = Functions(opset)
     table = functions.table() if as_function else dict(REFERENCES)
-    # There only with conditional experts.
-    program = decompose(program, {**table, torch.ops.sere.expert_mlp.default: as_one_node})
+    # Such an operator is there only where `experts` says so.
+    fused = moe_node if experts == ONNXRUNTIME_MOE else as_one_node
+    program = decompose(program, {**table, torch.ops.sere.expert_mlp.default: fused})
     _check_translatable(program)
     own = getattr(model, "names", lambda: (None, None))()
     translated = translate(program, opset, input_names or own[0], output_names or own[1] or _output_names(program))

@@ -26,9 +26,11 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 
 # The scope of the nodes that re-routing adds, in graphs of standard operators.
 SCOPE = "sere"
-# What `experts=` says for one `If` an expert; how a Hugging Face model is traced for it, which does not matter then.
-CONDITIONAL = "conditional"
-_TRACED_FOR_CONDITIONAL = "batched_mm"
+# What `experts=` says for one `If` an expert, and for the operator of onnxruntime; how a Hugging Face model is traced
+# for these, which does not matter then.
+CONDITIONAL, ONNXRUNTIME_MOE = "conditional", "onnxruntime_moe"
+FUSED = (CONDITIONAL, ONNXRUNTIME_MOE)
+_TRACED_TO_FUSE = "batched_mm"
 _EXPERTS = torch.ops.sere.expert_mlp.default
 
 
@@ -41,11 +43,11 @@ def experts_computed_by(implementation: str | None, model: nn.Module | ExportedP
     plain indexing and matrix products.
 
     Args:
-        implementation: as `PreTrainedModel.set_experts_implementation` takes it; None changes nothing. `CONDITIONAL`:
+        implementation: as `PreTrainedModel.set_experts_implementation` takes it; None changes nothing. One of `FUSED`:
             what fusing the experts starts from.
         model: any module; with a traced program, or without a Hugging Face model inside, nothing happens.
     """
-    implementation = _TRACED_FOR_CONDITIONAL if implementation == CONDITIONAL else implementation
+    implementation = _TRACED_TO_FUSE if implementation in FUSED else implementation
     modules = model.modules() if isinstance(model, nn.Module) and implementation is not None else ()
     changed: list[tuple[Any, str]] = []
     try:
@@ -61,12 +63,12 @@ def experts_computed_by(implementation: str | None, model: nn.Module | ExportedP
             setter(previous)
 
 
-def refuse_conditional(experts: str | None) -> None:
+def refuse_onnx_only(experts: str | None) -> None:
     """Raise for experts that only an ONNX file has."""
-    if experts == CONDITIONAL:
+    if experts in FUSED:
         raise LoweringError(
-            f'experts="{CONDITIONAL}" are conditions of an ONNX file: use sere_compile.lowering.onnx.export, and for '
-            "TensorRT sere_compile.lowering.tensorrt.build_onnx on its file"
+            f'experts="{experts}" is for ONNX files: use sere_compile.lowering.onnx.export, and for TensorRT '
+            f'sere_compile.lowering.tensorrt.build_onnx on its file, which takes "{CONDITIONAL}"'
         )
 
 

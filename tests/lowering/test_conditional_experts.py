@@ -232,5 +232,5 @@ def test_other_targets(tmp_path):
         lambda: aot.package(Stacked(), tmp_path / "m.pt2", (tokens(5),), experts="conditional"),
         lambda: tensorrt.compile(Stacked(), (tokens(5),), experts="conditional"),
     ):
-        with pytest.raises(LoweringError, match=r'experts="conditional" are conditions of an ONNX file'):
+        with pytest.raises(LoweringError, match=r'experts="conditional" is for ONNX files'):
             lower()
