@@ -24,7 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from sere_compile import SereConfig, SimilarityProfile
 from sere_compile.lowering import onnx
-from sere_compile.lowering.export import export_rewritten
+from sere_compile.lowering.export import export_rewritten, is_rewritten
 from tests.lowering.models import with_ids_as_outputs
 
 EXPERTS, TOP_K = 64, 8
@@ -55,18 +55,21 @@ class Layer(nn.Module):
 def session(layer: Layer, form: str, select_top_k: int, width: int, folder: Path, threads: int) -> Any:
     """The layer, exported and loaded; its second output is the ids, where they are re-routed."""
     half = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(0))
+    config = SereConfig(select_top_k=select_top_k, min_active=0)
     program = export_rewritten(
         layer.eval(),
         (torch.randn(6, width),),
         profile=SimilarityProfile({"mlp.gate.weight": (half + half.T) / 2}),
-        config=SereConfig(select_top_k=select_top_k, min_active=0),
+        config=config,
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         experts=form,
     )
     if select_top_k < TOP_K:
         program = with_ids_as_outputs(program)
     path = folder / f"{form}{select_top_k}.onnx"
-    onnx.export(program, None, path, input_names=["hidden"], allow_no_gates=True, experts=form)
+    # A program in which nothing is re-routed would be, by defaults.
+    config = None if is_rewritten(program) else config
+    onnx.export(program, None, path, config=config, input_names=["hidden"], allow_no_gates=True, experts=form)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

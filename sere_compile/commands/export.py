@@ -14,7 +14,7 @@ from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
 from ..lowering.archive_file import archive_file
 from ..lowering.check import largest_difference
 from ..lowering.decode_step import DecodeStep
-from ..lowering.export import export_rewritten
+from ..lowering.export import export_rewritten, is_rewritten
 from ..lowering.loading import TARGETS, load, snippet
 from ..lowering.prefill import Prefill
 from ..lowering.standard_operators import FUSED, rerouted_gates
@@ -102,7 +102,7 @@ def export_command(
             experts=experts,
             allow_no_gates=allow_no_gates,
         )
-        written = _write(target, out, program, module.names(), as_function, experts)
+        written = _write(target, out, program, module.names(), as_function, experts, config)
         click.echo(f"{out}: {rerouted_gates(program)} gates re-routed, {written}")
         if check:
             difference = largest_difference(program, load(target, out), module)
@@ -119,8 +119,11 @@ def _write(
     names: tuple[list[str], list[str]],
     as_function: bool,
     experts: str,
+    config: SereConfig,
 ) -> str:
     """Lower a program; a few words on what was written."""
+    # Where nothing was to be re-routed (S = K) it would be now, by the defaults.
+    same = None if is_rewritten(program) else config
     if target == "onnx":
         from ..lowering import onnx
 
@@ -128,6 +131,7 @@ def _write(
             program,
             None,
             out,
+            config=same,
             as_function=as_function,
             input_names=names[0],
             output_names=names[1],
@@ -138,7 +142,7 @@ def _write(
     if target == "aot":
         from ..lowering import aot
 
-        aot.package(program, out, allow_no_gates=True)
+        aot.package(program, out, config=same, allow_no_gates=True)
         return "AOTInductor package"
     with archive_file(out) as file:
         torch.export.save(program, file)
