@@ -31,8 +31,8 @@ class DispatchRegion:
 
     Attributes:
         module: takes ids, weights, then `inputs`, then `activations`, in this order.
-        inputs: graph inputs and attributes (expert weights, sizes) that the region reads, as nodes
-            of the graph.
+        inputs: graph inputs and attributes (expert weights, sizes) that the region reads, and free sizes
+            of graph inputs, as nodes of the graph.
         activations: other tensors it reads; their rows are tokens, or slots in token-major order.
         ids, weights: the nodes of the graph whose place the arguments take.
         output: the node of the graph that the region computes.
@@ -137,6 +137,8 @@ def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] |
 
 
 def _role(node: Node, gate: Gate, behind: set[Node]) -> str:
+    if _is_size_of_input(node):
+        return "input"
     if node.op in ("placeholder", "get_attr"):
         return "activation" if _varies_by_token(node, gate.ids) else "input"
     # What repeats or reshapes rows belongs to the dispatch; the rows themselves come from outside.
@@ -145,6 +147,13 @@ def _role(node: Node, gate: Gate, behind: set[Node]) -> str:
         return "inside"
     # Parts and sums of parameters are computed: made up they would be other experts' weights.
     return "inside" if computed_of_state(node) else "activation"
+
+
+def _is_size_of_input(node: Node) -> bool:
+    """Whether a node reads a free size off an input of the graph that is no weight, such as tokens or a cache."""
+    source = nodes.operand(node)
+    reads = source is not None and source.op == "placeholder" and not nodes.is_model_state(source)
+    return reads and isinstance(nodes.value(node), torch.SymInt)
 
 
 def _varies_by_token(node: Node, ids: Node) -> bool:

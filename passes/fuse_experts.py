@@ -228,7 +228,9 @@ def _confirmed(
     try:
         with torch.inference_mode(False), torch.no_grad():
             values: dict[Node, Any] = {
-                node: random(node, matrix=len(nodes.shape(node) or ()) == 3) if nodes.is_tensor(node) else sizes[node]
+                node: random(node, matrix=len(nodes.shape(node) or ()) == 3)
+                if nodes.is_tensor(node)
+                else nodes.size_in_call(node, sizes)
                 for node in region.inputs
             }
             dtype = nodes.value(candidates[0].down).dtype

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.export import ExportedProgram
@@ -19,7 +19,7 @@ from .compiler.missing_gates import describe_nearest_miss
 from .compiler.program import Program
 from .compiler.rewrite_gate import rewrite_gate
 from .config import SereConfig
-from .errors import ConfigError, GateNotFoundError, ProbeError, ProfileError
+from .errors import ConfigError, GateNotFoundError, LoweringError, ProbeError, ProfileError
 from .experts.experts_module import find_experts
 from .experts.probe import Probed, probe_gate
 from .passes import Gate, Skip, extract_dispatch, find_gates
@@ -69,9 +69,27 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
             projections that are asked for.
         ProbeError: without a profile, a gate cannot be filled, and its experts could not be run.
     """
-    config = config or SereConfig()
+    return _rewritten(Program(traced), profile, config or SereConfig())[0]
+
+
+def rewrite_with_one_operator_for_experts(
+    traced: ExportedProgram, profile: SimilarityProfile | None, config: SereConfig | None
+) -> ExportedProgram:
+    """`rewrite`, and the experts of every gate become one `sere::expert_mlp`: for lowerings that make something of it.
+
+    Raises:
+        LoweringError: the experts of a gate are none that this operator computes; the message says which, and why.
+    """
+    rewritten, plans = _rewritten(Program(traced, fuses_experts=True), profile, config or SereConfig())
+    for plan in plans:
+        if plan.unfused is not None:
+            raise LoweringError(f"the experts of {plan.name} are not known to be stacked layers: {plan.unfused}")
+    return rewritten
+
+
+def _rewritten(program: Program, profile: SimilarityProfile | None, config: SereConfig) -> tuple[Any, list[GatePlan]]:
+    """The rewritten graph, and what was done to each gate."""
     _check_options(config)
-    program = Program(traced)
     findings = find_gates(program.module)
     if not findings.gates:
         why = describe_nearest_miss(findings.nearest_miss) if program.has_shapes() else _NO_SHAPES
@@ -87,7 +105,7 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
             refused.append(refusal)
     if refused and (config.strict or len(refused) == len(plans)):
         raise GateNotFoundError(f"{len(refused)} of {len(plans)} gates were refused: {refused[0]}")
-    return program.finish()
+    return program.finish(), plans
 
 
 def _check_options(config: SereConfig) -> None:

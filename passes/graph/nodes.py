@@ -29,6 +29,7 @@ from .values import (
     same_shape,
     shape,
     shape_in_call,
+    size_in_call,
     source_line,
     value,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "same_shape",
     "shape",
     "shape_in_call",
+    "size_in_call",
     "slot_source",
     "source_line",
     "value",

@@ -79,10 +79,22 @@ def shape_in_call(node: Node, sizes: Mapping[Node, int]) -> tuple[int, ...]:
 
     Args:
         node: yields a tensor.
-        sizes: numbers for the graph inputs that are symbolic sizes.
+        sizes: numbers for the graph inputs that are symbolic sizes. Others are as in the call that was traced.
     """
     symbols = {value(given).node.expr: size for given, size in sizes.items() if isinstance(value(given), torch.SymInt)}
-    return tuple(int(n.node.expr.subs(symbols)) if isinstance(n, torch.SymInt) else n for n in shape(node) or ())
+    return tuple(_in_call(size, symbols) for size in shape(node) or ())
+
+
+def size_in_call(node: Node, sizes: Mapping[Node, int]) -> int:
+    """The number that a node yields in one call, as `shape_in_call`."""
+    return sizes[node] if node in sizes else int(value(node).node.hint)
+
+
+def _in_call(size: Any, symbols: Mapping[Any, int]) -> int:
+    if not isinstance(size, torch.SymInt):
+        return size
+    number = size.node.expr.subs(symbols)
+    return int(number if number.is_number else size.node.hint)
 
 
 def operands(node: Node) -> Iterator[Node]:

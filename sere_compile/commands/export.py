@@ -14,10 +14,10 @@ from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
 from ..lowering.archive_file import archive_file
 from ..lowering.check import largest_difference
 from ..lowering.decode_step import DecodeStep
-from ..lowering.export import export_rewritten
+from ..lowering.export import export_rewritten, is_rewritten
 from ..lowering.loading import TARGETS, load, snippet
 from ..lowering.prefill import Prefill
-from ..lowering.standard_operators import rerouted_gates
+from ..lowering.standard_operators import FUSED, rerouted_gates
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import MODEL_HELP, routing_options
@@ -47,10 +47,12 @@ from .output_file import OutputFile
 @click.option("--as-function", is_flag=True, help="ONNX: keep each re-routing as one node with a function.")
 @click.option(
     "--experts",
-    type=click.Choice(["grouped_mm", "batched_mm"]),
+    type=click.Choice(["grouped_mm", "batched_mm", *FUSED]),
     default="batched_mm",
     show_default=True,
-    help="How the graph computes experts; what grouped_mm gives loads only where transformers is imported, on a CPU.",
+    help="How the graph computes experts. For ONNX: conditional, only those that are active, one If for each; "
+    "onnxruntime_moe, likewise by an operator that onnxruntime alone has. What grouped_mm gives loads only where "
+    "transformers is imported, on a CPU.",
 )
 @click.option("--check", is_flag=True, help="Run the file on random tokens against the model in PyTorch.")
 @click.option("--allow-no-gates", is_flag=True, help="Write a model without gates unchanged.")
@@ -76,12 +78,15 @@ def export_command(
 
     \b
     sere export --to onnx --model P --profile p.safetensors --select-top-k 2 --out model.onnx --check
+    sere export --to onnx --model P --experts conditional --decode 2048 --out step.onnx
     sere export --to aot --model P --out model.pt2
     """  # noqa: D301
     try:
         config = SereConfig(**options)
         if as_function and target != "onnx":
             raise click.UsageError("--as-function is for --to onnx")
+        if experts in FUSED and target != "onnx":
+            raise click.UsageError(f"--experts {experts} is for --to onnx")
         matrices = None if profile is None else SimilarityProfile.load(profile)
         model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
         if matrices is None:
@@ -97,7 +102,7 @@ def export_command(
             experts=experts,
             allow_no_gates=allow_no_gates,
         )
-        written = _write(target, out, program, module.names(), as_function)
+        written = _write(target, out, program, module.names(), as_function, experts, config)
         click.echo(f"{out}: {rerouted_gates(program)} gates re-routed, {written}")
         if check:
             difference = largest_difference(program, load(target, out), module)
@@ -108,9 +113,17 @@ def export_command(
 
 
 def _write(
-    target: str, out: str, program: ExportedProgram, names: tuple[list[str], list[str]], as_function: bool
+    target: str,
+    out: str,
+    program: ExportedProgram,
+    names: tuple[list[str], list[str]],
+    as_function: bool,
+    experts: str,
+    config: SereConfig,
 ) -> str:
     """Lower a program; a few words on what was written."""
+    # Where nothing was to be re-routed (S = K) it would be now, by the defaults.
+    same = None if is_rewritten(program) else config
     if target == "onnx":
         from ..lowering import onnx
 
@@ -118,16 +131,18 @@ def _write(
             program,
             None,
             out,
+            config=same,
             as_function=as_function,
             input_names=names[0],
             output_names=names[1],
+            experts=experts,
             allow_no_gates=True,
         )
         return f"opset {done.opset}, {done.operators.total()} operators"
     if target == "aot":
         from ..lowering import aot
 
-        aot.package(program, out, allow_no_gates=True)
+        aot.package(program, out, config=same, allow_no_gates=True)
         return "AOTInductor package"
     with archive_file(out) as file:
         torch.export.save(program, file)

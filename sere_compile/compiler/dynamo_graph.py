@@ -58,6 +58,7 @@ class DynamoGraph:
         appended: what the inputs behind the graph's own ones are.
     """
 
+    fuses_experts = False
     takes_kernels = True
 
     def __init__(self, module: GraphModule, example_inputs: Sequence[Any]) -> None:

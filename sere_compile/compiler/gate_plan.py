@@ -51,6 +51,7 @@ class GatePlan:
     reason: str = ""  # why it is not re-routed
     refusal: Skip | None = None  # the same, where it should have been
     kernels: str = ""  # what the speed passes did, and why not more; empty where they are off
+    unfused: Skip | None = None  # why its experts are not one operator, where they should be
     proof: str = ""  # what was shown of the rewrite
     merged: bool = False  # whether a token's duplicates are merged
     is_filled: bool = False  # by the tokens' own scores, for which there is no matrix

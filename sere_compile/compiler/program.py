@@ -36,7 +36,8 @@ class Program:
     takes_kernels = False
     has_gradients = False
 
-    def __init__(self, traced: GraphModule | ExportedProgram) -> None:
+    def __init__(self, traced: GraphModule | ExportedProgram, *, fuses_experts: bool = False) -> None:
+        self.fuses_experts = fuses_experts
         self._exported = traced if isinstance(traced, ExportedProgram) else None
         source = traced.graph_module if isinstance(traced, ExportedProgram) else traced
         self.module, _ = copy_module(source)

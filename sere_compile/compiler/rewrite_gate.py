@@ -54,10 +54,11 @@ def rewrite_gate(
         Why the gate cannot be re-routed, where that was to be done.
     """
     if plan.status == SKIPPED:
+        plan.unfused = plan.refusal
         return None
     run = _run(plan, graph, matrices, weight, owners, find_matrix)
     refusal = run_pipeline(run, _switches(plan, run, graph.takes_kernels))
-    plan.kernels = _kernels(run)
+    plan.kernels, plan.unfused = _kernels(run), run.refused.get("fuse_experts")
     plan.merged = run.rewrite is not None and run.rewrite.merged
     if run.proof is not None:
         plan.gate, plan.proof = run.proof.gate, run.proof.shown
@@ -110,6 +111,7 @@ def _run(
         filling=filling,
         strict=plan.config.strict,
         counting=plan.config.collect_stats,
+        always_fusing=graph.fuses_experts,
     )
 
 
@@ -119,6 +121,8 @@ def _switches(plan: GatePlan, run: Run, takes_kernels: bool) -> Callable[[str], 
 
     def is_on(switch: str) -> bool:
         match switch:
+            case "lower_experts" if run.always_fusing:
+                return True
             case "lower_experts" | "fuse_router":
                 option = getattr(config, switch)
                 return takes_kernels and (option == "always" or (bool(option) and run.device.type == "cuda"))

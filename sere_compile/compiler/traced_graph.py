@@ -20,6 +20,7 @@ class TracedGraph(Protocol):
     """A graph that is being rewritten: `DynamoGraph` during torch.compile, `Program` ahead of time."""
 
     module: GraphModule
+    fuses_experts: bool  # whether experts have to become one operator of ours, whatever that gains
     takes_kernels: bool  # whether the speed passes may put operators of ours into it
     has_gradients: bool  # whether a call may ask for gradients, which those operators do not give
 

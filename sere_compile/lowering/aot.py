@@ -22,6 +22,7 @@ from ..similarity.profile import SimilarityProfile
 from ..whole_file import check_writable
 from .archive_file import archive_file
 from .export import export_rewritten, operators
+from .standard_operators import refuse_onnx_only
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +64,12 @@ def package(
         The path, as a string.
 
     Raises:
-        LoweringError: the path does not end in `.pt2`, or as `export_rewritten`, whose other errors pass as well.
+        LoweringError: the path does not end in `.pt2`, `experts` is for ONNX alone, or as `export_rewritten`, whose
+            other errors pass as well.
         OutputError: the file cannot be written; an earlier one of the name is as it was, as after every error.
     """
     target = _checked_path(path)
+    refuse_onnx_only(experts)
     program = export_rewritten(
         model_or_program,
         args,

@@ -15,11 +15,11 @@ from torch.fx import GraphModule
 
 from ..config import SereConfig
 from ..errors import GateNotFoundError, LoweringError, ProfileError
-from ..rewrite import rewrite
+from ..rewrite import rewrite, rewrite_with_one_operator_for_experts
 from ..similarity import binding
 from ..similarity.profile import SimilarityProfile
 from .free_sizes import free_sizes
-from .standard_operators import experts_computed_by
+from .standard_operators import FUSED, experts_computed_by
 from .token_mask import mask_tokens
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ def export_rewritten(
             sequence vary (`free_sizes`). None fixes all and says so in a warning: re-routing depends on the batch, so
             one that is filled up to a fixed size is re-routed as another, unless an `attention_mask` hides what fills.
         experts: how Hugging Face models inside a model compute their experts in the program; None leaves that alone.
+            One of `standard_operators.FUSED`: the experts of every gate, of any model or program, are one
+            `sere::expert_mlp`.
         allow_no_gates: return the program unchanged, with a warning, where `GateNotFoundError` would be raised.
             `strict=True` in the config still raises.
 
@@ -82,7 +84,10 @@ def export_rewritten(
     if profile is not None:
         _check_profile(profile, program)
     try:
-        rerouted = rewrite(program, profile=profile, config=config)
+        if experts in FUSED:
+            rerouted = rewrite_with_one_operator_for_experts(program, profile, config)
+        else:
+            rerouted = rewrite(program, profile=profile, config=config)
     except GateNotFoundError as error:
         if not allow_no_gates or (config is not None and config.strict):
             raise

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import collections
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
@@ -21,10 +21,12 @@ from ..extras import require
 from ..passes.graph import nodes
 from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
+from .conditional_experts import as_one_node, build_conditions
 from .export import export_rewritten
 from .free_sizes import name_axes
-from .onnx_functions import DOMAIN, Functions, translate
-from .standard_operators import SCOPE, decompose, rerouted_gates
+from .onnx_functions import DOMAIN, Functions, scopes_of, translate
+from .onnxruntime_moe import moe_node
+from .standard_operators import ONNXRUNTIME_MOE, REFERENCES, SCOPE, decompose, rerouted_gates
 
 # What torch.onnx translates to; below it torch has to convert the finished graph, which can fail.
 LOWEST_OPSET = 18
@@ -38,7 +40,8 @@ class OnnxExport:
         path: the file.
         opset: of the standard operators.
         gates: how many gates are re-routed.
-        operators: how often each standard operator occurs, without constants, in functions once for each call.
+        operators: how often each standard operator occurs, without constants, in functions once for each call, in
+            conditions once for each.
         operators_in_functions: how many of them stand in functions of the domain `sere`: what re-routing adds.
     """
 
@@ -85,14 +88,17 @@ def export(
         opset: version of the standard operators, from 18 up.
         input_names: names for the graph's inputs; by default the model's own.
         output_names: names for its outputs; by default those of the fields that the model returns, such as `logits`.
-        experts: how Hugging Face models compute their experts in the graph; None leaves that as it is.
+        experts: how Hugging Face models compute their experts in the graph; None leaves that as it is. "conditional":
+            one `If` for each expert of every gate, of any model or program whose experts are stacked weights, so that
+            those alone are computed that an id names; time follows the active experts. "onnxruntime_moe": so does
+            that of `com.microsoft.MoE`, for which the experts are gated by SiLU; onnxruntime alone has it.
         allow_no_gates: write the model unchanged where nothing can be re-routed.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
         ConfigError: `opset` is too low.
-        LoweringError: torch.export cannot trace the model, the traced program does what ONNX cannot say, or `opset` is
-            too high for the installed torch and onnx.
+        LoweringError: torch.export cannot trace the model, the traced program does what ONNX cannot say, `opset` is
+            too high for the installed torch and onnx, or experts are to be conditional and are no stacked layers.
         GateNotFoundError: nothing can be re-routed.
         ProfileError: the profile lacks a gate of the model; the message names the first.
         OutputError: the file cannot be written; an earlier one of the name is as it was, as after every error.
@@ -110,13 +116,21 @@ def export(
         experts=experts,
         allow_no_gates=allow_no_gates,
     )
+    if experts == ONNXRUNTIME_MOE and any(name.startswith("sere_projection") for name in program.state_dict):
+        raise LoweringError(
+            f'projection may make weights negative, which experts="{ONNXRUNTIME_MOE}" cannot say: use "conditional"'
+        )
     gates = rerouted_gates(program)
     _check_translatable(program)
     functions = Functions(opset)
-    program = decompose(program, functions.table() if as_function else None)
+    table = functions.table() if as_function else dict(REFERENCES)
+    # Such an operator is there only where `experts` says so.
+    fused = moe_node if experts == ONNXRUNTIME_MOE else as_one_node
+    program = decompose(program, {**table, torch.ops.sere.expert_mlp.default: fused})
     _check_translatable(program)
     own = getattr(model, "names", lambda: (None, None))()
     translated = translate(program, opset, input_names or own[0], output_names or own[1] or _output_names(program))
+    build_conditions(translated.model, opset)
     name_axes(translated.model.graph)
     _name_what_was_added(translated.model.graph)
     functions.add_to(translated.model)
@@ -174,7 +188,7 @@ def _output_names(program: ExportedProgram) -> list[str]:
 def _name_what_was_added(graph: Any) -> None:
     """Name every node that re-routing adds after its gate's module and `sere`, which viewers and engines show."""
     for node in graph:
-        *scopes, _ = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        *scopes, _ = scopes_of(node)
         if SCOPE in scopes:
             module = next((scope for scope in reversed(scopes[: scopes.index(SCOPE)]) if scope), "")
             node.name = "/".join(filter(None, (module, SCOPE, node.name)))
@@ -194,10 +208,18 @@ def _checked_operators(path: Path) -> tuple[collections.Counter[str], int]:
         body.pop("Constant", None)
     operators: collections.Counter[str] = collections.Counter()
     inside = 0
-    for node in proto.graph.node:
+    for node in _nodes(proto.graph):
         if node.op_type == "Constant":
             continue
         body = bodies.get((node.domain, node.op_type), collections.Counter([node.op_type]))
         operators += body
         inside += body.total() if node.domain == DOMAIN else 0
     return operators, inside
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Of a graph and of the branches of its conditions."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)

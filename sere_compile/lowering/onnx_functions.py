@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ class Functions:
             program = torch.export.export(_Reference(body), examples, dynamic_shapes=(free,), strict=False)
         results = ["new_ids", "new_weights"] if "topk_weights" in body.inputs else ["new_ids"]
         graph = translate(program, self._opset, body.inputs, results).model.graph
-        _initializers_to_constants(graph)
+        initializers_to_constants(graph)
         function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
         experts, slots = body.sizes[body.inputs.index("similarity")][0], body.sizes[0][-1]
         select_top_k, threshold, min_active, max_active = body.numbers
@@ -150,7 +151,12 @@ class _Reference(nn.Module):
         return REFERENCES[self._body.operator](*given.values(), *numbers, **options)
 
 
-def _initializers_to_constants(graph: Any) -> None:
+def scopes_of(node: Any) -> list[str]:
+    """The modules around a translated node, from the outermost to the innermost, then the node itself."""
+    return ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+
+
+def initializers_to_constants(graph: Any) -> None:
     """A function has no initializers: make them constants at its beginning."""
     from onnxscript import ir
 

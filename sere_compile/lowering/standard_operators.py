@@ -26,6 +26,12 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 
 # The scope of the nodes that re-routing adds, in graphs of standard operators.
 SCOPE = "sere"
+# What `experts=` says for one `If` an expert, and for the operator of onnxruntime; how a Hugging Face model is traced
+# for these, which does not matter then.
+CONDITIONAL, ONNXRUNTIME_MOE = "conditional", "onnxruntime_moe"
+FUSED = (CONDITIONAL, ONNXRUNTIME_MOE)
+_TRACED_TO_FUSE = "batched_mm"
+_EXPERTS = torch.ops.sere.expert_mlp.default
 
 
 @contextlib.contextmanager
@@ -37,9 +43,11 @@ def experts_computed_by(implementation: str | None, model: nn.Module | ExportedP
     plain indexing and matrix products.
 
     Args:
-        implementation: as `PreTrainedModel.set_experts_implementation` takes it; None changes nothing.
+        implementation: as `PreTrainedModel.set_experts_implementation` takes it; None changes nothing. One of `FUSED`:
+            what fusing the experts starts from.
         model: any module; with a traced program, or without a Hugging Face model inside, nothing happens.
     """
+    implementation = _TRACED_TO_FUSE if implementation in FUSED else implementation
     modules = model.modules() if isinstance(model, nn.Module) and implementation is not None else ()
     changed: list[tuple[Any, str]] = []
     try:
@@ -55,8 +63,21 @@ def experts_computed_by(implementation: str | None, model: nn.Module | ExportedP
             setter(previous)
 
 
+def refuse_onnx_only(experts: str | None) -> None:
+    """Raise for experts that only an ONNX file has."""
+    if experts in FUSED:
+        raise LoweringError(
+            f'experts="{experts}" is for ONNX files: use sere_compile.lowering.onnx.export, and for TensorRT '
+            f'sere_compile.lowering.tensorrt.build_onnx on its file, which takes "{CONDITIONAL}"'
+        )
+
+
 def sere_nodes(program: ExportedProgram) -> list[torch.fx.Node]:
-    """The `sere::` operators of a traced program."""
+    """The operators of a traced program that re-route."""
+    return [node for node in _operators_of_ours(program) if node.target is not _EXPERTS]
+
+
+def _operators_of_ours(program: ExportedProgram) -> list[torch.fx.Node]:
     return [node for node in program.graph.nodes if getattr(node.target, "namespace", None) == "sere"]
 
 
@@ -73,11 +94,11 @@ def decompose(
     Raises:
         LoweringError: an operator is left, because nothing says what it is.
     """
-    if table is None and not sere_nodes(program):
+    if table is None and not _operators_of_ours(program):
         return program
     with torch.no_grad():
         program = program.run_decompositions(dict(REFERENCES if table is None else table))
-    left = {str(node.target) for node in sere_nodes(program)}
+    left = {str(node.target) for node in _operators_of_ours(program)}
     if left:
         raise LoweringError(f"no decomposition is known for {', '.join(sorted(left))}")
     for node in program.graph.nodes:
@@ -90,7 +111,7 @@ def _mark(node: torch.fx.Node) -> None:
     origin = next(
         (source.target for source in node.meta.get("from_node", ()) if str(source.target).startswith("sere.")), None
     )
-    if origin is not None:
+    if origin is not None and origin != str(_EXPERTS):
         # From the outermost module to the innermost: (path, class).
         scopes = node.meta.get("nn_module_stack", {})
         node.meta["nn_module_stack"] = scopes | {SCOPE: (SCOPE, origin.removesuffix(".default"))}

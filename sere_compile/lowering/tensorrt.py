@@ -25,7 +25,7 @@ from ..similarity.profile import SimilarityProfile
 from .engine import EngineBuild, build_onnx, check, trtexec_command
 from .engine_layers import Layer
 from .export import export_rewritten
-from .standard_operators import REFERENCES, decompose
+from .standard_operators import REFERENCES, decompose, refuse_onnx_only
 
 __all__ = [
     "EngineBuild",
@@ -72,10 +72,11 @@ def compile(
 
     Raises:
         MissingExtraError: torch_tensorrt cannot be imported.
-        LoweringError: torch.export cannot trace the model.
+        LoweringError: torch.export cannot trace the model, or `experts` is for ONNX alone.
         GateNotFoundError: nothing can be re-routed.
         ProfileError: the profile lacks a gate of the model; the message names the first.
     """
+    refuse_onnx_only(experts)
     (compiler,) = require("tensorrt", "torch_tensorrt.dynamo")
     program = export_rewritten(
         model,

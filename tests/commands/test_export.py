@@ -92,6 +92,21 @@ def test_what_is_printed_loads_the_file(checkpoint, tmp_path, target, options):
                                          (2, 8, tiny_models.VOCABULARY))  # fmt: skip
 
 
+@pytest.mark.parametrize("experts", ["conditional", "onnxruntime_moe"])
+def test_experts_and_nothing_to_reroute(checkpoint, tmp_path, experts):
+    """S = K: the file computes the model itself, and is not re-routed by the defaults when it is written."""
+    _, folder, _, profile = checkpoint
+    arguments = ("--to", "onnx", "--model", folder, "--profile", profile, "--select-top-k", 2, "--experts", experts)
+    result = export(*arguments, "--out", tmp_path / "m.onnx", "--check")
+    assert result.exit_code == 0, result.output
+    assert "0 gates re-routed" in result.output
+    operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert ("If" if experts == "conditional" else "MoE") in operators
+    assert "ArgMax" not in operators
+    result = export("--to", "aot", "--model", folder, "--experts", experts, "--out", tmp_path / "m.pt2")
+    assert f"--experts {experts} is for --to onnx" in result.output
+
+
 @pytest.mark.slow
 def test_model_of_the_package(tmp_path):
     """Without --model the trained one, in float32; with a projection and a share for rho it equals the oracle."""

@@ -47,12 +47,14 @@ def module_of(model: Any, graph: str) -> Prefill | DecodeStep:
     return Prefill(model).eval() if graph == "prefill" else DecodeStep(model, CACHE).eval()
 
 
-def write(module: Prefill | DecodeStep, path: Path, free: bool, config: SereConfig = CONFIG) -> onnx.OnnxExport:
+def write(
+    module: Prefill | DecodeStep, path: Path, free: bool, config: SereConfig = CONFIG, experts: str = "batched_mm"
+) -> onnx.OnnxExport:
     """The ONNX file of a module, with free sizes or with those of 4 rows."""
     inputs, outputs = module.names()
     return onnx.export(
         module, module.example_inputs(4), path, config=config, dynamic_shapes="auto" if free else None,
-        input_names=inputs, output_names=outputs,
+        input_names=inputs, output_names=outputs, experts=experts,
     )  # fmt: skip
 
 

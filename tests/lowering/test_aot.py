@@ -3,9 +3,11 @@
 A package costs half a minute of C++ compilation, so tests share them; what needs none runs on exported programs.
 """
 
+import functools
 import logging
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -31,16 +33,26 @@ INPUTS = {"args": (tokens(),), "kwargs": {"use_cache": False}}
 DYNAMIC = {"input_ids": {0: BATCH}, "use_cache": None}
 ELF, EM_CUDA = b"\x7fELF", 190
 S1 = SereConfig(select_top_k=1, min_active=0)
+# Experts implementation and number of layers. Of grouped_mm PyTorch's own operator is traced for bfloat16 alone.
+CUDA = [("batched_mm", 1), ("batched_mm", 2), ("grouped_mm", 2)]
 
 
-def assert_equals_oracle(run, model, profile, device="cpu"):
-    """`run(ids)` equals the oracle for every batch size, and re-routing mattered for one of them at least."""
+def assert_equals_oracle(run, model, profile, device="cpu", half=False):
+    """`run(ids)` equals the oracle for every batch size, and re-routing mattered for one of them at least.
+
+    With experts in half precision one rounding can turn a later layer's choice: all but a few positions are compared.
+    """
     changed = False
     for batch in BATCHES:
         ids = tokens(batch, device=device)
         expected, unchanged = oracle_logits(model, profile, ids)
-        torch.testing.assert_close(run(ids), expected, rtol=1e-4, atol=1e-4)
-        changed |= not torch.allclose(unchanged, expected, rtol=1e-2, atol=1e-2)
+        if half:
+            errors = (run(ids) - expected).abs().amax(-1)
+            assert errors.quantile(0.9) < 0.02, f"batch {batch}: {errors}"
+            assert errors.median() < 0.002, f"batch {batch}: {errors}"
+        else:
+            torch.testing.assert_close(run(ids), expected, rtol=1e-4, atol=1e-4)
+        changed |= (unchanged - expected).abs().amax(-1).median().item() > 0.1
     assert changed, "the case re-routes nothing"
 
 
@@ -50,6 +62,12 @@ def oracle_logits(model, profile, ids):
         with oracle_routing(model, profile, 1, min_active=0):
             expected = model(ids, use_cache=False).logits
         return expected, model(ids, use_cache=False).logits
+
+
+@pytest.fixture(scope="module", params=CUDA, ids=lambda case: f"{case[0]}-{case[1]}")
+def cuda_package(request, tmp_path_factory):
+    """One for the tests of a case: packaging takes a minute."""
+    return package_model(tmp_path_factory.mktemp("cuda"), "cuda", *request.param)
 
 
 class TestExportRewritten:
@@ -93,28 +111,27 @@ class TestPackage:
         assert not torch.allclose(run(hidden_states(2)), program.module()(hidden_states(2)), atol=1e-2)
 
     @pytest.mark.slow
-    def test_python_and_cpp(self, tmp_path):
+    @pytest.mark.parametrize(("experts", "layers"), [("batched_mm", 1), ("grouped_mm", 2)])
+    def test_python_and_cpp(self, experts, layers, tmp_path):
         """A model packaged in one call gives the oracle's logits for every batch size, in Python and without it."""
-        packaged = package_model(tmp_path, "cpu")
+        packaged = package_model(tmp_path, "cpu", experts, layers)
         check_in_python(*packaged)
         check_in_cpp(*packaged)
 
     @pytest.mark.gpu
-    def test_cuda_in_cpp(self, tmp_path):
+    def test_cuda_in_cpp(self, cuda_package):
         """On CUDA the package brings the Triton kernel as machine code, and runs without Python."""
-        packaged = package_model(tmp_path, "cuda")
-        check_in_cpp(*packaged)
-        with zipfile.ZipFile(packaged.path) as archive:
+        check_in_cpp(*cuda_package)
+        with zipfile.ZipFile(cuda_package.path) as archive:
             holding = [name for name in archive.namelist() if holds_kernel(archive.read(name))]
         assert holding, "no entry of the package is or embeds GPU code of reroute_kernel"
 
     @pytest.mark.gpu
-    def test_cuda_in_python(self, tmp_path):
-        plain = subprocess.run([sys.executable, "-c", PLAIN_PACKAGE, tmp_path / "plain.pt2"], capture_output=True)
-        if plain.returncode:
+    def test_cuda_in_python(self, cuda_package):
+        if not loads_packages():
             # Seen on an H200 with torch 2.11.0+cu130: SIGSEGV in std::regex within the package.
             pytest.skip(f"torch {torch.__version__} cannot load a package of one nn.Linear on this machine")
-        check_in_python(*package_model(tmp_path, "cuda"))
+        check_in_python(*cuda_package)
 
     def test_operators_in_python_are_told(self, tmp_path, monkeypatch, caplog):
         """grouped_mm on CPU calls an operator that transformers writes in Python: no process without it can load that.
@@ -131,6 +148,14 @@ class TestPackage:
             assert ("transformers.grouped_mm_fallback.default" in caplog.text) == told
         assert [call["inductor_configs"] for call in compiled] == [options, options]
         assert compiled[0]["inductor_configs"] is not options
+
+
+@functools.cache
+def loads_packages():
+    """Whether torch itself can load a package in Python on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", PLAIN_PACKAGE, f"{folder}/plain.pt2"]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 PLAIN_PACKAGE = """
@@ -276,29 +301,45 @@ class Packaged(NamedTuple):
     model: nn.Module
     profile: SimilarityProfile
     device: str
+    half: bool
 
 
-def package_model(folder, device):
-    """A package of one layer of a tiny Qwen3-MoE (half of the C++); test_agreement.py has two of each model."""
-    model = build("qwen3_moe", "batched_mm", device=device)
+def package_model(folder, device, experts, layers):
+    """A package of the first layers of a tiny Qwen3-MoE; test_agreement.py has two of each model.
+
+    In float32, but for the experts of grouped_mm: the router's scores stay as exact as the eager model's.
+    """
+    half = experts == "grouped_mm"
+    model = build("qwen3_moe", experts, device=device)
     matrices = random_profile(model)
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
-    profile = SimilarityProfile({gate: matrices[gate] for gate in gate_names(1)})
-    inputs = {"kwargs": INPUTS["kwargs"], "dynamic_shapes": DYNAMIC}
-    path = aot.package(model, folder / "m.pt2", (tokens(device=device),), **inputs, profile=profile, config=S1)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
+    for layer in model.model.layers if half else ():
+        layer.mlp.experts.to(torch.bfloat16)
+    profile = SimilarityProfile({gate: matrices[gate] for gate in gate_names(layers)})
+    path = aot.package(
+        model,
+        folder / "m.pt2",
+        (tokens(device=device),),
+        kwargs=INPUTS["kwargs"],
+        dynamic_shapes=DYNAMIC,
+        profile=profile,
+        config=S1,
+        # Without it Inductor rounds to bfloat16 less often than the eager model.
+        inductor_options={"emulate_precision_casts": True} if half else None,
+    )
     assert path == str(folder / "m.pt2")
-    return Packaged(Path(path), model, profile, device)
+    return Packaged(Path(path), model, profile, device, half)
 
 
-def check_in_python(path, model, profile, device):
+def check_in_python(path, model, profile, device, half):
     compiled = torch._inductor.aoti_load_package(str(path))
-    assert_equals_oracle(lambda ids: compiled(ids, use_cache=False).logits, model, profile, device)
+    assert_equals_oracle(lambda ids: compiled(ids, use_cache=False).logits, model, profile, device, half)
 
 
-def check_in_cpp(path, model, profile, device):
+def check_in_cpp(path, model, profile, device, half):
     outputs = run_cpp(path.parent, path, [[tokens(batch)] for batch in BATCHES], device)
     results = {len(logits): logits.to(device) for (logits,) in outputs}
-    assert_equals_oracle(lambda ids: results[len(ids)], model, profile, device)
+    assert_equals_oracle(lambda ids: results[len(ids)], model, profile, device, half)
 
 
 def holds_kernel(entry):

@@ -25,6 +25,7 @@ from .engine_cases import (
     GRAPHS,
     MODELS,
     check_engine,
+    fed_by_constants,
     module_of,
     network,
     run_engine,
@@ -132,6 +133,36 @@ def test_what_the_engine_pays(tmp_path):
         sizes.append([value.sizes for value in product.inputs])
     assert sizes[0] == sizes[1]
     assert max(math.prod(size) for size in sizes[0]) == 24 * TOP_K * WIDTH * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("model", "graph", "free"),
+    [
+        ("mixtral", "prefill", True),
+        ("qwen3_moe", "decode step", True),
+        ("gpt_oss", "decode step", False),
+        ("deepseek_v3", "prefill", False),
+    ],
+)
+def test_conditional_experts(model, graph, free, tmp_path):
+    """A jump for every expert on what depends on the inputs, and both products of the expert behind it."""
+    module = module_of(network(model), graph)
+    [weights] = [part for name, part in module.named_modules() if name.endswith(".experts")]
+    done = write(module, tmp_path / "m.onnx", free=free, experts="conditional")
+    build = built(done, shape_ranges(module) if free else None)
+    check_engine(build, done.path, 1)
+    experts = done.operators["If"]
+    jumps = [layer for layer in build.layers if layer.kind == "cjmp"]
+    assert experts == sum(f"experts/expert_{e}" in layer.nodes[0] for e, layer in enumerate(jumps)) == len(jumps)
+    constant = fed_by_constants(build.layers)
+    assert not [layer.name for layer in jumps if layer in constant]
+    matrices = {weights.gate_up_proj[0].numel(), weights.down_proj[0].numel()}
+    for e in range(experts):
+        behind = [layer for layer in build.layers if any(f"/expert_{e}/" in node for node in layer.nodes)]
+        assert {math.prod(value.sizes) for layer in behind for value in layer.constants} >= matrices
+    # Nothing as large as all experts, or as a copy of weights for every slot.
+    values = [value for layer in build.layers for value in (*layer.inputs, *layer.constants, *layer.outputs)]
+    assert not [v for v in values if v.name.endswith("_proj") and math.prod(v.sizes) >= min(matrices) * experts]
 
 
 # What the tests above would not take
