@@ -1,4 +1,4 @@
-"""One routing batch over several ranks, without an engine: each does what one rank with all tokens would do, exactly."""
+"""One routing batch over several ranks, without an engine: each does what one rank with all tokens would do."""
 
 from __future__ import annotations
 
