@@ -189,7 +189,7 @@ def parameter_root(node: Node) -> Node | None:
     """The graph input or attribute that the node is a view, part, cast or transpose of, or None."""
     seen: Node | None = node
     while seen is not None and seen.op not in ("placeholder", "get_attr"):
-        if kind(seen) not in VALUE_PRESERVING | {"transpose", "permute", "slice", "select"}:
+        if kind(seen) not in VALUE_PRESERVING | {"transpose", "permute", "slice", "select", "to_local"}:
             return None
         seen = operand(seen)
     return seen
