@@ -188,7 +188,7 @@ def draw_picture(found: dict[tuple[int, int, int], dict[str, Loads]], to: Path) 
     # The same file for the same figures.
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "sere"}):
+    with matplotlib.rc_context({"svg.hashsalt": "sere", "svg.fonttype": "none"}):
         figure.savefig(to, metadata={"Date": None})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 ATTACH = "attach a profile to every rank's model"
@@ -19,9 +20,11 @@ def is_distributed(tensor: Any) -> bool:
 def spread_over_ranks(module: nn.Module) -> str:
     """What of a module other ranks have to take part in, in words; empty where nothing is seen.
 
-    Parameters that are `DTensor`s, groups of processes or meshes of devices that a module in it keeps, and the mark
-    of transformers, whose parallel layers hold a rank's part as a plain tensor while they run.
+    Parameters that are `DTensor`s, groups of several processes or meshes of several devices that a module in it keeps,
+    and the mark of transformers, whose parallel layers hold a rank's part as a plain tensor while they run.
     """
+    if not _several_ranks():
+        return ""
     for name, parameter in module.named_parameters():
         if is_distributed(parameter):
             return f"{name} is spread over ranks"
@@ -32,10 +35,10 @@ def spread_over_ranks(module: nn.Module) -> str:
 
 
 def _is_group(value: Any) -> bool:
-    distributed, mesh = sys.modules.get("torch.distributed"), sys.modules.get("torch.distributed.device_mesh")
-    groups = tuple(
-        kind
-        for kind in (getattr(distributed, "ProcessGroup", None), getattr(mesh, "DeviceMesh", None))
-        if isinstance(kind, type)
-    )
-    return bool(groups) and isinstance(value, groups)
+    meshes = sys.modules.get("torch.distributed.device_mesh")
+    groups = tuple(kind for kind in (getattr(dist, "ProcessGroup", None), getattr(meshes, "DeviceMesh", None)) if kind)
+    return bool(groups) and isinstance(value, groups) and value.size() > 1
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

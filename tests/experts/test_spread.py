@@ -14,10 +14,11 @@ from sere_compile.experts.spread import is_distributed, spread_over_ranks
 
 
 @pytest.fixture
-def mesh():
-    """Two ranks, of which this process is the first; nothing is ever exchanged."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield init_device_mesh("cpu", (2,))
+def mesh(request):
+    """Two ranks, or as many as asked for, of which this process is the first; nothing is ever exchanged."""
+    ranks = getattr(request, "param", 2)
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    yield init_device_mesh("cpu", (ranks,))
     dist.destroy_process_group()
 
 
@@ -38,10 +39,23 @@ def test_a_module_that_keeps_a_group_or_a_mesh(mesh):
         assert spread_over_ranks(model) == "1 exchanges with other ranks"
 
 
-def test_the_mark_of_a_parallel_layer_of_transformers():
+@pytest.mark.parametrize("mesh", [1], indirect=True)
+def test_a_group_of_one_rank_exchanges_nothing(mesh):
+    layer = nn.ReLU()
+    layer.group, layer.mesh, layer._is_hooked = mesh.get_group(), mesh, True
+    assert spread_over_ranks(layer) == ""
+
+
+def test_the_mark_of_a_parallel_layer_of_transformers(mesh):
     layer = nn.Linear(2, 2)
     assert spread_over_ranks(layer) == ""
     layer._is_hooked = True
     assert spread_over_ranks(layer) == "Linear exchanges with other ranks"
-    assert spread_over_ranks(nn.ReLU()) == ""
+
+
+def test_one_process_has_no_other_ranks():
+    """The mark alone is also set by hand, to let a quantised layer call its router."""
+    layer = nn.Linear(2, 2)
+    layer._is_hooked = True
+    assert spread_over_ranks(layer) == ""
     assert not is_distributed(torch.ones(1))

@@ -21,7 +21,15 @@ def test_agreeing_reads_the_same_experts_and_keeps_more(ranks, batch, experts):
     assert simulation.loads(ids, agreed, matrix, ranks).kept > simulation.loads(ids, alone, matrix, ranks).kept
     balanced = simulation.balanced(ids, matrix, ranks)
     assert set(balanced.flatten().tolist()) == set(agreed.flatten().tolist())
-    assert not torch.equal(balanced, agreed)
+
+
+def test_balancing_sends_slots_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    ids, matrix = simulation.draw(32, 128, generator), simulation.similarity(128, generator)
+    rules = [simulation.RULES[name] for name in ("agreed", "agreed, balanced")]
+    found = [simulation.loads(ids, rule(ids, matrix, 8), matrix, 8) for rule in rules]
+    assert found[0].rows != found[1].rows
+    assert found[0].active == found[1].active
 
 
 def test_loads_are_counted_by_rank():
