@@ -195,6 +195,13 @@ def parameter_root(node: Node) -> Node | None:
     return seen
 
 
+def exchanges(node: Node) -> bool:
+    """Whether a node waits for other ranks: a collective, or a distributed tensor that is laid out anew."""
+    if kind(node) in ("redistribute", "full_tensor"):
+        return True
+    return node.op == "call_function" and raw_name(node).startswith(("_c10d_functional", "c10d", "_dtensor"))
+
+
 def index_tensors(node: Node) -> list[Node]:
     """The index tensors of an `index`, `index_put` or `index_select`, in order."""
     if raw_name(node) == "index_select":

@@ -102,7 +102,9 @@ def find_dispatch(
     Raises:
         ProbeError: the experts can be run in neither place, or each rank holds a part of them.
     """
-    if not isinstance(region, Skip) and any(is_distributed(value_of(node)) for node in region.inputs):
+    if not isinstance(region, Skip) and (
+        any(is_distributed(value_of(node)) for node in region.inputs) or any(map(nodes.exchanges, region.inside))
+    ):
         raise ProbeError(f"the experts of {name} are spread over ranks, and one rank cannot measure them: {ATTACH}")
     found = _dispatch_in_graph(gate, region, name, value_of)
     experts = None if not isinstance(found, str) and found[1] >= PROBE_TOKENS else find_experts()
