@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .vllm_parallel import CHECKED
+from .vllm_parallel import CHECKED, LAYOUTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "parallel.md"
 COLUMNS = ("layout", "engine", "starts", "ranks agree", "tokens of one rank", "active experts", "ms per token")
@@ -29,7 +29,13 @@ def cells(name: str, engine: str, check: dict[str, Any], time: dict[str, Any]) -
     agreeing = [row[key] for key in ("matrices_agree", "ids_agree", "counts_agree") if row.get(key) is not None]
     agree = ("yes" if all(agreeing) else "NO") if agreeing else "-"
     active = "{} -> {}".format(*row["active"]) if row.get("active") else "-"
-    return (name, engine, starts, agree, row.get("tokens", NOT_RUN).partition(",")[0], active, milliseconds(name, time))
+    return (name, engine, starts, agree, alike(row.get("tokens", NOT_RUN)), active, milliseconds(name, time))
+
+
+def alike(tokens: str) -> str:
+    """How many requests are the same, and how many tokens before the first other one."""
+    requests, _, before = tokens.partition(", ")
+    return f"{requests} ({before.partition(' before')[0]})" if before else requests
 
 
 def milliseconds(name: str, time: dict[str, Any]) -> str:
@@ -37,12 +43,16 @@ def milliseconds(name: str, time: dict[str, Any]) -> str:
     if name not in time:
         return NOT_RUN
     middle, stock = time[name]["ms"][1], time.get(f"{name.partition(',')[0]}, stock")
-    return f"{middle:.2f}" if stock is None else f"{middle:.2f} ({stock['ms'][1] / middle:.2f}x)"
+    return (
+        f"{middle:.2f}" if stock is None or name.endswith("stock") else f"{middle:.2f} ({stock['ms'][1] / middle:.2f}x)"
+    )
 
 
 def names() -> list[str]:
     """Of the rows of an engine."""
-    return [f"{layout}, {rule}" for layout, rule in CHECKED if layout != "one"]
+    order = list(LAYOUTS)
+    rows = sorted(CHECKED, key=lambda row: (order.index(row[0]), "probed" in row[1], row[1]))
+    return [f"{layout}, {rule}" for layout, rule in rows if layout != "one"]
 
 
 def write(rows: list[tuple[str, ...]], page: Path = PAGE) -> None:

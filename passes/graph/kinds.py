@@ -71,6 +71,8 @@ _SPELLINGS = {
     "__eq__": "eq",
     # A rank's part of a distributed tensor, as Dynamo writes it.
     "prim_to_local": "to_local",
+    "prim_from_local": "from_local",
+    "prim_redistribute": "redistribute",
 }
 
 # Operations that return their tensor operand's values in the same order: views, casts and copies.

@@ -9,7 +9,7 @@ from benchmarks import parallel_page as page
 CHECK = {
     "dp+ep, S = 1": {"starts": True, "tokens": "8 of 8 requests, 52 of 52 tokens before the first other one",
                      "matrices_agree": True, "ids_agree": None, "counts_agree": True, "active": [14.0, 4.9]},
-    "tp, S = 1": {"starts": True, "tokens": "7 of 8 requests, 50 of 52", "matrices_agree": True, "ids_agree": False,
+    "tp, S = 1": {"starts": True, "tokens": "7 of 8 requests, 50 of 52 tokens before the first other one", "matrices_agree": True, "ids_agree": False,
                   "counts_agree": True, "active": [14.0, 4.5]},
     "eplb, S = 1": {"starts": False, "good": False},
 }  # fmt: skip
@@ -18,9 +18,11 @@ TIME = {"dp+ep, stock": {"ms": [4.0, 4.2, 4.3]}, "dp+ep, S = 1": {"ms": [2.0, 2.
 
 def test_a_row_says_what_ran():
     assert page.cells("dp+ep, S = 1", "e", CHECK, TIME) == (
-        "dp+ep, S = 1", "e", "yes", "yes", "8 of 8 requests", "14.0 -> 4.9", "2.10 (2.00x)",
+        "dp+ep, S = 1", "e", "yes", "yes", "8 of 8 requests (52 of 52 tokens)", "14.0 -> 4.9", "2.10 (2.00x)",
     )  # fmt: skip
-    assert page.cells("tp, S = 1", "e", CHECK, {})[2:] == ("yes", "NO", "7 of 8 requests", "14.0 -> 4.5", "not run")
+    assert page.cells("tp, S = 1", "e", CHECK, {})[2:] == (
+        "yes", "NO", "7 of 8 requests (50 of 52 tokens)", "14.0 -> 4.5", "not run",
+    )  # fmt: skip
     assert page.cells("eplb, S = 1", "e", CHECK, {})[2:] == ("NO", "-", "not run", "-", "not run")
     assert page.cells("tp+ep, S = 1", "e", CHECK, TIME)[2:] == ("not run",) * 5
 

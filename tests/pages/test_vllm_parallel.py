@@ -69,5 +69,7 @@ def test_rows_are_written_as_they_come(tmp_path):
 
 
 def test_an_engine_is_left_out_when_time_is_over(capsys):
-    assert parallel.Setting(None, 0.0, 100.0, cpu=False).engine("tp", "stock", {"kind": "time"}) is None
+    setting = parallel.Setting(None, 0.0, 100.0, cpu=False)
+    assert setting.engine("tp", "stock", {"kind": "time"}) is None
+    assert setting.cut_off
     assert "tp, stock: left out, no time" in capsys.readouterr().out

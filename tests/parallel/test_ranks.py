@@ -20,7 +20,8 @@ ALIKE = ("tp", "tp+ep", "tp+ep, all_reduce")
 REROUTED = [
     *(f"{layout}, {how}" for layout in ALIKE for how in ("compiled", "eager")),
     "tp+ep, all_to_all, eager", "ep, eager", "fsdp, compiled", "fsdp, eager", "fully_shard", "block, fully_shard",
-    "block, output", "tp+ep, compiled, one token", "tp+ep, eager, one token", "tp+ep, all_to_all, eager, one token",
+    "block, router", "block, output", "tp+ep, compiled, one token", "tp+ep, eager, one token",
+    "tp+ep, all_to_all, eager, one token",
 ]  # fmt: skip
 # Ranks that have the same tokens.
 SHARED = [name for name in REROUTED if not name.startswith(("ep", "fsdp", "fully"))]
@@ -51,6 +52,10 @@ def test_a_layout_gives_what_one_process_gives(ranks, name):
         assert found["rerouted"] <= ROUNDING
         assert found["changes"] > 1e-3
         assert found["said"] == []
+
+
+def test_a_router_that_is_a_distributed_tensor_finds_its_matrix(ranks):
+    assert [rank["block, router"]["weight"] for rank in ranks] == ["DTensor"] * 2
 
 
 @pytest.mark.parametrize("name", SHARED)

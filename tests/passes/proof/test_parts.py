@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sere_compile.passes import Proof, SkipReason, UseKind
+from sere_compile.experts.spread import is_distributed
+from sere_compile.passes import Proof, SkipReason, UseKind, find_gates
 from sere_compile.passes.graph import nodes
 
 from ..moe_modules import EXPERTS, HIDDEN, Indexed, from_dynamo, one_gate, rows
@@ -53,6 +55,34 @@ class Summed(OwnExperts):
 
     def between(self, y):
         return all_reduce(y, "sum", self.mesh.get_group())
+
+
+class DividedRouter(Indexed):
+    """As torch's tensor parallelism divides a linear layer by columns; `whole` puts the columns together again."""
+
+    def __init__(self, mesh, whole=True):
+        super().__init__()
+        self.mesh, self.whole = mesh, whole
+        router = self.router.detach()
+        self.router = nn.Parameter(distribute_tensor(router, mesh, [Shard(0)], src_data_rank=None))
+
+    def scores(self, x):
+        logits = F.linear(DTensor.from_local(x, self.mesh, [Replicate()]), self.router)
+        return (logits.redistribute(placements=[Replicate()]) if self.whole else logits).to_local().softmax(-1)
+
+
+def test_a_router_that_is_a_distributed_tensor(mesh):
+    graph = from_dynamo(DividedRouter(mesh), rows())
+    gate = one_gate(graph)
+    assert is_distributed(nodes.value(gate.router_weight))
+    assert gate.router_input.op == "placeholder"
+    assert isinstance(verified(graph), Proof)
+
+
+def test_some_columns_of_a_router_are_none(mesh):
+    found = find_gates(from_dynamo(DividedRouter(mesh, whole=False), rows()))
+    assert not found.gates
+    assert SkipReason.NO_ROUTER in [skip.reason for skip in found.skips]
 
 
 def test_a_part_of_the_experts_is_proven(mesh):
