@@ -92,19 +92,23 @@ def _before_ranks_exchange(registered: Callable[[], _Rerouted]) -> None:
         EPImplementationInterface.register(name, _rerouting(getattr(chosen, "_sere_stock", chosen), registered))
 
 
-def _rerouting(stock: type, registered: Callable[[], _Rerouted]) -> type:
+def _rerouting(stock: Any, registered: Callable[[], _Rerouted]) -> type:
     """An implementation that re-routes where the model's experts are ours, and then does what `stock` does."""
 
-    def __init__(self: Any, experts: nn.Module, *meshes: Any) -> None:
-        stock.__init__(self, experts, *meshes)
-        self._sere_experts = experts
+    class Rerouting(stock):  # type: ignore[misc]
+        _sere_stock = stock
 
-    def __call__(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if self._sere_experts.config._experts_implementation == NAME:
-            top_k_index, top_k_weights = registered().rerouted(self._sere_experts, top_k_index, top_k_weights)
-        return stock.__call__(self, hidden_states, top_k_index, top_k_weights)
+        def __init__(self, experts: nn.Module, *meshes: Any) -> None:
+            super().__init__(experts, *meshes)
+            self._sere_experts = experts
 
-    return type(stock.__name__, (stock,), {"__init__": __init__, "__call__": __call__, "_sere_stock": stock})
+        def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            if self._sere_experts.config._experts_implementation == NAME:
+                top_k_index, top_k_weights = registered().rerouted(self._sere_experts, top_k_index, top_k_weights)
+            return super().__call__(hidden_states, top_k_index, top_k_weights)
+
+    Rerouting.__name__ = stock.__name__  # its errors name it
+    return Rerouting
 
 
 def _router_beside(module: Any, owner: Owner) -> Tensor | None:

@@ -9,8 +9,8 @@ from benchmarks import parallel_page as page
 CHECK = {
     "dp+ep, S = 1": {"starts": True, "tokens": "8 of 8 requests, 52 of 52 tokens before the first other one",
                      "matrices_agree": True, "ids_agree": None, "counts_agree": True, "active": [14.0, 4.9]},
-    "tp, S = 1": {"starts": True, "tokens": "7 of 8 requests, 50 of 52 tokens before the first other one", "matrices_agree": True, "ids_agree": False,
-                  "counts_agree": True, "active": [14.0, 4.5]},
+    "tp, S = 1": {"starts": True, "tokens": "7 of 8 requests, 50 of 52 tokens before the first other one",
+                  "matrices_agree": True, "ids_agree": False, "counts_agree": True, "active": [14.0, 4.5]},
     "eplb, S = 1": {"starts": False, "good": False},
 }  # fmt: skip
 TIME = {"dp+ep, stock": {"ms": [4.0, 4.2, 4.3]}, "dp+ep, S = 1": {"ms": [2.0, 2.1, 2.2]}}

@@ -51,7 +51,7 @@ def own_rows_only(runner: Any) -> Iterator[bool]:
     Raises:
         ProbeError: experts in a format that comes out of the exchange, or whose places are known to it alone.
     """
-    kernel = getattr(runner._quant_method, "moe_kernel", None)
+    kernel: Any = getattr(runner._quant_method, "moe_kernel", None)
     exchange = getattr(kernel, "prepare_finalize", None)
     if exchange is None or type(exchange).__name__ == _NO_EXCHANGE:
         yield False
