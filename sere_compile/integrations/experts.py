@@ -100,7 +100,7 @@ def _rerouting(stock: Any, registered: Callable[[], _Rerouted]) -> type:
 
         def __init__(self, experts: nn.Module, *meshes: Any) -> None:
             super().__init__(experts, *meshes)
-            self._sere_experts = experts
+            self._sere_experts: Any = experts
 
         def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             if self._sere_experts.config._experts_implementation == NAME:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sere_compile import ProbeError, SereConfig
+from sere_compile.integrations.vllm.plugin import whose_batch
 from sere_compile.integrations.vllm.ranks import (
     Meeting,
     marks_of,
@@ -156,6 +157,18 @@ def test_a_part_of_the_rows_knows_its_padding(part):
     before = chosen(mine)
     assert torch.equal(rank.ids()[:real], reroute(before[:real], similarity(), 1, 0.0, 0))
     assert torch.equal(rank.ids()[real:], before[real:])
+
+
+def test_sere_route_does_not_select_where_ranks_agree():
+    """Their ids are needed between selection and re-routing."""
+    assert Rank(DECODE, random_logits(2), agreed=False).hook.selects
+    assert not Rank(DECODE, random_logits(2)).hook.selects
+
+
+def test_whose_batch_it_is_stands_in_the_log():
+    assert whose_batch("rank", meet=False) == "all ranks route the same tokens, which are one routing batch"
+    assert "by an all-reduce per layer" in whose_batch("all_ranks", meet=True)
+    assert 'of their own (routing_batch "rank")' in whose_batch("rank", meet=True)
 
 
 def test_which_ranks_meet():
