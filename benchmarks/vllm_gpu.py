@@ -11,9 +11,11 @@ are over is left out, and said to be. In the environment of vLLM; nothing is dow
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -98,10 +100,10 @@ def time_engine(case: dict[str, Any]) -> dict[str, Any]:
         model=case["model"], load_format="dummy", skip_tokenizer_init=True, max_model_len=512,
         max_num_seqs=max(batches), gpu_memory_utilization=0.9, seed=0, disable_log_stats=True,
         compilation_config={"cudagraph_capture_sizes": sorted({1, 2, 4, 8, *batches})}, enable_prefix_caching=False,
-        **additional(case),
+        **case.get("engine", {}), **additional(case),
     )  # fmt: skip
     result: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1), "ms": {}}
-    rng = random.Random(0)
+    rng = random.Random(int(os.environ.get("VLLM_DP_RANK", 0)))
 
     def seconds(batch: int, tokens: int) -> float:
         params = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True, detokenize=False)
@@ -168,25 +170,61 @@ def tokens_of_engine(case: dict[str, Any]) -> dict[str, Any]:
 
 def run(case: dict[str, Any], seconds: float, log: Path) -> dict[str, Any] | None:
     """The result of one engine in a process of its own; None where it failed or was not done in time."""
+    results = run_ranks(case, [{}], seconds, log)
+    return results[0] if results else None
+
+
+def run_ranks(
+    case: dict[str, Any], ranks: list[dict[str, str]], seconds: float, log: Path, module: str = "benchmarks.vllm_gpu"
+) -> list[dict[str, Any]] | None:
+    """The results of engines that work together, each in a process with variables of its own; None where one failed."""
     environment = {**os.environ, **{key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()}}
     ptxas = Path("/usr/local/cuda/bin/ptxas")
     if ptxas.exists():
         environment.setdefault("TRITON_PTXAS_PATH", str(ptxas))
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.vllm_gpu", "one", json.dumps(case), str(out)]
+        outs = [Path(folder) / f"{rank}.json" for rank in range(len(ranks))]
         with log.open("a") as file:
             file.write(f"\n=== {case['name']}\n")
             file.flush()
-            try:
-                status = subprocess.run(command, stdout=file, stderr=file, env=environment, timeout=seconds).returncode
-            except subprocess.TimeoutExpired:
-                status = "out of time"
+            # In sessions of their own, so that an engine's workers end with it.
+            started = [
+                subprocess.Popen(
+                    [sys.executable, "-m", module, "one", json.dumps(case), str(out)],
+                    stdout=file, stderr=file, env={**environment, **own}, start_new_session=True,
+                )
+                for out, own in zip(outs, ranks, strict=True)
+            ]  # fmt: skip
+            status = _ended(started, seconds)
         if status == 0:
-            return json.loads(out.read_text())
-    tail = log.read_text(errors="replace").rpartition("=== ")[2].splitlines()[-25:]
-    click.echo(f"{case['name']}: FAILED ({status})\n    " + "\n    ".join(tail))
+            return [json.loads(out.read_text()) for out in outs]
+    lines = log.read_text(errors="replace").rpartition("=== ")[2].splitlines()
+    # What went wrong is said last by the worker, before its engine says that it ended.
+    lines = [line[:300] for line in lines if "Error" in line or "SERE" in line][-6:] + [
+        line[:300] for line in lines[-25:]
+    ]
+    click.echo(f"{case['name']}: FAILED ({status})\n    " + "\n    ".join(lines))
     return None
+
+
+def _ended(processes: list[subprocess.Popen[bytes]], seconds: float) -> int | str:
+    """0 when all ended well; the first other status, or that time is over. Nothing of theirs runs on."""
+    ends = time.monotonic() + seconds
+    try:
+        while True:
+            statuses = [process.poll() for process in processes]
+            if failed := [status for status in statuses if status]:
+                return failed[0]
+            if None not in statuses:
+                return 0
+            if time.monotonic() > ends:
+                return "out of time"
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def said(log: Path) -> None:

@@ -24,6 +24,7 @@ from torch._functorch import predispatch
 from torch.fx import Node
 
 from .gate import Evidence, Gate, Skip, SkipReason, UseKind
+from .graph import nodes
 from .graph.run_part import ValueOf
 from .proof.key import region_key
 from .proof.prover import Prover, Verdict
@@ -83,6 +84,10 @@ def verify_rewrite(
         # Also of a dispatch that is in the graph, but cannot be cut out of it: the caller may run more than the graph.
         shown = outside(gate)
         return shown if leaving or isinstance(shown, Proof) else region
+    if waits := next(filter(nodes.exchanges, region.graph.nodes), None):
+        name = region.originals.get(waits, waits).name
+        detail = f"{name}, in the midst of its dispatch, waits for other ranks, and a trial would wait for ever"
+        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
     key = region_key(region, module), weighing
     if key not in _verdicts:
         while len(_verdicts) >= _REMEMBERED:

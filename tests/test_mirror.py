@@ -34,7 +34,6 @@ ELSEWHERE = {
     "sere_compile/compiler/traced_graph.py": "tests/test_backend.py, tests/test_rewrite.py",
     "sere_compile/evaluation/comparison.py": "tests/commands/test_compare.py",
     "sere_compile/experts/counterfactual.py": "tests/calibration/test_observed_model.py",
-    "sere_compile/experts/probe.py": "tests/compiler/test_bound_graph.py",
     "sere_compile/extras.py": "each missing extra where it is needed: tests/evaluation/test_text.py",
     "sere_compile/gate_stats.py": "tests/test_statistics.py",
     "sere_compile/integrations/vllm/engine.py": "tests/integrations/vllm/test_serving.py, with a real engine",

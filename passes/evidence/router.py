@@ -25,6 +25,8 @@ _SCORE_PRESERVING = (
     | {"add", "sub", "mul", "div", "clamp", "masked_fill", "where", "nan_to_num", "dropout", "neg"}
 )
 _COLUMNS = frozenset({"slice", "narrow", "item"})
+# How a distributed tensor is laid out over ranks.
+_LAYOUTS = frozenset({"redistribute", "from_local"})
 _FACTOR_NODES = 24  # how much may be computed of a weight before it projects
 _PROJECTIONS = {"linear": 1, "matmul": 1, "addmm": 2, "bmm": 1, "baddbmm": 2, "einsum": 2, "cdist": 1}
 
@@ -63,6 +65,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
         node = node if first is None else first
         name = _FIRST_RESULTS.get(nodes.kind(node), nodes.kind(node))
         factors = _projection_factors(node, _PROJECTIONS[name]) if name in _PROJECTIONS else _written_out(node, name)
+        factors = factors or _distributed(node, name)
         if factors is not None:
             found[node] = factors
             continue
@@ -145,6 +148,26 @@ def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | 
         if matches and root is not None and isinstance(hidden, Node):
             return hidden, root
     return None
+
+
+def _distributed(node: Node, name: str) -> tuple[Node, Node] | None:
+    """What is projected, and the weight, of `to_local` of a product of distributed tensors.
+
+    This rank's part of the product has all columns where it was laid out so; then it stands for the projection.
+    """
+    product = nodes.operand(node) if name == "to_local" else None
+    while product is not None and nodes.kind(product) in _LAYOUTS:
+        product = nodes.operand(product)
+    position = None if product is None else _PROJECTIONS.get(nodes.kind(product))
+    if product is None or position is None or nodes.shape(product) != nodes.shape(node):
+        return None
+    factors = _projection_factors(product, position)
+    if factors is None:
+        return None
+    hidden = factors[0]
+    while nodes.kind(hidden) in _LAYOUTS and (source := nodes.operand(hidden)) is not None:
+        hidden = source
+    return hidden, factors[1]
 
 
 def _written_out(node: Node, name: str) -> tuple[Node, Node] | None:

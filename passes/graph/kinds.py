@@ -69,6 +69,10 @@ _SPELLINGS = {
     "_cdist_forward": "cdist",
     "_euclidean_dist": "cdist",
     "__eq__": "eq",
+    # A rank's part of a distributed tensor, as Dynamo writes it.
+    "prim_to_local": "to_local",
+    "prim_from_local": "from_local",
+    "prim_redistribute": "redistribute",
 }
 
 # Operations that return their tensor operand's values in the same order: views, casts and copies.
@@ -77,7 +81,9 @@ VALUE_PRESERVING = frozenset(
 )
 # ... and those whose result may share memory with the operand, so that a write to one is seen in
 # the other.
-ALIASING = VALUE_PRESERVING - {"clone"} | {"transpose", "permute", "slice", "select", "chunk", "split", "unbind"}
+ALIASING = VALUE_PRESERVING - {"clone"} | {
+    "transpose", "permute", "slice", "select", "chunk", "split", "unbind", "to_local",
+}  # fmt: skip
 
 
 def raw_name(node: Node) -> str:

@@ -191,10 +191,17 @@ def parameter_root(node: Node) -> Node | None:
     """The graph input or attribute that the node is a view, part, cast or transpose of, or None."""
     seen: Node | None = node
     while seen is not None and seen.op not in ("placeholder", "get_attr"):
-        if kind(seen) not in VALUE_PRESERVING | {"transpose", "permute", "slice", "select"}:
+        if kind(seen) not in VALUE_PRESERVING | {"transpose", "permute", "slice", "select", "to_local"}:
             return None
         seen = operand(seen)
     return seen
+
+
+def exchanges(node: Node) -> bool:
+    """Whether a node waits for other ranks: a collective, or a distributed tensor that is laid out anew."""
+    if kind(node) in ("redistribute", "full_tensor"):
+        return True
+    return node.op == "call_function" and raw_name(node).startswith(("_c10d_functional", "c10d", "_dtensor"))
 
 
 def index_tensors(node: Node) -> list[Node]:

@@ -27,25 +27,43 @@ _MANY = 600  # parameters that are tried one by one at most
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor that holds a part for each expert: `size // experts` rows each, one after the other or in turn."""
+    """A tensor that holds a part for each expert: `size // experts` rows each, one after the other or in turn.
+
+    Attributes:
+        dim: along which the expert is counted.
+        experts: how many have a part in it.
+        in_turn: whether row 0 is expert 0's, row 1 expert 1's.
+        first: the first of these experts; others are on other ranks where there are more.
+    """
 
     dim: int
     experts: int
     in_turn: bool = False
+    first: int = 0
 
     def rows(self, size: int, device: torch.device) -> torch.Tensor:
         """The expert that each row along the dimension belongs to."""
         row = torch.arange(size, device=device)
-        return row % self.experts if self.in_turn else row // (size // self.experts)
+        return self.first + (row % self.experts if self.in_turn else row // (size // self.experts))
 
-    def places(self, size: int, mapping: torch.Tensor) -> torch.Tensor:
-        """The row that each row is exchanged for when expert u's part becomes that of mapping[u]."""
+    def holds(self, expert: torch.Tensor) -> torch.Tensor:
+        """Whether experts have a part in it, bool of the shape of their numbers."""
+        return (expert >= self.first) & (expert < self.first + self.experts)
+
+    def exchanged(self, value: torch.Tensor, mapping: torch.Tensor) -> torch.Tensor:
+        """The tensor in which expert u's part is that of mapping[u]; zero where that one is on another rank."""
+        size, row = value.shape[self.dim], torch.arange(value.shape[self.dim], device=mapping.device)
         owner = self.rows(size, mapping.device)
         target = owner.clone()
         known = owner < len(mapping)
         target[known] = mapping[owner[known]]
-        row = torch.arange(size, device=mapping.device)
-        return row + (target - owner) * (1 if self.in_turn else size // self.experts)
+        here = self.holds(target)
+        target = torch.where(here, target, owner)
+        places = row + (target - owner) * (1 if self.in_turn else size // self.experts)
+        parts = value.index_select(self.dim, places)
+        if bool(here.all()):
+            return parts
+        return parts.index_fill(self.dim, (~here).nonzero().squeeze(-1), 0)
 
 
 @dataclass
@@ -68,13 +86,24 @@ class ExpertParameters:
         """Every leaf that holds parameters of experts."""
         return set(self.stacks) | {node for role in self.lists for node in role.values()}
 
+    def unknown_moves(self, experts: int) -> torch.Tensor | None:
+        """Where a rank holds a part of the experts: bool [E, E], the moves of a slot that its program cannot show.
+
+        A slot that leaves for another rank adds nothing here, as with parameters of zero. One that comes from there
+        has no parameters here to exchange. Both are one function of the new id: its use that still saw the old id
+        would be found in a slot that leaves, or that moves within the rank.
+        """
+        parts = [stack for stack in self.stacks.values() if stack.experts < experts]
+        if not parts:
+            return None
+        here = parts[0].holds(torch.arange(experts))
+        return ~here[:, None] & here
+
     def swapped(self, values: Values, mapping: torch.Tensor) -> Values:
         """The values in which expert u's parameters are those of expert mapping[u], int64 [E]."""
         changed = dict(values)
         for node, stack in self.stacks.items():
-            value = values[node]
-            places = stack.places(value.shape[stack.dim], mapping.to(value.device))
-            changed[node] = value.index_select(stack.dim, places)
+            changed[node] = stack.exchanged(values[node], mapping.to(values[node].device))
         for role in self.lists:
             for expert, node in role.items():
                 changed[node] = values[role.get(int(mapping[expert]), node)]
@@ -124,9 +153,15 @@ class Told:
             yield from (Stack(dim, count) for dim, size in enumerate(sizes) if size == count)
         if sizes and self._experts < sizes[0] < 2 * self._experts and sizes[0] not in counts:
             yield Stack(0, sizes[0])
+        if sizes and sizes[0] < self._experts and self._experts % sizes[0] == 0 and self._is_part(node):
+            yield from (Stack(0, sizes[0], first=first) for first in range(0, self._experts, sizes[0]))
         for in_turn in (False, True):
             larger = [(d, size) for d, size in enumerate(sizes) if size > self._experts and size % self._experts == 0]
             yield from (Stack(dim, self._experts, in_turn) for dim, _ in larger)
+
+    def _is_part(self, node: Node) -> bool:
+        """Whether a tensor is this rank's part of one that ranks share: other experts may be elsewhere."""
+        return nodes.kind(self._region.leaves[node].source) == "to_local"
 
     def _fits(self, node: Node, stack: Stack) -> bool:
         """Whether exchanging the parts of some experts changes tokens that name one of them, and only those."""

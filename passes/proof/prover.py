@@ -139,6 +139,7 @@ class Prover:
             return rewritten
         top_k, name = self._region.gate.top_k, "with merged ids" if way.merged else "with new ids"
         moved, number, tokens = 0, 0, 0
+        unknown = experts.unknown_moves(self._region.gate.num_experts)
         while number < _MOST_DRAWS and (number < _DRAWS or tokens < _TOKENS or not moved):
             values, settings = self._drawn(number), settings_of(number, top_k)
             if number == 0:
@@ -146,7 +147,7 @@ class Prover:
                 wrong = self._differs(self._run(values), same, exact=True)
                 if wrong is not None:
                     return f"{name} and S = K {wrong}"
-            new = rewritten.run(values, self._run_graph, settings, number)
+            new = rewritten.run(values, self._run_graph, settings, number, unknown)
             expected = self._run(experts.swapped(values, new.mapping))
             wrong = self._differs(expected, new, exact=False)
             if wrong is not None:

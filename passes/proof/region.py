@@ -212,6 +212,8 @@ class _Cutter:
             return Leaf("logits", node, None)
         if node is self._root:
             return Leaf("hidden", node, None)
+        if (root := distributed_state(node)) is not None:
+            return Leaf("state", node, _local(_held(self._value_of(root))))
         if node.op == "placeholder" or (node.op == "get_attr" and nodes.is_tensor(node)):
             if not nodes.is_tensor(node):
                 return Leaf("number", node, self._value_of(node))
@@ -230,6 +232,16 @@ class _Cutter:
         if node not in self._of_state:
             self._of_state[node] = computed_of_state(node)
         return self._of_state[node]
+
+
+def distributed_state(node: Node) -> Node | None:
+    """The parameter of which a node is this rank's part: a proof makes up parts, not the whole."""
+    whole = nodes.operand(node) if nodes.kind(node) == "to_local" else None
+    return whole if whole is not None and nodes.is_model_state(whole) else None
+
+
+def _local(held: Any) -> Any:
+    return held.to_local() if hasattr(held, "to_local") else held
 
 
 def hidden_root(read: Node) -> Node:

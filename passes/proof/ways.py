@@ -20,6 +20,9 @@ from .region import Region
 RunGraph = Callable[[Graph, Mapping[Node, Any]], dict[Node, Any]]
 
 
+_SIMILAR = 0.05  # at least, where an expert may go to another
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to rewrite a region: the kinds of its uses, whether duplicates are merged, who reads new weights."""
@@ -48,13 +51,27 @@ class Rewritten:
     matrix: Node
     copies: dict[Node, Node]
 
-    def run(self, values: Mapping[Node, Any], run: RunGraph, settings: RoutingSettings, seed: int) -> Got:
-        """Re-route by a random matrix; `values` are those of the region as it was traced."""
+    def run(
+        self,
+        values: Mapping[Node, Any],
+        run: RunGraph,
+        settings: RoutingSettings,
+        seed: int,
+        unknown: torch.Tensor | None = None,
+    ) -> Got:
+        """Re-route by a random matrix; `values` are those of the region as it was traced.
+
+        `unknown`, bool [E, E], are moves that must not happen: such an expert is similar to none of these, and stays.
+        """
+        if unknown is not None:
+            settings = replace(settings, threshold=max(settings.threshold, _SIMILAR))
         self._set(settings)
         gate = self.region.gate
         device = next(v.device for v in values.values() if isinstance(v, torch.Tensor))
         generator = torch.Generator().manual_seed(seed)
         matrix = torch.rand(gate.num_experts, gate.num_experts, generator=generator).to(device)
+        if unknown is not None:
+            matrix = (_SIMILAR + matrix * (1 - _SIMILAR)).masked_fill(unknown.to(device), 0.0)
         given = {self.copies[node]: value for node, value in values.items()} | {self.matrix: matrix}
         found = run(self.graph, given)
         ids = found[self.copies[gate.ids]]

@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
+from ..experts.spread import spread_over_ranks
 from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
 from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch
 from ..passes.evidence.router import Router, trace_router
@@ -42,6 +43,10 @@ _TOLERANCE = 1e-4
 _SENT_ELSEWHERE = (
     "outside the graph some tokens go to other experts than it chose, or to none, as padding does: mark their ids with "
     "-1 before the graph ends"
+)
+_SPREAD = (
+    "{}, and a trial of the code outside the graph would wait for ranks that make none: "
+    'experts_implementation="sere" (sere_compile.register_experts) re-routes such experts of transformers'
 )
 # What code that is run on made-up numbers may raise.
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
@@ -76,6 +81,9 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     if owner is None:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
     verdict = Verdict(None, "no module around its router could be run", is_gate=False)
+    # Before anything of a block is read, which may be an exchange as well.
+    if spread := next(filter(None, map(spread_over_ranks, owner.surroundings)), ""):
+        return Verdict(None, _SPREAD.format(spread))
     blocks = [(module, _number(module)) for module in owner.surroundings]
     _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
     for module, block in blocks:

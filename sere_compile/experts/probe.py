@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from ..errors import ProbeError
@@ -23,6 +24,7 @@ from .counterfactual import CounterfactualExperts, Dispatch
 from .experts_module import Experts
 from .hidden_states import draw, hidden_size_of, scale_at
 from .metrics import FrobeniusAccumulator
+from .spread import ATTACH, is_distributed, spread_over_ranks
 
 PROBE_TOKENS = 64
 PROBE_SEED = 0
@@ -98,12 +100,18 @@ def find_dispatch(
             message.
 
     Raises:
-        ProbeError: the experts can be run in neither place.
+        ProbeError: the experts can be run in neither place, or each rank holds a part of them.
     """
+    if not isinstance(region, Skip) and (
+        any(is_distributed(value_of(node)) for node in region.inputs) or any(map(nodes.exchanges, region.inside))
+    ):
+        raise ProbeError(f"the experts of {name} are spread over ranks, and one rank cannot measure them: {ATTACH}")
     found = _dispatch_in_graph(gate, region, name, value_of)
     experts = None if not isinstance(found, str) and found[1] >= PROBE_TOKENS else find_experts()
     if not isinstance(found, str) and experts is None:
         return found
+    if isinstance(experts, nn.Module) and (spread := spread_over_ranks(experts)):
+        raise ProbeError(f"the experts of {name} cannot be probed by one rank: {spread}; {ATTACH}")
     if experts is None:
         raise ProbeError(
             f"the experts of {name} cannot be probed: {found}, and no experts module stands beside its router in a "

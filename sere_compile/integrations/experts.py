@@ -20,8 +20,9 @@ from ..config import SereConfig
 from ..errors import ConfigError, ProbeError
 from ..experts.counterfactual import of_module
 from ..experts.metrics import FrobeniusAccumulator
-from ..experts.owner import Owners, routers_in
+from ..experts.owner import Owner, Owners, routers_in
 from ..experts.probe import PROBE_SEED, PROBE_TOKENS
+from ..experts.spread import ATTACH, spread_over_ranks
 from ..extras import require
 from ..ops.expert_mlp.op import MAX_TOKENS
 from ..similarity import binding
@@ -69,6 +70,59 @@ def register_experts(**options: Any) -> None:
     )
     for interface in (moe.ALL_EXPERTS_FUNCTIONS, fp8.ALL_FP8_EXPERTS_FUNCTIONS):
         type(interface).register(NAME, _Rerouted(config, interface[_STOCK]))
+    _before_ranks_exchange(lambda: moe.ALL_EXPERTS_FUNCTIONS[NAME])
+
+
+def _before_ranks_exchange(registered: Callable[[], _Rerouted]) -> None:
+    """Let each way in which transformers brings tokens to experts of other ranks re-route first.
+
+    Such an implementation is chosen when a model is loaded. It takes ids of all experts; what it calls takes those of
+    one rank. Earlier releases of transformers have no such registry.
+
+    Args:
+        registered: gives what is registered when a layer runs, which can be with other options than at loading.
+    """
+    try:
+        from transformers.distributed.expert_parallel import EPImplementationInterface
+    except ImportError:
+        return
+    interface = EPImplementationInterface()
+    for name in list(interface):
+        chosen = interface[name]
+        EPImplementationInterface.register(name, _rerouting(getattr(chosen, "_sere_stock", chosen), registered))
+
+
+def _rerouting(stock: Any, registered: Callable[[], _Rerouted]) -> type:
+    """An implementation that re-routes where the model's experts are ours, and then does what `stock` does."""
+
+    class Rerouting(stock):  # type: ignore[misc]
+        _sere_stock = stock
+
+        def __init__(self, experts: nn.Module, *meshes: Any) -> None:
+            super().__init__(experts, *meshes)
+            self._sere_experts: Any = experts
+
+        def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            if self._sere_experts.config._experts_implementation == NAME:
+                top_k_index, top_k_weights = registered().rerouted(self._sere_experts, top_k_index, top_k_weights)
+            return super().__call__(hidden_states, top_k_index, top_k_weights)
+
+    Rerouting.__name__ = stock.__name__  # its errors name it
+    return Rerouting
+
+
+def _router_beside(module: Any, owner: Owner) -> Tensor | None:
+    """The weight of the router beside an experts module; `owner` is that of one of its parameters."""
+    if not module._is_expert_parallel:
+        around = [r for r in routers_in(owner.root) if any(inner is module for inner in r.modules[-1].modules())]
+        return max(around, key=lambda r: r.name.count(".")).weight if around else None
+    # While it runs, what it holds are a rank's experts, and their number is not the router's.
+    own, experts = set(module.parameters()), module.config.num_local_experts
+    for outer in owner.chain[1:4]:
+        found = [p for p in outer.parameters() if p.dim() == 2 and p.shape[0] == experts and p not in own]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 @dataclass
@@ -90,10 +144,16 @@ class _Rerouted:
         self._known: weakref.WeakKeyDictionary[nn.Module, _Routed] = weakref.WeakKeyDictionary()
 
     def __call__(self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if top_k_index.shape[0] > (self._config.max_tokens or MAX_TOKENS) or module._is_expert_parallel:
-            return self._stock(module, hidden_states, top_k_index, top_k_weights)
-        ids, weights = self._reroute_outside(module, top_k_index, top_k_weights)
-        return self._stock(module, hidden_states, ids, weights)
+        # Of a rank's experts, ids are its own numbers: they were re-routed before, by what brings tokens to the ranks.
+        if not module._is_expert_parallel:
+            top_k_index, top_k_weights = self.rerouted(module, top_k_index, top_k_weights)
+        return self._stock(module, hidden_states, top_k_index, top_k_weights)
+
+    def rerouted(self, module: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [T, K] and weights [T, K], best first and re-routed; as they are where there are many tokens."""
+        if ids.shape[0] > (self._config.max_tokens or MAX_TOKENS):
+            return ids, weights
+        return self._reroute_outside(module, ids, weights)
 
     def _reroute(self, module: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [T, K] re-routed, and weights [T, K] in the same order."""
@@ -123,34 +183,30 @@ class _Rerouted:
         parameter = next(module.parameters())
         owners = Owners()
         owner = owners.find(parameter)
-        around = (
-            []
-            if owner is None
-            else [r for r in routers_in(owner.root) if any(inner is module for inner in r.modules[-1].modules())]
-        )
-        if not around:
+        weight = None if owner is None else _router_beside(module, owner)
+        router = None if weight is None else owners.find(weight)
+        if weight is None or router is None:
             raise ConfigError(
                 f'experts_implementation="sere": no router stands beside {type(module).__name__}, whose matrix this '
                 "needs; set another implementation"
             )
-        router = max(around, key=lambda r: r.name.count("."))
-        entry = binding.lookup(router.weight)
+        entry = binding.lookup(weight)
         if entry is None or entry.matrix is None:
-            of_router = owners.find(router.weight)
-            assert of_router is not None  # it was found in a module
-            attach_from_owner(of_router)
-            entry = binding.lookup(router.weight)
+            attach_from_owner(router)
+            entry = binding.lookup(weight)
         if entry is None or entry.matrix is None:
             log.info("no similarity attached for %s: probing its experts on random hidden states", router.name)
             matrix = self._probe(module, router.name)
-            binding.assign(router.weight, router.name, matrix, "probed", from_profile=False)
-            entry = binding.name(router.weight, router.name)
+            binding.assign(weight, router.name, matrix, "probed", from_profile=False)
+            entry = binding.name(weight, router.name)
         config = self._config.for_gate(router.name)
         matrix = entry.matrix_on(parameter.device, config.threshold)
         return _Routed(config, binding.version(), matrix)
 
     def _probe(self, module: Any, name: str) -> Tensor:
         """Similarity [E, E] of a module's experts on normally distributed hidden states."""
+        if spread := spread_over_ranks(module):
+            raise ProbeError(f"the experts of {name} cannot be probed by one rank: {spread}; {ATTACH}")
         parameter, experts = next(module.parameters()), module.num_experts
         generator = torch.Generator().manual_seed(PROBE_SEED)
         width = module.hidden_dim if hasattr(module, "hidden_dim") else module.hidden_size

@@ -38,6 +38,9 @@ def test_both_ways_to_switch_it_on():
     ({"select_top_k": 0}, {}, "select_top_k must be"),
     ({"phase": "prefill"}, {}, "phase must be one of 'decode', 'all'"),
     ({"profile": 3}, {}, "profile must be the path"),
+    ({"routing_batch": "group"}, {}, "routing_batch must be one of 'rank', 'all_ranks', got 'group'"),
+    ({"routing_batch": "all_ranks", "substitution": "fill"}, {}, 'substitution="fill" takes the tokens\' own scores'),
+    ({"routing_batch": "all_ranks", "per_gate": {"*.0.*": {"substitution": "fill"}}}, {}, "other ranks do not have"),
     ({"substitution": "projected"}, {}, 'substitution must be "reroute", "projection" or "fill"'),
     ({"select_top_k": "auto"}, {}, "max_active go together"),
     ({"threshold": "0.2"}, {}, 'such as "q0.2"'),
@@ -63,10 +66,10 @@ class Router:
         return router_logits.sigmoid().gather(1, ids), ids.to(torch.int32)
 
 
-def hooked(router, state, experts=8, projection=None, mask_padding=True, **options):
+def hooked(router, state, experts=8, projection=None, **options):
     matrix = torch.rand(experts, experts, generator=torch.Generator().manual_seed(0))
     config = SereConfig(**{"select_top_k": 1, "min_active": 0, "collect_stats": True, **options})
-    return RoutingHook(router, matrix, config, state, projection, mask_padding)
+    return RoutingHook(router, matrix, config, state, projection)
 
 
 def random_logits(tokens, seed=1):

@@ -112,7 +112,7 @@ def test_counts_are_of_real_tokens_in_active_batches(device):
     router = FusedTopKRouter()
     made = RoutingHook(
         router, similarity(), SereConfig(select_top_k=1, min_active=0, collect_stats=True),
-        BatchState(torch.device(device), "decode", None, 1), mask_padding=True,
+        BatchState(torch.device(device), "decode", None, 1),
     )  # fmt: skip
     made.install()
     hidden, logits = inputs(device)

@@ -23,10 +23,16 @@ _MOE = "vllm.model_executor.layers.fused_moe"
 # (module, attribute, parameters it must take)
 INTERNALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.forward_context", "create_forward_context", ("attn_metadata", "vllm_config", "is_padding")),
-    ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens")),
+    ("vllm.forward_context", "set_forward_context",
+     ("attn_metadata", "vllm_config", "num_tokens", "num_tokens_across_dp")),
     ("vllm.v1.worker.worker_base", "WorkerBase.compile_or_warm_up_model", ()),
     ("vllm.v1.worker.worker_base", "WorkerBase.execute_model", ("scheduler_output",)),
     ("vllm.distributed", "tensor_model_parallel_all_reduce", ("input_",)),
+    ("vllm.distributed", "get_dp_group", ()),
+    ("vllm.distributed", "get_ep_group", ()),
+    ("vllm.distributed", "get_tensor_model_parallel_rank", ()),
+    (f"{_MOE}.modular_kernel", "FusedMoEActivationFormat.Standard", ()),
+    (f"{_MOE}.prepare_finalize.no_dp_ep", "MoEPrepareAndFinalizeNoDPEPModular", ()),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights", ("model",)),
     (f"{_MOE}.router.base_router", "BaseRouter._compute_routing",
      ("hidden_states", "router_logits", "indices_type", "input_ids")),

@@ -79,8 +79,9 @@ def find_runners(vllm_config: Any, model: nn.Module) -> dict[str, Any]:
             raise EngineMismatchError(f"{name}: a router of the kind {type(runner.router).__name__} cannot be hooked")
         if runner.do_naive_dispatch_combine or runner.moe_config.pcp_size > 1:
             raise ConfigError(
-                f"{name}: in this parallel layout every rank routes the gathered tokens of all ranks, and ranks would "
-                "disagree on the phase of the batch; use tensor or expert parallelism, or an all-to-all backend"
+                f"{name}: in this parallel layout every rank routes the gathered tokens of all ranks, and knows the "
+                "phase and the padding of its own alone; choose a quantisation whose kernel is modular (vLLM then "
+                "routes before it gathers), or do without data and prefill context parallelism"
             )
     return runners
 

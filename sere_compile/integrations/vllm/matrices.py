@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, ProbeError, ProfileError
+from ...errors import ProbeError, ProfileError
 from ...experts.probe import PROBE_TOKENS, Probed, module_dispatch, probe_experts
 from ...similarity.profile import SimilarityProfile
 from ...similarity.profile_file import is_torch_file, open_safetensors, some
+from .ranks import own_rows_only, physical_experts, sum_of_shares
 
 log = logging.getLogger(__name__)
 
@@ -102,22 +103,19 @@ def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
     """How alike a layer's experts are, without data, through the layer's own kernel.
 
     Each expert runs on the same random hidden states as the only one with weight. That needs no
-    knowledge of how the weights are packed or quantised, and under tensor parallelism the summed
-    outputs are the same on every rank.
+    knowledge of how the weights are packed or quantised, and the outputs that ranks sum are the same
+    on every rank. All ranks of the engine have to probe their layers at the same time, in this order.
 
     Raises:
-        ConfigError: the engine balances experts over ranks; their logical weights cannot be
-            distinguished then.
-        ProbeError: the layer's kernel gives no plain tensor, or not finite ones.
+        ProbeError: the layer's kernel gives no plain tensor, or not finite ones, or it is bound to an exchange
+            of tokens between ranks.
     """
     from vllm.distributed import tensor_model_parallel_all_reduce
     from vllm.forward_context import set_forward_context
 
-    if runner.router.eplb_state is not None:
-        raise ConfigError("with expert load balancing (EPLB) experts are not probed: give a profile")
-    moe = runner.moe_config
+    moe, data_parallel = runner.moe_config, int(vllm_config.parallel_config.data_parallel_size)
     rows = max(1, min(8 * PROBE_TOKENS, int(vllm_config.scheduler_config.max_num_batched_tokens)))
-    ids_dtype = runner._quant_method.topk_indices_dtype or torch.int32
+    places = physical_experts(runner.router)
     runner.routed_experts._ensure_moe_quant_config_init()
     if device.type == "cpu":
         # Linux ends a process that uses AMX without having asked for it. torch asks before its
@@ -125,21 +123,30 @@ def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
         torch.cpu._init_amx()
 
     def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ids = ids if places is None else places[ids.long()]
         output = runner.routed_experts.forward_modular(
             x=hidden, topk_weights=weights.float().contiguous(), topk_ids=ids.to(ids_dtype).contiguous()
         )
         if not isinstance(output, Tensor):
             raise ProbeError(f"{runner.layer_name}: the kernel defers its output and cannot be probed; give a profile")
+        if shares:
+            return sum_of_shares(output)
         return output if runner._fused_output_is_reduced else tensor_model_parallel_all_reduce(output)
 
-    with set_forward_context(None, vllm_config, num_tokens=rows):
+    # The numbers of tokens are given, so that ranks need not ask each other.
+    everywhere = torch.full((data_parallel,), rows, dtype=torch.int32) if data_parallel > 1 else None
+    with (
+        own_rows_only(runner) as shares,
+        set_forward_context(None, vllm_config, num_tokens=rows, num_tokens_across_dp=everywhere),
+    ):
+        ids_dtype = runner._quant_method.topk_indices_dtype or torch.int32
         dispatch = module_dispatch(experts, moe.hidden_dim, moe.in_dtype, device)
         return probe_experts(dispatch, rows, moe.num_logical_experts, moe.experts_per_token, device)
 
 
 def agree(matrix: Tensor) -> Tensor:
-    """The matrix of the first rank of the tensor-parallel group, on all of its ranks."""
-    from vllm.distributed import get_tp_group
+    """The matrix of the first of the ranks whose tokens meet, on all of them."""
+    from vllm.distributed import get_dp_group, get_ep_group, get_tp_group
 
-    group = get_tp_group()
+    group = get_ep_group() if get_dp_group().world_size > 1 else get_tp_group()
     return group.broadcast(matrix.contiguous(), src=0) if group.world_size > 1 else matrix

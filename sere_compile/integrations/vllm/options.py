@@ -20,6 +20,7 @@ ROUTING = (
 PHASES = ("decode", "all")
 EXPERTS = ("auto", "sere", "vllm")
 ROUTERS = ("auto", "vllm")
+ROUTING_BATCHES = ("rank", "all_ranks")
 # How the reference implementation is switched on: `hf_overrides={"select_top_k": 1, "threshold":
 # 0.1}`.
 OVERRIDES = ("select_top_k", "threshold")
@@ -41,6 +42,9 @@ class VllmOptions:
             measured to be faster; "sere": wherever it can; "vllm": vLLM's kernels always.
         router: who selects experts in a small batch. "auto": `sere::route`, which re-routes as well,
             where it was seen to select as vLLM's router does; "vllm": vLLM's router always.
+        routing_batch: whose tokens decide together which experts are primary, where tokens of several ranks are
+            computed by the same experts (data parallelism). "rank": each rank's own; "all_ranks": those of all
+            ranks, at the price of an all-reduce per layer.
     """
 
     config: SereConfig
@@ -48,6 +52,7 @@ class VllmOptions:
     phase: str = "decode"
     experts: str = "auto"
     router: str = "auto"
+    routing_batch: str = "rank"
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -56,6 +61,16 @@ class VllmOptions:
             raise ConfigError(f"experts must be one of {', '.join(map(repr, EXPERTS))}, got {self.experts!r}")
         if self.router not in ROUTERS:
             raise ConfigError(f"router must be one of {', '.join(map(repr, ROUTERS))}, got {self.router!r}")
+        if self.routing_batch not in ROUTING_BATCHES:
+            raise ConfigError(
+                f"routing_batch must be one of {', '.join(map(repr, ROUTING_BATCHES))}, got {self.routing_batch!r}"
+            )
+        rules = [self.config.substitution, *(dict(options).get("substitution") for _, options in self.config.gates)]
+        if self.routing_batch == "all_ranks" and "fill" in rules:
+            raise ConfigError(
+                'routing_batch="all_ranks" re-routes, and substitution="fill" takes the tokens\' own scores, which '
+                "other ranks do not have: set one of them otherwise"
+            )
         if self.profile is not None and not isinstance(self.profile, str):
             raise ConfigError(f"profile must be the path of a file or folder, got {self.profile!r}")
         if limited := [pattern for pattern, options in self.config.gates if "max_tokens" in dict(options)]:

@@ -19,6 +19,7 @@ from .engine import EngineMismatchError, check_internals, check_modes, kernels_t
 from .experts import replace_experts
 from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options
+from .ranks import Meeting, part_of_rows, ranks_meet, sum_of_shares
 from .routers import differs, known_router
 from .routing import BatchState, RoutingHook
 
@@ -161,7 +162,7 @@ class WorkerHooks:
         # before the hooks.
         with torch.inference_mode(False), torch.no_grad():
             plans, source = plan_layers(runners, options, config, device)
-            self.hooks = {name: _hook(plan, self.state) for name, plan in plans.items()}
+            self.hooks = {name: _hook(plan, self.state, options.routing_batch) for name, plan in plans.items()}
             replaced = replace_experts(runners, options, config, device)
             routed = select_in_hooks(self.hooks, runners, device) if options.router == "auto" else 0
         for hook in self.hooks.values():
@@ -191,6 +192,9 @@ class WorkerHooks:
             "it is in: outputs are not batch-invariant.",
             len(self.hooks), len(runners), source, options.phase,
         )  # fmt: skip
+        if config.parallel_config.world_size_across_dp > 1 or options.routing_batch != "rank":
+            meet = any(ranks_meet(runner.moe_config) for runner in runners.values())
+            log.info("SERE: %s", whose_batch(options.routing_batch, meet))
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Counters by layer, as plain numbers that cross process boundaries."""
@@ -235,12 +239,22 @@ class WorkerHooks:
             log.info("%s", summary({name: hook.stats() for name, hook in self.hooks.items()}, self.state))
 
 
-def _hook(plan: LayerPlan, state: BatchState) -> RoutingHook:
-    # Sequence parallelism gives each rank a part of the rows, and the padding is counted over all
-    # of them.
-    masked = not plan.runner.moe_config.is_sequence_parallel
-    experts = int(plan.runner.moe_config.num_logical_experts)
-    return RoutingHook(plan.runner.router, plan.similarity, plan.config, state, plan.projection, masked, experts)
+def _hook(plan: LayerPlan, state: BatchState, routing_batch: str) -> RoutingHook:
+    moe = plan.runner.moe_config
+    experts = int(moe.num_logical_experts)
+    meeting = Meeting(sum_of_shares, experts, routing_batch == "all_ranks") if ranks_meet(moe) else None
+    return RoutingHook(
+        plan.runner.router, plan.similarity, plan.config, state, plan.projection, experts, part_of_rows(moe), meeting
+    )
+
+
+def whose_batch(routing_batch: str, meet: bool) -> str:
+    """Whose tokens decide together which experts are primary; `meet`: whether those of several ranks share experts."""
+    if not meet:
+        return "all ranks route the same tokens, which are one routing batch"
+    if routing_batch == "all_ranks":
+        return "the tokens of all ranks are one routing batch, by an all-reduce per layer"
+    return 'the tokens of each rank are a routing batch of their own (routing_batch "rank")'
 
 
 def select_in_hooks(hooks: dict[str, RoutingHook], runners: Mapping[str, Any], device: torch.device) -> int:

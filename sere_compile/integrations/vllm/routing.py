@@ -20,6 +20,7 @@ from ...ops.reroute.reference import leading_tokens
 from ...passes import COUNTED
 from ...passes.count_routing import add_counts
 from ...similarity.threshold import matrix_in_graph, threshold_in_graph
+from .ranks import Meeting
 from .routers import KnownRouter
 
 NO_PADDING = torch.iinfo(torch.int64).max
@@ -35,13 +36,13 @@ class BatchState:
     Attributes:
         real_tokens: int64 [1], rows before the padding.
         rerouted_tokens: int64 [1], the same where this forward is re-routed, else 0.
-        all_or_none: int64 [1], `NO_PADDING` where this forward is re-routed, else 0.
+        tokens_taking_part: int64 [1], rows before the padding, and 0 in a forward that the engine makes up.
     """
 
     def __init__(self, device: torch.device, phase: str, max_tokens: int | None, decode_tokens: int) -> None:
         self._tokens = torch.tensor([NO_PADDING, 0], dtype=torch.int64, device=device)
         self.real_tokens, self.rerouted_tokens = self._tokens[:1], self._tokens[1:]
-        self.all_or_none = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens_taking_part = torch.zeros(1, dtype=torch.int64, device=device)
         self._batches = torch.zeros(2, dtype=torch.int64, device=device)
         self.phase = phase
         self.max_tokens = max_tokens
@@ -80,8 +81,10 @@ class BatchState:
             self.rerouted_tokens.copy_(self.real_tokens)
         else:
             self.rerouted_tokens.zero_()
-        self.all_or_none.fill_(NO_PADDING if active else 0)
-        if attn_metadata is not None:
+        if attn_metadata is None:
+            self.tokens_taking_part.zero_()
+        else:
+            self.tokens_taking_part.copy_(self.real_tokens)
             self._batches.add_(self._tokens > 0)
 
     def _wanted(self, attn_metadata: Any) -> bool:
@@ -114,9 +117,9 @@ class RoutingHook:
         state: of this worker; the hook's tensors are made on its device.
         projection: float32 [E, E], what a slot's weight is multiplied by where its expert changes;
             None: by nothing.
-        mask_padding: whether rows of this router are rows of the batch, so that the padding is
-            known.
         num_experts: E, where there is no similarity.
+        part: which of the equal parts of a batch's rows this router sees, under sequence parallelism.
+        meeting: the ranks whose tokens are computed by the same experts; None: no others.
     """
 
     def __init__(
@@ -126,8 +129,9 @@ class RoutingHook:
         config: SereConfig,
         state: BatchState,
         projection: Tensor | None = None,
-        mask_padding: bool = True,
         num_experts: int = 0,
+        part: int = 0,
+        meeting: Meeting | None = None,
     ) -> None:
         self.router = router
         self.original: Callable[..., tuple[Tensor, Tensor]] = router._compute_routing
@@ -139,9 +143,8 @@ class RoutingHook:
         self.options = (config.resolved_top_k(top_k), rho, config.resolved_min_active(top_k))
         self.max_active = config.max_active or 0
         self.state = state
-        self.mask_padding = mask_padding
-        # Where rows are not those of the batch, all of them are re-routed or none.
-        self.rerouted_tokens = state.rerouted_tokens if mask_padding else state.all_or_none
+        self.part = part
+        self.meeting = meeting
         self.num_experts = num_experts if similarity is None else similarity.shape[0]
         self.calls = 0
         self.traced_calls = torch.zeros(1, dtype=torch.int64, device=device)
@@ -191,36 +194,52 @@ class RoutingHook:
     @property
     def selects(self) -> bool:
         """Whether selection and re-routing can be one operator: nothing else needs the ids between them."""
-        return self.matrix is not None and self.projection is None and self.counts is None
+        return self.matrix is not None and self.projection is None and self.counts is None and not self.agreed
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the tokens of all ranks are one routing batch."""
+        return self.meeting is not None and self.meeting.agreed
 
     def _route(self, known: KnownRouter, logits: Tensor, indices_type: torch.dtype | None) -> tuple[Tensor, Tensor]:
         wide = torch.int64 if indices_type is torch.int64 else torch.int32
         numbers = (*self.options, self.max_active)
-        real = self.state.real_tokens if self.mask_padding else None
-        weights, ids = known.route(logits, self.matrix, numbers, wide, real, self.rerouted_tokens)
+        real, rerouted = (self._own(tokens, logits) for tokens in (self.state.real_tokens, self.state.rerouted_tokens))
+        weights, ids = known.route(logits, self.matrix, numbers, wide, real, rerouted)
         return weights, ids.view(torch.uint32) if indices_type is torch.uint32 else ids
 
-    def _real(self, ids: Tensor) -> Tensor | None:
-        """Which rows are not padding, bool [T]; None: all."""
-        return leading_tokens(ids.shape[0], self.state.real_tokens) if self.mask_padding else None
+    def _own(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """How many of the batch's first `tokens`, int64 [1], are among the rows [T, ...] of this router."""
+        return tokens if self.part == 0 else (tokens - self.part * rows.shape[0]).clamp(min=0)
+
+    def _real(self, ids: Tensor) -> Tensor:
+        """Which rows are not padding, bool [T]."""
+        return leading_tokens(ids.shape[0], self._own(self.state.real_tokens, ids))
 
     def _reroute(self, ids: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
-        assert self.matrix is not None
-        numbers = (*self.options, None, self.max_active, self.rerouted_tokens)
         if self.ordered:
-            return reroute(ids, self.matrix, *numbers)
+            return self._reroute_ordered(ids)
         # vLLM asks for an unsorted top-k; slots are put in order, re-routed, and put back.
         order = selection_scores(self.router, ids, weights, logits).argsort(dim=-1, descending=True, stable=True)
-        new_ids = reroute(ids.gather(1, order), self.matrix, *numbers)
+        new_ids = self._reroute_ordered(ids.gather(1, order))
         return torch.zeros_like(new_ids).scatter(1, order, new_ids)
+
+    def _reroute_ordered(self, ids: Tensor) -> Tensor:
+        assert self.matrix is not None
+        rerouted = self._own(self.state.rerouted_tokens, ids)
+        if self.meeting is None or not self.meeting.agreed:
+            return reroute(ids, self.matrix, *self.options, None, self.max_active, rerouted)
+        numbers = (*self.options, self.max_active)
+        taking_part = self._own(self.state.tokens_taking_part, ids)
+        return self.meeting.reroute(ids, self.matrix, numbers, self.state.active, rerouted, taking_part)
 
     def _filled(self, ids: Tensor, weights: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Filled in a forward that is re-routed; as they are in others."""
         new_ids, new_weights = self._fill(ids, weights, logits, self._real(ids))
-        active = self.rerouted_tokens > 0
+        active = self.state.active
         return torch.where(active, new_ids, ids), torch.where(active, new_weights, weights)
 
-    def _fill(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _fill(self, ids: Tensor, weights: Tensor, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights of kept experts, from the scores of all; see `cannot_fill`."""
         scores = _SCORING[getattr(self.router, "scoring_func", "softmax")](logits.float())
         bias = getattr(self.router, "e_score_correction_bias", None)
@@ -244,7 +263,10 @@ class RoutingHook:
     def _count(self, counts: Tensor, before: Tensor, after: Tensor) -> None:
         batch = torch.zeros_like(counts)
         add_counts(before, after, self.num_experts, batch, self._real(before))
-        counts.add_(batch * (self.rerouted_tokens > 0))
+        if self.meeting is not None:
+            taking_part = self._own(self.state.tokens_taking_part, before)
+            batch[COUNTED.index("active_before") :] = self.meeting.active((before, after), taking_part)
+        counts.add_(batch * self.state.active)
 
     def reset(self) -> None:
         """Count from 0 again."""

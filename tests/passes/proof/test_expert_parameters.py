@@ -15,14 +15,26 @@ MAP = torch.tensor([0, 0, 2])
 
 def test_blocks_and_turns():
     """[E * width] with each expert's rows together, or every E-th row an expert's."""
-    assert Stack(0, 3).places(6, MAP).tolist() == [0, 1, 0, 1, 4, 5]
-    assert Stack(0, 3, in_turn=True).places(6, MAP).tolist() == [0, 0, 2, 3, 3, 5]
+    rows = torch.arange(6)
+    assert Stack(0, 3).exchanged(rows, MAP).tolist() == [0, 1, 0, 1, 4, 5]
+    assert Stack(0, 3, in_turn=True).exchanged(rows, MAP).tolist() == [0, 0, 2, 3, 3, 5]
     assert Stack(0, 3).rows(6, torch.device("cpu")).tolist() == [0, 0, 1, 1, 2, 2]
     assert Stack(0, 3, in_turn=True).rows(6, torch.device("cpu")).tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_rows_that_are_no_experts_stay():
-    assert Stack(0, 4).places(4, MAP).tolist() == [0, 0, 2, 3]
+    assert Stack(0, 4).exchanged(torch.arange(4), MAP).tolist() == [0, 0, 2, 3]
+
+
+def test_a_part_of_the_experts():
+    """A rank has experts 2 and 3 of 4: what goes to another rank adds nothing here."""
+    part, rows = Stack(0, 2, first=2), torch.tensor([20, 21, 30, 31])
+    assert part.rows(4, torch.device("cpu")).tolist() == [2, 2, 3, 3]
+    assert part.exchanged(rows, torch.tensor([0, 1, 3, 3])).tolist() == [30, 31, 30, 31]
+    assert part.exchanged(rows, torch.tensor([2, 1, 2, 0])).tolist() == [20, 21, 0, 0]
+    found = ExpertParameters(stacks={"s": part})
+    assert found.unknown_moves(4).tolist() == [[False, False, True, True]] * 2 + [[False] * 4] * 2
+    assert ExpertParameters(stacks={"s": Stack(0, 4)}).unknown_moves(4) is None
 
 
 def test_lists_exchange_whole_tensors():
