@@ -153,7 +153,8 @@ class _Trial:
         self._weights: list[torch.Tensor] = []
         matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
         self._matrix = matrix.to(block.weight.device)
-        self._call: Callable[..., Any] = torch.compile(block.module, backend=self._backend, dynamic=False)
+        backend = dynamo.OwnBackend(self._backend)
+        self._call: Callable[..., Any] = torch.compile(block.module, backend=backend, dynamic=False)
 
     # What the block is run on, and how.
 

@@ -1,5 +1,7 @@
 """Ids that leave their graph are re-routed only where running the code that receives them proves it right."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -391,6 +393,18 @@ def test_whole_numbers_that_have_to_be_what_they_are_are_no_experts():
 
 def test_a_layer_is_run_on_what_it_is_called_with():
     assert [v.merged for v in verdicts(Layer(Experts()), rows()[0], scale=2.0)] == [True]
+
+
+def test_where_torch_compile_copies_what_it_is_given(monkeypatch):
+    """As Lightning's does, which keeps a deep copy of the arguments."""
+    own = torch.compile
+
+    def copying(*args, **kwargs):
+        copy.deepcopy(kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", copying)
+    assert [v.merged for v in verdicts(Block(Experts()), rows())] == [True]
 
 
 def test_the_model_is_left_as_it_was():
