@@ -82,7 +82,8 @@ def verify_rewrite(
     if isinstance(region, Skip):
         # Also of a dispatch that is in the graph, but cannot be cut out of it: the caller may run more than the graph.
         shown = outside(gate)
-        return shown if leaving or isinstance(shown, Proof) else region
+        was_run = outside is not _not_run and isinstance(shown, Skip) and shown.evidence is Evidence.EXPERTS
+        return shown if leaving or was_run or isinstance(shown, Proof) else region
     key = region_key(region, module), weighing
     if key not in _verdicts:
         while len(_verdicts) >= _REMEMBERED:

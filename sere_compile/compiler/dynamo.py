@@ -204,6 +204,13 @@ def dynamic_shape_capture() -> Iterator[None]:
         yield
 
 
+def captures_dynamic_shapes() -> bool:
+    """Whether what is traced now is traced so, see `dynamic_shape_capture`."""
+    from torch._dynamo import config
+
+    return bool(config.capture_dynamic_output_shape_ops)
+
+
 def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """What a module that is being called was called with, from the stack of this thread; None where it is not."""
     frame: FrameType | None = sys._getframe(1)
