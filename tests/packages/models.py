@@ -38,7 +38,7 @@ class Model:
 
 
 MODELS: list[Model] = []
-_MASKED = "one mask of the ids sends tokens and picks their scores: new ids would change the weights"
+MASKED = "one mask of the ids sends tokens and picks their scores: new ids would change the weights"
 CAPACITY = "an expert takes as many tokens as fit: re-routed ones would push out others"
 
 
@@ -284,12 +284,12 @@ def deepspeed_top2() -> Gated:
     return _deepspeed(2, top2_2nd_expert_sampling=False)
 
 
-@model("deepspeed", "two MoEs, top-3", refused="reads the scores again", why=_MASKED)
+@model("deepspeed", "two MoEs, top-3", refused="reads the scores again", why=MASKED)
 def deepspeed_top3() -> Gated:
     return _deepspeed(3)
 
 
-@model("deepspeed", "two MoEs, top-3 without a limit", refused="reads the scores again", why=_MASKED)
+@model("deepspeed", "two MoEs, top-3 without a limit", refused="reads the scores again", why=MASKED)
 def deepspeed_no_drop() -> Gated:
     return _deepspeed(3, drop_tokens=False)
 
