@@ -18,6 +18,7 @@ from .gate import Evidence, Gate, Skip, SkipReason, Use, UseKind
 from .kernel_gains import has_more_tokens
 from .pipeline import PIPELINE, Pass, Run, run_pipeline
 from .reroute_dispatch import Rewrite, RoutingSettings, redirect_dispatch, reroute_dispatch
+from .separate_statistics import separate_statistics
 from .verify_rewrite import Proof, verify_rewrite
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "redirect_dispatch",
     "reroute_dispatch",
     "run_pipeline",
+    "separate_statistics",
     "verify_rewrite",
 ]

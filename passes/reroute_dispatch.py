@@ -128,7 +128,7 @@ def redirect_dispatch(
         insert: makes the new ids, and the new weights or None, at the graph's insertion point: ahead
             of the dispatch and behind the gate's ids and weights.
         with_weights: whether there are new weights, for which `gate.weights` has to be known.
-        readers: the consumers of the weights that read the new ones; all by default.
+        readers: the consumers of the weights that read the new ones; by default all that do not keep the ids.
 
     Returns:
         The new ids, or why nothing was changed.
@@ -136,7 +136,10 @@ def redirect_dispatch(
     weights = gate.weights if with_weights else None
     weight_consumers: list[Node] = []
     if weights is not None:
-        weight_consumers = outer_consumers(weights, gate.ids) if readers is None else list(readers)
+        # What keeps the ids, as a statistic of both does, keeps the weights.
+        kept = {use.consumer for use in gate.uses} - {use.consumer for use in gate.dispatch_uses}
+        found = (consumer for consumer in outer_consumers(weights, gate.ids) if consumer not in kept)
+        weight_consumers = list(found if readers is None else readers)
     consumers = [use.consumer for use in gate.dispatch_uses] + weight_consumers
     first = min(consumers)
     late = _late_part(weights, first) if weights is not None else []

@@ -83,7 +83,8 @@ def verify_rewrite(
     if isinstance(region, Skip):
         # Also of a dispatch that is in the graph, but cannot be cut out of it: the caller may run more than the graph.
         shown = outside(gate)
-        return shown if leaving or isinstance(shown, Proof) else region
+        was_run = outside is not _not_run and isinstance(shown, Skip) and shown.evidence is Evidence.EXPERTS
+        return shown if leaving or was_run or isinstance(shown, Proof) else region
     if waits := next(filter(nodes.exchanges, region.graph.nodes), None):
         name = region.originals.get(waits, waits).name
         detail = f"{name}, in the midst of its dispatch, waits for other ranks, and a trial would wait for ever"

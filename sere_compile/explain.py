@@ -40,11 +40,12 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     if config.capture == "default":
         return GateReport(rows := _rows(model, args, kwargs, config), _hint(rows, model, args, kwargs))
     again = _copied((args, kwargs))
+    seen: tuple[GateRow, ...] = ()
     # A frame that was compiled or skipped without capture would stay so, and the other way round.
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
     try:
         with dynamo.dynamic_shape_capture():
-            rows = _rows(model, args, kwargs, config)
+            seen = rows = _rows(model, args, kwargs, config)
     except Exception as error:  # what capture raises has no common class
         if again is None:
             raise
@@ -54,7 +55,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
             return GateReport(rows, _hint(rows, model, args, kwargs, captured=True))
         reason = "dynamic-shape capture lets no gate be re-routed"
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
-    rows = _rows(model, again[0], again[1], config)
+    rows = _rows(model, again[0], again[1], config) or seen  # without capture no graph may hold a selection
     hint = _hint(rows, model, again[0], again[1], captured=True)
     return GateReport(rows, f"Traced without capture, as sere_compile.compile then does: {reason}. {hint}".strip())
 

@@ -16,7 +16,7 @@ from ..gate import Use, UseKind
 from ..graph import nodes
 from ..graph.columns import cut_from
 from ..graph.walk import walk
-from .duplicate_safety import COUNTS, consumers, slots_stay_apart
+from .duplicate_safety import consumers, counts_ids, slots_stay_apart
 from .expert_evidence import (
     is_multiplied,
     limits_named,
@@ -70,7 +70,7 @@ def classify_uses(
     if num_experts == columns and tells_experts_apart([use.consumer for use, _ in classified], num_experts):
         classified = [(use, reaches or bool(numbers_named(use.consumer))) for use, reaches in classified]
     inside = any(reaches for _, reaches in classified)
-    counts = {1, *(size * slots for size in (num_experts, columns) for slots in (1, selection.top_k))}
+    counts = load_sizes(selection) | {num_experts, num_experts * selection.top_k}
     uses = [_inside(use, counts) if inside else use for use, _ in classified]
     if not inside and any(use.kind.dispatches for use in uses):
         # Sorted rows leave together with counts: experts outside the graph may split the ones by
@@ -85,6 +85,30 @@ def classify_uses(
         reach=any(use.kind.dispatches and reaches for use, (_, reaches) in zip(uses, classified, strict=True)),
         compared_with={number for consumer, _ in read + early for number in limits_named(consumer)},
         entangled=open_ended[0].consumer if open_ended else None,
+    )
+
+
+def load_sizes(selection: Selection) -> set[int]:
+    """How many numbers a load over all tokens has: one, one per expert, or one per expert and rank."""
+    columns = nodes.last_size(selection.scores) or 1
+    return {1, columns, columns * selection.top_k}
+
+
+def is_statistic(reader: Node, table: Node, sizes: set[int]) -> bool:
+    """Whether all that comes of a reader of a mask, table or count is a number, or a buffer that it changes.
+
+    Args:
+        reader: of the table.
+        table: of the ids, or a count of them.
+        sizes: see `load_sizes`.
+    """
+    summed = counts_ids(table)
+    step = (reader, summed or _sums_rows(reader))
+    return (
+        reader.op != "output"
+        and _stays_a_count(step, table, summed, sizes)
+        and _stay_counts([step], sizes)
+        and _leaves_numbers(reader)
     )
 
 
@@ -106,9 +130,13 @@ def _only_counts(consumer: Node, counts: set[int]) -> bool:
     A mask of the ids meets nothing else until its tokens are added up, and what comes of that, or
     of counting the ids, meets nothing larger.
     """
-    if nodes.kind(consumer) not in MASKING | COUNTS:
+    if not counts_ids(consumer) and nodes.kind(consumer) not in MASKING:
         return False
-    pending: list[tuple[Node, bool]] = [(consumer, nodes.kind(consumer) in COUNTS)]
+    return _stay_counts([(consumer, counts_ids(consumer))], counts)
+
+
+def _stay_counts(pending: list[tuple[Node, bool]], counts: set[int]) -> bool:
+    """Whether nothing behind nodes is more than such numbers; each with whether its tokens are added up already."""
     seen = set(pending)
     while pending:
         node, summed = pending.pop()
@@ -143,19 +171,22 @@ def _sums_rows(node: Node) -> bool:
 
 def _outside(use: Use, leaves: Callable[[Node], bool], counts: set[int]) -> Use:
     """A use in a graph without experts: it may be the dispatch of those outside, or counts for a buffer."""
-    if use.consumer.op != "output" and _counts_into_state(use.consumer, counts):
+    if use.consumer.op != "output" and _only_counts(use.consumer, counts) and _leaves_numbers(use.consumer):
         return Use(use.consumer, use.read, UseKind.STATISTIC)
     if use.kind in (UseKind.STATISTIC, UseKind.GROUPED) and leaves(use.consumer):
         return Use(use.consumer, use.read, UseKind.LEAVES)
     return use
 
 
-def _counts_into_state(consumer: Node, counts: set[int]) -> bool:
-    """Whether numbers for all tokens are made of a mask, and all that leaves of them is a buffer that they change."""
-    if not _only_counts(consumer, counts):
-        return False
-    returned = (node for node in walk([consumer], nodes.followers) if any(u.op == "output" for u in node.users))
-    return all(any(target.op in ("placeholder", "get_attr") for target in nodes.writes(node)) for node in returned)
+def _leaves_numbers(start: Node) -> bool:
+    """Whether all that leaves the graph of what is made of a node is a loss, or a buffer that is changed by it."""
+    made = walk([start], nodes.followers)
+    returned = (node for node in made if any(user.op == "output" for user in nodes.followers(node)))
+    return all(
+        any(target.op in ("placeholder", "get_attr") for target in nodes.writes(node))
+        or (nodes.is_floating(node) and nodes.count(node) == 1)
+        for node in returned
+    )
 
 
 def _only_masks(consumer: Node, columns: int) -> bool:
@@ -191,7 +222,7 @@ def _classify(
     reaches = reaches_experts(consumer, num_experts)
     if name in ("sort", "argsort") and slots_stay_apart(consumer, num_experts):
         return Use(consumer, read, UseKind.GROUPED), reaches
-    if name in COUNTS:
+    if counts_ids(consumer):
         return Use(consumer, read, UseKind.GROUPED if reaches else UseKind.STATISTIC), reaches
     if not reaches and leaves(consumer):
         return Use(consumer, read, UseKind.LEAVES), False

@@ -13,6 +13,13 @@ from .token_places import is_counted
 COUNTS = frozenset({"histc", "bincount"})
 
 
+def counts_ids(node: Node) -> bool:
+    """Whether a node counts how often each id occurs: `bincount`, `histc`, or ones added up at the ids."""
+    if nodes.kind(node) == "scatter_add":
+        return len(nodes.shape(nodes.operand(node) or node) or ()) == 1
+    return nodes.kind(node) in COUNTS
+
+
 def consumers(ids: Node, stop: tuple[Node, ...] = (), masks: bool = True) -> Iterator[tuple[Node, Node]]:
     """Pairs (consumer, what it reads of the ids) in graph order, none behind `stop`.
 

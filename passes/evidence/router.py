@@ -76,6 +76,8 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
                 stops.append(node)
             elif nodes.last_size(node) == columns:
                 narrowed.add(nodes.last_size(source) or columns)
+        elif _turns(node) and (turned := nodes.operand(node)) is not None and _turns(turned):
+            sources = [source for source in [nodes.operand(turned)] if source is not None]
         elif name in _SCORE_PRESERVING or nodes.only_moves_ones(node):
             same_order = nodes.only_moves_ones(node)
             sources = [s for s in nodes.operands(node) if same_order or nodes.last_size(s) not in (None, 1)]
@@ -212,6 +214,10 @@ def _weight_and(weight: Node, hidden: Node | None, columns: object) -> tuple[Nod
     return (hidden, root) if nodes.shape(root) == (columns, nodes.last_size(hidden)) else None
 
 
+def _numbers_behind(node: Node) -> list[Node]:
+    return [source for source in node.all_input_nodes if nodes.reads_numbers(node, source)]
+
+
 def _made_of(factor: Node) -> Node | None:
     """The graph input that a factor is a view of, or is computed from with other model state.
 
@@ -221,7 +227,8 @@ def _made_of(factor: Node) -> Node | None:
     root = nodes.parameter_root(factor)
     if root is not None:
         return root
-    made_of = list(itertools.islice(walk([factor], lambda node: node.all_input_nodes), _FACTOR_NODES))
+    # `weight.type_as(hidden)` reads no number of the hidden states.
+    made_of = list(itertools.islice(walk([factor], _numbers_behind), _FACTOR_NODES))
     inputs = [node for node in made_of if node.op in ("placeholder", "get_attr")]
     if len(made_of) == _FACTOR_NODES or not all(map(nodes.is_model_state, inputs)):
         return None

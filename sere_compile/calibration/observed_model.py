@@ -75,7 +75,7 @@ class ObservedModel:
         self.refused: list[str] = []
         self.arrived = 0  # how often tokens arrived at a gate
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self._compiled = torch.compile(self.model, backend=self._compile)
+        self._compiled = torch.compile(self.model, backend=dynamo.OwnBackend(self._compile))
         self._captures: bool | None = None  # None before the first call
         self._needs_region = False
         self._not_shown = ""  # why a graph with a gate did not show its experts

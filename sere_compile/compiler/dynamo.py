@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -31,6 +31,25 @@ def copy_graph(module: GraphModule) -> GraphModule:
         if hasattr(module, name):
             setattr(copied, name, getattr(module, name))
     return copied
+
+
+class OwnBackend:
+    """A method as a backend, which a copy of what torch.compile is given shares.
+
+    Lightning wraps torch.compile and copies its arguments; a method would be copied with what it belongs to: models,
+    graphs, tensors without numbers that cannot be copied.
+    """
+
+    def __init__(self, compile_graph: Callable[..., Any]) -> None:
+        self._compile_graph = compile_graph
+        self.__name__ = "sere"
+
+    def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph."""
+        return self._compile_graph(module, inputs)  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: object) -> OwnBackend:
+        return self
 
 
 def append_input(
@@ -183,6 +202,13 @@ def dynamic_shape_capture() -> Iterator[None]:
 
     with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
         yield
+
+
+def captures_dynamic_shapes() -> bool:
+    """Whether what is traced now is traced so, see `dynamic_shape_capture`."""
+    from torch._dynamo import config
+
+    return bool(config.capture_dynamic_output_shape_ops)
 
 
 def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ..passes import separate_statistics
 from ..passes.graph.run_part import ValueOf
 from . import dynamo
 from .gate_plan import GatePlan
@@ -63,6 +64,7 @@ class DynamoGraph:
 
     def __init__(self, module: GraphModule, example_inputs: Sequence[Any]) -> None:
         self.module = dynamo.copy_graph(module)
+        separate_statistics(self.module.graph)
         self.own_inputs = GraphInputs(self.module)
         self.inputs = list(example_inputs)
         self.appended: list[AppendedInput] = []

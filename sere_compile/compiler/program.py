@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import ConfigError
 from ..experts.owner import Owners
-from ..passes import Gate
+from ..passes import Gate, separate_statistics
 from ..passes.graph import nodes
 from ..passes.graph.copy import copy_module
 from .gate_plan import GatePlan
@@ -41,6 +41,7 @@ class Program:
         self._exported = traced if isinstance(traced, ExportedProgram) else None
         source = traced.graph_module if isinstance(traced, ExportedProgram) else traced
         self.module, _ = copy_module(source)
+        separate_statistics(self.module.graph)
         self.owners = Owners()
         self._buffers: dict[Node, tuple[str, torch.Tensor]] = {}
         self._places: dict[int, dict[str, Node]] = {}  # by identity of the plan, and kind

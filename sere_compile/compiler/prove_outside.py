@@ -29,7 +29,7 @@ from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
 from ..experts.spread import spread_over_ranks
 from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
-from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch
+from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, separate_statistics
 from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
 from . import dynamo
@@ -63,12 +63,14 @@ class Verdict:
         reason: why none was.
         is_gate: whether experts were seen to act on the hidden states of the tokens that name them.
         block: a number for what the block that was tried computes, see `computes_the_same`.
+        whole: whether the block holds the gate as the model's graph does; else it may be a part of it.
     """
 
     merged: bool | None
     reason: str = ""
     is_gate: bool = True
     block: int = -1
+    whole: bool = True
 
 
 def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
@@ -87,13 +89,18 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     blocks = [(module, _number(module)) for module in owner.surroundings]
     _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
     for module, block in blocks:
-        key = (block, _signature(gate))
+        # What cannot be traced with dynamic-shape capture may be without, and the other way round.
+        key = (block, _signature(gate), dynamo.captures_dynamic_shapes())
         if key not in _verdicts:
             with dynamo.forgetting_new_codes():
                 _verdicts[key] = _try_block(gate, module, owner)
-        verdict = _verdicts[key] or verdict
-        if verdict.is_gate:  # else a router that is a module of its own: its experts stand further out
-            return dataclasses.replace(verdict, block=block)
+        found = _verdicts[key]
+        if found is not None and found.is_gate >= verdict.is_gate:
+            verdict = dataclasses.replace(found, block=block)
+        if (
+            verdict.is_gate and verdict.whole
+        ):  # else a router that is a module of its own: its experts stand further out
+            return verdict
     return verdict
 
 
@@ -161,7 +168,8 @@ class _Trial:
         self._weights: list[torch.Tensor] = []
         matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
         self._matrix = matrix.to(block.weight.device)
-        self._call: Callable[..., Any] = torch.compile(block.module, backend=self._backend, dynamic=False)
+        backend = dynamo.OwnBackend(self._backend)
+        self._call: Callable[..., Any] = torch.compile(block.module, backend=backend, dynamic=False)
 
     # What the block is run on, and how.
 
@@ -172,7 +180,7 @@ class _Trial:
             return None
         name = type(self._block.module).__name__
         if len(self._found) > 1 or _signature(self._found[0]) != _signature(self._gate):
-            return Verdict(None, f"{name} compiled alone has another gate than it has in the model")
+            return Verdict(None, f"{name} compiled alone has another gate than it has in the model", whole=False)
         seen = False
         try:
             experts = self._experts(candidates, inputs)
@@ -384,7 +392,11 @@ class _Trial:
         merged_first = self._gate.needs_merge
         worst: dict[bool, str] = {}
         for merged in (merged_first, not merged_first):
-            problem = self._problem_with("merged" if merged else "plain", experts, inputs)
+            try:
+                problem = self._problem_with("merged" if merged else "plain", experts, inputs)
+            except _FAILURES as error:  # an expert named twice is not counted twice, and sizes no longer fit
+                name = type(self._block.module).__name__
+                problem = f"{name} could not be run on made-up choices: {_short(error)}"
             if problem is None:
                 return Verdict(merged)
             worst[merged] = problem
@@ -413,7 +425,7 @@ class _Trial:
     # The graphs.
 
     def _backend(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        gates = _gates_of(module, inputs, self._block)
+        gates = _gates_of(dynamo.copy_graph(module), inputs, self._block)
         if not gates:
             return module.forward
         self._found += gates
@@ -470,6 +482,8 @@ class _Trial:
 
 
 def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> list[Gate]:
+    """The gates of the block's router in a copy of its graph."""
+    separate_statistics(module.graph)
     placeholders = list(module.graph.find_nodes(op="placeholder"))
 
     def is_router(node: Node) -> bool:

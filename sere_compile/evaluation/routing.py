@@ -65,7 +65,7 @@ class RoutedModel:
         self.model = model
         self.decide: Decide = lambda call: (call.ids, call.weights)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._compiled = torch.compile(model, backend=self._compile, dynamic=False)
+        self._compiled = torch.compile(model, backend=dynamo.OwnBackend(self._compile), dynamic=False)
         self._calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

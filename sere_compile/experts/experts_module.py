@@ -47,7 +47,7 @@ def experts_stand_beside(owner: Owner | None, num_experts: int) -> bool:
 
     Beyond `find_experts`: weights stacked over the experts, [E, .., ..], in a module around the
     router, for experts that take sorted rows and counts instead of ids; or a dictionary of
-    `num_experts` modules.
+    `num_experts` modules, or a list of as many weights.
     """
     if owner is None:
         return False
@@ -56,6 +56,7 @@ def experts_stand_beside(owner: Owner | None, num_experts: int) -> bool:
     return any(
         _holds_experts(around, num_experts)
         or any(isinstance(child, nn.ModuleDict) and _counts(child) == num_experts for child in around.modules())
+        or any(_lists_weights(child, num_experts) for child in around.modules())
         for around in owner.surroundings
     )
 
@@ -97,6 +98,10 @@ def _takes_routing(module: nn.Module) -> bool:
 
 def _holds_experts(module: nn.Module, num_experts: int) -> bool:
     return any(p.dim() >= 3 and p.shape[0] == num_experts for p in module.parameters())
+
+
+def _lists_weights(module: nn.Module, num_experts: int) -> bool:
+    return isinstance(module, nn.ParameterList) and len(module) == num_experts and all(p.dim() > 1 for p in module)
 
 
 def _counts_experts(module: nn.Module, num_experts: int) -> bool:

@@ -1,10 +1,14 @@
 """Ids that leave their graph are re-routed only where running the code that receives them proves it right."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sere_compile.compiler import dynamo
 from sere_compile.compiler import prove_outside as module
 from sere_compile.compiler.dynamo_graph import DynamoGraph
 from sere_compile.compiler.gate_plan import experts_are_live
@@ -56,6 +60,20 @@ class Chained(Experts):
             rows = [self.expert(x[t], int(ids[t, slot])) * weights[t, slot] for t in range(len(x))]
             x = torch.stack(rows) + x
         return x
+
+
+class Split(Experts):
+    """Sorted slots split by counts from a table, which counts an expert that a token names twice once."""
+
+    def forward(self, x, ids, weights):
+        counts = ids.new_zeros(len(ids), EXPERTS).scatter_(1, ids, 1).sum(0)
+        order = ids.view(-1).argsort()
+        rows = x[order // ids.shape[1]]
+        parts = rows.split(counts.tolist())
+        made = torch.cat([self.expert(part, number) for number, part in enumerate(parts)])
+        slots = torch.empty_like(made)
+        slots[order] = made
+        return (slots.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
 class Unweighted(Experts):
@@ -183,12 +201,45 @@ class Block(nn.Module):
         return self.experts(x.view(-1, HIDDEN), ids, weights), weights
 
 
+class Router(nn.Module):
+    """With a number per expert beside its weight, which could be an expert's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.bias = nn.Parameter(torch.zeros(EXPERTS))
+
+    def forward(self, x):
+        return (F.linear(x, self.weight).softmax(-1) + self.bias).topk(TOP_K)
+
+
+class Loaded(nn.Module):
+    """A layer whose graph holds a count of the ids behind its router."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = Router(), Overwriting()
+
+    def forward(self, x):
+        weights, ids = self.router(x.view(-1, HIDDEN))
+        load = ids.flatten().bincount(minlength=EXPERTS).tolist()
+        return self.experts(x.view(-1, HIDDEN), ids, weights * (len(load) > 0)).view(x.shape)
+
+
 class WithLoss(Block):
     """Its experts return a loss beside what they give."""
 
     def forward(self, x):
         (out, loss), _ = self.routed(x)
         return out.view(x.shape), loss
+
+
+class ReturningIds(Block):
+    """What it returns is what the router chose, and the same tensor goes to the experts."""
+
+    def forward(self, x):
+        weights, ids = self.gate(x.view(-1, HIDDEN)).softmax(-1).topk(TOP_K)
+        return self.experts(x.view(-1, HIDDEN), ids, weights).view(x.shape), ids
 
 
 class Counting(Block):
@@ -276,6 +327,27 @@ def rows():
 )
 def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]
+
+
+def test_experts_that_are_counted_by_a_table_take_merged_ids():
+    """Plain ids make sizes that do not fit: that ends the trial of plain ids, and is not the reason of merged ones."""
+    assert [v.merged for v in verdicts(Block(Split()), rows())] == [True]
+    [refused] = verdicts(ReturningIds(Split()), rows())
+    assert refused.merged is None
+    assert "returns other things" in refused.reason
+
+
+def test_a_router_that_is_a_module_shows_less_of_the_graph_than_its_layer():
+    """`bincount` of the ids is part of the graph, and not of the router."""
+    found = verdicts(Loaded(), rows())
+    assert [v.merged for v in found] == [True], found
+
+
+def test_what_capture_cannot_trace_is_tried_again_without_it():
+    for capturing in (False, True):
+        with dynamo.dynamic_shape_capture() if capturing else contextlib.nullcontext():
+            verdicts(Block(Split()), rows())
+        assert {captured for _, _, captured in module._verdicts} == {capturing}
 
 
 def test_a_buffer_counts_what_the_router_chose():
@@ -391,6 +463,18 @@ def test_whole_numbers_that_have_to_be_what_they_are_are_no_experts():
 
 def test_a_layer_is_run_on_what_it_is_called_with():
     assert [v.merged for v in verdicts(Layer(Experts()), rows()[0], scale=2.0)] == [True]
+
+
+def test_where_torch_compile_copies_what_it_is_given(monkeypatch):
+    """As Lightning's does, which keeps a deep copy of the arguments."""
+    own = torch.compile
+
+    def copying(*args, **kwargs):
+        copy.deepcopy(kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", copying)
+    assert [v.merged for v in verdicts(Block(Experts()), rows())] == [True]
 
 
 def test_the_model_is_left_as_it_was():

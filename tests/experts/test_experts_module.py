@@ -114,6 +114,15 @@ def test_experts_that_cannot_be_called_with_ids_are_evidence():
     assert not experts_stand_beside(build("mixtral").lm_head.weight, 96)
 
 
+def test_lists_of_weights_are_evidence_and_lists_of_numbers_are_none():
+    block = block_with(nn.Identity())
+    block.weights = nn.ParameterList(torch.rand(3, 6) for _ in range(5))
+    assert experts_stand_beside(block.router.weight, 5)
+    assert not experts_stand_beside(block.router.weight, 4)
+    block.weights = nn.ParameterList(torch.rand(3) for _ in range(5))
+    assert not experts_stand_beside(block.router.weight, 5)
+
+
 def test_experts_that_compute_nothing_are_not_counted():
     """LongCat's identity experts have a row in the first stack of weights and none in the second."""
 

@@ -19,12 +19,14 @@ class Layer:
         around: the module that routes and runs the experts.
         experts: the parameters of each expert.
         top_k: K.
+        drawn: how many its selection draws, where it leaves the last ones out; else K.
     """
 
     router: str
     around: nn.Module
     experts: Sequence[Sequence[torch.Tensor]]
     top_k: int
+    drawn: int | None = None
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,19 @@ def matrix(experts: int, seed: int) -> torch.Tensor:
     return ((half + half.T) / 2).fill_diagonal_(1.0)
 
 
-def judge(gated: Gated, tolerance: float = 1e-4) -> Outcome:
+def judge(gated: Gated, tolerance: float = 1e-4, capture: str = "auto") -> Outcome:
     """Compare S = K with the eager model, bit for bit, and S = 1 with the oracle.
 
     Args:
         gated: the model.
         tolerance: of S = 1, relative to the largest value of the output.
+        capture: as `compile` takes it.
     """
     model, layers = gated.model, gated.layers
     matrices = {layer.router: matrix(len(layer.experts), seed) for seed, layer in enumerate(layers)}
     sere_compile.attach(model, SimilarityProfile(matrices))
     torch._dynamo.reset()
-    report = sere_compile.explain(model, *_arguments(gated), config=SereConfig(select_top_k=1, capture="auto"))
+    report = sere_compile.explain(model, *_arguments(gated), config=SereConfig(select_top_k=1, capture=capture))
     done = {row.name for row in report.rewritten} & set(matrices)
     refused = {layer.router: _reason(report, layer.router) for layer in layers if layer.router not in done}
     with torch.no_grad():
@@ -57,9 +58,9 @@ def judge(gated: Gated, tolerance: float = 1e-4) -> Outcome:
         with Exchanged(layers, {name: matrices[name] for name in done}, 1).watching() as exchanged:
             wanted = _run(model, gated)
         torch._dynamo.reset()
-        same = _run(sere_compile.compile(model, select_top_k=64, inner="eager"), gated)
+        same = _run(sere_compile.compile(model, capture=capture, select_top_k=64, inner="eager"), gated)
         torch._dynamo.reset()
-        got = _run(sere_compile.compile(model, select_top_k=1, inner="eager"), gated)
+        got = _run(sere_compile.compile(model, capture=capture, select_top_k=1, inner="eager"), gated)
     torch._dynamo.reset()
     wrong = [f"S = K differs by {_difference(same, plain):.2g}"] if not _equal(same, plain) else []
     if done and not all(exchanged.maps.get(name) for name in done):

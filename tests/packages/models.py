@@ -38,8 +38,8 @@ class Model:
 
 
 MODELS: list[Model] = []
-_MASKED = "one mask of the ids sends tokens and picks their scores: new ids would change the weights"
-_CAPACITY = "an expert takes as many tokens as fit: re-routed ones would push out others"
+MASKED = "one mask of the ids sends tokens and picks their scores: new ids would change the weights"
+CAPACITY = "an expert takes as many tokens as fit: re-routed ones would push out others"
 
 
 def model(package: str, name: str, **known: Any) -> Callable[[Callable[[], Gated]], Callable[[], Gated]]:
@@ -279,17 +279,17 @@ def _deepspeed(top_k: int, **further: Any) -> Gated:
     return Gated(made, (rows(2, 8, WIDTH),), layers)
 
 
-@model("deepspeed", "two MoEs, top-2", refused="capacity", why=_CAPACITY)
+@model("deepspeed", "two MoEs, top-2", refused="capacity", why=CAPACITY)
 def deepspeed_top2() -> Gated:
     return _deepspeed(2, top2_2nd_expert_sampling=False)
 
 
-@model("deepspeed", "two MoEs, top-3", refused="reads the scores again", why=_MASKED)
+@model("deepspeed", "two MoEs, top-3", refused="reads the scores again", why=MASKED)
 def deepspeed_top3() -> Gated:
     return _deepspeed(3)
 
 
-@model("deepspeed", "two MoEs, top-3 without a limit", refused="reads the scores again", why=_MASKED)
+@model("deepspeed", "two MoEs, top-3 without a limit", refused="reads the scores again", why=MASKED)
 def deepspeed_no_drop() -> Gated:
     return _deepspeed(3, drop_tokens=False)
 
@@ -392,7 +392,7 @@ def mergoo_adapters() -> Gated:
 # --- with a capacity --------------------------------------------------------------------------------------------------
 
 
-@model("st-moe-pytorch", "MoE, top-2", refused="capacity", why=_CAPACITY)
+@model("st-moe-pytorch", "MoE, top-2", refused="capacity", why=CAPACITY)
 def st_moe() -> Gated:
     from st_moe_pytorch import MoE
 
@@ -401,7 +401,7 @@ def st_moe() -> Gated:
     return Gated(made, (rows(2, 8, WIDTH),), layers)
 
 
-@model("fairscale", "MOELayer with a Top2Gate", refused="capacity", why=_CAPACITY)
+@model("fairscale", "MOELayer with a Top2Gate", refused="capacity", why=CAPACITY)
 def fairscale() -> Gated:
     from fairscale.nn.moe import MOELayer, Top2Gate
 
@@ -411,7 +411,7 @@ def fairscale() -> Gated:
     return Gated(made, (rows(8, 2, WIDTH),), [Layer("gate.wg.weight", made, listed(experts), 2)])
 
 
-@model("mixture-of-experts", "MoE", refused="capacity", why=_CAPACITY)
+@model("mixture-of-experts", "MoE", refused="capacity", why=CAPACITY)
 def mixture_of_experts() -> Gated:
     from mixture_of_experts import MoE
 

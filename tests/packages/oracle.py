@@ -34,9 +34,9 @@ class Exchanged(TorchFunctionMode):
         if layer is None or func not in (torch.topk, torch.Tensor.topk) or self._kept:
             return result
         top_k = args[1] if len(args) > 1 else kwargs["k"]
-        if (top_k, args[0].shape[-1]) == (layer.top_k, len(layer.experts)):
+        if (top_k, args[0].shape[-1]) == (layer.drawn or layer.top_k, len(layer.experts)):
             with torch._C.DisableTorchFunction():
-                self._exchange(layer, args[0].topk(top_k, dim=-1).indices)
+                self._exchange(layer, args[0].topk(layer.top_k, dim=-1).indices)
         return result
 
     def _exchange(self, layer: Layer, ids: torch.Tensor) -> None:

@@ -44,8 +44,14 @@ ROUTERS = {
     "matmul": (lambda b, x: x @ b.router.T, (EXPERTS, HIDDEN), "raw logits"),
     "normalised weight": (lambda b, x: x @ F.normalize(b.router, dim=-1).T, (EXPERTS, HIDDEN), "raw logits"),
     "LoRA on the weight": (lambda b, x: F.linear(x, b.router + b.up @ b.down), (EXPERTS, HIDDEN), "raw logits"),
+    "normalised weight of the type of the hidden states": (
+        lambda b, x: x @ F.normalize(b.router.type_as(x), dim=-1).T,
+        (EXPERTS, HIDDEN),
+        "raw logits",
+    ),
     "weight norm": (lambda b, x: F.linear(x, torch._weight_norm(b.router, b.length)), (EXPERTS, HIDDEN), "raw logits"),
     "transposed twice": (lambda b, x: (b.router @ x.T).T, (EXPERTS, HIDDEN), "raw logits"),
+    "scores turned there and back": (lambda b, x: F.linear(x, b.router).T.T, (EXPERTS, HIDDEN), "raw logits"),
     "multiply and sum": (lambda b, x: (x.unsqueeze(-2) * b.router).sum(-1), (EXPERTS, HIDDEN), "raw logits"),
     "further columns": (lambda b, x: F.linear(x, b.wide)[:, :EXPERTS], (EXPERTS + 2, HIDDEN), "raw logits"),
 }
