@@ -350,9 +350,17 @@ def test_what_capture_cannot_trace_is_tried_again_without_it():
         assert {captured for _, _, captured in module._verdicts} == {capturing}
 
 
-def test_a_buffer_counts_what_the_router_chose():
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda load, ids: load.add_(F.one_hot(ids, EXPERTS).reshape(-1, EXPERTS).sum(0)),
+        lambda load, ids: load.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten())),
+    ],
+    ids=["one_hot", "scatter_add_"],
+)
+def test_a_buffer_counts_what_the_router_chose(count):
     """Its graph ends before the experts; the count in it stays the original's, and the trial leaves no mark."""
-    block = Counting(Experts(), lambda load, ids: load.add_(F.one_hot(ids, EXPERTS).reshape(-1, EXPERTS).sum(0)))
+    block = Counting(Experts(), count)
     assert [v.merged for v in verdicts(block, rows())] == [True]
     assert block.load.sum() == rows()[..., 0].numel() * TOP_K
 
@@ -360,11 +368,11 @@ def test_a_buffer_counts_what_the_router_chose():
 @pytest.mark.parametrize(
     "count",
     [
-        lambda load, ids: load.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten())),
+        lambda load, ids: load.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten())),
         # Dynamo ends the graph before it.
         lambda load, ids: load.add_(torch.bincount(ids.flatten(), minlength=EXPERTS)),
     ],
-    ids=["scatter_add_", "bincount"],
+    ids=["index_add_", "bincount"],
 )
 def test_a_buffer_that_new_ids_would_change_is_seen(count):
     """In a form that is not known as a count, or outside the graph."""
