@@ -69,7 +69,7 @@ def session(path, **options):
     return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("select_top_k", [1, TOP_K])
+@pytest.mark.parametrize("select_top_k", [1, pytest.param(TOP_K, marks=pytest.mark.slow)])
 def test_a_layer(tmp_path, select_top_k):
     """ids exactly and sums within rounding for any number of tokens, with S = K, where nothing is re-routed, too."""
     model, config = Stacked().eval(), SereConfig(select_top_k=select_top_k, min_active=0)
@@ -160,9 +160,9 @@ def call_of(count, dtype=torch.float32, ids_dtype=torch.int64):
 @pytest.mark.parametrize(
     ("activation", "biased", "layout"),
     [
-        ("silu_glu", False, {}),
         ("gpt_oss", True, {"interleaved": True, "transposed": True}),
-        ("gelu_tanh", True, {}),
+        pytest.param("silu_glu", False, {}, marks=pytest.mark.slow),
+        pytest.param("gelu_tanh", True, {}, marks=pytest.mark.slow),
         pytest.param("gelu_glu", False, {"interleaved": True}, marks=pytest.mark.slow),
         pytest.param("relu2", False, {"transposed": True}, marks=pytest.mark.slow),
         pytest.param("relu_glu", True, {"transposed": True}, marks=pytest.mark.slow),
@@ -179,6 +179,7 @@ def test_every_kind_of_expert(tmp_path, activation, biased, layout):
         torch.testing.assert_close(torch.from_numpy(run.run(None, feeds)[0]), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_and_numbers_beyond_it(tmp_path):
     """int32 ids; what a token computes in an expert that it does not name is infinite there, and does not count."""
     module = Operator("silu_glu", False, torch.float16)

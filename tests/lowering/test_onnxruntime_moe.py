@@ -48,9 +48,12 @@ def test_a_layer(tmp_path, select_top_k):
 
 @pytest.mark.parametrize(
     ("activation", "biased", "layout"),
-    [("silu_glu", False, {}), ("silu_glu", True, {"transposed": True}),
-     ("gpt_oss", True, {"interleaved": True, "transposed": True})],
-)  # fmt: skip
+    [
+        ("gpt_oss", True, {"interleaved": True, "transposed": True}),
+        pytest.param("silu_glu", False, {}, marks=pytest.mark.slow),
+        pytest.param("silu_glu", True, {"transposed": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_both_activations(tmp_path, activation, biased, layout):
     """Names outside the experts, and one expert twice in a token, also."""
     module = Operator(activation, biased, **layout)

@@ -49,6 +49,7 @@ def test_the_page_says_what_the_simulation_gives():
     assert simulation.PICTURE.stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_the_same_each_time(tmp_path):
     loads = dict.fromkeys(simulation.RULES, simulation.Loads(1.0, 2.0, 1.0, 1.0))
     found = {(e, r, b): loads for e in simulation.EXPERTS for r in simulation.RANKS for b in simulation.BATCHES}
