@@ -152,8 +152,9 @@ def _role(node: Node, gate: Gate, behind: set[Node]) -> str:
 def _is_size_of_input(node: Node) -> bool:
     """Whether a node reads a free size off an input of the graph that is no weight, such as tokens or a cache."""
     source = nodes.operand(node)
-    reads = source is not None and source.op == "placeholder" and not nodes.is_model_state(source)
-    return reads and isinstance(nodes.value(node), torch.SymInt)
+    if source is None or source.op != "placeholder" or not nodes.is_tensor(source) or nodes.is_model_state(source):
+        return False
+    return isinstance(nodes.value(node), torch.SymInt)
 
 
 def _varies_by_token(node: Node, ids: Node) -> bool:

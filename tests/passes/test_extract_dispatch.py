@@ -221,3 +221,19 @@ def test_what_is_computed_of_parameters_alone_is_no_activation(module, tracer):
     assert not isinstance(region, Skip), region
     sizes = {tuple(node.meta.get("example_value", node.meta.get("val")).shape) for node in region.activations}
     assert sizes == {(TOKENS, HIDDEN)}
+
+
+class Numbered(Grouped):
+    """Slots are numbered by arithmetic with the number of tokens."""
+
+    def dispatch(self, x, ids, weights):
+        slots = torch.arange(x.shape[0] * self.top_k * 2)[::2]
+        return super().dispatch(x, ids, weights * (slots.view(weights.shape) >= 0))
+
+
+def test_arithmetic_with_a_free_size_is_part_of_the_region():
+    """What reads a size off a graph input comes from outside, and what is computed of sizes does not."""
+    graph = from_dynamo(Numbered(), rows(), dynamic=True)
+    region = region_of(graph)
+    assert any(isinstance(nodes.value(node), torch.SymInt) for node in region.inputs)
+    assert {node.op for node in region.inputs} <= {"placeholder", "get_attr"}
