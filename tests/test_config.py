@@ -43,7 +43,9 @@ class TestOptions:
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="takes no mode"):
             logits(compiled, ids)
 
-    @pytest.mark.parametrize("inner", ["eager", "aot_eager", "cudagraphs", "inductor"])
+    @pytest.mark.parametrize(
+        "inner", ["eager", "aot_eager", "cudagraphs", pytest.param("inductor", marks=pytest.mark.slow)]
+    )
     def test_inner_backends(self, inner):
         """Any registered backend can compile the rewritten graph."""
         model, ids = build("mixtral"), tokens()

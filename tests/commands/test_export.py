@@ -65,8 +65,8 @@ def test_onnx(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("target", "options"),
     [
-        ("onnx", ["--decode", 6]),
-        pytest.param("exported", [], marks=pytest.mark.slow),
+        ("exported", []),
+        pytest.param("onnx", ["--decode", 6], marks=pytest.mark.slow),
         pytest.param("onnx", [], marks=pytest.mark.slow),
         pytest.param("onnx", ["--as-function"], marks=pytest.mark.slow),
         pytest.param("exported", ["--decode", 6], marks=pytest.mark.slow),

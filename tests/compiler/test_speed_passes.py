@@ -56,7 +56,8 @@ def test_speed_passes_give_the_stock_logits(name, experts):
         assert not {"bmm", "transformers.grouped_mm_fallback", "sort"} & set(seen[1])
 
 
-@pytest.mark.parametrize("version", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [2, 3])
 def test_groups_of_experts_are_routed(version):
     """DeepSeek-V2 and V3 limit a token to groups of experts; the operator does, with and without re-routing."""
     model, logits = tiny_models.grouped_deepseek(version), {}

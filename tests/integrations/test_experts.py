@@ -61,6 +61,7 @@ def test_prefill_stays_stock():
     assert not torch.equal(logits(model, ids[:2]), original[:2])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_with_it_and_generates(tmp_path):
     """Without a profile the experts are probed, by the same rule in every process."""
     build("qwen3_moe").save_pretrained(tmp_path)
