@@ -96,7 +96,7 @@ def _runs_experts(node: Node, gate: Gate) -> bool:
     """Whether graph inputs went into the node: a table of routing weights alone is no output."""
 
     def behind(reader: Node) -> list[Node]:
-        sources = [source for source in reader.all_input_nodes if nodes.reads_numbers(reader, source)]
+        sources = nodes.numbers_behind(reader)
         sources += [w for source in sources for w in nodes.writers(source) if w < node]
         return [source for source in sources if source is not gate.weights and source not in gate.all_ids]
 

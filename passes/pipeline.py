@@ -39,7 +39,7 @@ class Run:
         sizes: numbers for the graph inputs that are symbolic sizes, as one call would have them.
         device: where the graph runs.
         has_gradients: whether a call may ask for gradients, which the kernels do not give.
-        always_fusing: whether experts become one operator whatever it gains, for what is then made of that operator.
+        fuses_experts: whether experts become one operator whatever it gains, for what is then made of that operator.
         prove: how the gate can be rewritten with proof, or the refusal where nothing is proven. With
             True: so that its weights may change as well.
         input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for
@@ -68,7 +68,7 @@ class Run:
     filling: bool = False
     strict: bool = False
     counting: bool = False
-    always_fusing: bool = False
+    fuses_experts: bool = False
     proof: Proof | None = None
     weighed: Proof | Skip | None = None
     rewrite: Rewrite | None = None
@@ -168,7 +168,7 @@ def _prove(run: Run) -> Skip | None:
 
 
 def _check_experts(run: Run) -> Skip | None:
-    return None if run.always_fusing else check_experts_gain(run.gate, run.has_gradients)
+    return None if run.fuses_experts else check_experts_gain(run.gate, run.has_gradients)
 
 
 def _fuse_experts(run: Run) -> Skip | None:

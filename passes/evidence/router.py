@@ -214,10 +214,6 @@ def _weight_and(weight: Node, hidden: Node | None, columns: object) -> tuple[Nod
     return (hidden, root) if nodes.shape(root) == (columns, nodes.last_size(hidden)) else None
 
 
-def _numbers_behind(node: Node) -> list[Node]:
-    return [source for source in node.all_input_nodes if nodes.reads_numbers(node, source)]
-
-
 def _made_of(factor: Node) -> Node | None:
     """The graph input that a factor is a view of, or is computed from with other model state.
 
@@ -228,7 +224,7 @@ def _made_of(factor: Node) -> Node | None:
     if root is not None:
         return root
     # `weight.type_as(hidden)` reads no number of the hidden states.
-    made_of = list(itertools.islice(walk([factor], _numbers_behind), _FACTOR_NODES))
+    made_of = list(itertools.islice(walk([factor], nodes.numbers_behind), _FACTOR_NODES))
     inputs = [node for node in made_of if node.op in ("placeholder", "get_attr")]
     if len(made_of) == _FACTOR_NODES or not all(map(nodes.is_model_state, inputs)):
         return None

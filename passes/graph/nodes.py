@@ -51,6 +51,7 @@ __all__ = [
     "kind",
     "last_size",
     "leading_count",
+    "numbers_behind",
     "only_moves_ones",
     "operand",
     "operands",
@@ -88,6 +89,11 @@ def reads_numbers(node: Node, source: Node) -> bool:
     if name in _DESCRIBED_BY_OTHER:
         return operand(node) is source
     return name not in _DESCRIBING
+
+
+def numbers_behind(node: Node) -> list[Node]:
+    """The inputs of a node on whose numbers its result depends."""
+    return [source for source in node.all_input_nodes if reads_numbers(node, source)]
 
 
 def picked(node: Node, position: int) -> list[Node]:

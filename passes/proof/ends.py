@@ -79,7 +79,7 @@ class _Search:
         while ahead:
             node = heapq.heappop(ahead)
             # All inputs: experts may be in a graph of their own, whose results come as a tuple.
-            read = [source for source in node.all_input_nodes if nodes.reads_numbers(node, source)]
+            read = nodes.numbers_behind(node)
             carries = any(s in carrying if s in visited else self._is_weighed(s) for s in read)
             gathers = carries and _one_row_a_token(node, self._gate.ids) and _runs_experts(node, self._gate)
             if gathers and not self._is_joined_later(node, ahead, starts, carrying):
@@ -178,7 +178,7 @@ def _runs_experts(node: Node, gate: Gate) -> bool:
         is_input = reader.op in ("placeholder", "get_attr") and nodes.is_floating(reader)
         if is_input and len(nodes.shape(reader) or ()) >= 2:
             return True
-        sources = [source for source in reader.all_input_nodes if nodes.reads_numbers(reader, source)]
+        sources = nodes.numbers_behind(reader)
         sources += [w for source in sources for w in nodes.writers(source) if w < node]
         fresh = [source for source in sources if source not in seen]
         seen.update(fresh)

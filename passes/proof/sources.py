@@ -45,7 +45,7 @@ def trace_sources(region: Region) -> Sources:
             elif leaf.kind == "logits":
                 scored.add(node)
             continue
-        read = [source for source in node.all_input_nodes if nodes.reads_numbers(node, source)]
+        read = nodes.numbers_behind(node)
         state[node] = frozenset().union(*(state[source] for source in read))
         is_hidden = any(source in hidden for source in read)
         is_scored = any(source in scored for source in read)

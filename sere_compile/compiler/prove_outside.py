@@ -97,9 +97,8 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
         found = _verdicts[key]
         if found is not None and found.is_gate >= verdict.is_gate:
             verdict = dataclasses.replace(found, block=block)
-        if (
-            verdict.is_gate and verdict.whole
-        ):  # else a router that is a module of its own: its experts stand further out
+        # Else a router that is a module of its own: its experts stand further out.
+        if verdict.is_gate and verdict.whole:
             return verdict
     return verdict
 

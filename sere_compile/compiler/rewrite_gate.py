@@ -111,7 +111,7 @@ def _run(
         filling=filling,
         strict=plan.config.strict,
         counting=plan.config.collect_stats,
-        always_fusing=graph.fuses_experts,
+        fuses_experts=graph.fuses_experts,
     )
 
 
@@ -121,7 +121,7 @@ def _switches(plan: GatePlan, run: Run, takes_kernels: bool) -> Callable[[str], 
 
     def is_on(switch: str) -> bool:
         match switch:
-            case "lower_experts" if run.always_fusing:
+            case "lower_experts" if run.fuses_experts:
                 return True
             case "lower_experts" | "fuse_router":
                 option = getattr(config, switch)

@@ -24,7 +24,7 @@ from .counterfactual import CounterfactualExperts, Dispatch
 from .experts_module import Experts
 from .hidden_states import draw, hidden_size_of, scale_at
 from .metrics import FrobeniusAccumulator
-from .spread import ATTACH, is_distributed, spread_over_ranks
+from .spread import ATTACH, check_one_rank_can_probe, is_distributed
 
 PROBE_TOKENS = 64
 PROBE_SEED = 0
@@ -110,8 +110,8 @@ def find_dispatch(
     experts = None if not isinstance(found, str) and found[1] >= PROBE_TOKENS else find_experts()
     if not isinstance(found, str) and experts is None:
         return found
-    if isinstance(experts, nn.Module) and (spread := spread_over_ranks(experts)):
-        raise ProbeError(f"the experts of {name} cannot be probed by one rank: {spread}; {ATTACH}")
+    if isinstance(experts, nn.Module):
+        check_one_rank_can_probe(experts, name)
     if experts is None:
         raise ProbeError(
             f"the experts of {name} cannot be probed: {found}, and no experts module stands beside its router in a "

@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from ..errors import ProbeError
+
 ATTACH = "attach a profile to every rank's model"
 
 
@@ -32,6 +34,16 @@ def spread_over_ranks(module: nn.Module) -> str:
         if getattr(inner, "_is_hooked", False) is True or any(_is_group(value) for value in vars(inner).values()):
             return f"{name or type(inner).__name__} exchanges with other ranks"
     return ""
+
+
+def check_one_rank_can_probe(module: nn.Module, name: str) -> None:
+    """Refuse to run experts of which other ranks hold a part.
+
+    Raises:
+        ProbeError: they do; the message names the gate and what was seen.
+    """
+    if spread := spread_over_ranks(module):
+        raise ProbeError(f"the experts of {name} cannot be probed by one rank: {spread}; {ATTACH}")
 
 
 def _is_group(value: Any) -> bool:

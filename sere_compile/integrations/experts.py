@@ -22,7 +22,7 @@ from ..experts.counterfactual import of_module
 from ..experts.metrics import FrobeniusAccumulator
 from ..experts.owner import Owner, Owners, routers_in
 from ..experts.probe import PROBE_SEED, PROBE_TOKENS
-from ..experts.spread import ATTACH, spread_over_ranks
+from ..experts.spread import check_one_rank_can_probe
 from ..extras import require
 from ..ops.expert_mlp.op import MAX_TOKENS
 from ..similarity import binding
@@ -205,8 +205,7 @@ class _Rerouted:
 
     def _probe(self, module: Any, name: str) -> Tensor:
         """Similarity [E, E] of a module's experts on normally distributed hidden states."""
-        if spread := spread_over_ranks(module):
-            raise ProbeError(f"the experts of {name} cannot be probed by one rank: {spread}; {ATTACH}")
+        check_one_rank_can_probe(module, name)
         parameter, experts = next(module.parameters()), module.num_experts
         generator = torch.Generator().manual_seed(PROBE_SEED)
         width = module.hidden_dim if hasattr(module, "hidden_dim") else module.hidden_size

@@ -23,6 +23,7 @@ from torch.export import Dim
 from ..errors import LoweringError
 from ..ops.expert_mlp.reference import activate
 from .onnx_functions import initializers_to_constants, scopes_of, translate
+from .standard_operators import weights_by_expert
 
 _DOMAIN, _NAME = "sere", "conditional_experts"
 # Of `_Expert.forward`: what differs from expert to expert, in its order.
@@ -50,9 +51,7 @@ def as_one_node(
     """
     if gate_up_scale is not None or down_scale is not None:
         raise LoweringError("conditional experts take weights as they are, without scales")
-    naming = topk_ids[..., None] == torch.arange(gate_up.shape[0], dtype=topk_ids.dtype, device=topk_ids.device)
-    weight = torch.where(naming, topk_weights[..., None].float(), 0.0).sum(1)
-    named = naming.any(1)
+    weight, named = weights_by_expert(topk_ids, topk_weights, gate_up.shape[0])
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     of_experts = dict(zip(_OF_AN_EXPERT, (gate_up, down, gate_up_bias, down_bias), strict=True))
     given = {name: tensor for name, tensor in of_experts.items() if tensor is not None}

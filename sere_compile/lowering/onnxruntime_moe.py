@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import LoweringError
 from ..ops.expert_mlp.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
+from .standard_operators import weights_by_expert
 
 # alpha and beta of gate * sigmoid(alpha * gate) * (up + beta), and the limit of both.
 _SWIGLU: dict[str, dict[str, float]] = {
@@ -48,9 +49,8 @@ def moe_node(
             f"onnxruntime's MoE on a CPU computes gated SiLU and gpt-oss's activation, not {activation}, and takes no "
             "scales of weights"
         )
-    naming = topk_ids[..., None] == torch.arange(gate_up.shape[0], dtype=topk_ids.dtype, device=topk_ids.device)
-    weight = torch.where(naming, topk_weights[..., None].float(), 0.0).sum(1)
-    others = torch.where(naming.any(1).any(0), _ACTIVE, _INACTIVE)
+    weight, named = weights_by_expert(topk_ids, topk_weights, gate_up.shape[0])
+    others = torch.where(named.any(0), _ACTIVE, _INACTIVE)
     total = weight.sum(-1, keepdim=True)
     # Of the token's own sum: a logarithm of weights as they are could come near the others.
     scores = torch.where(weight > 0, (weight / total).clamp(min=1e-20).log(), others)

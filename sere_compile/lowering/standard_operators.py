@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..errors import LoweringError
@@ -26,7 +26,7 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 
 # The scope of the nodes that re-routing adds, in graphs of standard operators.
 SCOPE = "sere"
-# What `experts=` says for one `If` an expert, and for the operator of onnxruntime; how a Hugging Face model is traced
+# What `experts=` says for one `If` per expert, and for the operator of onnxruntime; how a Hugging Face model is traced
 # for these, which does not matter then.
 CONDITIONAL, ONNXRUNTIME_MOE = "conditional", "onnxruntime_moe"
 FUSED = (CONDITIONAL, ONNXRUNTIME_MOE)
@@ -61,6 +61,12 @@ def experts_computed_by(implementation: str | None, model: nn.Module | ExportedP
     finally:
         for setter, previous in changed:
             setter(previous)
+
+
+def weights_by_expert(topk_ids: Tensor, topk_weights: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """What a token's slots (ids, weights [T, K]) give each expert, float32 [T, E], and whether one names it, bool."""
+    naming = topk_ids[..., None] == torch.arange(experts, dtype=topk_ids.dtype, device=topk_ids.device)
+    return torch.where(naming, topk_weights[..., None].float(), 0.0).sum(1), naming.any(1)
 
 
 def refuse_onnx_only(experts: str | None) -> None:
