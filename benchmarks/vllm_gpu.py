@@ -4,6 +4,7 @@ r"""SERE in vLLM on a GPU: whether the engine computes what it should, and milli
 python -m benchmarks.vllm_gpu check                        # small: what .ci/gpu calls the engine's tests
 python -m benchmarks.vllm_gpu time --batches 1,8,16,32,64  # 48 layers of Qwen3-30B-A3B's shape, dummy weights
 python -m benchmarks.vllm_gpu time --cases stock,s1 --batches 32 --profile s1
+python -m benchmarks.vllm_gpu time --cases stock,s1 --batches 8,32 --shape gpt-oss-20b --layers 12
 
 Each engine is a process of its own, for it does not give its memory back. An engine that is not done when the minutes
 are over is left out, and said to be. In the environment of vLLM; nothing is downloaded.
@@ -28,7 +29,7 @@ from typing import Any
 import click
 import torch
 
-LAYERS, EXPERTS, PROMPT = 48, 128, 128
+SHAPE, LAYERS, PROMPT = "qwen3-30b-a3b", 48, 128
 # By name: the options of SERE, or none. "nothing" does all of re-routing's work, and no expert is similar enough.
 CASES: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -49,27 +50,24 @@ ENVIRONMENT = {
 }
 
 
-def save_model(folder: Path, layers: int) -> tuple[Path, Path]:
-    """The configuration of Qwen3-30B-A3B with some layers, and a profile of random similarities for it."""
-    from transformers import Qwen3MoeConfig
+def save_model(folder: Path, layers: int, shape: str = SHAPE) -> tuple[Path, Path]:
+    """The configuration of a published model with some layers, and a profile of random similarities for it."""
+    from transformers import AutoModelForCausalLM
 
-    from sere_compile import SimilarityProfile
+    from sere_compile.benchmark.geometries import GEOMETRIES
+    from sere_compile.benchmark.subject import find_blocks, random_profile
 
-    config = Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=EXPERTS, num_experts_per_tok=8,
-        norm_topk_prob=True, decoder_sparse_step=1, max_position_embeddings=4096, tie_word_embeddings=False,
-        dtype="bfloat16",
-    )  # fmt: skip
-    config.architectures = ["Qwen3MoeForCausalLM"]
+    config = GEOMETRIES[shape].config(layers)
+    config.dtype, config.tie_word_embeddings, config.max_position_embeddings = "bfloat16", False, 4096
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    if shape.startswith("gpt-oss"):  # as it is published
+        kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     config.save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-    matrices = {}
-    for i in range(layers):
-        half = torch.rand(EXPERTS, EXPERTS, generator=generator)
-        matrices[f"model.layers.{i}.mlp.gate.weight"] = ((half + half.T) / 2).fill_diagonal_(1.0)
     profile = folder / "profile.safetensors"
-    SimilarityProfile(matrices, {"method": "random"}).save(profile)
+    random_profile(tuple(find_blocks(model))).save(profile)
     return folder / "model", profile
 
 
@@ -360,23 +358,27 @@ def check(minutes: float, log: Path, eager: bool) -> None:
 @main.command("time")
 @click.option("--cases", default=DEFAULT_CASES, show_default=True, help=f"Of {', '.join(CASES)}.")
 @click.option("--batches", default="1,8,16,32,64", show_default=True)
+@click.option("--shape", default=SHAPE, show_default=True, help="Of a published model, as `sere bench --geometry`.")
 @click.option("--layers", default=LAYERS, show_default=True)
+@click.option("--quantization", default=None, help="As vLLM's: fp8 quantises the dummy weights.")
 @click.option("--profile", "profiled", default="", help="Cases of which the kernels of a decode step are shown.")
 @click.option("--profile-batch", default=32, show_default=True)
 @click.option("--minutes", default=8.0, show_default=True)
 @click.option("--log", type=Path, default=Path("vllm_gpu.log"), show_default=True)
 @click.option("--json", "to", type=Path, default=None, help="Where to write all results.")
 def time_all(
-    cases: str, batches: str, layers: int, profiled: str, profile_batch: int, minutes: float, log: Path, to: Path | None
-) -> None:
+    cases: str, batches: str, shape: str, layers: int, quantization: str | None, profiled: str, profile_batch: int,
+    minutes: float, log: Path, to: Path | None,
+) -> None:  # fmt: skip
     """Milliseconds per output token, and over the first case."""
     ends, results = time.monotonic() + 60 * minutes, {}
     sizes = [int(batch) for batch in batches.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        model, profile = save_model(Path(folder), layers)
+        model, profile = save_model(Path(folder), layers, shape)
+        engine = {"quantization": quantization} if quantization else {}
         for name in cases.split(","):
             case = {"name": name, "kind": "time", "sere": CASES[name], "model": str(model), "profile": str(profile),
-                    "batches": sizes, "layers": layers,
+                    "batches": sizes, "layers": layers, "engine": engine,
                     "profile_batch": profile_batch if name in profiled.split(",") else 0}  # fmt: skip
             left = ends - time.monotonic()
             begun = time.monotonic()

@@ -16,6 +16,7 @@ from .fuse_reroute import fuse_reroute
 from .fuse_router import fuse_router
 from .gate import Evidence, Gate, Skip, SkipReason, Use, UseKind
 from .kernel_gains import has_more_tokens
+from .pack_gqa import PackedAttention, pack_gqa
 from .pipeline import PIPELINE, Pass, Run, run_pipeline
 from .reroute_dispatch import Rewrite, RoutingSettings, redirect_dispatch, reroute_dispatch
 from .separate_statistics import separate_statistics
@@ -30,6 +31,7 @@ __all__ = [
     "Findings",
     "Gate",
     "NormScale",
+    "PackedAttention",
     "Pass",
     "Proof",
     "Rewrite",
@@ -47,6 +49,7 @@ __all__ = [
     "fuse_reroute",
     "fuse_router",
     "has_more_tokens",
+    "pack_gqa",
     "redirect_dispatch",
     "reroute_dispatch",
     "run_pipeline",

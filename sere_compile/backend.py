@@ -15,6 +15,7 @@ from .compiler.dynamo_graph import DynamoGraph
 from .compiler.gate_matrices import examples, find_matrix
 from .compiler.gate_plan import GatePlan, experts_are_live, plan_gates, without_look_alikes
 from .compiler.observed_graph import ObservedGraph
+from .compiler.pack_attention import pack_attention
 from .compiler.rewrite_gate import rewrite_gate
 from .config import SereConfig, split_options
 from .errors import ConfigError, GateNotFoundError
@@ -88,6 +89,8 @@ class SereBackend:
         for plan in plans:
             self._rewrite(plan, graph, example_inputs, owners)
         plans, findings = without_look_alikes(plans, findings)
+        if plans:
+            pack_attention(graph.module, config, plans[0].weight(example_inputs).device)
         rewritten = graph.finish()
         whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
         if self._explaining:

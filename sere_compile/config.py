@@ -47,6 +47,9 @@ class SereConfig:
         lower_experts: replace dispatches of up to 256 tokens, and 32 slots per expert on average, by kernels that read
             only the active experts, where the graph is on CUDA and needs no gradients. They round like any fusing
             compiler. "always": on a CPU as well. `explain` and the log say what stayed, and why.
+        pack_gqa: in graphs with a gate, attention of one query token reads keys and values once per group of query
+            heads, where the model copies them per head, if the graph is on CUDA. "always": on a CPU as well, where
+            kernels may round differently. The log (level INFO) says how many calls changed, and why others stayed.
         substitution: "reroute" is the paper's rule, weights unchanged. "projection" multiplies a re-routed slot's
             weight by a(u, v) = <A_u, A_v> / <A_v, A_v>, how much of expert u its substitute v reproduces; needs a
             profile with projections. "fill" keeps the experts that some token puts first, then those with the
@@ -74,6 +77,7 @@ class SereConfig:
     max_active: int | None = None
     fuse_router: bool | str = True
     lower_experts: bool | str = True
+    pack_gqa: bool | str = True
     capture: str = "default"
     substitution: str = "reroute"
     per_gate: Mapping[str, Mapping[str, Any]] | PerGate = ()
@@ -109,7 +113,7 @@ class SereConfig:
         for name in ("strict", "collect_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("fuse_router", "lower_experts"):
+        for name in ("fuse_router", "lower_experts", "pack_gqa"):
             if getattr(self, name) not in (True, False, "always"):
                 raise ConfigError(f'{name} must be True, False or "always", got {getattr(self, name)!r}')
         if self.capture not in ("default", "auto"):

@@ -37,7 +37,7 @@ Traced = TypeVar("Traced", GraphModule, ExportedProgram)
 _USED = frozenset(
     {"select_top_k", "threshold", "min_active", "max_active", "max_tokens", "substitution", "per_gate", "strict"}
 )
-_OF_THE_COMPILER = frozenset({"inner", "capture", "fuse_router", "lower_experts"})
+_OF_THE_COMPILER = frozenset({"inner", "capture", "fuse_router", "lower_experts", "pack_gqa"})
 
 _NO_SHAPES = (
     "Its nodes carry no shapes, as symbolic_trace leaves them: "

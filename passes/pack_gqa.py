@@ -1,0 +1,195 @@
+"""Attention of one query token reads keys and values as they are, not a copy per query head.
+
+Grouped queries share keys and values. With a mask, PyTorch's fast kernels take no `enable_gqa`, so that
+models copy them for each query head first. One token's query heads can stand where a longer
+prompt's tokens would: rows of one attention over the same keys.
+
+    k, v                     [B, H / G, L, D]         q = q.squeeze(2).unflatten(1, (H / G, G))
+    K = k[:, :, None].expand(.., G, ..).reshape(..)   out = sdpa(q, k, v, mask)
+    V = the same of v                            ->   out = out.flatten(1, 2).unsqueeze(2)
+    out = sdpa(q, K, V, mask)    # q [B, H, 1, D]
+
+Row g of group h attends to the keys of head h * G + g, which the copy would have held. That K is such
+a copy follows from the shapes along its chain (case 1), and it holds at the call because nothing writes
+to k in between (case 2). Attention that is causal, drops numbers at random, or whose mask does not lend
+itself to rows stays as it is, with a reason (case 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.nn.functional import scaled_dot_product_attention
+
+from .graph import nodes
+from .graph.aliases import aliases
+
+# Copies and casts of nothing: between keys and what attention reads.
+_COPIES = frozenset({"clone", "contiguous", "detach"})
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """What became of the attention calls of one token over copied keys and values.
+
+    Attributes:
+        packed: the results of those that read the keys and values themselves now.
+        refused: why others stay as they are, by the name of their node.
+    """
+
+    packed: tuple[Node, ...]
+    refused: dict[str, str]
+
+
+def pack_gqa(graph: Graph) -> PackedAttention:
+    """Replace attention of one query token over copied keys by attention over the keys.
+
+    Args:
+        graph: is changed where there is such attention. What it computes stays the same up to the order in which
+            a kernel adds: PyTorch may choose another one for rows than for heads.
+    """
+    packed, refused = [], {}
+    for node in list(graph.nodes):
+        if nodes.kind(node) != "scaled_dot_product_attention" or not _is_one_token(node):
+            continue
+        key, value = _source(_argument(node, 1, "key")), _source(_argument(node, 2, "value"))
+        if key is None or value is None or key[1] != value[1]:
+            continue
+        reason = _refusal(node, key, value)
+        if reason:
+            refused[node.name] = reason
+        else:
+            packed.append(_pack(node, key[0], value[0], key[1]))
+    return PackedAttention(tuple(packed), refused)
+
+
+def _argument(node: Node, position: int, name: str) -> Any:
+    return nodes.argument(node, position, name)
+
+
+def _is_one_token(node: Node) -> bool:
+    """Whether it attends from queries [B, H, 1, D]."""
+    query = _argument(node, 0, "query")
+    sizes = nodes.shape(query) if isinstance(query, Node) else None
+    return sizes is not None and len(sizes) == 4 and _equal(sizes[2], 1) and isinstance(sizes[1], int)
+
+
+def _source(copy: Any) -> tuple[Node, int] | None:
+    """The keys [B, H / G, L, D] of which a node [B, H, L, D] holds G copies per head, side by side, and G.
+
+    Views keep the order of the numbers. So sizes tell what they did.
+    """
+    view = _without_copies(copy) if isinstance(copy, Node) else None
+    if view is None or len(nodes.shape(view) or ()) != 4:
+        return None
+    if nodes.kind(view) == "repeat_interleave":
+        return _source_of_repeated(view)
+    expanded = _without_copies(nodes.operand(view)) if nodes.kind(view) == "view" else None
+    if expanded is None or nodes.kind(expanded) != "expand":
+        return None
+    inserted = nodes.operand(expanded)
+    keys = nodes.operand(inserted) if inserted is not None and nodes.kind(inserted) in ("unsqueeze", "view") else None
+    shapes = [nodes.shape(node) if node is not None else None for node in (keys, inserted, expanded, view)]
+    if keys is None or any(sizes is None for sizes in shapes) or len(shapes[0] or ()) != 4:
+        return None
+    batch, heads, *rest = shapes[0]  # type: ignore[misc]
+    copies = shapes[2][2] if len(shapes[2]) == 5 else None  # type: ignore[arg-type, index]
+    if not isinstance(copies, int) or not isinstance(heads, int):
+        return None
+    expected = [(batch, heads, 1, *rest), (batch, heads, copies, *rest), (batch, heads * copies, *rest)]
+    alike = all(_equal_sizes(found, sizes) for found, sizes in zip(shapes[1:], expected, strict=True))
+    return (keys, copies) if alike and copies > 1 else None
+
+
+def _source_of_repeated(node: Node) -> tuple[Node, int] | None:
+    keys, copies = nodes.operand(node), _argument(node, 1, "repeats")
+    repeats_heads = _argument(node, 2, "dim") in (1, -3) and isinstance(copies, int) and copies > 1
+    known = keys is not None and len(nodes.shape(keys) or ()) == 4
+    return (keys, copies) if keys is not None and known and repeats_heads else None
+
+
+def _without_copies(node: Node | None) -> Node | None:
+    while node is not None and nodes.kind(node) in _COPIES:
+        node = nodes.operand(node)
+    return node
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """Whether sizes are the same, without asking symbols, which would specialise the graph."""
+    return str(left) == str(right)
+
+
+def _equal_sizes(left: Any, right: Any) -> bool:
+    return len(left) == len(right) and all(map(_equal, left, right))
+
+
+def _refusal(node: Node, key: tuple[Node, int], value: tuple[Node, int]) -> str:
+    """Why attention over copied keys and values has to stay, or an empty text."""
+    for position, name, neutral in ((4, "dropout_p", 0.0), (5, "is_causal", False), (7, "enable_gqa", False)):
+        found = _argument(node, position, name)
+        if found is not None and (isinstance(found, Node) or found != neutral):
+            return f"{name} is {found}"
+    query, mask = _argument(node, 0, "query"), _argument(node, 3, "attn_mask")
+    if not _equal((nodes.shape(query) or ())[1], (nodes.shape(key[0]) or (0, 0))[1] * key[1]):
+        return "its queries have other heads than its keys"
+    if isinstance(mask, Node) and not _serves_rows(mask):
+        return f"its mask {tuple(nodes.shape(mask) or ())} differs from head to head"
+    for source, position, name in ((key[0], 1, "key"), (value[0], 2, "value")):
+        if _is_written(source, _argument(node, position, name), node):
+            return f"what it holds as {name} is changed after it was copied"
+    return ""
+
+
+def _serves_rows(mask: Node) -> bool:
+    """Whether a mask is one for all heads: its sizes broadcast over heads and rows alike."""
+    sizes = nodes.shape(mask)
+    return sizes is not None and all(_equal(size, 1) for size in sizes[-3:-1])
+
+
+def _is_written(source: Node, copy: Node, reader: Node) -> bool:
+    """Whether keys may change between the first step of their copying and its reader, in place."""
+    first = min(user for user in source.users if user is copy or _leads_to(user, copy))
+    return any(first < writer < reader for alias in aliases(source) for writer in nodes.writers(alias))
+
+
+def _leads_to(node: Node, end: Node) -> bool:
+    seen: Node | None = end
+    while seen is not None and seen is not node:
+        seen = nodes.operand(seen)
+    return seen is node
+
+
+def _pack(node: Node, key: Node, value: Node, copies: int) -> Node:
+    """Put attention over the keys in the place of a call, and drop the copies that nothing else reads."""
+    query, mask = _argument(node, 0, "query"), _argument(node, 3, "attn_mask")
+    heads = nodes.shape(key)[1]  # type: ignore[index]
+    scale = _argument(node, 6, "scale")
+    graph = node.graph
+    with graph.inserting_before(node):
+        rows = graph.call_function(torch.squeeze, (query, 2))
+        rows = graph.call_function(torch.unflatten, (rows, 1, (heads, copies)))
+        out = graph.call_function(scaled_dot_product_attention, (rows, key, value), {"attn_mask": mask, "scale": scale})
+        out = graph.call_function(torch.flatten, (out, 1, 2))
+        out = graph.call_function(torch.unsqueeze, (out, 2))
+    out.meta = dict(node.meta)
+    node.replace_all_uses_with(out)
+    _erase([node, _argument(node, 1, "key"), _argument(node, 2, "value")])
+    return out
+
+
+def _erase(unused: list[Node]) -> None:
+    """Erase calls that nothing reads any more, and the views and copies before them."""
+    for end in unused:
+        node: Node | None = end
+        while node is not None and not node.users and _only_moves(node):
+            source = nodes.operand(node)
+            node.graph.erase_node(node)
+            node = source
+
+
+def _only_moves(node: Node) -> bool:
+    moves = nodes.VALUE_PRESERVING | {"repeat_interleave", "scaled_dot_product_attention"}
+    return nodes.kind(node) in moves and not nodes.writes(node)

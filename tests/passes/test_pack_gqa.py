@@ -1,0 +1,214 @@
+"""Attention of one token over copied keys and values reads the keys and values; everything else stays."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+from sere_compile.passes import pack_gqa
+from sere_compile.passes.graph.nodes import kind
+
+HEADS, GROUPS, WIDTH, LENGTH, BATCH = 8, 2, 4, 6, 3
+COPIES = HEADS // GROUPS
+
+
+def repeated(x):
+    """As transformers writes it."""
+    batch, heads, length, width = x.shape
+    return x[:, :, None, :, :].expand(batch, heads, COPIES, length, width).reshape(batch, -1, length, width)
+
+
+def unsqueezed(x):
+    return x.unsqueeze(2).expand(-1, -1, COPIES, -1, -1).contiguous().flatten(1, 2)
+
+
+def interleaved(x):
+    return x.repeat_interleave(COPIES, dim=1)
+
+
+def across(x):
+    """The copies of all heads one after another: head h of the queries reads head h % GROUPS of the keys."""
+    return x.repeat(1, COPIES, 1, 1)
+
+
+def expanded_first(x):
+    """The same, by an expansion in front of the heads."""
+    return x[:, None].expand(-1, COPIES, -1, -1, -1).reshape(len(x), HEADS, *x.shape[2:])
+
+
+class Attention(nn.Module):
+    def __init__(self, copied, value_copied=None, tokens=1, **options):
+        super().__init__()
+        self.copied, self.value_copied, self.tokens, self.options = copied, value_copied or copied, tokens, options
+
+    def forward(self, q, k, v, mask):
+        return attention(q, self.copied(k), self.value_copied(v), attn_mask=mask, **self.options) + 1
+
+
+def given(tokens=1, groups=GROUPS, mask=(BATCH, 1, 1, LENGTH), batch=BATCH):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, HEADS, tokens, WIDTH, generator=generator)
+    k, v = torch.randn(2, batch, groups, LENGTH, WIDTH, generator=generator)
+    return q, k, v, None if mask is None else torch.randn(mask, generator=generator)
+
+
+def graph_of(model, inputs, tracer="dynamo"):
+    """The traced graph, and what it is called with."""
+    if tracer == "export":
+        return torch.export.export(model, inputs).module(), inputs
+    seen = []
+
+    def keep(graph, _):
+        def run(*arguments):
+            seen.append((graph, arguments))
+            return graph(*arguments)
+
+        return run
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=keep, fullgraph=True)(*inputs)
+    return seen[0]
+
+
+def packed(model, inputs, **how):
+    """The pass over the graph, which gives what it gave; what the pass did, and the kinds of the graph's nodes."""
+    graph, arguments = graph_of(model, inputs, **how)
+    before = graph(*arguments)
+    done = pack_gqa(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    torch.testing.assert_close(graph(*arguments), before, rtol=1e-5, atol=1e-6)
+    return done, [kind(node) for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "export"])
+@pytest.mark.parametrize("copied", [repeated, unsqueezed, interleaved])
+def test_every_way_to_copy_heads(copied, tracer):
+    done, kinds = packed(Attention(copied), given(), tracer=tracer)
+    assert len(done.packed) == 1
+    assert not done.refused
+    # Nothing is copied any more.
+    assert not {"expand", "repeat_interleave"} & set(kinds)
+
+
+def test_free_sizes():
+    """Batch and length are symbols, as of a model that was called with two batches."""
+    q, k, v, mask = given()
+    for tensor, dims in ((q, [0]), (k, [0, 2]), (v, [0, 2]), (mask, [0, 3])):
+        torch._dynamo.mark_dynamic(tensor, dims)
+    done, _ = packed(Attention(repeated), (q, k, v, mask))
+    sizes = [node for node in done.packed[0].graph.find_nodes(op="placeholder") if "s" in str(node.target)[:1]]
+    assert len(done.packed) == 1
+    assert sizes
+
+
+@pytest.mark.parametrize("mask", [None, (1, LENGTH), (1, 1, LENGTH), (1, 1, 1, LENGTH), (BATCH, 1, 1, LENGTH)])
+def test_masks_that_are_the_same_for_all_heads(mask):
+    done, _ = packed(Attention(repeated, scale=0.3), given(mask=mask))
+    assert len(done.packed) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "mask", "reason"),
+    [
+        ({"is_causal": True}, None, "is_causal is True"),
+        ({"dropout_p": 0.1}, (BATCH, 1, 1, LENGTH), "dropout_p is 0.1"),
+        ({}, (BATCH, HEADS, 1, LENGTH), "differs from head to head"),
+        ({}, (HEADS, 1, LENGTH), "differs from head to head"),
+    ],
+)
+def test_what_rows_cannot_stand_for_is_refused(options, mask, reason):
+    graph, _ = graph_of(Attention(repeated, **options), given(mask=mask))
+    before = graph.code
+    [found] = pack_gqa(graph.graph).refused.values()
+    graph.recompile()
+    assert reason in found
+    assert graph.code == before
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Attention(repeated), given(tokens=2, mask=None)),  # a prompt
+        (Attention(across), given()),  # other copies
+        (Attention(expanded_first), given()),
+        (Attention(repeated, interleaved), given()),  # both right: the control of the next
+        (Attention(repeated, across), given()),
+        (Attention(lambda x: x), given(groups=HEADS)),  # a head each
+    ],
+)
+def test_only_copies_per_head_are_left_out(model, inputs):
+    done, _ = packed(model, inputs)
+    assert bool(done.packed) == (model.value_copied is interleaved)
+
+
+def test_one_key_head():
+    """Sizes of one leave no doubt about what a view did."""
+    global COPIES
+    try:
+        COPIES = HEADS
+        for copied in (repeated, unsqueezed, interleaved):
+            done, _ = packed(Attention(copied), given(groups=1))
+            assert len(done.packed) == 1
+    finally:
+        COPIES = HEADS // GROUPS
+
+
+class Written(nn.Module):
+    """Keys that change between their copying and the attention, or before it, as a cache's do."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.late = late
+
+    def forward(self, q, k, v, mask):
+        k = k.clone()
+        if not self.late:
+            k.add_(1)
+        keys, values = repeated(k), repeated(v)
+        if self.late:
+            k[:, :, 0].zero_()
+        return attention(q, keys, values, attn_mask=mask)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_keys_that_are_written_after_they_were_copied(late):
+    done, _ = packed(Written(late), given())
+    assert len(done.packed) == (not late)
+    assert list(done.refused.values()) == (["what it holds as key is changed after it was copied"] if late else [])
+
+
+def test_a_copy_that_others_read_stays():
+    class Both(nn.Module):
+        def forward(self, q, k, v, mask):
+            keys = repeated(k)
+            return attention(q, keys, repeated(v), attn_mask=mask), keys
+
+    done, kinds = packed(Both(), given())
+    assert len(done.packed) == 1
+    assert kinds.count("expand") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_less_exact_on_a_gpu(dtype):
+    """Other kernels may be chosen for rows than for heads: they round otherwise, and not worse."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*sizes):
+        return torch.randn(*sizes, generator=generator, device="cuda", dtype=dtype)
+
+    for batch, heads, groups, length, width in [(32, 32, 4, 160, 128), (1, 16, 8, 2048, 128), (8, 16, 2, 96, 64)]:
+        q = random(batch, heads, 1, width)
+        k, v = random(batch, groups, length, width), random(batch, groups, length, width)
+        seen = torch.arange(length, device="cuda") < torch.randint(1, length, (batch, 1, 1, 1), device="cuda")
+        copies = heads // groups
+        keys, values = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+        rows = attention(q.squeeze(2).unflatten(1, (groups, copies)), k, v, attn_mask=seen)
+        exact = attention(q.double(), keys.double(), values.double(), attn_mask=seen)
+        errors = [
+            (found.double() - exact).norm()
+            for found in (rows.flatten(1, 2).unsqueeze(2), attention(q, keys, values, attn_mask=seen))
+        ]
+        assert errors[0] <= 1.25 * errors[1]
