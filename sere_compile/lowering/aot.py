@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ def package(
         The path, as a string.
 
     Raises:
-        LoweringError: the path does not end in `.pt2`, `experts` is for ONNX alone, or as `export_rewritten`, whose
-            other errors pass as well.
+        LoweringError: the path does not end in `.pt2`, `experts` is for ONNX alone, this version of torch cannot call
+            an operator of the program from a package, or as `export_rewritten`, whose other errors pass as well.
         OutputError: the file cannot be written; an earlier one of the name is as it was, as after every error.
     """
     target = _checked_path(path)
@@ -80,6 +81,7 @@ def package(
         experts=experts,
         allow_no_gates=allow_no_gates,
     )
+    _refuse_without_shim(program)
     _warn_of_foreign_operators(program)
     with archive_file(target) as file:
         # A copy: torch writes into the options.
@@ -87,6 +89,27 @@ def package(
             program, package_path=file, inductor_configs=dict(inductor_options or {})
         )
     return target
+
+
+def _refuse_without_shim(program: ExportedProgram) -> None:
+    """Raise where the C++ that AOTInductor writes would call a function that this torch lacks, before minutes of it.
+
+    Seen with torch 2.11 on CUDA: "'aoti_torch_cuda__grouped_mm' was not declared".
+    """
+    if torch.ops.aten._grouped_mm.default not in operators(program):
+        return
+    for device in {tensor.device.type for tensor in program.state_dict.values()}:
+        if f"aoti_torch_{device}__grouped_mm" not in _shims(device):
+            raise LoweringError(
+                f"torch {torch.__version__} cannot call aten::_grouped_mm on {device} from an AOTInductor package: "
+                'export with experts="batched_mm", or use torch 2.13 or later'
+            )
+
+
+def _shims(device: str) -> str:
+    """Torch's header of the functions by which a package calls ATen's operators on a kind of device."""
+    folder = Path(torch.__file__).parent / "include/torch/csrc/inductor/aoti_torch/generated"
+    return (folder / f"c_shim_{device}.h").read_text()
 
 
 def _warn_of_foreign_operators(program: ExportedProgram) -> None:

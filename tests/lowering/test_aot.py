@@ -3,6 +3,7 @@
 A package costs half a minute of C++ compilation, so tests share them; what needs none runs on exported programs.
 """
 
+import contextlib
 import functools
 import logging
 import subprocess
@@ -67,6 +68,8 @@ def oracle_logits(model, profile, ids):
 @pytest.fixture(scope="module", params=CUDA, ids=lambda case: f"{case[0]}-{case[1]}")
 def cuda_package(request, tmp_path_factory):
     """One for the tests of a case: packaging takes a minute."""
+    if request.param[0] == "grouped_mm" and "aoti_torch_cuda__grouped_mm" not in aot._shims("cuda"):
+        pytest.skip(f"torch {torch.__version__} cannot call grouped_mm on CUDA from a package, which `package` says")
     return package_model(tmp_path_factory.mktemp("cuda"), "cuda", *request.param)
 
 
@@ -148,6 +151,30 @@ class TestPackage:
             assert ("transformers.grouped_mm_fallback.default" in caplog.text) == told
         assert [call["inductor_configs"] for call in compiled] == [options, options]
         assert compiled[0]["inductor_configs"] is not options
+
+    def test_an_operator_that_this_torch_cannot_call_is_refused(self, tmp_path, monkeypatch):
+        """The C++ compiler of AOTInductor would say so after a minute."""
+        program = torch.export.export(Grouped(), (torch.randn(6, 16, dtype=torch.bfloat16),))
+        compiled = []
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda p, **options: compiled.append(p))
+        known = aot._shims("cpu")
+        for shims, called in ((known.replace("__grouped_mm", "__none"), 0), (known + "aoti_torch_cpu__grouped_mm", 1)):
+            monkeypatch.setattr(aot, "_shims", lambda device, shims=shims: shims)
+            expected = contextlib.nullcontext() if called else pytest.raises(LoweringError, match="batched_mm")
+            with expected:
+                aot.package(program, tmp_path / "m.pt2", allow_no_gates=True)
+            assert len(compiled) == called
+
+
+class Grouped(nn.Module):
+    """Two experts for three rows each."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 16, 16, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return torch.ops.aten._grouped_mm(x, self.weight, offs=torch.tensor([3, 6], dtype=torch.int32))
 
 
 @functools.cache
