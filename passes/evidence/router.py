@@ -27,6 +27,8 @@ _SCORE_PRESERVING = (
 _COLUMNS = frozenset({"slice", "narrow", "item"})
 # How a distributed tensor is laid out over ranks.
 _LAYOUTS = frozenset({"redistribute", "from_local"})
+# What makes numbers at random.
+_RANDOM = frozenset({"randn_like", "rand_like", "randn", "rand", "normal", "normal_functional", "bernoulli"})
 _FACTOR_NODES = 24  # how much may be computed of a weight before it projects
 _PROJECTIONS = {"linear": 1, "matmul": 1, "addmm": 2, "bmm": 1, "baddbmm": 2, "einsum": 2, "cdist": 1}
 
@@ -58,9 +60,9 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     stops: list[Node] = []
     broadcast: list[Node] = []
     narrowed: set[int] = set()  # widths that were cut down to `columns`
-    pending, seen = [scores], {scores}
-    while pending:
-        node = pending.pop()
+    pending, noise, seen = [scores], [], {scores}  # what scales random numbers is noise beside a projection
+    while pending or (noise and not found):
+        node = pending.pop() if pending else noise.pop()
         first = nodes.first_result(node)
         node = node if first is None else first
         name = _FIRST_RESULTS.get(nodes.kind(node), nodes.kind(node))
@@ -88,7 +90,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
         else:
             stops.append(node)
             continue
-        pending.extend(source for source in sources if source not in seen)
+        (noise if _scales_random_numbers(node) else pending).extend(source for source in sources if source not in seen)
         seen.update(sources)
     if not found:
         return _no_router(scores, stops, broadcast)
@@ -101,6 +103,18 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     if width != columns and width not in narrowed:
         return Skip(SkipReason.ROUTER_SIZE, projection, f"{width} columns, {columns} scores", evidence=Evidence.ROUTER)
     return Router(projection, hidden, weight, " + ".join(scoring) or "raw logits", columns)
+
+
+def _scales_random_numbers(node: Node) -> bool:
+    """Whether a node is random numbers times something, as noise is whose size a second projection gives."""
+    return nodes.kind(node) == "mul" and any(map(_is_random, nodes.operands(node)))
+
+
+def _is_random(node: Node) -> bool:
+    made: Node | None = node
+    while made is not None and nodes.kind(made) in nodes.VALUE_PRESERVING:
+        made = nodes.operand(made)
+    return made is not None and nodes.kind(made) in _RANDOM
 
 
 def _no_router(scores: Node, stops: list[Node], broadcast: list[Node]) -> Skip:

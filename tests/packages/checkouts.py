@@ -69,7 +69,7 @@ class Checkout:
 
 CHECKOUTS: list[Checkout] = []
 _LOSS = "a loss of the same weights is made outside the graph: it would change"
-_NOISE = "noise by a second weight is added to its scores, also in eval mode"
+_TABLE = "a softmax over a table of all experts follows the choice, and code outside the graph reads it"
 _BRANCH = "a branch on data in its loop over experts keeps the layer out of every graph"
 # What files import at their head and no layer here uses; an installed one is found first.
 UNUSED = ("debugpy", "tiktoken", "timm", "jaxtyping", "torchao", "transformers.modeling_attn_mask_utils")
@@ -238,8 +238,8 @@ def davidmrau(folder: Path) -> Gated:
     "YeonwooSung/Pytorch_mixture-of-experts",
     "moe.py",
     "two MoEs, experts in log space",
-    refused="projections",
-    why=_NOISE,
+    refused="MoE is off by",
+    why=_LOSS,
 )
 def yeonwoosung(folder: Path) -> Gated:
     found = module(folder, "moe.py")
@@ -391,7 +391,7 @@ def teapoly(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("AviSoori1x/makeMoE", "makeMoE.py", "two SparseMoEs", refused="projections", why=_NOISE)
+@checkout("AviSoori1x/makeMoE", "makeMoE.py", "two SparseMoEs", refused="another function", why=_TABLE)
 def make_moe(folder: Path) -> Gated:
     with _in_folder_with(folder, "input.txt"):
         found = module(folder, "makeMoE.py")

@@ -78,6 +78,28 @@ def test_one_weight_that_projects_twice(tracer):
     assert nodes.shape(found.weight) == (EXPERTS, HIDDEN)
 
 
+def noise(b, x):
+    return torch.randn_like(F.linear(x, b.second)) * F.softplus(F.linear(x, b.second))
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "export"])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda b, x: F.linear(x, b.router) + noise(b, x),
+        lambda b, x: F.linear(x, b.router) + noise(b, x).to(torch.float32),
+        lambda b, x: F.linear(x, b.router) * torch.rand(1),  # no other path: what it scales are the scores
+    ],
+)
+def test_noise_that_a_second_weight_scales_is_no_router(scores, tracer):
+    """Noisy top-k gating: the router is what stands beside the random numbers."""
+    found = trace_back(scores, tracer)
+    assert isinstance(found, Router), found
+    assert found.weight is not None
+    assert "router" in found.weight.name
+    assert "second" not in found.weight.name
+
+
 # name -> (function of (block, x), reason, evidence)
 NONE = {
     "turned": (lambda b, x: F.linear(x, b.router).softmax(-1).T, SkipReason.EXPERT_CHOICE, Evidence.SELECTION),
