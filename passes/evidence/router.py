@@ -90,7 +90,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
         else:
             stops.append(node)
             continue
-        (noise if _scales_random_numbers(node) else pending).extend(source for source in sources if source not in seen)
+        (noise if scales_random_numbers(node) else pending).extend(source for source in sources if source not in seen)
         seen.update(sources)
     if not found:
         return _no_router(scores, stops, broadcast)
@@ -105,7 +105,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     return Router(projection, hidden, weight, " + ".join(scoring) or "raw logits", columns)
 
 
-def _scales_random_numbers(node: Node) -> bool:
+def scales_random_numbers(node: Node) -> bool:
     """Whether a node is random numbers times something, as noise is whose size a second projection gives."""
     return nodes.kind(node) == "mul" and any(map(_is_random, nodes.operands(node)))
 

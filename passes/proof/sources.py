@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from ..evidence.router import scales_random_numbers
 from ..graph import nodes
 from .region import Region
 
@@ -47,7 +48,7 @@ def trace_sources(region: Region) -> Sources:
             continue
         read = nodes.numbers_behind(node)
         state[node] = frozenset().union(*(state[source] for source in read))
-        is_hidden = any(source in hidden for source in read)
+        is_hidden = any(source in hidden for source in read) and not _is_noise(node, region)
         is_scored = any(source in scored for source in read)
         is_scored = is_scored and (nodes.is_floating(node) or not nodes.is_tensor(node))
         for target in (node, *_written(node)):
@@ -57,6 +58,13 @@ def trace_sources(region: Region) -> Sources:
             if is_scored:
                 scored.add(target)
     return Sources(state, hidden, scored, _of_the_router(region, state, hidden, scored))
+
+
+def _is_noise(node: Node, region: Region) -> bool:
+    """Whether a node is noise of the scores: its size may come from hidden states, and it belongs to the router."""
+    scores = nodes.operand(region.gate.selection)
+    like_scores = scores is not None and nodes.last_size(node) == nodes.last_size(scores)
+    return like_scores and scales_random_numbers(node)
 
 
 def _written(node: Node) -> list[Node]:

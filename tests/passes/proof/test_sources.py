@@ -7,7 +7,7 @@ from torch import nn
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.proof.sources import experts_meet_hidden, trace_sources
 
-from ..moe_modules import EXPERTS, TOKENS, BiasCorrected, ColumnLoop, ExpertLoop, Indexed, ScatterCombine
+from ..moe_modules import EXPERTS, HIDDEN, TOKENS, TOP_K, BiasCorrected, ColumnLoop, ExpertLoop, Indexed, ScatterCombine
 from .regions import leaves_of, region_of, told
 from .test_prover import Codebook, Columns, OneOutput, Prompts, Values
 
@@ -94,3 +94,30 @@ def test_experts_are_multiplied_with_hidden_states(module):
     assert found
     assert experts_meet_hidden(region, sources, found.tensors) is (module in MEET)
     assert not experts_meet_hidden(region, sources, set())
+
+
+class Noisy(Indexed):
+    """Scores with noise whose size a second weight gives; hidden states with noise as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Parameter(torch.rand(EXPERTS, HIDDEN))
+
+    def route(self, x):
+        logits = torch.nn.functional.linear(x, self.router)
+        noisy = logits + torch.randn_like(logits) * torch.nn.functional.linear(x, self.second)
+        weights, ids = noisy.softmax(-1).topk(TOP_K)
+        return ids, weights
+
+    def forward(self, x):
+        return super().forward(x * torch.rand_like(x))
+
+
+def test_noise_of_the_scores_is_no_hidden_state():
+    """And noise of the hidden states leaves them what they are: experts act on them."""
+    region = region_of(Noisy())
+    sources = trace_sources(region)
+    assert region.gate.ids not in sources.hidden
+    assert region.gate.weights in sources.scored - sources.hidden
+    [experts] = [node for node, shape in leaves_of(region, "state").items() if len(shape) == 3]
+    assert experts_meet_hidden(region, sources, {experts})

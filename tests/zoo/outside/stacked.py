@@ -36,6 +36,21 @@ class GptFast(Stacked):
         return torch.einsum("tao,ta->to", y, weights).view(x.shape)
 
 
+class Noisy(GptFast):
+    """Noisy top-k gating (arXiv 1701.06538): random numbers whose size a second weight gives, also in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.noise = nn.Parameter(torch.randn(EXPERTS, HIDDEN, generator=generator) / 4)
+
+    def route(self, x):
+        logits = self.gate(x)
+        noisy = logits + torch.randn_like(logits) * F.softplus(F.linear(x, self.noise))
+        weights, ids = torch.topk(noisy, TOP_K)
+        return ids, weights.softmax(-1)
+
+
 class TorchTitan(Stacked):
     """torchtitan: sigmoid, selection by a bias that balances load, slots sorted by expert, one product a group."""
 
