@@ -121,6 +121,7 @@ class TestModes:
         compiled = torch.compile(model, backend=sere_backend.with_options(select_top_k=1, inner="eager"))
         torch.testing.assert_close(logits(compiled, ids), expected, rtol=2e-2, atol=2e-2)
 
+    @pytest.mark.slow
     def test_inference_mode(self):
         """Compiling under inference_mode and calling under no_grad afterwards both work."""
         model, ids = build("mixtral"), tokens()

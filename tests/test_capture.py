@@ -48,6 +48,7 @@ def test_model_that_raises_under_capture_goes_back(caplog):
     assert "it raises GuardOnDataDependentSymNode" in caplog.text
 
 
+@pytest.mark.slow
 def test_model_without_a_gate_under_capture_goes_back(caplog):
     """Capture that loses the gate is no better than none."""
     model, matrix, x = prepared(SortedLoop)

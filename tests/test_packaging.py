@@ -32,10 +32,12 @@ def run_python(code, folder):
 
 
 def test_import_loads_nothing_heavy(tmp_path):
-    """Neither optional dependencies nor the compiler, which is loaded when something is compiled."""
+    """Neither optional dependencies nor the compiler, which is loaded when something is compiled; and the version."""
     heavy = "transformers onnx tensorrt torch_tensorrt matplotlib vllm triton triton.compiler torch._dynamo"
     code = f"import sys, sere_compile; print([name for name in {heavy.split()} if name in sys.modules])"
-    assert run_python(code, tmp_path).strip() == "[]"
+    loaded, version = run_python(f"{code}; print(sere_compile.__version__)", tmp_path).split("\n")[:2]
+    assert loaded == "[]"
+    assert version == importlib.metadata.version("sere-compile")
 
 
 # The backend by name
@@ -46,19 +48,12 @@ def test_the_backend_is_an_entry_point():
     assert {entry.value for entry in entries if entry.name == "sere"} == {"sere_compile.backend:sere_backend"}
 
 
-def test_torch_lists_the_backend_without_importing_it(tmp_path):
+def test_the_backend_compiles_by_name_alone(tmp_path):
+    """torch lists `backend="sere"` without importing it, and it needs no import of ours."""
     run_python(
         "import sys, torch._dynamo\n"
         "assert 'sere' in torch._dynamo.list_backends()\n"
-        "assert 'sere_compile' not in sys.modules",
-        tmp_path,
-    )
-
-
-def test_the_backend_compiles_by_name_alone(tmp_path):
-    """`backend="sere"` needs no import of ours."""
-    run_python(
-        "import torch\n"
+        "assert 'sere_compile' not in sys.modules\n"
         "compiled = torch.compile(lambda x: x.sin() + 1, backend='sere', options={'inner': 'aot_eager'})\n"
         "torch.testing.assert_close(compiled(torch.ones(3)), torch.ones(3).sin() + 1)",
         tmp_path,
@@ -214,8 +209,3 @@ def test_the_package_imports_neither_benchmarks_nor_tests():
                 if name.partition(".")[0] in found:
                     found[name.partition(".")[0]].add(folder)
     assert found == {"benchmarks": {"benchmarks"}, "tests": {"benchmarks"}}
-
-
-def test_the_version_is_that_of_the_installed_package(tmp_path):
-    known = importlib.metadata.version("sere-compile")
-    assert run_python("import sere_compile; print(sere_compile.__version__)", tmp_path).strip() == known

@@ -123,6 +123,7 @@ class TestProgram:
         done = sere_compile.rewrite(program, profile=profile, config=S1).run_decompositions()
         close(logits(done, ids), oracle(model, profile, ids))
 
+    @pytest.mark.slow
     def test_after_decompositions(self):
         """So is a whole model."""
         model, program = exported("qwen3_moe", "grouped_mm")

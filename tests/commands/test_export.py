@@ -65,7 +65,7 @@ def test_onnx(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("target", "options"),
     [
-        ("exported", []),
+        pytest.param("exported", [], marks=pytest.mark.slow),
         pytest.param("onnx", ["--decode", 6], marks=pytest.mark.slow),
         pytest.param("onnx", [], marks=pytest.mark.slow),
         pytest.param("onnx", ["--as-function"], marks=pytest.mark.slow),
@@ -92,7 +92,7 @@ def test_what_is_printed_loads_the_file(checkpoint, tmp_path, target, options):
                                          (2, 8, tiny_models.VOCABULARY))  # fmt: skip
 
 
-@pytest.mark.parametrize("experts", ["conditional", "onnxruntime_moe"])
+@pytest.mark.parametrize("experts", [pytest.param("conditional", marks=pytest.mark.slow), "onnxruntime_moe"])
 def test_experts_and_nothing_to_reroute(checkpoint, tmp_path, experts):
     """S = K: the file computes the model itself, and is not re-routed by the defaults when it is written."""
     _, folder, _, profile = checkpoint

@@ -59,6 +59,7 @@ def test_tables_and_profiles_say_of_what_they_are(checkpoint, tmp_path):
     assert "quality against active experts  |  model  |  text.jsonl, 8 x 6 tokens" in out.read_text()
 
 
+@pytest.mark.slow
 def test_pages_of_many_gates_are_named(tmp_path):
     pytest.importorskip("matplotlib")
     many = SimilarityProfile({f"layers.{number}.gate": torch.eye(2) for number in range(13)})

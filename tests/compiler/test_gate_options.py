@@ -123,6 +123,7 @@ class TestProjection:
         got = compiled_logits(half, ids, select_top_k=1, substitution="projection")
         assert got.dtype is torch.bfloat16
 
+    @pytest.mark.slow
     def test_probing_gives_coefficients(self):
         """With nothing attached twins get the coefficient 1 and a doubled expert 2, as the oracle shows."""
         model, ids = build("mixtral"), tokens()
@@ -304,6 +305,7 @@ class TestPerGate:
             sere_compile.rewrite(program, profile=profile, config=config)
 
 
+@pytest.mark.slow
 def test_evaluator_does_what_the_backend_does(qwen):
     """Options of all kinds at once: one forward with every position as a batch of its own, here of one position."""
     model, profile, _ = qwen

@@ -329,6 +329,7 @@ def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]
 
 
+@pytest.mark.slow
 def test_experts_that_are_counted_by_a_table_take_merged_ids():
     """Plain ids make sizes that do not fit: that ends the trial of plain ids, and is not the reason of merged ones."""
     assert [v.merged for v in verdicts(Block(Split()), rows())] == [True]
@@ -343,6 +344,7 @@ def test_a_router_that_is_a_module_shows_less_of_the_graph_than_its_layer():
     assert [v.merged for v in found] == [True], found
 
 
+@pytest.mark.slow
 def test_what_capture_cannot_trace_is_tried_again_without_it():
     for capturing in (False, True):
         with dynamo.dynamic_shape_capture() if capturing else contextlib.nullcontext():

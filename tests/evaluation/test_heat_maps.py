@@ -62,6 +62,7 @@ def test_axes_bar_and_title_say_what_they_are(drawn, tmp_path):
     assert bar.get_ylabel() == "similarity of u and v (cosine)"
 
 
+@pytest.mark.slow
 def test_every_map_has_the_same_scale(drawn, tmp_path):
     """From the least to the largest similarity of two experts anywhere, on every page."""
     plot_profile(profile(13), tmp_path / "p.png")

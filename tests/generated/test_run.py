@@ -34,6 +34,7 @@ def test_many(tmp_path):
     assert f"{failed} failures are not shrunk" in failures.read_text()
 
 
+@pytest.mark.slow
 def test_one():
     """The source, what was drawn, and the verdict."""
     done = command("--kind", GATE, "--seed", "3")

@@ -33,6 +33,7 @@ def test_an_eager_model_is_re_routed(name):
     assert not torch.allclose(expected, original, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_options_and_matrices_can_change():
     """Registered again with other options, or attached anew, the next call follows."""
     model, ids = build("qwen3_moe"), tokens(6, 1)

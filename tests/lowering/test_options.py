@@ -130,9 +130,10 @@ def test_onnx_file(name, as_function, tmp_path):
     check(lambda hidden: torch.from_numpy(session.run(None, {"hidden": hidden.numpy()})[0]), config)
 
 
-@every_option
-def test_tensorrt_program(config):
+@pytest.mark.parametrize("name", thinned(OPTIONS, (4, 5)))
+def test_tensorrt_program(name):
     """What torch_tensorrt would be given: only operators that it converts with free sizes."""
+    config = SereConfig(**OPTIONS[name])
     handed_over = tensorrt.convertible(program(config))
     assert tensorrt.operators_without_converter(handed_over) == set()
     check(handed_over.module(), config)

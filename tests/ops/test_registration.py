@@ -79,6 +79,7 @@ def test_changed_source_is_not_served_from_the_cache(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_tracing_for_cuda_reaches_the_kernels():
     """make_fx with symbolic T on fake CUDA tensors sees the kernel launches, one or two by size."""
     run_alone("""

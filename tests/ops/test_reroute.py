@@ -391,9 +391,9 @@ OPCHECKED = (
 )
 
 
-# By default every structure with tokens, and one without.
+# By default some structures with tokens, and one without.
 @pytest.mark.parametrize(
-    ("num_tokens", "structure"), thinned(itertools.product((6, 0, 1), OPCHECKED), range(len(OPCHECKED) + 1)), ids=str
+    ("num_tokens", "structure"), thinned(itertools.product((6, 0, 1), OPCHECKED), (0, 3, 5, 6)), ids=str
 )
 def test_opcheck(structure, num_tokens, device):
     """Schema, fake kernel, autograd registration and AOT dispatch with symbolic shapes are consistent."""
@@ -413,6 +413,7 @@ def test_fake_cuda_without_cuda():
     assert result.is_contiguous()
 
 
+@pytest.mark.slow
 def test_torch_compile_equals_eager(device):
     """Inductor, whole graph, symbolic token count: same ids as eager."""
     torch._dynamo.reset()
