@@ -24,7 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from sere_compile import SereConfig, SimilarityProfile
 from sere_compile.lowering import onnx
-from sere_compile.lowering.export import export_rewritten, is_rewritten
+from sere_compile.lowering.export import export_rewritten, holds_our_operators
 from tests.lowering.models import with_ids_as_outputs
 
 EXPERTS, TOP_K = 64, 8
@@ -67,8 +67,7 @@ def session(layer: Layer, form: str, select_top_k: int, width: int, folder: Path
     if select_top_k < TOP_K:
         program = with_ids_as_outputs(program)
     path = folder / f"{form}{select_top_k}.onnx"
-    # A program in which nothing is re-routed would be, by defaults.
-    config = None if is_rewritten(program) else config
+    config = None if holds_our_operators(program) else config
     onnx.export(program, None, path, config=config, input_names=["hidden"], allow_no_gates=True, experts=form)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -14,7 +14,7 @@ from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
 from ..lowering.archive_file import archive_file
 from ..lowering.check import largest_difference
 from ..lowering.decode_step import DecodeStep
-from ..lowering.export import export_rewritten, is_rewritten
+from ..lowering.export import export_rewritten, holds_our_operators
 from ..lowering.loading import TARGETS, load, snippet
 from ..lowering.prefill import Prefill
 from ..lowering.standard_operators import FUSED, rerouted_gates
@@ -122,8 +122,8 @@ def _write(
     config: SereConfig,
 ) -> str:
     """Lower a program; a few words on what was written."""
-    # Where nothing was to be re-routed (S = K) it would be now, by the defaults.
-    same = None if is_rewritten(program) else config
+    # The same options again where nothing was re-routed with them, so that nothing is by the defaults.
+    same = None if holds_our_operators(program) else config
     if target == "onnx":
         from ..lowering import onnx
 
