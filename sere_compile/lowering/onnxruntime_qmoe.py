@@ -151,7 +151,7 @@ def _initializer(graph: Any, name: str, tensor: Tensor) -> Any:
     if name in graph.initializers:
         return graph.initializers[name]
     constant = ir.tensor(tensor.contiguous(), name=name)
-    value = ir.Value(name=name, shape=constant.shape, type=ir.TensorType(constant.dtype), const_value=constant)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(constant.dtype), const_value=constant)
     graph.register_initializer(value)
     return value
 

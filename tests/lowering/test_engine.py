@@ -1,8 +1,8 @@
 """TensorRT's own parser and builder (TensorRT for RTX, without a GPU) on what is exported, in the lane `tensorrt`.
 
 Thinned so that the lane ends within minutes: one layer a model (layers share their code), both graphs of every model
-with free sizes, prefill and decoding steps of 4 rows and of 1 with fixed ones, every option on two small layers with a free
-number of tokens, S = K and other types on one model. Each engine is built for two compute capabilities.
+with free sizes and with those of 4 rows, decoding steps of one row, every option on two small layers with a free number
+of tokens, S = K and other types on one model. Each engine is built for two compute capabilities.
 """
 
 from __future__ import annotations
