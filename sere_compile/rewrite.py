@@ -23,6 +23,8 @@ from .errors import ConfigError, GateNotFoundError, LoweringError, ProbeError, P
 from .experts.experts_module import find_experts
 from .experts.probe import Probed, probe_gate
 from .passes import Gate, Skip, extract_dispatch, find_gates
+from .report import REWRITTEN
+from .rewrite_mark import mark_as_seen
 from .similarity.fit import check_size, required_projection
 from .similarity.profile import SimilarityProfile
 from .similarity.threshold import matrix_in_graph
@@ -105,6 +107,8 @@ def _rewritten(program: Program, profile: SimilarityProfile | None, config: Sere
             refused.append(refusal)
     if refused and (config.strict or len(refused) == len(plans)):
         raise GateNotFoundError(f"{len(refused)} of {len(plans)} gates were refused: {refused[0]}")
+    for plan in plans:
+        mark_as_seen(plan.gate, plan.status == REWRITTEN)
     return program.finish(), plans
 
 

@@ -21,7 +21,6 @@ ELSEWHERE = {
     "benchmarks/quality_fine.py": "a command: tests/pages/test_commands.py; the page: tests/pages/test_quality_page.py",
     "benchmarks/survey.py": "tests/zoo/test_zoo.py, with every architecture",
     "benchmarks/tensorrt_page.py": "a command: tests/pages/test_commands.py; tests/lowering/test_engine.py",
-    "benchmarks/torch_tensorrt_dry_run.py": "a command: tests/pages/test_commands.py",
     "benchmarks/vllm_measured.py": "tests/integrations/vllm/test_models.py, with a real engine",
     "benchmarks/vllm_page.py": "tests/integrations/vllm/test_models.py, with a real engine",
     "ops/launching.py": "with each kernel: tests/ops/test_reroute.py, tests/ops/test_expert_mlp.py",

@@ -14,10 +14,10 @@ from ..integrations.transformers import KINDS, is_shipped, load_causal_lm
 from ..lowering.archive_file import archive_file
 from ..lowering.check import largest_difference
 from ..lowering.decode_step import DecodeStep
-from ..lowering.export import export_rewritten, is_rewritten
+from ..lowering.export import export_rewritten, holds_our_operators
 from ..lowering.loading import TARGETS, load, snippet
 from ..lowering.prefill import Prefill
-from ..lowering.standard_operators import FUSED, rerouted_gates
+from ..lowering.standard_operators import FUSED, QUANTISED, rerouted_gates
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import MODEL_HELP, routing_options
@@ -51,7 +51,8 @@ from .output_file import OutputFile
     default="batched_mm",
     show_default=True,
     help="How the graph computes experts. For ONNX: conditional, only those that are active, one If for each; "
-    "onnxruntime_moe, likewise by an operator that onnxruntime alone has. What grouped_mm gives loads only where "
+    "onnxruntime_moe, likewise by an operator that onnxruntime alone has, and onnxruntime_qmoe8 and onnxruntime_qmoe4 "
+    "with their weights in 8 or 4 bits. What grouped_mm gives loads only where "
     "transformers is imported, on a CPU.",
 )
 @click.option("--check", is_flag=True, help="Run the file on random tokens against the model in PyTorch.")
@@ -105,8 +106,10 @@ def export_command(
         written = _write(target, out, program, module.names(), as_function, experts, config)
         click.echo(f"{out}: {rerouted_gates(program)} gates re-routed, {written}")
         if check:
-            difference = largest_difference(program, load(target, out), module)
-            click.echo(f"checked against the model in PyTorch: logits within {difference:.1e}")
+            bits = QUANTISED.get(experts)
+            difference = largest_difference(program, load(target, out), module, is_exact=bits is None)
+            told = "" if bits is None else f", weights of experts having {bits} bits"
+            click.echo(f"checked against the model in PyTorch: logits within {difference:.1e}{told}")
     except SereError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"\n{snippet(target, out, module.example_inputs(), module.names()[0])}")
@@ -122,8 +125,8 @@ def _write(
     config: SereConfig,
 ) -> str:
     """Lower a program; a few words on what was written."""
-    # Where nothing was to be re-routed (S = K) it would be now, by the defaults.
-    same = None if is_rewritten(program) else config
+    # The same options again where nothing was re-routed with them, so that nothing is by the defaults.
+    same = None if holds_our_operators(program) else config
     if target == "onnx":
         from ..lowering import onnx
 

@@ -108,7 +108,7 @@ class _Layer:
         attributes = {attribute.name: attribute.value for attribute in node.attributes.values()}
         self._names = tuple(attributes["tensors"])
         self._transposed = bool(attributes["transposed"])
-        self._weights = [_constant(value, node) for value in self._stacked]
+        self._weights = [constant_of(value, node) for value in self._stacked]
         self._body = self._translated(attributes["activation"], bool(attributes["interleaved"]), opset)
 
     def build(self) -> None:
@@ -222,7 +222,7 @@ class _Layer:
         value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
 
 
-def _constant(value: Any, node: Any) -> Any:
+def constant_of(value: Any, node: Any) -> Any:
     """The tensor behind a value, which holds one of torch."""
     constant = value.const_value
     if constant is None or not isinstance(getattr(constant, "raw", None), Tensor):

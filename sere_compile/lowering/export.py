@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from ..config import SereConfig
 from ..errors import GateNotFoundError, LoweringError, ProfileError
 from ..rewrite import rewrite, rewrite_with_one_operator_for_experts
+from ..rewrite_mark import marks
 from ..similarity import binding
 from ..similarity.profile import SimilarityProfile
 from .free_sizes import free_sizes
@@ -41,8 +42,8 @@ def export_rewritten(
     Where the program has an input `attention_mask` [B, L], the tokens that it hides make no expert primary.
 
     Args:
-        model_or_program: a model, or what `torch.export.export` made of it. A program that holds an operator of
-            `sere::` is returned as it is.
+        model_or_program: a model, or what `torch.export.export` made of it. A program that `sere_compile.rewrite` made
+            is returned as it is, also where it had nothing to re-route (S = K): then `profile` or `config` re-route it.
         args: example inputs of a model, positional.
         kwargs: example inputs of a model, by keyword.
         profile: similarity matrices by router weight. None: those attached to the model, else the experts are probed.
@@ -66,8 +67,15 @@ def export_rewritten(
     if isinstance(model_or_program, ExportedProgram):
         _check_program_only(args, kwargs, dynamic_shapes)
         program = model_or_program
-        if is_rewritten(program):
+        if holds_our_operators(program) or True in marks(program.graph_module):
             _check_not_configured(profile, config)
+        if is_rewritten(program) and profile is None and config is None:
+            _check_fused(program, experts)
+            if not holds_our_operators(program):
+                log.warning(
+                    "the program comes from sere_compile.rewrite and stays as it is, though no operator of re-routing "
+                    "is in it: S was K, or they are decomposed"
+                )
             return program
     else:
         if dynamic_shapes == "auto":
@@ -98,7 +106,12 @@ def export_rewritten(
 
 
 def is_rewritten(program: ExportedProgram) -> bool:
-    """Whether the program holds an operator of `sere::`."""
+    """Whether `sere_compile.rewrite` made the program, or it holds an operator of `sere::`."""
+    return bool(marks(program.graph_module)) or holds_our_operators(program)
+
+
+def holds_our_operators(program: ExportedProgram) -> bool:
+    """Whether an operator of `sere::` is in the program: neither where S = K nor after decompositions."""
     return any(operator.namespace == "sere" for operator in operators(program))
 
 
@@ -168,4 +181,12 @@ def _check_not_configured(profile: SimilarityProfile | None, config: SereConfig 
         raise LoweringError(
             "the program is re-routed already, so profile and config would have no effect: leave them out, or give "
             "the program from before sere_compile.rewrite"
+        )
+
+
+def _check_fused(program: ExportedProgram, experts: str | None) -> None:
+    if experts in FUSED and torch.ops.sere.expert_mlp.default not in operators(program):
+        raise LoweringError(
+            f'experts="{experts}" is decided while the program is re-routed, which it is already: give the program '
+            "from before sere_compile.rewrite"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from .export import export_rewritten
 from .free_sizes import name_axes
 from .onnx_functions import DOMAIN, Functions, scopes_of, translate
 from .onnxruntime_moe import moe_node
-from .standard_operators import ONNXRUNTIME_MOE, REFERENCES, SCOPE, decompose, rerouted_gates
+from .onnxruntime_qmoe import qmoe_node, quantise_experts
+from .standard_operators import ONNXRUNTIME_MOE, QUANTISED, REFERENCES, SCOPE, decompose, rerouted_gates
 
 # What torch.onnx translates to; below it torch has to convert the finished graph, which can fail.
 LOWEST_OPSET = 18
@@ -92,6 +94,7 @@ def export(
             one `If` for each expert of every gate, of any model or program whose experts are stacked weights, so that
             those alone are computed that an id names; time follows the active experts. "onnxruntime_moe": so does
             that of `com.microsoft.MoE`, for which the experts are gated by SiLU; onnxruntime alone has it.
+            "onnxruntime_qmoe8" and "onnxruntime_qmoe4": likewise, weights of experts in 8 or 4 bits.
         allow_no_gates: write the model unchanged where nothing can be re-routed.
 
     Raises:
@@ -116,21 +119,22 @@ def export(
         experts=experts,
         allow_no_gates=allow_no_gates,
     )
-    if experts == ONNXRUNTIME_MOE and any(name.startswith("sere_projection") for name in program.state_dict):
+    # QMoE is given weights of slots as they are, and leaves out experts of which one is negative (onnxruntime 1.32).
+    of_onnxruntime = experts == ONNXRUNTIME_MOE or experts in QUANTISED
+    if of_onnxruntime and any(name.startswith("sere_projection") for name in program.state_dict):
         raise LoweringError(
-            f'projection may make weights negative, which experts="{ONNXRUNTIME_MOE}" cannot say: use "conditional"'
+            f'projection may make weights negative, which experts="{experts}" cannot say: use "conditional"'
         )
     gates = rerouted_gates(program)
     _check_translatable(program)
     functions = Functions(opset)
     table = functions.table() if as_function else dict(REFERENCES)
-    # Such an operator is there only where `experts` says so.
-    fused = moe_node if experts == ONNXRUNTIME_MOE else as_one_node
-    program = decompose(program, {**table, torch.ops.sere.expert_mlp.default: fused})
+    program = decompose(program, {**table, torch.ops.sere.expert_mlp.default: _experts_node(experts)})
     _check_translatable(program)
     own = getattr(model, "names", lambda: (None, None))()
     translated = translate(program, opset, input_names or own[0], output_names or own[1] or _output_names(program))
     build_conditions(translated.model, opset)
+    quantise_experts(translated.model)
     name_axes(translated.model.graph)
     _name_what_was_added(translated.model.graph)
     functions.add_to(translated.model)
@@ -138,6 +142,13 @@ def export(
         translated.save(str(beside))
         operators, inside = _checked_operators(beside)
     return OnnxExport(Path(path), opset, gates, operators, inside)
+
+
+def _experts_node(experts: str | None) -> Callable[..., Any]:
+    """What `sere::expert_mlp` becomes; such an operator is there only where `experts` says so."""
+    if experts in QUANTISED:
+        return functools.partial(qmoe_node, experts)
+    return moe_node if experts == ONNXRUNTIME_MOE else as_one_node
 
 
 def _check_translatable(program: ExportedProgram) -> None:

@@ -17,7 +17,7 @@ from ..ops.expert_mlp.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT
 from .standard_operators import weights_by_expert
 
 # alpha and beta of gate * sigmoid(alpha * gate) * (up + beta), and the limit of both.
-_SWIGLU: dict[str, dict[str, float]] = {
+SWIGLU: dict[str, dict[str, float]] = {
     "silu_glu": {"activation_alpha": 1.0, "activation_beta": 0.0},
     "gpt_oss": {"activation_alpha": GPT_OSS_ALPHA, "activation_beta": 1.0, "swiglu_limit": GPT_OSS_LIMIT},
 }
@@ -44,11 +44,7 @@ def moe_node(
     Raises:
         LoweringError: another activation than a gated SiLU, or weights with scales.
     """
-    if activation not in _SWIGLU or gate_up_scale is not None or down_scale is not None:
-        raise LoweringError(
-            f"onnxruntime's MoE on a CPU computes gated SiLU and gpt-oss's activation, not {activation}, and takes no "
-            "scales of weights"
-        )
+    check_activation("MoE", activation, gate_up_scale, down_scale)
     weight, named = weights_by_expert(topk_ids, topk_weights, gate_up.shape[0])
     others = torch.where(named.any(0), _ACTIVE, _INACTIVE)
     total = weight.sum(-1, keepdim=True)
@@ -57,8 +53,8 @@ def moe_node(
     if transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     if not interleaved:
-        gate_up = _interleave(gate_up)
-        gate_up_bias = None if gate_up_bias is None else _interleave(gate_up_bias)
+        gate_up = interleave(gate_up)
+        gate_up_bias = None if gate_up_bias is None else interleave(gate_up_bias)
     out = torch.onnx.ops.symbolic(
         "com.microsoft::MoE",
         (hidden, scores.to(hidden.dtype), gate_up, gate_up_bias, down, down_bias),
@@ -67,7 +63,7 @@ def moe_node(
             "activation_type": "swiglu",
             "swiglu_fusion": 1,
             "normalize_routing_weights": 1,
-            **_SWIGLU[activation],
+            **SWIGLU[activation],
         },
         dtype=hidden.dtype,
         shape=hidden.shape,
@@ -76,7 +72,16 @@ def moe_node(
     return (out.float() * total).to(hidden.dtype)
 
 
-def _interleave(columns: Tensor) -> Tensor:
+def check_activation(operator: str, activation: str, *scales: Tensor | None) -> None:
+    """Raise for what neither operator of onnxruntime computes."""
+    if activation not in SWIGLU or any(scale is not None for scale in scales):
+        raise LoweringError(
+            f"onnxruntime's {operator} on a CPU computes gated SiLU and gpt-oss's activation, not {activation}, and "
+            "takes no scales of weights"
+        )
+
+
+def interleave(columns: Tensor) -> Tensor:
     """[E, 2 * I, ..]: gate and up in turn, where the gate came first."""
     experts, count, *rest = columns.shape
     return columns.view(experts, 2, count // 2, *rest).transpose(1, 2).reshape(columns.shape)

@@ -26,10 +26,11 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 
 # The scope of the nodes that re-routing adds, in graphs of standard operators.
 SCOPE = "sere"
-# What `experts=` says for one `If` per expert, and for the operator of onnxruntime; how a Hugging Face model is traced
-# for these, which does not matter then.
+# What `experts=` says for one `If` per expert, and for operators of onnxruntime, with the bits of a weight where these
+# are fewer; how a Hugging Face model is traced for all of them, which does not matter then.
 CONDITIONAL, ONNXRUNTIME_MOE = "conditional", "onnxruntime_moe"
-FUSED = (CONDITIONAL, ONNXRUNTIME_MOE)
+QUANTISED = {"onnxruntime_qmoe8": 8, "onnxruntime_qmoe4": 4}
+FUSED = (CONDITIONAL, ONNXRUNTIME_MOE, *QUANTISED)
 _TRACED_TO_FUSE = "batched_mm"
 _EXPERTS = torch.ops.sere.expert_mlp.default
 

@@ -65,7 +65,8 @@ def compile(
         dynamic_shapes: as torch.export takes it; TensorRT needs a `max` for every `Dim`.
         experts: how Hugging Face models compute their experts in the graph; None leaves that as it is.
         allow_no_gates: compile the model unchanged where nothing can be re-routed.
-        **options: passed to `torch_tensorrt.dynamo.compile`.
+        **options: passed to `torch_tensorrt.dynamo.compile`; `decompose_attention` is True by default where keys and
+            values have other widths (DeepSeek's), for which it has no attention in one piece.
 
     Returns:
         What `torch_tensorrt.dynamo.compile` returns: a module to call, or to save with `torch_tensorrt.save`.
@@ -91,7 +92,16 @@ def compile(
     examples = (args or (), kwargs or {}) if isinstance(model, nn.Module) else program.example_inputs
     if examples is None:
         raise LoweringError("the program has no example inputs (torch.export.save may drop them): give the model")
+    if _has_values_of_other_width(program):
+        options.setdefault("decompose_attention", True)
     return compiler.compile(convertible(program), arg_inputs=list(examples[0]), kwarg_inputs=examples[1], **options)
+
+
+def _has_values_of_other_width(program: ExportedProgram) -> bool:
+    """Whether an attention reads keys and values of different shapes."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    read = [node.args[1:3] for node in program.graph.nodes if node.target is attention]
+    return any(key.meta["val"].shape[-1] != value.meta["val"].shape[-1] for key, value in read)
 
 
 def convertible(program: ExportedProgram) -> ExportedProgram:
@@ -100,7 +110,7 @@ def convertible(program: ExportedProgram) -> ExportedProgram:
     # Caches: from 2.14 on torch_tensorrt has a converter for index_copy, for static shapes only, and no longer
     # decomposes it itself.
     index_copy: dict[Any, Any] = torch._decomp.get_decompositions([aten.index_copy.default])
-    return decompose(program, {**REFERENCES, **index_copy, aten.gather.default: _gather_by_index})
+    return decompose(program, {**REFERENCES, **index_copy, **_OF_MODELS})
 
 
 def _gather_by_index(tensor: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
@@ -112,6 +122,47 @@ def _gather_by_index(tensor: Tensor, dim: int, index: Tensor, *, sparse_grad: bo
         positions.append(torch.arange(size, device=index.device).view(shape))
     positions[dim] = index
     return tensor[tuple(positions)]
+
+
+def _scatter_by_comparison(tensor: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+    """`aten.scatter.value` (a mask of groups, say), for which the converter has TensorRT make what it refuses."""
+    if any(own != other for d, (own, other) in enumerate(zip(tensor.shape, index.shape, strict=True)) if d != dim):
+        return NotImplemented
+    places = torch.arange(tensor.shape[dim], device=index.device)
+    named = (index.movedim(dim, -1)[..., None, :] == places[:, None]).any(-1).movedim(-1, dim)
+    return torch.where(named, value, tensor).to(tensor.dtype)
+
+
+def _slice_by_parts(
+    tensor: Tensor, src: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """`aten.slice_scatter` (keys written in two parts, say), of whose converter TensorRT for RTX refuses a scatter."""
+    if step != 1:
+        return NotImplemented
+    size, begin = tensor.shape[dim], 0 if start is None else start
+    begin = begin + size if begin < 0 else begin
+    rest = begin + src.shape[dim]
+    parts = [tensor.narrow(dim, 0, begin), src.to(tensor.dtype), tensor.narrow(dim, rest, size - rest)]
+    known_empty = [isinstance(part.shape[dim], int) and part.shape[dim] == 0 for part in parts]
+    return torch.cat([part for part, empty in zip(parts, known_empty, strict=True) if not empty] or [src], dim)
+
+
+def _zeros(size: Any, **options: Any) -> Tensor:
+    """`aten.empty`, which has a converter for fixed sizes only."""
+    options.pop("memory_format", None)
+    return torch.full(size, 0, **options)
+
+
+# What the models' own operators become where a converter of torch_tensorrt 2.14 stands in the way of one engine.
+_OF_MODELS: dict[Any, Any] = {
+    torch.ops.aten.gather.default: _gather_by_index,
+    torch.ops.aten.scatter.value: _scatter_by_comparison,
+    torch.ops.aten.slice_scatter.default: _slice_by_parts,
+    torch.ops.aten.empty.memory_format: _zeros,
+    torch.ops.aten.new_empty.default: lambda tensor, size, **options: _zeros(
+        size, **{"dtype": tensor.dtype, "device": tensor.device, **options}
+    ),
+}
 
 
 @functools.cache

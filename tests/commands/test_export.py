@@ -107,6 +107,19 @@ def test_experts_and_nothing_to_reroute(checkpoint, tmp_path, experts):
     assert f"--experts {experts} is for --to onnx" in result.output
 
 
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_quantised_experts(checkpoint, tmp_path, bits):
+    """--check says by how much they differ and of how many bits they are, and does not take that for a fault."""
+    _, folder, _, profile = checkpoint
+    result = export(
+        "--to", "onnx", "--model", folder, "--profile", profile, "--select-top-k", 1, "--out", tmp_path / "m.onnx",
+        "--experts", f"onnxruntime_qmoe{bits}", "--check",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f", weights of experts having {bits} bits" in result.output
+    assert float(re.search(r"logits within (\S+),", result.output)[1]) > TOLERANCE
+
+
 @pytest.mark.slow
 def test_model_of_the_package(tmp_path):
     """Without --model the trained one, in float32; with a projection and a share for rho it equals the oracle."""

@@ -48,12 +48,17 @@ def module_of(model: Any, graph: str) -> Prefill | DecodeStep:
 
 
 def write(
-    module: Prefill | DecodeStep, path: Path, free: bool, config: SereConfig = CONFIG, experts: str = "batched_mm"
+    module: Prefill | DecodeStep,
+    path: Path,
+    free: bool,
+    config: SereConfig = CONFIG,
+    experts: str = "batched_mm",
+    rows: int = 4,
 ) -> onnx.OnnxExport:
-    """The ONNX file of a module, with free sizes or with those of 4 rows."""
+    """The ONNX file of a module, with free sizes or with those of some rows."""
     inputs, outputs = module.names()
     return onnx.export(
-        module, module.example_inputs(4), path, config=config, dynamic_shapes="auto" if free else None,
+        module, module.example_inputs(rows), path, config=config, dynamic_shapes="auto" if free else None,
         input_names=inputs, output_names=outputs, experts=experts,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """TensorRT's own parser and builder (TensorRT for RTX, without a GPU) on what is exported, in the lane `tensorrt`.
 
 Thinned so that the lane ends within minutes: one layer a model (layers share their code), both graphs of every model
-with free sizes, fixed sizes for every prefill graph and one decode step, every option on two small layers with a free
-number of tokens, S = K and other types on one model. Each engine is built for two compute capabilities.
+with free sizes and with those of 4 rows, decoding steps of one row, every option on two small layers with a free number
+of tokens, S = K and other types on one model. Each engine is built for two compute capabilities.
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ def test_free_sizes(model, graph, tmp_path, caplog):
     assert not [record for record in caplog.records if "scatters" in record.getMessage()]
 
 
-@pytest.mark.parametrize(("model", "graph"), [*((model, "prefill") for model in MODELS), ("qwen3_moe", "decode step")])
-def test_fixed_sizes(model, graph, tmp_path):
-    done = write(module_of(network(model), graph), tmp_path / "m.onnx", free=False)
+@pytest.mark.parametrize(("graph", "rows"), [("prefill", 4), ("decode step", 4), ("decode step", 1)])
+@pytest.mark.parametrize("model", MODELS)
+def test_fixed_sizes(model, graph, rows, tmp_path):
+    done = write(module_of(network(model), graph), tmp_path / "m.onnx", free=False, rows=rows)
+    assert done.gates == 1
     check_engine(built(done, None), done.path, 1)
 
 

@@ -26,11 +26,13 @@ BUDGET = (1, 0.3, 5, None, 6)
 
 
 def runtime_is_missing():
+    if not torch.cuda.is_available():
+        return True
     try:
         import torch_tensorrt  # noqa: F401
     except (ImportError, OSError):
         return True
-    return not torch.cuda.is_available()
+    return False
 
 
 end_to_end = pytest.mark.skipif(runtime_is_missing(), reason="needs torch_tensorrt and a CUDA device")
@@ -174,6 +176,74 @@ def test_gather_by_index(dim):
     index = torch.randint(0, 3, (6, 3, 2) if dim == 1 else (4, 5, 3))
     index = index[:, :, :2]
     assert torch.equal(tensorrt._gather_by_index(table, dim, index), table.gather(dim, index))
+
+
+def decomposed(function, *inputs, free=True):
+    """A function as the program that torch_tensorrt is given, and the operators that it calls."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            return function(*given)
+
+    sizes = (tuple(FREE for _ in inputs),) if free else None
+    program = tensorrt.convertible(torch.export.export(Module(), inputs, dynamic_shapes=sizes))
+    return program.module(), {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("value", [1.0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_a_scatter_of_one_value_is_a_comparison(dtype, value):
+    """A mask of groups; the converter makes of it what TensorRT refuses."""
+    table, index = torch.zeros(3, 5, dtype=dtype), torch.tensor([[0, 4], [1, 1], [3, 2]])
+    run, called = decomposed(lambda table, index: table.scatter(1, index, value), table, index)
+    assert "aten.scatter.value" not in called
+    for rows in (3, 1):
+        torch.testing.assert_close(run(table[:rows], index[:rows]), table[:rows].scatter(1, index[:rows], value))
+    run, _ = decomposed(
+        lambda table, index: table.scatter(-2, index, value), table.T.contiguous(), index.T.contiguous()
+    )
+    assert torch.equal(run(table.T, index.T), table.T.scatter(0, index.T, value))
+
+
+def test_a_scatter_into_some_rows_stays():
+    table, index = torch.zeros(3, 5), torch.tensor([[0, 4], [1, 1]])
+    run, called = decomposed(lambda table, index: table.scatter(1, index, 1.0), table, index, free=False)
+    assert "aten.scatter.value" in called
+    assert torch.equal(run(table, index), table.scatter(1, index, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step"), [(None, 3, 1), (2, None, 1), (1, 4, 1), (-2, None, 1), (0, 6, 1), (0, 6, 2)]
+)
+def test_writing_to_a_slice(start, end, step):
+    """Keys in two parts; what is written has another type."""
+
+    def write(hidden):
+        keys = hidden.new_empty(hidden.shape[0], 6).fill_(7)
+        keys[:, start:end:step] = hidden[:, : len(range(6)[start:end:step])].double()
+        return keys
+
+    run, called = decomposed(write, torch.rand(4, 8))
+    assert ("aten.slice_scatter.default" in called) == (step == 2)
+    assert "aten.new_empty.default" not in called
+    hidden = torch.rand(9, 8)
+    torch.testing.assert_close(run(hidden), write(hidden), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("width", "asked"), [(8, None), (4, True)])
+def test_attention_with_values_of_another_width(recorder, width, asked):
+    """Only then it is to be decomposed, unless the user says otherwise."""
+
+    class Attention(SmallMoE):
+        def forward(self, hidden):
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                *[hidden[None, None]] * 2, hidden[None, None, :, :width]
+            )
+            return super().forward(hidden), mixed
+
+    for options, wanted in (({}, asked), ({"decompose_attention": False}, False)):
+        tensorrt.compile(Attention().eval(), (hidden_states(5),), profile=small_profile(), **options)
+        assert recorder.pop()[1].get("decompose_attention") is wanted
 
 
 def test_unknown_operators_are_named():
