@@ -46,7 +46,8 @@ class SereConfig:
             CUDA and needs no gradients. "always": on a CPU as well.
         lower_experts: replace dispatches of up to 256 tokens, and 32 slots per expert on average, by kernels that read
             only the active experts, where the graph is on CUDA and needs no gradients. They round like any fusing
-            compiler. "always": on a CPU as well. `explain` and the log say what stayed, and why.
+            compiler. "always": on a CPU as well, by C++ compiled at first use. `explain` and the log say what stayed,
+            and why.
         substitution: "reroute" is the paper's rule, weights unchanged. "projection" multiplies a re-routed slot's
             weight by a(u, v) = <A_u, A_v> / <A_v, A_v>, how much of expert u its substitute v reproduces; needs a
             profile with projections. "fill" keeps the experts that some token puts first, then those with the

@@ -163,6 +163,6 @@ def by_expert(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    """x [R, M] through the weight [N, M] of an expert: fp32 [R, N]."""
+    """Rows [R, M] through the weight [N, M] of an expert: fp32 [R, N]."""
     out = torch.mm(x, weight.t()).float()
     return out if bias is None else out + bias[expert].float()

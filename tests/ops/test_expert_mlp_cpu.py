@@ -109,7 +109,7 @@ def test_a_token_does_not_depend_on_the_others_nor_on_threads():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_at_the_ends_of_a_dtype(dtype, form):
-    """Subnormal, infinite, none: as torch converts them, of weights that are whole vectors and of those that are not."""
+    """Subnormal, infinite, none: as torch converts them, also of weights that are no whole vectors."""
     info = torch.finfo(dtype)
     ends = torch.tensor([0.0, info.smallest_normal / 4, info.tiny, info.max, math.inf, -math.inf, math.nan, 1.0])
     for width in (16, 8, 5):
