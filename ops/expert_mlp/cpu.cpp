@@ -386,17 +386,17 @@ class Experts {
     const int64_t rows = int64_t(plan.experts.size());
     const int64_t inner_tasks = tasks(l.inner, STEP), width_tasks = tasks(l.width, STEP);
     std::atomic<int64_t> first{0}, second{0};
+    // By one thread: little work, and where other programs run a barrier waits for a thread that has no core.
+    for (int64_t t = 0; t < l.tokens; ++t) widen_token(t);
 #pragma omp parallel num_threads(l.threads)
     {
-#pragma omp for
-      for (int64_t t = 0; t < l.tokens; ++t) widen_token(t);
       for (int64_t i; (i = first.fetch_add(1)) < rows * inner_tasks;)
         up(i / inner_tasks, i % inner_tasks * STEP);
 #pragma omp barrier
       for (int64_t i; (i = second.fetch_add(1)) < rows * width_tasks;)
         down(i / width_tasks, i % width_tasks * STEP);
 #pragma omp barrier
-#pragma omp for
+#pragma omp for nowait
       for (int64_t t = 0; t < l.tokens; ++t) sum(t);
     }
   }
