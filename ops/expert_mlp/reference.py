@@ -1,7 +1,7 @@
 """What `sere::expert_mlp` computes, in plain ATen: static shapes, no sort, no loop over experts.
 
-This file defines the operator. It is also its implementation off CUDA and its decomposition for exporters. It
-copies the weights of every slot, one slot column at a time, so it is slow where T is large.
+This file defines the operator. It is also its decomposition for exporters, and its implementation where no kernel
+is. It copies the weights of every slot, one slot column at a time, so it is slow where T is large.
 """
 
 from collections.abc import Callable

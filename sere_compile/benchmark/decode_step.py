@@ -14,7 +14,16 @@ from ..testing import oracle_routing
 from .result import Row
 from .subject import Subject, dense_bytes
 from .timing import Calls, Timing, capture, time_in_turn
-from .variant import Variant, all_variants, tell_if_blind, those_that_fit, token_error, use_experts
+from .variant import (
+    Variant,
+    all_variants,
+    experts_of,
+    tell_if_blind,
+    those_that_fit,
+    token_error,
+    use_experts,
+    with_own_experts,
+)
 
 # Logits of a whole model in bf16: rounding adds up over layers.
 TOLERANCE = 8e-2
@@ -98,9 +107,9 @@ def bench_decode_step(
             keep.append((graph, forward))
         errors[variant.name] = token_error(decoder.logits, expected[variant.select_top_k or top_k])
 
-    variants = those_that_fit(all_variants(selects, top_k, stock), prepare)
-    use_experts(subject.model, "grouped_mm")
-    times = time_in_turn(runs, steps, rounds, warmup=1)
+    wanted = [*all_variants(selects, top_k, stock), *with_own_experts(selects, top_k)]
+    variants = those_that_fit(wanted, prepare)
+    times = time_in_turn(runs, steps, rounds, warmup=1, before=experts_of(variants, subject.model))
     return [_row(v, subject, batch, times[v.name], errors[v.name], active, bandwidth) for v in variants]
 
 

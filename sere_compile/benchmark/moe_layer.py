@@ -15,10 +15,12 @@ from .timing import Run, Timing, time_in_turn
 from .variant import (
     Variant,
     all_variants,
+    experts_of,
     tell_if_blind,
     those_that_fit,
     token_error,
     use_experts,
+    with_own_experts,
     without_effect,
 )
 
@@ -44,14 +46,15 @@ def bench_moe_layer(
     def prepare(variant: Variant) -> None:
         use_experts(subject.model, variant.experts)
         runs[variant.name], results = variant.run_of(block.module, inputs, keep)
-        wanted = expected[variant.select_top_k or block.top_k]
+        references = expected[variant.select_top_k or block.top_k]
         # The median of the inputs: with S = 1 one tie of two scores, resolved differently, moves a whole small batch.
         errors[variant.name] = statistics.median(
-            token_error(_tensor(result), want) for result, want in zip(results, wanted, strict=True)
+            token_error(_tensor(result), want) for result, want in zip(results, references, strict=True)
         )
 
-    variants = those_that_fit([*all_variants(selects, block.top_k, stock), without_effect(block.top_k)], prepare)
-    times = time_in_turn(runs, CALLS, rounds)
+    wanted = [*all_variants(selects, block.top_k, stock), *with_own_experts(selects, block.top_k)]
+    variants = those_that_fit([*wanted, without_effect(block.top_k)], prepare)
+    times = time_in_turn(runs, CALLS, rounds, before=experts_of(variants, subject.model))
     return [
         _row(variant, block, batch, times[variant.name], errors[variant.name], active, bandwidth)
         for variant in variants

@@ -86,7 +86,9 @@ def capture(
     return graph
 
 
-def time_in_turn(runs: Mapping[str, Run], calls: int, rounds: int, warmup: int = 3) -> dict[str, Timing]:
+def time_in_turn(
+    runs: Mapping[str, Run], calls: int, rounds: int, warmup: int = 3, before: Callable[[str], None] = lambda name: None
+) -> dict[str, Timing]:
     """Time every run once per round, so that a drift of the clocks affects all of them alike.
 
     Args:
@@ -95,11 +97,13 @@ def time_in_turn(runs: Mapping[str, Run], calls: int, rounds: int, warmup: int =
         calls: number of calls of the measured function in one run; the times are divided by it.
         rounds: samples per run.
         warmup: rounds before these, not counted.
+        before: called with the name of each run ahead of it, off the clock.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     measure = _on_gpu if torch.cuda.is_available() else _on_cpu
     for index in range(warmup + rounds):
         for name, run in runs.items():
+            before(name)
             seconds = measure(run)
             if index >= warmup:
                 samples[name].append(seconds * 1e6 / calls)

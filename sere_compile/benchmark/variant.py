@@ -39,8 +39,10 @@ class Variant:
     select_top_k: int | None = None
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, compiled for fixed shapes."""
-        return function if self.backend is None else torch.compile(function, backend=self.backend, dynamic=False)
+        """The function, compiled for fixed shapes, apart from what other variants made of the same code."""
+        if self.backend is None:
+            return function
+        return torch.compile(_code_of_its_own(function), backend=self.backend, dynamic=False)
 
     def run_of(
         self, function: Callable[..., Any], inputs: list[torch.Tensor], keep: list[Any]
@@ -59,6 +61,16 @@ class Variant:
         return graph, results
 
 
+def _code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls it: Dynamo keeps compiled graphs by code, and would give one variant another's."""
+
+    def call(x: Any = None) -> Any:
+        return function() if x is None else function(x)
+
+    call.__code__ = call.__code__.replace()
+    return call
+
+
 def all_variants(
     selects: Sequence[int], top_k: int, stock: Sequence[str] = ("grouped_mm", "batched_mm")
 ) -> list[Variant]:
@@ -73,6 +85,19 @@ def all_variants(
         name = "sere S=K" if select >= top_k else f"sere S={select}"
         found.append(Variant(name, "grouped_mm", backend, select))
     return found
+
+
+def with_own_experts(selects: Sequence[int], top_k: int) -> list[Variant]:
+    """On a CPU ours for each S once more, with `lower_experts="always"`; on a GPU that is what they are already."""
+    if torch.cuda.is_available():
+        return []
+    return [
+        Variant(
+            f"{variant.name}, lower_experts", variant.experts,
+            variant.backend.with_options(lower_experts="always"), variant.select_top_k,
+        )
+        for variant in all_variants(selects, top_k, ())[1:]
+    ]  # fmt: skip
 
 
 def without_effect(top_k: int) -> Variant:
@@ -98,7 +123,9 @@ def those_that_fit(variants: Sequence[Variant], prepare: Callable[[Variant], Non
     """
     fitting = []
     for variant in variants:
-        torch._dynamo.reset()
+        # To free memory; a CPU has plenty, and without a CUDA graph what was compiled is still to be called.
+        if torch.cuda.is_available():
+            torch._dynamo.reset()
         try:
             prepare(variant)
         except torch.OutOfMemoryError as error:
@@ -122,6 +149,12 @@ def use_experts(model: Any, implementation: str) -> None:
         model.set_experts_implementation(implementation)
     except ValueError as error:
         raise SereError(f"{type(model).__name__} cannot run its experts by {implementation}: {error}") from error
+
+
+def experts_of(variants: Sequence[Variant], model: Any) -> Callable[[str], None]:
+    """Gives the model the experts of the variant with a name: what was compiled asks which it has."""
+    implementations = {variant.name: variant.experts for variant in variants}
+    return lambda name: use_experts(model, implementations[name])
 
 
 def tell_if_blind(what: str, expected: dict[int, torch.Tensor], top_k: int, tolerance: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from ..benchmark.timing import Run, Timing, machine_name, time_in_turn
 from ..errors import SereError
 from ..integrations.generate import generate_config
-from ..integrations.transformers import KINDS, SHIPPED, load_causal_lm
+from ..integrations.transformers import KINDS, load_causal_lm, shipped_folder
 from ..statistics import stats
 
 # Generations with each configuration that are timed.
@@ -39,7 +39,7 @@ PROMPTS = (
     type=click.Choice(KINDS),
     default="qwen3",
     show_default=True,
-    help="Which shipped model.",
+    help=f"Which trained model; all but {KINDS[0]} need a clone of the repository.",
 )
 @click.option("--select-top-k", type=int, default=1, show_default=True, help="S.")
 @click.option("--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="Tokens to decode.")
@@ -47,7 +47,7 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
     """Decode a batch of prompts with a small trained model, unchanged and re-routed; count experts, time both.
 
     \b
-    sere demo --model mixtral --select-top-k 1
+    sere demo --select-top-k 2
     """  # noqa: D301
     try:
         # The graph is small: on a CPU, compiling it would take longer than the demo.
@@ -57,7 +57,7 @@ def demo_command(kind: str, select_top_k: int, new_tokens: int) -> None:
             "unchanged": _without_re_routing(generate_config(inner=inner)),
             "re-routed": generate_config(select_top_k=select_top_k, inner=inner),
         }
-        model, tokenizer = load_causal_lm(str(SHIPPED / kind), dtype=torch.float32)
+        model, tokenizer = load_causal_lm(str(shipped_folder(kind)), dtype=torch.float32)
         original = _continuations(model, tokenizer, new_tokens, None)
         rerouted = _continuations(model, tokenizer, new_tokens, sere)
         top_k = model.config.num_experts_per_tok

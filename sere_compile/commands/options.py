@@ -89,7 +89,8 @@ class Numbers(click.ParamType):
 
 
 MODEL_HELP = (
-    f"Folder or Hugging Face name of a causal language model, or {', '.join(KINDS)}, which come with the package."
+    f"Folder or Hugging Face name of a causal language model, or {KINDS[0]}, which comes with the package, or "
+    f"{' or '.join(KINDS[1:])}, which a clone of its repository has."
 )
 
 _DATA_OPTIONS = [

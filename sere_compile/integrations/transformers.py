@@ -14,7 +14,8 @@ import torch
 from ..errors import ConfigError, ModelNotFoundError
 from ..extras import require
 
-# Small trained models that come with the package (models/README.md); their weights are bfloat16.
+# Small trained models (models/README.md); their weights are bfloat16. The first comes with the package, the others only
+# with a clone of its repository.
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 KINDS = ("qwen3", "mixtral", "upcycled")
 
@@ -43,7 +44,7 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
         )
     (transformers,) = require("hf", "transformers", needed_for="loading a checkpoint needs")
     if is_shipped(name_or_path):
-        name_or_path = str(SHIPPED / name_or_path)
+        name_or_path = str(shipped_folder(name_or_path))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_name(name_or_path)
     with _errors_name("tokenizer", name_or_path):
@@ -90,8 +91,24 @@ def _errors_name(what: str, name_or_path: str) -> Iterator[None]:
 
 
 def is_shipped(name_or_path: str) -> bool:
-    """Whether a model comes with the package; a folder of the same name goes first."""
+    """Whether it is the name of one of `KINDS`; a folder of the same name goes first."""
     return name_or_path in KINDS and not Path(name_or_path).is_dir()
+
+
+def shipped_folder(kind: str) -> Path:
+    """The folder of one of `KINDS`.
+
+    Raises:
+        ModelNotFoundError: the package was installed without it.
+    """
+    folder = SHIPPED / kind
+    if not folder.is_dir():
+        raise ModelNotFoundError(
+            f"{kind!r} is not in the installed package, which holds {KINDS[0]!r} alone: in a clone of sere-compile's "
+            f"repository it is the folder sere_compile/models/{kind}, which can be given instead, and `pip install -e "
+            "<clone>` brings all of them"
+        )
+    return folder
 
 
 def cache_argument(model: Any) -> str:

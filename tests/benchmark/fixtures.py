@@ -33,8 +33,9 @@ def without_gpu(monkeypatch):
 
         return types.SimpleNamespace(replay=replay)
 
-    def time_in_turn(runs, calls, rounds, warmup=3):
-        for call in runs.values():
+    def time_in_turn(runs, calls, rounds, warmup=3, before=lambda name: None):
+        for name, call in runs.items():
+            before(name)
             getattr(call, "replay", call)()
         return {name: Timing(5.0 if "sere" in name else 10.0, 1.0, 20.0) for name in runs}
 

@@ -7,8 +7,9 @@ from click.testing import CliRunner
 
 from sere_compile.benchmark.timing import machine_name
 from sere_compile.cli import main
-from sere_compile.commands.demo import KINDS, PROMPTS, SHIPPED, _without_re_routing
+from sere_compile.commands.demo import KINDS, PROMPTS, _without_re_routing
 from sere_compile.integrations.generate import generate_config
+from sere_compile.integrations.transformers import SHIPPED
 
 
 def test_demo_decodes_with_fewer_active_experts():

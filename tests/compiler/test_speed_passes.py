@@ -149,7 +149,7 @@ def test_more_slots_than_a_kernel_takes_keep_the_stock_dispatch(caplog):
 
 
 def test_a_cpu_keeps_the_stock_dispatch_by_default():
-    """The kernels are for GPUs."""
+    """Ours round in another order, and S = K is to change no bit there."""
     model, seen = tiny_models.build("mixtral", "batched_mm"), []
     with torch.no_grad():
         compiled(model, seen, select_top_k=2)(tiny_models.tokens(), use_cache=False)

@@ -6,6 +6,8 @@ import types
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations import finegrained_fp8, mxfp4
@@ -111,3 +113,49 @@ def test_mxfp4_calls_its_router_where_it_is_hooked(gpt_oss):
     found, wanted = re_routed(gpt_oss)
     torch.testing.assert_close(found, wanted)
     assert not torch.allclose(found, logits(gpt_oss))
+
+
+@torch.library.custom_op("test_quantised::whole_layer", mutates_args=())
+def whole_layer(hidden: torch.Tensor, router: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Router and experts in one call, as kernels do that replace a layer (MegaBlocks, by `use_kernels=True`)."""
+    rows = hidden.flatten(0, -2)
+    weights, ids = F.linear(rows, router).softmax(-1).topk(4, -1)
+    gate, value = torch.einsum("tgh,th->tg", up[ids].flatten(1, 2), rows).view(*ids.shape, -1).chunk(2, -1)
+    outs = torch.einsum("tkhi,tki->tkh", down[ids], F.silu(gate) * value)
+    return (outs * (weights / weights.sum(-1, keepdim=True))[..., None]).sum(1).view(hidden.shape)
+
+
+@whole_layer.register_fake
+def _(hidden, router, up, down):
+    return torch.empty_like(hidden)
+
+
+class KernelLayer(nn.Module):
+    """What `use_kernels=True` makes of a layer: its parameters, and a forward that is one kernel."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.gate, self.experts = layer.gate, layer.experts
+
+    def forward(self, hidden):
+        return whole_layer(hidden, self.gate.weight, self.experts.gate_up_proj, self.experts.down_proj)
+
+
+def test_a_layer_that_is_one_kernel_is_named_and_left_alone(caplog):
+    """Nothing selects where it can be seen: the report names the routers, a compile warns, strict raises."""
+    model = build("qwen3_moe")
+    plain = logits(model)
+    for layer in model.model.layers:
+        layer.mlp = KernelLayer(layer.mlp)
+    torch.testing.assert_close(logits(model), plain)
+    report = sere_compile.explain(model, input_ids=IDS, use_cache=False)
+    assert not report.gates
+    assert "model.layers.0.mlp.gate.weight, model.layers.1.mlp.gate.weight), and no top-k of PyTorch" in report.hint
+    assert "use_kernels=True" in str(report)
+    found, _ = re_routed(model)
+    assert torch.equal(found, logits(model))
+    assert "sere found no MoE gate in the compiled code: it runs unchanged" in caplog.text
+    torch._dynamo.reset()
+    strict = torch.compile(model, backend="sere", options={"strict": True, "inner": "eager"})
+    with pytest.raises(BackendCompilerFailed, match="GateNotFoundError: sere found no MoE gate"):
+        logits(strict)

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
+from click.testing import CliRunner
 
 from sere_compile import ModelNotFoundError
+from sere_compile.cli import main
+from sere_compile.integrations import transformers
 from sere_compile.integrations.transformers import SHIPPED, cache_argument, load_causal_lm
 
 from ..tiny_models import mixtral
@@ -61,6 +65,22 @@ def test_a_damaged_checkpoint_is_an_error_of_ours(tmp_path, damage, what, told):
     with pytest.raises(ModelNotFoundError, match=rf"(?s)^no {what} could be loaded from '{folder}': {told}") as caught:
         load_causal_lm(str(folder))
     assert type(caught.value.__cause__).__name__ == told.partition(":")[0]
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, lambda kind: CliRunner().invoke(main, ["demo", "--model", kind])])
+def test_a_model_that_only_a_clone_has(tmp_path, monkeypatch, load):
+    """A wheel holds one; asked for another, by name, the error says where it is."""
+    shutil.copytree(SHIPPED / "qwen3", tmp_path / "qwen3")
+    monkeypatch.setattr(transformers, "SHIPPED", tmp_path)
+    told = r"'upcycled' is not in the installed package, which holds 'qwen3' alone: .* sere_compile/models/upcycled"
+    if load is load_causal_lm:
+        assert load("qwen3")[0].config.num_experts == 32
+        with pytest.raises(ModelNotFoundError, match=told):
+            load("upcycled")
+    else:
+        done = load("upcycled")
+        assert done.exit_code == 1
+        assert re.search(told, done.output)
 
 
 def test_what_is_no_checkpoint(tmp_path):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from sere_compile import SimilarityProfile, calibrate
-from sere_compile.commands.demo import SHIPPED
+from sere_compile.integrations.transformers import SHIPPED
 
 VOCABULARY = 128
 # vLLM's CPU kernels want heads of 32 and widths that 32 divides.

@@ -1,0 +1,168 @@
+"""`sere::expert_mlp` on a CPU: C++ compiled at first use (`cpu.cpp`), or a matmul per active expert without a compiler.
+
+Which calls these take, and their launch. Both visit active experts only. Inductor would inline ATen: hence an operator
+of its own, `sere::expert_mlp_cpu`, that Inductor calls.
+"""
+
+import ctypes
+import functools
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .reference import activate, gate_width
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# In the order of `Activation` in cpu.cpp.
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "gpt_oss")
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of cpu.cpp."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("expert", "output", "input"))]
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of cpu.cpp."""
+
+    _fields_ = [
+        ("hidden", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("hidden_row", "hidden_column")),
+        *((name, ctypes.c_void_p) for name in ("ids", "slot_weights")),
+        *((name, _Matrix) for name in ("gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("gate_up_bias", "down_bias", "out")),
+        *((name, ctypes.c_int64) for name in ("tokens", "slots", "experts", "width", "inner")),
+        *((name, ctypes.c_int32) for name in ("activation", "gated", "interleaved", "threads")),
+    ]
+
+
+def takes(hidden: Tensor, has_scales: bool) -> bool:
+    """Whether a call, real or fake, is one for `sere::expert_mlp_cpu`.
+
+    Not while AOTInductor traces: its packages run without Python.
+    """
+    module = sys.modules.get("torch._inductor.virtualized")
+    ahead = module is not None and module.V.aot_compilation is True
+    return hidden.device.type == "cpu" and not has_scales and not ahead
+
+
+def launch_cpu(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    transposed: bool,
+) -> Tensor:
+    """`sere::expert_mlp` without scales, on checked arguments."""
+    if transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    call = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved)
+    kernel = library() if _can_run(hidden, gate_up, down, gate_up_bias, down_bias) else None
+    return by_expert(*call) if kernel is None else _launch(kernel, *call)
+
+
+def _can_run(hidden: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> bool:
+    """Whether cpu.cpp reads these tensors where they are."""
+    sizes_of_one = all(1 in (weight.stride(1), weight.stride(2)) for weight in (gate_up, down))
+    return sizes_of_one and all(b is None or b.dtype == hidden.dtype for b in biases)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """cpu.cpp, compiled by the compiler and into the cache that Inductor uses; None, after a warning, where that fails.
+
+    OpenMP's threads are those of torch, which has loaded the same library.
+    """
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        found = CppCodeCache.load((Path(__file__).parent / "cpu.cpp").read_text(encoding="utf-8"))
+        found.sere_expert_mlp.argtypes = [ctypes.POINTER(_Layer), ctypes.c_int]
+        found.sere_expert_mlp.restype = ctypes.c_int
+        return found
+    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+        logger.warning(
+            "sere::expert_mlp: cpu.cpp cannot be used, so that each active expert is a few calls of torch, which is "
+            "slower; with a C++ compiler that Inductor finds (g++, or $CXX) it is: %s",
+            error,
+        )
+        return None
+
+
+def _launch(
+    kernel: ctypes.CDLL,
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+) -> Tensor:
+    """Weights are [E, N, M], N outputs, with a step of 1 along one of the last two dimensions."""
+    out = torch.empty(hidden.shape, dtype=hidden.dtype)
+    ids, weights = topk_ids.long().contiguous(), topk_weights.float().contiguous()
+    biases = [None if bias is None else bias.contiguous() for bias in (gate_up_bias, down_bias)]
+    layer = _Layer(
+        hidden=hidden.data_ptr(), hidden_row=hidden.stride(0), hidden_column=hidden.stride(1), ids=ids.data_ptr(),
+        slot_weights=weights.data_ptr(), gate_up=_matrix(gate_up), down=_matrix(down),
+        gate_up_bias=_address(biases[0]), down_bias=_address(biases[1]), out=out.data_ptr(),
+        tokens=hidden.shape[0], slots=ids.shape[1], experts=down.shape[0], width=hidden.shape[1], inner=down.shape[2],
+        activation=_ACTIVATIONS.index(activation.removesuffix("_glu")), gated=gate_width(activation) == 2,
+        interleaved=interleaved and gate_width(activation) == 2, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if kernel.sere_expert_mlp(ctypes.byref(layer), _DTYPES[hidden.dtype]):
+        raise MemoryError(f"sere::expert_mlp: no memory for {ids.numel()} slots of {hidden.shape[1]} columns")
+    return out
+
+
+def _matrix(weight: Tensor) -> _Matrix:
+    return _Matrix(weight.data_ptr(), *weight.stride())
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def by_expert(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+) -> Tensor:
+    """The same in calls of torch: the rows of one active expert after the other; weights are [E, N, M], N outputs."""
+    total = torch.zeros(hidden.shape, dtype=torch.float32)
+    experts = torch.unique(topk_ids)
+    for expert in experts[(experts >= 0) & (experts < down.shape[0])].tolist():
+        named = topk_ids == expert
+        tokens = named.any(1).nonzero()[:, 0]
+        weights = torch.where(named, topk_weights.float(), 0.0).sum(1)[tokens, None]
+        x = _linear(hidden[tokens], gate_up[expert], gate_up_bias, expert)
+        x = _linear(activate(x, activation, interleaved).to(hidden.dtype), down[expert], down_bias, expert)
+        total.index_add_(0, tokens, x * weights)
+    return total.to(hidden.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    """Rows [R, M] through the weight [N, M] of an expert: fp32 [R, N]."""
+    out = torch.mm(x, weight.t()).float()
+    return out if bias is None else out + bias[expert].float()
