@@ -72,9 +72,8 @@ def _argument(node: Node, position: int, name: str) -> Any:
 
 def _is_one_token(node: Node) -> bool:
     """Whether it attends from queries [B, H, 1, D]."""
-    query = _argument(node, 0, "query")
-    sizes = nodes.shape(query) if isinstance(query, Node) else None
-    return sizes is not None and len(sizes) == 4 and _equal(sizes[2], 1) and isinstance(sizes[1], int)
+    sizes = _sizes(_argument(node, 0, "query"))
+    return len(sizes) == 4 and _equal(sizes[2], 1) and isinstance(sizes[1], int)
 
 
 def _source(copy: Any) -> tuple[Node, int] | None:
@@ -82,33 +81,37 @@ def _source(copy: Any) -> tuple[Node, int] | None:
 
     Views keep the order of the numbers. So sizes tell what they did.
     """
-    view = _without_copies(copy) if isinstance(copy, Node) else None
-    if view is None or len(nodes.shape(view) or ()) != 4:
-        return None
-    if nodes.kind(view) == "repeat_interleave":
+    view = _without_copies(copy if isinstance(copy, Node) else None)
+    if view is not None and nodes.kind(view) == "repeat_interleave":
         return _source_of_repeated(view)
-    expanded = _without_copies(nodes.operand(view)) if nodes.kind(view) == "view" else None
-    if expanded is None or nodes.kind(expanded) != "expand":
+    expanded = _without_copies(_operand(view, ("view",)))
+    inserted = _operand(expanded, ("expand",))
+    keys = _operand(inserted, ("unsqueeze", "view"))
+    sizes = [_sizes(node) for node in (keys, inserted, expanded, view)]
+    if keys is None or [len(found) for found in sizes] != [4, 5, 5, 4]:
         return None
-    inserted = nodes.operand(expanded)
-    keys = nodes.operand(inserted) if inserted is not None and nodes.kind(inserted) in ("unsqueeze", "view") else None
-    shapes = [nodes.shape(node) if node is not None else None for node in (keys, inserted, expanded, view)]
-    if keys is None or any(sizes is None for sizes in shapes) or len(shapes[0] or ()) != 4:
-        return None
-    batch, heads, *rest = shapes[0]  # type: ignore[misc]
-    copies = shapes[2][2] if len(shapes[2]) == 5 else None  # type: ignore[arg-type, index]
-    if not isinstance(copies, int) or not isinstance(heads, int):
+    (batch, heads, *rest), copies = sizes[0], sizes[2][2]
+    if not (isinstance(copies, int) and isinstance(heads, int)):
         return None
     expected = [(batch, heads, 1, *rest), (batch, heads, copies, *rest), (batch, heads * copies, *rest)]
-    alike = all(_equal_sizes(found, sizes) for found, sizes in zip(shapes[1:], expected, strict=True))
+    alike = all(_equal_sizes(found, wanted) for found, wanted in zip(sizes[1:], expected, strict=True))
     return (keys, copies) if alike and copies > 1 else None
 
 
 def _source_of_repeated(node: Node) -> tuple[Node, int] | None:
-    keys, copies = nodes.operand(node), _argument(node, 1, "repeats")
-    repeats_heads = _argument(node, 2, "dim") in (1, -3) and isinstance(copies, int) and copies > 1
-    known = keys is not None and len(nodes.shape(keys) or ()) == 4
-    return (keys, copies) if keys is not None and known and repeats_heads else None
+    keys, copies, dim = nodes.operand(node), _argument(node, 1, "repeats"), _argument(node, 2, "dim")
+    if len(_sizes(keys)) != 4 or dim not in (1, -3) or not isinstance(copies, int):
+        return None
+    return (keys, copies) if keys is not None and copies > 1 else None
+
+
+def _operand(node: Node | None, kinds: tuple[str, ...]) -> Node | None:
+    """What a node of one of these kinds works on."""
+    return nodes.operand(node) if node is not None and nodes.kind(node) in kinds else None
+
+
+def _sizes(node: Node | None) -> tuple[Any, ...]:
+    return (nodes.shape(node) or ()) if node is not None else ()
 
 
 def _without_copies(node: Node | None) -> Node | None:
@@ -133,10 +136,10 @@ def _refusal(node: Node, key: tuple[Node, int], value: tuple[Node, int]) -> str:
         if found is not None and (isinstance(found, Node) or found != neutral):
             return f"{name} is {found}"
     query, mask = _argument(node, 0, "query"), _argument(node, 3, "attn_mask")
-    if not _equal((nodes.shape(query) or ())[1], (nodes.shape(key[0]) or (0, 0))[1] * key[1]):
+    if not _equal(_sizes(query)[1], _sizes(key[0])[1] * key[1]):
         return "its queries have other heads than its keys"
     if isinstance(mask, Node) and not _serves_rows(mask):
-        return f"its mask {tuple(nodes.shape(mask) or ())} differs from head to head"
+        return f"its mask {_sizes(mask)} differs from head to head"
     for source, position, name in ((key[0], 1, "key"), (value[0], 2, "value")):
         if _is_written(source, _argument(node, position, name), node):
             return f"what it holds as {name} is changed after it was copied"
@@ -165,7 +168,7 @@ def _leads_to(node: Node, end: Node) -> bool:
 def _pack(node: Node, key: Node, value: Node, copies: int) -> Node:
     """Put attention over the keys in the place of a call, and drop the copies that nothing else reads."""
     query, mask = _argument(node, 0, "query"), _argument(node, 3, "attn_mask")
-    heads = nodes.shape(key)[1]  # type: ignore[index]
+    heads = _sizes(key)[1]
     scale = _argument(node, 6, "scale")
     graph = node.graph
     with graph.inserting_before(node):

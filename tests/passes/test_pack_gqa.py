@@ -1,11 +1,13 @@
 """Attention of one token over copied keys and values reads the keys and values; everything else stays."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from sere_compile.passes import pack_gqa
+from sere_compile.passes import PackedAttention, pack_gqa
 from sere_compile.passes.graph.nodes import kind
 
 HEADS, GROUPS, WIDTH, LENGTH, BATCH = 8, 2, 4, 6, 3
@@ -24,6 +26,15 @@ def unsqueezed(x):
 
 def interleaved(x):
     return x.repeat_interleave(COPIES, dim=1)
+
+
+def counted_from_behind(x):
+    return torch.repeat_interleave(x, COPIES, -3)
+
+
+def along(x):
+    """Each key several times, for the same head."""
+    return x.repeat_interleave(COPIES, dim=2)
 
 
 def across(x):
@@ -82,7 +93,7 @@ def packed(model, inputs, **how):
 
 
 @pytest.mark.parametrize("tracer", ["dynamo", "export"])
-@pytest.mark.parametrize("copied", [repeated, unsqueezed, interleaved])
+@pytest.mark.parametrize("copied", [repeated, unsqueezed, interleaved, counted_from_behind])
 def test_every_way_to_copy_heads(copied, tracer):
     done, kinds = packed(Attention(copied), given(), tracer=tracer)
     assert len(done.packed) == 1
@@ -135,6 +146,7 @@ def test_what_rows_cannot_stand_for_is_refused(options, mask, reason):
         (Attention(repeated, interleaved), given()),  # both right: the control of the next
         (Attention(repeated, across), given()),
         (Attention(lambda x: x), given(groups=HEADS)),  # a head each
+        (Attention(along), given(groups=HEADS, mask=None)),
     ],
 )
 def test_only_copies_per_head_are_left_out(model, inputs):
@@ -142,16 +154,22 @@ def test_only_copies_per_head_are_left_out(model, inputs):
     assert bool(done.packed) == (model.value_copied is interleaved)
 
 
-def test_one_key_head():
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("copied", [repeated, unsqueezed, interleaved])
+def test_other_numbers_of_heads(copied, groups, monkeypatch):
     """Sizes of one leave no doubt about what a view did."""
-    global COPIES
-    try:
-        COPIES = HEADS
-        for copied in (repeated, unsqueezed, interleaved):
-            done, _ = packed(Attention(copied), given(groups=1))
-            assert len(done.packed) == 1
-    finally:
-        COPIES = HEADS // GROUPS
+    monkeypatch.setattr(sys.modules[__name__], "COPIES", HEADS // groups)
+    done, _ = packed(Attention(copied), given(groups=groups))
+    assert len(done.packed) == 1
+
+
+def test_without_sizes_nothing_is_known():
+    """torch.fx.symbolic_trace records none."""
+    graph = torch.fx.symbolic_trace(Attention(unsqueezed))
+    before = graph.code
+    assert pack_gqa(graph.graph) == PackedAttention((), {})
+    graph.recompile()
+    assert graph.code == before
 
 
 class Written(nn.Module):
