@@ -58,6 +58,7 @@ class Results:
         routing: where ids come from.
         notes: what a reader of the figures has to know, such as gates whose experts could not be fused.
         failures: what was asked for but could not be measured, and why.
+        gates: E and K of each Mixture-of-Experts layer.
     """
 
     subject: str
@@ -67,6 +68,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    gates: list[list[int]] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:

@@ -38,6 +38,7 @@ def begin(subject: Subject) -> Results:
     on_gpu = torch.cuda.is_available()
     machine = f"{machine_name()}, torch {torch.__version__}" + (f", triton {triton.__version__}" if on_gpu else "")
     results = Results(subject.name, machine, copy_bandwidth(), subject.routing)
+    results.gates = [[block.experts, block.top_k] for block in subject.blocks]
     experts, cache = max(block.experts * block.expert_bytes for block in subject.blocks), cache_bytes()
     if experts < cache:
         level = "L2" if on_gpu else "last-level"

@@ -113,6 +113,10 @@ per_gate_option = click.option(
     "--per-gate", type=per_gate_options, default="{}", help="JSON: {pattern: {option: value}}."
 )
 
+speed_option = click.option(
+    "--speed", type=click.Path(exists=True, dir_okay=False), help="Expect times as in this .json of sere bench."
+)
+
 _ROUTING_OPTIONS = [
     click.option("--select-top-k", type=count_or_auto, help="S, or auto; min(2, K-1) by default."),
     click.option("--max-active", type=int, help="With --select-top-k auto: a gate's budget of primary experts."),

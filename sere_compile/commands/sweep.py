@@ -9,18 +9,18 @@ from typing import Any
 import click
 import torch
 
+from ..benchmark.expected_speed import StepTimes
 from ..config import SUBSTITUTIONS, SereConfig
 from ..errors import SereError
 from ..evaluation.pareto_plot import plot_sweep
+from ..evaluation.recommendation import least_losing, recommend, say_least_losing, undecided
 from ..evaluation.sweep import (
     GateSettings,
     SweepRow,
     format_table,
-    recommend,
     settings,
     spend_budget,
     sweep,
-    undecided,
     write_csv,
 )
 from ..similarity.attach import attach
@@ -34,6 +34,7 @@ from .options import (
     names_of,
     number_or_share,
     per_gate_option,
+    speed_option,
 )
 from .output_file import OutputFile, Picture
 
@@ -59,26 +60,33 @@ from .output_file import OutputFile, Picture
 @click.option("--budget", type=float, default=1.0, show_default=True, help="Allowed growth of perplexity, in percent.")
 @click.option("--csv", "csv_path", type=OutputFile(), help="File for the table.")
 @click.option("--plot", "plot_path", type=Picture(), help="File for the Pareto plot.")
+@speed_option
 @click.option("--per-layer", is_flag=True, help="Spend the budget gate by gate, at the first batch size.")
 def sweep_command(
     name: str, data: tuple[str, ...], field: str, length: int, sequences: int, dtype: str, profile: str,
     select_top_k: list[int], max_active: list[int], threshold: list[float | str], substitution: str,
     min_active: int | None, per_gate: Any, batch: list[int], budget: float,
-    csv_path: str | None, plot_path: str | None, per_layer: bool,
+    csv_path: str | None, plot_path: str | None, speed: str | None, per_layer: bool,
 ) -> None:  # fmt: skip
     """S x threshold x substitution x batch as a table, and the setting that a quality budget allows.
 
-    A setting is recommended if its perplexity is within the budget with 95 % confidence. With --per-layer, options are
-    printed as JSON on standard output, and all else on standard error.
+    A setting is recommended if its perplexity is within the budget with 95 % confidence: the one with the fewest active
+    experts, which is the fastest, and of those with about as few the one that loses least. With --speed, each has the
+    time of a decode step that the measurements of sere bench let expect. With --per-layer, options are printed as JSON
+    on standard output, and all else on standard error.
 
     \b
     sere sweep --model qwen3 --data text.jsonl --profile profile.safetensors --select-top-k 1,2,3 --budget 1
+    sere bench --model qwen3 --what decode --batch 16 --select-top-k K,2,1 --json bench.json
+    sere sweep --model qwen3 --data text.jsonl --profile profile.safetensors --batch 16 --substitution all \\
+        --speed bench.json
     """  # noqa: D301
     several = {"both": ("reroute", "projection"), "all": SUBSTITUTIONS}
     substitutions = several.get(substitution, (substitution,))
-    if per_layer and (len(threshold) > 1 or len(substitutions) > 1 or max_active or csv_path or plot_path):
+    if per_layer and (len(threshold) > 1 or len(substitutions) > 1 or max_active or csv_path or plot_path or speed):
         raise click.UsageError(
-            "--per-layer takes one --threshold and one --substitution, and neither --max-active, --csv nor --plot"
+            "--per-layer takes one --threshold and one --substitution, and neither --max-active, --csv, --plot nor "
+            "--speed"
         )
     if not select_top_k and (per_layer or not max_active):
         raise click.UsageError("--select-top-k is empty" + ("" if per_layer else ", and so is --max-active"))
@@ -87,16 +95,22 @@ def sweep_command(
     try:
         config = SereConfig(min_active=min_active, per_gate=per_gate)
         configs = settings(select_top_k, max_active, threshold, substitutions, config)
+        times = None if speed is None else StepTimes.read(speed, batch)
         matrices = SimilarityProfile.load(profile)
         model, _, tokens = load_subject(name, data, field, length, sequences, dtype)
         attach(model, matrices)  # raises if it does not fit the model
+        if times is not None:
+            times.check(model)
         if per_layer:
             config = config.replace(threshold=threshold[0], substitution=substitution)
             _per_layer(model, matrices, tokens, select_top_k, batch[0], budget, config)
             return
         names = names_of(name, data, sequences, length)
         rows = [row.named(**names) for row in sweep(model, tokens, matrices, configs, batch, progress=True)]
+        rows = rows if times is None else [times.of(row) for row in rows]
         click.echo(format_table(rows))
+        for line in [] if times is None else times.said(name, rows):
+            click.echo(line)
         _recommend(rows, budget)
         if csv_path is not None:
             write_csv(rows, csv_path)
@@ -112,10 +126,11 @@ def _recommend(rows: list[SweepRow], budget: float) -> None:
         if row is None:
             click.echo(f"decode batch {size}: no setting is shown to stay within {budget:g} % perplexity")
         else:
+            speed = f", expected {row.speed}" if row.speed else ""
             click.echo(
                 f"decode batch {size}: options={row.options} for at most {budget:g} % perplexity "
                 f"({row.perplexity_change:+.2%}, with 95 % confidence below {row.upper_bound:+.2%}, active experts "
-                f"{row.active_before:.1f} -> {row.active_after:.1f})"
+                f"{row.active_before:.1f} -> {row.active_after:.1f}{speed})"
             )
         if size in open_ones:
             better, needed = open_ones[size]
@@ -125,6 +140,9 @@ def _recommend(rows: list[SweepRow], budget: float) -> None:
                 f"{noise} on {better.decode_batches} decoding batches, active experts {better.active_after:.1f}: about "
                 f"--sequences {needed} would decide"
             )
+    for size, pairs in least_losing(rows).items():
+        if pairs:
+            click.echo(f"decode batch {size}, least lost by {say_least_losing(pairs)}")
 
 
 def _per_layer(

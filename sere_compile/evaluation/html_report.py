@@ -13,10 +13,16 @@ from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
 from .charts import chart_html, loss_chart, plotly_javascript, similarity_chart
 from .heat_maps import GateSimilarity
-from .sweep import SweepRow, recommend, undecided
+from .recommendation import least_losing, recommend, say_least_losing, undecided
+from .sweep import SweepRow
 
 # Nothing is fetched, whatever a browser or the library for charts would like to.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_BY_BYTES = (
+    "Expected is what a decode step gains whose time follows the bytes of weights that it reads: all but the experts, "
+    "and the active experts. Attention's cache is not counted. Not measured: sere bench --json does, and sere report "
+    "--speed reads it"
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; max-height: 32rem }
@@ -40,6 +46,7 @@ class Contents:
         budget: growth of perplexity that is allowed, 0.01 for one percent.
         speedup: expected for a row, or None where that is not known for this model.
         made_by: versions, in words.
+        speed_source: lines that say what a measured expectation comes from; none where it follows from bytes alone.
     """
 
     model: str
@@ -51,6 +58,7 @@ class Contents:
     budget: float
     speedup: Callable[[SweepRow], float] | None
     made_by: str
+    speed_source: Sequence[str] = ()
 
 
 def write_report(contents: Contents, path: str | Path) -> None:
@@ -97,8 +105,9 @@ def _recommended(contents: Contents) -> list[str]:
     parts = [
         "<h2>Recommended</h2>",
         _paragraph(
-            "For each decode batch, the setting with the fewest active experts whose perplexity is, with 95 % "
-            f"confidence, at most {budget} above the original's."
+            "For each decode batch, the setting with the fewest active experts, which is the fastest, whose perplexity "
+            f"is, with 95 % confidence, at most {budget} above the original's; of those with about as few the one that "
+            "loses least."
         ),
     ]
     open_ones = undecided(contents.rows, contents.budget)
@@ -119,7 +128,8 @@ def _recommended(contents: Contents) -> list[str]:
                     "sequences would decide."
                 )
             )
-    return parts
+    least = {batch: say_least_losing(pairs) for batch, pairs in least_losing(contents.rows).items() if pairs}
+    return parts + [_paragraph(f"Decode batch {batch}, least lost by {text}.") for batch, text in least.items()]
 
 
 def _losses(contents: Contents) -> list[str]:
@@ -138,12 +148,7 @@ def _losses(contents: Contents) -> list[str]:
     if speedup is None:
         parts.append(_paragraph("Not known: this model's experts are not stacked weights beside a router."))
     else:
-        parts.append(
-            _paragraph(
-                "Expected is what a decode step gains whose time follows the bytes of weights that it reads: all but "
-                "the experts, and the active experts. Attention's cache is not counted. Not measured: sere bench does."
-            )
-        )
+        parts += [_paragraph(f"{line[:1].upper()}{line[1:]}.") for line in contents.speed_source or [_BY_BYTES]]
         parts.append(chart_html(loss_chart(rows, speedup, "expected speed-up of a decode step", hover), "loss-speed"))
     heads = ["decode batch", "rule", "S", "rho", "perplexity", "change"]
     heads += ["KL", "top-1 same", "active experts", "expected speed"]
@@ -158,7 +163,7 @@ def _losses(contents: Contents) -> list[str]:
             f"{row.kl:.4f}",
             f"{row.top1_agreement:.1%}",
             f"{row.active_before:.1f} → {row.active_after:.1f}",
-            "" if speedup is None else f"{speedup(row):.2f}x",
+            row.speed or ("" if speedup is None else f"{speedup(row):.2f}x"),
         ]
         for row in rows
     ]
@@ -172,7 +177,9 @@ def _detail(row: SweepRow, contents: Contents, separator: str) -> str:
         f"KL {row.kl:.4f}, top-1 same {row.top1_agreement:.1%}",
         f"active experts {row.active_before:.1f} → {row.active_after:.1f}",
     ]
-    if contents.speedup is not None:
+    if row.speed:
+        parts.append(f"expected {row.speed}")
+    elif contents.speedup is not None:
         parts.append(f"expected speed-up {contents.speedup(row):.2f}x")
     return separator.join(parts)
 

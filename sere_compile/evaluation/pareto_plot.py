@@ -11,14 +11,12 @@ from typing import Any
 
 from ..extras import require
 from .pictures import new_figure, save
-from .sweep import SweepRow
+from .sweep import SLACK, SweepRow
 
 COLUMNS = 3
 LIST_WIDTH = 76
 MARKERS = "os^DvPX*<>"
 PALE = 0.3
-# Active experts that differ by less than this share count as equal: rules keep the same number but for chance.
-SLACK = 0.02
 # Growth of perplexity in percent: above it the axis is logarithmic beyond 1 %, so that small losses can be told apart.
 MOST_LINEAR = 20.0
 
@@ -34,7 +32,8 @@ class Look:
 def plot_sweep(rows: Iterable[SweepRow], path: str | Path) -> None:
     """Growth of perplexity with its standard error against active experts: a panel for each decode batch.
 
-    Settings that another one beats in both are pale; a line joins the others, which have numbers and are listed.
+    Settings that another one beats in both are pale; a line joins the others, which have numbers and are listed. Where
+    expected times are known, a second axis has them above the experts that they grow with.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -123,13 +122,37 @@ def _panel(axis: Any, rows: Sequence[SweepRow], look: Look) -> None:
     axis.margins(0.15)
     axis.set_title(f"decode batch {rows[0].decode_batch} ({rows[0].active_before:.1f} active without)", fontsize=9)
     axis.set_xlabel("active experts per layer", fontsize=8)
+    _time_axis(axis, rows)
     axis.annotate(_listed(front), (0, 0), (0, -34), "axes fraction", "offset points", fontsize=7, va="top")
     axis.tick_params(labelsize=7, labelleft=True)
 
 
+def _time_axis(axis: Any, rows: Sequence[SweepRow]) -> None:
+    """Above active experts, what a step is expected to take and gains: a line that every row of a batch lies on."""
+    row = max(rows, key=lambda row: row.active_before - row.active_after)
+    if row.step_ms is None or row.speedup is None or row.speedup <= 1:
+        return  # times are not known, or equal
+    before = row.step_ms * row.speedup
+    per_expert = (before - row.step_ms) / (row.active_before - row.active_after)
+
+    def time(active: Any) -> Any:
+        return before + per_expert * (active - row.active_before)
+
+    def active(milliseconds: Any) -> Any:
+        return row.active_before + (milliseconds - before) / per_expert
+
+    above = axis.secondary_xaxis("top", functions=(time, active))
+    above.xaxis.set_major_formatter(lambda ms, _: f"{ms:g}\n{before / ms:.2f}x" if ms > 0 else "")
+    above.set_xlabel("expected ms per step; times as fast as without re-routing", fontsize=8)
+    above.tick_params(labelsize=7)
+
+
 def _listed(front: Sequence[SweepRow]) -> str:
     """The numbered settings, in lines that are no wider than a panel."""
-    lines = (f"{number}  {row.label}: {row.change}" for number, row in enumerate(front, start=1))
+    lines = (
+        f"{number}  {row.label}: {row.change}" + ("" if row.speedup is None else f", expected {row.speedup:.2f}x")
+        for number, row in enumerate(front, start=1)
+    )
     return "\n".join(textwrap.fill(line, LIST_WIDTH, subsequent_indent="     ") for line in lines)
 
 

@@ -20,8 +20,11 @@ from ..similarity.profile import SimilarityProfile
 from ..whole_file import whole_file
 from .configured import ConfiguredRule
 from .evaluate import evaluate_rules
-from .result import NORMAL, Evaluation, upper_bound
+from .result import Evaluation, upper_bound
 from .rules import RoutingBatch, Rule
+
+# Active experts that differ by less than this share count as equal: rules keep the same number but for chance.
+SLACK = 0.02
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class SweepRow:
         decode_batches: how many were measured; 0 in tables of earlier versions.
         model: its name, and
         data: the text, for titles; "" where nobody said.
+        step_ms: expected time of a decode step, in milliseconds, where `sere bench` measured what it follows from;
+        speedup: what that is over the expected time without re-routing, and
+        over_stock: over the fastest stock variant that was measured.
+        losses: mean loss of each decoding batch, in nats per token; not in the file.
     """
 
     rule: str
@@ -56,6 +63,10 @@ class SweepRow:
     decode_batches: int = 0
     model: str = ""
     data: str = ""
+    step_ms: float | None = None
+    speedup: float | None = None
+    over_stock: float | None = None
+    losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, config: SereConfig, result: Evaluation, rule: str | None = None, similarity: str = "") -> SweepRow:
@@ -75,6 +86,7 @@ class SweepRow:
             result.mean_active_before,
             result.mean_active_after,
             len(result.losses),
+            losses=result.losses,
         )
 
     def named(self, model: str, data: str) -> SweepRow:
@@ -102,15 +114,34 @@ class SweepRow:
     @property
     def label(self) -> str:
         """The setting in words, for a plot: S, rule, similarity if there is one, rho if there is one."""
-        size = f"auto, at most {self.max_active}" if self.max_active else f"S = {self.select_top_k}"
-        rho = "" if self.threshold == "0" else f"rho {self.threshold}"
-        return ", ".join(filter(None, [size, self.rule, self.similarity, rho]))
+        return ", ".join(filter(None, [self._size, self.rule, self.similarity, self._rho]))
+
+    @property
+    def setting(self) -> str:
+        """What rules share, in words: S, rho if there is one."""
+        return ", ".join(filter(None, [self._size, self._rho]))
+
+    @property
+    def _size(self) -> str:
+        return f"auto, at most {self.max_active}" if self.max_active else f"S = {self.select_top_k}"
+
+    @property
+    def _rho(self) -> str:
+        return "" if self.threshold == "0" else f"rho {self.threshold}"
 
     @property
     def change(self) -> str:
         """Growth of perplexity in percent, with its standard error where there is one."""
         noise = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.2%}"
         return f"{self.perplexity_change:+.2%}{noise}"
+
+    @property
+    def speed(self) -> str:
+        """The expected time and what it gains, in words; "" where it is not known."""
+        if self.step_ms is None:
+            return ""
+        stock = "" if self.over_stock is None else f", {self.over_stock:.2f}x over stock"
+        return f"{self.step_ms:.3g} ms per step, {self.speedup:.2f}x over no re-routing{stock}"
 
 
 def settings(
@@ -165,48 +196,6 @@ def sweep(
         for config, result in results.items():
             rows.append(SweepRow.of(config, result, similarity="" if config.substitution == "fill" else measured))
     return rows
-
-
-def recommend(rows: Iterable[SweepRow], budget: float) -> dict[int, SweepRow | None]:
-    """For each decode batch, the setting with the fewest active experts that is within a budget, error included.
-
-    Args:
-        rows: of a sweep.
-        budget: growth of perplexity, 0.01 for one percent, that `upper_bound` has to keep to.
-    """
-    best: dict[int, SweepRow | None] = {}
-    for row in rows:
-        current = best.setdefault(row.decode_batch, None)
-        fits = row.upper_bound <= budget
-        if fits and (current is None or row.active_after < current.active_after):
-            best[row.decode_batch] = row
-    return best
-
-
-def undecided(rows: Iterable[SweepRow], budget: float) -> dict[int, tuple[SweepRow, int]]:
-    """For each decode batch, a better setting that more data could show to be within a budget, and how many sequences.
-
-    That is the one with the fewest active experts of those that were measured within the budget, if the error keeps it
-    from being recommended. The number is what its bound needs if mean and spread stay; at least twice the data.
-    """
-    rows = list(rows)
-    within = [row for row in rows if row.perplexity_change < budget < math.inf]
-    found: dict[int, tuple[SweepRow, int]] = {}
-    for size, chosen in recommend(rows, budget).items():
-        better = min((row for row in within if row.decode_batch == size), key=lambda r: r.active_after, default=None)
-        if better is not None and (chosen is None or better.active_after < chosen.active_after):
-            found[size] = (better, _sequences_needed(better, budget))
-    return found
-
-
-def _sequences_needed(row: SweepRow, budget: float) -> int:
-    """How many sequences bring the bound of a setting within a budget, rounded up to whole decoding batches."""
-    given = max(row.decode_batches, 1)
-    if math.isnan(row.standard_error):
-        return 8 * row.decode_batch
-    spread = row.standard_error * given**0.5
-    needed = math.ceil((NORMAL * spread / (budget - row.perplexity_change)) ** 2)
-    return max(needed, 2 * given) * row.decode_batch
 
 
 @dataclass(frozen=True)
@@ -321,10 +310,14 @@ def whole_batches(tokens: torch.Tensor, decode_batch: int) -> torch.Tensor:
 
 
 # Columns that tables of earlier versions lack.
-_LATER = ("decode_batches", "model", "data")
+_LATER = ("decode_batches", "model", "data", "step_ms", "speedup", "over_stock")
+# By type of a column, what reads it.
+_READERS: dict[str, Callable[[str], Any]] = {
+    "str": str, "int": int, "float": float, "float | None": lambda text: float(text) if text else None
+}  # fmt: skip
 # Columns with what reads them.
-_COLUMNS: dict[str, Callable[[str], Any]] = {
-    column.name: {"str": str, "int": int, "float": float}[str(column.type)] for column in dataclasses.fields(SweepRow)
+_COLUMNS = {
+    column.name: _READERS[str(column.type)] for column in dataclasses.fields(SweepRow) if column.name != "losses"
 }
 
 
@@ -359,14 +352,31 @@ def read_csv(path: str | Path) -> list[SweepRow]:
 
 
 def format_table(rows: Sequence[SweepRow]) -> str:
-    """Rows as a table in Markdown; changes with their standard error, where there are enough batches for one."""
-    columns = "rule, similarity, S, threshold, decode batch, perplexity, change, KL, top-1 same, active experts"
-    lines = [f"| {columns.replace(', ', ' | ')} |", "| --- " * len(columns.split(", ")) + "|"]
-    for row in rows:
-        size = f"auto, {row.max_active} active" if row.max_active else row.select_top_k
-        lines.append(
-            f"| {row.rule} | {row.similarity} | {size} | {row.threshold} | {row.decode_batch} | {row.perplexity:.3f} | "
-            f"{row.change} | {row.kl:.4f} | {row.top1_agreement:.1%} | "
-            f"{row.active_before:.1f} -> {row.active_after:.1f} |"
-        )
+    """Rows as a table in Markdown; changes with their standard error, where there are enough batches for one.
+
+    Expected times and what they gain are in it where they are known.
+    """
+    columns = ["rule", "similarity", "S", "threshold", "decode batch", "perplexity", "change", "KL", "top-1 same"]
+    columns += ["active experts"]
+    timed = any(row.step_ms is not None for row in rows)
+    columns += ["expected ms per step", "over no re-routing", "over stock"] if timed else []
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    lines += ["| " + " | ".join(_cells(row, timed)) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _cells(row: SweepRow, timed: bool) -> list[str]:
+    cells = [
+        row.rule,
+        row.similarity,
+        f"auto, {row.max_active} active" if row.max_active else row.select_top_k,
+        row.threshold,
+        str(row.decode_batch),
+        f"{row.perplexity:.3f}",
+        row.change,
+        f"{row.kl:.4f}",
+        f"{row.top1_agreement:.1%}",
+        f"{row.active_before:.1f} -> {row.active_after:.1f}",
+    ]
+    speeds = ((row.step_ms, ".3g", ""), (row.speedup, ".2f", "x"), (row.over_stock, ".2f", "x"))
+    return cells + ["" if value is None else f"{value:{form}}{unit}" for value, form, unit in speeds if timed]

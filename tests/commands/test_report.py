@@ -8,11 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from sere_compile.cli import main
-from sere_compile.commands.report import expected_speedup
 
-from ..evaluation.rows import row
-from ..tiny_models import build
-from .checkpoint import sere
+from .checkpoint import measured, sere
 
 
 def test_a_page_of_a_checkpoint(checkpoint, tmp_path):
@@ -27,6 +24,19 @@ def test_a_page_of_a_checkpoint(checkpoint, tmp_path):
     assert "Text: text.jsonl, 8 x 6 tokens. Similarity: profile.safetensors." in page
     assert "2 found, 2 re-routed." in page
     assert 'id="loss-speed"' in page
+
+
+@pytest.mark.slow
+def test_a_page_with_measured_times(checkpoint, tmp_path):
+    """In the place of what bytes let expect, and with their source."""
+    pytest.importorskip("plotly")
+    out, bench = tmp_path / "report.html", measured(tmp_path / "bench.json", [4])
+    result = sere(checkpoint, "report", "-o", out, "--select-top-k", 1, "--batch", 4, "--speed", bench)
+    assert result.exit_code == 0, result.output
+    page = out.read_text(encoding="utf-8")
+    assert "Decode batch 4: 1 ms + 0.1 ms per active expert (measured with" in page
+    assert "Not measured" not in page
+    assert "ms per step, 1." in page
 
 
 @pytest.mark.slow
@@ -53,18 +63,3 @@ def test_a_missing_library_is_said_first(monkeypatch, tmp_path):
     result = CliRunner().invoke(main, ["report", "--model", "no/such", "--data", "x", "-o", str(tmp_path / "r.html")])
     assert result.exit_code == 1
     assert "a report needs plotly.offline: pip install 'sere-compile[report]'" in result.output
-
-
-def test_expected_speed_is_that_of_the_bytes_that_are_read():
-    """Half of the experts' bytes are a part of all; models whose experts are apart have none."""
-    model = build("qwen3_moe")
-    speedup = expected_speedup(model)
-    experts = sum(p.nbytes for n, p in model.named_parameters() if "experts" in n)
-    rest = sum(p.nbytes for n, p in model.named_parameters() if "experts" not in n)
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
-        rest -= model.get_input_embeddings().weight.nbytes
-    count = model.config.num_experts
-    made = row(4, count / 2, 0.0, active_before=float(count))
-    assert speedup(made) == pytest.approx((rest + experts) / (rest + experts / 2))
-    del model.model.layers
-    assert expected_speedup(model) is None

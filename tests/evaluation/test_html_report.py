@@ -6,6 +6,7 @@ import html
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,21 @@ def test_a_speed_that_is_not_known_is_not_drawn():
     assert "loss-speed" not in page
     assert "Not known: this model's experts are not stacked weights beside a router." in page
     assert 'id="loss-active"' in page
+
+
+def test_measured_times_are_shown_with_their_source():
+    timed = [replace(r, step_ms=2.0, speedup=1.25, over_stock=3.0) for r in ROWS]
+    page = shown(report_html(contents(rows=timed, speedup=lambda r: r.speedup, speed_source=["measured <here>"])))
+    assert "<p>Measured <here>.</p>" in page
+    assert "Not measured" not in page
+    assert "<td>2 ms per step, 1.25x over no re-routing, 3.00x over stock</td>" in page
+    assert "expected 2 ms per step, 1.25x" in page
+
+
+def test_the_rule_that_loses_least_is_named():
+    rows = [row(4, 5.0, 1.0, rule="fill", losses=(1.0, 2.0)), row(4, 5.0, 2.0, rule="drop", losses=(3.0, 1.0))]
+    page = shown(report_html(contents(rows=rows)))
+    assert "Decode batch 4, least lost by S = 1: fill (drop: within two standard errors)." in page
 
 
 def test_nothing_refers_to_the_network(page):

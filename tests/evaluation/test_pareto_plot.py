@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -106,6 +107,25 @@ def test_numbers_are_listed(drawn):
     ]
 
 
+def test_expected_times_stand_above_the_experts(drawn):
+    """A second axis: 1 ms and 0.5 ms per expert, 9 experts without re-routing."""
+    times = {"step_ms": 3.5, "speedup": 5.5 / 3.5}, {"step_ms": 4.5, "speedup": 5.5 / 4.5}
+    figure = drawn([row(4, 5.0, 0.02, **times[0]), row(4, 7.0, 0.01, **times[1])])
+    [axis] = figure.axes
+    [above] = axis.child_axes
+    low, high = axis.get_xlim()
+    assert above.get_xlim() == (pytest.approx(1 + low / 2), pytest.approx(1 + high / 2))
+    assert above.xaxis.get_major_formatter()(2.75, 0) == "2.75\n2.00x"
+    assert above.get_xlabel() == "expected ms per step; times as fast as without re-routing"
+    assert axis.texts[-1].get_text().splitlines()[0] == "1  S = 1, reroute: +2.00% ± 0.00%, expected 1.57x"
+
+
+def test_without_a_gain_of_time_there_is_no_second_axis(drawn):
+    [axis] = drawn([row(4, 5.0, 0.02, step_ms=3.0, speedup=1.0), row(4, 7.0, 0.01, step_ms=3.0, speedup=1.0)]).axes
+    assert axis.child_axes == []
+    assert drawn([row(4, 5.0, 0.02)]).axes[0].child_axes == []
+
+
 def test_title(drawn):
     """Model and text, where the table names them."""
     named = {"model": "some model", "data": "books.txt, 4 x 8 tokens"}
@@ -122,20 +142,30 @@ def test_large_losses_leave_room_for_small_ones(drawn):
     assert drawn([row(4, 5.0, 0.1), *rows[1:]]).axes[0].get_yscale() == "linear"
 
 
-def test_nothing_collides(drawn):
-    """Words overlap neither each other nor leave the picture: 3 panels, 12 rules, long names."""
-    rules = [f"recombine, primary, all substitutes, fill 0.75, restore 0.{number}" for number in range(12)]
+@pytest.mark.parametrize("timed", [False, True])
+def test_nothing_collides(drawn, timed):
+    """Words overlap neither each other nor leave the picture: 3 panels, 12 rules, long names, a second axis."""
+    rules = [
+        f"recombine, primary, all substitutes, fill 0.75, restore 0.{number}" for number in range(6 if timed else 12)
+    ]
     rows = [
         row(batch, 2.0 * s + 0.3 * n, (13 - n) * 0.1 / s, 0.01, rule=rule, select_top_k=str(s), similarity="inner")
         for batch in (4, 16, 64)
         for s in (1, 2)
         for n, rule in enumerate(rules)
     ]
+    if timed:
+        rows = [replace(r, step_ms=1 + r.active_after, speedup=10 / (1 + r.active_after)) for r in rows]
     figure = drawn(rows)
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
     words = [text for axis in figure.axes for text in [*axis.texts, axis.title, axis.xaxis.label]]
     words += [figure._suptitle, *figure.legends]
+    for above in (above for axis in figure.axes for above in axis.child_axes):
+        low, high = above.get_xlim()
+        ticks = zip(above.get_xticks(), above.get_xticklabels(), strict=True)
+        words += [above.xaxis.label, *(label for place, label in ticks if low <= place <= high)]
+    assert all(len(axis.child_axes) == timed for axis in figure.axes)
     boxes = [(word, word.get_window_extent(renderer)) for word in words]
     for index, (word, box) in enumerate(boxes):
         assert figure.bbox.contains(box.x0, box.y0), word

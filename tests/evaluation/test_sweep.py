@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from math import ceil, nan
 
 import pytest
 import torch
@@ -20,11 +19,9 @@ from sere_compile.evaluation.sweep import (
     SweepRow,
     format_table,
     read_csv,
-    recommend,
     settings,
     spend_budget,
     sweep,
-    undecided,
     whole_batches,
     write_csv,
 )
@@ -76,13 +73,6 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path, no_room, write):
     with no_room(), pytest.raises(OutputError, match=r"sweep.png could not be written: File too large"):
         write([row(4, 5.0, 0.02)], out)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"sweep.png": b"old"}
-
-
-def test_the_recommendation_is_the_fewest_experts_within_the_budget():
-    rows = [row(4, 5.0, 0.02), row(4, 6.0, 0.008), row(4, 7.0, 0.001), row(8, 5.0, 0.5)]
-    assert recommend(rows, 0.01) == {4: rows[1], 8: None}
-    assert recommend(rows[:1], 0.02) == {4: rows[0]}
-    assert recommend([rows[1], replace(rows[0], active_after=6.0)], 1.0) == {4: rows[1]}
 
 
 def result(perplexity, active, losses=()):
@@ -247,7 +237,8 @@ def test_a_budget_needs_values_of_s(monkeypatch):
 
 
 def test_a_file_gives_the_rows_back(tmp_path):
-    rows = [row(4, 5.0, 0.02), replace(row(8, 6.5, -0.01), rule="fill", threshold="q0.2", max_active="7")]
+    timed = {"step_ms": 1 / 3, "speedup": 1.5}
+    rows = [row(4, 5.0, 0.02), replace(row(8, 6.5, -0.01), rule="fill", threshold="q0.2", max_active="7", **timed)]
     write_csv(rows, tmp_path / "sweep.csv")
     assert read_csv(tmp_path / "sweep.csv") == rows
     write_csv([], tmp_path / "none.csv")
@@ -271,31 +262,16 @@ def test_a_table():
     assert second == "| reroute |  | auto, 7 active | 0 | 4 | 1.000 | +2.00% | 0.0000 | 100.0% | 9.0 -> 5.0 |"
 
 
-def test_the_recommendation_counts_its_error():
-    """A mean within the budget is no evidence, if its error is larger than what is left of the budget."""
-    lucky, safe = row(16, 3.0, 0.0074, error=0.0217, batches=4), row(16, 5.0, -0.0103, error=0.004, batches=4)
-    assert recommend([lucky, safe], 0.01) == {16: safe}
-    assert safe.upper_bound == pytest.approx(-0.0103 + 2.353 * 0.004)
-    # 1.645 times the spread over the root of the number of batches is to be what the budget leaves.
-    assert undecided([lucky, safe], 0.01) == {16: (lucky, 16 * ceil((1.6449 * 0.0434 / 0.0026) ** 2))}
-
-
-def test_one_batch_has_no_error_and_recommends_nothing():
-    alone = row(64, 3.0, 0.001, error=nan, batches=1)
-    assert recommend([alone], 0.01) == {64: None}
-    assert undecided([alone], 0.01) == {64: (alone, 8 * 64)}
-
-
 @pytest.mark.parametrize(("degrees", "expected"), [(1, 6.314), (5, 2.015), (11, 1.796), (30, 1.697), (10**6, 1.6449)])
 def test_quantiles_of_student(degrees, expected):
     assert student(degrees) == pytest.approx(expected, abs=0.01)
 
 
 def test_tables_of_earlier_versions_are_read(tmp_path):
-    """They say neither how many batches were measured, nor of which model and text."""
+    """They say neither how many batches were measured, nor of which model and text, nor what to expect of time."""
     path = tmp_path / "sweep.csv"
     write_csv([row(4, 5.0, 0.02)], path)
-    lines = [line.rsplit(",", 3)[0] for line in path.read_text().splitlines()]
+    lines = [line.rsplit(",", 6)[0] for line in path.read_text().splitlines()]
     path.write_text("\n".join(lines))
     assert read_csv(path) == [row(4, 5.0, 0.02, batches=0)]
 
@@ -305,3 +281,20 @@ def test_gates_that_are_left_alone_keep_their_k():
     done = GateSettings({"a": 1}, None, {"a": 4, "b": 4, "c": 2})
     assert done.options() == {"select_top_k": 4, "per_gate": {"c": {"select_top_k": 2}, "a": {"select_top_k": 1}}}
     assert GateSettings({"a": 1}, None, {"a": 4}).options()["select_top_k"] == 4
+
+
+def test_a_table_has_expected_times_where_some_are_known():
+    timed = row(4, 5.0, 0.02, step_ms=12.345, speedup=1.5, over_stock=2.0)
+    head, _, first, second = format_table([timed, replace(timed, over_stock=None)]).splitlines()
+    assert head.endswith("| active experts | expected ms per step | over no re-routing | over stock |")
+    assert first.endswith("| 9.0 -> 5.0 | 12.3 | 1.50x | 2.00x |")
+    assert second.endswith("| 9.0 -> 5.0 | 12.3 | 1.50x |  |")
+    assert timed.speed == "12.3 ms per step, 1.50x over no re-routing, 2.00x over stock"
+    assert row(4, 5.0, 0.02).speed == ""
+
+
+def test_rows_keep_the_losses_of_their_batches():
+    """Which differences between rules are measured by; equal settings stay equal rows."""
+    found = SweepRow.of(SereConfig(select_top_k=2), result(11.0, 4.0, (1.0, 2.0)))
+    assert found.losses == (1.0, 2.0)
+    assert found == replace(found, losses=())
