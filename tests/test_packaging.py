@@ -169,7 +169,7 @@ def test_arrows_point_one_way(folder, allowed):
 
 # Each may import those above it. What stands alone is one file of the top level, the others are folders.
 ORDER = [
-    *("errors", "extras", "report", "gate_stats", "testing", "whole_file", "config", "idle"),
+    *("errors", "extras", "report", "gate_stats", "testing", "whole_file", "config", "idle", "rewrite_mark"),
     *("experts", "similarity", "compiler"),
     *("backend", "rewrite", "capture", "explain"),
     *("calibration", "integrations", "statistics", "lowering", "evaluation", "benchmark"),
