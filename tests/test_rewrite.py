@@ -366,12 +366,10 @@ class _Indexed(nn.Module):
 
 
 class _Masked(_Indexed):
-    """Squares of picked scores: those of two slots at one expert cannot be added before they are squared."""
-
     def forward(self, x):
         scores = (x @ self.router.T).softmax(-1)
         values, ids = torch.topk(scores, 3)
-        gates = (scores * torch.zeros_like(scores).scatter(1, ids, 1.0)).square() / values.sum(-1, keepdim=True)
+        gates = scores * torch.zeros_like(scores).scatter(1, ids, 1.0) / values.sum(-1, keepdim=True)
         return torch.einsum("te,ehd,th->td", gates, self.experts, x)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,17 +42,6 @@ def activation_values(region: Region, draw: int, *, single: bool) -> dict[Node, 
         elif leaf.kind in ("hidden", "activation"):
             values[node] = _activation(node, leaf, draw, generator, single)
     return values
-
-
-def crowded(region: Region, values: Mapping[Node, Any]) -> dict[Node, Any]:
-    """The values of a draw with logits by which every token prefers the first expert."""
-    changed = dict(values)
-    for node, leaf in region.leaves.items():
-        if leaf.kind == "logits":
-            logits = changed[node].clone()
-            logits[..., 0] = logits.amax(-1) + 1
-            changed[node] = logits
-    return changed
 
 
 def redrawn(value: torch.Tensor, seed: int) -> torch.Tensor:

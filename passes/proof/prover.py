@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..gate import Gate, Skip, SkipReason, UseKind
+from ..gate import Skip, SkipReason, UseKind
 from ..graph import nodes
 from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .compare import distance
 from .expert_parameters import ExpertParameters, Told, Values
-from .made_up import activation_values, crowded, state_values
+from .made_up import activation_values, state_values
 from .region import Region
 from .sources import Sources, experts_meet_hidden
-from .ways import Got, Rewritten, Way, leads_to, picked_tables, rewrite_region, settings_of, with_proven_kinds
+from .ways import Got, Way, leads_to, rewrite_region, settings_of, with_proven_kinds
 
 # What an operation raises that does not take made-up values.
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
@@ -34,7 +34,6 @@ class Verdict:
     kinds: tuple[UseKind, ...] = ()
     merged: bool = False
     readers: tuple[int, ...] = ()
-    tables: tuple[tuple[int, int], ...] = ()  # (reader, table), by their places in the region's graph
     experts: tuple[int, ...] = ()
     refusal: str = ""
     reason: SkipReason = SkipReason.UNVERIFIED
@@ -80,7 +79,7 @@ class Prover:
             return Verdict(reason=SkipReason.NOTHING_WEIGHED)
         refusals: list[str] = []
         reason = SkipReason.UNVERIFIED
-        for way in self._ways(experts.tensors, sources):
+        for way in self._ways(experts.tensors):
             wrong = self._check(way, experts)
             if wrong is None:
                 return self._verdict(way, experts)
@@ -110,16 +109,15 @@ class Prover:
         return run_graph(graph, self._module, values, single=self._single)
 
     def _verdict(self, way: Way, experts: ExpertParameters) -> Verdict:
-        order, place = list(self._region.leaves), {node: i for i, node in enumerate(self._region.graph.nodes)}
+        order = list(self._region.leaves)
         return Verdict(
             tuple(use.kind for use in way.gate.uses),
             way.merged,
             tuple(self._region.readers.index(reader) for reader in way.readers),
-            tuple((place[reader], place[table]) for reader, table in way.tables),
             tuple(order.index(node) for node in experts.tensors),
         )
 
-    def _ways(self, experts: set[Node], sources: Sources) -> Iterator[Way]:
+    def _ways(self, experts: set[Node]) -> Iterator[Way]:
         """Ways to rewrite, the likeliest first."""
         gate = with_proven_kinds(self._region, experts)
         if not gate.dispatch_uses:
@@ -133,17 +131,6 @@ class Prover:
             if merged and len(inside) > 1:
                 for left_out in inside:
                     yield Way(gate, merged, tuple(reader for reader in inside if reader is not left_out))
-        if not self._merging:
-            yield from self._ways_with_tables(gate, sources)
-
-    def _ways_with_tables(self, gate: Gate, sources: Sources) -> Iterator[Way]:
-        """Weights move within a table; of several uses one may be what the weights are made of, and keeps the ids."""
-        dispatching = gate.dispatch_uses
-        for kept in (None, *(dispatching if len(dispatching) > 1 else ())):
-            uses = tuple(replace(use, kind=UseKind.LOOK_UP) if use is kept else use for use in gate.uses)
-            other = replace(gate, uses=uses)
-            if tables := picked_tables(self._region, other, sources):
-                yield Way(other, False, (), tables)
 
     def _check(self, way: Way, experts: ExpertParameters) -> str | Skip | None:
         """What is wrong with a way to rewrite, or None."""
@@ -167,21 +154,7 @@ class Prover:
                 return f"{name} and S = {settings.select_top_k} {wrong}"
             moved += int((new.mapping != torch.arange(len(new.mapping), device=new.mapping.device)).sum())
             tokens, number = tokens + new.tokens, number + 1
-        if not moved:
-            return "made-up scores chose the same experts throughout"
-        return self._check_crowded(rewritten, experts, unknown) if way.tables else None
-
-    def _check_crowded(
-        self, rewritten: Rewritten, experts: ExpertParameters, unknown: torch.Tensor | None
-    ) -> str | None:
-        """The same where one expert gets all slots: buffers with room for fewer overflow."""
-        values = crowded(self._region, self._drawn(0))
-        try:
-            new = rewritten.run(values, self._run_graph, RoutingSettings(1), 0, unknown)
-        except FAILURES as error:
-            return f"with all slots at one expert: {(str(error).splitlines() or [''])[0][:120]}"
-        wrong = self._differs(self._run(experts.swapped(values, new.mapping)), new, exact=False)
-        return None if wrong is None else f"with all slots at one expert {wrong}"
+        return None if moved else "made-up scores chose the same experts throughout"
 
     def _differs(self, expected: Values, got: Got, exact: bool) -> str | None:
         """At which end two runs are apart, and how far."""

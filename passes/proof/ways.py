@@ -15,7 +15,6 @@ from ..graph.arguments import update_operator_argument
 from ..graph.walk import walk
 from ..reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
 from .region import Region
-from .sources import Sources
 
 # Runs a graph on given values.
 RunGraph = Callable[[Graph, Mapping[Node, Any]], dict[Node, Any]]
@@ -26,19 +25,11 @@ _SIMILAR = 0.05  # at least, where an expert may go to another
 
 @dataclass(frozen=True)
 class Way:
-    """One way to rewrite a region.
-
-    Attributes:
-        gate: with the kinds of its uses.
-        merged: whether duplicates are merged.
-        readers: who reads new weights.
-        tables: (reader, table): where weights are picked out of a table [T, E] by a mask of the ids.
-    """
+    """One way to rewrite a region: the kinds of its uses, whether duplicates are merged, who reads new weights."""
 
     gate: Gate
     merged: bool
     readers: tuple[Node, ...]
-    tables: tuple[tuple[Node, Node], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,8 +107,7 @@ def rewrite_region(region: Region, way: Way) -> Rewritten | Skip:
     copies[region.graph.output_node()] = graph.output(output)
     gate = _moved(way.gate, copies)
     readers = tuple(copies[reader] for reader in way.readers)
-    tables = tuple((copies[reader], copies[table]) for reader, table in way.tables)
-    done = reroute_dispatch(gate, matrix, RoutingSettings(1), merged=way.merged, readers=readers, tables=tables)
+    done = reroute_dispatch(gate, matrix, RoutingSettings(1), merged=way.merged, readers=readers)
     if isinstance(done, Skip):
         return done
     return Rewritten(region, graph, done, matrix, copies)
@@ -161,20 +151,6 @@ def with_proven_kinds(region: Region, experts: set[Node]) -> Gate:
         return use.kind
 
     return replace(region.gate, uses=tuple(replace(use, kind=kind(use)) for use in region.gate.uses))
-
-
-def picked_tables(region: Region, gate: Gate, sources: Sources) -> tuple[tuple[Node, Node], ...]:
-    """(reader, table): a table [T, E] of scores that a mask made of the dispatched ids picks weights out of."""
-    masks = set(walk([use.consumer for use in gate.dispatch_uses], nodes.followers))
-    rows, exit_node = nodes.leading_count(gate.ids), region.ends[0]
-    found = []
-    for table in sorted(sources.scored - sources.hidden - masks):
-        sizes = nodes.shape(table) or ()
-        if len(sizes) < 2 or sizes[-1] != gate.num_experts or str(nodes.leading_count(table)) != str(rows):
-            continue
-        readers = [user for user in table.users if user in masks and leads_to(user, exit_node)]
-        found += [(reader, table) for reader in readers if not nodes.writes(reader)]
-    return tuple(found)
 
 
 def leads_to(start: Node, end: Node) -> bool:

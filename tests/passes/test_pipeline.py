@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import operator
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ from sere_compile.passes import (
     extract_dispatch,
     run_pipeline,
 )
-from sere_compile.passes.graph import nodes
 from sere_compile.passes.graph.nodes import kind
 
-from .moe_modules import Indexed, MaskPicks, expected, from_dynamo, one_gate, rows, run, similarity
+from .moe_modules import Indexed, expected, from_dynamo, one_gate, rows, run, similarity
 from .test_fuse_experts import E, H, Layer, T, trace
 
 FOLDER = Path(sere_compile.passes.__file__).parent
@@ -138,22 +136,6 @@ class TestRefusals:
         assert refused is None
         assert state.rewrite.merged
         assert state.refused["fuse_reroute"].reason is SkipReason.MERGES
-
-    def test_weights_in_a_table_move_with_the_ids(self):
-        """Not within `sere.route`, which knows no table; where weights are scaled, only as proven for that."""
-        for projecting in (False, True):
-            graph = from_dynamo(MaskPicks(), rows())
-            gate = one_gate(graph)
-            table = nodes.operand(gate.selection)
-            reader = next(iter(graph.graph.find_nodes(op="call_function", target=operator.mul)))
-            proof = Proof(gate, False, (), frozenset(), "shown", ((reader, table),))
-            refusal = Skip(SkipReason.UNVERIFIED, gate.selection)
-            prove = lambda gate, weighing, proof=proof, refusal=refusal: refusal if weighing else proof  # noqa: E731
-            state, refused, _ = go({"reroute"}, graph, gate, prove=prove, projecting=projecting)
-            assert (refused is None) == (not projecting)
-            if not projecting:
-                assert state.refused["fuse_reroute"].reason is SkipReason.MERGES
-                assert reader.args[0] is not table
 
     def test_weights_change_only_where_that_is_proven(self):
         """Coefficients of projection scale weights: that plain re-routing is right says nothing of them."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes.proof.made_up import activation_values, crowded, redrawn, state_values
+from sere_compile.passes.proof.made_up import activation_values, redrawn, state_values
 
 from ..moe_modules import EXPERTS, HIDDEN, TOKENS, BiasCorrected, Indexed, ScatterCombine, from_dynamo, rows
 from .regions import leaves_of, region_of
@@ -144,14 +144,3 @@ def test_redrawn_numbers_are_of_the_same_kind():
     narrow = redrawn(torch.ones(40).to(torch.float8_e4m3fn), 3)
     assert narrow.dtype == torch.float8_e4m3fn
     assert 0 <= narrow.float().min() < narrow.float().max() <= 1
-
-
-def test_a_crowd_prefers_one_expert():
-    """And everything but the logits is as drawn."""
-    region = region_of(Indexed())
-    [logits] = leaves_of(region, "logits")
-    drawn = activation_values(region, 0, single=True)
-    changed = crowded(region, drawn)
-    assert (changed[logits].argmax(-1) == 0).all()
-    assert not (drawn[logits].argmax(-1) == 0).all()
-    assert all(changed[node] is value for node, value in drawn.items() if node is not logits)
