@@ -10,13 +10,14 @@ prompt's tokens would: rows of one attention over the same keys.
     out = sdpa(q, K, V, mask)    # q [B, H, 1, D]
 
 Row g of group h attends to the keys of head h * G + g, which the copy would have held. That K is such
-a copy follows from the shapes along its chain (case 1), and it holds at the call because nothing writes
-to k in between (case 2). Attention that is causal, drops numbers at random, or whose mask does not lend
-itself to rows stays as it is, with a reason (case 3).
+a copy follows from the shapes along its chain (case 1), and it holds at the call because nothing that
+could write stands in between (case 2). Attention that is causal, drops numbers at random, or whose
+mask does not lend itself to rows stays as it is, with a reason (case 3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,17 @@ from torch.fx import Graph, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from .graph import nodes
-from .graph.aliases import aliases
 
-# Copies and casts of nothing: between keys and what attention reads.
+# Copies: between keys and what attention reads.
 _COPIES = frozenset({"clone", "contiguous", "detach"})
+# What may stand between the copying and the attention, as far as it writes nothing.
+_CHANGES_NOTHING = (
+    nodes.ALIASING
+    | {"clone", "repeat_interleave", "repeat", "index", "item", "getattr", "size", "sym_size", "sym_numel", "arange"}
+    | {"add", "sub", "mul", "div", "floor_divide", "neg", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill"}
+    | {"bitwise_and", "bitwise_or", "bitwise_not", "cat", "linear", "matmul", "softmax", "ones", "zeros", "ones_like"}
+    | {"zeros_like", "full", "full_like", "scaled_dot_product_attention"}
+)
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,9 @@ def _refusal(node: Node, key: tuple[Node, int], value: tuple[Node, int]) -> str:
     if isinstance(mask, Node) and not _serves_rows(mask):
         return f"its mask {_sizes(mask)} differs from head to head"
     for source, position, name in ((key[0], 1, "key"), (value[0], 2, "value")):
-        if _is_written(source, _argument(node, position, name), node):
-            return f"what it holds as {name} is changed after it was copied"
+        steps = _between(source, _argument(node, position, name), node)
+        if (other := next(filter(_may_write, steps), None)) is not None:
+            return f"{nodes.place(other)}, behind the copying of its {name}, may change what was copied"
     return ""
 
 
@@ -152,10 +161,19 @@ def _serves_rows(mask: Node) -> bool:
     return sizes is not None and all(_equal(size, 1) for size in sizes[-3:-1])
 
 
-def _is_written(source: Node, copy: Node, reader: Node) -> bool:
-    """Whether keys may change between the first step of their copying and its reader, in place."""
-    first = min(user for user in source.users if user is copy or _leads_to(user, copy))
-    return any(first < writer < reader for alias in aliases(source) for writer in nodes.writers(alias))
+def _between(source: Node, copy: Node, reader: Node) -> Iterator[Node]:
+    """What runs between the first step of a copying and the reader of the copy."""
+    node = min(user for user in source.users if user is copy or _leads_to(user, copy))
+    while node is not reader:
+        yield node
+        node = node.next
+
+
+def _may_write(node: Node) -> bool:
+    """Whether a node could change keys, values or copies: all but operations that are known to change nothing."""
+    if node.op in ("placeholder", "get_attr"):
+        return False
+    return nodes.kind(node) not in _CHANGES_NOTHING or bool(nodes.writes(node))
 
 
 def _leads_to(node: Node, end: Node) -> bool:
@@ -179,11 +197,11 @@ def _pack(node: Node, key: Node, value: Node, copies: int) -> Node:
         out = graph.call_function(torch.unsqueeze, (out, 2))
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
-    _erase([node, _argument(node, 1, "key"), _argument(node, 2, "value")])
+    _erase(dict.fromkeys([node, _argument(node, 1, "key"), _argument(node, 2, "value")]))
     return out
 
 
-def _erase(unused: list[Node]) -> None:
+def _erase(unused: Iterable[Node]) -> None:
     """Erase calls that nothing reads any more, and the views and copies before them."""
     for end in unused:
         node: Node | None = end

@@ -174,27 +174,60 @@ def test_without_sizes_nothing_is_known():
 
 
 class Written(nn.Module):
-    """Keys that change between their copying and the attention, or before it, as a cache's do."""
+    """Something is done to keys, values and their copies, between the copying and the attention or before it."""
 
-    def __init__(self, late):
+    def __init__(self, write, late=True):
         super().__init__()
-        self.late = late
+        self.write, self.late = write, late
 
     def forward(self, q, k, v, mask):
-        k = k.clone()
+        both = torch.stack([k, v])
+        k, v = both.unbind(0)
         if not self.late:
-            k.add_(1)
-        keys, values = repeated(k), repeated(v)
+            self.write(both, k, k)
+        keys, values = interleaved(k), interleaved(v)
         if self.late:
-            k[:, :, 0].zero_()
+            self.write(both, k, keys)
         return attention(q, keys, values, attn_mask=mask)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_keys_that_are_written_after_they_were_copied(late):
-    done, _ = packed(Written(late), given())
-    assert len(done.packed) == (not late)
-    assert list(done.refused.values()) == (["what it holds as key is changed after it was copied"] if late else [])
+@torch.library.custom_op("sere_tests::scaled", mutates_args=["x"])
+def scaled(x: torch.Tensor) -> None:
+    x.mul_(3)
+
+
+# By (keys and values, keys, their copy).
+WRITES = {
+    "keys": lambda both, k, copy: k.add_(1),
+    "a part": lambda both, k, copy: k[:, :, 0].zero_(),
+    "an item": lambda both, k, copy: k.__setitem__((slice(None), 0), 0.0),
+    "what they are part of": lambda both, k, copy: both.mul_(2),
+    "the copy": lambda both, k, copy: copy.mul_(0.125),
+    "a narrow part": lambda both, k, copy: k.narrow(1, 0, 1).mul_(2),
+    "a list": lambda both, k, copy: torch._foreach_mul_([k], 9.0),
+    "an operator": lambda both, k, copy: scaled(k),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_keys_that_are_written_after_they_were_copied(name):
+    done, _ = packed(Written(WRITES[name]), given())
+    assert not done.packed
+    [reason] = done.refused.values()
+    assert "may change what was copied" in reason
+    done, _ = packed(Written(WRITES[name], late=False), given())
+    assert len(done.packed) == 1
+
+
+def test_keys_that_are_values_as_well(recwarn):
+    class Same(nn.Module):
+        def forward(self, q, k, v, mask):
+            keys = repeated(k)
+            return attention(q, keys, keys, attn_mask=mask)
+
+    done, _ = packed(Same(), given())
+    assert len(done.packed) == 1
+    assert not [warning for warning in recwarn if "erase_node" in str(warning.message)]
 
 
 def test_a_copy_that_others_read_stays():
