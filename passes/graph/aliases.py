@@ -24,4 +24,4 @@ def _neighbours(node: Node) -> list[Node]:
 def _shares_memory(result: Node, source: Node) -> bool:
     if nodes.operand(result) is not source:
         return False
-    return nodes.kind(result) in nodes.ALIASING or source in nodes.writes(result)
+    return nodes.viewed(result) is source or source in nodes.writes(result)

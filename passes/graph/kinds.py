@@ -82,7 +82,8 @@ VALUE_PRESERVING = frozenset(
 # ... and those whose result may share memory with the operand, so that a write to one is seen in
 # the other.
 ALIASING = VALUE_PRESERVING - {"clone"} | {
-    "transpose", "permute", "slice", "select", "chunk", "split", "unbind", "to_local",
+    "transpose", "permute", "slice", "select", "narrow", "diagonal", "movedim", "swapdims", "as_strided", "unfold",
+    "chunk", "split", "tensor_split", "unbind", "to_local",
 }  # fmt: skip
 
 

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
 from .arguments import operand
 from .kinds import ALIASING, kind, marks_in_place, spelling
 
+# Views of all parts of a tensor, of which `item` picks one.
+_SPLITTING = frozenset({"chunk", "split", "tensor_split", "unbind"})
+
+
+def viewed(node: Node) -> Node | None:
+    """What a node may share memory with as a view, a cast, or one of several parts; None for any other operation."""
+    source = operand(node)
+    if kind(node) == "item":
+        return source if source is not None and kind(source) in _SPLITTING else None
+    return source if kind(node) in ALIASING else None
+
 
 def writes(node: Node) -> list[Node]:
     """The tensor operands that this node changes in place."""
     if node.op not in ("call_function", "call_method"):
         return []
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
+    schema = _schema(node)
+    if schema is not None:
+        arguments = schema.arguments
         bound = [(a, node.args[i] if i < len(node.args) else node.kwargs.get(a.name)) for i, a in enumerate(arguments)]
-        return [v for a, v in bound if a.alias_info is not None and a.alias_info.is_write and isinstance(v, Node)]
+        return [n for a, v in bound if a.alias_info is not None and a.alias_info.is_write for n in _nodes_in(v)]
     name = spelling(node)
-    written = [v for v in (node.kwargs.get("out"),) if isinstance(v, Node)]
+    written = _nodes_in(node.kwargs.get("out"))
     in_place = marks_in_place(name) or node.kwargs.get("inplace") is True
-    if in_place and node.args and isinstance(node.args[0], Node):
-        written.append(node.args[0])
+    if in_place and node.args:
+        written += _nodes_in(node.args[0])
     return written
+
+
+def _schema(node: Node) -> torch.FunctionSchema | None:
+    """Of an operator, also one that is called without naming an overload, where it has but one."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = target.overloads()
+        target = getattr(target, overloads[0]) if len(overloads) == 1 else target
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def _nodes_in(value: Any) -> list[Node]:
+    """A node, or those in a list of tensors."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [found for found in values if isinstance(found, Node)]
 
 
 def followers(node: Node) -> list[Node]:
@@ -35,7 +64,7 @@ def followers(node: Node) -> list[Node]:
         base: Node | None = written
         while base is not None:
             found.update(dict.fromkeys(user for user in base.users if user > node))
-            base = operand(base) if kind(base) in ALIASING else None
+            base = viewed(base)
     return list(found)
 
 
@@ -45,6 +74,6 @@ def writers(node: Node) -> list[Node]:
     for user in node.users:
         if node in writes(user):
             found.append(user)
-        elif kind(user) in ALIASING and operand(user) is node:
+        elif viewed(user) is node:
             found += writers(user)
     return found

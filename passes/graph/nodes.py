@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .arguments import argument, operand
 from .kinds import ALIASING, VALUE_PRESERVING, kind, raw_name
-from .memory import followers, writers, writes
+from .memory import followers, viewed, writers, writes
 from .values import (
     count,
     device,
@@ -67,6 +67,7 @@ __all__ = [
     "slot_source",
     "source_line",
     "value",
+    "viewed",
     "writers",
     "writes",
 ]

@@ -197,6 +197,6 @@ def _one_row_a_token(node: Node, ids: Node) -> bool:
 
 def _root_of(written: Node) -> Node:
     """What owns the memory that is written."""
-    while nodes.kind(written) in nodes.ALIASING and (base := nodes.operand(written)) is not None:
+    while (base := nodes.viewed(written)) is not None:
         written = base
     return written

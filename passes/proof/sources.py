@@ -72,7 +72,7 @@ def _written(node: Node) -> list[Node]:
     found = []
     for target in nodes.writes(node):
         found.append(target)
-        while nodes.kind(target) in nodes.ALIASING and (base := nodes.operand(target)) is not None:
+        while (base := nodes.viewed(target)) is not None:
             target = base
             found.append(target)
     return found

@@ -1,5 +1,7 @@
 """`aliases`: nodes that may share memory, through views and in-place results in both directions."""
 
+import operator
+
 import torch
 from torch.fx import Graph
 
@@ -15,11 +17,15 @@ def test_views_and_in_place_results():
     part = graph.call_method("narrow", (view, 0, 0, 2))
     transposed = graph.call_method("transpose", (x, 0, 1))
     written = graph.call_method("add_", (view, 1))
+    rows = graph.call_method("unbind", (x, 0))
+    row = graph.call_function(operator.getitem, (rows, 1))
+    top = graph.call_method("topk", (x, 2))
+    best = graph.call_function(operator.getitem, (top, 0))
     copy = graph.call_method("clone", (x,))
     other = graph.call_function(torch.relu, (x,))
-    shared = {x, view, transposed, written}
+    shared = {x, view, part, transposed, written, rows, row}
     for node in shared:
         assert aliases(node) == shared
     assert aliases(copy) == {copy}
     assert aliases(other) == {other}
-    assert part not in aliases(x), "narrow is not among the views that passes know; it would be a write nobody sees"
+    assert aliases(best) == {best}, "what an operation returns beside others is a part of it only if it splits"

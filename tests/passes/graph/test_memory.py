@@ -13,6 +13,11 @@ from ..moe_modules import TRACERS, from_dynamo
 from .calls import calls, graph_of
 
 
+@torch.library.custom_op("sere_tests::doubled", mutates_args=["x"])
+def doubled(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
 class TestWrites:
     IN_PLACE = (
         ("method", lambda x: x.div_(2)),
@@ -35,6 +40,26 @@ class TestWrites:
         """Python's in-place operators, which Dynamo keeps, write their left side."""
         graph = graph_of(lambda m, x, ids: function(x + 1, 2.0), from_dynamo)
         assert [nodes.kind(n) for node in calls(graph) for n in nodes.writes(node)] == ["add"]
+
+    def test_lists_and_operators_without_an_overload(self):
+        """`torch._foreach_mul_` writes each of a list; a custom operator what its schema says."""
+        graph = Graph()
+        x, y = graph.placeholder("x"), graph.placeholder("y")
+        listed = graph.call_function(torch._foreach_mul_, ([x, y], 2.0))
+        assert nodes.writes(listed) == [x, y]
+        assert nodes.writers(y) == [listed]
+        scaled = graph.call_function(torch.ops.sere_tests.doubled, (x,))
+        assert nodes.writes(scaled) == [x]
+
+    def test_parts_of_a_split(self):
+        graph = Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.zeros(3, 4)
+        part = graph.call_function(operator.getitem, (graph.call_method("chunk", (x, 2)), 0))
+        write = graph.call_method("mul_", (part, 2))
+        reader = graph.call_function(torch.relu, (x,))
+        assert nodes.writers(x) == [write]
+        assert reader in nodes.followers(write)
 
     def test_pure_operations_write_nothing(self):
         """Reading is not writing."""
