@@ -60,7 +60,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     stops: list[Node] = []
     broadcast: list[Node] = []
     narrowed: set[int] = set()  # widths that were cut down to `columns`
-    pending, noise, seen = [scores], [], {scores}  # what scales random numbers is noise beside a projection
+    pending, noise, seen = [scores], list[Node](), {scores}  # what scales random numbers is noise beside a projection
     while pending or (noise and not found):
         node = pending.pop() if pending else noise.pop()
         first = nodes.first_result(node)

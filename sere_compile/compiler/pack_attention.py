@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..config import SereConfig
-from ..passes import pack_gqa
+from ..passes.pack_gqa import pack_gqa
 
 log = logging.getLogger(__name__)
 
