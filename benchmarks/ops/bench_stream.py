@@ -15,7 +15,8 @@ import torch
 from sere_compile.benchmark.geometries import GEOMETRIES
 from sere_compile.benchmark.timing import capture, copy_bandwidth, time_in_turn
 from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
-from sere_compile.ops.expert_mlp.stream import Call, StreamConfig, launch_stream, stream_config
+from sere_compile.ops.expert_mlp.reference import Call
+from sere_compile.ops.expert_mlp.stream import StreamConfig, launch_stream, stream_config
 
 from .bench_expert_mlp import CALLS, make_layer, make_routing
 

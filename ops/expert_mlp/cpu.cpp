@@ -291,7 +291,7 @@ void multiply(const Matrix& m, int64_t expert, int64_t first, int64_t last, cons
 
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
-// By the names' order in cpu.py.
+// By `activation_number` in reference.py.
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS };
 
 inline float activate(int activation, float x) {

@@ -5,21 +5,17 @@ of its own, `sere::expert_mlp_cpu`, that Inductor calls.
 """
 
 import ctypes
+import dataclasses
 import functools
 import logging
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .reference import activate, gate_width
+from .reference import FLOAT_NUMBERS, Call, activate, activation_number, compiled_ahead, gate_width
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# In the order of `Activation` in cpu.cpp.
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "gpt_oss")
 
 
 class _Matrix(ctypes.Structure):
@@ -47,35 +43,23 @@ def takes(hidden: Tensor, has_scales: bool) -> bool:
 
     Not while AOTInductor traces: its packages run without Python.
     """
-    module = sys.modules.get("torch._inductor.virtualized")
-    ahead = module is not None and module.V.aot_compilation is True
-    return hidden.device.type == "cpu" and not has_scales and not ahead
+    return hidden.device.type == "cpu" and not has_scales and not compiled_ahead()
 
 
-def launch_cpu(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-    transposed: bool,
-) -> Tensor:
+def launch_cpu(call: Call, activation: str, interleaved: bool, transposed: bool) -> Tensor:
     """`sere::expert_mlp` without scales, on checked arguments."""
     if transposed:
-        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    call = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved)
-    kernel = library() if _can_run(hidden, gate_up, down, gate_up_bias, down_bias) else None
-    return by_expert(*call) if kernel is None else _launch(kernel, *call)
+        call = dataclasses.replace(call, gate_up=call.gate_up.transpose(1, 2), down=call.down.transpose(1, 2))
+    kernel = library() if _can_run(call) else None
+    return (
+        by_expert(call, activation, interleaved) if kernel is None else _launch(kernel, call, activation, interleaved)
+    )
 
 
-def _can_run(hidden: Tensor, gate_up: Tensor, down: Tensor, *biases: Tensor | None) -> bool:
+def _can_run(call: Call) -> bool:
     """Whether cpu.cpp reads these tensors where they are."""
-    sizes_of_one = all(1 in (weight.stride(1), weight.stride(2)) for weight in (gate_up, down))
-    return sizes_of_one and all(b is None or b.dtype == hidden.dtype for b in biases)
+    sizes_of_one = all(1 in (weight.stride(1), weight.stride(2)) for weight in (call.gate_up, call.down))
+    return sizes_of_one and all(b is None or b.dtype == call.hidden.dtype for b in (call.gate_up_bias, call.down_bias))
 
 
 @functools.cache
@@ -101,31 +85,21 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _launch(
-    kernel: ctypes.CDLL,
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-) -> Tensor:
+def _launch(kernel: ctypes.CDLL, call: Call, activation: str, interleaved: bool) -> Tensor:
     """Weights are [E, N, M], N outputs, with a step of 1 along one of the last two dimensions."""
+    hidden, gated = call.hidden, gate_width(activation) == 2
     out = torch.empty(hidden.shape, dtype=hidden.dtype)
-    ids, weights = topk_ids.long().contiguous(), topk_weights.float().contiguous()
-    biases = [None if bias is None else bias.contiguous() for bias in (gate_up_bias, down_bias)]
+    ids, weights = call.topk_ids.long().contiguous(), call.topk_weights.float().contiguous()
+    biases = [None if bias is None else bias.contiguous() for bias in (call.gate_up_bias, call.down_bias)]
     layer = _Layer(
         hidden=hidden.data_ptr(), hidden_row=hidden.stride(0), hidden_column=hidden.stride(1), ids=ids.data_ptr(),
-        slot_weights=weights.data_ptr(), gate_up=_matrix(gate_up), down=_matrix(down),
+        slot_weights=weights.data_ptr(), gate_up=_matrix(call.gate_up), down=_matrix(call.down),
         gate_up_bias=_address(biases[0]), down_bias=_address(biases[1]), out=out.data_ptr(),
-        tokens=hidden.shape[0], slots=ids.shape[1], experts=down.shape[0], width=hidden.shape[1], inner=down.shape[2],
-        activation=_ACTIVATIONS.index(activation.removesuffix("_glu")), gated=gate_width(activation) == 2,
-        interleaved=interleaved and gate_width(activation) == 2, threads=torch.get_num_threads(),
+        tokens=hidden.shape[0], slots=ids.shape[1], experts=call.down.shape[0], width=hidden.shape[1],
+        inner=call.down.shape[2], activation=activation_number(activation), gated=gated,
+        interleaved=interleaved and gated, threads=torch.get_num_threads(),
     )  # fmt: skip
-    if kernel.sere_expert_mlp(ctypes.byref(layer), _DTYPES[hidden.dtype]):
+    if kernel.sere_expert_mlp(ctypes.byref(layer), FLOAT_NUMBERS[hidden.dtype]):
         raise MemoryError(f"sere::expert_mlp: no memory for {ids.numel()} slots of {hidden.shape[1]} columns")
     return out
 
@@ -138,26 +112,17 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def by_expert(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    interleaved: bool,
-) -> Tensor:
+def by_expert(call: Call, activation: str, interleaved: bool) -> Tensor:
     """The same in calls of torch: the rows of one active expert after the other; weights are [E, N, M], N outputs."""
+    hidden = call.hidden
     total = torch.zeros(hidden.shape, dtype=torch.float32)
-    experts = torch.unique(topk_ids)
-    for expert in experts[(experts >= 0) & (experts < down.shape[0])].tolist():
-        named = topk_ids == expert
+    experts = torch.unique(call.topk_ids)
+    for expert in experts[(experts >= 0) & (experts < call.down.shape[0])].tolist():
+        named = call.topk_ids == expert
         tokens = named.any(1).nonzero()[:, 0]
-        weights = torch.where(named, topk_weights.float(), 0.0).sum(1)[tokens, None]
-        x = _linear(hidden[tokens], gate_up[expert], gate_up_bias, expert)
-        x = _linear(activate(x, activation, interleaved).to(hidden.dtype), down[expert], down_bias, expert)
+        weights = torch.where(named, call.topk_weights.float(), 0.0).sum(1)[tokens, None]
+        x = _linear(hidden[tokens], call.gate_up[expert], call.gate_up_bias, expert)
+        x = _linear(activate(x, activation, interleaved).to(hidden.dtype), call.down[expert], call.down_bias, expert)
         total.index_add_(0, tokens, x * weights)
     return total.to(hidden.dtype)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_ids
 from ..registration import register_triton_op
 from . import cpu
-from .reference import ACTIVATIONS, SCALE_BLOCK, expert_mlp_reference, gate_width
+from .reference import ACTIVATIONS, SCALE_BLOCK, Call, expert_mlp_reference, gate_width
 
 # Up to here the weights are read once or nearly so; beyond, a matmul that sorts the tokens is better.
 MAX_TOKENS = 256
@@ -131,7 +131,7 @@ def _expert_mlp(
     scales = (gate_up_scale, down_scale)
     check_arguments(*tensors, activation, interleaved, transposed, *scales)
     if hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation):
-        from .stream import Call, takes
+        from .stream import takes
 
         if takes(Call(*tensors, *scales), transposed):
             return torch.ops.sere.expert_mlp_stream.default(*tensors, *scales, activation, interleaved)
@@ -161,7 +161,7 @@ def expert_mlp_cpu(
 ) -> Tensor:
     """`sere::expert_mlp` on a CPU, without scales."""
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
-    return cpu.launch_cpu(*tensors, activation, interleaved, transposed)
+    return cpu.launch_cpu(Call(*tensors), activation, interleaved, transposed)
 
 
 @expert_mlp_cpu.register_fake
@@ -186,7 +186,7 @@ def expert_mlp_stream(
     """`sere::expert_mlp` by `stream.cu` on Hopper and later, by Triton where that cannot be had there after all."""
     from ..launching import device_guard
     from .kernel import launch_expert_mlp
-    from .stream import Call, launch_stream
+    from .stream import launch_stream
 
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
     scales = (gate_up_scale, down_scale)
@@ -298,15 +298,16 @@ def expert_mlp_into(
         raise ValueError("out: expected memory of its own, got that of hidden")
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
     if not (hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation)):
-        on_cpu = cpu.takes(hidden, has_scales=False)
-        computed = cpu.launch_cpu if on_cpu else expert_mlp_reference
-        out.copy_(computed(*tensors, activation, interleaved, False))
+        if cpu.takes(hidden, has_scales=False):
+            out.copy_(cpu.launch_cpu(Call(*tensors), activation, interleaved, False))
+        else:
+            out.copy_(expert_mlp_reference(*tensors, activation, interleaved))
         return
     from ..launching import device_guard
     from .kernel import launch_expert_mlp
-    from .stream import Call, launch_stream, takes
+    from .stream import launch_stream, takes
 
-    call = Call(*tensors, None, None)
+    call = Call(*tensors)
     with device_guard(hidden):
         if takes(call, False) and launch_stream(call, activation, interleaved, out=out) is not None:
             return

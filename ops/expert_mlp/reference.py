@@ -4,6 +4,8 @@ This file defines the operator. It is also its decomposition for exporters, and 
 is. It copies the weights of every slot, one slot column at a time, so it is slow where T is large.
 """
 
+import dataclasses
+import sys
 from collections.abc import Callable
 
 import torch
@@ -27,6 +29,41 @@ SCALE_BLOCK = 128
 
 # Every value of `activation`: f(x), or f(gate) * up, or gpt-oss's own.
 ACTIVATIONS = (*_PLAIN, *(f"{name}_glu" for name in _PLAIN), "gpt_oss")
+
+
+# By these numbers C++ knows the floating-point types: `WEIGHTS` of stream.cu, `dtype` of cpu.cpp.
+FLOAT_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The tensors of a call, real or fake."""
+
+    hidden: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+
+    @property
+    def fp8(self) -> bool:
+        """Whether weights are FP8 with scales."""
+        return self.gate_up_scale is not None
+
+
+def activation_number(activation: str) -> int:
+    """By this number C++ knows an activation, with a gate or without: `ACTIVATION` of stream.cu and cpu.cpp."""
+    return (*_PLAIN, "gpt_oss").index(activation.removesuffix("_glu"))
+
+
+def compiled_ahead() -> bool:
+    """Whether AOTInductor traces: its packages run without Python, where only ATen and Triton's kernels can be."""
+    module = sys.modules.get("torch._inductor.virtualized")
+    return module is not None and module.V.aot_compilation is True
 
 
 def gate_width(activation: str) -> int:

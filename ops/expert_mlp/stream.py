@@ -7,14 +7,13 @@ dependent launch, which Inductor cannot give a user's Triton kernel: hence an op
 import dataclasses
 import functools
 import logging
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import nvrtc
-from .reference import gate_width
+from .reference import FLOAT_NUMBERS, Call, activation_number, compiled_ahead, gate_width
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +30,6 @@ TWO_BLOCKS, ONE_BLOCK = 112 * 1024, 226 * 1024
 MOST_EXPERTS, MOST_TOP_K = 512, 32
 # Up to here faster than Triton's kernels wherever it was measured (docs/kernels.md).
 MOST_TOKENS, MOST_SLOTS, MOST_SLOTS_PER_EXPERT = 32, 256, 4
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "gpt_oss")
-_WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,43 +103,22 @@ class Stream:
 
     def macros(self) -> list[tuple[str, int]]:
         """What `stream.cu` is compiled with."""
-        name = self.activation.removesuffix("_glu")
         return [
             ("EXPERTS", self.experts), ("TOP_K", self.top_k), ("HIDDEN", self.hidden), ("INNER", self.inner),
             ("ROWS", self.config.rows), ("STAGES", self.stages), ("PLAN_BYTES", self.plan_bytes),
             ("MAX_SLOTS", self.max_slots),
             ("IDS64", int(self.ids64)), ("GATED", int(gate_width(self.activation) == 2)),
-            ("INTERLEAVED", int(self.interleaved)), ("ACTIVATION", _ACTIVATIONS.index(name)),
+            ("INTERLEAVED", int(self.interleaved)), ("ACTIVATION", activation_number(self.activation)),
             ("GATE_UP_BIAS", int(self.gate_up_bias)), ("DOWN_BIAS", int(self.down_bias)), ("HALF", int(self.half)),
             ("FP8", int(self.fp8)), ("WEIGHTS", self.weights),
             ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups),
         ]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The tensors of a call, real or fake."""
-
-    hidden: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
-    gate_up: Tensor
-    down: Tensor
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
-    gate_up_scale: Tensor | None
-    down_scale: Tensor | None
-
-    @property
-    def fp8(self) -> bool:
-        """Whether weights are FP8 with scales."""
-        return self.gate_up_scale is not None
-
-
 def takes(call: Call, transposed: bool) -> bool:
     """Whether a call is one for these kernels, which then `sere::expert_mlp_stream` runs."""
     num_tokens, top_k = call.topk_ids.shape
-    if not isinstance(num_tokens, int) or transposed or _compiled_ahead() or not device_can(call.hidden.device):
+    if not isinstance(num_tokens, int) or transposed or compiled_ahead() or not device_can(call.hidden.device):
         return False
     most = min(MOST_SLOTS, MOST_SLOTS_PER_EXPERT * call.down.shape[0])
     return num_tokens <= MOST_TOKENS and 0 < num_tokens * top_k <= most and _can_run(call)
@@ -155,19 +131,13 @@ def _can_run(call: Call) -> bool:
     return (
         (half == torch.bfloat16 or (half == torch.float16 and not call.fp8))
         and all(b.dtype == half for b in biases)
-        and call.topk_weights.dtype in _WEIGHTS
+        and call.topk_weights.dtype in FLOAT_NUMBERS
         and call.down.shape[0] <= MOST_EXPERTS
         and call.topk_ids.shape[1] <= MOST_TOP_K
         and all(isinstance(d, int) and d > 0 and d % step == 0 for d in (call.hidden.shape[1], call.down.shape[2]))
         and call.gate_up.is_contiguous()
         and call.down.is_contiguous()
     )
-
-
-def _compiled_ahead() -> bool:
-    """Whether AOTInductor traces: its packages run without Python, where only Triton's kernels can be."""
-    module = sys.modules.get("torch._inductor.virtualized")
-    return module is not None and module.V.aot_compilation is True
 
 
 @functools.cache
@@ -204,7 +174,7 @@ def stream_of(call: Call, activation: str, interleaved: bool, config: StreamConf
         inner=call.down.shape[2], max_slots=512 if num_slots <= 512 else 4096,
         ids64=call.topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
-        half=call.hidden.dtype == torch.float16, fp8=call.fp8, weights=_WEIGHTS[call.topk_weights.dtype],
+        half=call.hidden.dtype == torch.float16, fp8=call.fp8, weights=FLOAT_NUMBERS[call.topk_weights.dtype],
         config=config,
     )  # fmt: skip
 

@@ -13,7 +13,8 @@ import torch
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, stream
 from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
-from sere_compile.ops.expert_mlp.stream import Call, Stream, StreamConfig, launch_stream, takes
+from sere_compile.ops.expert_mlp.reference import Call, activation_number, compiled_ahead
+from sere_compile.ops.expert_mlp.stream import Stream, StreamConfig, launch_stream, takes
 
 from ..thinned import thinned
 from . import cuda_on_cpu
@@ -108,10 +109,10 @@ def test_packages_that_run_without_python_get_triton():
     """AOTInductor's tracing is told from Inductor's own."""
     from torch._inductor.virtualized import V
 
-    assert not stream._compiled_ahead()
+    assert not compiled_ahead()
     with V.set_aot_compilation(True):
-        assert stream._compiled_ahead()
-    assert not stream._compiled_ahead()
+        assert compiled_ahead()
+    assert not compiled_ahead()
 
 
 @pytest.mark.parametrize("tile", thinned([{}, {"swap": True, "align": 4}], (1,)), ids=["rows", "swapped-narrow"])
@@ -165,8 +166,7 @@ def test_source_compiles(activation, tmp_path):
     source = tmp_path / "all.cu"
     source.write_text(stream.source())
     for number, one in enumerate([next(streams()), list(streams())[5], list(streams())[-1]]):
-        name = activation.removesuffix("_glu")
-        changes = {"ACTIVATION": stream._ACTIVATIONS.index(name), "GATED": int(activation != "relu2")}
+        changes = {"ACTIVATION": activation_number(activation), "GATED": int(activation != "relu2")}
         macros = [f"-D{macro}={value}" for macro, value in (dict(one.macros()) | changes).items()]
         output = str(tmp_path / str(number))
         command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", *macros, "-o", output, str(source)]
