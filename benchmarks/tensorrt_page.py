@@ -93,6 +93,13 @@ def row(name: str, graph: str, folder: Path) -> str:
     return "| " + " | ".join([*cells, f"{difference:.1e}"]) + " |"
 
 
+def write_table(begin: str, header: str, rows: list[str], end: str) -> None:
+    """Replace the table between two marks of the page."""
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    tail = rest.partition(end)[2]
+    PAGE.write_text(head + begin + header + "".join(f"{line}\n" for line in rows) + end + tail, encoding="utf-8")
+
+
 def main() -> None:
     """Measure everything, print it, and write it where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,9 +113,7 @@ def main() -> None:
                 rows.append(row(name, graph, Path(folder)))
             print(rows[-1], flush=True)
     if arguments.write:
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        tail = rest.partition(END)[2]
-        PAGE.write_text(head + BEGIN + HEADER + "".join(f"{line}\n" for line in rows) + END + tail, encoding="utf-8")
+        write_table(BEGIN, HEADER, rows, END)
 
 
 if __name__ == "__main__":

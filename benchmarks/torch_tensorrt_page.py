@@ -40,7 +40,7 @@ from sere_compile.lowering.export import export_rewritten
 from sere_compile.lowering.prefill import Prefill
 from tests.lowering.engine_cases import CONFIG, GRAPHS, MODELS, MOST, module_of, network
 
-from .tensorrt_page import PAGE, TITLES
+from .tensorrt_page import TITLES, write_table
 
 BEGIN, END = "<!-- torch_tensorrt: begin -->\n", "<!-- torch_tensorrt: end -->\n"
 HEADER = (
@@ -247,9 +247,7 @@ def main() -> None:
                 rows.append(row(experts, name, graph))
                 print(rows[-1], flush=True)
     if arguments.write:
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        tail = rest.partition(END)[2]
-        PAGE.write_text(head + BEGIN + HEADER + "".join(f"{line}\n" for line in rows) + END + tail, encoding="utf-8")
+        write_table(BEGIN, HEADER, rows, END)
 
 
 if __name__ == "__main__":

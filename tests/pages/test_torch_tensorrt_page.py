@@ -10,11 +10,15 @@ import re
 
 import pytest
 
+from benchmarks import tensorrt_page
+from benchmarks.tensorrt_page import PAGE
 from benchmarks.torch_tensorrt_page import (
+    BEGIN,
+    END,
     EXPERTS,
     GRAPHS,
+    HEADER,
     MODELS,
-    PAGE,
     TITLES,
     divide,
     program_of,
@@ -44,6 +48,16 @@ def test_the_page_has_these_rows():
         whole = [re.fullmatch(r"(\d+) of \1; 1", cell) is not None for cell in sizes]
         assert whole == [experts == "`batched_mm`"] * 2
         assert (left == "nothing") == (experts == "`batched_mm`")
+
+
+def test_writing_replaces_the_table_alone(tmp_path, monkeypatch):
+    copy = tmp_path / "page.md"
+    copy.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(tensorrt_page, "PAGE", copy)
+    tensorrt_page.write_table(BEGIN, HEADER, ["| none |"], END)
+    assert table_of(copy) == ["| none |"]
+    tensorrt_page.write_table(BEGIN, HEADER, table_of(PAGE), END)
+    assert copy.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.tensorrt
