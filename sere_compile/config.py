@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from .errors import ConfigError
 
 SUBSTITUTIONS = ("reroute", "projection", "fill")
+# The switches of what gains time and rounds otherwise.
+SPEED_PASSES = ("fuse_router", "lower_experts", "pack_gqa")
 # The options that may differ from gate to gate.
 PER_GATE = ("select_top_k", "threshold", "min_active", "max_active", "max_tokens", "substitution")
 # {pattern: {option: value}} as a value that can be hashed, order of patterns kept.
@@ -114,7 +118,7 @@ class SereConfig:
         for name in ("strict", "collect_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("fuse_router", "lower_experts", "pack_gqa"):
+        for name in SPEED_PASSES:
             if getattr(self, name) not in (True, False, "always"):
                 raise ConfigError(f'{name} must be True, False or "always", got {getattr(self, name)!r}')
         if self.capture not in ("default", "auto"):
@@ -157,6 +161,11 @@ class SereConfig:
         if options.get("select_top_k", "auto") != "auto":
             options = {"max_active": None, **options}
         return dataclasses.replace(self, per_gate=(), **options)
+
+    def acts(self, switch: str, device: torch.device) -> bool:
+        """Whether a speed pass (`SPEED_PASSES`) acts on a device: True does on CUDA alone, "always" everywhere."""
+        option = getattr(self, switch)
+        return option == "always" or (bool(option) and device.type == "cuda")
 
     def resolved_top_k(self, top_k: int) -> int:
         """S for a gate that selects K = `top_k` experts, at most K (the identity); with "auto" the smallest."""

@@ -18,7 +18,7 @@ from .compiler.gate_plan import GatePlan, refuse_shared_routers
 from .compiler.missing_gates import describe_nearest_miss
 from .compiler.program import Program
 from .compiler.rewrite_gate import rewrite_gate
-from .config import SereConfig
+from .config import SPEED_PASSES, SereConfig
 from .errors import ConfigError, GateNotFoundError, LoweringError, ProbeError, ProfileError
 from .experts.experts_module import find_experts
 from .experts.probe import Probed, probe_gate
@@ -39,7 +39,7 @@ Traced = TypeVar("Traced", GraphModule, ExportedProgram)
 _USED = frozenset(
     {"select_top_k", "threshold", "min_active", "max_active", "max_tokens", "substitution", "per_gate", "strict"}
 )
-_OF_THE_COMPILER = frozenset({"inner", "capture", "fuse_router", "lower_experts", "pack_gqa"})
+_OF_THE_COMPILER = frozenset({"inner", "capture", *SPEED_PASSES})
 
 _NO_SHAPES = (
     "Its nodes carry no shapes, as symbolic_trace leaves them: "

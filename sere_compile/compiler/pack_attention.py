@@ -21,7 +21,7 @@ def pack_attention(module: GraphModule, config: SereConfig, device: torch.device
         config: of all gates.
         device: where the graph runs.
     """
-    if config.pack_gqa is False or (config.pack_gqa is True and device.type != "cuda"):
+    if not config.acts("pack_gqa", device):
         return
     done = pack_gqa(module.graph)
     if done.packed:

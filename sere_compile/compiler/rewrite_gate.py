@@ -124,8 +124,7 @@ def _switches(plan: GatePlan, run: Run, takes_kernels: bool) -> Callable[[str], 
             case "lower_experts" if run.fuses_experts:
                 return True
             case "lower_experts" | "fuse_router":
-                option = getattr(config, switch)
-                return takes_kernels and (option == "always" or (bool(option) and run.device.type == "cuda"))
+                return takes_kernels and config.acts(switch, run.device)
             case "reroute":
                 return plan.is_to_reroute
             case "collect_stats":
