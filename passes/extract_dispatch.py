@@ -114,9 +114,7 @@ def _one_row_per_token(node: Node, ids: Node) -> bool:
 def _needed(exit_node: Node, gate: Gate, behind: set[Node]) -> dict[Node, str] | Skip:
     """Every node the region reads, with its role: "inside", "input" or "activation"."""
     roles: dict[Node, str] = {}
-    hidden = gate.router_input
-    while nodes.kind(hidden) in _REARRANGING and (source := nodes.operand(hidden)) is not None:
-        hidden = source
+    hidden = nodes.behind(gate.router_input, _REARRANGING)
     # Experts that run for every token do not wait for the ids; they belong to the dispatch all the
     # same.
     behind = behind | _closure([hidden], exit_node) - {hidden}

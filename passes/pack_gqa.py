@@ -63,7 +63,7 @@ def pack_gqa(graph: Graph) -> PackedAttention:
     for node in list(graph.nodes):
         if nodes.kind(node) != "scaled_dot_product_attention" or not _is_one_token(node):
             continue
-        key, value = _source(_argument(node, 1, "key")), _source(_argument(node, 2, "value"))
+        key, value = _source(nodes.argument(node, 1, "key")), _source(nodes.argument(node, 2, "value"))
         if key is None or value is None or key[1] != value[1]:
             continue
         reason = _refusal(node, key, value)
@@ -74,13 +74,9 @@ def pack_gqa(graph: Graph) -> PackedAttention:
     return PackedAttention(tuple(packed), refused)
 
 
-def _argument(node: Node, position: int, name: str) -> Any:
-    return nodes.argument(node, position, name)
-
-
 def _is_one_token(node: Node) -> bool:
     """Whether it attends from queries [B, H, 1, D]."""
-    sizes = _sizes(_argument(node, 0, "query"))
+    sizes = _sizes(nodes.argument(node, 0, "query"))
     return len(sizes) == 4 and _equal(sizes[2], 1) and isinstance(sizes[1], int)
 
 
@@ -107,7 +103,7 @@ def _source(copy: Any) -> tuple[Node, int] | None:
 
 
 def _source_of_repeated(node: Node) -> tuple[Node, int] | None:
-    keys, copies, dim = nodes.operand(node), _argument(node, 1, "repeats"), _argument(node, 2, "dim")
+    keys, copies, dim = nodes.operand(node), nodes.argument(node, 1, "repeats"), nodes.argument(node, 2, "dim")
     if len(_sizes(keys)) != 4 or dim not in (1, -3) or not isinstance(copies, int):
         return None
     return (keys, copies) if keys is not None and copies > 1 else None
@@ -123,9 +119,7 @@ def _sizes(node: Node | None) -> tuple[Any, ...]:
 
 
 def _without_copies(node: Node | None) -> Node | None:
-    while node is not None and nodes.kind(node) in _COPIES:
-        node = nodes.operand(node)
-    return node
+    return None if node is None else nodes.behind(node, _COPIES)
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -140,16 +134,16 @@ def _equal_sizes(left: Any, right: Any) -> bool:
 def _refusal(node: Node, key: tuple[Node, int], value: tuple[Node, int]) -> str:
     """Why attention over copied keys and values has to stay, or an empty text."""
     for position, name, neutral in ((4, "dropout_p", 0.0), (5, "is_causal", False), (7, "enable_gqa", False)):
-        found = _argument(node, position, name)
+        found = nodes.argument(node, position, name)
         if found is not None and (isinstance(found, Node) or found != neutral):
             return f"{name} is {found}"
-    query, mask = _argument(node, 0, "query"), _argument(node, 3, "attn_mask")
+    query, mask = nodes.argument(node, 0, "query"), nodes.argument(node, 3, "attn_mask")
     if not _equal(_sizes(query)[1], _sizes(key[0])[1] * key[1]):
         return "its queries have other heads than its keys"
     if isinstance(mask, Node) and not _serves_rows(mask):
         return f"its mask {_sizes(mask)} differs from head to head"
     for source, position, name in ((key[0], 1, "key"), (value[0], 2, "value")):
-        steps = _between(source, _argument(node, position, name), node)
+        steps = _between(source, nodes.argument(node, position, name), node)
         if (other := next(filter(_may_write, steps), None)) is not None:
             return f"{nodes.place(other)}, behind the copying of its {name}, may change what was copied"
     return ""
@@ -185,9 +179,9 @@ def _leads_to(node: Node, end: Node) -> bool:
 
 def _pack(node: Node, key: Node, value: Node, copies: int) -> Node:
     """Put attention over the keys in the place of a call, and drop the copies that nothing else reads."""
-    query, mask = _argument(node, 0, "query"), _argument(node, 3, "attn_mask")
+    query, mask = nodes.argument(node, 0, "query"), nodes.argument(node, 3, "attn_mask")
     heads = _sizes(key)[1]
-    scale = _argument(node, 6, "scale")
+    scale = nodes.argument(node, 6, "scale")
     graph = node.graph
     with graph.inserting_before(node):
         rows = graph.call_function(torch.squeeze, (query, 2))
@@ -197,7 +191,7 @@ def _pack(node: Node, key: Node, value: Node, copies: int) -> Node:
         out = graph.call_function(torch.unsqueeze, (out, 2))
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
-    _erase(dict.fromkeys([node, _argument(node, 1, "key"), _argument(node, 2, "value")]))
+    _erase(dict.fromkeys([node, nodes.argument(node, 1, "key"), nodes.argument(node, 2, "value")]))
     return out
 
 

@@ -119,14 +119,12 @@ def _root(node: Any) -> Node | None:
 
 def _is_normalised(node: Node) -> bool:
     """Whether a tensor is a product or quotient with one number a row that is made by a root."""
-    while nodes.kind(node) in _PASSED and (source := nodes.operand(node)) is not None:
-        node = source
+    node = nodes.behind(node, _PASSED)
     if nodes.kind(node) not in ("mul", "div"):
         return False
     return any(_is_root(operand) for operand in nodes.operands(node))
 
 
 def _is_root(node: Node) -> bool:
-    while nodes.kind(node) in _PASSED and (source := nodes.operand(node)) is not None:
-        node = source
+    node = nodes.behind(node, _PASSED)
     return nodes.kind(node) in _ROOTS and nodes.last_size(node) == 1

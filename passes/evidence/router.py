@@ -111,10 +111,7 @@ def scales_random_numbers(node: Node) -> bool:
 
 
 def _is_random(node: Node) -> bool:
-    made: Node | None = node
-    while made is not None and nodes.kind(made) in nodes.VALUE_PRESERVING:
-        made = nodes.operand(made)
-    return made is not None and nodes.kind(made) in _RANDOM
+    return nodes.kind(nodes.behind(node, nodes.VALUE_PRESERVING)) in _RANDOM
 
 
 def _no_router(scores: Node, stops: list[Node], broadcast: list[Node]) -> Skip:
@@ -172,18 +169,14 @@ def _distributed(node: Node, name: str) -> tuple[Node, Node] | None:
     This rank's part of the product has all columns where it was laid out so; then it stands for the projection.
     """
     product = nodes.operand(node) if name == "to_local" else None
-    while product is not None and nodes.kind(product) in _LAYOUTS:
-        product = nodes.operand(product)
+    product = None if product is None else nodes.behind(product, _LAYOUTS)
     position = None if product is None else _PROJECTIONS.get(nodes.kind(product))
     if product is None or position is None or nodes.shape(product) != nodes.shape(node):
         return None
     factors = _projection_factors(product, position)
     if factors is None:
         return None
-    hidden = factors[0]
-    while nodes.kind(hidden) in _LAYOUTS and (source := nodes.operand(hidden)) is not None:
-        hidden = source
-    return hidden, factors[1]
+    return nodes.behind(factors[0], _LAYOUTS), factors[1]
 
 
 def _written_out(node: Node, name: str) -> tuple[Node, Node] | None:

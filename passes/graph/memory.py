@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ def viewed(node: Node) -> Node | None:
     if kind(node) == "item":
         return source if source is not None and kind(source) in _SPLITTING else None
     return source if kind(node) in ALIASING else None
+
+
+def bases(node: Node) -> Iterator[Node]:
+    """The node, and everything that it is a view of, one after the other: the last one owns the memory."""
+    base: Node | None = node
+    while base is not None:
+        yield base
+        base = viewed(base)
 
 
 def writes(node: Node) -> list[Node]:
@@ -61,10 +70,8 @@ def followers(node: Node) -> list[Node]:
     """
     found = dict.fromkeys(node.users)
     for written in writes(node):
-        base: Node | None = written
-        while base is not None:
+        for base in bases(written):
             found.update(dict.fromkeys(user for user in base.users if user > node))
-            base = viewed(base)
     return list(found)
 
 

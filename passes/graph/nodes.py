@@ -8,7 +8,7 @@ what it writes (`memory.py`), and never look at `node.target` themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .arguments import argument, operand
 from .kinds import ALIASING, VALUE_PRESERVING, kind, raw_name
-from .memory import followers, viewed, writers, writes
+from .memory import bases, followers, viewed, writers, writes
 from .values import (
     count,
     device,
@@ -39,6 +39,8 @@ __all__ = [
     "CLAMPS",
     "VALUE_PRESERVING",
     "argument",
+    "bases",
+    "behind",
     "count",
     "device",
     "elementwise_users",
@@ -192,6 +194,13 @@ def is_model_state(node: Node) -> bool:
     # torch.export tells by prefix only, parameters, buffers and constants apart from the user's
     # inputs.
     return "val" in node.meta and str(node.target).startswith(("p_", "b_", "c_"))
+
+
+def behind(node: Node, kinds: Collection[str]) -> Node:
+    """What the node is made of by operations of some kinds alone, through their tensor operands."""
+    while kind(node) in kinds and (source := operand(node)) is not None:
+        node = source
+    return node
 
 
 def parameter_root(node: Node) -> Node | None:

@@ -197,6 +197,5 @@ def _one_row_a_token(node: Node, ids: Node) -> bool:
 
 def _root_of(written: Node) -> Node:
     """What owns the memory that is written."""
-    while (base := nodes.viewed(written)) is not None:
-        written = base
-    return written
+    *_, root = nodes.bases(written)
+    return root

@@ -69,13 +69,7 @@ def _is_noise(node: Node, region: Region) -> bool:
 
 def _written(node: Node) -> list[Node]:
     """Every node whose memory an in-place operation writes to, in its own name or another."""
-    found = []
-    for target in nodes.writes(node):
-        found.append(target)
-        while (base := nodes.viewed(target)) is not None:
-            target = base
-            found.append(target)
-    return found
+    return [base for target in nodes.writes(node) for base in nodes.bases(target)]
 
 
 def _of_the_router(

@@ -14,7 +14,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import Node
 
 from ..config import SereConfig
 from ..errors import ConfigError, LoweringError
@@ -177,11 +176,11 @@ def _written_input(program: ExportedProgram) -> str | None:
         return mutated[0]
     for node in program.graph.nodes:
         for written in nodes.writes(node):
-            root: Node | None = written
+            root = written
             # A cast may be a copy.
-            while root is not None and nodes.kind(root) in nodes.ALIASING - {"to", "contiguous"}:
-                root = nodes.operand(root)
-            if root is not None and root.op == "placeholder":
+            while nodes.kind(root) not in ("to", "contiguous") and (base := nodes.viewed(root)) is not None:
+                root = base
+            if root.op == "placeholder":
                 return signature.inputs_to_buffers.get(root.name, root.name)
     return None
 
