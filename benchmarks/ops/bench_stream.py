@@ -1,6 +1,6 @@
 """Time `sere::expert_mlp`'s CUDA C++ kernels against Triton's on a CUDA device: configurations, sizes, FP8.
 
-    python -m benchmarks.ops.bench_stream [qwen3-30b-a3b] [--fp8] [--cases 1:8,8:1,32:1]
+    python -m benchmarks.ops.bench_stream [qwen3-30b-a3b] [--fp8 | --fp8-activations] [--cases 1:8,8:1,32:1]
 
 A case is T:S, routed as in `bench_expert_mlp`. Without Inductor, each variant one CUDA graph of six calls with ids of
 their own, all in turn; the floor is the bytes of the active experts' weights at the rate of a copy.
@@ -23,9 +23,9 @@ from .bench_expert_mlp import CALLS, make_layer, make_routing
 CASES = "1:8,2:8,4:8,8:8,8:1,16:1,32:8,32:2,32:1,64:8,64:1"
 
 
-def configs(num_slots, fp8):
+def configs(num_slots, widened):
     """By name: the one in use, and others of groups, starts of the second projection and slots per pass."""
-    used = stream_config(num_slots, fp8)
+    used = stream_config(num_slots, widened)
     found = {"stream": used}
     if num_slots > 512:
         return found
@@ -41,13 +41,13 @@ def as_fp8(weight):
     return (weight.float() * 1000).clamp(-400, 400).to(torch.float8_e4m3fn), scale
 
 
-def variants(layer, num_slots, fp8):
+def variants(layer, num_slots, fp8, fp8_activations):
     """Functions of (hidden, ids, weights) by name."""
     gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed = layer
-    scales = (None, None)
-    if fp8:
+    scales = (None, None, False)
+    if fp8 or fp8_activations:
         (gate_up, gate_up_scale), (down, down_scale) = as_fp8(gate_up), as_fp8(down)
-        scales = (gate_up_scale, down_scale)
+        scales = (gate_up_scale, down_scale, fp8_activations)
     weights = (gate_up, down, gate_up_bias, down_bias)
 
     def triton(*x):
@@ -62,7 +62,9 @@ def variants(layer, num_slots, fp8):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("geometry", choices=GEOMETRIES, nargs="?", default="qwen3-30b-a3b")
-    parser.add_argument("--fp8", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--fp8", action="store_true", help="FP8 weights, 16-bit activations")
+    kind.add_argument("--fp8-activations", action="store_true", help="FP8 weights, activations rounded to FP8")
     parser.add_argument("--cases", default=CASES)
     arguments = parser.parse_args()
     geometry = GEOMETRIES[arguments.geometry]
@@ -74,9 +76,9 @@ def main():
             tokens, select = map(int, case.split(":"))
             inputs = [make_routing(geometry, tokens, select, seed) for seed in range(CALLS)]
             active = statistics.mean(len(i[1].unique()) for i in inputs)
-            size = 1 if arguments.fp8 else 2
+            size = 1 if arguments.fp8 or arguments.fp8_activations else 2
             floor = active * geometry.expert_elements * size / bandwidth * 1e6
-            functions = variants(layer, inputs[0][1].numel(), arguments.fp8)
+            functions = variants(layer, inputs[0][1].numel(), arguments.fp8, arguments.fp8_activations)
             graphs = {name: capture(lambda x, f=f: f(*x), inputs) for name, f in functions.items()}
             times = time_in_turn(graphs, CALLS, 15)
             text = ", ".join(f"{name} {time.median:.1f}" for name, time in times.items())

@@ -59,7 +59,23 @@ DEVICE void load16(u32 (&r)[4], u32 from) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
 }
+DEVICE float get4(u32 from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
+  return x;
+}
+DEVICE void put4(u32 to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
+DEVICE void put16(u32 to, const u32 (&r)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 // From memory as the L2 has it.
+DEVICE void load16_from_l2(u32 (&r)[8], const void* from) {
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from));
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4 + 16];"
+               : "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7]) : "l"(from));
+}
 DEVICE void load_floats(float (&x)[4], const float* from) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "l"(from));
@@ -68,9 +84,11 @@ DEVICE void store8(void* to, u32 low, u32 high) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(low), "r"(high) : "memory");
 }
 
-// c += a [16 x 16] @ b [16 x 8].
+// c += a [16 x 16] @ b [16 x 8]; of FP8 numbers a [16 x 32] @ b [32 x 8].
 DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if HALF
+#if FP8_ROWS
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#elif HALF
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #else
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -87,6 +105,18 @@ DEVICE u32 permute_bytes(u32 x, u32 selector) {
 DEVICE u32 multiply_bfloats(u32 a, u32 b) {
   asm("mul.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
   return a;
+}
+
+DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Two e4m3 numbers, the first in the low byte; beyond 448 they are 448.
+DEVICE u32 floats_to_e4m3(float first, float second) {
+  u16 y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(second), "f"(first));
+  return y;
 }
 
 DEVICE float half_to_float(u16 x) {

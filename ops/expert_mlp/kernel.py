@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..launching import launchable
-from .reference import SCALE_BLOCK, gate_width
+from .reference import SCALE_BLOCK, gate_width, round_to_fp8
 from .tiles import MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
 
 # A kernel loads ids itself: torch's analysis of what a kernel writes takes every pointer that a function is given for
@@ -485,12 +485,16 @@ def launch_expert_mlp(
     config: LaunchConfig | None = None,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
     into: Tensor | None = None,
 ) -> Tensor:
     """`sere::expert_mlp` on checked arguments; `config` replaces the heuristics.
 
     `into`: contiguous [T, H] in the dtype of hidden, where the result is wanted; outside of a compiler, which
     makes the sum part of what follows, it saves a launch.
+
+    `fp8_activations` rounds them to what their FP8 numbers stand for, which the kernels then have in the dtype of
+    hidden: rounded once more, by 2^-9 of a number at most, where the FP8 number's own error is 2^-4.
     """
     num_tokens, num_slots = topk_ids.shape[0], int(topk_ids.shape[1])
     num_experts, width = int(down.shape[0]), int(hidden.shape[1])
@@ -500,9 +504,11 @@ def launch_expert_mlp(
         return zeros if into is None else into.zero_()
     many_slots = guard_or_false(num_tokens * num_slots > MANY_SLOTS_PER_EXPERT * num_experts)
     config = config or launch_config(hidden.dtype, transposed, many_slots)
+    rounded = round_to_fp8(hidden).to(hidden.dtype) if fp8_activations else hidden
     act, *plan = launch_gate_up(
-        hidden, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config, gate_up_scale
+        rounded, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config, gate_up_scale
     )  # fmt: skip
+    act = round_to_fp8(act).to(act.dtype) if fp8_activations else act
     out = torch.empty((num_tokens * num_slots, width), dtype=torch.float32, device=hidden.device)
     launchable(down_kernel)[(config.down.programs(hidden.device),)](
         act, down, act if down_bias is None else down_bias.contiguous(),

@@ -50,6 +50,7 @@ def check_arguments(
     transposed: bool,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
 ) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
     if activation not in ACTIVATIONS:
@@ -84,6 +85,8 @@ def check_arguments(
         if argument.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} (of hidden), got {argument.device}")
     check_weight_dtypes(hidden, {"gate_up": (gate_up, gate_up_scale), "down": (down, down_scale)}, transposed)
+    if fp8_activations and gate_up_scale is None:
+        raise ValueError("fp8_activations: expected False without scales, got True")
 
 
 def check_weight_dtypes(hidden: Tensor, weights: dict[str, tuple[Tensor, Tensor | None]], transposed: bool) -> None:
@@ -126,24 +129,25 @@ def _expert_mlp(
     transposed: bool = False,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
 ) -> Tensor:
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
-    scales = (gate_up_scale, down_scale)
-    check_arguments(*tensors, activation, interleaved, transposed, *scales)
+    fp8 = (gate_up_scale, down_scale, fp8_activations)
+    check_arguments(*tensors, activation, interleaved, transposed, *fp8)
     if hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation):
         from .stream import takes
 
-        if takes(Call(*tensors, *scales), transposed):
-            return torch.ops.sere.expert_mlp_stream.default(*tensors, *scales, activation, interleaved)
+        if takes(Call(*tensors, *fp8), transposed):
+            return torch.ops.sere.expert_mlp_stream.default(*tensors, *fp8, activation, interleaved)
         from ..launching import device_guard
         from .kernel import launch_expert_mlp, multiplies_fp8
 
         if gate_up_scale is None or multiplies_fp8(hidden.device):
             with device_guard(hidden):
-                return launch_expert_mlp(*tensors, activation, interleaved, transposed, None, *scales)
+                return launch_expert_mlp(*tensors, activation, interleaved, transposed, None, *fp8)
     if cpu.takes(hidden, gate_up_scale is not None):
         return torch.ops.sere.expert_mlp_cpu.default(*tensors, activation, interleaved, transposed)
-    return expert_mlp_reference(*tensors, activation, interleaved, transposed, *scales)
+    return expert_mlp_reference(*tensors, activation, interleaved, transposed, *fp8)
 
 
 @torch.library.custom_op("sere::expert_mlp_cpu", mutates_args=())
@@ -180,6 +184,7 @@ def expert_mlp_stream(
     down_bias: Tensor | None,
     gate_up_scale: Tensor | None,
     down_scale: Tensor | None,
+    fp8_activations: bool,
     activation: str,
     interleaved: bool,
 ) -> Tensor:
@@ -189,10 +194,10 @@ def expert_mlp_stream(
     from .stream import launch_stream
 
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
-    scales = (gate_up_scale, down_scale)
+    fp8 = (gate_up_scale, down_scale, fp8_activations)
     with device_guard(hidden):
-        out = launch_stream(Call(*tensors, *scales), activation, interleaved)
-        return launch_expert_mlp(*tensors, activation, interleaved, False, None, *scales) if out is None else out
+        out = launch_stream(Call(*tensors, *fp8), activation, interleaved)
+        return launch_expert_mlp(*tensors, activation, interleaved, False, None, *fp8) if out is None else out
 
 
 @expert_mlp_stream.register_fake
@@ -207,9 +212,10 @@ _expert_mlp_op = register_triton_op("sere::expert_mlp", _expert_mlp)
 def _expert_mlp_fake(
     hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias=None, down_bias=None,
     activation="silu_glu", interleaved=False, transposed=False, gate_up_scale=None, down_scale=None,
+    fp8_activations=False,
 ):  # fmt: skip
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
-    check_arguments(*tensors, activation, interleaved, transposed, gate_up_scale, down_scale)
+    check_arguments(*tensors, activation, interleaved, transposed, gate_up_scale, down_scale, fp8_activations)
     return hidden.new_empty(hidden.shape)
 
 
@@ -226,6 +232,7 @@ def expert_mlp(
     transposed: bool = False,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
 ) -> Tensor:
     """The weighted sum over each token's experts of `down(activation(gate_up(x)))`.
 
@@ -246,6 +253,8 @@ def expert_mlp(
         gate_up_scale: fp32 [E, ceil(G * I / 128), ceil(H / 128)], what each block of 128 x 128 of gate_up is to be
             multiplied with, as in DeepSeek-V3's and Qwen3's FP8 checkpoints; or None.
         down_scale: fp32 [E, ceil(H / 128), ceil(I / 128)]; given where gate_up_scale is.
+        fp8_activations: with scales, round what each weight is multiplied with to FP8 as well, 128 numbers of a row
+            with one factor, their largest over 448, as these checkpoints' `activation_scheme: "dynamic"` asks.
 
     Returns:
         A new contiguous tensor [T, H] in the dtype of hidden.
@@ -258,13 +267,13 @@ def expert_mlp(
     at all. On CPUs a token that names an expert twice is computed once, with the sum of its weights; FP8 weights run as
     the slow reference does.
     The first projection is rounded to the dtype of hidden after the activation only; everything else is in fp32.
-    FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden, and each block's part of a
-    sum with its scale. GPUs older than compute capability 8.9 run them as the slow reference does.
+    FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden (or FP8), and each block's
+    part of a sum with its scale. GPUs older than compute capability 8.9 run them as the slow reference does.
     Deterministic. No gradient.
     """
     return torch.ops.sere.expert_mlp.default(
         hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed,
-        gate_up_scale, down_scale,
+        gate_up_scale, down_scale, fp8_activations,
     )  # fmt: skip
 
 

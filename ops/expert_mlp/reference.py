@@ -48,11 +48,17 @@ class Call:
     down_bias: Tensor | None
     gate_up_scale: Tensor | None = None
     down_scale: Tensor | None = None
+    fp8_activations: bool = False
 
     @property
     def fp8(self) -> bool:
         """Whether weights are FP8 with scales."""
         return self.gate_up_scale is not None
+
+    @property
+    def widened(self) -> bool:
+        """Whether FP8 weights are multiplied with activations that are not."""
+        return self.fp8 and not self.fp8_activations
 
 
 def activation_number(activation: str) -> int:
@@ -96,6 +102,7 @@ def expert_mlp_reference(
     transposed: bool = False,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
 ) -> Tensor:
     """See `sere_compile.ops.expert_mlp`. Returns a fresh contiguous tensor [T, H] in the dtype of hidden."""
     if not transposed:
@@ -103,13 +110,25 @@ def expert_mlp_reference(
     valid = (topk_ids >= 0) & (topk_ids < gate_up.shape[0])
     experts = torch.where(valid, topk_ids, 0).long()
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    x = round_to_fp8(hidden) if fp8_activations else hidden
     for k in range(topk_ids.shape[1]):
-        out = _linear(hidden, experts[:, k], gate_up, gate_up_bias, gate_up_scale)
+        out = _linear(x, experts[:, k], gate_up, gate_up_bias, gate_up_scale)
         act = activate(out, activation, interleaved).to(hidden.dtype)
+        act = round_to_fp8(act) if fp8_activations else act
         out = _linear(act, experts[:, k], down, down_bias, down_scale) * topk_weights[:, k, None].float()
         # where, not a product with 0: what a slot of no expert computes may be inf or NaN.
         total = total + torch.where(valid[:, k, None], out, 0.0)
     return total.to(hidden.dtype)
+
+
+def round_to_fp8(x: Tensor) -> Tensor:
+    """[T, N] to fp32: each `SCALE_BLOCK` numbers of a row as e4m3 with a factor, the largest of them over 448."""
+    width = x.shape[1]
+    blocks = F.pad(x.float(), (0, -width % SCALE_BLOCK)).unflatten(1, (-1, SCALE_BLOCK))
+    # At least 1e-10, for blocks of zeros; NaN stays.
+    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+    rounded = (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    return rounded.flatten(1)[:, :width]
 
 
 def _linear(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -8,7 +8,8 @@
 // Compiled at first use (stream.py), with these numbers as macros:
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
 //   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8,
-//   WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS (StreamConfig's)
+//   FP8_ROWS (activations are rounded to FP8 as well), WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS
+//   (StreamConfig's)
 // hopper.cuh and plan.cuh come before this file.
 
 // Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
@@ -103,6 +104,69 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
   });
 }
 
+#if FP8_ROWS
+// Two bf16 numbers in a register, as floats.
+DEVICE float lower_float(u32 pair) { return __uint_as_float(pair << 16); }
+DEVICE float upper_float(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// 16 of a row's 128 bf16 numbers to e4m3, times 448 over the largest of the 128, which 8 lanes hold together.
+// Returns what undoes that.
+DEVICE float round_to_fp8(const u32 (&x)[8], u32 (&y)[4]) {
+  u32 most = 0x2edbe6ffu;  // 1e-10, for rows of zeros. Of positive floats the bits sort as the numbers do, NaN last.
+#pragma unroll
+  for (int i = 0; i < 8; ++i) most = max(most, max(x[i] & 0x7fff0000u, (x[i] & 0x7fffu) << 16));
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) most = max(most, (u32)__shfl_xor_sync(~0u, (int)most, step));
+  const float largest = __uint_as_float(most), factor = 448.0f * reciprocal(largest);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    y[i] = floats_to_e4m3(lower_float(x[2 * i]) * factor, upper_float(x[2 * i]) * factor) |
+           floats_to_e4m3(lower_float(x[2 * i + 1]) * factor, upper_float(x[2 * i + 1]) * factor) << 16;
+  return largest * (1.0f / 448.0f);
+}
+
+// A row's 128 columns are 8 threads', 16 each. Those of the next stage are on their way while these are rounded.
+template <bool FIRST>
+DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
+  constexpr int DEPTH = FIRST ? HIDDEN : INNER, AT_ONCE = ROW_LOADERS * 32 / 8, STEPS = (ROWS + AT_ONCE - 1) / AT_ONCE;
+  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
+  const int thread = threadIdx.x - (MULTIPLIERS + LOADERS) * 32, piece = thread % 8;
+  Ring ring;
+  for_passes<GRANULES>(plan, [&](const Pass& pass) {
+    u32 from[STEPS], ahead[STEPS][8];
+    auto load = [&](int step) {
+      load16_from_l2(ahead[step], x + from[step]);
+      from[step] += CHUNK * 2;
+    };
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      if (step * AT_ONCE >= pass.rows) break;
+      const int slot = plan.list[pass.row + min(step * AT_ONCE + thread / 8, pass.rows - 1)];
+      from[step] = ((FIRST ? slot / TOP_K : slot) * DEPTH + piece * 16) * 2;
+      load(step);
+    }
+    for (int k = 0; k < DEPTH; k += CHUNK) {
+      barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
+      __syncwarp();
+      const u32 to = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES;
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        if (step * AT_ONCE >= pass.rows) break;
+        const int row = step * AT_ONCE + thread / 8;
+        u32 y[4];
+        const float scale = round_to_fp8(ahead[step], y);
+        if (k + CHUNK < DEPTH) load(step);
+        if (row < pass.rows) {
+          put16(to + row * ROW_BYTES + swizzled(row & 7, piece), y);
+          if (piece == 0) put4(to + ROWS * ROW_BYTES + WEIGHT_SCALE_BYTES + row * 4, scale);
+        }
+      }
+      barrier_arrive(&plan.full[ring.stage]);
+      ring.next();
+    }
+  });
+}
+#else
 template <bool FIRST>
 DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
@@ -125,8 +189,9 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
     }
   });
 }
+#endif
 
-#if FP8
+#if FP8 && !FP8_ROWS
 // Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction are moved to their
 // places, and the exponent's bias is corrected by a product with 2^120.
 DEVICE u32 widen(u32 x, int first) {
@@ -143,9 +208,62 @@ template <int NT>
 constexpr int SUMS = FP8 ? 1 : PARTS<NT>;  // FP8 adds them up in each stage
 
 // c += a stage's 16 weight rows, from w, times its activations, from x. Calls release() once all is in registers.
+// Of numbers of 16 bits, or of FP8 numbers: the instructions for both have the same bytes in the same lanes.
+#if FP8_ROWS || !FP8
+template <int NT, class F>
+DEVICE void multiply_bytes(float (&c)[PARTS<NT>][NT][4], u32 w, u32 x, int row, int lane, F release) {
+  u32 a[4][4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    load_matrices(a[k], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 2 + (lane >> 4)));
+  const int mine = row + (lane & 7);
+  constexpr int AHEAD = NT <= 3 ? 2 : 1, GROUP = NT < 4 ? NT : 4;
+#pragma unroll
+  for (int ahead = 0; ahead < 2; ahead += AHEAD)
+#pragma unroll
+    for (int from = 0; from < NT; from += GROUP) {
+      u32 b[AHEAD][GROUP][4];
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k)
+#pragma unroll
+        for (int n = 0; n < GROUP; ++n)
+          load_matrices(b[k][n], x + (mine + (from + n) * 8) * ROW_BYTES +
+                                     swizzled(mine & 7, (ahead + k) * 4 + (lane >> 3)));
+      if (ahead + AHEAD == 2 && from + GROUP >= NT) release();
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int n = 0; n < GROUP; ++n) {
+            const int step = 2 * (ahead + k) + i;
+            multiply(c[step % PARTS<NT>][from + n], a[step], b[k][n][2 * i], b[k][n][2 * i + 1]);
+          }
+    }
+}
+#endif
+
+// The same, with FP8 the part of a stage times its scales.
 template <int NT, class F>
 DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
-#if FP8
+#if FP8_ROWS
+  float p[PARTS<NT>][NT][4] = {}, of_rows[NT][2];
+  const float of_weights[2] = {get4(scales), get4(scales + 4)};
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      of_rows[n][i] = get4(x + ROWS * ROW_BYTES + WEIGHT_SCALE_BYTES + (row + n * 8 + 2 * (lane & 3) + i) * 4);
+  multiply_bytes<NT>(p, w, x, row, lane, release);
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int u = 1; u < PARTS<NT>; ++u) p[0][n][i] += p[u][n][i];
+      c[0][n][i] += of_weights[i >> 1] * of_rows[n][i & 1] * p[0][n][i];
+    }
+#elif FP8
   // Lane 4 g + t has columns 8 t to 8 t + 7 of 32, of both operands: the instruction has others there, but sums them all.
   const int g = lane >> 2, t = lane & 3;
   float p[PARTS<NT>][NT][4] = {};
@@ -192,34 +310,7 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
       c[0][n][i] += scale[i >> 1] * p[0][n][i];
     }
 #else
-  u32 a[4][4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-    load_matrices(a[k], w + (lane & 15) * CHUNK_BYTES + swizzled(lane & 7, k * 2 + (lane >> 4)));
-  const int mine = row + (lane & 7);
-  constexpr int AHEAD = NT <= 3 ? 2 : 1, GROUP = NT < 4 ? NT : 4;
-#pragma unroll
-  for (int ahead = 0; ahead < 2; ahead += AHEAD)
-#pragma unroll
-    for (int from = 0; from < NT; from += GROUP) {
-      u32 b[AHEAD][GROUP][4];
-#pragma unroll
-      for (int k = 0; k < AHEAD; ++k)
-#pragma unroll
-        for (int n = 0; n < GROUP; ++n)
-          load_matrices(b[k][n], x + (mine + (from + n) * 8) * ROW_BYTES +
-                                     swizzled(mine & 7, (ahead + k) * 4 + (lane >> 3)));
-      if (ahead + AHEAD == 2 && from + GROUP >= NT) release();
-#pragma unroll
-      for (int k = 0; k < AHEAD; ++k)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int n = 0; n < GROUP; ++n) {
-            const int step = 2 * (ahead + k) + i;
-            multiply(c[step % SUMS<NT>][from + n], a[step], b[k][n][2 * i], b[k][n][2 * i + 1]);
-          }
-    }
+  multiply_bytes<NT>(c, w, x, row, lane, release);
 #endif
 }
 

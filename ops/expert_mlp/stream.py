@@ -46,10 +46,10 @@ class StreamConfig:
     trigger: int = -1
 
 
-def stream_config(num_slots: int, fp8: bool) -> StreamConfig:
-    """As measured, docs/kernels.md."""
+def stream_config(num_slots: int, widened: bool) -> StreamConfig:
+    """As measured, docs/kernels.md. `widened`: FP8 weights, multiplied with 16-bit activations."""
     rows = 8 if num_slots <= 8 else 16 if num_slots <= 16 else 32
-    if fp8:
+    if widened:
         return StreamConfig(rows, trigger=8) if num_slots <= 64 else StreamConfig(rows, groups=2)
     return StreamConfig(rows, trigger=8 if num_slots <= 128 else 16)
 
@@ -70,20 +70,27 @@ class Stream:
     down_bias: bool
     half: bool
     fp8: bool
+    fp8_rows: bool
     weights: int
     config: StreamConfig
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one slot's activations in a stage."""
+        return CHUNK_BYTES * (2 if self.fp8 and not self.fp8_rows else 1)
 
     @property
     def plan_bytes(self) -> int:
         """At least: of `Plan`, of the sums that groups exchange, and of what a last tile of 8 rows reads too far."""
         exchange = 512 * self.config.rows if self.config.groups == 2 else 0
-        too_far = 7 * CHUNK_BYTES * (2 if self.fp8 else 1)
+        too_far = 7 * self.row_bytes
         return -(-(10 * self.experts + 4 * self.max_slots + 256 + max(exchange, too_far)) // 16) * 16
 
     @property
     def stage_bytes(self) -> int:
-        """Of one stage of the ring: weights, activations, scales."""
-        return WEIGHT_BYTES + self.config.rows * CHUNK_BYTES * (2 if self.fp8 else 1) + (128 if self.fp8 else 0)
+        """Of one stage of the ring: weights, activations, scales of both."""
+        scales = (128 if self.fp8 else 0) + (4 * self.config.rows if self.fp8_rows else 0)
+        return WEIGHT_BYTES + self.config.rows * self.row_bytes + scales
 
     @property
     def stages(self) -> int:
@@ -110,7 +117,7 @@ class Stream:
             ("IDS64", int(self.ids64)), ("GATED", int(gate_width(self.activation) == 2)),
             ("INTERLEAVED", int(self.interleaved)), ("ACTIVATION", activation_number(self.activation)),
             ("GATE_UP_BIAS", int(self.gate_up_bias)), ("DOWN_BIAS", int(self.down_bias)), ("HALF", int(self.half)),
-            ("FP8", int(self.fp8)), ("WEIGHTS", self.weights),
+            ("FP8", int(self.fp8)), ("FP8_ROWS", int(self.fp8_rows)), ("WEIGHTS", self.weights),
             ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups),
         ]  # fmt: skip
 
@@ -174,7 +181,7 @@ def stream_of(call: Call, activation: str, interleaved: bool, config: StreamConf
         inner=call.down.shape[2], max_slots=512 if num_slots <= 512 else 4096,
         ids64=call.topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
-        half=call.hidden.dtype == torch.float16, fp8=call.fp8, weights=FLOAT_NUMBERS[call.topk_weights.dtype],
+        half=call.hidden.dtype == torch.float16, fp8=call.fp8, fp8_rows=call.fp8_activations, weights=FLOAT_NUMBERS[call.topk_weights.dtype],
         config=config,
     )  # fmt: skip
 
@@ -188,7 +195,7 @@ def launch_stream(
     """
     num_tokens, top_k = call.topk_ids.shape
     num_slots, hidden = num_tokens * top_k, _aligned(call.hidden)
-    stream = stream_of(call, activation, interleaved, config or stream_config(num_slots, call.fp8))
+    stream = stream_of(call, activation, interleaved, config or stream_config(num_slots, call.widened))
     kernels = functions(stream, hidden.device.index)
     if kernels is None or call.gate_up.data_ptr() % 16 or call.down.data_ptr() % 16:
         return None

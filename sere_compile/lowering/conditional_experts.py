@@ -43,6 +43,7 @@ def as_one_node(
     transposed: bool = False,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
 ) -> Tensor:
     """`sere::expert_mlp` in plain ATen but for one node, which `build_conditions` replaces in the translated graph.
 

@@ -38,6 +38,7 @@ def moe_node(
     transposed: bool = False,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
 ) -> Tensor:
     """`sere::expert_mlp` as that operator, for weights of slots that are not negative.
 

@@ -47,6 +47,7 @@ def qmoe_node(
     transposed: bool = False,
     gate_up_scale: Tensor | None = None,
     down_scale: Tensor | None = None,
+    fp8_activations: bool = False,
 ) -> Tensor:
     """`sere::expert_mlp` with one node in it, which `quantise_experts` replaces in the translated graph.
 

@@ -146,6 +146,11 @@ static int __shfl_up_sync(u32, int x, int by) {
   const int lane = threadIdx.x % 32;
   return all[lane < by ? lane : lane - by][0];
 }
+static int __shfl_xor_sync(u32, int x, int mask) {
+  int all[32][1];
+  exchange({x}, all);
+  return all[threadIdx.x % 32 ^ mask][0];
+}
 static u32 __match_any_sync(u32, int x) {
   int all[32][1];
   exchange({x}, all);
@@ -216,6 +221,20 @@ DEVICE void load16(u32 (&r)[4], u32 from) {
   if (from % 16) stop("a load of 16 bytes at an odd address");
   std::memcpy(r, shared + from, 16);
 }
+DEVICE float get4(u32 from) {
+  float x;
+  std::memcpy(&x, shared + from, 4);
+  return x;
+}
+DEVICE void put4(u32 to, float x) { std::memcpy(shared + to, &x, 4); }
+DEVICE void put16(u32 to, const u32 (&r)[4]) {
+  if (to % 16) stop("a store of 16 bytes at an odd address");
+  std::memcpy(shared + to, r, 16);
+}
+DEVICE void load16_from_l2(u32 (&r)[8], const void* from) {
+  if ((u64)from % 16) stop("a load of 16 bytes at an odd address");
+  std::memcpy(r, from, 32);
+}
 DEVICE void load_floats(float (&x)[4], const float* from) { std::memcpy(x, from, 16); }
 DEVICE void store8(void* to, u32 low, u32 high) {
   std::memcpy(to, &low, 4);
@@ -238,6 +257,25 @@ DEVICE u16 float_to_half(float x) {
   std::memcpy(&y, &h, 2);
   return y;
 }
+DEVICE float reciprocal(float x) { return 1.0f / x; }
+// e4m3: sign, 4 bits of exponent (bias 7), 3 of fraction; 0x7f and 0xff are NaN.
+static float e4m3_to_float(u8 x) {
+  const int exponent = x >> 3 & 15, fraction = x & 7;
+  if ((x & 127) == 127) return NAN;
+  const float size = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
+  return x & 128 ? -size : size;
+}
+static u8 float_to_e4m3(float x) {
+  if (x != x) return 0x7f;
+  const u8 sign = std::signbit(x) ? 128 : 0;
+  u8 nearest = 0;
+  for (int i = 1; i < 127; ++i) {
+    const float before = std::fabs(e4m3_to_float(nearest) - std::fabs(x)), now = std::fabs(e4m3_to_float(i) - std::fabs(x));
+    if (now < before || (now == before && i % 2 == 0)) nearest = i;
+  }
+  return sign | nearest;
+}
+DEVICE u32 floats_to_e4m3(float first, float second) { return float_to_e4m3(first) | float_to_e4m3(second) << 8; }
 static float element(u32 pair, int which) {
   const u16 x = (u16)(pair >> (16 * which));
   return HALF ? half_to_float(x) : bfloat_to_float(x);
@@ -249,10 +287,18 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * t + i % 2;
     float sum = c[i];
+#if FP8_ROWS
+    auto byte = [](u32 four, int which) { return e4m3_to_float(four >> (8 * which) & 255); };
+    for (int k = 0; k < 32; ++k) {
+      const float x = byte(all[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2], k % 4);
+      sum += x * byte(all[column * 4 + k % 16 / 4][4 + k / 16], k % 4);
+    }
+#else
     for (int k = 0; k < 16; ++k) {
       const float x = element(all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2);
       sum += x * element(all[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
     }
+#endif
     c[i] = sum;
   }
 }

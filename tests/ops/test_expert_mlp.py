@@ -89,8 +89,11 @@ def activation_fp64(x, name, interleaved):
     return values[name.removesuffix("_glu")]() * up
 
 
-def oracle(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed):
-    """One token and slot at a time, in fp64."""
+def oracle(
+    hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed, rounded=None
+):
+    """One token and slot at a time, in fp64; `rounded` changes what each weight is multiplied with."""
+    rounded = rounded or (lambda x: x)
     total = torch.zeros(hidden.shape, dtype=torch.float64)
     for t, row in enumerate(ids.tolist()):
         for k, expert in enumerate(row):
@@ -99,10 +102,10 @@ def oracle(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias, activat
             first, second = gate_up[expert].cpu().double(), down[expert].cpu().double()
             if transposed:
                 first, second = first.T, second.T
-            x = first @ hidden[t].cpu().double()
+            x = first @ rounded(hidden[t].cpu().double())
             if gate_up_bias is not None:
                 x = x + gate_up_bias[expert].cpu().double()
-            x = second @ activation_fp64(x, activation, interleaved)
+            x = second @ rounded(activation_fp64(x, activation, interleaved))
             if down_bias is not None:
                 x = x + down_bias[expert].cpu().double()
             total[t] += weights[t, k].cpu().double() * x
@@ -201,7 +204,7 @@ def test_no_graph_break():
 
 def arguments_with(**changes):
     names = [argument.name for argument in OP._schema.arguments]
-    return dict(zip(names, (*Layer(bias=True).draw(), None, None), strict=True)) | changes
+    return dict(zip(names, (*Layer(bias=True).draw(), None, None, False), strict=True)) | changes
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sere_compile.ops.expert_mlp.stream import Stream, StreamConfig, launch_stre
 from ..thinned import thinned
 from . import cuda_on_cpu
 from .cases import poisoned_memory
-from .test_expert_mlp import Layer, arguments_with, assert_close_to_oracle, small_tiles
+from .test_expert_mlp import Layer, arguments_with, assert_close_to_oracle, oracle, small_tiles
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 WIDE = {"hidden": 256, "inner": 128}
@@ -59,6 +59,54 @@ def test_fp8_weights_equal_oracle(layer, device):
     """Blocks that the edges cut, activations of each kind; on a GPU the kernel where there is one."""
     scaled, exact = with_fp8(layer.draw(device=device))
     assert_close_to_oracle(expert_mlp(*scaled), exact)
+
+
+def rounded_to_fp8(row, dtype):
+    """128 numbers of a dtype after another with one factor, so that their largest is 448, as e4m3; to fp64."""
+    pieces = []
+    for piece in row.to(dtype).double().split(128):
+        factor = piece.abs().max().clamp(min=1e-10) / 448
+        pieces.append((piece / factor).to(FP8).double() * factor)
+    return torch.cat(pieces)
+
+
+def assert_close_with_fp8_activations(result, exact):
+    """Sums that differ in the last bit may round to another FP8 number: nearer than to what is not rounded at all."""
+    want, unrounded = oracle(*exact, rounded=lambda row: rounded_to_fp8(row, result.dtype)), oracle(*exact)
+    errors = [float((result.cpu().double() - x).norm() / x.norm()) for x in (want, unrounded)]
+    assert errors[0] < 1e-2, errors
+    assert errors[1] > 2e-2, errors
+
+
+FP8_ROWS = [
+    Layer(dtype=BF16, **WIDE),
+    Layer(dtype=BF16, hidden=200, inner=72, bias=True),
+    Layer(dtype=BF16, activation="relu2", tokens=40, **WIDE),
+]
+
+
+@pytest.mark.parametrize("layer", FP8_ROWS, ids=str)
+def test_fp8_activations_equal_oracle(layer, device):
+    """On a GPU CUDA C++ and, where sizes are no multiples of 128 or slots many, Triton."""
+    scaled, exact = with_fp8(layer.draw(device=device))
+    assert_close_with_fp8_activations(expert_mlp(*scaled, fp8_activations=True), exact)
+
+
+def test_fp8_activations_of_zeros_and_nan(device):
+    """A token of zeros gives zeros, one with a NaN gives NaN, and the others what they gave."""
+    scaled, _ = with_fp8(Layer(dtype=BF16, **WIDE).draw(device=device, ids=torch.tensor([[0, 1], [2, 3], [1, 2]])))
+    clean = expert_mlp(*scaled, fp8_activations=True)
+    hidden = scaled[0].clone()
+    hidden[0], hidden[1, 3] = 0, torch.nan
+    out = expert_mlp(hidden, *scaled[1:], fp8_activations=True)
+    assert out[0].abs().max() == 0
+    assert out[1].isnan().all()
+    assert torch.equal(out[2], clean[2])
+
+
+def test_fp8_activations_need_scales():
+    with pytest.raises(ValueError, match="fp8_activations: expected False without scales"):
+        expert_mlp(*Layer().draw(), fp8_activations=True)
 
 
 def test_fp8_opcheck():
@@ -133,19 +181,27 @@ def test_triton_kernels_equal_oracle_with_fp8_weights(layer, tile, kernel_device
     assert_close_to_oracle(out, exact)
 
 
+def test_triton_kernels_equal_oracle_with_fp8_activations(kernel_device):
+    scaled, exact = with_fp8(Layer(dtype=FP16, hidden=200, inner=72).draw(device=kernel_device))
+    with poisoned_memory():
+        out = launch_expert_mlp(*scaled[:10], small_tiles(), *scaled[10:], fp8_activations=True)
+    assert_close_with_fp8_activations(out, exact)
+
+
 # What is compiled
 
 
 def streams():
     """Specialisations of both kinds: weights, slots, activations."""
     shapes = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (60, 4, 2048, 1408), (32, 4, 2880, 2880), (512, 32, 64, 64)]
-    for (experts, top_k, hidden, inner), slots, fp8 in itertools.product(shapes, (8, 16, 256, 4096), (False, True)):
+    kinds = ((False, False), (True, False), (True, True))
+    for (experts, top_k, hidden, inner), slots, (fp8, rows) in itertools.product(shapes, (8, 16, 256, 4096), kinds):
         if fp8 and (hidden % 128 or inner % 128):
             continue
         plain = {"ids64": True, "activation": "silu_glu", "interleaved": False, "gate_up_bias": False, "half": False}
         yield Stream(
             experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8, weights=1,
-            config=stream.stream_config(slots, fp8), **plain,
+            fp8_rows=rows, config=stream.stream_config(slots, fp8 and not rows), **plain,
         )  # fmt: skip
 
 
@@ -165,7 +221,7 @@ def test_source_compiles(activation, tmp_path):
     """With nvcc where there is one, without a GPU. The source asserts that its shared memory is what is asked for."""
     source = tmp_path / "all.cu"
     source.write_text(stream.source())
-    for number, one in enumerate([next(streams()), list(streams())[5], list(streams())[-1]]):
+    for number, one in enumerate([*list(streams())[:3], list(streams())[-1]]):
         changes = {"ACTIVATION": activation_number(activation), "GATED": int(activation != "relu2")}
         macros = [f"-D{macro}={value}" for macro, value in (dict(one.macros()) | changes).items()]
         output = str(tmp_path / str(number))
@@ -180,7 +236,7 @@ def test_source_compiles(activation, tmp_path):
 def run_on_cpu(arguments, config, folder):
     """As `launch`, with the instructions of `cuda_on_cpu.h`."""
     *tensors, activation, interleaved, _ = arguments[:10]
-    return cuda_on_cpu.run(Call(*tensors, *(arguments[10:] or (None, None))), activation, interleaved, config, folder)
+    return cuda_on_cpu.run(Call(*tensors, *arguments[10:]), activation, interleaved, config, folder)
 
 
 CPU_CASES = [
@@ -213,15 +269,31 @@ def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
     assert_close_to_oracle(run_on_cpu(scaled, config, tmp_path), exact)
 
 
+@pytest.mark.parametrize(
+    ("layer", "config"),
+    thinned(
+        [
+            (Layer(dtype=BF16, tokens=11, experts=3, **WIDE), StreamConfig(16)),
+            (Layer(dtype=BF16, tokens=30, experts=3, activation="relu2", **WIDE), StreamConfig(32, groups=2)),
+            (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), StreamConfig(8, trigger=1)),
+        ],
+        (0, 2),
+    ),
+    ids=str,
+)
+def test_fp8_activations_on_a_cpu_equal_oracle(layer, config, tmp_path):
+    scaled, exact = with_fp8(layer.draw())
+    assert_close_with_fp8_activations(run_on_cpu((*scaled, True), config, tmp_path), exact)
+
+
 # The kernels, on a GPU
 
 
 def launch(arguments, config=None):
     """The kernels' result on poisoned memory; arguments of the operator."""
     *tensors, activation, interleaved, _ = arguments[:10]
-    scales = arguments[10:] or (None, None)
     with poisoned_memory():
-        out = launch_stream(Call(*tensors, *scales), activation, interleaved, config)
+        out = launch_stream(Call(*tensors, *arguments[10:]), activation, interleaved, config)
     assert out is not None
     return out
 
@@ -245,18 +317,21 @@ def test_kernels_equal_oracle(layer):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 activations"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_cut_equals_oracle(config, fp8):
+def test_every_cut_equals_oracle(config, kind):
     """More slots of an expert than a pass takes, tiles of two experts, blocks without work."""
-    if fp8 and config.rows == 64:
-        pytest.skip("FP8 has passes of 32 slots at most")
+    if kind == "fp8" and config.rows == 64:
+        pytest.skip("FP8 weights that are widened have passes of 32 slots at most")
     ids = torch.randint(-1, 8, (50, 3), generator=torch.Generator().manual_seed(0))
     ids[::2, 0] = 2
     arguments = exact = Layer(dtype=BF16, experts=7, **WIDE).draw(device="cuda", ids=ids)
-    if fp8:
+    if kind != "bf16":
         arguments, exact = with_fp8(arguments)
-    assert_close_to_oracle(launch(arguments, config), exact)
+    if kind == "fp8 activations":
+        assert_close_with_fp8_activations(launch((*arguments, True), config), exact)
+    else:
+        assert_close_to_oracle(launch(arguments, config), exact)
 
 
 @pytest.mark.gpu
