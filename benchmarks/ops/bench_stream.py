@@ -23,9 +23,9 @@ from .bench_expert_mlp import CALLS, make_layer, make_routing
 CASES = "1:8,2:8,4:8,8:8,8:1,16:1,32:8,32:2,32:1,64:8,64:1"
 
 
-def configs(num_slots, widened):
+def configs(num_slots, fp8, fp8_activations):
     """By name: the one in use, and others of groups, starts of the second projection and slots per pass."""
-    used = stream_config(num_slots, widened)
+    used = stream_config(num_slots, fp8, fp8_activations)
     found = {"stream": used}
     if num_slots > 512:
         return found
@@ -44,8 +44,8 @@ def as_fp8(weight):
 def variants(layer, num_slots, fp8, fp8_activations):
     """Functions of (hidden, ids, weights) by name."""
     gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed = layer
-    scales = (None, None, False)
-    if fp8 or fp8_activations:
+    fp8, scales = fp8 or fp8_activations, (None, None, False)
+    if fp8:
         (gate_up, gate_up_scale), (down, down_scale) = as_fp8(gate_up), as_fp8(down)
         scales = (gate_up_scale, down_scale, fp8_activations)
     weights = (gate_up, down, gate_up_bias, down_bias)
@@ -56,7 +56,7 @@ def variants(layer, num_slots, fp8, fp8_activations):
     def stream(config):
         return lambda *x: launch_stream(Call(*x, *weights, *scales), activation, interleaved, config)
 
-    return {"triton": triton} | {name: stream(config) for name, config in configs(num_slots, fp8).items()}
+    return {"triton": triton} | {name: stream(config) for name, config in configs(num_slots, fp8, fp8_activations).items()}
 
 
 def main():

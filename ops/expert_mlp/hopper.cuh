@@ -27,8 +27,8 @@ DEVICE void barrier_arrive(u64* b) {
 DEVICE void barrier_arrive_after_copies(u64* b) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b)) : "memory");
 }
-// Two warps meet; id from 1.
-DEVICE void meet(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
+// So many threads of whole warps meet; id from 1 to 15.
+DEVICE void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Copies to shared memory in the background.
 DEVICE void copy16(u32 to, const void* from) {
@@ -64,13 +64,8 @@ DEVICE float get4(u32 from) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
   return x;
 }
-DEVICE void put4(u32 to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
-DEVICE void put16(u32 to, const u32 (&r)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
 // From memory as the L2 has it.
-DEVICE void load16_from_l2(u32 (&r)[8], const void* from) {
+DEVICE void load32(u32 (&r)[8], const void* from) {
   asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from));
   asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4 + 16];"
@@ -79,6 +74,10 @@ DEVICE void load16_from_l2(u32 (&r)[8], const void* from) {
 DEVICE void load_floats(float (&x)[4], const float* from) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "l"(from));
+}
+DEVICE void store16(void* to, const u32 (&r)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 DEVICE void store8(void* to, u32 low, u32 high) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(low), "r"(high) : "memory");

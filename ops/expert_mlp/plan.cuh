@@ -117,17 +117,31 @@ struct Pass {
   bool is_last;
 };
 
+// Of an expert in a projection.
+template <bool FIRST>
+constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
+
+// This block's, of those of all active experts one after the other.
+struct Range {
+  int begin, end;
+};
+DEVICE Range my_granules(const Plan& plan, int of_expert) {
+  const long long total = (long long)plan.num_active * of_expert;
+  return {(int)(total * blockIdx.x / gridDim.x), (int)(total * (blockIdx.x + 1) / gridDim.x)};
+}
+
 // Calls f(pass) for each pass of this block: the same sequence in every warp.
-template <int GRANULES, class F>
+template <bool FIRST, class F>
 DEVICE void for_passes(const Plan& plan, F f) {
-  const int total = plan.num_active * GRANULES;
-  int begin = (int)((long long)total * blockIdx.x / gridDim.x);
-  const int end = (int)((long long)total * (blockIdx.x + 1) / gridDim.x);
+  constexpr int EACH = GRANULES<FIRST>;
+  const Range mine = my_granules(plan, EACH);
+  int begin = mine.begin;
+  const int end = mine.end;
   while (begin < end) {
-    const int rank = begin / GRANULES, granule = begin % GRANULES;
+    const int rank = begin / EACH, granule = begin % EACH;
     const int tiles = (end - begin + CONSUMERS - 1) / CONSUMERS, size = (end - begin + tiles - 1) / tiles;
-    const int here = min(size, GRANULES - granule), first = plan.first[rank], last = plan.first[rank + 1];
-    if (size - here > 0 && size - here <= GRANULES && plan.first[rank + 2] - first <= ROWS) {
+    const int here = min(size, EACH - granule), first = plan.first[rank], last = plan.first[rank + 1];
+    if (size - here > 0 && size - here <= EACH && plan.first[rank + 2] - first <= ROWS) {
       // A tile of two experts: one of few granules would have few bytes under way.
       f(Pass{rank, granule, size, here, first, plan.first[rank + 2] - first, last - first, begin + size >= end});
       begin += size;

@@ -55,11 +55,6 @@ class Call:
         """Whether weights are FP8 with scales."""
         return self.gate_up_scale is not None
 
-    @property
-    def widened(self) -> bool:
-        """Whether FP8 weights are multiplied with activations that are not."""
-        return self.fp8 and not self.fp8_activations
-
 
 def activation_number(activation: str) -> int:
     """By this number C++ knows an activation, with a gate or without: `ACTIVATION` of stream.cu and cpu.cpp."""

@@ -58,7 +58,6 @@ DEVICE float combine(float gate, float up) {
 template <bool FIRST>
 DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* scale) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
-  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : WIDTH / GRANULE;
   constexpr long long ROW = (long long)DEPTH * (FP8 ? 1 : 2);
   constexpr int SCALE_ROWS = (WIDTH + BLOCK - 1) / BLOCK, SCALE_COLUMNS = (DEPTH + BLOCK - 1) / BLOCK;
   // A thread copies one piece of rows r and r + 8 of each granule.
@@ -66,7 +65,7 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
   const u32 to = r * CHUNK_BYTES + swizzled(r, thread & 7);
   const long long step = weight_row<FIRST>(1, 0) * ROW, to_other = weight_row<FIRST>(0, 8) * ROW;
   Ring ring;
-  for_passes<GRANULES>(plan, [&](const Pass& pass) {
+  for_passes<FIRST>(plan, [&](const Pass& pass) {
     auto piece_of = [&](int rank, int granule) {
       const long long row = (long long)plan.active[rank] * WIDTH + weight_row<FIRST>(granule, r);
       return weight + row * ROW + (thread & 7) * 16;
@@ -104,6 +103,12 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
   });
 }
 
+// Activations rounded to FP8: e4m3 numbers, and what they are to be multiplied with, one for each 128 columns.
+struct Rounded {
+  u8* numbers;
+  float* factors;
+};
+
 #if FP8_ROWS
 // Two bf16 numbers in a register, as floats.
 DEVICE float lower_float(u32 pair) { return __uint_as_float(pair << 16); }
@@ -125,63 +130,54 @@ DEVICE float round_to_fp8(const u32 (&x)[8], u32 (&y)[4]) {
   return largest * (1.0f / 448.0f);
 }
 
-// A row's 128 columns are 8 threads', 16 each. Those of the next stage are on their way while these are rounded.
+// Rounds what this block's slots are multiplied with, 128 columns in 8 threads, for itself: blocks that share an expert
+// write the same numbers to the same places. All warps but those that copy weights.
 template <bool FIRST>
-DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
-  constexpr int DEPTH = FIRST ? HIDDEN : INNER, AT_ONCE = ROW_LOADERS * 32 / 8, STEPS = (ROWS + AT_ONCE - 1) / AT_ONCE;
-  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
-  const int thread = threadIdx.x - (MULTIPLIERS + LOADERS) * 32, piece = thread % 8;
-  Ring ring;
-  for_passes<GRANULES>(plan, [&](const Pass& pass) {
-    u32 from[STEPS], ahead[STEPS][8];
-    auto load = [&](int step) {
-      load16_from_l2(ahead[step], x + from[step]);
-      from[step] += CHUNK * 2;
-    };
+DEVICE void round_rows(const Plan& plan, const u8* x, const Rounded& to) {
+  constexpr int DEPTH = FIRST ? HIDDEN : INNER, FACTORS = DEPTH / BLOCK;
+  constexpr int AT_ONCE = (MULTIPLIERS + ROW_LOADERS) * 32 / 8, AHEAD = 4;
+  const int thread = threadIdx.x - (threadIdx.x < MULTIPLIERS * 32 ? 0 : LOADERS * 32), piece = thread % 8;
+  const Range mine = my_granules(plan, GRANULES<FIRST>);
+  if (mine.begin >= mine.end) return;
+  const int first = plan.first[mine.begin / GRANULES<FIRST>];
+  const int count = (plan.first[(mine.end - 1) / GRANULES<FIRST> + 1] - first) * FACTORS;
+  for (int start = 0; start < count; start += AT_ONCE * AHEAD) {
+    u32 in[AHEAD][8];
+    int at[AHEAD];  // which factor
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      if (step * AT_ONCE >= pass.rows) break;
-      const int slot = plan.list[pass.row + min(step * AT_ONCE + thread / 8, pass.rows - 1)];
-      from[step] = ((FIRST ? slot / TOP_K : slot) * DEPTH + piece * 16) * 2;
-      load(step);
+    for (int i = 0; i < AHEAD; ++i) {
+      const int item = min(start + i * AT_ONCE + thread / 8, count - 1), slot = plan.list[first + item / FACTORS];
+      at[i] = (FIRST ? slot / TOP_K : slot) * FACTORS + item % FACTORS;
+      load32(in[i], x + (at[i] * 8 + piece) * 32);
     }
-    for (int k = 0; k < DEPTH; k += CHUNK) {
-      barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
-      __syncwarp();
-      const u32 to = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        if (step * AT_ONCE >= pass.rows) break;
-        const int row = step * AT_ONCE + thread / 8;
-        u32 y[4];
-        const float scale = round_to_fp8(ahead[step], y);
-        if (k + CHUNK < DEPTH) load(step);
-        if (row < pass.rows) {
-          put16(to + row * ROW_BYTES + swizzled(row & 7, piece), y);
-          if (piece == 0) put4(to + ROWS * ROW_BYTES + WEIGHT_SCALE_BYTES + row * 4, scale);
-        }
-      }
-      barrier_arrive(&plan.full[ring.stage]);
-      ring.next();
+    for (int i = 0; i < AHEAD; ++i) {
+      if (start + i * AT_ONCE >= count) break;
+      u32 out[4];
+      const float factor = round_to_fp8(in[i], out);
+      store16(to.numbers + (at[i] * 8 + piece) * 16, out);
+      if (piece == 0) to.factors[at[i]] = factor;
     }
-  });
+  }
 }
-#else
+#endif
+
 template <bool FIRST>
-DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
+DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
-  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
   constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = ROW_LOADERS * 32 / PIECES;
   const int thread = threadIdx.x - (MULTIPLIERS + LOADERS) * 32, piece = thread % PIECES;
   Ring ring;
-  for_passes<GRANULES>(plan, [&](const Pass& pass) {
+  for_passes<FIRST>(plan, [&](const Pass& pass) {
     for (int k = 0; k < DEPTH; k += CHUNK) {
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
       const u32 stage = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll 2
       for (int row = thread / PIECES; row < pass.rows; row += AT_ONCE) {
-        const int slot = plan.list[pass.row + row];
-        const u8* from = x + ((long long)(FIRST ? slot / TOP_K : slot) * DEPTH + k) * 2 + piece * 16;
+        const int slot = plan.list[pass.row + row], number = FIRST ? slot / TOP_K : slot;
+        const u8* from = x + ((long long)number * DEPTH + k) * (FP8_ROWS ? 1 : 2) + piece * 16;
+        if (FP8_ROWS && piece == 0)
+          copy4(stage + ROWS * ROW_BYTES + WEIGHT_SCALE_BYTES + row * 4, factors + (number * DEPTH + k) / BLOCK);
         copy16(stage + row * ROW_BYTES + (piece / 8) * 128 + swizzled(row & 7, piece % 8), from);
       }
       barrier_arrive_after_copies(&plan.full[ring.stage]);
@@ -189,7 +185,6 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x) {
     }
   });
 }
-#endif
 
 #if FP8 && !FP8_ROWS
 // Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction are moved to their
@@ -248,13 +243,15 @@ template <int NT, class F>
 DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
 #if FP8_ROWS
   float p[PARTS<NT>][NT][4] = {}, of_rows[NT][2];
+  multiply_bytes<NT>(p, w, x, row, lane, [] {});
+  // Not before: registers are scarce.
   const float of_weights[2] = {get4(scales), get4(scales + 4)};
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       of_rows[n][i] = get4(x + ROWS * ROW_BYTES + WEIGHT_SCALE_BYTES + (row + n * 8 + 2 * (lane & 3) + i) * 4);
-  multiply_bytes<NT>(p, w, x, row, lane, release);
+  release();
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -357,11 +354,11 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
     if (group == 1)
 #pragma unroll
       for (int i = 0; i < NT * 4; ++i) other[i * 32] = c[i / 4][i % 4];
-    meet(warp + 1);
+    meet(warp + 1, 64);
     if (group == 0)
 #pragma unroll
       for (int i = 0; i < NT * 4; ++i) c[i / 4][i % 4] += other[i * 32];
-    meet(warp + 1);
+    meet(warp + 1, 64);
     if (group == 1) return;
   }
   float b[2] = {0.0f, 0.0f};
@@ -406,10 +403,9 @@ DEVICE void skip_pass(Plan& plan, Ring& ring) {
 
 template <bool FIRST>
 DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
-  constexpr int GRANULES = FIRST && GATED ? INNER / 8 : (FIRST ? INNER : HIDDEN) / GRANULE;
   const int warp = (threadIdx.x >> 5) % CONSUMERS;
   Ring ring;
-  for_passes<GRANULES>(plan, [&](const Pass& pass) {
+  for_passes<FIRST>(plan, [&](const Pass& pass) {
     const bool next = warp >= pass.split;
     const int row = next ? pass.split_rows : 0;
     const Share mine{
@@ -429,8 +425,8 @@ DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
 }
 
 template <bool FIRST>
-DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16* bias,
-                                        const void* ids, void* out, int num_slots) {
+DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* out,
+                    Rounded rounded, int num_slots) {
   Plan& plan = *(Plan*)(shared + STAGES * STAGE_BYTES);
   const u32 stages = shared_address(shared);
   // Blocks of the second projection start when the first has got here, so that ids are complete for them as well.
@@ -438,28 +434,31 @@ DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16
   if (!FIRST || TRIGGER < 0) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
-  if (warp < MULTIPLIERS) {
-    multiply_all<FIRST>(plan, stages, bias, out);
-  } else if (warp < MULTIPLIERS + LOADERS) {
-    load_weights<FIRST>(plan, stages, weight, scale);
-  } else {
-    if (!FIRST) wait_for_earlier_kernels();
-    load_rows<FIRST>(plan, stages, x);
+  const bool multiplies = warp < MULTIPLIERS, loads_rows = warp >= MULTIPLIERS + LOADERS;
+  if (!FIRST && (loads_rows || (FP8_ROWS && multiplies))) wait_for_earlier_kernels();
+#if FP8_ROWS
+  if (multiplies || loads_rows) {
+    round_rows<FIRST>(plan, x, rounded);
+    meet(15, (MULTIPLIERS + ROW_LOADERS) * 32);
   }
+#endif
+  if (multiplies) multiply_all<FIRST>(plan, stages, bias, out);
+  else if (loads_rows) load_rows<FIRST>(plan, stages, FP8_ROWS ? rounded.numbers : x, rounded.factors);
+  else load_weights<FIRST>(plan, stages, weight, scale);
 }
 
 #define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1)
 
-// act [T * K, INNER] in the dtype of x.
+// act [T * K, INNER] in the dtype of x. numbers, factors: with FP8_ROWS, room for x rounded.
 PROJECTION gate_up(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* act,
-                   int num_slots) {
-  project<true>(x, weight, scale, bias, ids, act, num_slots);
+                   u8* numbers, float* factors, int num_slots) {
+  project<true>(x, weight, scale, bias, ids, act, {numbers, factors}, num_slots);
 }
 
 // rows [T * K, HIDDEN] in fp32; those of slots of no expert, or of one named before, stay unwritten.
 PROJECTION down(const u8* act, const u8* weight, const float* scale, const u16* bias, const void* ids, void* rows,
-                int num_slots) {
-  project<false>(act, weight, scale, bias, ids, rows, num_slots);
+                u8* numbers, float* factors, int num_slots) {
+  project<false>(act, weight, scale, bias, ids, rows, {numbers, factors}, num_slots);
 }
 
 // out [T, HIDDEN]: the sum of a token's rows times routing weights, in slot order. 4 columns a thread.

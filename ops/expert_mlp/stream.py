@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import nvrtc
-from .reference import FLOAT_NUMBERS, Call, activation_number, compiled_ahead, gate_width
+from .reference import FLOAT_NUMBERS, SCALE_BLOCK, Call, activation_number, compiled_ahead, gate_width
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,12 @@ class StreamConfig:
     trigger: int = -1
 
 
-def stream_config(num_slots: int, widened: bool) -> StreamConfig:
-    """As measured, docs/kernels.md. `widened`: FP8 weights, multiplied with 16-bit activations."""
+def stream_config(num_slots: int, fp8: bool = False, fp8_activations: bool = False) -> StreamConfig:
+    """As measured, docs/kernels.md."""
     rows = 8 if num_slots <= 8 else 16 if num_slots <= 16 else 32
-    if widened:
+    if fp8_activations:
+        return StreamConfig(min(rows, 16), trigger=4) if num_slots <= 128 else StreamConfig(16)
+    if fp8:
         return StreamConfig(rows, trigger=8) if num_slots <= 64 else StreamConfig(rows, groups=2)
     return StreamConfig(rows, trigger=8 if num_slots <= 128 else 16)
 
@@ -181,7 +183,8 @@ def stream_of(call: Call, activation: str, interleaved: bool, config: StreamConf
         inner=call.down.shape[2], max_slots=512 if num_slots <= 512 else 4096,
         ids64=call.topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
-        half=call.hidden.dtype == torch.float16, fp8=call.fp8, fp8_rows=call.fp8_activations, weights=FLOAT_NUMBERS[call.topk_weights.dtype],
+        half=call.hidden.dtype == torch.float16, fp8=call.fp8, fp8_rows=call.fp8_activations,
+        weights=FLOAT_NUMBERS[call.topk_weights.dtype],
         config=config,
     )  # fmt: skip
 
@@ -195,7 +198,8 @@ def launch_stream(
     """
     num_tokens, top_k = call.topk_ids.shape
     num_slots, hidden = num_tokens * top_k, _aligned(call.hidden)
-    stream = stream_of(call, activation, interleaved, config or stream_config(num_slots, call.widened))
+    config = config or stream_config(num_slots, call.fp8, call.fp8_activations)
+    stream = stream_of(call, activation, interleaved, config)
     kernels = functions(stream, hidden.device.index)
     if kernels is None or call.gate_up.data_ptr() % 16 or call.down.data_ptr() % 16:
         return None
@@ -207,13 +211,21 @@ def launch_stream(
         _contiguous, (call.gate_up_scale, call.down_scale, call.gate_up_bias, call.down_bias)
     )
     grid = (torch.cuda.get_device_properties(hidden.device).multi_processor_count, 1)
-    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, num_slots)
-    second = (act, call.down, down_scale, down_bias, ids, rows, num_slots)
+    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, *room_for_rounded(stream, hidden), num_slots)
+    second = (act, call.down, down_scale, down_bias, ids, rows, *room_for_rounded(stream, act), num_slots)
     nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=False)
     nvrtc.launch(kernels[1], grid, stream.threads, stream.shared_bytes, second, early=True)
     sum_grid = (-(-stream.hidden // 512), num_tokens)
     nvrtc.launch(kernels[2], sum_grid, 128, 0, (rows, ids, weights, out), early=True)
     return out
+
+
+def room_for_rounded(stream: Stream, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """For FP8 numbers of rows [R, N], and a factor for each block of a row; nothing where they are not rounded."""
+    if not stream.fp8_rows:
+        return None, None
+    numbers = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    return numbers, torch.empty((len(rows), rows.shape[1] // SCALE_BLOCK), dtype=torch.float32, device=rows.device)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -123,7 +123,7 @@ struct Meeting {
 static Meeting block_meeting, warp_meetings[64], named_meetings[16];
 static void __syncthreads() { block_meeting.meet((int)fibers.size()); }
 static void __syncwarp() { warp_meetings[threadIdx.x / 32].meet(32); }
-DEVICE void meet(int id) { named_meetings[id].meet(64); }
+DEVICE void meet(int id, int threads) { named_meetings[id].meet(threads); }
 
 // What 32 lanes have in hand, for all of them to see.
 template <class T, int N>
@@ -226,16 +226,15 @@ DEVICE float get4(u32 from) {
   std::memcpy(&x, shared + from, 4);
   return x;
 }
-DEVICE void put4(u32 to, float x) { std::memcpy(shared + to, &x, 4); }
-DEVICE void put16(u32 to, const u32 (&r)[4]) {
-  if (to % 16) stop("a store of 16 bytes at an odd address");
-  std::memcpy(shared + to, r, 16);
-}
-DEVICE void load16_from_l2(u32 (&r)[8], const void* from) {
+DEVICE void load32(u32 (&r)[8], const void* from) {
   if ((u64)from % 16) stop("a load of 16 bytes at an odd address");
   std::memcpy(r, from, 32);
 }
 DEVICE void load_floats(float (&x)[4], const float* from) { std::memcpy(x, from, 16); }
+DEVICE void store16(void* to, const u32 (&r)[4]) {
+  if ((u64)to % 16) stop("a store of 16 bytes at an odd address");
+  std::memcpy(to, r, 16);
+}
 DEVICE void store8(void* to, u32 low, u32 high) {
   std::memcpy(to, &low, 4);
   std::memcpy((u8*)to + 4, &high, 4);

@@ -74,8 +74,8 @@ def assert_close_with_fp8_activations(result, exact):
     """Sums that differ in the last bit may round to another FP8 number: nearer than to what is not rounded at all."""
     want, unrounded = oracle(*exact, rounded=lambda row: rounded_to_fp8(row, result.dtype)), oracle(*exact)
     errors = [float((result.cpu().double() - x).norm() / x.norm()) for x in (want, unrounded)]
-    assert errors[0] < 1e-2, errors
-    assert errors[1] > 2e-2, errors
+    assert errors[0] < errors[1] / 2, errors
+    assert 2e-2 < errors[1] < 6e-2, errors
 
 
 FP8_ROWS = [
@@ -201,7 +201,7 @@ def streams():
         plain = {"ids64": True, "activation": "silu_glu", "interleaved": False, "gate_up_bias": False, "half": False}
         yield Stream(
             experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8, weights=1,
-            fp8_rows=rows, config=stream.stream_config(slots, fp8 and not rows), **plain,
+            fp8_rows=rows, config=stream.stream_config(slots, fp8, rows), **plain,
         )  # fmt: skip
 
 
