@@ -21,6 +21,8 @@ QUALITY = "sere_compile.benchmark.serving_quality"
 ALONE = "vLLM"
 # S for "K": more than any model has.
 ALL = 1_000_000
+# Runs that are farther apart than this share of their median are said to be.
+FAR = 0.25
 # With fewer seconds left nothing is started.
 LEAST_SECONDS = 30.0
 # Of each engine's process: its workers end with it, and on a CPU vLLM would ask for nearly all memory.
@@ -120,9 +122,11 @@ class ServingResults:
     notes: list[str] = field(default_factory=list)
 
     def speedup(self, row: ServingRow) -> float | None:
-        """Over vLLM alone at the same batch size; None where that was not measured, and for itself."""
+        """Over vLLM alone at the same batch size; None where that was not measured, or is noise, and for itself."""
         alone = [r for r in self.rows if r.variant == ALONE and r.batch == row.batch]
-        return alone[0].ms[1] / row.ms[1] if alone and row.variant != ALONE else None
+        if not alone or row.variant == ALONE or min(alone[0].ms[1], row.ms[1]) <= 0:
+            return None
+        return alone[0].ms[1] / row.ms[1]
 
     def said_speedup(self, row: ServingRow) -> str:
         """The speed-up in words: where runs of both overlap, it says that it is none that was shown."""
@@ -132,6 +136,17 @@ class ServingResults:
         (alone,) = (r for r in self.rows if r.variant == ALONE and r.batch == row.batch)
         overlap = row.ms[0] <= alone.ms[2] and alone.ms[0] <= row.ms[2]
         return f"{speedup:.2f}x" + (" (runs overlap)" if overlap else "")
+
+    def noisy(self) -> list[str]:
+        """What to say of rows whose runs lie so far apart that their median says little."""
+        wide = [f"{row.variant} at batch {row.batch}" for row in self.rows
+                if row.ms[0] <= 0 or row.ms[2] - row.ms[0] > FAR * row.ms[1]]  # fmt: skip
+        if not wide:
+            return []
+        return [
+            f"runs of {', '.join(wide)} are more than {FAR:.0%} of their median apart: measure again on a quiet "
+            "machine, or with a larger --output-len"
+        ]
 
     @property
     def has_losses(self) -> bool:
@@ -241,6 +256,7 @@ def measure(job: Job, results: ServingResults, tell: Callable[[str], None]) -> N
         for setting in job.settings
         if str(batch) in found[setting.name].get("ms", {})
     ]  # fmt: skip
+    results.notes = [*results.noisy(), *results.notes]
 
 
 def _pair(numbers: Sequence[float] | None) -> tuple[float, float] | None:

@@ -136,5 +136,5 @@ def serving_html(results: ServingResults) -> str:
     ]
     parts += ["<h2>Variants</h2>", table_html("variants", ["variant", "engine argument"], options)]
     if results.notes:
-        parts += ["<h2>What engines said</h2>", *(paragraph(text) for text in results.notes)]
+        parts += ["<h2>Notes</h2>", *(paragraph(text) for text in results.notes)]
     return page_html(f"SERE in vLLM: {results.model}", parts)

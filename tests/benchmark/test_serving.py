@@ -59,6 +59,15 @@ def test_a_speed_up_within_the_spread_is_marked():
     assert results(rows=rows).said_speedup(rows[1]) == "1.06x (runs overlap)"
 
 
+def test_runs_that_are_far_apart_are_said_to_be():
+    """The median of noise may even be negative: then there is no speed-up."""
+    rows = [*made_rows()[:2], ServingRow(8, "S = 1, fill", {}, (-1.0, -0.5, 0.5), 1.0)]
+    found = results(rows=rows)
+    assert found.speedup(rows[2]) is None
+    assert found.noisy()[0].startswith("runs of S = 1, fill at batch 8 are more than 25% of their median apart")
+    assert results(rows=rows[:2]).noisy() == []
+
+
 def test_the_file_has_speed_ups_and_no_nan(tmp_path):
     rows = made_rows()
     rows[1] = ServingRow(8, "S = 1, fill", {}, (4.0, 4.5, 4.6), 1.0, loss=sweep_row(8, 5.0, 0.02, error=float("nan")))
@@ -124,7 +133,8 @@ def test_every_engine_is_a_process_and_rows_hold_what_all_found(tmp_path, monkey
     fill = found.rows[3]
     assert (fill.ms, fill.active, fill.loss.rule) == ((1.0, 2.0, 3.0), (20.0, 8.0), "fill")
     assert found.rows[1].loss is None
-    assert found.notes == ["SERE: said this"]
+    assert found.notes[1:] == ["SERE: said this"]
+    assert "measure again on a quiet machine" in found.notes[0]
 
 
 def test_an_engine_that_fails_is_left_out_with_its_reason(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def test_times_active_experts_and_losses_of_a_trained_model(tmp_path):
     text.write_text(models.TEXT * 20)
     done = run(
         tmp_path, "--model", "qwen3", "--batch", 8, "--select-top-k", 1, "--substitution", "fill", "--text", text,
-        "--input-len", 12, "--output-len", 20, "--length", 16, "--sequences", 16, "--min-active", 0,
+        "--input-len", 12, "--output-len", 41, "--length", 16, "--sequences", 16, "--min-active", 0,
         "--dtype", "float32", "--max-model-len", 64, "--json", "r.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr + Path(tmp_path / "log").read_text()[-3000:]
@@ -33,8 +33,9 @@ def test_times_active_experts_and_losses_of_a_trained_model(tmp_path):
     alone, fill = found["rows"]
     assert (alone["variant"], alone["speedup"], alone["active"], alone["loss"]) == ("vLLM", None, None, None)
     assert fill["variant"] == "S = 1, fill"
-    assert all(low > 0 for row in (alone, fill) for low in row["ms"])
-    assert fill["speedup"] == pytest.approx(alone["ms"][1] / fill["ms"][1])
+    # Other processes of the machine may make single runs of so small a model anything.
+    assert all(row["ms"] == sorted(row["ms"]) and row["tokens_per_s"] > 0 for row in (alone, fill))
+    assert fill["speedup"] is None or fill["speedup"] == pytest.approx(alone["ms"][1] / fill["ms"][1])
     before, after = fill["active"]
     assert 1 < after < before <= 32
     # Of the same rule at the same batch: experts that the text activates in transformers, not far from the engine's.
