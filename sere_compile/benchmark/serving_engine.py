@@ -89,7 +89,7 @@ def start(case: Case, **changes: Any) -> Any:
     """The engine: options of the command line go before `case["engine"]`, and these before what suits a measurement.
 
     Raises:
-        ConfigError: an engine without SERE is given options that switch it on.
+        ConfigError: an engine without SERE is given options that switch it on, or one has no room for a batch.
     """
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -111,7 +111,25 @@ def start(case: Case, **changes: Any) -> Any:
     llm = LLM(**{**arguments, "model": case["model"], "additional_config": config})
     if case["sere"] is None and read_options(llm.llm_engine.vllm_config) is not None:
         raise ConfigError("the engine without SERE was given options that switch SERE on; give them to --sere")
+    check_room(case, llm.llm_engine.vllm_config)
     return llm
+
+
+def check_room(case: Case, vllm_config: Any) -> None:
+    """That a whole batch is computed at a time, and to its end: figures of anything else are of something else.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    most, batch = int(vllm_config.scheduler_config.max_num_seqs), max(case["batches"])
+    longest, tokens = int(vllm_config.model_config.max_model_len), case["input_len"] + case["output_len"]
+    if most < batch:
+        raise ConfigError(f"--max-num-seqs {most} is less than the largest batch, {batch}")
+    if longest < tokens:
+        raise ConfigError(
+            f"the engine takes sequences of {longest} tokens, and prompt and output have {tokens}: give a larger "
+            "--max-model-len, or a smaller --input-len or --output-len"
+        )
 
 
 def prompts_of(case: Case, llm: Any, batch: int, rng: random.Random) -> list[dict[str, list[int]]]:
@@ -227,8 +245,8 @@ def kernels_of_a_step(run: Callable[[int], object], layers: int) -> list[list[An
             entry = sums.setdefault(event.key, [0.0, 0.0])
             entry[0] += sign * event.self_device_time_total
             entry[1] += sign * event.count
-    rows = [[round(us / 24 / layers, 2), round(n / 24 / layers, 2), name[:100]] for name, (us, n) in sums.items()]
-    return sorted((row for row in rows if row[0] >= 0.05), reverse=True)
+    rows = [(round(us / 24 / layers, 2), round(n / 24 / layers, 2), name[:100]) for name, (us, n) in sums.items()]
+    return [list(row) for row in sorted((row for row in rows if row[0] >= 0.05), reverse=True)]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from ..evaluation.html_report import page_html, paragraph, table_html
 from ..evaluation.pictures import new_figure, save
 from ..evaluation.sweep import SweepRow
 from ..whole_file import whole_file
-from .serving import HEADINGS, ServingResults, ServingRow
+from .serving import ALONE, HEADINGS, ServingResults, ServingRow
 
 Points = list[tuple[int, float, float, float]]
 TIMES, SPEEDS = "milliseconds per output token", "output tokens per second, prompts included"
@@ -64,10 +64,11 @@ def plot_serving(results: ServingResults, path: str | Path) -> None:
 
 def _lines(axis: Any, title: str, lines: dict[str, Points]) -> None:
     for name, points in lines.items():
-        sizes, low, middle, high = zip(*points, strict=True)
-        spread = ([m - low_ for m, low_ in zip(middle, low, strict=True)],
-                  [h - m for m, h in zip(middle, high, strict=True)])  # fmt: skip
-        axis.errorbar(sizes, middle, yerr=spread, fmt="o-" if name.startswith("S") else "s--", label=name, capsize=2)
+        spread = ([middle - low for _, low, middle, _ in points], [high - middle for _, _, middle, high in points])
+        axis.errorbar(
+            [size for size, *_ in points], [middle for _, _, middle, _ in points], yerr=spread,
+            fmt="s--" if name == ALONE else "o-", label=name, capsize=2,
+        )  # fmt: skip
     sizes = sorted({point[0] for points in lines.values() for point in points})
     axis.set(title=title, xlabel="batch (requests)", xscale="log", ylim=(0, None))
     axis.set_xticks(sizes, labels=[str(size) for size in sizes], minor=False)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sere_compile import ConfigError
 from sere_compile.benchmark import serving_engine as timing
 from sere_compile.gate_stats import GateStats
 
@@ -66,6 +67,20 @@ def test_prompts_are_the_users_or_random_ones_of_the_vocabulary():
     made = timing.prompts_of(CASE, llm, 4, random.Random(0))
     assert [len(prompt["prompt_token_ids"]) for prompt in made] == [3] * 4
     assert all(64 <= token < 128 for prompt in made for token in prompt["prompt_token_ids"])
+
+
+@pytest.mark.parametrize(("most", "longest", "message"), [
+    (4, 76, ""), (3, 76, "--max-num-seqs 3 is less than the largest batch, 4"), (4, 75, "sequences of 75 tokens"),
+])  # fmt: skip
+def test_an_engine_has_room_for_a_whole_batch(most, longest, message):
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=most), model_config=SimpleNamespace(max_model_len=longest)
+    )
+    if not message:
+        timing.check_room(CASE, config)
+        return
+    with pytest.raises(ConfigError, match=message):
+        timing.check_room(CASE, config)
 
 
 def test_active_experts_of_a_batch_are_what_was_counted_since_the_last_one():
