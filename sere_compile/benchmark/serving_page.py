@@ -21,6 +21,7 @@ _LEGEND = (
     "time of a long continuation less that of a short one, so that prompts do not count. Every variant is an engine of "
     "its own, one after the other. Active experts are means over layers and re-routed steps."
 )
+_BARS = "Bars are one standard error. Pale: another setting has fewer active experts and loses less."
 
 
 def series(results: ServingResults) -> dict[str, dict[str, Points]]:
@@ -128,7 +129,7 @@ def serving_html(results: ServingResults) -> str:
         chart = loss_chart([loss for _, loss, _ in pairs], lambda loss: speedups[id(loss)], "speed-up over vLLM", hover)
         parts += [
             "<h2>Loss against speed-up</h2>",
-            paragraph("Bars are one standard error."),
+            paragraph(_BARS),
             chart_html(chart, "loss"),
         ]
     options = [
