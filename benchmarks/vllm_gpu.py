@@ -12,14 +12,9 @@ are over is left out, and said to be. In the environment of vLLM; nothing is dow
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import chain
@@ -29,7 +24,12 @@ from typing import Any
 import click
 import torch
 
-SHAPE, LAYERS, PROMPT = "qwen3-30b-a3b", 48, 128
+from sere_compile.benchmark.serving_engine import additional, time_engine
+from sere_compile.integrations.vllm.processes import run_processes, said
+
+SHAPE, LAYERS = "qwen3-30b-a3b", 48
+# Tokens: milliseconds are those of 73 less those of 9, over 64.
+PROMPT, OUTPUT = 128, 73
 # By name: the options of SERE, or none. "nothing" does all of re-routing's work, and no expert is similar enough.
 CASES: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -74,70 +74,6 @@ def save_model(folder: Path, layers: int, shape: str = SHAPE) -> tuple[Path, Pat
 # One engine, in a process of its own
 
 
-def additional(case: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an engine that switch SERE on, or none."""
-    sere = case["sere"]
-    if sere is None:
-        return {}
-    profile = {"profile": case["profile"]} if case.get("profile") else {}
-    return {"additional_config": {"sere": {**sere, **profile}}}
-
-
-def random_prompts(batch: int, rng: random.Random) -> list[dict[str, list[int]]]:
-    """As many prompts of `PROMPT` tokens."""
-    return [{"prompt_token_ids": [rng.randrange(100, 30000) for _ in range(PROMPT)]} for _ in range(batch)]
-
-
-def time_engine(case: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds per output token by batch: that of 73 tokens less that of 9, over 64, the median of three."""
-    from vllm import LLM, SamplingParams
-
-    started = time.perf_counter()
-    batches = case["batches"]
-    llm = LLM(
-        model=case["model"], load_format="dummy", skip_tokenizer_init=True, max_model_len=512,
-        max_num_seqs=max(batches), gpu_memory_utilization=0.9, seed=0, disable_log_stats=True,
-        compilation_config={"cudagraph_capture_sizes": sorted({1, 2, 4, 8, *batches})}, enable_prefix_caching=False,
-        **case.get("engine", {}), **additional(case),
-    )  # fmt: skip
-    result: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1), "ms": {}}
-    rng = random.Random(int(os.environ.get("VLLM_DP_RANK", 0)))
-
-    def seconds(batch: int, tokens: int) -> float:
-        params = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True, detokenize=False)
-        prompts = random_prompts(batch, rng)
-        begun = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        took = time.perf_counter() - begun
-        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
-        return took
-
-    for batch in batches:
-        seconds(batch, 8)
-        times = sorted((seconds(batch, 73) - seconds(batch, 9)) / 64 * 1e3 for _ in range(3))
-        result["ms"][batch] = [round(t, 3) for t in times]
-        print("MS", case["name"], batch, result["ms"][batch], flush=True)
-    if batch := case.get("profile_batch"):
-        result["kernels"] = kernels_of_a_step(lambda tokens: seconds(batch, tokens), case["layers"])
-    return result
-
-
-def kernels_of_a_step(run, layers: int) -> list[list[Any]]:
-    """(us per layer, launches per layer, name) of each kernel of a decode step: 33 tokens less 9."""
-    from torch.profiler import ProfilerActivity, profile
-
-    sums: dict[str, list[float]] = {}
-    for tokens, sign in ((9, -1), (33, 1)):
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            run(tokens)
-        for event in profiler.key_averages():
-            entry = sums.setdefault(event.key, [0.0, 0.0])
-            entry[0] += sign * event.self_device_time_total
-            entry[1] += sign * event.count
-    rows = [[round(us / 24 / layers, 2), round(n / 24 / layers, 2), name[:100]] for name, (us, n) in sums.items()]
-    return sorted((row for row in rows if row[0] >= 0.05), reverse=True)
-
-
 def tokens_of_engine(case: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens, log-probabilities of the prompts' tokens, and what SERE counted."""
     from vllm import LLM, SamplingParams
@@ -176,60 +112,25 @@ def run_ranks(
     case: dict[str, Any], ranks: list[dict[str, str]], seconds: float, log: Path, module: str = "benchmarks.vllm_gpu"
 ) -> list[dict[str, Any]] | None:
     """The results of engines that work together, each in a process with variables of its own; None where one failed."""
-    environment = {**os.environ, **{key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()}}
+    common = {key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()}
     ptxas = Path("/usr/local/cuda/bin/ptxas")
-    if ptxas.exists():
-        environment.setdefault("TRITON_PTXAS_PATH", str(ptxas))
-    with tempfile.TemporaryDirectory() as folder:
-        outs = [Path(folder) / f"{rank}.json" for rank in range(len(ranks))]
-        with log.open("a") as file:
-            file.write(f"\n=== {case['name']}\n")
-            file.flush()
-            # In sessions of their own, so that an engine's workers end with it.
-            started = [
-                subprocess.Popen(
-                    [sys.executable, "-m", module, "one", json.dumps(case), str(out)],
-                    stdout=file, stderr=file, env={**environment, **own}, start_new_session=True,
-                )
-                for out, own in zip(outs, ranks, strict=True)
-            ]  # fmt: skip
-            status = _ended(started, seconds)
-        if status == 0:
-            return [json.loads(out.read_text()) for out in outs]
-    lines = log.read_text(errors="replace").rpartition("=== ")[2].splitlines()
+    if ptxas.exists() and "TRITON_PTXAS_PATH" not in os.environ:
+        common["TRITON_PTXAS_PATH"] = str(ptxas)
+    ended = run_processes(module, case, seconds, log, [{**common, **own} for own in ranks], ["one"])
+    if ended.status == 0:
+        return [result or {} for result in ended.results]
     # What went wrong is said last by the worker, before its engine says that it ended.
-    lines = [line[:300] for line in lines if "Error" in line or "SERE" in line][-6:] + [
-        line[:300] for line in lines[-25:]
+    lines = [line[:300] for line in ended.lines if "Error" in line or "SERE" in line][-6:] + [
+        line[:300] for line in ended.lines[-25:]
     ]
-    click.echo(f"{case['name']}: FAILED ({status})\n    " + "\n    ".join(lines))
+    click.echo(f"{case['name']}: FAILED ({ended.status})\n    " + "\n    ".join(lines))
     return None
 
 
-def _ended(processes: list[subprocess.Popen[bytes]], seconds: float) -> int | str:
-    """0 when all ended well; the first other status, or that time is over. Nothing of theirs runs on."""
-    ends = time.monotonic() + seconds
-    try:
-        while True:
-            statuses = [process.poll() for process in processes]
-            if failed := [status for status in statuses if status]:
-                return failed[0]
-            if None not in statuses:
-                return 0
-            if time.monotonic() > ends:
-                return "out of time"
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def said(log: Path) -> None:
+def say(log: Path) -> None:
     """What SERE wrote into the log of the last engine."""
-    for line in log.read_text(errors="replace").rpartition("=== ")[2].splitlines():
-        if "SERE" in line and "is not re-routed" not in line:
-            click.echo("    " + line[line.index("SERE") :][:200])
+    for line in said(log):
+        click.echo("    " + line[:200])
 
 
 # What is compared
@@ -295,7 +196,7 @@ def check_all(seconds: float, log: Path, eager: bool) -> bool:
         identity = engine("S = K, vLLM's kernels", sere={"select_top_k": 99, "experts": "vllm"}, score=True)
         judge("S = K with vLLM's kernels: vLLM's tokens", bool(stock) and identity.get("tokens") == stock["tokens"])
         ours = engine("S = K, our kernels", sere={"select_top_k": 99, "experts": "sere", "strict": True}, score=True)
-        said(log)
+        say(log)
         if stock and ours:
             exact = reference_logprobs(model, prompts)
             errors = [error(one["logprobs"], exact) for one in (stock, ours)]
@@ -317,7 +218,7 @@ def check_all(seconds: float, log: Path, eager: bool) -> bool:
             routed = engine(
                 "S = 1, sere::route", sere={**rest, "experts": "vllm" if eager else "sere"}, profile=profile
             )
-            said(log)
+            say(log)
             if routed:
                 same = sum(a == b for a, b in zip(routed["tokens"], got["tokens"], strict=True))
                 judge(
@@ -337,11 +238,11 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("case")
+@click.argument("case", type=Path)
 @click.argument("out", type=Path)
-def one(case: str, out: Path) -> None:
+def one(case: Path, out: Path) -> None:
     """One engine; what the other commands start."""
-    told = json.loads(case)
+    told = json.loads(case.read_text())
     result = time_engine(told) if told["kind"] == "time" else tokens_of_engine(told)
     out.write_text(json.dumps(result))
 
@@ -375,11 +276,10 @@ def time_all(
     sizes = [int(batch) for batch in batches.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         model, profile = save_model(Path(folder), layers, shape)
-        engine = {"quantization": quantization} if quantization else {}
         for name in cases.split(","):
-            case = {"name": name, "kind": "time", "sere": CASES[name], "model": str(model), "profile": str(profile),
-                    "batches": sizes, "layers": layers, "engine": engine,
-                    "profile_batch": profile_batch if name in profiled.split(",") else 0}  # fmt: skip
+            case = timed(model, profile, sizes, layers, quantization)
+            case |= {"name": name, "sere": CASES[name]}
+            case["profile_batch"] = profile_batch if name in profiled.split(",") else 0
             left = ends - time.monotonic()
             begun = time.monotonic()
             if left < 30:
@@ -390,11 +290,24 @@ def time_all(
                 continue
             results[name] = result
             click.echo(f"{name}: started in {result['start_s']} s, {time.monotonic() - begun:.0f} s in all")
-            said(log)
+            say(log)
             show(results, sizes, layers, name)
             if to is not None:
                 to.write_text(json.dumps(results))
     raise SystemExit(0 if len(results) == len(cases.split(",")) else 1)
+
+
+def timed(
+    model: Path, profile: Path, batches: list[int], layers: int, quantization: str | None = None
+) -> dict[str, Any]:
+    """What an engine on a model of `save_model` is told, without its name and the options of SERE."""
+    engine: dict[str, Any] = {"load_format": "dummy", "max_model_len": 512, "gpu_memory_utilization": 0.9}
+    if quantization:
+        engine["quantization"] = quantization
+    return {
+        "kind": "time", "model": str(model), "profile": str(profile), "batches": batches, "layers": layers,
+        "engine": engine, "input_len": PROMPT, "output_len": OUTPUT,
+    }  # fmt: skip
 
 
 def show(results: dict[str, Any], sizes: list[int], layers: int, name: str) -> None:

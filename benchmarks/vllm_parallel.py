@@ -25,6 +25,8 @@ from typing import Any
 
 import click
 
+from sere_compile.benchmark.serving_engine import additional, time_engine
+
 from . import vllm_gpu
 
 LAYERS, BATCH, RANKS = 12, 32, 2
@@ -91,7 +93,7 @@ def tokens_of_rank(case: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     llm = LLM(
         model=case["model"], skip_tokenizer_init=True, enable_prefix_caching=False, max_model_len=64, max_num_seqs=8,
-        seed=0, enforce_eager=True, **case["engine"], **vllm_gpu.additional(case),
+        seed=0, enforce_eager=True, **case["engine"], **additional(case),
     )  # fmt: skip
     result: dict[str, Any] = {"start_s": round(time.perf_counter() - started, 1), "tokens": []}
     if case["sere"]:
@@ -186,7 +188,7 @@ class Setting:
         self.cut_off = found is None and time.monotonic() - begun >= left
         if found is not None:
             click.echo(f"{name}: started in {found[0]['start_s']} s, {time.monotonic() - begun:.0f} s in all")
-            vllm_gpu.said(self.log)
+            vllm_gpu.say(self.log)
         return found
 
     def variables(self, ranks: int) -> list[dict[str, str]]:
@@ -295,7 +297,7 @@ def time_all(setting: Setting, layouts: list[str], layers: int, batch: int) -> b
             if layout not in layouts:
                 continue
             mine = batch // RANKS if layout in DATA_PARALLEL else batch
-            case = {"kind": "time", "model": str(model), "profile": str(profile), "batches": [mine], "layers": layers}
+            case = vllm_gpu.timed(model, profile, [mine], layers)
             ranks = setting.engine(layout, rule, case)
             ok &= ranks is not None
             if ranks is None:
@@ -312,12 +314,12 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("case")
+@click.argument("case", type=Path)
 @click.argument("out", type=Path)
-def one(case: str, out: Path) -> None:
+def one(case: Path, out: Path) -> None:
     """One engine, or one rank of it; what the other commands start."""
-    told = json.loads(case)
-    out.write_text(json.dumps(vllm_gpu.time_engine(told) if told["kind"] == "time" else tokens_of_rank(told)))
+    told = json.loads(case.read_text())
+    out.write_text(json.dumps(time_engine(told) if told["kind"] == "time" else tokens_of_rank(told)))
 
 
 _SHARED = (

@@ -18,12 +18,13 @@ COMMANDS = {
     "export": "Write a model with its gates re-routed.",
     "plot": "Draw a similarity profile, or the table of a sweep.",
     "report": "Gates, similarity, loss and expected speed of a model, and the recommended setting, as one page.",
+    "serve-bench": "Time per output token in vLLM with and without re-routing, and what it costs on your text.",
     "sweep": "S x threshold x substitution x batch as a table, and the setting that a quality budget allows.",
 }
 
 
 class LazyGroup(click.Group):
-    """A group that imports `commands/NAME.py` for its `NAME_command` when NAME is used."""
+    """A group that imports `commands/NAME.py` for its `NAME_command` when NAME is used; - is _ there."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names."""
@@ -33,8 +34,8 @@ class LazyGroup(click.Group):
         """The sub-command, imported now."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"{__name__}.{cmd_name}")
-        return getattr(module, f"{cmd_name}_command")
+        name = cmd_name.replace("-", "_")
+        return getattr(importlib.import_module(f"{__name__}.{name}"), f"{name}_command")
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

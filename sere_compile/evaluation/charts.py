@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..extras import require
@@ -82,6 +82,42 @@ def loss_chart(
         ticks = [-tick for tick in _TICKS[:0:-1]] + list(_TICKS)
         figure.update_yaxes(tickvals=[height(tick) for tick in ticks], ticktext=[f"{tick:g}" for tick in ticks])
     return _sized(figure, 460)
+
+
+def line_chart(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]], axis: str) -> Any:
+    """Values with their spread against sizes: a panel for each quantity, a colour for each line.
+
+    Args:
+        panels: by title, which is the panel's axis too, and name of a line: points (size, least, value, most).
+        axis: name of the axis of sizes, which is logarithmic.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    subplots, colours = require("report", "plotly.subplots", "plotly.colors", needed_for="a report needs")
+    figure = subplots.make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.08)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    shown: set[str] = set()
+    for column, lines in enumerate(panels.values(), start=1):
+        for name, points in lines.items():
+            sizes, least, values, most = (list(part) for part in zip(*points, strict=True))
+            bars = {
+                "type": "data", "symmetric": False, "thickness": 1, "width": 3,
+                "array": [high - value for high, value in zip(most, values, strict=True)],
+                "arrayminus": [value - low for low, value in zip(least, values, strict=True)],
+            }  # fmt: skip
+            figure.add_scatter(
+                x=sizes, y=values, error_y=bars, mode="lines+markers", name=name, legendgroup=name,
+                line={"color": colours.qualitative.D3[names.index(name) % 10]}, showlegend=name not in shown,
+                row=1, col=column,
+            )  # fmt: skip
+            shown.add(name)
+        ticks = sorted({point[0] for points in lines.values() for point in points})
+        figure.update_xaxes(
+            title_text=axis, type="log", tickvals=ticks, ticktext=list(map(str, ticks)), row=1, col=column
+        )
+        figure.update_yaxes(rangemode="tozero", row=1, col=column)
+    return _sized(figure, 420)
 
 
 def similarity_chart(gates: Sequence[GateSimilarity], method: str) -> Any:

@@ -79,10 +79,8 @@ def report_html(contents: Contents) -> str:
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    title = html.escape(f"Re-routing in {contents.model}")
     parts = [
-        f"<h1>{title}</h1>",
-        _paragraph(
+        paragraph(
             f"Text: {contents.data}. Similarity: {contents.profile_file or 'measured without data'}. "
             f"{contents.made_by}."
         ),
@@ -91,11 +89,25 @@ def report_html(contents: Contents) -> str:
         *_gates(contents.gates),
         *_similarity(contents.profile),
     ]
+    return page_html(f"Re-routing in {contents.model}", parts)
+
+
+def page_html(title: str, parts: Iterable[str]) -> str:
+    """A page under a title, with the library for charts in it; nothing on it is fetched.
+
+    Args:
+        title: plain text.
+        parts: elements, as of `paragraph`, `table_html` and `charts.chart_html`.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    title = html.escape(title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n<script>{plotly_javascript()}</script>\n</head><body>\n"
-        + "\n".join(parts)
+        + "\n".join([f"<h1>{title}</h1>", *parts])
         + "\n</body></html>\n"
     )
 
@@ -104,7 +116,7 @@ def _recommended(contents: Contents) -> list[str]:
     budget = f"{100 * contents.budget:g} %"
     parts = [
         "<h2>Recommended</h2>",
-        _paragraph(
+        paragraph(
             "For each decode batch, the setting with the fewest active experts, which is the fastest, whose perplexity "
             f"is, with 95 % confidence, at most {budget} above the original's; of those with about as few the one that "
             "loses least."
@@ -113,9 +125,9 @@ def _recommended(contents: Contents) -> list[str]:
     open_ones = undecided(contents.rows, contents.budget)
     for batch, row in recommend(contents.rows, contents.budget).items():
         if row is None:
-            parts.append(_paragraph(f"Decode batch {batch}: no setting is shown to stay within {budget}."))
+            parts.append(paragraph(f"Decode batch {batch}: no setting is shown to stay within {budget}."))
         else:
-            parts.append(_paragraph(f"Decode batch {batch}: {_detail(row, contents, ', ')}"))
+            parts.append(paragraph(f"Decode batch {batch}: {_detail(row, contents, ', ')}"))
             lines = [f'model = torch.compile(model, backend="sere", options={row.options})']
             if row.similarity and contents.profile_file:
                 lines.insert(0, f"sere_compile.attach(model, {contents.profile_file!r})")
@@ -123,13 +135,13 @@ def _recommended(contents: Contents) -> list[str]:
         if batch in open_ones:
             better, needed = open_ones[batch]
             parts.append(
-                _paragraph(
+                paragraph(
                     f"Decode batch {batch}: too few data for {better.label} ({better.change}); about {needed} "
                     "sequences would decide."
                 )
             )
     least = {batch: say_least_losing(pairs) for batch, pairs in least_losing(contents.rows).items() if pairs}
-    return parts + [_paragraph(f"Decode batch {batch}, least lost by {text}.") for batch, text in least.items()]
+    return parts + [paragraph(f"Decode batch {batch}, least lost by {text}.") for batch, text in least.items()]
 
 
 def _losses(contents: Contents) -> list[str]:
@@ -141,14 +153,14 @@ def _losses(contents: Contents) -> list[str]:
     active = loss_chart(rows, lambda row: row.active_after, "active experts per layer", hover)
     parts = [
         "<h2>Loss against active experts</h2>",
-        _paragraph("Bars are one standard error. Pale: another setting is better in both. Hover for values."),
+        paragraph("Bars are one standard error. Pale: another setting is better in both. Hover for values."),
         chart_html(active, "loss-active"),
         "<h2>Loss against expected speed</h2>",
     ]
     if speedup is None:
-        parts.append(_paragraph("Not known: this model's experts are not stacked weights beside a router."))
+        parts.append(paragraph("Not known: this model's experts are not stacked weights beside a router."))
     else:
-        parts += [_paragraph(f"{line[:1].upper()}{line[1:]}.") for line in contents.speed_source or [_BY_BYTES]]
+        parts += [paragraph(f"{line[:1].upper()}{line[1:]}.") for line in contents.speed_source or [_BY_BYTES]]
         parts.append(chart_html(loss_chart(rows, speedup, "expected speed-up of a decode step", hover), "loss-speed"))
     heads = ["decode batch", "rule", "S", "rho", "perplexity", "change"]
     heads += ["KL", "top-1 same", "active experts", "expected speed"]
@@ -167,7 +179,7 @@ def _losses(contents: Contents) -> list[str]:
         ]
         for row in rows
     ]
-    return [*parts, "<h2>Every setting</h2>", _table("settings", heads, lines)]
+    return [*parts, "<h2>Every setting</h2>", table_html("settings", heads, lines)]
 
 
 def _detail(row: SweepRow, contents: Contents, separator: str) -> str:
@@ -192,7 +204,7 @@ def _gates(report: GateReport) -> list[str]:
         for row in report
     ]
     summary = f"{len(report.gates)} found, {len(report.rewritten)} re-routed. {report.hint}"
-    return ["<h2>Gates</h2>", _paragraph(summary), _table("gates", heads, lines)]
+    return ["<h2>Gates</h2>", paragraph(summary), table_html("gates", heads, lines)]
 
 
 def _similarity(profile: SimilarityProfile) -> list[str]:
@@ -209,14 +221,17 @@ def _similarity(profile: SimilarityProfile) -> list[str]:
         for gate in gates
     ]
     chart = similarity_chart(gates, profile.metadata.get("method", "given"))
-    return ["<h2>Similarity of experts</h2>", chart_html(chart, "similarity"), _table("similar", heads, lines)]
+    return ["<h2>Similarity of experts</h2>", chart_html(chart, "similarity"), table_html("similar", heads, lines)]
 
 
-def _paragraph(text: str) -> str:
+def paragraph(text: str) -> str:
+    """Plain text as an element."""
     return f"<p>{html.escape(text, quote=False)}</p>"
 
 
-def _table(name: str, heads: Iterable[str], lines: Iterable[Sequence[Any]]) -> str:
+def table_html(name: str, heads: Iterable[str], lines: Iterable[Sequence[Any]]) -> str:
+    """Rows of plain text as an element whose id is `name`."""
+
     def cells(kind: str, texts: Iterable[str]) -> str:
         return "".join(f"<{kind}>{html.escape(text, quote=False)}</{kind}>" for text in texts)
 

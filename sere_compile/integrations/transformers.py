@@ -43,17 +43,34 @@ def load_causal_lm(name_or_path: str, dtype: str | torch.dtype = "auto", device:
             f"dtype must be auto or a floating-point type of torch of 16 bits or more such as bfloat16, got {dtype!r}"
         )
     (transformers,) = require("hf", "transformers", needed_for="loading a checkpoint needs")
+    tokenizer = load_tokenizer(name_or_path)
     if is_shipped(name_or_path):
         name_or_path = str(shipped_folder(name_or_path))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _errors_name("causal language model", name_or_path):
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer of a causal language model, which pads on the left.
+
+    Args:
+        name_or_path: see `load_causal_lm`.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        ModelNotFoundError: transformers cannot load what is under that name; its own error is the cause.
+    """
+    (transformers,) = require("hf", "transformers", needed_for="loading a checkpoint needs")
+    if is_shipped(name_or_path):
+        name_or_path = str(shipped_folder(name_or_path))
     _check_name(name_or_path)
     with _errors_name("tokenizer", name_or_path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
-    with _errors_name("causal language model", name_or_path):
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return tokenizer
 
 
 def _check_name(name_or_path: str) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sere_compile.evaluation.charts import chart_html, loss_chart, plotly_javascript, similarity_chart
+from sere_compile.evaluation.charts import chart_html, line_chart, loss_chart, plotly_javascript, similarity_chart
 from sere_compile.evaluation.heat_maps import GateSimilarity
 from sere_compile.evaluation.pareto_plot import PALE
 
@@ -83,3 +83,15 @@ def test_an_element_holds_no_library():
     assert len(text) < len(plotly_javascript()) / 100
     assert "toImage" in text
     assert "://" not in text
+
+
+def test_lines_have_one_colour_in_every_panel_and_stand_once_in_the_legend():
+    """With what was least and most as bars."""
+    points = [(4, 1.0, 2.0, 5.0), (16, 3.0, 3.5, 4.0)]
+    figure = line_chart({"ms": {"a": points, "b": points}, "tokens": {"a": points}}, "batch")
+    assert [(trace.name, trace.showlegend) for trace in figure.data] == [("a", True), ("b", True), ("a", False)]
+    first, second, again = figure.data
+    assert first.line.color == again.line.color != second.line.color
+    assert (list(first.x), list(first.y)) == ([4, 16], [2.0, 3.5])
+    assert (list(first.error_y.array), list(first.error_y.arrayminus)) == ([3.0, 0.5], [1.0, 0.5])
+    assert figure.layout.xaxis.ticktext == ("4", "16")

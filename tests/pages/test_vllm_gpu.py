@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import vllm_gpu
-from sere_compile.integrations.vllm import read_options
+from sere_compile.benchmark import serving_engine as timing
+from sere_compile.integrations.vllm import processes, read_options
 
 
 def test_error_is_the_root_of_the_mean_square():
@@ -47,15 +48,25 @@ def test_the_model_is_saved_with_a_profile_of_its_layers(tmp_path):
     assert list(SimilarityProfile.load(profile)) == [f"model.layers.{i}.mlp.gate.weight" for i in range(2)]
 
 
+def test_times_are_those_of_docs_vllm(tmp_path):
+    """73 tokens less 9 of made-up weights, by what `sere serve-bench` times with."""
+    case = vllm_gpu.timed(tmp_path / "m", tmp_path / "p", [8], 48, "fp8")
+    assert (case["input_len"], case["output_len"] - timing.SHORT) == (128, 64)
+    assert case["engine"] == {
+        "load_format": "dummy", "max_model_len": 512, "gpu_memory_utilization": 0.9, "quantization": "fp8"
+    }  # fmt: skip
+    assert set(case) | {"name", "sere", "profile_batch"} <= set(timing.Case.__annotations__)
+
+
 def test_an_engine_that_fails_or_takes_too_long_is_left_out(tmp_path, capsys, monkeypatch):
     """With what it printed last; the others go on."""
     log = tmp_path / "log"
-    monkeypatch.setattr(vllm_gpu.sys, "executable", "/bin/false")
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     assert vllm_gpu.run({"name": "broken"}, 5, log) is None
     assert "broken: FAILED (1)" in capsys.readouterr().out
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nexec sleep 5\n")
     slow.chmod(0o755)
-    monkeypatch.setattr(vllm_gpu.sys, "executable", str(slow))
+    monkeypatch.setattr(processes.sys, "executable", str(slow))
     assert vllm_gpu.run({"name": "slow"}, 0.2, log) is None
     assert "slow: FAILED (out of time)" in capsys.readouterr().out

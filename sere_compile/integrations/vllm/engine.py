@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ...errors import ConfigError, SereError
@@ -89,28 +89,56 @@ def _difference(module: str, path: str, parameters: tuple[str, ...]) -> str:
 def kernels_that_ask_the_router() -> Iterator[None]:
     """While a model is made: of the expert kernels of a backend, none that routes by itself.
 
-    Since 0.33 a router can say that it needs this; before, each kernel class is asked whether it fits.
-    Where neither is there the engine chooses as it would, and a kernel that routes by itself is refused
-    later, by `find_runners`.
+    Since 0.33 a router can say that it needs this; in all releases each kernel class is asked whether it
+    fits. Where neither is there the engine chooses as it would, and a kernel that routes by itself is
+    refused later, by `find_runners`.
+
+    Raises:
+        EngineMismatchError: for some weights vLLM has, on this device, only kernels that route by themselves.
     """
+    refused: list[str] = []
+    try:
+        with _modular_kernels(refused):
+            yield
+    except (NotImplementedError, ValueError) as error:
+        if not refused or "MoE backend" not in str(error):
+            raise
+        raise EngineMismatchError(
+            f"vLLM has no expert kernel that asks its router for these weights on this device "
+            f"({str(error).strip(' .')}); {', '.join(dict.fromkeys(refused))} routes by itself, which cannot be "
+            "re-routed. Choose another --moe-backend or other weights, or take 'sere' out of additional_config"
+        ) from error
+
+
+_ADJUSTED = "routes adjusted after routing"
+
+
+@contextmanager
+def _modular_kernels(refused: list[str]) -> Iterator[None]:
+    """Adds to `refused` the kernels that would have fitted."""
     router = _found(f"{_MOE}.router.fused_moe_router", "FusedMoERouter")
     experts = _found(f"{_MOE}.modular_kernel", "FusedMoEExperts")
-    if router is not None and "supports_monolithic_kernels" in vars(router):
-        with _replaced(router, "supports_monolithic_kernels", property(lambda self: False)):
-            yield
-    elif experts is not None and isinstance(vars(experts).get("is_supported_config"), staticmethod):
-        with _replaced(experts, "is_supported_config", staticmethod(_unless_monolithic(experts.is_supported_config))):
-            yield
-    else:
+    with ExitStack() as changes:
+        asks = router is not None and "supports_monolithic_kernels" in vars(router)
+        if asks:
+            changes.enter_context(_replaced(router, "supports_monolithic_kernels", property(lambda self: False)))
+        if experts is not None and isinstance(vars(experts).get("is_supported_config"), staticmethod):
+            asked = _unless_monolithic(experts.is_supported_config, refused)
+            changes.enter_context(_replaced(experts, "is_supported_config", staticmethod(asked)))
         yield
 
 
-def _unless_monolithic(original: Callable[..., tuple[bool, str | None]]) -> Callable[..., tuple[bool, str | None]]:
+def _unless_monolithic(
+    original: Callable[..., tuple[bool, str | None]], refused: list[str]
+) -> Callable[..., tuple[bool, str | None]]:
     @functools.wraps(original)
     def is_supported_config(cls: Any, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-        if cls.is_monolithic():
-            return False, "kernel does not support routes adjusted after routing, as SERE does"
-        return original(cls, *args, **kwargs)
+        supported, reason = original(cls, *args, **kwargs)
+        if not cls.is_monolithic():
+            return supported, reason
+        if supported or _ADJUSTED in (reason or ""):
+            refused.append(cls.__name__)
+        return False, f"kernel does not support {_ADJUSTED}, as SERE does"
 
     return is_supported_config
 

@@ -96,10 +96,16 @@ def read_options(vllm_config: Any) -> VllmOptions | None:
     ours = dict(ours or {})
     if both := [name for name in theirs if name in ours]:
         raise ConfigError(f'{both[0]} stands in additional_config["sere"] and in hf_overrides; keep one')
-    return _checked({**theirs, **ours})
+    return checked({**theirs, **ours})
 
 
-def _checked(options: dict[str, Any]) -> VllmOptions:
+def checked(options: Mapping[str, Any]) -> VllmOptions:
+    """Options as they stand in `additional_config["sere"]`.
+
+    Raises:
+        ConfigError: an unknown or misspelt option, or a wrong value.
+    """
+    options = dict(options)
     known = (*ROUTING, *(f.name for f in dataclasses.fields(VllmOptions) if f.name != "config"))
     for name in options:
         if name not in known:

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPr
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from sere_compile import ConfigError, SereConfig
-from sere_compile.integrations.vllm import experts
+from sere_compile.integrations.vllm import EngineMismatchError, experts
 from sere_compile.integrations.vllm.engine import kernels_that_ask_the_router
 from sere_compile.integrations.vllm.options import VllmOptions
 
@@ -197,7 +197,9 @@ def test_while_a_model_is_made_no_kernel_may_route_by_itself():
     """And after it the classes are what they were."""
 
     class Routes(mk.FusedMoEExpertsMonolithic):
-        pass
+        @staticmethod
+        def _supports_current_device():
+            return False
 
     config = layer().moe_config
     before = vars(mk.FusedMoEExperts)["is_supported_config"]
@@ -207,10 +209,28 @@ def test_while_a_model_is_made_no_kernel_may_route_by_itself():
     with kernels_that_ask_the_router():
         if asked:
             assert FusedMoERouter.supports_monolithic_kernels.fget(None) is False
-        else:
-            supported, reason = mk.FusedMoEExperts.is_supported_config(
-                Routes, config, None, None, mk.FusedMoEActivationFormat.Standard
-            )
-            assert not supported
-            assert "routes adjusted after routing" in reason
+        supported, reason = mk.FusedMoEExperts.is_supported_config(
+            Routes, config, None, None, mk.FusedMoEActivationFormat.Standard
+        )
+        assert not supported
+        assert "routes adjusted after routing" in reason
     assert vars(mk.FusedMoEExperts)["is_supported_config"] is before
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_where_only_a_kernel_that_routes_by_itself_fits_the_error_says_so(monkeypatch, fits):
+    """And where none would fit without SERE either, the error is vLLM's own."""
+
+    class Routes(mk.FusedMoEExpertsMonolithic):
+        pass
+
+    monkeypatch.setattr(mk.FusedMoEExperts, "is_supported_config", staticmethod(lambda *_: (fits, "the device")))
+    error, message = (EngineMismatchError, "Routes routes by itself") if fits else (NotImplementedError, "^No INT4")
+
+    def make_a_model():
+        with kernels_that_ask_the_router():
+            assert not mk.FusedMoEExperts.is_supported_config(Routes, None)[0]
+            raise NotImplementedError("No INT4 MoE backend supports the deployment configuration.")
+
+    with pytest.raises(error, match=message):
+        make_a_model()

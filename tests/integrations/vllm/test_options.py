@@ -8,7 +8,7 @@ from vllm import SamplingParams
 import sere_compile
 
 from . import models
-from .engine import TOKENS, engine, hooks
+from .engine import TOKENS, engine, generate, hooks
 from .lockstep import in_transformers
 
 pytestmark = pytest.mark.vllm
@@ -40,6 +40,23 @@ def test_options(profile, options):
     assert any(gate.slots_changed for gate in counted.values())
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     assert tokens == in_transformers(MODEL, ids, profile, **options)
+
+
+@pytest.mark.parametrize("name", ["qwen3, trained", "mixtral, trained", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("select", [1, 2])
+def test_fill(name, select, tmp_path):
+    """Without a profile, of every kind of router that has no groups: the tokens of transformers with the backend."""
+    model, profile, ids = models.prepare(name, tmp_path)
+    options = {"select_top_k": select, "min_active": 0, "substitution": "fill"}
+    if select == 2 and name.startswith("mixtral"):
+        options |= {"select_top_k": "auto", "max_active": 3}
+    with engine(model, {**options, "strict": True, "collect_stats": True}) as llm:
+        tokens = generate(llm, ids)
+        counted = sere_compile.stats(llm).values()
+    assert all(gate.active_after < gate.active_before for gate in counted)
+    # In transformers a profile switches the backend on; filling does not read it.
+    assert tokens == in_transformers(model, ids, profile, **options)
+    assert tokens != in_transformers(model, ids, profile, **{**options, "substitution": "reroute"})
 
 
 def test_projection_needs_coefficients(profile, tmp_path):
