@@ -56,7 +56,8 @@ def variants(layer, num_slots, fp8, fp8_activations):
     def stream(config):
         return lambda *x: launch_stream(Call(*x, *weights, *scales), activation, interleaved, config)
 
-    return {"triton": triton} | {name: stream(config) for name, config in configs(num_slots, fp8, fp8_activations).items()}
+    chosen = configs(num_slots, fp8, fp8_activations)
+    return {"triton": triton} | {name: stream(config) for name, config in chosen.items()}
 
 
 def main():
