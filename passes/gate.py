@@ -102,6 +102,7 @@ class SkipReason(enum.Enum):
     # Why its experts or its routing keep the kernels they have.
     GRADIENTS = "gradients are on"
     MANY_TOKENS = "more tokens than our kernels are faster for"
+    NOT_MEASURED = "our kernels were not compared with its own"
     MANY_SLOTS = "more slots than our kernels are faster for"
     TOO_MANY_SLOTS = "more slots than our kernels take"
     DTYPE = "our kernels do not take its dtype"

@@ -40,6 +40,7 @@ class Run:
         device: where the graph runs.
         has_gradients: whether a call may ask for gradients, which the kernels do not give.
         fuses_experts: whether experts become one operator whatever it gains, for what is then made of that operator.
+        fuses_fp8: whether experts with FP8 weights may, whose kernels were not compared.
         prove: how the gate can be rewritten with proof, or the refusal where nothing is proven. With
             True: so that its weights may change as well.
         input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for
@@ -69,6 +70,7 @@ class Run:
     strict: bool = False
     counting: bool = False
     fuses_experts: bool = False
+    fuses_fp8: bool = False
     proof: Proof | None = None
     weighed: Proof | Skip | None = None
     rewrite: Rewrite | None = None
@@ -174,7 +176,8 @@ def _check_experts(run: Run) -> Skip | None:
 def _fuse_experts(run: Run) -> Skip | None:
     if isinstance(run.region, Skip):
         return run.region
-    return _keep(run, fuse_experts(run.gate, run.region, run.sizes, run.device))
+    found = fuse_experts(run.gate, run.region, run.sizes, run.device, fp8=run.fuses_fp8)
+    return _keep(run, found)
 
 
 def _check_router(run: Run) -> Skip | None:

@@ -219,6 +219,9 @@ def _classify(
     if name == "embedding":
         table = max(nodes.operands(consumer), key=lambda n: nodes.is_floating(n))
         return _classify_index(consumer, read, table, num_experts)
+    if name in nodes.PRODUCTS_BY_ID and read is nodes.argument(consumer, 3, "expert_ids"):
+        sizes = nodes.shape(nodes.argument(consumer, 1, "B")) or ()
+        return Use(consumer, read, UseKind.EXPERT_INDEX), sizes[:1] == (num_experts,)
     reaches = reaches_experts(consumer, num_experts)
     if name in ("sort", "argsort") and slots_stay_apart(consumer, num_experts):
         return Use(consumer, read, UseKind.GROUPED), reaches

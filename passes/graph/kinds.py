@@ -75,6 +75,16 @@ _SPELLINGS = {
     "prim_redistribute": "redistribute",
 }
 
+_FROM_HUB = ("finegrained_fp8",)
+# transformers' products with FP8 experts: of each row with the weight, of [E, N, M], that an id names, and of rows that
+# are sorted by expert. Arguments: rows, weights, scales, then ids, or offsets and counts.
+FP8_BLOCKS_BY_ID = "finegrained_fp8.w8a8_block_dynamic_fp8_matmul_batched"
+FP8_BLOCKS_SORTED = "finegrained_fp8.w8a8_block_dynamic_fp8_matmul_grouped"
+PRODUCTS_BY_ID = frozenset(
+    {FP8_BLOCKS_BY_ID}
+    | {f"finegrained_fp8.{name}_matmul_batched" for name in ("w8a8_tensor_dynamic_fp8", "mxfp_dynamic")}
+)
+
 # Operations that return their tensor operand's values in the same order: views, casts and copies.
 VALUE_PRESERVING = frozenset(
     {"view", "to", "clone", "contiguous", "detach", "unsqueeze", "squeeze", "expand", "expand_as"}
@@ -106,7 +116,11 @@ def spelling(node: Node) -> str:
 
 def _without_namespace(qualified: str) -> str:
     namespace, _, name = qualified.partition("::")
-    return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
+    if namespace in ("aten", "prims"):
+        return name
+    # A kernel from a hub has its version in its namespace: _finegrained_fp8_0a1b2c3.
+    hub = next((known for known in _FROM_HUB if namespace.lstrip("_").startswith(known)), None)
+    return f"{hub or namespace}.{name}"
 
 
 def kind(node: Node) -> str:

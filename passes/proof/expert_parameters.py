@@ -60,10 +60,15 @@ class Stack:
         here = self.holds(target)
         target = torch.where(here, target, owner)
         places = row + (target - owner) * (1 if self.in_turn else size // self.experts)
-        parts = value.index_select(self.dim, places)
-        if bool(here.all()):
-            return parts
-        return parts.index_fill(self.dim, (~here).nonzero().squeeze(-1), 0)
+        parts = _movable(value).index_select(self.dim, places)
+        if not bool(here.all()):
+            parts = parts.index_fill(self.dim, (~here).nonzero().squeeze(-1), 0)
+        return parts.view(value.dtype)
+
+
+def _movable(value: torch.Tensor) -> torch.Tensor:
+    """The same bytes in a type that PyTorch indexes: it has no such operators for floats of 8 bits."""
+    return value.view(torch.uint8) if value.dtype.is_floating_point and value.element_size() == 1 else value
 
 
 @dataclass
@@ -170,9 +175,9 @@ class Told:
             value = values[node]
             owner = stack.rows(value.shape[stack.dim], torch.device("cpu"))
             rows = torch.isin(owner, chosen).nonzero().squeeze(-1).to(value.device)
-            part = value.index_select(stack.dim, rows)
+            part = _movable(value).index_select(stack.dim, rows).view(value.dtype)
             other = redrawn(part, seed) if part.numel() else part
-            return {node: value.index_copy(stack.dim, rows, other)}
+            return {node: _movable(value).index_copy(stack.dim, rows, _movable(other)).view(value.dtype)}
 
         return self._changes_only(exchanged)
 

@@ -112,6 +112,7 @@ def _run(
         strict=plan.config.strict,
         counting=plan.config.collect_stats,
         fuses_experts=graph.fuses_experts,
+        fuses_fp8=plan.config.lower_experts == "always",
     )
 
 

@@ -13,10 +13,11 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations import finegrained_fp8, mxfp4
 
 import sere_compile
-from sere_compile import SimilarityProfile
+from sere_compile import SereConfig, SimilarityProfile
 from sere_compile.testing import oracle_routing
 
 from ..tiny_models import VOCABULARY, build, tokens
+from .fp8_kernels import KERNELS, UNROUNDED, build_fp8
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 IDS = tokens(4, 3)
@@ -34,11 +35,11 @@ def similarity_of(model):
     return SimilarityProfile({name: ((half + half.T) / 2).fill_diagonal_(1.0) for name, half in halves.items()})
 
 
-def re_routed(model):
+def re_routed(model, **options):
     """Logits at S = 1 through the backend, and those of the eager oracle."""
     profile = similarity_of(model)
     sere_compile.attach(model, profile)
-    compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
+    compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager", **options})
     with oracle_routing(model, profile, 1):
         wanted = logits(model)
     return logits(compiled), wanted
@@ -66,6 +67,56 @@ def test_fp8_experts_are_re_routed():
     found, wanted = re_routed(model)
     torch.testing.assert_close(found, wanted)
     assert not torch.allclose(found, logits(model))
+
+
+@pytest.mark.parametrize("experts", ["batched_mm", "grouped_mm"])
+def test_fp8_experts_of_the_hub_are_re_routed(experts, monkeypatch):
+    """As a checkpoint is loaded: the oracle's logits bit for bit."""
+    monkeypatch.setattr(finegrained_fp8, "_FINEGRAINED_FP8", KERNELS)
+    model = build_fp8(experts)
+    found, wanted = re_routed(model)
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, logits(model))
+
+
+@pytest.mark.parametrize(
+    ("experts", "kernels"),
+    [
+        ("batched_mm", KERNELS),
+        ("grouped_mm", KERNELS),
+        ("batched_mm", UNROUNDED),  # the name of a kernel is no proof of what it computes
+    ],
+    ids=["batched", "grouped", "other numbers"],
+)
+def test_fp8_experts_become_the_operator(experts, kernels, monkeypatch, caplog):
+    """Which rounds activations as they do; only where it is asked for, as nobody compared the speed."""
+    monkeypatch.setattr(finegrained_fp8, "_FINEGRAINED_FP8", kernels)
+    graphs = []
+
+    def inner(graph, inputs):
+        graphs.append(graph.graph)
+        return graph
+
+    with caplog.at_level("INFO", "sere_compile"):
+        found, wanted = re_routed(build_fp8(experts), inner=inner, lower_experts="always")
+    calls = [node for graph in graphs for node in graph.nodes if node.target is torch.ops.sere.expert_mlp.default]
+    if kernels is KERNELS:
+        assert [call.kwargs["fp8_activations"] for call in calls] == [True, True]
+        # Of two layers: what each product rounds depends on the last bits of what comes before.
+        assert (found - wanted).float().norm() < 6e-2 * wanted.float().norm()
+    else:
+        assert not calls
+        assert "no expert layer of ours gives its numbers" in caplog.text
+        assert torch.equal(found, wanted)
+
+
+def test_fp8_experts_keep_their_kernels_unless_asked(monkeypatch, caplog):
+    monkeypatch.setattr(finegrained_fp8, "_FINEGRAINED_FP8", KERNELS)
+    monkeypatch.setattr(SereConfig, "acts", lambda self, switch, device: switch == "lower_experts")  # as on CUDA
+    with caplog.at_level("INFO", "sere_compile"):
+        found, wanted = re_routed(build_fp8("batched_mm"))
+    assert torch.equal(found, wanted)
+    assert 'not compared with its own (FP8 weights; lower_experts="always" takes ours)' in caplog.text
 
 
 @torch.library.custom_op("test_quantised::routing", mutates_args=())

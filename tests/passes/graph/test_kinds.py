@@ -73,6 +73,14 @@ class TestKind:
         for target in (torch.ops.sere.reroute, torch.ops.sere.reroute.default):
             assert nodes.kind(graph.call_function(target, (x, x, 1))) == "sere.reroute"
 
+    def test_operators_from_a_hub_lose_their_version(self):
+        with torch.library._scoped_library("_finegrained_fp8_c0ffee1", "DEF") as library:
+            library.define("mxfp_dynamic_matmul_batched(Tensor a) -> Tensor")
+            graph = Graph()
+            target = torch.ops._finegrained_fp8_c0ffee1.mxfp_dynamic_matmul_batched
+            for spelled in (target, target.default):
+                assert nodes.kind(graph.call_function(spelled, (graph.placeholder("x"),))) in nodes.PRODUCTS_BY_ID
+
     def test_pick_and_row_with_tensor_metadata_only(self):
         """Under ShapeProp a number picks a result of a top-k, but a row of a tensor."""
         graph = symbolic_trace(Call(lambda m, x, ids: (x[0], x.topk(2)[0][0])))

@@ -37,6 +37,16 @@ def test_a_part_of_the_experts():
     assert ExpertParameters(stacks={"s": Stack(0, 4)}).unknown_moves(4) is None
 
 
+def test_floats_of_eight_bits():
+    """PyTorch moves no rows of them."""
+    rows = torch.tensor([[0.5], [1.0], [2.0]]).to(torch.float8_e4m3fn)
+    found = Stack(0, 3).exchanged(rows, MAP)
+    assert found.dtype == torch.float8_e4m3fn
+    assert found.float().flatten().tolist() == [0.5, 0.5, 2.0]
+    away = Stack(0, 2, first=2).exchanged(rows[:2], torch.tensor([2, 1, 2, 0]))
+    assert away.float().flatten().tolist() == [0.5, 0.0]
+
+
 def test_lists_exchange_whole_tensors():
     values = {"a": torch.zeros(1), "b": torch.ones(1), "c": torch.full((1,), 2.0)}
     found = ExpertParameters(lists=[{0: "a", 1: "b", 2: "c"}])
