@@ -15,7 +15,7 @@ from ..lowering.archive_file import archive_file
 from ..lowering.check import largest_difference
 from ..lowering.decode_step import DecodeStep
 from ..lowering.export import export_rewritten, holds_our_operators
-from ..lowering.loading import TARGETS, load, snippet
+from ..lowering.loading import TARGETS, imports_of, load, snippet
 from ..lowering.prefill import Prefill
 from ..lowering.standard_operators import FUSED, QUANTISED, rerouted_gates
 from ..similarity.attach import attach
@@ -88,6 +88,8 @@ def export_command(
             raise click.UsageError("--as-function is for --to onnx")
         if experts in FUSED and target != "onnx":
             raise click.UsageError(f"--experts {experts} is for --to onnx")
+        if experts == "grouped_mm" and target == "onnx":
+            raise click.UsageError("--experts grouped_mm: ONNX has no operator for it; leave the option out")
         matrices = None if profile is None else SimilarityProfile.load(profile)
         model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
         if matrices is None:
@@ -112,7 +114,7 @@ def export_command(
             click.echo(f"checked against the model in PyTorch: logits within {difference:.1e}{told}")
     except SereError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"\n{snippet(target, out, module.example_inputs(), module.names()[0])}")
+    click.echo(f"\n{snippet(target, out, module.example_inputs(), module.names()[0], imports_of(program))}")
 
 
 def _write(
