@@ -85,8 +85,10 @@ def _errors_name(what: str, name_or_path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # A misspelt name of one of ours is looked for on the hub.
+        ours = "" if "/" in name_or_path else f" (models that come with the package: {', '.join(KINDS)})"
         raise ModelNotFoundError(
-            f"no {what} could be loaded from {name_or_path!r}: {type(error).__name__}: {error}"
+            f"no {what} could be loaded from {name_or_path!r}{ours}: {type(error).__name__}: {error}"
         ) from error
 
 
