@@ -86,7 +86,8 @@ def _errors_name(what: str, name_or_path: str) -> Iterator[None]:
         yield
     except Exception as error:
         # A misspelt name of one of ours is looked for on the hub.
-        ours = "" if "/" in name_or_path else f" (models that come with the package: {', '.join(KINDS)})"
+        is_other = "/" in name_or_path or os.path.isdir(name_or_path)
+        ours = "" if is_other else f" (the package's own models are {', '.join(KINDS)})"
         raise ModelNotFoundError(
             f"no {what} could be loaded from {name_or_path!r}{ours}: {type(error).__name__}: {error}"
         ) from error
