@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -90,6 +91,7 @@ def export_command(
             raise click.UsageError(f"--experts {experts} is for --to onnx")
         if experts == "grouped_mm" and target == "onnx":
             raise click.UsageError("--experts grouped_mm: ONNX has no operator for it; leave the option out")
+        _check_suffix(target, out)
         matrices = None if profile is None else SimilarityProfile.load(profile)
         model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
         if matrices is None:
@@ -115,6 +117,14 @@ def export_command(
     except SereError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"\n{snippet(target, out, module.example_inputs(), module.names()[0], imports_of(program))}")
+
+
+def _check_suffix(target: str, out: str) -> None:
+    """Refuse a name that promises another format, and for AOTInductor any but its own, which torch insists on."""
+    wanted = ".onnx" if target == "onnx" else ".pt2"
+    suffix = Path(out).suffix
+    if suffix != wanted and (target == "aot" or suffix in (".onnx", ".pt2")):
+        raise click.UsageError(f"--out {out}: --to {target} writes {'an' if target == 'onnx' else 'a'} {wanted} file")
 
 
 def _write(

@@ -216,6 +216,9 @@ def test_bad_options(checkpoint, tmp_path):
     assert unknown.exit_code == 1
     assert "no causal language model could be loaded from" in unknown.output
     assert "--as-function is for --to onnx" in export("--to", "aot", *out, "--as-function").output
+    for target, name in (("aot", "m"), ("aot", "m.onnx"), ("onnx", "m.pt2"), ("exported", "m.onnx")):
+        told = export("--to", target, "--model", folder, "--out", tmp_path / name).output
+        assert f"{name}: --to {target} writes a" in told
     assert "ONNX has no operator for it" in export("--to", "onnx", *out, "--experts", "grouped_mm").output
 
 
