@@ -43,7 +43,7 @@ class SereConfig:
         inner: the backend that compiles the rewritten graph: a name that torch.compile knows, or a callable
             taking (graph_module, example_inputs).
         strict: raise `GateNotFoundError` where a warning would say that a gate is not re-routed, also where its
-            rewrite was not proven, and run experts modules that take what leaves a graph as well.
+            rewrite was not proven.
         capture: "default", or "auto": try Dynamo's dynamic-shape capture first. Only `sere_compile.compile` and
             `explain` can do so; a backend gets graphs that are captured already.
         fuse_router: replace scoring, top-k and normalising of up to 256 tokens by one kernel, where the graph is on

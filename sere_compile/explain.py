@@ -32,8 +32,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     Args:
         model: an nn.Module or function, compiled or not.
         *args: passed to the model.
-        config: options to explain with; the defaults of the backend otherwise. With strict=True
-            each gate is run, as traced and re-routed, and the report says what that proved.
+        config: options to explain with; the defaults of the backend otherwise.
         **kwargs: passed to the model.
 
     Returns:

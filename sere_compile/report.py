@@ -27,7 +27,7 @@ class GateRow:
         substitution: "reroute", "projection" or "fill".
         kernels: which of "experts" and "routing" our kernels compute, and why stock operations stay for the others;
             empty where both are switched off, as by default on a CPU.
-        proof: with strict=True, what running the gate has proven for S < K; with S = K no bit changes.
+        proof: what running the gate has proven for S < K; with S = K no bit changes.
     """
 
     name: str

@@ -99,7 +99,7 @@ def _rewritten(program: Program, profile: SimilarityProfile | None, config: Sere
     plans = _plan_gates(findings.gates, config, program)
     # The matrices of a profile first: one that does not fit is an error before anything is changed.
     matrices = [_needed(plan, profile, program) for plan in plans]
-    refused = [plan.refusal for plan in plans if plan.refusal is not None]
+    refused = []
     for plan, found in zip(plans, matrices, strict=True):
         refusal = rewrite_gate(plan, program, found, plan.weight(()), program.owners, partial(_find, plan, found))
         if refusal is not None:

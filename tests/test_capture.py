@@ -9,6 +9,7 @@ import torch
 import sere_compile
 from sere_compile import ConfigError, GateNotFoundError, SereConfig
 
+from .compiler.test_missing_gates import Stacked
 from .zoo.outside.loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, SortedLoop, prepared
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -29,6 +30,19 @@ def test_gate_in_a_skipped_frame_is_captured(seen_before):
     compiled = sere_compile.compile(model, select_top_k=1, inner="eager")
     for _ in range(2):
         close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("capture", ["default", "auto"])
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_model_that_is_one_graph_raises_nothing(capture, compiled_before):
+    """Such a graph is not watched, and its gates ran all the same; also where another callable compiled it."""
+    model, x = Stacked(), torch.randn(3, HIDDEN)
+    options = {"select_top_k": 1, "inner": "eager", "strict": True, "capture": capture}
+    if compiled_before:
+        sere_compile.compile(model, **options)(x)
+    compiled = sere_compile.compile(model, **options)
+    for _ in range(2):
+        compiled(x)
 
 
 def test_default_capture_misses_it():

@@ -1,11 +1,18 @@
 """The examples run as a user runs them; each checks itself against an eager oracle and says so."""
 
+import json
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
+
+from sere_compile.integrations.transformers import SHIPPED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -64,6 +71,43 @@ def test_continuous_batching():
     before, after = (re.findall(rf"{name}  (.*)", done.stdout) for name in ("unchanged", "re-routed"))
     assert len(before) == len(after) == 6
     assert before != after
+
+
+@pytest.mark.slow
+def test_transformers_serve():
+    """The server answers with real text, and our experts ran: they say that nothing was attached."""
+    for needed in ("fastapi", "uvicorn"):
+        pytest.importorskip(needed, reason="needs transformers[serving]")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, EXAMPLES / "transformers_serve.py", "serve", SHIPPED / "qwen3", "--continuous-batching"]
+    command += ["--port", str(port), "--cb-num-blocks", "64", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            answers = [_completion(port, prompt) for prompt in ("She had been", "import os\nimport")]
+        finally:
+            server.terminate()
+        said = server.communicate(timeout=60)[0]
+    assert all(re.search(r"\b(her|and|the|os|to|of)\b", answer) for answer in answers), said
+    assert "no similarity profile is attached: experts are probed" in said
+
+
+def _completion(port, prompt):
+    """What the server makes of a prompt, as soon as it is there."""
+    body = {"model": str(SHIPPED / "qwen3"), "prompt": prompt, "max_tokens": 12, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    end = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.load(response)["choices"][0]["text"]
+        except urllib.error.URLError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 @pytest.mark.slow

@@ -538,3 +538,9 @@ def test_a_router_of_two_sets_of_experts_is_refused(dispatch):
     profile = SimilarityProfile({"first.router": (matrix + matrix.T) / 2})
     with pytest.raises(GateNotFoundError, match="also selects from other experts"):
         sere_compile.rewrite(program, profile=profile, config=S1)
+    torch._dynamo.reset()
+    strict = sere_compile.compile(
+        module, inner="eager", strict=True, capture="default" if dispatch == "gathered" else "auto"
+    )
+    with pytest.raises(Exception, match="also selects from other experts"):
+        strict(rows())

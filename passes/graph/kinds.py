@@ -31,7 +31,12 @@ _SPELLINGS = {
     "_unsafe_view": "view",
     "t": "transpose",
     "swapaxes": "transpose",
+    # What Dynamo writes for `.T`, `.mT`, `.H` and `.mH` since torch 2.14; before, `getattr`.
     "numpy_T": "transpose",
+    "mT": "transpose",
+    "matrix_H": "transpose",
+    "mH": "transpose",
+    "adjoint": "transpose",
     "alias": "detach",
     "lift_fresh_copy": "clone",
     "mm": "matmul",

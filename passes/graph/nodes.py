@@ -178,9 +178,10 @@ def _permutation(node: Node, rank: int) -> list[int]:
         given: Any = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims")
         return [int(dim) % rank for dim in given]
     first, second = (argument(node, 1, "dim0"), argument(node, 2, "dim1"))
-    if raw_name(node) == "getattr":
-        if node.args[1] in ("T", "H"):
-            return dims[::-1]
+    attribute = node.args[1] if raw_name(node) == "getattr" else raw_name(node)
+    if attribute in ("T", "H", "numpy_T", "matrix_H"):
+        return dims[::-1]
+    if attribute in ("mT", "mH", "adjoint"):
         first, second = -1, -2
     if isinstance(first, int) and isinstance(second, int):
         dims[first], dims[second] = dims[second], dims[first]

@@ -13,6 +13,7 @@ from ..errors import EvaluationError
 from ..evaluation.sweep import SLACK, SweepRow
 from .result import Results, Row, batches
 from .subject import dense_bytes, find_blocks
+from .variant import OWN_EXPERTS
 
 WHAT = "decode step"
 # Times farther from their line than this share are too noisy to choose by.
@@ -29,6 +30,8 @@ class StepLine:
         active: mean active experts per layer that were measured, ascending.
         deviation: the largest difference of a measured time from the line, relative to the measured one.
         stock: the fastest stock variant and its time, or None if none was measured.
+        own: on a CPU, the line with `lower_experts="always"`, which the default options do not switch on there; None
+            if it was not measured.
     """
 
     fixed: float
@@ -36,6 +39,7 @@ class StepLine:
     active: tuple[float, ...]
     deviation: float
     stock: tuple[str, float] | None
+    own: StepLine | None = None
 
     def time(self, active: float) -> float:
         """Milliseconds of a step with so many active experts per layer."""
@@ -128,6 +132,8 @@ class StepTimes:
             lines.append(f"that is {self.subject}, not {name}: times hold if all sizes and the dtype are the same")
         for size, line in self.lines.items():
             lines.append(f"decode batch {size}: {line}")
+            if line.own is not None:
+                lines.append(f'decode batch {size} with lower_experts="always", which is no default: {line.own}')
             mine = [row for row in rows if row.decode_batch == size]
             reached = {active for row in mine for active in (row.active_before, row.active_after)}
             if outside := sorted(filter(line.is_outside, reached)):
@@ -139,7 +145,7 @@ class StepTimes:
 
 
 def _line(path: str | Path, size: int, rows: Sequence[Row]) -> StepLine:
-    """The least squares line through our rows of a batch size."""
+    """The least squares line through our rows of a batch size, with the options that a user has by default."""
     again = f"sere bench --what decode --batch {size} --select-top-k K,2,1 --json"
     here = [row for row in rows if row.batch == size]
     if not here:
@@ -147,22 +153,39 @@ def _line(path: str | Path, size: int, rows: Sequence[Row]) -> StepLine:
         raise EvaluationError(f"{path} has decode steps at batch {known}, but not at {size}: {again}")
     if wrong := [row.variant for row in here if not row.agrees]:
         raise EvaluationError(f"{path}: at batch {size} the output of {wrong[0]} was wrong, so that no time counts")
-    points = [(row.active, row.timing.median / 1e3) for row in here if row.ours and row.active is not None]
-    active = tuple(sorted(count for count, _ in points))
-    if not active or active[-1] <= active[0] * (1 + SLACK):
+    points = _points(here, own=False)
+    if not _differ(points):
         raise EvaluationError(
             f"{path}: at batch {size}, re-routing was timed with "
-            f"{f'{active[0]:.1f} active experts only' if active else 'no S'}, and a line needs two numbers of active "
-            f"experts that differ by more than {SLACK:.0%}: {again}"
+            f"{f'{points[0][0]:.1f} active experts only' if points else 'no S'}, and a line needs two numbers of "
+            f"active experts that differ by more than {SLACK:.0%}: {again}"
         )
+    stock = min((row for row in here if not row.ours), key=lambda row: row.timing.median, default=None)
+    line = _fit(points)
+    own = _points(here, own=True)
+    return replace(
+        line,
+        stock=None if stock is None else (stock.variant, stock.timing.median / 1e3),
+        own=_fit(own) if _differ(own) else None,
+    )
+
+
+def _points(rows: Iterable[Row], *, own: bool) -> list[tuple[float, float]]:
+    """Active experts and milliseconds, ascending, of what ours took: two dispatches lie on two lines."""
+    ours = (row for row in rows if row.ours and row.variant.endswith(OWN_EXPERTS) == own)
+    return sorted((row.active, row.timing.median / 1e3) for row in ours if row.active is not None)
+
+
+def _differ(points: Sequence[tuple[float, float]]) -> bool:
+    return bool(points) and points[-1][0] > points[0][0] * (1 + SLACK)
+
+
+def _fit(points: Sequence[tuple[float, float]]) -> StepLine:
     slope, fixed = statistics.linear_regression(*zip(*points, strict=True))
     if slope < 0:  # noise, or experts that cost nothing
         slope, fixed = 0.0, statistics.mean(time for _, time in points)
-    stock = min((row for row in here if not row.ours), key=lambda row: row.timing.median, default=None)
-    return StepLine(
-        fixed, slope, active, max(abs((fixed + slope * count) / time - 1) for count, time in points),
-        None if stock is None else (stock.variant, stock.timing.median / 1e3),
-    )  # fmt: skip
+    deviation = max(abs((fixed + slope * count) / time - 1) for count, time in points)
+    return StepLine(fixed, slope, tuple(count for count, _ in points), deviation, None)
 
 
 def _layers(gates: Sequence[Sequence[int]]) -> str:

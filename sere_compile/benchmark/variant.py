@@ -87,13 +87,17 @@ def all_variants(
     return found
 
 
+# How names of the variants that `with_own_experts` adds end.
+OWN_EXPERTS = ", lower_experts"
+
+
 def with_own_experts(selects: Sequence[int], top_k: int) -> list[Variant]:
     """On a CPU ours for each S once more, with `lower_experts="always"`; on a GPU that is what they are already."""
     if torch.cuda.is_available():
         return []
     return [
         Variant(
-            f"{variant.name}, lower_experts", variant.experts,
+            f"{variant.name}{OWN_EXPERTS}", variant.experts,
             variant.backend.with_options(lower_experts="always"), variant.select_top_k,
         )
         for variant in all_variants(selects, top_k, ())[1:]

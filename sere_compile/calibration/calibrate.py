@@ -260,8 +260,8 @@ class _Calibration:
             return
         if self.max_tokens is not None and found.tokens > self.max_tokens:
             raise CalibrationError(
-                f"{path} holds {found.tokens} tokens already, more than max_tokens={self.max_tokens}; remove it to "
-                "begin anew"
+                f"{path} holds {found.tokens} tokens already, and {self.max_tokens} are asked for: give it the "
+                "data and numbers that it was begun with, or remove it to begin anew"
             )
         self.done = found
         log.info("going on behind %d batches, %d tokens", found.batches, found.tokens)

@@ -11,6 +11,7 @@ from ..errors import SereError
 from ..evaluation.text import require_tokens
 from ..explain import explain
 from ..integrations.transformers import load_causal_lm
+from ..report import SKIPPED
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import MODEL_HELP, routing_options
@@ -20,7 +21,9 @@ from .options import MODEL_HELP, routing_options
 @click.option("--model", "name", required=True, help=MODEL_HELP)
 @click.option("--prompt", default="The capital of France is", show_default=True, help="Text to trace the model with.")
 @routing_options
-@click.option("--strict", is_flag=True, help="Run each gate, as traced and re-routed, and say what that proves.")
+@click.option(
+    "--strict", is_flag=True, help="Exit with 1 where a gate is not re-routed, too: what strict=True raises for."
+)
 @click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="Similarity profile to attach.")
 def explain_command(name: str, prompt: str, profile: str | None, **options: Any) -> None:
     """Print every gate of a model, what re-routing would do to it, and why not. Exits with 1 if none is found.
@@ -41,5 +44,5 @@ def explain_command(name: str, prompt: str, profile: str | None, **options: Any)
     except SereError as error:
         raise click.ClickException(str(error)) from error
     click.echo(str(report))
-    if not report.gates:
+    if not report.gates or (config.strict and any(gate.status == SKIPPED for gate in report.gates)):
         raise SystemExit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from ..lowering.archive_file import archive_file
 from ..lowering.check import largest_difference
 from ..lowering.decode_step import DecodeStep
 from ..lowering.export import export_rewritten, holds_our_operators
-from ..lowering.loading import TARGETS, load, snippet
+from ..lowering.loading import TARGETS, imports_of, load, snippet
 from ..lowering.prefill import Prefill
 from ..lowering.standard_operators import FUSED, QUANTISED, rerouted_gates
 from ..similarity.attach import attach
@@ -88,6 +89,9 @@ def export_command(
             raise click.UsageError("--as-function is for --to onnx")
         if experts in FUSED and target != "onnx":
             raise click.UsageError(f"--experts {experts} is for --to onnx")
+        if experts == "grouped_mm" and target == "onnx":
+            raise click.UsageError("--experts grouped_mm: ONNX has no operator for it; leave the option out")
+        _check_suffix(target, out)
         matrices = None if profile is None else SimilarityProfile.load(profile)
         model, _ = load_causal_lm(name, dtype=dtype or ("float32" if is_shipped(name) else "auto"))
         if matrices is None:
@@ -112,7 +116,15 @@ def export_command(
             click.echo(f"checked against the model in PyTorch: logits within {difference:.1e}{told}")
     except SereError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"\n{snippet(target, out, module.example_inputs(), module.names()[0])}")
+    click.echo(f"\n{snippet(target, out, module.example_inputs(), module.names()[0], imports_of(program))}")
+
+
+def _check_suffix(target: str, out: str) -> None:
+    """Refuse a name that promises another format, and for AOTInductor any but its own, which torch insists on."""
+    wanted = ".onnx" if target == "onnx" else ".pt2"
+    suffix = Path(out).suffix
+    if suffix != wanted and (target == "aot" or suffix in (".onnx", ".pt2")):
+        raise click.UsageError(f"--out {out}: --to {target} writes {'an' if target == 'onnx' else 'a'} {wanted} file")
 
 
 def _write(

@@ -34,6 +34,16 @@ class ProfileFile(OutputFile):
         return super().convert(value, param, ctx)
 
 
+class Page(OutputFile):
+    """A file for a page, whose name does not promise another format."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as it was given."""
+        if Path(value).suffix.lower() not in ("", ".html", ".htm"):
+            self.fail(f"{value!r}: a page is an .html file", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Picture(OutputFile):
     """A file whose name ends in a format that matplotlib writes."""
 

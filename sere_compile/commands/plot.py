@@ -43,10 +43,15 @@ def plot_command(source: str, out: str, threshold: float | str) -> None:
     try:
         SereConfig(threshold=threshold)  # raises if it is wrong
         if Path(source).suffix == ".csv":
-            plot_sweep(read_csv(source), out)
+            rows = read_csv(source)
+            plot_sweep(rows, out)
+            click.echo(f"{out}: {len(rows)} settings")
+            return
+        profile = SimilarityProfile.load(source)
+        written = plot_profile(profile, out, threshold)
+        if len(written) > 1:
+            click.echo(f"{written[0]}: all gates; {written[1]} .. {written[-1].name}: their maps")
         else:
-            written = plot_profile(SimilarityProfile.load(source), out, threshold)
-            if len(written) > 1:
-                click.echo(f"{written[0]}: all gates; {written[1]} .. {written[-1].name}: their maps")
+            click.echo(f"{out}: {len(profile)} gates")
     except SereError as error:
         raise click.ClickException(str(error)) from error

@@ -19,12 +19,12 @@ from ..explain import explain
 from ..similarity.attach import attach
 from ..similarity.profile import SimilarityProfile
 from .options import Numbers, counts, data_options, load_subject, names_of, speed_option
-from .output_file import OutputFile
+from .output_file import Page
 
 
 @click.command("report")
 @data_options
-@click.option("-o", "--out", required=True, type=OutputFile(), help="Page to write, .html.")
+@click.option("-o", "--out", required=True, type=Page(), help="Page to write, .html.")
 @click.option("--profile", type=click.Path(dir_okay=False), help="Similarity profile; without one, made without data.")
 @click.option("--select-top-k", type=Numbers(int), default="1,2,3", show_default=True, help="Values of S.")
 @click.option("--batch", type=counts, default="4,16", show_default=True, help="Sequences decoded together.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +31,6 @@ from ..report import IDENTITY, SKIPPED
 from ..similarity import binding
 from ..similarity.threshold import threshold_in_graph
 from . import dynamo, gate_options
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -155,7 +152,6 @@ def refuse_shared_routers(plans: Sequence[GatePlan], value_of: ValueOf) -> None:
         if len(experts - {frozenset()}) > 1:
             for plan in found:
                 plan.refuse(Skip(SkipReason.SHARED_ROUTER, plan.gate.selection, evidence=Evidence.EXPERTS))
-                log.warning("%s is not re-routed: %s", plan.name, plan.reason)
 
 
 def _experts_of(plan: GatePlan, value_of: ValueOf) -> frozenset[tuple[str, Any]]:

@@ -80,10 +80,16 @@ class OneCall:
     nearest: Skip | None = None
     routers: list[torch.Tensor] = field(default_factory=list)
     settled: bool = False
+    _before: int = field(default_factory=lambda: runs.with_gates)
 
     def forget(self) -> None:
         """The call is made again, in another way."""
-        self.nearest, self.routers, self.settled = None, [], False
+        self.nearest, self.routers, self.settled, self._before = None, [], False, runs.with_gates
+
+    @property
+    def was_one_graph(self) -> bool:
+        """Whether all of it was a graph with gates: such a graph is not watched, and tells of no routers."""
+        return runs.with_gates > self._before and not self.routers
 
 
 @contextlib.contextmanager
@@ -105,7 +111,7 @@ def settle(
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
     """
-    if call.settled:
+    if call.settled or call.was_one_graph:
         return
     module = model_of(model)
     outside = routers_outside(module, call.routers) if module is not None else []

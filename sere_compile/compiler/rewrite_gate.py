@@ -55,7 +55,7 @@ def rewrite_gate(
     """
     if plan.status == SKIPPED:
         plan.unfused = plan.refusal
-        return None
+        return plan.refusal
     run = _run(plan, graph, matrices, weight, owners, find_matrix)
     refusal = run_pipeline(run, _switches(plan, run, graph.takes_kernels))
     plan.kernels, plan.unfused = _kernels(run), run.refused.get("fuse_experts")

@@ -50,9 +50,10 @@ def token_windows(tokenizer: Any, texts: list[str], length: int, count: int | No
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     wanted = 1 if count is None else count
     if len(windows) < wanted:
+        fewer = f", fewer --sequences (at most {len(windows)} from this)" if len(windows) else ""
         raise EvaluationError(
-            f"{len(tokens)} tokens are too few for {wanted} windows of {length}: give more text, fewer --sequences (at "
-            f"most {len(windows)} from this) or a smaller --length"
+            f"{len(tokens)} tokens are too few for {wanted} windows of {length}: give more text{fewer} or a smaller "
+            "--length"
         )
     if count is None:
         return windows

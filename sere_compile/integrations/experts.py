@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiler.gate_matrices import warn_of_probing
+from ..compiler.gate_options import tell_unknown_of_model
 from ..config import SereConfig
 from ..errors import ConfigError, ProbeError
 from ..experts.counterfactual import of_module
@@ -24,6 +26,7 @@ from ..experts.owner import Owner, Owners, routers_in
 from ..experts.probe import PROBE_SEED, PROBE_TOKENS
 from ..experts.spread import check_one_rank_can_probe
 from ..extras import require
+from ..idle import never_reached, tell_once, too_many_primary
 from ..ops.expert_mlp.op import MAX_TOKENS
 from ..similarity import binding
 from ..similarity.attach import attach_from_owner
@@ -159,7 +162,7 @@ class _Rerouted:
         """Ids [T, K] re-routed, and weights [T, K] in the same order."""
         routed = self._known.get(module)
         if routed is None or routed.version != binding.version():
-            routed = self._known[module] = self._find(module)
+            routed = self._known[module] = self._find(module, ids.shape[-1])
         config, top_k = routed.config, ids.shape[-1]
         select = config.resolved_top_k(top_k)
         if select >= top_k:
@@ -178,8 +181,8 @@ class _Rerouted:
         )
         return new, weights
 
-    def _find(self, module: nn.Module) -> _Routed:
-        """The router beside an experts module, and its matrix, attached or probed."""
+    def _find(self, module: nn.Module, top_k: int) -> _Routed:
+        """The router beside an experts module, and its matrix, attached or probed; says what cannot act on it."""
         parameter = next(module.parameters())
         owners = Owners()
         owner = owners.find(parameter)
@@ -196,11 +199,14 @@ class _Rerouted:
             entry = binding.lookup(weight)
         if entry is None or entry.matrix is None:
             log.info("no similarity attached for %s: probing its experts on random hidden states", router.name)
+            warn_of_probing()
             matrix = self._probe(module, router.name)
             binding.assign(weight, router.name, matrix, "probed", from_profile=False)
             entry = binding.name(weight, router.name)
         config = self._config.for_gate(router.name)
         matrix = entry.matrix_on(parameter.device, config.threshold)
+        tell_unknown_of_model(self._config, router, len(matrix))
+        tell_once(router.name, too_many_primary(config, top_k) or never_reached(config.threshold, matrix))
         return _Routed(config, binding.version(), matrix)
 
     def _probe(self, module: Any, name: str) -> Tensor:

@@ -102,8 +102,11 @@ def _errors_name(what: str, name_or_path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # A misspelt name of one of ours is looked for on the hub.
+        is_other = "/" in name_or_path or os.path.isdir(name_or_path)
+        ours = "" if is_other else f" (the package's own models are {', '.join(KINDS)})"
         raise ModelNotFoundError(
-            f"no {what} could be loaded from {name_or_path!r}: {type(error).__name__}: {error}"
+            f"no {what} could be loaded from {name_or_path!r}{ours}: {type(error).__name__}: {error}"
         ) from error
 
 

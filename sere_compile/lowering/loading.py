@@ -9,8 +9,13 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from ..extras import require
+from .export import operators
+
+# Operators that a file calls and does not hold, by their namespace: the import that registers them.
+_REGISTERED_BY = {"transformers": "import transformers.integrations.moe  # the grouped product of its experts"}
 
 TARGETS = ("aot", "onnx", "exported")
 Run = Callable[..., list[Tensor]]
@@ -41,7 +46,13 @@ def _onnx_session(path: str) -> Run:
     return run
 
 
-def snippet(target: str, path: str, args: Sequence[Any], names: Sequence[str]) -> str:
+def imports_of(program: ExportedProgram) -> list[str]:
+    """Lines that register what a file of this program calls and does not hold, besides operators of this library."""
+    called = {operator.namespace for operator in operators(program)}
+    return [line for namespace, line in _REGISTERED_BY.items() if namespace in called]
+
+
+def snippet(target: str, path: str, args: Sequence[Any], names: Sequence[str], imports: Sequence[str] = ()) -> str:
     """Lines of Python that load a file of `sere export` and call it once, in a process that has only what they import.
 
     Args:
@@ -49,6 +60,7 @@ def snippet(target: str, path: str, args: Sequence[Any], names: Sequence[str]) -
         path: the file.
         args: example arguments of the lowered module, tensors and lists of them.
         names: of the inputs, flat, as in the file.
+        imports: what `imports_of` says of the program.
     """
     given = [f"    {_made(arg)}," for arg in args]
     if target == "onnx":
@@ -60,11 +72,12 @@ def snippet(target: str, path: str, args: Sequence[Any], names: Sequence[str]) -
             + ["inputs = {", *feeds, "}", "logits = session.run(None, inputs)[0]", "print(logits.shape)"]
         )
     if target == "aot":
-        head = ["import torch", "", f"model = torch._inductor.aoti_load_package({json.dumps(path)})"]
+        head = ["import torch", *imports, "", f"model = torch._inductor.aoti_load_package({json.dumps(path)})"]
     else:
         head = [
             "import torch",
             "import sere_compile.ops  # what re-routing is, for the program's operators",
+            *imports,
             "",
             f"model = torch.export.load({json.dumps(path)}).module()",
         ]

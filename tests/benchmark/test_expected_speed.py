@@ -76,6 +76,18 @@ def test_the_line_is_as_near_as_it_can_be(read):
     assert "off by at most 20%), too far: measure again on a quiet machine" in str(line)
 
 
+def test_two_dispatches_are_two_lines(read):
+    """On a CPU `sere bench` times ours twice: expected is what default options give, and the other line is said."""
+    own = [step(count, 500.0 + 50 * count, variant=f"sere S={count:.0f}, lower_experts") for count in (20.0, 5.0)]
+    times = read([*LINE, *own])
+    assert times.lines[16].time(8.0) == pytest.approx(1.8)
+    assert times.lines[16].own.time(8.0) == pytest.approx(0.9)
+    assert times.said("tiny", [])[-1] == (
+        'decode batch 16 with lower_experts="always", which is no default: 0.5 ms + 0.05 ms per active expert '
+        "(measured with 5.0, 20.0; off by at most 0%)"
+    )
+
+
 def test_experts_that_cost_no_time_gain_none(read):
     """Rather than that more of them were faster, which is noise."""
     times = read([step(20.0, 2000.0), step(5.0, 3000.0)])

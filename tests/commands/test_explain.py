@@ -6,11 +6,13 @@ import shutil
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sere_compile.cli import main
+from sere_compile.integrations.transformers import load_causal_lm
 
 from ..tiny_models import VOCABULARY, build, gate_names, mixtral
 
@@ -103,3 +105,19 @@ def test_without_transformers_the_error_names_the_extra(moe, monkeypatch):
     result = explain("--model", moe)
     assert result.exit_code == 1
     assert "pip install 'sere-compile[hf]'" in result.output
+
+
+def test_strict_exits_with_one_where_a_gate_is_left_alone(moe, monkeypatch):
+    """Only then: two layers that share a router cannot be told apart."""
+
+    def with_one_router(*arguments, **options):
+        model, tokenizer = load_causal_lm(*arguments, **options)
+        first, second = (layer.mlp.gate for layer in model.model.layers)
+        second.weight = first.weight
+        return model, tokenizer
+
+    assert explain("--model", moe, "--strict").exit_code == 0
+    torch._dynamo.reset()  # it does not look whether parameters are one and the same
+    monkeypatch.setattr("sere_compile.commands.explain.load_causal_lm", with_one_router)
+    codes = {options: explain("--model", moe, *options).exit_code for options in ((), ("--strict",))}
+    assert codes == {(): 0, ("--strict",): 1}

@@ -66,11 +66,13 @@ def test_onnx(checkpoint, tmp_path):
     ("target", "options"),
     [
         pytest.param("exported", [], marks=pytest.mark.slow),
+        pytest.param("exported", ["--experts", "grouped_mm"], marks=pytest.mark.slow),
         pytest.param("onnx", ["--decode", 6], marks=pytest.mark.slow),
         pytest.param("onnx", [], marks=pytest.mark.slow),
         pytest.param("onnx", ["--as-function"], marks=pytest.mark.slow),
         pytest.param("exported", ["--decode", 6], marks=pytest.mark.slow),
         pytest.param("aot", [], marks=pytest.mark.wide),
+        pytest.param("aot", ["--experts", "grouped_mm"], marks=pytest.mark.wide),
         pytest.param("aot", ["--decode", 6], marks=pytest.mark.wide),
     ],
 )
@@ -214,6 +216,10 @@ def test_bad_options(checkpoint, tmp_path):
     assert unknown.exit_code == 1
     assert "no causal language model could be loaded from" in unknown.output
     assert "--as-function is for --to onnx" in export("--to", "aot", *out, "--as-function").output
+    for target, name in (("aot", "m"), ("aot", "m.onnx"), ("onnx", "m.pt2"), ("exported", "m.onnx")):
+        told = export("--to", target, "--model", folder, "--out", tmp_path / name).output
+        assert f"{name}: --to {target} writes a" in told
+    assert "ONNX has no operator for it" in export("--to", "onnx", *out, "--experts", "grouped_mm").output
 
 
 @pytest.mark.slow

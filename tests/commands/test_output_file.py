@@ -18,6 +18,7 @@ COMMANDS = {
     "compare --csv": ["compare", "--model", "none", *TEXT, "--profile", "none", "--csv"],
     "export --out": ["export", "--to", "exported", "--model", "none", "--out"],
     "plot -o": ["plot", __file__, "-o"],
+    "report -o": ["report", "--model", "none", *TEXT, "-o"],
     "sweep --csv": ["sweep", "--model", "none", *TEXT, "--profile", "none", "--csv"],
     "sweep --plot": ["sweep", "--model", "none", *TEXT, "--profile", "none", "--plot"],
 }
@@ -40,13 +41,17 @@ def test_a_path_that_takes_no_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name in PICTURES:
         pytest.importorskip("matplotlib")
-    suffix = ".safetensors" if name.startswith("calibrate") else ".png"
+    suffix = {"calibrate": ".safetensors", "report": ".html", "export": ".pt2"}.get(name.split()[0], ".png")
     assert f"there is no folder {tmp_path / 'missing'}" in refused(name, tmp_path / "missing" / f"file{suffix}")
     assert f"/proc/file{suffix} could not be written: " in refused(name, f"/proc/file{suffix}")
     assert "could not be written: File name too long" in refused(name, tmp_path / f"{'n' * 252}{suffix}")
     (tmp_path / f"folder{suffix}").mkdir()
     assert "is a folder; give the name of a file" in refused(name, f"folder{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"folder{suffix}"]
+
+
+def test_a_name_that_is_no_page():
+    assert refused("report -o", "report.pdf").endswith("'report.pdf': a page is an .html file")
 
 
 @pytest.mark.parametrize("name", PICTURES)

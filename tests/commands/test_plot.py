@@ -35,6 +35,7 @@ def test_plots_are_written(checkpoint, tmp_path):
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert heat.read_bytes().startswith(b"\x89PNG")
+    assert result.output == f"{heat}: {len(SimilarityProfile.load(checkpoint / 'profile.safetensors'))} gates\n"
 
 
 def test_another_kind_of_file_is_named(tmp_path):

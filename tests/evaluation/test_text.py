@@ -17,6 +17,8 @@ def test_windows_are_spread_over_the_text():
     assert windows.tolist() == [[2, 3], [9, 0]]
     with pytest.raises(EvaluationError, match=r"10 tokens are too few for 6 windows of 2: .* --sequences .at most 5"):
         token_windows(word_tokenizer(), ["a b c", "d e f g h"], length=2, count=6)
+    with pytest.raises(EvaluationError, match=r"too few for 6 windows of 20: give more text or a smaller --length$"):
+        token_windows(word_tokenizer(), ["a b c", "d e f g h"], length=20, count=6)
 
 
 def test_an_empty_tokenizer_is_told():

@@ -1,11 +1,15 @@
 """`experts_implementation="sere"`: eager models of transformers, re-routed by the registry of experts functions."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import sere_compile
 from sere_compile import ConfigError
+from sere_compile.compiler.gate_matrices import warn_of_probing
+from sere_compile.idle import tell_once
 from sere_compile.testing import oracle_routing
 
 from ..compiled import logits
@@ -31,6 +35,36 @@ def test_an_eager_model_is_re_routed(name):
     sere_compile.attach(model, profile)
     torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, original, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"select_top_k": 9}, "select_top_k=9 is more than K = "),
+        ({"threshold": 2.0}, "threshold=2 is above every similarity"),
+        ({"per_gate": {"nothing": {"select_top_k": 2}}}, "no gate of .* matches 'nothing'"),
+    ],
+)
+def test_options_that_cannot_act_are_told_once(options, told, caplog):
+    tell_once.reset()
+    sere_compile.register_experts(**{"select_top_k": 1, **options})
+    model = build("qwen3_moe")
+    sere_compile.attach(model, random_profile(model))
+    model.set_experts_implementation("sere")
+    for _ in range(2):
+        logits(model, tokens(6, 1))
+    [record] = caplog.records
+    assert re.search(told, record.getMessage())
+
+
+def test_probing_is_told_once(caplog):
+    """As the backend does."""
+    warn_of_probing.reset()
+    model = build("qwen3_moe")
+    model.set_experts_implementation("sere")
+    logits(model, tokens(6, 1))
+    [record] = caplog.records
+    assert record.getMessage().startswith("no similarity profile is attached: experts are probed")
 
 
 @pytest.mark.slow

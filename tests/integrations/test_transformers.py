@@ -83,6 +83,15 @@ def test_a_model_that_only_a_clone_has(tmp_path, monkeypatch, load):
         assert re.search(told, done.output)
 
 
+def test_a_misspelt_model_of_the_package(monkeypatch):
+    """Such a name is looked for on the hub; the error says what ours are called."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match=r"'qwen4' .the package's own models are qwen3, mixtral, upcycled.: "):
+        load_causal_lm("qwen4")
+    with pytest.raises(ModelNotFoundError, match=r"'Qwen/none': "):
+        load_causal_lm("Qwen/none")
+
+
 def test_what_is_no_checkpoint(tmp_path):
     """Told without a look at the hub, and without its rules for names where a folder was meant."""
     (tmp_path / "empty").mkdir()

@@ -150,6 +150,28 @@ class TestMovedOnes:
         assert nodes.only_moves_ones(find(graph, "transpose"))
 
 
+@pytest.mark.parametrize("name", ["numpy_T", "mT", "matrix_H", "mH", "adjoint"])
+@pytest.mark.parametrize(("size", "kept"), [((4, 4), False), ((1, 4), True)])
+def test_attributes_as_operators(name, size, kept):
+    """Dynamo writes them so since torch 2.14."""
+    graph, value = Graph(), torch.ones(size)
+    x = graph.placeholder("x")
+    turned = graph.call_function(getattr(torch.ops.aten, name), (x,))
+    x.meta["val"], turned.meta["val"] = value, value.mT
+    assert nodes.kind(turned) == "transpose"
+    assert nodes.only_moves_ones(turned) is kept
+
+
+@pytest.mark.parametrize("name", ["mT", "mH", "adjoint"])
+def test_matrices_of_a_batch_are_turned(name):
+    """Not the batch with them."""
+    graph, value = Graph(), torch.ones(2, 1, 4)
+    x = graph.placeholder("x")
+    turned = graph.call_function(getattr(torch.ops.aten, name), (x,))
+    x.meta["val"], turned.meta["val"] = value, value.mT
+    assert nodes.only_moves_ones(turned)
+
+
 def test_first_of_several_results():
     """What a decomposition writes for an elementwise operation: its first result stands for it."""
     graph = Graph()
