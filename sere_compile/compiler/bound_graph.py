@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import ProbeError
+from ..errors import GateNotFoundError, ProbeError
 from ..experts.owner import Owners
+from ..passes import SkipReason
 from ..report import REWRITTEN
 from ..similarity import binding
 from . import missing_gates
@@ -46,6 +47,8 @@ class BoundGraph:
         self._compiled = compiled
         self._original = original
         self._unprobed = WeakTensorKeyDictionary()  # weights of these layers
+        self._routers = 0  # different weights in the first call
+        self._shared: set[str] = set()  # gates that were told about
         self._watch = watch
         self._inputs = graph.own_inputs
         self._appended = graph.appended
@@ -66,11 +69,15 @@ class BoundGraph:
         return self._original(*arguments) if extra is None else self._compiled(*arguments, *extra)
 
     def _bind_or_tell(self, arguments: Sequence[Any]) -> list[torch.Tensor] | None:
-        """See `bind`; None, and a warning, where experts of a layer that was not compiled for cannot be run.
+        """See `bind`; None, and a warning, for layers not compiled for whose experts cannot be run or share a router.
 
         Raises:
-            ProbeError: the same, with strict=True.
+            ProbeError, GateNotFoundError: the same, with strict=True.
         """
+        weights = [plan.weight(arguments) for plan in self._plans]
+        if len(set(map(id, weights))) < self._routers:
+            self._tell_shared(weights)
+            return None
         if self._unprobed and any(plan.weight(arguments) in self._unprobed for plan in self._plans):
             return None
         try:
@@ -83,6 +90,16 @@ class BoundGraph:
             log.warning("a layer with the code of %s is not re-routed: %s", plan.name, unprobed(plan, error))
             return None
 
+    def _tell_shared(self, weights: Sequence[torch.Tensor]) -> None:
+        """Dynamo uses a graph for other models with the same code, also where routers are one that were several."""
+        for plan, weight in zip(self._plans, weights, strict=True):
+            if sum(weight is other for other in weights) > 1 and plan.is_to_reroute and plan.name not in self._shared:
+                text = f"a layer with the code of {plan.name} is not re-routed: {SkipReason.SHARED_ROUTER.value}"
+                if plan.config.strict:
+                    raise GateNotFoundError(text)
+                self._shared.add(plan.name)
+                log.warning(text)
+
     def bind(self, arguments: Sequence[Any], owners: Owners | None = None) -> list[torch.Tensor]:
         """The appended inputs for a call with these arguments; the same list while the weights stay the same.
 
@@ -91,6 +108,7 @@ class BoundGraph:
             owners: of the router weights, where they were asked for already.
         """
         weights = [plan.weight(arguments) for plan in self._plans]
+        self._routers = self._routers or len(set(map(id, weights)))
         version, last, extra = self._last
         if version == binding.version() and all(ref() is weight for ref, weight in zip(last, weights, strict=True)):
             return extra

@@ -16,6 +16,7 @@ from sere_compile.idle import tell_once
 from sere_compile.similarity import binding
 
 from ..compiled import CountingInner, logits, oracle_logits
+from ..passes.moe_modules import Indexed, rows
 from ..tiny_models import EAGER_SLOW, IMPLEMENTATIONS, TOP_K, build, gate_names, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -263,6 +264,40 @@ class TestUnprobed:
             for _ in range(2):
                 torch.testing.assert_close(as_tensor(blocks[1](hidden)), as_tensor(plain[1]), equal_nan=True)
         assert sum("hold NaN or infinity" in record.message for record in caplog.records) == 1
+
+
+class Pair(nn.Module):
+    """Two layers, whose routers may be one."""
+
+    def __init__(self, *, tied):
+        super().__init__()
+        self.first, self.second = Indexed(), Indexed()
+        with torch.no_grad():
+            for parameter in self.second.parameters():
+                parameter.mul_(2)
+        if tied:
+            self.second.router = self.first.router
+
+    def forward(self, x):
+        return self.second(x + self.first(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_later_model_whose_routers_are_one(strict, caplog):
+    """Dynamo uses the graph of a model with two; one matrix cannot describe two sets of experts."""
+    apart, tied, x = Pair(tied=False), Pair(tied=True), rows()
+    backend = sere_backend.with_options(select_top_k=1, min_active=0, inner="eager", strict=strict)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        plain = tied(x)
+        assert not torch.allclose(torch.compile(apart, backend=backend)(x), apart(x), atol=1e-3)
+        compiled = torch.compile(tied, backend=backend)
+        if strict:
+            with pytest.raises(Exception, match="also selects from other experts"):
+                compiled(x)
+            return
+        for _ in range(2):
+            assert torch.equal(compiled(x), plain)
+    assert sum("also selects from other experts" in record.message for record in caplog.records) == 2
 
 
 def as_tensor(result):
