@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sere_compile.passes import Evidence, Skip, SkipReason
 from sere_compile.passes.evidence.router import Router, trace_router
@@ -18,11 +19,11 @@ class Scored(Block):
     def __init__(self, function):
         super().__init__()
         self.function = function
-        self.second = torch.nn.Parameter(torch.randn(EXPERTS, HIDDEN))
-        self.wide = torch.nn.Parameter(torch.randn(EXPERTS + 2, HIDDEN))
-        self.bias = torch.nn.Parameter(torch.randn(EXPERTS))
-        self.up, self.down = torch.nn.Parameter(torch.randn(EXPERTS, 2)), torch.nn.Parameter(torch.randn(2, HIDDEN))
-        self.length = torch.nn.Parameter(torch.rand(EXPERTS, 1) + 0.5)
+        self.second = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.wide = nn.Parameter(torch.randn(EXPERTS + 2, HIDDEN))
+        self.bias = nn.Parameter(torch.randn(EXPERTS))
+        self.up, self.down = nn.Parameter(torch.randn(EXPERTS, 2)), nn.Parameter(torch.randn(2, HIDDEN))
+        self.length = nn.Parameter(torch.rand(EXPERTS, 1) + 0.5)
 
     def forward(self, x):
         return torch.topk(self.function(self, x), self.top_k)
@@ -189,6 +190,7 @@ SCORED = {
     "masked": (lambda w, s: w.call(torch.where, w.call(torch.gt, s, 0), s, -1.0), "raw logits"),
     "clamped": (lambda w, s: w.call("clamp", s, 0), "raw logits"),
     "joined": (lambda w, s: w.call(torch.add, w.call(torch.exp, s), w.call(torch.tanh, s)), "exp + tanh|tanh + exp"),
+    "met twice": (lambda w, s: w.call(torch.add, s := w.call(torch.exp, s), w.call(torch.mul, s, 2)), "exp"),
     "two in a row": (lambda w, s: w.call(torch.sqrt, w.call(torch.exp, s)), "exp + sqrt"),
     "written by a decomposition": (
         lambda w, s: w.pick(w.call(torch.ops.aten.native_layer_norm.default, s, [EXPERTS], None, None, 1e-5), 0),
@@ -365,7 +367,7 @@ class TestDistributed:
         for write in (
             lambda w, x, r: w.call(to_local, w.call(torch.cumsum, linear(w, x, r), 1)),
             lambda w, x, r: w.call(half, linear(w, x, r)),
-            lambda w, x, r: w.call(to_local, w.call(torch.matmul, x, w.call(torch.bmm, w.given(1, 6, 6), w.given(1, 6, 8)))),
+            lambda w, x, r: w.call(to_local, w.call(torch.matmul, x, w.call(torch.exp, w.given(HIDDEN, EXPERTS)))),
             lambda w, x, r: w.graph.call_function(to_local, (3,)),
         ):  # fmt: skip
             skip, _, _ = traced(write)
@@ -424,8 +426,11 @@ class TestComputedWeights:
             lambda w, x, r: w.call(torch.add, r, w.weight(EXPERTS, HIDDEN)),
             lambda w, x, r: w.call(torch.outer, w.weight(EXPERTS), w.weight(HIDDEN)),
             lambda w, x, r: [r := w.call(torch.neg, r) for _ in range(30)][-1],
+            lambda w, x, r: w.call(
+                torch.mul, w.input(nn.Parameter(torch.ones(EXPERTS, HIDDEN, dtype=torch.int8), False)), 2.0
+            ),
         ],
-        ids=["with an input", "two of its sizes", "of vectors", "far away"],
+        ids=["with an input", "two of its sizes", "of vectors", "far away", "whole numbers"],
     )
     def test_not_found(self, compute):
         skip, _, _ = traced(lambda w, x, r: w.call(F.linear, x, compute(w, x, r)))

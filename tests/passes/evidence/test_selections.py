@@ -647,13 +647,13 @@ class TestSteps:
             def write(w, scores):
                 first, rest = self.step(w, scores, keepdim)
                 second, _ = self.step(w, rest, keepdim)
-                w.call(torch.neg, w.call(join, [first, second], dim))
+                w.call(torch.neg, w.call(join, [first, second], *([] if dim is None else [dim])))
 
             return write
 
         for join, dim, keepdim in ((torch.cat, 1, True), (torch.stack, -1, False), (torch.stack, 1, False)):
             assert only(along(join, dim, keepdim)).form == "steps"
-        for join, dim, keepdim in ((torch.cat, 0, True), (torch.stack, 0, False)):
+        for join, dim, keepdim in ((torch.cat, 0, True), (torch.stack, 0, False), (torch.cat, None, True)):
             assert {found.reason for found in selected(along(join, dim, keepdim))} == {SkipReason.STEPS}
 
     def test_in_another_order(self):
@@ -709,19 +709,42 @@ class TestSteps:
 
     def test_the_same_step_twice_is_none(self):
         def write(w, scores):
-            first, rest = self.step(w, scores)
+            first, _ = self.step(w, scores)
             w.call(torch.neg, w.call(torch.cat, [first, first], -1))
             w.call(torch.neg, w.call(torch.argmax, w.call(torch.exp, w.given(4, EXPERTS)), -1))
 
         assert [found.form for found in selected(write)] == ["max", "max"]
 
-    def test_joined_with_what_no_step_chose(self):
-        def write(w, scores):
+    @pytest.mark.parametrize(
+        "joined",
+        [
+            lambda w, first, second: [first, second, w.input(torch.zeros(4, 1, dtype=torch.int64))],
+            lambda w, first, second: [first, w.call(torch.abs, second)],
+            lambda w, first, second: [first, w.call("view_as", w.input(torch.zeros(1, 4)), second)],
+            lambda w, first, second: [first],
+        ],
+        ids=["further numbers", "other numbers", "the shape alone", "one alone"],
+    )
+    def test_joined_with_what_no_step_chose(self, joined):
+        """Numbers that are no step's ids; a later tensor that joins the steps counts all the same."""
+
+        def write(w, scores, properly=False):
             first, rest = self.step(w, scores)
             second, _ = self.step(w, rest)
-            w.call(torch.neg, w.call(torch.cat, [first, second, w.input(torch.zeros(4, 1, dtype=torch.int64))], -1))
+            w.call(torch.neg, w.call(torch.cat, joined(w, first, second), -1))
+            if properly:
+                w.call(torch.neg, w.call(torch.cat, [first, second], -1))
 
         assert [found.reason for found in selected(write)] == [SkipReason.STEPS] * 2
+        assert [found.form for found in selected(lambda w, s: write(w, s, properly=True))] == ["steps"]
+
+    def test_more_than_one_expert_at_a_time_is_no_step(self):
+        def write(w, scores):
+            first = best_ids(w, scores, 2)
+            second = best_ids(w, w.call(torch.scatter, scores, 1, first, -9), 2)
+            w.call(torch.neg, w.call(torch.cat, [first, second], -1))
+
+        assert [found.form for found in selected(write)] == ["top-k"] * 2
 
     def test_others_keep_their_place_beside_steps(self):
         def write(w, scores):
@@ -796,7 +819,7 @@ class TestMarkedPadding:
             lambda w, ids, real: w.call("masked_fill", ids, real, 0),
             lambda w, ids, real: w.call("masked_fill_", w.call("clone", ids), real, -1),
             lambda w, ids, real: w.call(torch.where, w.input(torch.ones(1, 4, 1) > 0), ids, -1),
-            lambda w, ids, real: w.call("view", w.call(torch.where, w.call("view", real, 4), w.pick(ids, (slice(None), 0)), -1), -1, 1),
+            lambda w, ids, real: w.call(torch.where, w.call("view", real, 4), w.pick(ids, (slice(None), 0)), -1),
             lambda w, ids, real: w.call("masked_fill", w.call(torch.neg, ids), real, -1),
         ],
         ids=[
