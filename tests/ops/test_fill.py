@@ -416,3 +416,13 @@ def test_fake_tensors_have_the_shape_of_the_inputs():
         ids, weights = torch.zeros(3, 5, 4, dtype=I32), torch.zeros(3, 5, 4, dtype=BF16).transpose(0, 1).transpose(0, 1)
         new_ids, new = fill(ids, weights, torch.zeros(3, 5, 9), 2)
     assert (new_ids.shape, new_ids.dtype, new.shape, new.dtype) == (ids.shape, I32, weights.shape, BF16)
+
+
+@pytest.mark.parametrize("numbers", [(1,), (1, 0.1, 3), (1, 0.0, 0, 4)], ids=str)
+def test_the_reference_on_another_device(numbers):
+    """Everything that it makes is where its tensors are."""
+    ids, weights = torch.zeros(4, 3, dtype=torch.int64, device="meta"), torch.rand(4, 3, device="meta")
+    select, threshold, least, most = (*numbers, *(0.0, 0, 0)[len(numbers) - 1 :])
+    real = torch.ones(4, dtype=torch.bool, device="meta")
+    found = fill_reference(ids, weights, torch.rand(4, 6, device="meta"), select, threshold, least, real, most)
+    assert [x.device.type for x in found] == ["meta"] * 2

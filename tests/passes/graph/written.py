@@ -44,6 +44,14 @@ class Written:
         """`source[index]`."""
         return self.call(operator.getitem, source, index)
 
+    def mul(self, left: Any, right: Any) -> Node:
+        """Their product."""
+        return self.call(torch.mul, left, right)
+
+    def column(self, node: Node) -> Node:
+        """With a last dimension of one more."""
+        return self.call(torch.unsqueeze, node, -1)
+
     def top_k(self, scores: Node, k: int) -> tuple[Node, Node]:
         """Values and ids."""
         best = self.call(torch.topk, scores, k)
