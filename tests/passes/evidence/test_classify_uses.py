@@ -467,7 +467,7 @@ BESIDE = {
         UseKind.STATISTIC,
     ),
     "a load that keeps its rows": (lambda w: w.call(torch.sum, w.table(), 0, True), "scatter", UseKind.UNKNOWN),
-    "a load that meets tokens": (lambda w: w.mul(w.call(torch.sum, w.table(), 0), w.scores), "scatter", UseKind.UNKNOWN),
+    "a load that meets tokens": (lambda w: w.mul(w.call("sum", w.table(), 0), w.scores), "scatter", UseKind.UNKNOWN),
     "a load that meets a load": (
         lambda w: w.mul(w.call(torch.sum, w.table(), 0), w.call(torch.mean, w.scores, 0)),
         "scatter",
