@@ -26,7 +26,6 @@ ELSEWHERE = {
     "benchmarks/vllm_page.py": "tests/integrations/vllm/test_models.py, with a real engine",
     "ops/launching.py": "with each kernel: tests/ops/test_reroute.py, tests/ops/test_expert_mlp.py",
     "sere_compile/cli.py": "tests/test_packaging.py runs the command",
-    "sere_compile/compiler/dynamo.py": "tests/test_backend.py, with Dynamo itself",
     "sere_compile/compiler/dynamo_graph.py": "tests/test_backend.py, with Dynamo itself",
     "sere_compile/compiler/gate_matrices.py": "tests/compiler/test_bound_graph.py, tests/test_rewrite.py",
     "sere_compile/compiler/observed_graph.py": "tests/test_explain.py",
