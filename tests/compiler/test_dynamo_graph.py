@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sere_compile.compiler import dynamo_graph
 from sere_compile.compiler.dynamo_graph import AppendedInput, DynamoGraph, GraphInputs
 
 from ..passes.moe_modules import from_dynamo
@@ -43,6 +44,7 @@ class TestWhatInputsHold:
         assert [value_of(node) for node in inputs.nodes] == ["first", "second"]
         assert value_of(attribute) is traced.table
         assert value_of(traced.graph.output_node()) is None
+        assert inputs.values_of(["first"])(inputs.nodes[1]) is None
 
     def test_sizes_are_numbers(self):
         """Those of the call that is compiled, without asking the symbol."""
@@ -51,6 +53,24 @@ class TestWhatInputsHold:
         held = [graph.value_of(node) for node in graph.own_inputs.nodes]
         assert [value for value in held if not isinstance(value, torch.Tensor)] == [2]
         assert not any(isinstance(value, torch.SymInt) for value in held)
+
+
+def test_statistics_read_tables_of_their_own(monkeypatch):
+    """In the copy, before anything is looked for."""
+    separated = []
+    monkeypatch.setattr(dynamo_graph, "separate_statistics", separated.append)
+    traced = graph_of()
+    graph = DynamoGraph(traced, traced.captured_inputs)
+    assert separated == [graph.module.graph]
+
+
+def test_a_graph_that_is_broken_is_not_run():
+    traced = graph_of()
+    graph = DynamoGraph(traced, traced.captured_inputs)
+    with graph.module.graph.inserting_before(next(iter(graph.module.graph.nodes))):
+        graph.module.graph.call_function(torch.exp, (graph.own_inputs.nodes[0],))
+    with pytest.raises(RuntimeError, match="used before it has been defined"):
+        graph.finish()
 
 
 @pytest.mark.parametrize(

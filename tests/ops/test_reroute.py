@@ -141,6 +141,12 @@ class TestReference:
             )
             assert torch.equal(padded, found)
 
+    @pytest.mark.parametrize("least", [0, 2])
+    def test_padding_alone_has_no_primary_expert(self, least):
+        """But where some are asked for: then all stay."""
+        found = primary_experts(torch.tensor([[0, 1, 2]]), 4, 1, least, torch.tensor([False]))
+        assert found.tolist() == [least > 0] * 4
+
     def test_no_slot_to_re_route_is_a_fresh_copy(self):
         ids = torch.arange(8).view(4, 2).T
         for select in (-1, 0, 4, 5):

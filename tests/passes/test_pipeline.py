@@ -340,3 +340,17 @@ class TestProperties:
         run.strict = True
         assert pipeline._check_fallback(run) is other
         assert pipeline._check_filling(run) is refused
+
+    def test_what_falls_back_has_no_threshold(self, monkeypatch):
+        """That of filling is no similarity."""
+        asked, skip = [], Skip(SkipReason.UNVERIFIED, None)
+        monkeypatch.setattr(
+            pipeline, "reroute_dispatch", lambda gate, *inputs, **how: asked.append((inputs, how)) or skip
+        )
+        run = self.run(settings=RoutingSettings(1, 0.5), input_for=str.upper, proof=self.proof(merged=True))
+        pipeline._reroute_dispatch(run)
+        run.filling, run.projecting = True, True
+        pipeline._reroute_dispatch(run)
+        how = {"merged": True, "readers": ("reader",)}
+        assert asked[0] == (("SIMILARITY", RoutingSettings(1, 0.5), None), how)
+        assert asked[1] == (("SIMILARITY", RoutingSettings(1, 0.0), "PROJECTION"), how)

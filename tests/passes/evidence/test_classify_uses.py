@@ -515,6 +515,13 @@ def test_in_a_graph_without_experts(write, kind):
     assert not found.reach
 
 
+def test_a_number_per_expert_is_no_expert():
+    """Counts beside it may still split rows outside."""
+    w = Classified(experts=False)
+    kinds = w.kinds(w.pick(w.scale, w.ids), w.call(torch.bincount, w.flat()), w.ids)
+    assert (kinds["index"], kinds["bincount"]) == (UseKind.LOOK_UP, UseKind.LEAVES)
+
+
 class TestWhatIsSaidOfAll:
     def test_experts_behind_a_dispatch(self):
         w = Classified()

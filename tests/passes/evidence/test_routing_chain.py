@@ -270,6 +270,7 @@ class TestChains:
             (lambda w: w.select(w.call("view", w.logits, 2, T // 2, E)), SkipReason.SHAPES),
             (lambda w: w.call("view", w.select(w.logits), 2, T // 2, K), SkipReason.SHAPES),
             (lambda w: w.select(w.call("mul_", w.logits, 2)), SkipReason.SHARED_MEMORY),
+            (lambda w: w.select(w.call("add", w.logits, w.call("mul_", w.given(E), 2))), SkipReason.SHARED_MEMORY),
             (
                 lambda w: [s := w.call(torch.softmax, w.logits, -1), w.select(s), w.call(torch.sum, s)][1],
                 SkipReason.READ_ELSEWHERE,
@@ -279,7 +280,7 @@ class TestChains:
                 SkipReason.SHARED_MEMORY,
             ),
         ],
-        ids=["no logits", "two", "clamp", "tokens", "weights", "in place", "read elsewhere", "written meanwhile"],
+        ids=["no logits", "two", "clamp", "tokens", "weights", "in place", "a bias", "read elsewhere", "meanwhile"],
     )  # fmt: skip
     def test_refusals(self, write, reason):
         w = Chain()
@@ -294,6 +295,21 @@ class TestChains:
         for operation in (torch.sin, torch.cos, torch.abs, torch.exp, torch.erf, torch.ceil):
             scores = w.call(operation, scores)
         assert w.found(w.select(scores)).detail == "abs, ceil, cos, erf, exp, .."
+
+    def test_tokens_of_more_dimensions(self):
+        """Of logits and ids alike."""
+        w = Chain()
+        w.logits = w.call(torch.nn.functional.linear, w.given(2, 3, H), w.router)
+        assert isinstance(w.found(w.select(w.logits)), RoutingChain)
+
+    def test_numbers_that_are_no_epsilon(self):
+        """From a thousandth on they scale, and add nothing to a sum."""
+        w = Chain()
+        chain = w.found(w.mul(w.mul(w.select(w.call(torch.softmax, w.logits, -1)), 0.5), 1e-4))
+        w.gate.weights = chain.inside[-1]
+        found = [routing.scoring for routing in possible_routings(w.gate, chain)]
+        assert {scoring.epsilon for scoring in found} == {1e-4, 0.0}
+        assert {scoring.scale for scoring in found} == {1.0, 0.5, 1e-4, float(K)}
 
     def test_a_write_behind_the_chain_is_none_in_it(self):
         w = Chain()
