@@ -53,6 +53,7 @@ class Chosen(Loop):
     [
         (lambda scores: scores.topk(TOP_K), TOP_K),
         (lambda scores: torch.topk(scores.sigmoid() + 1.0, TOP_K, sorted=False), TOP_K),
+        (lambda scores: scores.topk(TOP_K, 2), TOP_K),
         (lambda scores: scores.argmax(-1), 1),
         (lambda scores: scores.float().softmax(-1).max(-1), 1),
         (lambda scores: scores.masked_fill(scores < 0, float("-inf")).to(torch.bfloat16).topk(TOP_K), TOP_K),

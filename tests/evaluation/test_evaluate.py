@@ -13,8 +13,16 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import sere_compile
 from sere_compile.errors import EvaluationError
 from sere_compile.evaluation import Reroute, TopS, evaluate_rules
-from sere_compile.evaluation.evaluate import _MOST_LOGITS, _batches_a_forward, _checked_mask, _inputs, _Recorder
+from sere_compile.evaluation.evaluate import (
+    _MOST_LOGITS,
+    _attached_matrices,
+    _batches_a_forward,
+    _checked_mask,
+    _inputs,
+    _Recorder,
+)
 from sere_compile.evaluation.routing import GateCall, RoutedModel
+from sere_compile.similarity import binding
 
 from ..tiny_models import build, random_profile, tokens
 
@@ -303,3 +311,17 @@ class TestWhatIsGiven:
         assert given["input_ids"] is tokens
         assert given["attention_mask"].tolist() == real.long().tolist()
         assert given["position_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 2, 3]]
+
+
+def test_matrices_that_are_attached():
+    """Of gates that have one; coefficients where there are some."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3, bias=False) for name in "abc"})
+    with pytest.raises(EvaluationError, match="no similarity profile"):
+        _attached_matrices(model)
+    binding.name(model["a"].weight, "a.weight")
+    with pytest.raises(EvaluationError, match="no similarity profile"):
+        _attached_matrices(model)
+    binding.assign(model["b"].weight, "b.weight", torch.eye(3), "")
+    binding.assign(model["c"].weight, "c.weight", torch.eye(3), "", projection=torch.ones(3, 3))
+    matrices, projections = _attached_matrices(model)
+    assert (set(matrices), set(projections)) == ({"b.weight", "c.weight"}, {"c.weight"})

@@ -119,6 +119,9 @@ def test_slices_of_other_dimensions():
     assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1, 0, 4, 3), x) is None
     assert columns_of(w.call(torch.narrow, x, 0, 0, 3), x) is None
     assert cut_from(x) is None
+    assert columns_of(w.pick(x, slice(0, 3)), x) is None, "all rows"
+    row = w.given(4)
+    assert columns_of(w.pick(row, slice(1, 3)), row) == (1, 3)
     parts = w.call(torch.split, x, [1, 3], 1)
     assert columns_of(w.pick(parts, 1), x) == (1, 4)
     assert columns_of(w.pick(parts, -1), x) is None

@@ -25,6 +25,11 @@ def test_blocks_and_turns():
     assert Stack(0, 3, in_turn=True).rows(6, torch.device("cpu")).tolist() == [0, 1, 2, 0, 1, 2]
 
 
+def test_rows_are_where_they_are_asked_for():
+    for stack in (Stack(0, 3), Stack(0, 3, in_turn=True)):
+        assert stack.rows(6, torch.device("meta")).device.type == "meta"
+
+
 def test_rows_that_are_no_experts_stay():
     assert Stack(0, 4).exchanged(torch.arange(4), MAP).tolist() == [0, 0, 2, 3]
 
