@@ -871,6 +871,15 @@ class TestTrialsWithoutCompiling:
         trial._call = lambda x: trial._block.module(x) if x.dim() == 2 else [][0]
         assert [a.shape for a in trial._inputs()[0]] == [(12, HIDDEN)]
 
+    def test_how_wide_made_up_hidden_states_are(self):
+        """As what the router reads; else, where that is not known, as its weight."""
+        trial = EagerTrial(Experts())
+        trial._block.weight = torch.zeros(HIDDEN, EXPERTS)
+        assert trial._inputs()[0][0].shape[-1] == HIDDEN
+        trial._block.weight = torch.zeros(EXPERTS, HIDDEN)
+        trial._gate.router_input = Written().graph.placeholder("unknown")
+        assert trial._inputs()[0][0].shape[-1] == HIDDEN
+
     def test_runs_tell_what_is_returned_and_written(self):
         trial = EagerTrial(Experts())
         x = torch.randn(5, HIDDEN, requires_grad=True)

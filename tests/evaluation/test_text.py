@@ -55,5 +55,5 @@ def test_parquet_needs_its_extra(tmp_path, monkeypatch):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=r"sere-compile\[parquet\]"):
+    with pytest.raises(MissingExtraError, match=r"reading \.parquet needs .*sere-compile\[parquet\]"):
         read_texts(path)

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sere_compile.ops import fill
-from sere_compile.ops.fill.reference import Keeping, fill_batches, fill_reference
+from sere_compile.ops.fill.reference import Keeping, fill_batches, fill_reference, filled_ids
 
 from ..thinned import thinned
 from . import fill_oracle
@@ -426,3 +426,29 @@ def test_the_reference_on_another_device(numbers):
     real = torch.ones(4, dtype=torch.bool, device="meta")
     found = fill_reference(ids, weights, torch.rand(4, 6, device="meta"), select, threshold, least, real, most)
     assert [x.device.type for x in found] == ["meta"] * 2
+
+
+class TestFilledIds:
+    """By hand: lost slots, in order, take the kept experts of the highest choice that the token does not name."""
+
+    @staticmethod
+    def filled(ids, choice, kept):
+        new, lost = filled_ids(torch.tensor([[ids]]), torch.tensor([[choice]]), torch.tensor([kept]).bool())
+        return new.flatten().tolist(), lost.flatten().tolist()
+
+    def test_in_order_of_choice(self):
+        choice = [0.1, 0.4, 0.3, 0.4, 0.2]
+        assert self.filled([0, 2, 4], choice, [0, 1, 0, 1, 1]) == ([1, 3, 4], [True, True, False])
+        assert self.filled([3, 2, 0], choice, [1, 1, 0, 1, 1]) == ([3, 1, 0], [False, True, False])
+
+    def test_where_none_is_left_the_id_stays(self):
+        assert self.filled([3, 2, 4], [0.1, 0.4, 0.3, 0.4, 0.2], [1, 0, 0, 0, 0]) == ([0, 2, 4], [True, True, True])
+        assert self.filled([3, 2], [0.1, 0.4, 0.3, 0.4], [0, 0, 0, 0]) == ([3, 2], [True, True])
+
+    def test_ids_of_no_expert_are_not_lost(self):
+        assert self.filled([-1, 4, 0], [0.1, 0.4, 0.3, 0.4], [0, 1, 0, 0]) == ([-1, 4, 1], [False, False, True])
+
+    def test_closed_experts_come_last(self):
+        closed = float("-inf")
+        assert self.filled([0, 2, 4], [closed, closed, 0.3, 0.1, 0.2], [0, 1, 0, 1, 0])[0] == [3, 1, 4]
+        assert self.filled([0], [0.1, float("nan"), -1.0], [0, 1, 1])[0] == [2]

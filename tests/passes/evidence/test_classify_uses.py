@@ -515,6 +515,22 @@ def test_in_a_graph_without_experts(write, kind):
     assert not found.reach
 
 
+def test_a_look_up_of_batched_scores():
+    """By all of its places; the ids have to be those of the experts."""
+    for last, kind in ((True, UseKind.LOOK_UP), (False, UseKind.UNKNOWN)):
+        w = Classified(experts=False)
+        w.x = w.given(2, 4, WIDTH)
+        w.projection = w.call(F.linear, w.x, w.weight(EXPERTS, WIDTH))
+        w.scores = w.call(torch.softmax, w.projection, -1)
+        w.ids = w.pick(w.call(torch.topk, w.scores, TOP_K), 1)
+        rows, columns = (w.input(torch.zeros(2, 4, 1).long()) for _ in range(2))
+        w.pick(w.scores, (rows, columns, w.ids) if last else (rows, w.call("clamp", w.ids, 0, 0), columns))
+        w.give(w.call(torch.neg, w.values))
+        selection = find_selections(w.graph)[-1]
+        uses = classify_uses(selection, w.projection, EXPERTS, EXPERTS, Leaving(w.graph))
+        assert [use.kind for use in uses.all] == [kind]
+
+
 def test_a_number_per_expert_is_no_expert():
     """Counts beside it may still split rows outside."""
     w = Classified(experts=False)

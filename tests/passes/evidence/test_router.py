@@ -244,6 +244,12 @@ def test_further_columns_are_cut_off():
     assert skip.reason is SkipReason.ROUTER_SIZE
 
 
+def test_what_moves_experts_is_not_looked_through():
+    """With the arguments of a transpose."""
+    skip, _, _ = traced(lambda w, x, r: w.call(torch.roll, w.call(torch.roll, linear(w, x, r), 1, 0), 1, 0))
+    assert skip.detail.startswith("stopped at roll")
+
+
 def test_rows_are_no_columns():
     skip, _, _ = traced(lambda w, x, r: w.pick(linear(w, x, r), slice(1, 3)))
     assert (skip.reason, skip.evidence) == (SkipReason.NO_ROUTER, Evidence.SELECTION)

@@ -512,6 +512,14 @@ class TestSorts:
         assert [nodes.kind(node) for node in found.unnarrowed] == ["argsort" if sort is torch.argsort else "item"]
         assert len(found.values) == (sort is torch.sort)
 
+    def test_ids_that_nobody_reads_are_none(self):
+        def write(w, scores):
+            made = w.call(torch.sort, scores, -1, True)
+            w.pick(made, 1)
+            w.call(torch.neg, w.pick(w.pick(made, 1), (slice(None), slice(0, 3))))
+
+        assert len(only(write).unnarrowed) == 1
+
     @pytest.mark.parametrize("sort", [torch.argsort, torch.sort])
     def test_first_columns_of_an_ascending_one_are_the_smallest(self, sort):
         found = only(self.cut(0, 3, descending=False, sort=sort))
