@@ -45,6 +45,8 @@ def test_merged_slots_by_hand():
     assert new_ids.tolist() == [[3, 0, 1], [0, 2, 1], [4, 0, 1], [2, 1, 0]]
     assert new_weights.tolist() == [[0.75, 0.0, 0.125], [5.0, 2.0, 0.0], [3.0, 0.0, 0.0], [1.0, 2.0, 3.0]]
     assert new_ids.dtype == torch.int32
+    many, _ = routing.merge_slots(torch.full((1, 30), 7), torch.ones(1, 30), 2000)
+    assert many.tolist() == [[7, *(e for e in range(30) if e != 7)]]
 
 
 @pytest.mark.parametrize("block", [Indexed, ScatterCombine, BiasCorrected], ids=lambda b: b.__name__)

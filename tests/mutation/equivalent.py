@@ -49,6 +49,30 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "what is repeated too often is cut off",
     ),
     (
+        "sere_compile/evaluation/result.py",
+        "_loss",
+        "own = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])[..., -1].double()",
+        "there is one number a token",
+    ),
+    (
+        "passes/proof/sources.py",
+        "_sums_features",
+        "slots = len(nodes.shape(region.gate.ids)) - 1",
+        "ids have sizes",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "Told._changed",
+        "return (difference.reshape(tokens, -1) > limit).any(1).cpu()",
+        "there are two dimensions",
+    ),
+    (
+        "passes/evidence/routing_weights.py",
+        "_scores_read_again",
+        "node.op == 'output'",
+        "behind the last reader of the scores nothing meets them: what is walked for nothing changes no answer",
+    ),
+    (
         "passes/graph/state.py",
         "computed_of_state",
         "sources += [writer for writer in nodes.writers(reader) if writer <= node]",

@@ -383,6 +383,10 @@ class TestAttention:
         _, node, key, value = self.call()
         node.args = (*node.args, 0.0, True)
         assert _refusal(node, key, value) == "is_causal is True"
+        node.args = (*node.args, None, True)
+        assert _refusal(node, key, value) == "is_causal is True"
+        node.args = (*node.args[:5], False, None, True)
+        assert _refusal(node, key, value) == "enable_gqa is True"
         node.args = (*node.args[:4], 0.5)
         assert _refusal(node, key, value) == "dropout_p is 0.5"
 

@@ -93,6 +93,14 @@ class TestByHand:
         assert nodes.value(node) is root.inner.weight
         assert nodes.value(missing) is None
 
+    def test_what_is_no_attribute_has_no_value(self):
+        """Whatever its target is called."""
+        root = torch.nn.Linear(2, 3)
+        graph = Graph()
+        graph.owning_module = root
+        assert nodes.value(graph.placeholder("weight")) is None
+        assert nodes.value(graph.call_method("weight", ())) is None
+
     def test_products_of_sizes(self):
         w = Written()
         x, one = w.given(2, 3, 4), w.input(torch.tensor(1.0))

@@ -133,6 +133,14 @@ def test_redrawn_numbers_are_others():
         assert not torch.equal(redrawn(value, 1), redrawn(value, 2))
 
 
+def test_small_numbers_stay_small():
+    """A scale of a thousandth is redrawn as one: positive, at most half as large again."""
+    small = redrawn(torch.full((50,), 1e-3), 3)
+    assert small.min() >= 1e-3
+    assert small.max() <= 1.5e-3
+    assert (redrawn(torch.tensor([1.0, 0.0] * 50), 3) < 0).any()
+
+
 def test_redrawn_numbers_are_of_the_same_kind():
     """Whole numbers in another order, positive vectors positive, matrices of the scale that products keep."""
     order = redrawn(torch.arange(12).view(3, 4), 3)
