@@ -127,7 +127,7 @@ def _looked_up(node: Node) -> bool:
         if is_look_up or nodes.count(source) == 1:
             continue
         sources = list(nodes.operands(source))
-        if not sources or len(seen) > _STEPS or nodes.parameter_root(source) is not None:
+        if not sources or len(seen) > _STEPS:
             return False
         fresh = [other for other in sources if other not in seen]
         seen.update(fresh)
@@ -239,7 +239,7 @@ def _picked_numbers(node: Node) -> set[int]:
     for part in parts if isinstance(parts, (tuple, list)) else (parts,):
         if isinstance(part, slice) and isinstance(part.start, int) and part.stop == part.start + 1:
             numbers.add(part.start)
-        elif isinstance(part, int) and not isinstance(part, bool):
+        elif isinstance(part, int):
             numbers.add(part)
     return numbers
 

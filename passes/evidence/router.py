@@ -59,7 +59,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
     scoring: list[str] = []
     stops: list[Node] = []
     broadcast: list[Node] = []
-    narrowed: set[int] = set()  # widths that were cut down to `columns`
+    narrowed: set[int | None] = set()  # widths that were cut down to `columns`
     pending, noise, seen = [scores], list[Node](), {scores}  # what scales random numbers is noise beside a projection
     while pending or (noise and not found):
         node = pending.pop() if pending else noise.pop()
@@ -77,7 +77,7 @@ def trace_router(scores: Node, columns: int) -> Router | Skip:
             if source is None:
                 stops.append(node)
             elif nodes.last_size(node) == columns:
-                narrowed.add(nodes.last_size(source) or columns)
+                narrowed.add(nodes.last_size(source))
         elif _turns(node) and (turned := nodes.operand(node)) is not None and _turns(turned):
             sources = [source for source in [nodes.operand(turned)] if source is not None]
         elif name in _SCORE_PRESERVING or nodes.only_moves_ones(node):
@@ -135,15 +135,10 @@ def _has_columns_elsewhere(stop: Node) -> bool:
 
 def _selection_behind(stop: Node) -> Node | None:
     """The top-k whose values the search stopped at, or a view of them."""
-    seen = stop
-    while True:
-        source = nodes.operand(seen)
-        if source is None or nodes.kind(seen) not in nodes.VALUE_PRESERVING | {"slice", "select", "item", "unbind"}:
-            taken = nodes.raw_name(seen) == "getattr"
-            return source if taken and source is not None and nodes.kind(source) == "topk" else None
-        if nodes.kind(source) == "topk":
-            return source
-        seen = source
+    seen: Node | None = nodes.behind(stop, nodes.VALUE_PRESERVING | {"slice", "select", "item", "unbind"})
+    if seen is not None and nodes.raw_name(seen) == "getattr":
+        seen = nodes.operand(seen)
+    return seen if seen is not None and nodes.kind(seen) == "topk" else None
 
 
 def _projection_factors(projection: Node, position: int) -> tuple[Node, Node] | None:

@@ -175,7 +175,7 @@ def possible_routings(gate: Gate, chain: RoutingChain) -> Iterator[Routing]:
     factors = [*(float(value) for value in numbers if value > 0), *(1 / value for value in divisors if value > 0)]
     scales = dict.fromkeys([1.0, *factors])
     # If the chain has an epsilon it is used: on most logits it makes no visible difference.
-    epsilons = dict.fromkeys([*(value for value in numbers if isinstance(value, float) and 0 < value < 1e-3), 0.0])
+    epsilons = dict.fromkeys([*(value for value in numbers if 0 < value < 1e-3), 0.0])
     dtype = nodes.value(gate.weights).dtype
     for groups, scale, renormalize in itertools.product(_groups(gate, chain.inside), scales, (False, True)):
         for epsilon in epsilons if renormalize else (0.0,):

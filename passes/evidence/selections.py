@@ -138,7 +138,7 @@ def _maximum(node: Node, name: str) -> Iterable[Selection | Skip]:
     if not _is_last(dim, scores) or not nodes.is_floating(scores):
         return
     ids = (node,) if name == "argmax" else tuple(n for n in nodes.picked(node, 1) if n.users)
-    if ids and any(n.users for n in ids):
+    if any(n.users for n in ids):
         values = () if name == "argmax" else tuple(nodes.picked(node, 0))
         yield Selection(node, "max", scores, 1, ids, values)
 

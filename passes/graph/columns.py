@@ -40,7 +40,7 @@ def _first_column(node: Node, source: Node, last: int) -> int | None:
             step: Any = part.step
         case "slice" | "slice_copy" if nodes.operand(node) is source:
             if nodes.argument(node, 1, "dim", 0) not in (-1, last):
-                return 0 if nodes.last_size(node) == nodes.last_size(source) else None
+                return 0  # all columns of some rows
             start, step = nodes.argument(node, 2, "start", 0) or 0, nodes.argument(node, 4, "step", 1)
         case "narrow" if nodes.operand(node) is source and nodes.argument(node, 1, "dim") in (-1, last):
             start, step = nodes.argument(node, 2, "start"), 1

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sere_compile
+from sere_compile.compiler import eager_selections
 from sere_compile.compiler.eager_selections import WatchSelections
 
 from ..tiny_models import build, gate_names, tokens
@@ -52,6 +53,7 @@ class Chosen(Loop):
     [
         (lambda scores: scores.topk(TOP_K), TOP_K),
         (lambda scores: torch.topk(scores.sigmoid() + 1.0, TOP_K, sorted=False), TOP_K),
+        (lambda scores: scores.topk(TOP_K, 2), TOP_K),
         (lambda scores: scores.argmax(-1), 1),
         (lambda scores: scores.float().softmax(-1).max(-1), 1),
         (lambda scores: scores.masked_fill(scores < 0, float("-inf")).to(torch.bfloat16).topk(TOP_K), TOP_K),
@@ -148,3 +150,67 @@ def test_routers_with_further_columns_and_experts_of_their_own(name, experts, to
     assert len(watch.found) >= 3
     assert {(selection.num_experts, selection.top_k) for selection in watch.found} == {(12, top_k)}
     assert all(selection.place.startswith(f"modeling_{name}.py:") for selection in watch.found)
+
+
+class TestFollowed:
+    """What is known of tensors while a router runs by itself: its weight, and scores."""
+
+    def scores_of(self, function):
+        """Whether what the function of (x, weight) gives are a router's scores."""
+        weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        with torch.no_grad(), WatchSelections() as watch:
+            result = function(torch.randn(3, HIDDEN), weight)
+        return watch._scores.get(result) is weight
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            F.linear,
+            lambda x, w: x @ w.T,
+            lambda x, w: x @ w.t().contiguous(),
+            lambda x, w: torch.addmm(torch.zeros(EXPERTS), x, w.T),
+            lambda x, w: F.linear(x.double(), w.double()),
+            lambda x, w: F.linear(x, w).softmax(-1) * 2,
+            lambda x, w: torch.zeros(3, 1) + F.linear(x, w),
+            lambda x, w: F.linear(x, w)[:, :3],
+            lambda x, w: F.linear(x, w).narrow(1, 0, 2),
+            lambda x, w: F.linear(x[None], w).view(-1, EXPERTS),
+        ],
+    )
+    def test_scores(self, function):
+        assert self.scores_of(function)
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x, w: w.T,
+            lambda x, w: F.linear(x, w).sum(),
+            lambda x, w: F.linear(x, w).sum(-1),
+            lambda x, w: F.linear(x, w) > 0,
+            lambda x, w: x @ torch.randn(HIDDEN, EXPERTS),
+            lambda x, w: x @ (w[:3]).T,
+            lambda x, w: F.linear(x, w) @ torch.ones(EXPERTS, EXPERTS),
+        ],
+    )
+    def test_what_are_none(self, function):
+        assert not self.scores_of(function)
+
+
+@pytest.mark.parametrize(
+    ("packet", "args", "dim"),
+    [
+        ("topk", ("x", 2), -1), ("topk", ("x", 2, 1), 1), ("topk", ("x", 2, 0, True), 0), ("argmax", ("x",), None),
+        ("argmax", ("x", 1), 1), ("argmax", ("x", None), None), ("max", ("x",), None), ("max", ("x", 0, True), 0),
+        ("sort", ("x",), -1), ("sort", ("x", 0, True), 0), ("sort", ("x", True), -1), ("argsort", ("x", 1), 1),
+    ],
+)  # fmt: skip
+def test_the_dimension_of_a_selection(packet, args, dim):
+    assert eager_selections._dimension(getattr(torch.ops.aten, packet), args) == dim
+
+
+def test_the_line_of_the_user():
+    def line():
+        return eager_selections._users_line(inspect.currentframe())
+
+    assert line() == f"test_eager_selections.py:{line.__code__.co_firstlineno + 1}"
+    assert eager_selections._users_line(None) == ""

@@ -1,6 +1,7 @@
 """Gates that are not re-routed beside gates that are: told in a warning, or an error with `strict=True`."""
 
 import logging
+import types
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sere_compile
-from sere_compile import GateNotFoundError, SimilarityProfile, sere_backend
+from sere_compile import GateNotFoundError, SereConfig, SimilarityProfile, sere_backend
+from sere_compile.compiler import missing_gates
 from sere_compile.compiler.missing_gates import routers_outside
 from sere_compile.experts.owner import routers_in
+from sere_compile.passes import Evidence, Skip, SkipReason
 
 from ..zoo.outside.loops import EXPERTS, HIDDEN, Loop, MaskLoop
 
@@ -180,3 +183,116 @@ class TestRefusedBesideOthers:
         model, x = compiled(Both(Checkpointed()), strict=True)
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="inside a nested graph"):
             model(x)
+
+
+STRICT, WARNING = SereConfig().replace(strict=True), SereConfig()
+
+
+class TestWords:
+    """What is said, and with strict=True raised."""
+
+    @staticmethod
+    def skip(reason=SkipReason.NO_ROUTER, evidence=Evidence.SELECTION, stack=""):
+        node = torch.fx.Graph().placeholder("scores")
+        node.meta["stack_trace"] = stack
+        return Skip(reason, node, evidence=evidence)
+
+    def test_the_nearest_candidate(self):
+        assert missing_gates.describe_nearest_miss(None) == "It holds no top-k selection at all."
+        skip = self.skip()
+        assert missing_gates.describe_nearest_miss(skip) == f"The nearest candidate is scores: {skip}."
+        skip = self.skip(stack='  File "/a/model.py", line 12, in forward')
+        assert missing_gates.describe_nearest_miss(skip) == f"The nearest candidate is scores at model.py:12: {skip}."
+
+    def test_the_nearer_of_two(self):
+        near, far = self.skip(evidence=Evidence.EXPERTS), self.skip(evidence=Evidence.NONE)
+        for pair, nearer in (((near, far), near), ((far, near), near), ((None, far), far), ((near, None), near)):
+            assert missing_gates._nearer(*pair) is nearer
+        assert missing_gates._nearer(None, None) is None
+
+    def test_no_gate(self, caplog):
+        missing_gates.tell(None, WARNING)
+        [record] = caplog.records
+        assert record.message.startswith("sere found no MoE gate in the compiled code: it runs unchanged. It holds no")
+        assert record.message == record.message.strip()
+        with pytest.raises(GateNotFoundError, match="no MoE gate"):
+            missing_gates.tell(None, STRICT)
+
+    def test_refused_gates(self, caplog):
+        """Those that are gates by all evidence, each with its line."""
+        refused = self.skip(SkipReason.SHARED_ROUTER, Evidence.EXPERTS, '  File "/a/model.py", line 12, in forward')
+        missing_gates.tell_refused([self.skip(), refused], WARNING)
+        [record] = caplog.records
+        assert record.message == f"the gate scores at model.py:12 is not re-routed: {refused}."
+        with pytest.raises(GateNotFoundError, match=r"the gate scores at model\.py:12"):
+            missing_gates.tell_refused([refused], STRICT)
+
+    def test_no_graph(self, caplog, monkeypatch):
+        monkeypatch.setattr(missing_gates, "diagnose", lambda *args, captured: f"diagnosed {captured}")
+        missing_gates.tell_no_graph(Loop(), (), {}, WARNING, captured=True)
+        missing_gates.tell_no_graph(compiled, (), {}, WARNING, captured=False)
+        missing_gates.tell_no_graph(3, (), {}, WARNING, captured=False)
+        assert [record.message.partition(":")[0] for record in caplog.records] == [
+            "Dynamo made no graph of Loop",
+            "Dynamo made no graph of compiled",
+            "Dynamo made no graph of 3",
+        ]
+        assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["True", "False", "False"]
+        with pytest.raises(GateNotFoundError, match="Dynamo made no graph of Loop"):
+            missing_gates.tell_no_graph(Loop(), (), {}, STRICT, captured=True)
+
+
+class TestOneCall:
+    """What the graphs of a call show, for who knows when it ends."""
+
+    def settled(self, caplog, monkeypatch, *, model=None, outside=(), **state):
+        monkeypatch.setattr(missing_gates, "routers_outside", lambda model, seen: list(outside))
+        monkeypatch.setattr(missing_gates, "diagnose", lambda *args, captured: "diagnosed")
+        caplog.clear()
+        call = missing_gates.OneCall(**state)
+        missing_gates.settle(call, model, (), {}, WARNING, captured=True)
+        return [record.message.partition(":")[0].partition(" in ")[0] for record in caplog.records]
+
+    def test_what_is_said(self, caplog, monkeypatch):
+        model, skip = Loop(), TestWords.skip()
+        none, outside = ["sere found no MoE gate"], ["these gates run outside every graph, where nothing is re-routed"]
+        outside = [text.partition(" in ")[0] for text in outside]
+        weights = [torch.ones(1)]
+        say = lambda **given: self.settled(caplog, monkeypatch, **given)  # noqa: E731
+        assert say() == none
+        assert say(settled=True) == []
+        assert say(model=model, routers=weights) == []
+        assert say(model=model, outside=["a"]) == outside
+        assert say(model=model, outside=["a"], routers=weights) == outside
+        assert say(model=model, outside=["a"], routers=weights, nearest=skip) == outside
+        assert say(model=model, outside=["a"], nearest=skip) == none
+        assert say(model=3, outside=["a"]) == none
+
+    def test_graphs_of_a_call_that_is_watched(self):
+        """They leave the report to the caller, and so does the graph that is all of the call."""
+        findings = types.SimpleNamespace(nearest_miss=TestWords.skip())
+        with missing_gates.one_call() as call:
+            before = missing_gates.runs.graphs
+            run = missing_gates.watch(lambda *args: args, findings, WARNING, whole_call=False)
+            assert run(1, 2) == (1, 2)
+            assert missing_gates.runs.graphs == before + 1
+            assert call.nearest is findings.nearest_miss
+            weights = [torch.ones(1)]
+            assert missing_gates.watch_others(WARNING)(weights) is False
+            assert call.routers == weights
+            assert not call.settled
+            call.forget()
+            assert (call.nearest, call.routers, call.settled) == (None, [], False)
+            whole = missing_gates.watch(lambda *args: args, findings, WARNING, whole_call=True)
+            assert call.settled
+            assert whole(3) == (3,)
+            assert call.nearest is None
+        assert missing_gates._watched.get() is None
+
+    def test_a_graph_that_is_the_whole_call_is_told_of_at_once(self, caplog):
+        findings = types.SimpleNamespace(nearest_miss=TestWords.skip())
+        missing_gates.watch(lambda *args: args, findings, WARNING, whole_call=True)
+        [record] = caplog.records
+        assert "The nearest candidate is scores" in record.message
+        with pytest.raises(GateNotFoundError):
+            missing_gates.watch(lambda *args: args, findings, STRICT, whole_call=True)

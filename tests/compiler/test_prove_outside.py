@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sere_compile.compiler.prove_outside import made_up_order, prove_outside
 from sere_compile.experts.owner import Owners
 from sere_compile.passes import find_gates
 
+from ..passes.graph.written import Written
 from ..thinned import thinned
 
 EXPERTS, HIDDEN, TOP_K = 8, 16, 3
@@ -633,3 +635,370 @@ class TestWhoseBlock:
         assert not module.computes_the_same(layers[0][0].weight, module.Verdict(True, block=-1))
         assert not module.computes_the_same(torch.zeros(3, 2), verdict)
         assert not module.computes_the_same(None, verdict)
+
+
+class Plain(nn.Module):
+    """A router whose choice is made by `select`, and experts that take `(hidden, ids, weights, *more)`."""
+
+    def __init__(self, experts, select=lambda logits: logits.softmax(-1).topk(TOP_K)):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = experts
+        self.select = select
+
+    def forward(self, x, *more):
+        weights, ids = self.select(self.gate(x.view(-1, HIDDEN)))
+        return self.experts(x.view(-1, HIDDEN), ids, weights, *more)
+
+
+class EagerTrial(module._Trial):
+    """A trial whose block is not compiled: what its graphs would hold is called in its router."""
+
+    def __init__(self, experts, *, top_k=TOP_K, needs_merge=True):
+        w = Written()
+        scores = w.given(5, EXPERTS)
+        self.gate = types.SimpleNamespace(
+            num_experts=EXPERTS, top_k=top_k, form="top-k", scoring="softmax", needs_merge=needs_merge, uses=(),
+            ids=w.top_k(scores, top_k)[1], weights=w.given(5, top_k), router_input=w.given(5, HIDDEN),
+        )  # fmt: skip
+        plain = Plain(experts)
+        block = module.TrialBlock(plain, plain.gate.weight, plain, EXPERTS, EXPERTS)
+        super().__init__(self.gate, block, None)
+        self._call = block.module
+        self._choose, self._score = module._Choose(self, scores, self.gate), module._Score(self)
+        self._versions, self._refused = dict.fromkeys(("original", "plain", "merged"), None), {}
+        block.module.select = self.select
+
+    def select(self, logits):
+        self._found = [self.gate]
+        weights, ids = self._choose(self._score(logits).softmax(-1).topk(self.gate.top_k))
+        module._Tell(self._ids)(ids)
+        module._Tell(self._weights)(weights)
+        if self._version == "plain":
+            ids = torch.ops.sere.reroute(ids, self._matrix, 1)
+        elif self._version == "merged":
+            ids, weights = torch.ops.sere.reroute_merged(ids, weights, self._matrix, 1)
+        return weights, ids
+
+    def verdict(self):
+        return self.run_whole(self._block.candidates())
+
+    def experts(self):
+        """Names of the parameters that are the experts', or why there are none."""
+        found = self._experts(self._block.candidates(), self._inputs())
+        return found if isinstance(found, str) else sorted(one.name for one in found)
+
+
+class TwoLayers(Listed):
+    """Two matrices and two vectors for each."""
+
+    def expert(self, x, number):
+        return torch.tanh(self.mlps[number](x)) * 2
+
+
+class Padding(Experts):
+    """Half of the tokens, or what a mask marks, are sent to the expert `target`; -1 is none."""
+
+    def __init__(self, target, weigh=lambda weights: weights):
+        super().__init__(weigh)
+        self.target = target
+
+    def forward(self, x, ids, weights, mask=None):
+        mask = torch.arange(len(x)) < len(x) // 2 if mask is None else mask
+        ids = torch.where(mask.view(-1, 1), ids, self.target)
+        out = torch.zeros_like(x)
+        for expert in range(EXPERTS):
+            token, slot = torch.where(ids == expert)
+            out.index_add_(0, token, self.expert(x[token], expert) * weights[token, slot, None])
+        return out
+
+
+class BiasBeside(Experts):
+    """A vector per expert, and a matrix that all share."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.shared = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def expert(self, x, number):
+        return torch.tanh(x @ self.w[number]) + self.bias[number] + (x @ self.shared.T).sum(-1, keepdim=True)
+
+
+class Flat(Experts):
+    """No output has a row per token."""
+
+    def forward(self, x, ids, weights):
+        return super().forward(x, ids, weights).sum(0)
+
+
+class Failing(Experts):
+    """What new ids make it do raises."""
+
+    def forward(self, x, ids, weights):
+        if any(len(set(row)) < len(row) for row in ids.tolist()):
+            raise ValueError("named twice\nand more")
+        return super().forward(x, ids, weights)
+
+
+class TestTrialsWithoutCompiling:
+    """What is concluded from runs of a block, in no time: what makes them run is tested above."""
+
+    @pytest.mark.parametrize(
+        ("experts", "merged"),
+        [
+            (Experts(), True),
+            (Overwriting(), True),
+            (Chained(), False),
+            (Experts(lambda weights: weights**2), False),
+            (Experts(lambda weights: weights.softmax(-1)), False),
+            (OneOutput(), True),
+            (TwoLayers(), True),
+            (BiasBeside(), True),
+            (Failing(), True),
+            (Split(), True),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_proven(self, experts, merged):
+        verdict = EagerTrial(experts).verdict()
+        assert (verdict.merged, verdict.reason, verdict.is_gate, verdict.whole) == (merged, "", True, True)
+
+    def test_what_is_tried_first(self):
+        """A rewrite that merges where the gate needs it, else plain ids: both are right of a plain sum."""
+        assert EagerTrial(Experts(), needs_merge=True).verdict().merged is True
+        assert EagerTrial(Experts(), needs_merge=False).verdict().merged is False
+
+    @pytest.mark.parametrize(
+        ("experts", "is_gate", "reason"),
+        [
+            (Unweighted(), True, "run with the code that receives its ids, Plain is off by"),
+            (Values(), False, "values of a table"),
+            (ScalingValues(), False, "which act on no hidden states"),
+            (Prompts(), True, "its scores do not weight what is computed"),
+            (Scaled(), True, "is off by"),
+            (Flat(), False, "no parameter around its router acts on the tokens of one expert alone"),
+            (Padding(0), False, "no parameter around its router acts on the tokens of one expert alone"),
+            (Padding(EXPERTS - 1), True, "is off by"),
+            (Padding(-1), True, "mark their ids with -1 before the graph ends"),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    )
+    def test_refused(self, experts, is_gate, reason):
+        verdict = EagerTrial(experts).verdict()
+        assert (verdict.merged, verdict.is_gate) == (None, is_gate)
+        assert reason in verdict.reason
+
+    def test_the_first_way_tried_is_the_one_told_of(self):
+        assert "could not be run on made-up choices: ValueError: named twice" in (
+            EagerTrial(type("Both", (Failing, Unweighted), {})(), needs_merge=False).verdict().reason
+        )
+        trial = EagerTrial(Unweighted())
+        trial._versions, trial._refused = {"original": None}, {"merged": "of this", "plain": "of that"}
+        assert trial.verdict().reason == "of this"
+        trial._refused = {}
+        assert trial.verdict().reason == "it cannot be rewritten"
+
+    def test_another_gate_than_the_models(self):
+        trial = EagerTrial(Experts())
+        trial.gate = types.SimpleNamespace(**{**vars(trial.gate), "top_k": TOP_K + 1})
+        trial._gate = types.SimpleNamespace(**{**vars(trial._gate), "scoring": "sigmoid"})
+        trial.gate.top_k = TOP_K
+        verdict = trial.verdict()
+        assert (verdict.merged, verdict.is_gate, verdict.whole) == (None, True, False)
+        assert verdict.reason == "Plain compiled alone has another gate than it has in the model"
+
+    def test_a_block_without_the_gate(self):
+        trial = EagerTrial(Experts())
+        trial._block.module.select = lambda logits: logits.softmax(-1).topk(TOP_K)
+        assert trial.verdict() is None
+        trial = EagerTrial(Experts())
+        trial._block.module.select = None
+        assert trial.verdict() is None
+
+    @pytest.mark.parametrize(
+        ("experts", "names"),
+        [
+            (Experts(), ["experts.w"]),
+            (BiasBeside(), ["experts.bias", "experts.w"]),
+            (OneOutput(), ["experts.bias", "experts.w"]),
+            (Scaled(), ["experts.w"]),
+            (Scaled((EXPERTS, 1)), ["experts.w"]),
+            (TwoLayers(), ["experts.mlps.*.bias", "experts.mlps.*.weight"]),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    )
+    def test_whose_parameters(self, experts, names):
+        assert EagerTrial(experts).experts() == names
+
+    def test_one_expert_a_token(self):
+        """There is no weight to tell by: one score for one choice."""
+        trial = EagerTrial(Experts(), top_k=1)
+        assert not trial._weighs_nothing([], ((), {}))
+
+    def test_masks_of_tokens(self):
+        """Padding that a mask says there is none of is asked for."""
+        trial = EagerTrial(Padding(0))
+        x, full = torch.randn(6, HIDDEN), torch.ones(6, dtype=torch.bool)
+        [one] = [c for c in trial._block.candidates() if c.name == "experts.w" and c.dim == 0]
+        for target in (0, EXPERTS - 1, -1):
+            trial._block.module.experts.target = target
+            assert trial._sends_elsewhere([one], ((x, full), {}))
+        trial._block.module.experts = EagerTrial(Marked())._block.module.experts
+        [one] = [c for c in trial._block.candidates() if c.name == "experts.w" and c.dim == 0]
+        assert trial._sends_elsewhere([one], ((x, full), {})) is False
+
+    def test_every_expert_may_be_chosen(self):
+        """With as many choices as experts there is none that nobody chose."""
+        trial = EagerTrial(Experts(), top_k=EXPERTS)
+        [one] = [c for c in trial._block.candidates() if c.name == "experts.w" and c.dim == 0]
+        assert trial._adds_tokens([one], trial._inputs()) is False
+
+    def test_what_is_tried_as_input(self):
+        """What the model calls the block with, if that is little; else made-up hidden states of one batch, or none."""
+        trial = EagerTrial(Experts())
+        assert [a.shape for a in trial._inputs()[0]] == [(1, 12, HIDDEN)]
+        trial._called_with = ((torch.ones(5, HIDDEN).double(),), {})
+        found = trial._inputs()[0][0]
+        assert (found.shape, found.dtype) == ((5, HIDDEN), torch.float32)
+        w = Written()
+        trial._gate.ids = w.input(torch.zeros(200, TOP_K, dtype=torch.int64))
+        assert [a.shape for a in trial._inputs()[0]] == [(1, 12, HIDDEN)]
+        trial._gate.ids = w.input(torch.zeros(64, TOP_K, dtype=torch.int64))
+        assert [a.shape for a in trial._inputs()[0]] == [(5, HIDDEN)]
+        trial._gate.ids = w.input(torch.zeros(65, TOP_K, dtype=torch.int64))
+        trial._called_with = None
+        trial._call = lambda x: trial._block.module(x) if x.dim() == 2 else [][0]
+        assert [a.shape for a in trial._inputs()[0]] == [(12, HIDDEN)]
+
+    def test_how_wide_made_up_hidden_states_are(self):
+        """As what the router reads; else, where that is not known, as its weight."""
+        trial = EagerTrial(Experts())
+        trial._block.weight = torch.zeros(HIDDEN, EXPERTS)
+        assert trial._inputs()[0][0].shape[-1] == HIDDEN
+        trial._block.weight = torch.zeros(EXPERTS, HIDDEN)
+        trial._gate.router_input = Written().graph.placeholder("unknown")
+        assert trial._inputs()[0][0].shape[-1] == HIDDEN
+
+    def test_runs_tell_what_is_returned_and_written(self):
+        trial = EagerTrial(Experts())
+        x = torch.randn(5, HIDDEN, requires_grad=True)
+        [out] = trial._run(((x,), {}), seed=4)
+        assert not out.requires_grad
+        assert torch.equal(trial._run(((x,), {}), seed=4)[0], out)
+        assert not torch.equal(trial._run(((x,), {}), seed=6)[0], out)
+        assert torch.equal(trial._run(((), {"x": x}), seed=4)[0], out)
+        assert len(trial._ids) == len(trial._weights) == 1
+        state = torch.get_rng_state()
+        trial._run(((x,), {}))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_what_re_routing_makes_of_each_expert(self):
+        trial = EagerTrial(Experts())
+        trial._run(trial._inputs())
+        found = trial._expert_map()
+        ids = trial._ids[0]
+        assert {u: found[u] for u in ids.flatten().tolist()} == found
+        assert set(found.values()) <= set(ids[:, 0].flatten().tolist())
+
+
+class Marked(Padding):
+    """What a mask marks gets no expert, and had none before."""
+
+    def __init__(self):
+        super().__init__(-1)
+
+    def forward(self, x, ids, weights, mask=None):
+        return Experts.forward(self, x, ids, weights)
+
+
+class TestCallsInGraphs:
+    """What stands in a block's graph while it is tried."""
+
+    @staticmethod
+    def trial(**changes):
+        return types.SimpleNamespace(**{"scores": "own", "seed": 1, "seed_of_scores": 1, "absent": None, **changes})
+
+    def choose(self, form="top-k", columns=6, flat=False, leading=(4,), **changes):
+        w = Written()
+        scores = w.given(*leading, columns)
+        ids = w.input(torch.zeros(*leading, *(() if flat else (2,)), dtype=torch.int64))
+        return module._Choose(self.trial(**changes), scores, types.SimpleNamespace(form=form, ids=ids))
+
+    @pytest.mark.parametrize("leading", [(4,), (2, 3)])
+    def test_a_choice_in_place_of_the_routers(self, leading):
+        like = torch.zeros(*leading, 2, dtype=torch.int32)
+        ids = self.choose(leading=leading)(like)
+        assert (ids.shape, ids.dtype) == (like.shape, like.dtype)
+        assert torch.equal(ids, made_up_order(leading, 6, 1)[..., :2].int())
+        picked = self.choose(leading=leading)((torch.zeros(*leading, 2, dtype=torch.float64), like))
+        assert torch.equal(picked.indices, ids)
+        assert picked[1] is picked.indices
+        assert (picked.values.shape, picked.values.dtype) == (like.shape, torch.float64)
+        assert picked.values.is_contiguous()
+        assert (picked.values[..., 0] > picked.values[..., 1]).all()
+        assert (picked.values >= 0.1).all()
+        assert (picked.values <= 1.1).all()
+
+    def test_one_choice_without_its_dimension(self):
+        like = torch.zeros(4, dtype=torch.int64)
+        ids = self.choose("max", flat=True)(like)
+        assert torch.equal(ids, made_up_order((4,), 6, 1)[..., 0])
+        picked = self.choose("max", flat=True)((torch.zeros(4), like))
+        assert torch.equal(picked.indices, ids)
+        assert picked.values.shape == (4,)
+
+    def test_other_scores_are_of_another_seed(self):
+        like = (torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int64))
+        own, other = self.choose()(like), self.choose(seed_of_scores=2)(like)
+        assert torch.equal(own.indices, other.indices)
+        assert not torch.equal(own.values, other.values)
+        assert torch.equal(own.values, self.choose()(like).values)
+
+    def test_an_absent_expert_is_the_last_choice(self):
+        order = made_up_order((4,), 6, 1, last=3)
+        assert (order[:, -1] == 3).all()
+        assert (made_up_order((4,), 6, 1, last=0)[:, -1] == 0).all()
+        ids = self.choose(absent=3)(torch.zeros(4, 5, dtype=torch.int64))
+        assert not (ids == 3).any()
+
+    @pytest.mark.parametrize(("scores", "power"), [("own", 1), ("others", 2)])
+    def test_scores_of_steps(self, scores, power):
+        """The best that is left is the next choice, whatever a step masks."""
+        made = self.choose("steps", scores=scores)(torch.zeros(4, 6, dtype=torch.float64))
+        order = made_up_order((4,), 6, 1)
+        assert torch.equal(made.argsort(-1, descending=True), order)
+        want = torch.arange(6, 0, -1).double().expand(4, 6) / 6
+        torch.testing.assert_close(made.gather(-1, order), want**power)
+        assert made.dtype == torch.float64
+
+    def test_logits(self):
+        logits = torch.tensor([[1.0, -2.0, 4.0]], dtype=torch.float64)
+        assert module._Score(self.trial())(logits) is logits
+        assert module._Score(self.trial(scores="equal"))(logits).tolist() == [[0, 0, 0]]
+        other = module._Score(self.trial(scores="others"))(logits)
+        assert other.dtype == torch.float64
+        ratio = other / logits
+        assert ((ratio >= 0.5) & (ratio <= 1.5)).all()
+        assert len(ratio.unique()) == 3
+        assert torch.equal(other, module._Score(self.trial(scores="others"))(logits))
+        assert not torch.equal(other, module._Score(self.trial(scores="others", seed_of_scores=2))(logits))
+
+    def test_what_is_told_is_a_copy(self):
+        told, value = [], torch.ones(2, requires_grad=True)
+        assert module._Tell(told)(value) is None
+        assert told[0].tolist() == [1, 1]
+        assert not told[0].requires_grad
+        assert told[0].data_ptr() != value.data_ptr()
+
+    def test_a_mask_of_tokens_marks_the_second_half(self):
+        assert module._half_masked(torch.ones(5, dtype=torch.bool), 5).tolist() == [True, True, False, False, False]
+        assert module._half_masked(torch.ones(2, 2, dtype=torch.bool), 4).tolist() == [[True, True], [False, False]]
+        assert module._half_masked(torch.ones(2, dtype=torch.bool), 2).tolist() == [True, False]
+        others = (7, torch.ones(1, dtype=torch.bool), torch.ones(5), torch.ones(4, dtype=torch.bool))
+        for value, tokens in zip(others, (5, 1, 5, 5), strict=True):
+            assert module._half_masked(value, tokens) is value
+
+    def test_vectors(self):
+        for sizes, vector in (((3,), True), ((1, 3), True), ((), True), ((1, 1), True), ((2, 2), False)):
+            assert module._is_vector(torch.zeros(sizes)) is vector

@@ -1,10 +1,13 @@
 """What is proven of real models before they are re-routed, and what is refused."""
 
+import types
+
 import pytest
 import torch
 
 import sere_compile
 from sere_compile import SereConfig, sere_backend
+from sere_compile.compiler import rewrite_gate
 from sere_compile.passes.verify_rewrite import SHOWN
 
 from ..compiled import logits
@@ -86,3 +89,25 @@ def test_other_weights_in_a_functional_call_are_not_re_routed_in_silence(caplog)
         got = torch.compile(call, backend=backend)(x)
     assert torch.equal(got, call(x))
     assert any("is not re-routed" in record.message for record in caplog.records)
+
+
+class TestWords:
+    """What a report says of the passes for speed."""
+
+    @pytest.mark.parametrize(
+        ("done", "refused", "said"),
+        [
+            ((), {}, ""),
+            (("fuse_experts",), {}, "experts"),
+            (("verify_rewrite", "fuse_experts", "fuse_router", "fuse_reroute"), {}, "experts and routing"),
+            (("fuse_router",), {"fuse_experts": "why"}, "routing; stock experts: why"),
+            (
+                (),
+                {"fuse_experts": "why", "fuse_router": "so", "fuse_reroute": "no"},
+                "stock experts: why; stock routing: so",
+            ),
+        ],
+        ids=str,
+    )
+    def test_kernels(self, done, refused, said):
+        assert rewrite_gate._kernels(types.SimpleNamespace(done=done, refused=refused)) == said

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
+import types
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import sere_compile
+from sere_compile.errors import EvaluationError
 from sere_compile.evaluation import Reroute, TopS, evaluate_rules
-from sere_compile.evaluation.evaluate import _Recorder
-from sere_compile.evaluation.routing import RoutedModel
+from sere_compile.evaluation.evaluate import (
+    _MOST_LOGITS,
+    _attached_matrices,
+    _batches_a_forward,
+    _checked_mask,
+    _inputs,
+    _Recorder,
+)
+from sere_compile.evaluation.routing import GateCall, RoutedModel
+from sere_compile.similarity import binding
 
 from ..tiny_models import build, random_profile, tokens
 
@@ -200,3 +211,117 @@ def test_progress(qwen, capsys):
     shown = capsys.readouterr().err
     assert "evaluating, decode batch 4: 100%" in shown
     assert "3/3" in shown
+
+
+class TestRecorder:
+    """Rows of the model's order [rows x positions], position by position of a decoding batch, and back."""
+
+    @staticmethod
+    def call(rows, top_k=2, experts=5, choice=False):
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.rand(rows, experts, generator=generator)
+        weights, ids = scores.topk(top_k)
+        return GateCall("gate", scores[:0], scores[:, :1], scores, ids, weights, scores.neg() if choice else None)
+
+    def test_positions_of_a_batch_are_decided_together(self):
+        """Four rows of three positions in batches of two: six batches of two tokens."""
+        seen = []
+
+        def rule(batch):
+            seen.append(batch)
+            return batch.ids + 0, batch.weights * 2
+
+        call = self.call(12, choice=True)
+        real = torch.ones(4, 3, dtype=torch.bool)
+        real[1, 0] = real[2, 2] = False
+        recorder = _Recorder(rule, real, 2)
+        ids, weights = recorder(call)
+        assert torch.equal(ids, call.ids)
+        torch.testing.assert_close(weights, call.weights * 2)
+        [batch] = seen
+        order = [[0, 3], [1, 4], [2, 5], [6, 9], [7, 10], [8, 11]]
+        for told, given in ((batch.ids, call.ids), (batch.scores, call.scores), (batch.choice, -call.scores)):
+            assert torch.equal(told, given[torch.tensor(order)])
+        assert (~batch.real).nonzero().tolist() == [[0, 1], [5, 0]]
+        assert batch.name == "gate"
+
+    def test_active_experts_of_steps_with_a_token(self):
+        call = self.call(6)
+        real = torch.tensor([[True, True, False], [True, False, False]])
+        recorder = _Recorder(None, real)
+        ids, weights = recorder(call)
+        assert torch.equal(ids, call.ids)
+        assert torch.equal(weights, call.weights)
+        first = len(set(call.ids[0].tolist()) | set(call.ids[3].tolist()))
+        assert recorder.active == {"gate": first + 2}
+
+    def test_tokens_that_are_no_rows_of_the_forward(self):
+        with pytest.raises(EvaluationError, match="gate routed 5 tokens in a forward over 6"):
+            _Recorder(None, torch.ones(2, 3, dtype=torch.bool))(self.call(5))
+
+
+class TestWhatIsGiven:
+    @pytest.mark.parametrize(
+        ("shape", "batch", "message"),
+        [
+            ((4,), 2, "length >= 2, got (4,)"),
+            ((4, 1), 2, "length >= 2, got (4, 1)"),
+            ((2, 2, 2), 2, "length >= 2, got (2, 2, 2)"),
+            ((4, 2), 0, "decode_batch=0"),
+            ((0, 2), 1, "0 sequences do not"),
+            ((4, 2), 3, "4 sequences do not"),
+        ],
+    )
+    def test_shapes(self, shape, batch, message):
+        with pytest.raises(EvaluationError, match=re.escape(message)):
+            _checked_mask(torch.zeros(shape, dtype=torch.int64), None, batch)
+
+    def test_floating_point_tokens(self):
+        with pytest.raises(EvaluationError, match="tokens must be integers"):
+            _checked_mask(torch.zeros(4, 2), None, 2)
+
+    def test_masks(self):
+        """Of the tokens' shape, with two real tokens in a row somewhere; none is a full one."""
+        tokens = torch.zeros(2, 3, dtype=torch.int64)
+        assert _checked_mask(tokens, None, 2).tolist() == [[True] * 3] * 2
+        assert _checked_mask(tokens, None, 1).shape == (2, 3)
+        mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
+        assert torch.equal(_checked_mask(tokens, mask, 2), mask.bool())
+        with pytest.raises(EvaluationError, match="leaves no token to predict"):
+            _checked_mask(tokens, torch.tensor([[1, 0, 1], [0, 0, 1]]), 2)
+        with pytest.raises(EvaluationError, match=re.escape("attention_mask is (2, 2), tokens are (2, 3)")):
+            _checked_mask(tokens, torch.ones(2, 2), 2)
+
+    def test_batches_a_forward(self):
+        """As many as keep the logits within a limit, one at least, and one where the vocabulary is not known."""
+
+        def model(size):
+            return types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=size))
+
+        assert _batches_a_forward(model(_MOST_LOGITS // 60), 5, 4) == 3
+        assert _batches_a_forward(model(_MOST_LOGITS), 5, 4) == 1
+        assert _batches_a_forward(model(None), 5, 4) == _batches_a_forward(object(), 5, 4) == 1
+
+    def test_inputs(self):
+        """Positions count real tokens, from 0 on."""
+        tokens, real = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+        assert set(_inputs(tokens, real, padded=False)) == {"input_ids", "use_cache"}
+        given = _inputs(tokens, real, padded=True)
+        assert given["use_cache"] is False
+        assert given["input_ids"] is tokens
+        assert given["attention_mask"].tolist() == real.long().tolist()
+        assert given["position_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 2, 3]]
+
+
+def test_matrices_that_are_attached():
+    """Of gates that have one; coefficients where there are some."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3, bias=False) for name in "abc"})
+    with pytest.raises(EvaluationError, match="no similarity profile"):
+        _attached_matrices(model)
+    binding.name(model["a"].weight, "a.weight")
+    with pytest.raises(EvaluationError, match="no similarity profile"):
+        _attached_matrices(model)
+    binding.assign(model["b"].weight, "b.weight", torch.eye(3), "")
+    binding.assign(model["c"].weight, "c.weight", torch.eye(3), "", projection=torch.ones(3, 3))
+    matrices, projections = _attached_matrices(model)
+    assert (set(matrices), set(projections)) == ({"b.weight", "c.weight"}, {"c.weight"})

@@ -8,7 +8,7 @@ import torch
 from sere_compile import SimilarityProfile
 from sere_compile.errors import EvaluationError
 from sere_compile.evaluation import Drop, Recombine, RoutingBatch
-from sere_compile.evaluation.recombine import coefficient, gram_matrices, heaviest_experts, least_squares
+from sere_compile.evaluation.recombine import coefficient, explained, gram_matrices, heaviest_experts, least_squares
 from sere_compile.evaluation.rules import primary_experts
 
 from .decisions import OUTPUTS_GRAM, B, E, K, P, decisions, gram_of
@@ -127,3 +127,39 @@ def test_without_substitutes_what_is_dropped_adds_nothing():
     named = kept[:, None, :].expand(P, B, E).gather(2, ids)
     assert (weights[~named] == 0).all()
     assert weights.sum() < batch.weights.sum()
+
+
+class TestByHand:
+    def test_the_first_of_equal_experts_is_the_heaviest(self):
+        """Over both tokens; a stable order, of many experts too."""
+        spread = torch.zeros(1, 2, 40)
+        spread[0, :, 30] = 0.5
+        primary = torch.zeros(1, 40, dtype=torch.bool)
+        primary[0, [5, 7, 9]] = True
+        assert heaviest_experts(spread, primary).nonzero()[:, 1].tolist() == [0, 1, 30]
+
+    def test_outputs_that_are_zero_explain_nothing(self):
+        gram = torch.tensor([[4.0, 2.0, 0.0], [2.0, 9.0, 0.0], [0.0, 0.0, 0.0]])
+        assert coefficient(gram).tolist() == [[1.0, pytest.approx(2 / 9), 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]
+        third = pytest.approx(1 / 3)
+        assert explained(gram).tolist() == [[1.0, third, 0.0], [third, 1.0, 0.0], [0.0] * 3]
+        rounded = torch.tensor([[-1e-9, 0.5], [0.5, 1.0]])
+        assert explained(rounded)[0].tolist() == [0.0, 0.0]
+
+    def test_small_outputs_are_ranked_by_their_size(self):
+        """Of what is mixed the largest parts are kept: a weight times the norm of the expert's output."""
+        gram = torch.diag(torch.tensor([0.01, 0.09, 0.04, 0.25]))
+        scores = torch.tensor([[[0.5, 0.2, 0.2, 0.1]]])
+        weights, ids = scores.topk(4)
+        batch = RoutingBatch("gate", ids, weights, scores, torch.ones(1, 1, dtype=torch.bool))
+        rule = Recombine({"gate": gram}, 3, "none", 0.0, 0.0, False, min_active=0)
+        found, new = rule(batch)
+        sizes = {0: 0.05, 1: 0.06, 2: 0.04}
+        named = [e for e, w in zip(found.flatten().tolist(), new.flatten().tolist(), strict=True) if w]
+        assert named == sorted(named, key=lambda e: -sizes[e])
+
+    def test_experts_that_give_nothing_have_no_inner_products(self):
+        projections = {"gate": torch.diag(torch.tensor([1.0, 0.0]))}
+        found = gram_matrices(SimilarityProfile({"gate": torch.eye(2)}, None, projections))
+        assert found["gate"].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+        assert found["gate"].dtype == torch.float32

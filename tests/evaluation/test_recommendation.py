@@ -64,3 +64,12 @@ def test_rules_are_compared_at_equal_settings_and_experts_only():
     assert found == {16: [("S = 1", [fill]), ("S = 2", [two[0]])]}
     assert say_least_losing(found[16]) == "S = 1 and S = 2: fill"
     assert least_losing([rule_row("fill", 1.0), rule_row("reroute", 2.0)]) == {16: []}
+
+
+@pytest.mark.parametrize(("spread", "worse"), [(0.30, True), (0.42, True), (0.44, False), (0.9, False)])
+def test_worse_by_more_than_two_standard_errors(spread, worse):
+    """Of differences 0.5 - spread, 0.5, 0.5 + spread, whose standard error is spread / sqrt(3)."""
+    fill = rule_row("fill", 1.0, 1.0, 1.0)
+    reroute = rule_row("reroute", 1.5 - spread, 1.5, 1.5 + spread)
+    [(_, group)] = least_losing([fill, reroute])[16]
+    assert (reroute not in group) is worse

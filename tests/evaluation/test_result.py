@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sere_compile.evaluation.result import Evaluation, Totals
+from sere_compile.evaluation.result import Evaluation, Totals, student, upper_bound
 
 ROWS, LENGTH, WORDS, BATCH = 4, 5, 7, 2
 
@@ -104,3 +104,19 @@ def test_what_is_printed():
         "perplexity 11.000 (+10.0% of 10.000), KL 0.1250, top-1 agreement 90.0%, active experts 7.0 -> 3.5 "
         "at decode batch 16"
     )
+
+
+def test_quantiles_of_student():
+    """One-sided, 95 %: as tables have them, and in the limit the normal distribution's."""
+    table = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 8: 1.860, 10: 1.812, 30: 1.697, 10**6: 1.645}
+    for degrees, quantile in table.items():
+        assert student(degrees) == pytest.approx(quantile, abs=0.01)
+    # The expansion's own terms.
+    z = 1.6449
+    assert student(5) == pytest.approx(z + (z**3 + z) / 20 + (5 * z**5 + 16 * z**3 + 3 * z) / 2400)
+
+
+def test_what_a_change_is_below():
+    assert math.isnan(upper_bound(0.5, 0.1, 1))
+    assert upper_bound(0.5, 0.1, 2) == pytest.approx(0.5 + 0.6314)
+    assert upper_bound(0.5, 0.1, 5) == pytest.approx(0.5 + 0.2132)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from sere_compile import EvaluationError
+from sere_compile.evaluation import routing
 from sere_compile.evaluation.routing import RoutedModel, merge_slots
+from sere_compile.passes import Skip, SkipReason
 
 from ..passes.moe_modules import (
     EXPERTS,
@@ -41,6 +45,8 @@ def test_merged_slots_by_hand():
     assert new_ids.tolist() == [[3, 0, 1], [0, 2, 1], [4, 0, 1], [2, 1, 0]]
     assert new_weights.tolist() == [[0.75, 0.0, 0.125], [5.0, 2.0, 0.0], [3.0, 0.0, 0.0], [1.0, 2.0, 3.0]]
     assert new_ids.dtype == torch.int32
+    many, _ = routing.merge_slots(torch.full((1, 30), 7), torch.ones(1, 30), 2000)
+    assert many.tolist() == [[7, *(e for e in range(30) if e != 7)]]
 
 
 @pytest.mark.parametrize("block", [Indexed, ScatterCombine, BiasCorrected], ids=lambda b: b.__name__)
@@ -102,3 +108,65 @@ def test_gates_that_cannot_ask():
     """None at all, or one whose ids leave without weights."""
     with pytest.raises(EvaluationError, match="no MoE gate ran in a graph of this model"):
         RoutedModel(nn.Linear(3, 3))(torch.zeros(1, 3))
+
+
+class TestInsert:
+    """Which gates a rule can decide for, by hand."""
+
+    @pytest.mark.parametrize("skip", [None, Skip(SkipReason.SCORES_BY_ID, None)])
+    @pytest.mark.parametrize(("weights", "scores"), [(None, "scores"), ("weights", None), (None, None)])
+    def test_refused(self, weights, scores, skip, monkeypatch):
+        """Without weights, or without scores: with the reason that the gate has, else that there are no weights."""
+        node = torch.fx.Graph().placeholder("topk")
+        node.meta["stack_trace"] = '  File "/a/model.py", line 12, in forward'
+        gate = types.SimpleNamespace(weights=weights, weights_skip=skip, selection=node, ids=node)
+        monkeypatch.setattr(routing, "gate_scores", lambda gate: scores)
+        routed = routing.RoutedModel(torch.nn.Linear(1, 1))
+        reason = (skip or Skip(SkipReason.NO_WEIGHTS, node)).reason.value
+        with pytest.raises(EvaluationError, match=r"the gate at model\.py:12 cannot be re-routed: ") as raised:
+            routed._insert(gate)
+        assert reason in str(raised.value)
+
+    @pytest.mark.parametrize("merge", [False, True])
+    @pytest.mark.parametrize("probabilities", [False, True])
+    def test_a_gate_asks(self, merge, probabilities):
+        """Tokens in one row each, probabilities in fp32; the answer in the gate's own shape and types."""
+        weight = torch.nn.Parameter(torch.rand(5, 4))
+        holder = torch.nn.Module()
+        holder.router = weight
+        routed, seen = routing.RoutedModel(holder), []
+        routed.decide = lambda call: seen.append(call) or (torch.zeros_like(call.ids), call.weights.double())
+        ids, weights = torch.tensor([[[0, 3], [1, 2], [4, 0]]], dtype=torch.int32), torch.rand(1, 3, 2).half()
+        scores, hidden = torch.rand(1, 3, 5).half(), torch.rand(1, 3, 4)
+        for choice in (None, torch.rand(1, 3, 5).half()):
+            seen.clear()
+            new_ids, new_weights = routing._Call(routed, probabilities, merge)(
+                ids, weights, scores, choice, hidden, weight
+            )
+            [call] = seen
+            assert (call.name, call.router_weight) == ("router", weight)
+            assert [x.shape for x in (call.hidden, call.scores, call.ids, call.weights)] == [
+                (3, 4),
+                (3, 5),
+                (3, 2),
+                (3, 2),
+            ]
+            want = scores[0].float()
+            torch.testing.assert_close(call.scores, want if probabilities else want.softmax(-1))
+            assert call.choice is None if choice is None else torch.equal(call.choice, choice[0].float())
+            assert (new_ids.shape, new_ids.dtype, new_weights.dtype) == (ids.shape, torch.int32, torch.float16)
+            assert (new_ids == 0).all() == (not merge)
+            assert new_ids[..., 0].tolist() == [[0, 0, 0]]
+        other = routing._Call(routed, True, False)(ids, weights, scores, None, hidden, torch.ones(1))
+        assert seen[-1].name == "?"
+        assert len(other) == 2
+
+
+def test_slots_that_are_merged_name_others():
+    """The lowest experts that a token does not name, at weight 0; sums stand in the first slot."""
+    ids = torch.tensor([[2, 2, 0, 2], [1, 0, 3, 4]], dtype=torch.int32)
+    weights = torch.tensor([[0.5, 0.25, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    new_ids, new = routing.merge_slots(ids, weights, 6)
+    assert new_ids.tolist() == [[2, 1, 0, 3], [1, 0, 3, 4]]
+    assert new.tolist() == [[2.75, 0, 1, 0], [1, 2, 3, 4]]
+    assert new_ids.dtype == torch.int32

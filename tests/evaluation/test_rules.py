@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sere_compile.evaluation import Drop, Fill, Recombine, Reroute, RoutingBatch, TopS
+from sere_compile.evaluation import Drop, Fill, Recombine, Reroute, RoutingBatch, TopS, rules
 from sere_compile.evaluation.recombine import SUBSTITUTES
 from sere_compile.evaluation.rules import active_experts, primary_experts
 from sere_compile.testing import reroute_oracle
@@ -159,3 +159,37 @@ def test_all_slots_primary_is_the_identity(rule):
     ids, weights = rule(batch)
     assert torch.equal(ids, batch.ids)
     assert torch.equal(weights, batch.weights)
+
+
+def test_numbers_of_no_expert_look_up_the_first_one():
+    """Whatever they look up is not used: a place that is there will do."""
+    batch = decisions()
+    ids = torch.tensor([[-1, 0, E - 1, E, E + 3]])
+    assert rules._safe(batch, ids).tolist() == [[0, 0, E - 1, 0, 0]]
+    assert rules._in_range(ids, E).tolist() == [[False, True, True, False, False]]
+
+
+def test_what_a_table_says_of_ids():
+    table, ids = torch.tensor([[True, False, True]]), torch.tensor([[[0, 1], [2, 3], [-1, 0]]])
+    assert rules._look_up(table, ids).tolist() == [[[True, False], [True, False], [False, True]]]
+    numbers = torch.tensor([[5, 6, 7]])
+    found = rules._look_up(numbers, ids.int(), default=ids.int())
+    assert found.tolist() == [[[5, 6], [7, 3], [-1, 5]]]
+    assert found.dtype == torch.int32
+
+
+def test_weights_of_no_sum_stay():
+    weights = torch.tensor([[0.5, 0.5], [0.25, 0.5]])
+    new = torch.tensor([[0.0, 0.0], [0.5, 0.25]])
+    assert rules._with_sum_of(weights, new).tolist() == [[0.0, 0.0], [0.5, 0.25]]
+    assert rules._with_sum_of(weights, new * 2).tolist() == [[0.0, 0.0], [0.5, 0.25]]
+
+
+def test_where_experts_go_in_each_batch():
+    """To the most similar primary one, if that is similar enough; NaN is similar to nothing."""
+    similarity = torch.tensor([[1.0, 0.5, 0.9], [float("nan"), 1, 0.4], [0.2, 0.3, 1]])
+    primary = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    assert rules.expert_maps(similarity, primary, 0.0).tolist() == [[0, 1, 1], [0, 1, 0], [0, 1, 2]]
+    assert rules.expert_maps(similarity, primary, 0.3).tolist() == [[0, 1, 1], [0, 1, 2], [0, 1, 2]]
+    assert rules.expert_maps(similarity, primary, 0.31).tolist() == [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert rules.expert_maps(similarity.to("meta"), primary.to("meta"), 0.1).device.type == "meta"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sere_compile import EvaluationError, MissingExtraError
-from sere_compile.evaluation.text import read_texts, token_windows
+from sere_compile.evaluation.text import mixed_windows, read_texts, token_windows
 
 from ..tiny_models import word_tokenizer
 
@@ -57,5 +58,15 @@ def test_parquet_needs_its_extra(tmp_path, monkeypatch):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=r"sere-compile\[parquet\]"):
+    with pytest.raises(MissingExtraError, match=r"reading \.parquet needs .*sere-compile\[parquet\]"):
         read_texts(path)
+
+
+def test_files_share_sequences_evenly(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("a b c d e f g h " * 4)
+    windows = mixed_windows(word_tokenizer(), [str(path), str(path)], "text", 2, 4)
+    assert windows.shape == (4, 2)
+    assert torch.equal(windows[0], windows[1])
+    with pytest.raises(EvaluationError, match="5 sequences cannot be shared evenly by 2 files"):
+        mixed_windows(word_tokenizer(), [str(path), str(path)], "text", 2, 5)

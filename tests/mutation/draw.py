@@ -157,7 +157,17 @@ def _is_beside_the_point(node: ast.AST) -> bool:
         return True
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return True
-    return isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert)
+    return isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert) or _is_asserted(node)
+
+
+def _is_asserted(node: ast.AST) -> bool:
+    """`strict=True` of a zip, which is an assertion as well."""
+    return isinstance(node, ast.keyword) and node.arg == "strict" and ast.unparse(node.value) == "True"
+
+
+def _is_nothing(value: ast.expr) -> bool:
+    """None, and False, in whose place None says the same to a condition; True in its place is another change."""
+    return isinstance(value, ast.Constant) and (value.value is None or value.value is False)
 
 
 def _changes(tree: ast.Module) -> Iterator[tuple[_Walker, ast.AST, ast.AST]]:
@@ -207,15 +217,16 @@ def _instead_of_expression(node: ast.AST, place: _Place) -> Iterator[ast.AST]:
             for index in range(len(conditions)):
                 yield _with(node, ifs=conditions[:index] + conditions[index + 1 :])
         case ast.Call(keywords=keywords) if not isinstance(place.parent, ast.Raise):
-            for index in range(len(keywords)):
-                yield _with(node, keywords=keywords[:index] + keywords[index + 1 :])
+            for index, keyword in enumerate(keywords):
+                if not _is_asserted(keyword):
+                    yield _with(node, keywords=keywords[:index] + keywords[index + 1 :])
 
 
 def _instead_of_statement(node: ast.stmt) -> Iterator[ast.AST]:
     match node:
         case ast.If(test=test) | ast.While(test=test):
             yield _with(node, test=ast.UnaryOp(ast.Not(), test))
-        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
+        case ast.Return(value=ast.expr() as value) if not _is_nothing(value):
             yield ast.Return(ast.Constant(None))
         case ast.Continue():
             yield ast.Break()

@@ -18,6 +18,66 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "best = groups.sort(descending=True).values[..., :1 if scoring.group_score == 'max' else 2].sum(-1)",
         "a sort is along the last dimension unless it is told another",
     ),
+    (
+        "passes/graph/run_part.py",
+        "_same_random_numbers",
+        "torch.default_generator.manual_seed(1)",
+        "any seed will do, as long as it is the same in each run",
+    ),
+    (
+        "passes/evidence/router.py",
+        "_has_columns_elsewhere",
+        "return source is not None and isinstance(trace_router(source, columns), Router)",
+        "no router has an unknown number of columns",
+    ),
+    (
+        "ops/reroute/reference.py",
+        "primary_experts",
+        "rows = ids.T if token_mask is None else torch.where(token_mask, ids.T, -2)",
+        "no negative number names an expert",
+    ),
+    (
+        "ops/reroute_merged/reference.py",
+        "reroute_merged_reference",
+        "select_top_k <= -1 or select_top_k >= num_slots",
+        "re-routing with S = 0 changes nothing either",
+    ),
+    (
+        "passes/fuse_experts.py",
+        "_routes",
+        "yield few.repeat(-(-slots * len(few)))[:slots].reshape(shape)",
+        "what is repeated too often is cut off",
+    ),
+    (
+        "sere_compile/evaluation/result.py",
+        "_loss",
+        "own = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])[..., -1].double()",
+        "there is one number a token",
+    ),
+    (
+        "passes/proof/sources.py",
+        "_sums_features",
+        "slots = len(nodes.shape(region.gate.ids)) - 1",
+        "ids have sizes",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "Told._changed",
+        "return (difference.reshape(tokens, -1) > limit).any(1).cpu()",
+        "there are two dimensions",
+    ),
+    (
+        "passes/evidence/routing_weights.py",
+        "_scores_read_again",
+        "node.op == 'output'",
+        "behind the last reader of the scores nothing meets them: what is walked for nothing changes no answer",
+    ),
+    (
+        "passes/graph/state.py",
+        "computed_of_state",
+        "sources += [writer for writer in nodes.writers(reader) if writer <= node]",
+        "the node itself has been seen",
+    ),
 )
 
 _KNOWN = {(path, function, after) for path, function, after, _ in EQUIVALENT}

@@ -47,9 +47,11 @@ def results(path, name, *arguments):
         ("return 1 if x else 2", [None, 2, 2, 0, 1, 1]),
         ("return [i for i in (x,) if not x]", [None, [3], [3]]),
         ("return sorted([1, x], reverse=True)", [None, [1, 3], [3, 2], [3, 0], [1, 3]]),
-        ("if x:\n  return True\nreturn False", [False, None, True, False, True]),
+        ("if x:\n  return True\nreturn False", [False, None, False, True]),
         ("x += 1\nreturn x", [3, None, 5, 3]),
         ("raise ValueError", [None]),
+        ("return [*zip([x], [x, x], strict=False)]", [None, "ValueError", [(3, 3)]]),
+        ("return [*zip([x], [x], strict=True)]", [None]),
     ],
 )
 def test_changes(body, expected, module):

@@ -14,6 +14,7 @@ import triton.language as tl
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, gate_width, supports
 from sere_compile.ops.expert_mlp.kernel import cut
+from sere_compile.ops.expert_mlp.reference import Call, activate, activation_number, expert_mlp_reference
 
 from ..thinned import thinned
 from .cases import poisoned_memory
@@ -136,9 +137,71 @@ LAYERS = [
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_operator_equals_oracle(layer, device):
-    """On CPU the reference, on a GPU the kernels: what the docstring says, within the dtype's rounding."""
+    """On CPU what is compiled for it, on a GPU the kernels: what the docstring says, within the dtype's rounding."""
     arguments = layer.draw(device=device)
     assert_close_to_oracle(expert_mlp(*arguments), arguments)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_reference_equals_oracle(layer):
+    """By itself: where a kernel takes the call, the operator shows nothing of what defines it."""
+    arguments = layer.draw()
+    assert_close_to_oracle(expert_mlp_reference(*arguments), arguments)
+
+
+class TestReference:
+    def test_slots_of_no_expert(self):
+        arguments = list(Layer(experts=3).draw(ids=torch.tensor([[1, -1], [3, 2], [-5, 9], [1, 2], [2, 1]])))
+        clean = expert_mlp_reference(*arguments)
+        arguments[3] = arguments[3].clone()
+        arguments[3][0] = math.nan
+        torch.testing.assert_close(expert_mlp_reference(*arguments), clean, rtol=0, atol=0)
+        assert clean[2].abs().max() == 0
+
+    def test_clamps_of_gpt_oss(self):
+        arguments = far_out("cpu")
+        assert_close_to_oracle(expert_mlp_reference(*arguments), arguments)
+
+    def test_options_that_are_left_out(self):
+        """A gated SiLU of two halves, weights as they are stored."""
+        arguments = Layer().draw()
+        torch.testing.assert_close(
+            expert_mlp_reference(*arguments[:5]), expert_mlp_reference(*arguments), rtol=0, atol=0
+        )
+
+    @pytest.mark.parametrize("rows", [(64, 40), (300, 130)])
+    def test_scales_of_blocks(self, rows):
+        """What 8-bit weights times their scales give: of the last blocks only a part may be there."""
+        inner, hidden = rows
+        generator = torch.Generator().manual_seed(0)
+        stored = [torch.randn(3, *sizes, generator=generator) * 4 for sizes in ((inner, hidden), (hidden, inner))]
+        stored = [weight.to(torch.float8_e4m3fn) for weight in stored]
+        scales = [torch.rand(3, -(-w.shape[1] // 128), -(-w.shape[2] // 128), generator=generator) for w in stored]
+        wide = [scale.repeat_interleave(128, 1).repeat_interleave(128, 2) for scale in scales]
+        plain = [w.float() * s[:, : w.shape[1], : w.shape[2]] for w, s in zip(stored, wide, strict=True)]
+        x = torch.randn(4, hidden, generator=generator)
+        ids, weights = torch.tensor([[0, 2], [1, 0], [2, 1], [-1, 1]]), torch.rand(4, 2, generator=generator)
+        got = expert_mlp_reference(x, ids, weights, *stored, None, None, "relu", False, False, *scales)
+        torch.testing.assert_close(got, expert_mlp_reference(x, ids, weights, *plain, None, None, "relu"))
+        assert Call(x, ids, weights, *stored, None, None, *scales).fp8
+        assert not Call(x, ids, weights, *plain, None, None).fp8
+
+    @pytest.mark.parametrize("interleaved", [True, False])
+    def test_an_activation_is_along_the_last_dimension(self, interleaved):
+        x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+        want = torch.stack([activate(row, "silu_glu", interleaved) for row in x])
+        torch.testing.assert_close(activate(x, "silu_glu", interleaved), want)
+        assert want.shape == (2, 6, 4)
+
+    def test_numbers_of_activations(self):
+        """Those that C++ has, with a gate or without."""
+        names = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+        assert [activation_number(name) for name in (*names, "gpt_oss")] == list(range(6))
+        assert [activation_number(f"{name}_glu") for name in names] == list(range(5))
+
+    def test_tensors_on_another_device(self):
+        arguments = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in Layer(bias=True).draw()]
+        assert expert_mlp_reference(*arguments).device.type == "meta"
 
 
 def test_slots_of_no_expert_contribute_nothing_even_where_weights_are_nan(device):

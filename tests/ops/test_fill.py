@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sere_compile.ops import fill
-from sere_compile.ops.fill.reference import Keeping, fill_batches, fill_reference
+from sere_compile.ops.fill.reference import Keeping, fill_batches, fill_reference, filled_ids
 
 from ..thinned import thinned
 from . import fill_oracle
@@ -416,3 +416,39 @@ def test_fake_tensors_have_the_shape_of_the_inputs():
         ids, weights = torch.zeros(3, 5, 4, dtype=I32), torch.zeros(3, 5, 4, dtype=BF16).transpose(0, 1).transpose(0, 1)
         new_ids, new = fill(ids, weights, torch.zeros(3, 5, 9), 2)
     assert (new_ids.shape, new_ids.dtype, new.shape, new.dtype) == (ids.shape, I32, weights.shape, BF16)
+
+
+@pytest.mark.parametrize("numbers", [(1,), (1, 0.1, 3), (1, 0.0, 0, 4)], ids=str)
+def test_the_reference_on_another_device(numbers):
+    """Everything that it makes is where its tensors are."""
+    ids, weights = torch.zeros(4, 3, dtype=torch.int64, device="meta"), torch.rand(4, 3, device="meta")
+    select, threshold, least, most = (*numbers, *(0.0, 0, 0)[len(numbers) - 1 :])
+    real = torch.ones(4, dtype=torch.bool, device="meta")
+    found = fill_reference(ids, weights, torch.rand(4, 6, device="meta"), select, threshold, least, real, most)
+    assert [x.device.type for x in found] == ["meta"] * 2
+
+
+class TestFilledIds:
+    """By hand: lost slots, in order, take the kept experts of the highest choice that the token does not name."""
+
+    @staticmethod
+    def filled(ids, choice, kept):
+        new, lost = filled_ids(torch.tensor([[ids]]), torch.tensor([[choice]]), torch.tensor([kept]).bool())
+        return new.flatten().tolist(), lost.flatten().tolist()
+
+    def test_in_order_of_choice(self):
+        choice = [0.1, 0.4, 0.3, 0.4, 0.2]
+        assert self.filled([0, 2, 4], choice, [0, 1, 0, 1, 1]) == ([1, 3, 4], [True, True, False])
+        assert self.filled([3, 2, 0], choice, [1, 1, 0, 1, 1]) == ([3, 1, 0], [False, True, False])
+
+    def test_where_none_is_left_the_id_stays(self):
+        assert self.filled([3, 2, 4], [0.1, 0.4, 0.3, 0.4, 0.2], [1, 0, 0, 0, 0]) == ([0, 2, 4], [True, True, True])
+        assert self.filled([3, 2], [0.1, 0.4, 0.3, 0.4], [0, 0, 0, 0]) == ([3, 2], [True, True])
+
+    def test_ids_of_no_expert_are_not_lost(self):
+        assert self.filled([-1, 4, 0], [0.1, 0.4, 0.3, 0.4], [0, 1, 0, 0]) == ([-1, 4, 1], [False, False, True])
+
+    def test_closed_experts_come_last(self):
+        closed = float("-inf")
+        assert self.filled([0, 2, 4], [closed, closed, 0.3, 0.1, 0.2], [0, 1, 0, 1, 0])[0] == [3, 1, 4]
+        assert self.filled([0], [0.1, float("nan"), -1.0], [0, 1, 1])[0] == [2]

@@ -7,6 +7,7 @@ launch blocks, because that goes through a set's reduction one element at a time
 
 import contextlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sere_compile.ops import reroute
-from sere_compile.ops.reroute.reference import named_by_comparison, named_by_scatter, reroute_reference
+from sere_compile.ops.reroute.reference import (
+    apply_map,
+    expert_map,
+    in_range,
+    leading_tokens,
+    named_by_comparison,
+    named_by_scatter,
+    primary_experts,
+    reroute_reference,
+)
 
 from ..thinned import thinned
 from .cases import STRUCTURES, Structure, draw_case, poisoned_memory
@@ -72,6 +82,101 @@ def test_reference_equals_oracle_on_its_own(structure, named, device):
     for seed in range(40, 45):
         case = draw_case(structure, seed).to(device)
         assert_is(reroute_reference(case.ids, case.similarity, *case.options, named=named), expected(case), case)
+
+
+class TestReference:
+    """Parts of it, by hand."""
+
+    @pytest.mark.parametrize("named", [named_by_scatter, named_by_comparison])
+    def test_which_experts_a_row_names(self, named):
+        """Ids of no expert name none; of a row without ids nothing is known."""
+        found = named(torch.tensor([[1, 1, -1], [4, 0, 3]]), 4)
+        assert found.tolist() == [[0, 1, 0, 0], [1, 0, 0, 1]]
+        assert found.dtype == torch.int32
+        assert named(torch.zeros(2, 0, dtype=torch.int64), 3).tolist() == [[0] * 3] * 2
+        assert named(torch.zeros(2, 0, dtype=torch.int64), 3).dtype == torch.int32
+
+    def test_experts_in_range(self):
+        assert in_range(torch.tensor([-2, -1, 0, 3, 4]), 4).tolist() == [False, False, True, True, False]
+
+    def test_where_experts_go(self):
+        """To the most similar primary one, the first of equals; below the threshold, or where none is, nowhere."""
+        similarity = torch.tensor([[1.0, 0.5, 0.5, 0.9], [0.2, 1, 0.3, 1], [0.4, math.nan, 1, 1], [0, 0.1, 0.7, 1]])
+        primary = torch.tensor([False, True, True, False])
+        assert expert_map(similarity, primary, 0.0).tolist() == [1, 1, 2, 2]
+        assert expert_map(similarity, primary, 0.5).tolist() == [1, 1, 2, 2]
+        assert expert_map(similarity, primary, 0.6).tolist() == [0, 1, 2, 2]
+        assert expert_map(similarity, torch.zeros(4, dtype=torch.bool), 0.0).tolist() == [0, 1, 2, 3]
+        assert expert_map(torch.full((2, 2), -math.inf), torch.tensor([True, False]), 0.0).tolist() == [0, 1]
+        assert expert_map(torch.full((2, 2), -0.5), torch.tensor([True, False]), 0.0).tolist() == [0, 0]
+
+    def test_a_map_leaves_other_numbers(self):
+        ids = torch.tensor([[2, -1, 5], [0, 3, 1]], dtype=torch.int32)
+        mapped = apply_map(ids, torch.tensor([1, 1, 0]))
+        assert mapped.tolist() == [[0, -1, 5], [1, 3, 1]]
+        assert mapped.dtype == torch.int32
+
+    def test_leading_tokens(self):
+        assert leading_tokens(4, torch.tensor([2])).tolist() == [True, True, False, False]
+        assert leading_tokens(3, torch.tensor([0])).tolist() == [False] * 3
+
+    @pytest.mark.parametrize(
+        ("select", "least", "most", "primary"),
+        [
+            (1, 0, 0, [0]), (2, 0, 0, [0, 1, 2]), (3, 0, 0, [0, 1, 2, 3]),
+            (1, 1, 0, [0]), (1, 2, 0, [0, 1, 2]), (1, 4, 0, [0, 1, 2, 3]), (1, 5, 0, list(range(6))),
+            (1, 0, 1, [0]), (1, 0, 2, [0]), (1, 0, 3, [0, 1, 2]), (2, 0, 1, [0, 1, 2]), (1, 0, 4, [0, 1, 2, 3]),
+            (1, 0, 5, [0, 1, 2, 3]), (1, 0, 6, list(range(6))), (1, 3, 1, [0, 1, 2]), (1, 9, 1, list(range(6))),
+            (3, 0, 1, [0, 1, 2, 3]),
+        ],
+    )  # fmt: skip
+    def test_primary_experts(self, select, least, most, primary):
+        """Slots name 0; 1 and 2; 3 and 0; 4 and 5: S is widened, never narrowed, and at K every expert stays."""
+        ids = torch.tensor([[0, 1, 3, 4], [0, 2, 0, 5]])
+        for named in (named_by_scatter, named_by_comparison):
+            found = primary_experts(ids, 6, select, least, None, most, named)
+            assert found.nonzero().flatten().tolist() == primary
+            padded = primary_experts(
+                torch.cat([ids, torch.full((1, 4), 5)]), 6, select, least, torch.tensor([True, True, False]), most
+            )
+            assert torch.equal(padded, found)
+
+    @pytest.mark.parametrize("least", [0, 2])
+    def test_padding_alone_has_no_primary_expert(self, least):
+        """But where some are asked for: then all stay."""
+        found = primary_experts(torch.tensor([[0, 1, 2]]), 4, 1, least, torch.tensor([False]))
+        assert found.tolist() == [least > 0] * 4
+
+    def test_no_slot_to_re_route_is_a_fresh_copy(self):
+        ids = torch.arange(8).view(4, 2).T
+        for select in (-1, 0, 4, 5):
+            copy = reroute_reference(ids, torch.rand(8, 8), select)
+            assert torch.equal(copy, ids)
+            assert copy.is_contiguous()
+            assert copy.data_ptr() != ids.data_ptr()
+        assert not torch.equal(reroute_reference(ids, torch.rand(8, 8), 1), ids)
+
+    def test_masks_and_numbers_of_tokens_together(self):
+        """A row makes primaries where neither leaves it out; behind the real ones nothing changes."""
+        ids, similarity = (
+            torch.tensor([[0, 3], [1, 3], [2, 3], [0, 3]]),
+            torch.tensor([[1.0] * 4] * 3 + [[0.1, 0.5, 0.9, 1]]),
+        )
+        mask, real = torch.tensor([True, False, True, True]), torch.tensor([3])
+        assert reroute_reference(ids, similarity, 1)[:, 1].tolist() == [2] * 4
+        assert reroute_reference(ids, similarity, 1, real_tokens=torch.tensor([2]))[:, 1].tolist() == [1, 1, 3, 3]
+        assert reroute_reference(ids, similarity, 1, token_mask=~mask)[:, 1].tolist() == [1] * 4
+        found = reroute_reference(ids, similarity, 1, token_mask=mask, real_tokens=real)
+        assert found[:, 1].tolist() == [2, 2, 2, 3]
+        found = reroute_reference(ids, similarity, 1, token_mask=mask, real_tokens=torch.tensor([2]))
+        assert found.tolist() == [[0, 0], [0, 0], [2, 3], [0, 3]]
+
+    @pytest.mark.parametrize("options", [(1,), (1, 0.5, 2), (1, 0.5, 2, None, 3)], ids=str)
+    @pytest.mark.parametrize("named", [named_by_scatter, named_by_comparison])
+    def test_tensors_on_another_device(self, options, named):
+        ids, matrix = torch.zeros(4, 3, dtype=torch.int64, device="meta"), torch.rand(6, 6, device="meta")
+        found = reroute_reference(ids, matrix, *options, real_tokens=torch.ones(1).long().to("meta"), named=named)
+        assert found.device.type == "meta"
 
 
 @pytest.mark.parametrize("structure", [s for s in STRUCTURES if not identity_structure(s)], ids=str)

@@ -309,3 +309,12 @@ def test_cuda_graph_replay():
         weights.copy_(case.weights.reshape(-1, 8))
         graph.replay()
         torch.testing.assert_close(result, reroute_merged_reference(ids, weights, first.similarity, 2))
+
+
+def test_the_reference_on_another_device():
+    """Everything that it makes is where its tensors are."""
+    ids, weights = torch.zeros(4, 3, dtype=torch.int64, device="meta"), torch.rand(4, 3, device="meta")
+    real = torch.ones(4, dtype=torch.bool, device="meta")
+    found = reroute_merged_reference(ids, weights, torch.rand(6, 6, device="meta"), 1, 0.1, 2, real)
+    assert [x.device.type for x in found] == ["meta"] * 2
+    assert [x.dtype for x in found] == [torch.int64, torch.float32]

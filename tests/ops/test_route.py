@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sere_compile.ops import fill, reroute, route
-from sere_compile.ops.route.reference import Rerouting, Scoring, projected
+from sere_compile.ops.route.reference import Rerouting, Scoring, projected, route_reference
 
 from ..thinned import thinned
 from .cases import poisoned_memory
@@ -292,3 +292,24 @@ def test_what_re_routes():
             {"similarity": matrix},
         )
     ] == [False, True, True, False, False]
+
+
+def test_the_reference_takes_the_first_of_many_equals():
+    """A sort that is not stable mixes equals from sixteen on; in one dimension and in three."""
+    scoring = Scoring(3, "none", num_groups=20, top_groups=2)
+    for shape in ((40,), (2, 3, 40)):
+        for options in (scoring, Scoring(3, "none")):
+            weights, ids = route_reference(torch.ones(shape), None, options, Rerouting())
+            assert ids.shape == weights.shape == (*shape[:-1], 3)
+            assert (ids == torch.arange(3)).all()
+    many = torch.zeros(4000)
+    many[::7] = 1
+    assert route_reference(many, None, Scoring(5, "none"), Rerouting())[1].tolist() == [0, 7, 14, 21, 28]
+
+
+def test_groups_in_three_dimensions():
+    scores = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
+    scoring = Scoring(4, "none", num_groups=4, top_groups=2, outside_zero=False)
+    _, ids = route_reference(scores, None, scoring, Rerouting())
+    _, flat = route_reference(scores.view(6, 12), None, scoring, Rerouting())
+    assert torch.equal(ids.view(6, 4), flat)

@@ -13,6 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from sere_compile.passes import Evidence, RoutingSettings, SkipReason, find_gates, reroute_dispatch
 from sere_compile.passes.graph import nodes
 
+from .graph.written import Written
 from .moe_modules import (
     EXPERTS,
     HIDDEN,
@@ -422,3 +423,21 @@ def test_hash_routing_is_named(dispatches):
     graph = make_fx(HashRouted(dispatches))(rows(), torch.arange(len(rows())) % 11)
     reasons = [(skip.reason, skip.evidence) for skip in find_gates(graph).skips]
     assert reasons == ([(SkipReason.HASH, Evidence.DISPATCH)] if dispatches else [])
+
+
+def test_the_largest_number_of_experts_that_fits():
+    """With more columns than experts: of the numbers that ids are compared with the largest that reaches experts."""
+    w = Written()
+    x = w.given(4, 6)
+    scores = w.call(torch.softmax, w.call(torch.nn.functional.linear, x, w.weight(10, 6)), -1)
+    values, ids = w.top_k(scores, 2)
+    for limit in (4, 8):
+        w.call(torch.ge, ids, limit)
+    rows = w.call("view", x, 4, 1, 1, 6)
+    clamped = w.call(torch.clamp, ids, 0, 7)
+    outputs = [w.call(torch.matmul, rows, w.pick(w.weight(8, 6, 6), clamped))]
+    outputs.append(w.call(torch.matmul, rows, w.pick(w.weight(4, 6, 6), w.call(torch.clamp, ids, 0, 3))))
+    weighed = [w.mul(w.call("squeeze", y, 2), w.column(values)) for y in outputs]
+    w.give(*weighed)
+    found = find_gates(torch.fx.GraphModule(torch.nn.Module(), w.graph))
+    assert [gate.num_experts for gate in found.gates] == [8], found.skips

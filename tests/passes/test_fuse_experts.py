@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sere_compile.passes import DispatchRegion, Gate, extract_dispatch, find_gates, fuse_experts
+from sere_compile.passes import DispatchRegion, Gate, SkipReason, extract_dispatch, find_gates, fuse_experts
+from sere_compile.passes.fuse_experts import (
+    _activations,
+    _candidates,
+    _hidden,
+    _outside,
+    _random_experts,
+    _result,
+    _routes,
+    _why_no_candidate,
+)
 from sere_compile.passes.graph.nodes import kind
+
+from .graph.written import Written
 
 E, K, H, INNER, T = 8, 2, 24, 16, 12
 
@@ -241,3 +255,213 @@ def test_a_write_to_the_hidden_states_stays():
 
     _, _, gate = trace(Writes(), torch.randn(T, H))
     assert "shared with the rest of the graph (at mul_" in str(lower(gate))
+
+
+class Region(Written):
+    """A dispatch region, written by hand: [T, K] ids and weights, matrices of E experts, what is computed."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.hidden = self.given(T, H)
+        self.ids, self.weights = self.input(torch.zeros(T, K, dtype=torch.int64)), self.given(T, K)
+        self.activations, self.inputs = (self.hidden,), tuple(self.weight(*sizes) for sizes in tensors)
+        self.inside, self.output = [], None
+
+    def does(self, *operations, result=(T, H), dtype=torch.float32):
+        """Operations on floating-point numbers, a product of matrices among them, and the result."""
+        rows = self.given(2, 3, 4)
+        self.inside = [self.call(torch.bmm, rows, self.given(2, 4, 3))]
+        self.inside += [self.call(operation, rows, **options) for operation, options in operations]
+        self.output = self.call("to", self.given(*result), dtype)
+        self.inside.append(self.output)
+        return self
+
+
+UP, DOWN, GATED = (E, INNER, H), (E, H, INNER), (E, 2 * INNER, H)
+RELU = (torch.relu, {})
+
+
+class TestCandidates:
+    """What a region's tensors and operations leave."""
+
+    @pytest.mark.parametrize(
+        ("tensors", "layers"),
+        [
+            ([UP, DOWN], [("relu", False, False, 0, 1, None, None)]),
+            ([DOWN, UP], [("relu", False, False, 1, 0, None, None)]),
+            ([GATED, DOWN], [("relu_glu", turns, False, 0, 1, None, None) for turns in (False, True)]),
+            ([(E, H, INNER), (E, INNER, H)], None),
+            ([UP, DOWN, (E, INNER)], [("relu", False, False, 0, 1, 2, None)]),
+            ([UP, DOWN, (E, H)], [("relu", False, False, 0, 1, None, 2)]),
+            ([UP, DOWN, (E, H), (E, INNER)], [("relu", False, False, 0, 1, 3, 2)]),
+            ([UP, DOWN, (E, 5)], []),
+            ([UP, DOWN, (E,)], []),
+            ([UP, DOWN, (E, H), (E, H), (E, INNER)], []),
+            ([UP], []),
+            ([UP, DOWN, DOWN], []),
+            ([UP, (E + 1, H, INNER)], []),
+            ([UP, (E, H, INNER + 1)], []),
+            ([(E, INNER, H + 1), DOWN], []),
+        ],
+    )  # fmt: skip
+    def test_by_sizes(self, tensors, layers):
+        region = Region(*tensors).does(RELU)
+        place = {node: number for number, node in enumerate(region.inputs)}
+        found = [
+            (
+                c.activation,
+                c.interleaved,
+                c.transposed,
+                *map(place.get, (c.gate_up, c.down, c.gate_up_bias, c.down_bias)),
+            )
+            for c in _candidates(region, region.hidden)
+        ]
+        if layers is None:  # turned as well as exchanged
+            layers = [("relu", False, True, 0, 1, None, None), ("relu", False, False, 1, 0, None, None)]
+        else:
+            found = [layer for layer in found if not layer[2]]
+        assert sorted(found, key=str) == sorted(layers, key=str)
+
+    def test_of_another_type(self):
+        region = Region(UP, DOWN).does(RELU)
+        assert list(_candidates(region, region.input(torch.zeros(T, H).half()))) == []
+
+    @pytest.mark.parametrize(
+        ("operations", "names"),
+        [
+            ([RELU], ["relu_glu", "relu"]),
+            ([RELU, (torch.square, {})], ["relu2_glu", "relu2"]),
+            ([(F.silu, {})], ["silu_glu", "silu"]),
+            ([(torch.sigmoid, {})], ["silu_glu", "silu"]),
+            ([(F.gelu, {})], ["gelu_glu", "gelu"]),
+            ([(F.gelu, {"approximate": "none"})], ["gelu_glu", "gelu"]),
+            ([(F.gelu, {"approximate": "tanh"})], ["gelu_tanh_glu", "gelu_tanh"]),
+            ([(torch.tanh, {})], ["gelu_tanh_glu", "gelu_tanh"]),
+            ([(torch.sigmoid, {}), (torch.clamp, {"max": 7.0}), (torch.mul, {"other": 1.702})], ["gpt_oss"]),
+            ([(torch.sigmoid, {}), (torch.clamp, {"max": 7.0}), (torch.mul, {"other": 1.5})], []),
+            ([(torch.sigmoid, {}), (torch.clamp, {"max": 6.0}), (torch.mul, {"other": 1.702})], []),
+            ([RELU, (torch.erf, {})], []),
+            ([], []),
+        ],
+    )
+    def test_by_operations(self, operations, names):
+        region = Region(UP, DOWN).does(*operations)
+        region.inside = region.inside[:-1]
+        assert _activations(region) == names
+        region.inside = region.inside[1:]
+        assert _activations(region) == [], "without a product of matrices"
+
+    def test_ids_are_no_part_of_an_activation(self):
+        region = Region(UP, DOWN).does(RELU)
+        region.inside = [*region.inside[:-1], region.call(torch.clamp, region.ids, 0), region.hidden]
+        assert _activations(region) == ["relu_glu", "relu"]
+
+    def test_why_there_is_none(self):
+        region = Region(UP, DOWN).does((torch.erf, {}), (torch.cos, {}))
+        skip = _why_no_candidate(region)
+        assert (skip.reason, skip.node) == (SkipReason.NO_EXPERT_LAYER, region.output)
+        assert skip.detail == f"tensors {[list(UP), list(DOWN)]}, operations (cos, erf)"
+        region.inside = region.inside[1:]
+        assert _why_no_candidate(region).reason is SkipReason.NOT_BATCHED
+
+
+class TestHidden:
+    """The node that the operator reads for the hidden states [T, H]."""
+
+    def test_it_is_what_the_region_reads(self):
+        region = Region(UP, DOWN).does(RELU)
+        assert _hidden(region) is region.hidden
+
+    def test_several_or_none(self):
+        region = Region(UP, DOWN).does(RELU)
+        for activations in ((), (region.hidden, region.weights)):
+            region.activations = activations
+            skip = _hidden(region)
+            assert skip.reason is SkipReason.READS_OTHERS
+            assert skip.detail == f"{len(activations)} besides ids and weights, expected one"
+
+    @pytest.mark.parametrize("name", ["ids", "weights", "output"])
+    def test_more_dimensions(self, name):
+        region = Region(UP, DOWN).does(RELU)
+        setattr(region, name, region.given(2, T // 2, K))
+        skip = _hidden(region)
+        assert (skip.reason, skip.detail) == (SkipReason.SHAPES, "its dispatch is not over [T, K]")
+
+    def test_other_weights_than_ids(self):
+        region = Region(UP, DOWN).does(RELU)
+        region.weights = region.given(T, K + 1)
+        assert _hidden(region).detail == "its dispatch is not over [T, K]"
+
+    def test_views_and_casts_of_it(self):
+        """That stand in front of the result, and of what reads the hidden states alone."""
+        region = Region(UP, DOWN)
+        region.activations = (region.input(torch.zeros(2, T // 2, H).half()),)
+        region.call("view", region.activations[0], -1)
+        cast = region.call("float", region.call("view", region.activations[0], T, H))
+        region.does(RELU)
+        assert _hidden(region) is cast
+        region = Region(UP, DOWN).does(RELU)
+        region.activations = (region.input(torch.zeros(2, T // 2, H)),)
+        region.call("view", region.activations[0], T, H)
+        skip = _hidden(region)
+        assert (skip.reason, skip.node) == (SkipReason.SHAPES, region.activations[0])
+        assert skip.detail == "its hidden states are not [T, H] in the dtype of its result"
+
+    def test_the_cast_of_the_result(self):
+        """It is part of what is replaced where it alone reads it."""
+        region = Region(UP, DOWN).does(RELU)
+        assert _result(region) is region.output
+        cast = region.call("half", region.output)
+        assert _result(region) is cast
+        region.call(torch.exp, region.output)
+        assert _result(region) is region.output
+        region = Region(UP, DOWN).does(RELU)
+        region.call("view", region.output, -1)
+        assert _result(region) is region.output
+        region = Region(UP, DOWN).does(RELU)
+        region.call(torch.exp, region.output)
+        assert _result(region) is region.output
+
+    def test_a_type_that_no_operator_has(self):
+        region = Region(UP, DOWN)
+        region.activations = (region.input(torch.zeros(T, H).double()),)
+        region.does(RELU, dtype=torch.float64)
+        skip = _hidden(region)
+        assert (skip.reason, skip.detail) == (SkipReason.DTYPE, "torch.float64")
+
+
+class TestWhatIsMadeUp:
+    def test_ids_of_experts_then_every_value_outside(self):
+        generator = torch.Generator().manual_seed(0)
+        found = list(_routes(4, (-1, 4, 5, 6, 7), (2, 2), generator))
+        assert [ids.shape for ids in found] == [(2, 2)] * 3
+        assert ((found[0] >= 0) & (found[0] < 4)).all()
+        assert found[1].flatten().tolist() == [-1, 4, 5, 6]
+        assert found[2].flatten().tolist() == [7] * 4
+        assert len(list(_routes(4, (), (2, 2), generator))) == 1
+        assert list(_routes(4, (8, 9), (3, 1), generator))[1].flatten().tolist() == [8, 9, 8]
+
+    def test_overlapping_experts(self):
+        """Each begins 64 numbers behind the one before, and keeps the scale of what it multiplies."""
+        weights = _random_experts((5, 40, 90), torch.bfloat16, torch.Generator().manual_seed(0))
+        assert (weights.shape, weights.dtype) == ((5, 40, 90), torch.bfloat16)
+        assert torch.equal(weights[1].flatten()[:-64], weights[0].flatten()[64:])
+        assert weights.untyped_storage().nbytes() == 2 * (40 * 90 + 4 * 64)
+        assert weights.float().std().item() == pytest.approx(40**-0.5, rel=0.1)
+
+    @pytest.mark.parametrize(
+        ("write", "outside"),
+        [
+            (lambda w, ids: ids, ()),
+            (lambda w, ids: w.call(torch.where, w.input(torch.ones(T, 1) > 0), ids, -1), (-1,)),
+            (lambda w, ids: w.call("masked_fill", ids, w.input(torch.ones(T, 1) > 0), -3), (-3,)),
+            (lambda w, ids: w.call("masked_fill", ids, w.input(torch.ones(T, 1) > 0), w.input(torch.tensor(1))), ()),
+        ],
+        ids=["none", "where", "masked", "unknown"],
+    )
+    def test_ids_of_no_expert(self, write, outside):
+        for columns in (E, E + 2):
+            w = Written()
+            best = w.call(torch.topk, w.given(T, columns), K)
+            gate = types.SimpleNamespace(selection=best, ids=write(w, w.pick(best, 1)), num_experts=E)
+            assert _outside(gate) == (*outside, *range(E, columns))

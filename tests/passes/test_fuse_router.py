@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sere_compile.passes import Gate, Skip, fuse_router
+from sere_compile.passes.fuse_router import _agree, _draw, _logits, _widen
 from sere_compile.passes.graph.nodes import kind
 
+from .graph.written import Written
 from .test_fuse_experts import E, H, K, Layer, T, trace
 
 
@@ -280,3 +284,75 @@ def test_what_it_does_not_compute_stays(route, reason):
     assert isinstance(found, Skip)
     assert reason in str(found)
     assert [node.name for node in graph.graph.nodes] == before
+
+
+class TestWhatIsCompared:
+    def test_made_up_logits(self):
+        """In an order of their own, an eighth apart, distinct in bfloat16 as far as a selection can reach."""
+        for shape in ((50, 9), (2, 25, 9)):
+            logits = _logits(shape, torch.Generator().manual_seed(0))
+            assert logits.shape == shape
+            assert [sorted(row, reverse=True) for row in logits.view(-1, 9).tolist()] == [
+                [4 - n / 8 for n in range(9)]
+            ] * 50
+            assert len({tuple(row) for row in logits.view(-1, 9).tolist()}) > 40
+            assert torch.equal(logits, _logits(shape, torch.Generator().manual_seed(0)))
+        assert _logits((3, 100), torch.Generator().manual_seed(0)).min() == 4 - 64 / 8
+
+    def test_agreement(self):
+        """Of the experts and of each one's weight, in whatever order."""
+        weights, ids = torch.tensor([[0.5, 0.25], [1.0, 2.0]]), torch.tensor([[3, 1], [0, 2]])
+        theirs, order = (weights, ids), ids.sort(-1).indices
+        assert _agree(theirs, order, (weights, ids), exact=True)
+        assert _agree(theirs, order, (weights.flip(-1), ids.flip(-1)), exact=True)
+        assert not _agree(theirs, order, (weights.flip(-1), ids), exact=False)
+        assert not _agree(theirs, order, (weights, ids.roll(1, 0)), exact=False)
+        assert not _agree(theirs, order, (weights[:, :1], ids[:, :1]), exact=False)
+        assert not _agree(theirs, order, (weights[:, :1], ids), exact=False)
+        assert _agree(theirs, order, (weights * (1 + 5e-5), ids), exact=False)
+        assert not _agree(theirs, order, (weights * (1 + 5e-5), ids), exact=True)
+        assert not _agree(theirs, order, (weights * 1.001, ids), exact=False)
+
+    @pytest.mark.parametrize(("scoring", "has_bias"), [("softmax", False), ("sigmoid", True), ("none", True)])
+    @pytest.mark.parametrize("groups", [1, 4])
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_draws(self, scoring, has_bias, groups, exact):
+        """Now and then below 0 where groups are closed, by the bias if the scores cannot be; some tiny."""
+        w = Written()
+        logits, bias = w.input(torch.zeros(5, 8).bfloat16()), w.input(torch.zeros(8).half())
+        chain = types.SimpleNamespace(logits=logits, inputs=(bias,))
+        candidate = types.SimpleNamespace(
+            bias=bias if has_bias else None, scoring=types.SimpleNamespace(scoring=scoring, num_groups=groups)
+        )
+        by_bias = has_bias and scoring == "sigmoid"
+        for draw in range(5):
+            generator = torch.Generator().manual_seed(draw)
+            made, values = _draw(chain, candidate, draw, {}, generator, exact=exact)
+            assert made.dtype == (torch.float32 if exact else torch.bfloat16)
+            assert values[bias].dtype == (torch.float32 if exact else torch.half)
+            negative = groups > 1 and draw % 2 == 1
+            top = 4 - 4.25 * (negative and not by_bias) - 48 * (exact and draw % 4 == 2)
+            assert made.max().item() == pytest.approx(top, abs=0.2)
+            low = -2.0 * (negative and by_bias)
+            assert ((values[bias] >= low) & (values[bias] <= low + 0.1251)).all()
+            assert len(values[bias].unique()) > 1
+
+    def test_sizes_among_the_inputs(self):
+        w = Written()
+        logits, size = w.input(torch.zeros(5, 8)), w.input(5)
+        chain = types.SimpleNamespace(logits=logits, inputs=(size,))
+        candidate = types.SimpleNamespace(bias=None, scoring=types.SimpleNamespace(scoring="softmax", num_groups=1))
+        assert _draw(chain, candidate, 0, {size: 7}, torch.Generator(), exact=False)[1] == {size: 7}
+
+    def test_casts_to_16_bits_are_widened(self):
+        w = Written()
+        x = w.given(2, 3)
+        softmax = w.call(torch.ops.aten._softmax.default, x, -1, False)
+        softmax.args = (x, -1, True)
+        casts = [w.call("to", x, torch.bfloat16), w.call("to", x, dtype=torch.float16), w.call("half", x)]
+        casts += [w.call("bfloat16", x), w.call("to", x, torch.float64), w.call("double", x)]
+        for node in (softmax, *casts):
+            _widen(node)
+        assert softmax.args[2] is False
+        assert [node.target for node in casts] == ["to", "to", "float", "float", "to", "double"]
+        assert [casts[0].args[1], casts[1].kwargs["dtype"], casts[4].args[1]] == [torch.float32] * 2 + [torch.float64]

@@ -9,6 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 
 from sere_compile.passes import PackedAttention, pack_gqa
 from sere_compile.passes.graph.nodes import kind
+from sere_compile.passes.pack_gqa import _is_one_token, _leads_to, _may_write, _refusal, _source
+
+from .graph import written
 
 HEADS, GROUPS, WIDTH, LENGTH, BATCH = 8, 2, 4, 6, 3
 COPIES = HEADS // GROUPS
@@ -264,3 +267,160 @@ def test_no_less_exact_on_a_gpu(dtype):
             for found in (rows.flatten(1, 2).unsqueeze(2), attention(q, keys, values, attn_mask=seen))
         ]
         assert errors[0] <= 1.25 * errors[1]
+
+
+def copies_of(w, keys, copies=COPIES, **changes):
+    """Keys [B, G, L, D] in the way that transformers writes; a step may be of other sizes."""
+    batch, heads, *rest = keys.meta["example_value"].shape
+    inserted = w.call("view", keys, *changes.get("inserted", (batch, heads, 1, *rest)))
+    expanded = w.call("expand", inserted, *changes.get("expanded", (batch, heads, copies, *rest)))
+    return w.call("reshape", expanded, *changes.get("view", (batch, heads * copies, *rest)))
+
+
+class TestCopies:
+    """Whether a node holds each head several times, side by side, and of what."""
+
+    def test_in_five_dimensions(self):
+        w = written.Written()
+        keys = w.given(BATCH, GROUPS, LENGTH, WIDTH)
+        copy = copies_of(w, keys)
+        assert _source(copy) == (keys, COPIES)
+        assert _source(w.call("contiguous", w.call("clone", copy))) == (keys, COPIES)
+        expanded = w.call("expand", w.call(torch.unsqueeze, keys, 2), -1, -1, COPIES, -1, -1)
+        assert _source(w.call("flatten", w.call("contiguous", expanded), 1, 2)) == (keys, COPIES)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"copies": 1},
+            {"view": (BATCH, GROUPS, COPIES * LENGTH, WIDTH)},
+            {"view": (BATCH * GROUPS, COPIES, LENGTH, WIDTH)},
+            {"view": (BATCH, GROUPS * COPIES, LENGTH * WIDTH)},
+            {"inserted": (BATCH, 1, GROUPS, LENGTH, WIDTH), "expanded": (BATCH, COPIES, GROUPS, LENGTH, WIDTH)},
+            {"inserted": (BATCH, GROUPS, LENGTH, WIDTH), "expanded": (COPIES, BATCH, GROUPS, LENGTH, WIDTH)},
+            {"inserted": (BATCH, GROUPS, 1, WIDTH, LENGTH), "expanded": (BATCH, GROUPS, COPIES, WIDTH, LENGTH)},
+        ],
+        ids=["one", "along", "across tokens", "flat", "in front", "of all", "turned"],
+    )
+    def test_other_copies(self, changes):
+        w = written.Written()
+        assert _source(copies_of(w, w.given(BATCH, GROUPS, LENGTH, WIDTH), **changes)) is None
+
+    def test_other_operations(self):
+        w = written.Written()
+        keys = w.given(BATCH, GROUPS, LENGTH, WIDTH)
+        inserted = w.call("view", keys, BATCH, GROUPS, 1, LENGTH, WIDTH)
+        repeated = w.call("repeat", inserted, 1, 1, COPIES, 1, 1)
+        assert _source(w.call("reshape", repeated, BATCH, HEADS, LENGTH, WIDTH)) is None
+        assert _source(keys) is None
+        assert _source(None) is None
+        assert _source(w.call(torch.exp, copies_of(w, keys))) is None
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs", "found"),
+        [
+            ((COPIES, 1), {}, True), ((COPIES,), {"dim": 1}, True), ((), {"repeats": COPIES, "dim": -3}, True),
+            ((COPIES, 2), {}, False), ((COPIES, 0), {}, False), ((COPIES,), {}, False), ((1, 1), {}, False),
+        ],
+    )  # fmt: skip
+    def test_repeated(self, args, kwargs, found):
+        w = written.Written()
+        keys = w.given(BATCH, GROUPS, LENGTH, WIDTH)
+        node = w.call("repeat_interleave", keys, *args, **kwargs)
+        assert _source(node) == ((keys, COPIES) if found else None)
+
+    def test_repeated_by_numbers_that_are_computed(self):
+        w = written.Written()
+        keys = w.given(BATCH, GROUPS, LENGTH, WIDTH)
+        each = w.input(torch.full((GROUPS,), COPIES))
+        assert _source(w.call("repeat_interleave", keys, each, 1)) is None
+        assert _source(w.call("repeat_interleave", w.given(BATCH, GROUPS, WIDTH), COPIES, 1)) is None
+
+
+class TestAttention:
+    """What of a call is looked at besides its keys."""
+
+    @staticmethod
+    def call(queries=(BATCH, HEADS, 1, WIDTH), mask=None, **options):
+        w = written.Written()
+        keys, values = (w.given(BATCH, GROUPS, LENGTH, WIDTH) for _ in range(2))
+        query = w.given(*queries)
+        mask = None if mask is None else w.given(*mask)
+        copies = copies_of(w, keys), copies_of(w, values)
+        node = w.graph.call_function(attention, (query, *copies, mask), options)
+        return w, node, (keys, COPIES), (values, COPIES)
+
+    @pytest.mark.parametrize(
+        ("sizes", "one"),
+        [((3, 8, 1, 4), True), ((3, 8, 2, 4), False), ((8, 1, 4), False), ((1, 3, 8, 1, 4), False)],
+    )
+    def test_one_token(self, sizes, one):
+        assert _is_one_token(self.call(sizes)[1]) is one
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({}, ""),
+            ({"dropout_p": 0.0, "is_causal": False, "enable_gqa": False, "scale": 0.3}, ""),
+            ({"dropout_p": 0.1}, "dropout_p is 0.1"),
+            ({"is_causal": True}, "is_causal is True"),
+            ({"enable_gqa": True}, "enable_gqa is True"),
+            ({"queries": (BATCH, HEADS * 2, 1, WIDTH)}, "its queries have other heads than its keys"),
+            ({"mask": (BATCH, 1, 1, LENGTH)}, ""),
+            ({"mask": (1, LENGTH)}, ""),
+            ({"mask": (LENGTH,)}, ""),
+            ({"mask": (BATCH, HEADS, 1, LENGTH)}, f"its mask {(BATCH, HEADS, 1, LENGTH)} differs from head to head"),
+            ({"mask": (HEADS, 1, LENGTH)}, f"its mask {(HEADS, 1, LENGTH)} differs from head to head"),
+            ({"mask": (1, 2, LENGTH)}, f"its mask {(1, 2, LENGTH)} differs from head to head"),
+        ],
+        ids=str,
+    )
+    def test_refusals(self, options, reason):
+        _, node, key, value = self.call(**options)
+        assert _refusal(node, key, value) == reason
+
+    def test_by_position(self):
+        _, node, key, value = self.call()
+        node.args = (*node.args, 0.0, True)
+        assert _refusal(node, key, value) == "is_causal is True"
+        node.args = (*node.args, None, True)
+        assert _refusal(node, key, value) == "is_causal is True"
+        node.args = (*node.args[:5], False, None, True)
+        assert _refusal(node, key, value) == "enable_gqa is True"
+        node.args = (*node.args[:4], 0.5)
+        assert _refusal(node, key, value) == "dropout_p is 0.5"
+
+    @pytest.mark.parametrize("name", ["key", "value"])
+    def test_what_stands_in_between(self, name):
+        """Whatever could write ends it; what runs before the copying does not."""
+        for target, changes in (("contiguous", False), ("add_", True), (opaque, True)):
+            w, node, key, value = self.call()
+            source = (key if name == "key" else value)[0]
+            copy = node.args[1 if name == "key" else 2]
+            with w.graph.inserting_after(copy):
+                make = w.graph.call_method if isinstance(target, str) else w.graph.call_function
+                make(target, (source, 1) if target == "add_" else (source,))
+            assert ("may change what was copied" in _refusal(node, key, value)) is changes
+
+    def test_what_may_write(self):
+        w = written.Written()
+        x = w.given(2)
+        assert not _may_write(x)
+        assert not _may_write(w.graph.get_attr("weight"))
+        assert not _may_write(w.call("view", x, 1, 2))
+        assert _may_write(w.call("add_", x, 1))
+        assert _may_write(w.call(opaque, x))
+
+    def test_what_leads_to_a_copy(self):
+        w = written.Written()
+        keys = w.given(BATCH, GROUPS, LENGTH, WIDTH)
+        copy = copies_of(w, keys)
+        other = w.call(torch.exp, keys)
+        assert _leads_to(keys, copy)
+        assert _leads_to(copy, copy)
+        assert not _leads_to(other, copy)
+        assert not _leads_to(copy, keys)
+
+
+def opaque(x):
+    return x * 1

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import types
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from sere_compile.passes import (
     PIPELINE,
     Gate,
     Proof,
+    Rewrite,
     RoutingSettings,
     Run,
     Skip,
     SkipReason,
     extract_dispatch,
+    pipeline,
     run_pipeline,
 )
 from sere_compile.passes.graph.nodes import kind
@@ -255,3 +258,99 @@ class TestWhatARunSays:
         assert found.readers == readers
         found.weighed = Proof(gate, True, readers[:1], frozenset(), "shown")
         assert found.readers == readers[:1]
+
+
+class TestProperties:
+    """Of a run, by hand: what is fused, proven and refused."""
+
+    @staticmethod
+    def run(**state):
+        gate = types.SimpleNamespace(dispatch_uses=("use",), needs_merge=True, weights="weights", ids="ids")
+        given = dict.fromkeys(("settings", "sizes", "device", "prove", "input_for"))
+        return Run(gate=gate, region=None, has_gradients=False, **{**given, **state})
+
+    @staticmethod
+    def proof(uses=("use",), merged=False, readers=("reader",)):
+        return Proof(types.SimpleNamespace(dispatch_uses=uses), merged, readers, frozenset(), "")
+
+    def test_without_a_proof(self):
+        run = self.run()
+        assert (run._is_fused, run.merged, run.readers, run.refused_weights) == (False, True, None, None)
+
+    def test_as_proven(self):
+        run = self.run(proof=self.proof())
+        assert (run._is_fused, run.merged, run.readers) == (False, False, ("reader",))
+        run = self.run(proof=self.proof(), weighed=self.proof(readers=("other",)))
+        assert run.readers == ("other",)
+
+    def test_once_experts_are_one_operator(self):
+        """It takes ids and weights, whatever was proven of what it replaced."""
+        skip = Skip(SkipReason.UNVERIFIED, None)
+        run = self.run(proof=self.proof(uses=("before",)), weighed=skip)
+        assert (run._is_fused, run.merged, run.readers, run.refused_weights) == (True, True, None, None)
+        assert self.run(proof=self.proof(), weighed=skip).refused_weights is skip
+        assert self.run(proof=self.proof(), weighed=self.proof()).refused_weights is None
+
+    def test_what_is_kept(self):
+        run = self.run()
+        skip, rewrite = Skip(SkipReason.UNVERIFIED, None), Rewrite("gate", "ids", merged=False)
+        before = run.gate
+        assert pipeline._keep(run, skip) is skip
+        assert (run.gate, run.rewrite) == (before, None)
+        assert pipeline._keep(run, rewrite) is None
+        assert (run.gate, run.rewrite) == (before, rewrite)
+        assert pipeline._keep(run, "another gate") is None
+        assert (run.gate, run.rewrite) == ("another gate", rewrite)
+
+    @pytest.mark.parametrize(("projecting", "filling"), [(False, False), (True, False), (False, True)])
+    @pytest.mark.parametrize("merged", [False, True])
+    @pytest.mark.parametrize("weights", [None, "weights"])
+    def test_weights_that_change_are_proven_to_matter(self, projecting, filling, merged, weights):
+        asked = []
+
+        def prove(gate, weighing):
+            asked.append(weighing)
+            return self.proof(merged=merged)
+
+        run = self.run(prove=prove, projecting=projecting, filling=filling)
+        run.gate.weights = weights
+        assert pipeline._prove(run) is None
+        weighed = (projecting or filling) and weights is not None
+        assert asked == ([False, True] if weighed and not merged else [False])
+        assert (run.weighed is not None) is weighed
+        assert run.gate is run.proof.gate
+
+    def test_what_joins_the_router(self):
+        refused = Skip(SkipReason.UNVERIFIED, None)
+        assert pipeline._check_joining(self.run(proof=self.proof())) is None
+        assert pipeline._check_joining(self.run(proof=self.proof(), counting=True)).reason is SkipReason.COUNTED
+        assert pipeline._check_joining(self.run(proof=self.proof(merged=True))).reason is SkipReason.MERGES
+        run = self.run(proof=self.proof(), weighed=refused, filling=True)
+        assert pipeline._check_joining(run) is refused
+        run.filling = False
+        assert pipeline._check_joining(run) is None
+
+    def test_what_falls_back(self):
+        refused = Skip(SkipReason.UNVERIFIED, None)
+        run = self.run(weighed=refused)
+        assert pipeline._check_fallback(run) is refused
+        run.filling = True
+        run.refused["fill_dispatch"] = other = Skip(SkipReason.UNVERIFIED, None, "other")
+        assert pipeline._check_fallback(run) is None
+        run.strict = True
+        assert pipeline._check_fallback(run) is other
+        assert pipeline._check_filling(run) is refused
+
+    def test_what_falls_back_has_no_threshold(self, monkeypatch):
+        """That of filling is no similarity."""
+        asked, skip = [], Skip(SkipReason.UNVERIFIED, None)
+        monkeypatch.setattr(
+            pipeline, "reroute_dispatch", lambda gate, *inputs, **how: asked.append((inputs, how)) or skip
+        )
+        run = self.run(settings=RoutingSettings(1, 0.5), input_for=str.upper, proof=self.proof(merged=True))
+        pipeline._reroute_dispatch(run)
+        run.filling, run.projecting = True, True
+        pipeline._reroute_dispatch(run)
+        how = {"merged": True, "readers": ("reader",)}
+        assert asked[0] == (("SIMILARITY", RoutingSettings(1, 0.5), None), how)
+        assert asked[1] == (("SIMILARITY", RoutingSettings(1, 0.0), "PROJECTION"), how)

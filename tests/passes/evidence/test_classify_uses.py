@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sere_compile.passes import UseKind, find_gates
+from sere_compile.passes.evidence.classify_uses import Leaving, classify_uses, load_sizes
+from sere_compile.passes.evidence.selections import find_selections
 from sere_compile.passes.graph import nodes
 
+from ..graph.written import Written
 from ..moe_modules import (
     DUPLICATE_UNSAFE,
     EXPERTS,
@@ -354,3 +357,274 @@ def test_counts_for_a_buffer_beside_ids_that_leave():
     [gate] = find_gates(graph, lambda router, columns: columns).gates
     found = {(nodes.kind(use.consumer), use.kind) for use in gate.uses}
     assert found == {("one_hot", UseKind.STATISTIC), ("output", UseKind.LEAVES)}
+
+
+WIDTH = 5
+
+
+class Classified(Written):
+    """A router by hand whose ids have readers, and what is made of each."""
+
+    def __init__(self, experts=True):
+        super().__init__()
+        self.x = self.given(8, WIDTH)
+        self.stack = self.weight(EXPERTS, WIDTH, WIDTH)
+        self.scale, self.vectors = self.weight(EXPERTS), self.weight(EXPERTS, WIDTH)
+        self.matrices = self.weight(EXPERTS + 1, 2, 2)
+        self.loads = self.input(torch.zeros(EXPERTS))
+        self.projection = self.call(F.linear, self.x, self.weight(EXPERTS, WIDTH))
+        self.scores = self.call(torch.softmax, self.projection, -1)
+        best = self.call(torch.topk, self.scores, TOP_K)
+        self.values, self.ids = self.pick(best, 0), self.pick(best, 1)
+        if experts:
+            rows = self.call("view", self.x, 8, 1, 1, WIDTH)
+            self.dispatch = self.call(torch.matmul, rows, self.pick(self.stack, self.ids))
+
+    def flat(self):
+        """[T * K]."""
+        return self.call("view", self.ids, -1)
+
+    def mask(self):
+        """[T, K, E]."""
+        return self.call(F.one_hot, self.ids, EXPERTS)
+
+    def table(self):
+        """[T, E]."""
+        return self.call(torch.scatter, self.call(torch.zeros_like, self.scores), 1, self.ids, 1.0)
+
+    def uses(self, *results, columns=EXPERTS, experts=EXPERTS, **changes):
+        """All uses, with the graph's results."""
+        self.give(self.values, *results)
+        [selection] = find_selections(self.graph)
+        selection = dataclasses.replace(selection, **changes)
+        return classify_uses(selection, self.projection, experts, columns, Leaving(self.graph))
+
+    def kinds(self, *results, **options):
+        """Kinds by the operation that consumes the ids, without the dispatch to experts."""
+        found = [use for use in self.uses(*results, **options).all if use.consumer.args[0] is not self.stack]
+        return {nodes.kind(use.consumer): use.kind for use in found}
+
+
+# What is done with the ids beside a dispatch: the operation, and the kind of its use.
+BESIDE = {
+    "a look-up": (lambda w: w.call(torch.gather, w.scores, 1, w.ids), "gather", UseKind.LOOK_UP),
+    "a look-up from behind": (lambda w: w.call(torch.gather, w.scores, -1, w.ids), "gather", UseKind.LOOK_UP),
+    "a look-up along": (lambda w: w.call(torch.take_along_dim, w.scores, w.ids, 1), "take_along_dim", UseKind.LOOK_UP),
+    "a look-up by rows": (
+        lambda w: w.pick(w.scores, (w.input(torch.arange(8).view(8, 1)), w.ids)),
+        "index",
+        UseKind.LOOK_UP,
+    ),
+    "rows by ids": (lambda w: w.pick(w.scores, (w.ids, w.input(torch.zeros(8, 1).long()))), "index", UseKind.UNKNOWN),
+    "a look-up in raw logits": (lambda w: w.call(torch.gather, w.projection, 1, w.ids), "gather", UseKind.LOOK_UP),
+    "a look-up of another tensor": (
+        lambda w: w.call(torch.gather, w.call(torch.exp, w.given(8, EXPERTS)), 1, w.ids),
+        "gather",
+        UseKind.UNKNOWN,
+    ),
+    "a look-up over tokens": (lambda w: w.call(torch.gather, w.scores, 0, w.ids), "gather", UseKind.UNKNOWN),
+    "ids that are looked up": (
+        lambda w: w.call(torch.gather, w.ids, 1, w.input(torch.zeros(8, 1).long())),
+        "gather",
+        UseKind.UNKNOWN,
+    ),
+    "a number per expert": (lambda w: w.pick(w.scale, w.ids), "index", UseKind.LOOK_UP),
+    "a number per expert that scales outputs": (
+        lambda w: w.mul(w.column(w.pick(w.scale, w.ids)), w.given(8, TOP_K, 2)),
+        "index",
+        UseKind.EXPERT_INDEX,
+    ),
+    "a vector per expert": (lambda w: w.pick(w.vectors, w.ids), "index", UseKind.EXPERT_INDEX),
+    "an embedding": (lambda w: w.call(F.embedding, w.ids, w.vectors), "embedding", UseKind.EXPERT_INDEX),
+    "a table that is computed": (lambda w: w.pick(w.call(torch.exp, w.scale), w.ids), "index", UseKind.UNKNOWN),
+    "two indices": (lambda w: w.pick(w.weight(EXPERTS, EXPERTS), (w.ids, w.ids)), "index", UseKind.UNKNOWN),
+    "a comparison with E": (lambda w: w.call(torch.ge, w.ids, EXPERTS), "ge", UseKind.LOOK_UP),
+    "a comparison": (lambda w: w.call(torch.ge, w.ids, 3), "ge", UseKind.UNKNOWN),
+    "an unsafe sort": (
+        lambda w: w.call(torch.add, w.pick(w.call(torch.sort, w.flat()), 1), 1),
+        "sort",
+        UseKind.UNKNOWN,
+    ),
+    "a safe sort": (
+        lambda w: w.pick(w.given(24, 2), w.call(torch.argsort, w.flat())),
+        "argsort",
+        UseKind.GROUPED,
+    ),
+    "a count": (lambda w: w.call(torch.bincount, w.flat()), "bincount", UseKind.STATISTIC),
+    "a count that reaches experts": (
+        lambda w: w.mul(w.call("view", w.call(torch.bincount, w.flat(), minlength=8), 8, 1, 1), w.stack),
+        "bincount",
+        UseKind.GROUPED,
+    ),
+    "a load": (lambda w: w.call(torch.sum, w.mask(), (0, 1)), "one_hot", UseKind.STATISTIC),
+    "a load of tokens": (lambda w: w.call(torch.sum, w.call("float", w.mask()), 0), "one_hot", UseKind.STATISTIC),
+    "a load by name": (lambda w: w.call(torch.mean, w.table(), dim=0), "scatter", UseKind.STATISTIC),
+    "a load in all": (lambda w: w.call(torch.sum, w.table()), "scatter", UseKind.STATISTIC),
+    "a load of no dimensions": (lambda w: w.call(torch.sum, w.table(), []), "scatter", UseKind.STATISTIC),
+    "a load of a mean by token": (
+        lambda w: w.call(torch.mean, w.call("float", w.call(torch.sum, w.mask(), 1)), 0),
+        "one_hot",
+        UseKind.STATISTIC,
+    ),
+    "a load that keeps its rows": (lambda w: w.call(torch.sum, w.table(), 0, True), "scatter", UseKind.UNKNOWN),
+    "a load that meets tokens": (lambda w: w.mul(w.call("sum", w.table(), 0), w.scores), "scatter", UseKind.UNKNOWN),
+    "a load that meets a load": (
+        lambda w: w.mul(w.call(torch.sum, w.table(), 0), w.call(torch.mean, w.scores, 0)),
+        "scatter",
+        UseKind.STATISTIC,
+    ),
+    "a mask": (lambda w: w.mask(), "one_hot", UseKind.UNKNOWN),
+    "a mask that meets tokens": (lambda w: w.call(torch.sum, w.mul(w.table(), w.scores)), "scatter", UseKind.UNKNOWN),
+    "a mask that is bent": (lambda w: w.call(torch.sum, w.call(torch.exp, w.table())), "scatter", UseKind.UNKNOWN),
+    "a mask that is clamped": (
+        lambda w: w.call(torch.sum, w.call(torch.clamp, w.table(), 0), 0),
+        "scatter",
+        UseKind.STATISTIC,
+    ),
+    "ids": (lambda w: w.ids, "output", UseKind.LEAVES),
+    "a sum of ids": (lambda w: w.call(torch.sum, w.ids), "sum", UseKind.UNKNOWN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_experts(name):
+    write, operation, kind = BESIDE[name]
+    w = Classified()
+    assert w.kinds(write(w), w.dispatch)[operation] is kind
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (lambda w: w.call(torch.bincount, w.flat()), UseKind.LEAVES),
+        (lambda w: w.call(torch.sum, w.call(torch.bincount, w.flat())), UseKind.LEAVES),
+        (lambda w: w.call(torch.mean, w.call(torch.histc, w.call("float", w.ids), EXPERTS)), UseKind.STATISTIC),
+        (lambda w: w.call("add_", w.loads, w.call(torch.histc, w.call("float", w.ids), EXPERTS)), UseKind.STATISTIC),
+        (lambda w: w.call("neg", w.call(torch.histc, w.call("float", w.ids), EXPERTS)), UseKind.LEAVES),
+        (lambda w: w.call(torch.argsort, w.flat()), UseKind.LEAVES),
+    ],
+    ids=["counts", "a whole number", "a loss", "a buffer", "other numbers", "an order"],
+)
+def test_in_a_graph_without_experts(write, kind):
+    """What leaves beside ids that leave may split rows outside; a loss and a buffer split nothing."""
+    w = Classified(experts=False)
+    found = w.uses(write(w), w.ids)
+    kinds = {nodes.kind(use.consumer): use.kind for use in found.all}
+    assert kinds.pop("output") is UseKind.LEAVES
+    assert list(kinds.values()) == [kind]
+    assert not found.reach
+
+
+def test_a_look_up_of_batched_scores():
+    """By all of its places; the ids have to be those of the experts."""
+    for last, kind in ((True, UseKind.LOOK_UP), (False, UseKind.UNKNOWN)):
+        w = Classified(experts=False)
+        w.x = w.given(2, 4, WIDTH)
+        w.projection = w.call(F.linear, w.x, w.weight(EXPERTS, WIDTH))
+        w.scores = w.call(torch.softmax, w.projection, -1)
+        w.ids = w.pick(w.call(torch.topk, w.scores, TOP_K), 1)
+        rows, columns = (w.input(torch.zeros(2, 4, 1).long()) for _ in range(2))
+        w.pick(w.scores, (rows, columns, w.ids) if last else (rows, w.call("clamp", w.ids, 0, 0), columns))
+        w.give(w.call(torch.neg, w.values))
+        selection = find_selections(w.graph)[-1]
+        uses = classify_uses(selection, w.projection, EXPERTS, EXPERTS, Leaving(w.graph))
+        assert [use.kind for use in uses.all] == [kind]
+
+
+def test_a_number_per_expert_is_no_expert():
+    """Counts beside it may still split rows outside."""
+    w = Classified(experts=False)
+    kinds = w.kinds(w.pick(w.scale, w.ids), w.call(torch.bincount, w.flat()), w.ids)
+    assert (kinds["index"], kinds["bincount"]) == (UseKind.LOOK_UP, UseKind.LEAVES)
+
+
+class TestWhatIsSaidOfAll:
+    def test_experts_behind_a_dispatch(self):
+        w = Classified()
+        assert w.uses(w.dispatch).reach
+        w = Classified()
+        assert not w.uses(w.dispatch, experts=EXPERTS + 1, columns=EXPERTS + 1).reach
+        w = Classified(experts=False)
+        assert not w.uses(w.pick(w.vectors, w.ids)).reach
+        w = Classified(experts=False)
+        weights = w.pick(w.matrices, w.ids)
+        assert not w.uses(w.call(torch.matmul, w.given(2, 2), weights)).reach
+        w = Classified(experts=False)
+        assert not w.uses(w.call(torch.add, w.pick(w.stack, w.ids), 1)).reach
+
+    def test_numbers_that_comparisons_name(self):
+        w = Classified()
+        limits = [w.call(torch.lt, w.ids, 6), w.call(torch.clamp, w.ids, 0, 4)]
+        found = w.uses(*limits, w.dispatch)
+        assert found.compared_with == {6}
+        assert found.entangled is None
+
+    def test_a_loop_over_experts(self):
+        """It reaches them where all have a number and a layer, of as many scores as there are experts."""
+        for columns, reach in ((EXPERTS, True), (EXPERTS + 1, False)):
+            w = Classified(experts=False)
+            outputs = [
+                w.mul(
+                    w.call("any", w.call(torch.eq, w.ids, number), -1, True),
+                    w.call(F.linear, w.x, w.weight(WIDTH, WIDTH)),
+                )
+                for number in range(EXPERTS)
+            ]
+            assert w.uses(*outputs, columns=columns).reach is reach
+
+    def test_sizes_of_a_load(self):
+        w = Classified()
+        w.give(w.dispatch)
+        [selection] = find_selections(w.graph)
+        assert load_sizes(selection) == {1, EXPERTS, EXPERTS * TOP_K}
+
+
+class TestBeforeIdsAreComplete:
+    """Readers of whole ids where a dispatch reads their first columns."""
+
+    def narrowed(self, read):
+        w = Classified(experts=False)
+        best = w.call(torch.topk, w.scores, TOP_K + 1)
+        whole = w.pick(best, 1)
+        ids = w.pick(whole, (slice(None), slice(0, TOP_K)))
+        extra = read(w, whole)
+        y = w.call(torch.matmul, w.call("view", w.x, 8, 1, 1, WIDTH), w.pick(w.stack, ids))
+        w.give(y, *([] if extra is None else [extra]))
+        selection = next(s for s in find_selections(w.graph) if (s.top_k == TOP_K and s.unnarrowed) or s.top_k > TOP_K)
+        selection = dataclasses.replace(selection, ids=(ids,), unnarrowed=(whole,))
+        return classify_uses(selection, w.projection, EXPERTS, EXPERTS, Leaving(w.graph))
+
+    def test_nobody_reads_them(self):
+        found = self.narrowed(lambda w, whole: None)
+        assert [use.kind for use in found.all] == [UseKind.EXPERT_INDEX]
+        assert found.entangled is None
+
+    def test_a_look_up(self):
+        found = self.narrowed(lambda w, whole: w.call(torch.gather, w.scores, 1, whole))
+        assert [use.kind for use in found.all] == [UseKind.EXPERT_INDEX, UseKind.LOOK_UP]
+        assert found.entangled is None
+
+    def test_a_mask_of_scores(self):
+        """It ranks, and what is selected from it is another selection's."""
+
+        def masked(w, whole):
+            rest = w.call(torch.scatter, w.scores, 1, whole, -1.0)
+            return w.pick(w.call(torch.topk, w.call(torch.exp, rest), 2), 0)
+
+        found = self.narrowed(masked)
+        assert [use.kind for use in found.all] == [UseKind.EXPERT_INDEX, UseKind.RANKING]
+        assert found.entangled is None
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda w, whole: w.pick(w.stack, whole),
+            lambda w, whole: w.call(torch.sum, w.call(torch.scatter, w.scores, 1, whole, -1.0), 1),
+            lambda w, whole: w.call(torch.add, whole, 1),
+        ],
+        ids=["experts", "a sum of masked scores", "numbers"],
+    )
+    def test_a_dispatch_by_them(self, read):
+        found = self.narrowed(read)
+        assert found.entangled is not None
+        assert found.entangled in [use.consumer for use in found.all if use.kind is UseKind.RANKING]

@@ -1,5 +1,8 @@
 """`expert_evidence`: what shows that experts stand behind ids, and what only looks like it."""
 
+import operator
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +14,12 @@ from sere_compile.passes.evidence.expert_evidence import (
     numbers_named,
     reaches_experts,
     same_for_every_expert,
+    scales_experts,
+    tells_experts_apart,
 )
 from sere_compile.passes.graph import nodes
 
+from ..graph.written import Written
 from ..moe_modules import (
     EXPERTS,
     TRACERS,
@@ -281,3 +287,345 @@ def test_the_search_ends_after_some_steps():
 
     assert reaches_experts(far(150), EXPERTS)
     assert not reaches_experts(far(250), EXPERTS)
+
+
+TOKENS, WIDTH = 4, 6
+
+
+def used_by(write):
+    """A consumer of ids [T, K], once `write(written, consumer, x)` has said what becomes of its numbers [T, 1]."""
+    w = Written()
+    x, ids = w.given(TOKENS, WIDTH), w.input(torch.zeros(TOKENS, 1, dtype=torch.int64))
+    start = w.call(torch.add, w.call("float", ids), 1)
+    write(w, start, x)
+    return start
+
+
+def meet_experts(w, node, experts=EXPERTS):
+    """Multiplied with weights that are stacked over experts."""
+    return w.call(torch.mul, node, w.weight(experts, 1, 1))
+
+
+# What becomes of the numbers on the way to the experts, and whether these are seen. `e` came in before the ids.
+WAYS_TO_EXPERTS = {
+    "straight": (lambda w, n, e: n, True),
+    "a product with an input": (lambda w, n, e: w.call(torch.matmul, n, e.row), True),
+    "a product with a matrix": (lambda w, n, e: w.call(torch.matmul, n, w.weight(1, WIDTH)), False),
+    "a table of words": (lambda w, n, e: w.call(F.embedding, w.call("long", n), w.weight(20, WIDTH)), False),
+    "a product with a vector": (lambda w, n, e: w.call(torch.matmul, n, w.weight(1)), True),
+    "a scale of every token": (lambda w, n, e: w.call(torch.mul, e.x, n), True),
+    "a scale of other rows": (lambda w, n, e: w.call(torch.mul, e.batches, n), False),
+    "a scale of all": (lambda w, n, e: w.call(torch.mul, e.x, w.call(torch.sum, n)), False),
+    "a division of all": (lambda w, n, e: w.call(torch.div, e.x, w.call(torch.sum, n)), False),
+    "added to hidden states": (lambda w, n, e: w.call(torch.add, e.x, n), False),
+    "taken from hidden states": (lambda w, n, e: w.call(torch.sub, e.x, n), False),
+    "joined with hidden states": (lambda w, n, e: w.call(torch.cat, [e.x, n], 1), False),
+    "added to a number": (lambda w, n, e: w.call(torch.add, n, 2.0), True),
+    "added to one number": (lambda w, n, e: w.call(torch.add, n, e.one), True),
+    "added to each other": (lambda w, n, e: w.call(torch.add, n, w.call(torch.exp, n)), True),
+    "whole numbers added": (lambda w, n, e: w.call(torch.add, w.call("long", n), e.whole), True),
+    "a number for each expert": (
+        lambda w, n, e: w.call(torch.add, w.call("expand", n, TOKENS, EXPERTS), e.scores),
+        True,
+    ),
+}
+
+
+class TestOnTheWayToExperts:
+    @pytest.mark.parametrize("name", WAYS_TO_EXPERTS)
+    def test_ways(self, name):
+        """What becomes part of the hidden states, or meets a matrix of all tokens, says nothing of these experts."""
+        way, seen = WAYS_TO_EXPERTS[name]
+        w = Written()
+        early = types.SimpleNamespace(
+            x=w.given(TOKENS, WIDTH),
+            row=w.given(1, WIDTH),
+            batches=w.given(3, TOKENS, WIDTH),
+            scores=w.given(TOKENS, EXPERTS),
+            one=w.input(torch.tensor(2.0)),
+            whole=w.input(torch.ones(TOKENS, 1, dtype=torch.int64)),
+        )
+        start = w.call(torch.add, w.call("float", w.input(torch.zeros(TOKENS, 1, dtype=torch.int64))), 1)
+        meet_experts(w, w.call(torch.exp, w.call("view", w.call("float", way(w, start, early)), -1)))
+        assert reaches_experts(start, EXPERTS) is seen
+        assert reaches_experts(start, EXPERTS + 1) is False
+
+    def test_any_number_of_experts(self):
+        """Then nothing is known to be data."""
+        start = used_by(lambda w, n, x: meet_experts(w, w.call(torch.add, x, n), 3))
+        assert reaches_experts(start, None)
+        assert not reaches_experts(start, 3)
+
+    def test_flat_weights_are_none(self):
+        assert not reaches_experts(used_by(lambda w, n, x: w.call(torch.mul, n, w.weight(1, EXPERTS))), None)
+        assert not reaches_experts(used_by(lambda w, n, x: w.call(torch.matmul, n, w.weight(1, EXPERTS))), 1)
+        assert not reaches_experts(used_by(lambda w, n, x: w.call(torch.mul, n, w.weight(2, 1, EXPERTS))), EXPERTS)
+
+    def test_a_convolution_is_none(self):
+        def convolved(w, n, x):
+            return w.call(F.conv1d, w.call("view", n, 1, 1, TOKENS), w.weight(EXPERTS, 1, 2))
+
+        assert not reaches_experts(used_by(convolved), EXPERTS)
+
+    @pytest.mark.parametrize(("steps", "seen"), [(198, True), (199, False)])
+    def test_the_last_step_that_is_looked_at(self, steps, seen):
+        def far(w, n, x):
+            for _ in range(steps):
+                n = w.call(torch.sin, n)
+            meet_experts(w, n)
+
+        assert reaches_experts(used_by(far), EXPERTS) is seen
+
+    def test_sizes_of_parts_are_no_distance(self):
+        """One for each expert, of which there may be hundreds, and each is checked."""
+
+        def parts(w, n, x):
+            each = w.graph.call_method("tolist", (w.call("view", n, -1),))
+            for number in range(250):
+                size = w.graph.call_function(operator.getitem, (each, number))
+                w.graph.call_function(torch.ops.aten._assert_scalar.default, (size, "size"))
+            meet_experts(w, w.call(torch.exp, n))
+
+        assert reaches_experts(used_by(parts), EXPERTS)
+
+
+def looked_up(write):
+    """One number per expert at the ids [T, K], and what `write(written, numbers)` makes of it."""
+    w = Written()
+    table, ids = w.weight(EXPERTS), w.input(torch.zeros(TOKENS, 3, dtype=torch.int64))
+    numbers = w.pick(table, ids)
+    write(w, numbers)
+    return numbers
+
+
+def column(w, numbers):
+    return w.call("unsqueeze", numbers, -1)
+
+
+def times_outputs(w, numbers):
+    """Multiplied with rows of two numbers per slot."""
+    return w.call(torch.mul, column(w, numbers), w.given(TOKENS, 3, 2))
+
+
+def doubled(w, numbers, times):
+    for _ in range(times):
+        numbers = w.call(torch.mul, numbers, 2)
+    return numbers
+
+
+def slots(w):
+    return w.input(torch.zeros(TOKENS, 3, dtype=torch.int64))
+
+
+# What is made of a number per expert, and whether it scales what experts give.
+NUMBERS = {
+    "outputs": (times_outputs, True),
+    "outputs divided": (lambda w, n: w.call(torch.div, w.given(TOKENS, 3, WIDTH), w.call("view", n, -1, 3, 1)), True),
+    "repeated": (lambda w, n: w.call(torch.mul, w.call("repeat", column(w, n), 1, 1, 2), w.given(2, 1, 1, 1)), True),
+    "with a constant": (lambda w, n: times_outputs(w, w.call(torch.mul, n, 2)), True),
+    "with one number": (lambda w, n: times_outputs(w, w.call(torch.mul, n, w.given(1))), True),
+    "with another look-up": (
+        lambda w, n: times_outputs(w, w.call(torch.mul, n, w.pick(w.weight(5), slots(w)))),
+        True,
+    ),
+    "with a look-up of vectors": (
+        lambda w, n: times_outputs(w, w.call(torch.mul, n, w.call(torch.sum, w.pick(w.weight(5, 2), slots(w)), -1))),
+        False,
+    ),
+    "with an input's numbers": (
+        lambda w, n: times_outputs(w, w.call(torch.mul, n, w.pick(w.call(torch.exp, w.given(5)), slots(w)))),
+        False,
+    ),
+    "with a part of a weight of the model": (
+        lambda w, n: times_outputs(w, w.call(torch.mul, n, w.call("view", w.weight(3), 1, 3))),
+        False,
+    ),
+    "with random numbers": (lambda w, n: times_outputs(w, w.call(torch.mul, n, w.call(torch.rand, TOKENS, 3))), False),
+    "with constants, a few times": (lambda w, n: times_outputs(w, doubled(w, n, 11)), True),
+    "with constants, many times": (lambda w, n: times_outputs(w, doubled(w, n, 14)), False),
+    "with routing weights": (lambda w, n: times_outputs(w, w.call(torch.mul, n, w.given(TOKENS, 3))), False),
+    "with a weight of the model": (lambda w, n: times_outputs(w, w.call(torch.mul, n, w.weight(3))), False),
+    "routing weights alone": (lambda w, n: w.call(torch.mul, n, w.given(TOKENS, 3)), False),
+    "summed": (lambda w, n: w.call(torch.sum, n, -1), False),
+    "the best of them": (lambda w, n: w.call(torch.amax, n, -1), False),
+    "scattered": (lambda w, n: w.call(torch.scatter, w.given(TOKENS, EXPERTS), 1, slots(w), n), False),
+    "compared": (lambda w, n: w.call(torch.gt, column(w, n), w.given(2, 1, 1, 1)), False),
+    "unread": (lambda w, n: None, False),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_whose_number_it_is(name):
+    write, scales = NUMBERS[name]
+    assert scales_experts(looked_up(write)) is scales
+
+
+def loop(write, experts=EXPERTS, compared=None):
+    """Masks `ids == e`, each with what `write(written, mask, number)` makes of it."""
+    w = Written()
+    ids = w.input(torch.zeros(TOKENS, 3, dtype=torch.int64))
+    w.x = w.given(TOKENS, WIDTH)
+    masks = [w.call(torch.eq, ids, number) for number in (range(experts) if compared is None else compared)]
+    for number, mask in enumerate(masks):
+        write(w, w.call("any", mask, -1, True), number)
+    return masks
+
+
+def of_its_own(w, mask, number):
+    """A layer of its own, whose output the mask scales."""
+    return w.call(torch.mul, mask, w.call(torch.tanh, w.call(F.linear, w.x, w.weight(WIDTH, WIDTH))))
+
+
+class TestLoops:
+    """`tells_experts_apart`: a number, and a weight, for each expert."""
+
+    def test_layers_of_their_own(self):
+        assert tells_experts_apart(loop(of_its_own), EXPERTS)
+        assert not tells_experts_apart(loop(of_its_own), EXPERTS + 1)
+        assert tells_experts_apart(loop(of_its_own, EXPERTS + 1), EXPERTS)
+
+    def test_every_number_has_to_occur(self):
+        assert not tells_experts_apart(loop(of_its_own, compared=range(1, EXPERTS + 1)), EXPERTS)
+        assert not tells_experts_apart(loop(of_its_own, compared=[*range(EXPERTS - 1), 3]), EXPERTS)
+
+    def test_parts_of_a_stack(self):
+        """Each counts for itself."""
+
+        def write(w, mask, number):
+            w.stack = w.weight(EXPERTS, WIDTH, WIDTH) if number == 0 else w.stack
+            y = w.call(torch.matmul, w.x, w.pick(w.stack, number))
+            return w.call(torch.mul, mask, y)
+
+        assert tells_experts_apart(loop(write), EXPERTS)
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w, mask, number: w.call(torch.sum, mask),
+            lambda w, mask, number: w.call(torch.mul, mask, w.x),
+            lambda w, mask, number: w.call(torch.mul, mask, w.weight(WIDTH)),
+            lambda w, mask, number: w.call(
+                torch.mul, mask, w.input(torch.nn.Parameter(torch.ones(1, WIDTH, dtype=torch.int64), False))
+            ),
+            lambda w, mask, number: of_its_own(w, mask, number) if number else None,
+        ],
+        ids=["counts", "masked", "vectors", "whole numbers", "one too few"],
+    )
+    def test_too_few_weights(self, write):
+        assert not tells_experts_apart(loop(write), EXPERTS)
+
+    def test_one_matrix_for_all(self):
+        def write(w, mask, number):
+            w.shared = w.weight(WIDTH, WIDTH) if number == 0 else w.shared
+            return w.call(torch.mul, mask, w.call(F.linear, w.x, w.shared))
+
+        assert not tells_experts_apart(loop(write), EXPERTS)
+
+    def test_one_matrix_for_all_that_is_viewed_anew(self):
+        def write(w, mask, number):
+            w.shared = w.weight(WIDTH, WIDTH) if number == 0 else w.shared
+            return w.call(torch.mul, mask, w.call(F.linear, w.x, w.call("detach", w.shared)))
+
+        assert not tells_experts_apart(loop(write), EXPERTS)
+
+    def test_behind_a_projection_of_all_tokens_nothing_is_met(self):
+        """It is the next layer's."""
+
+        def write(w, mask, number):
+            y = w.call(F.linear, w.call("expand", w.call("float", mask), TOKENS, WIDTH), w.shared) if number else None
+            if number == 0:
+                w.shared = w.weight(WIDTH, WIDTH)
+                return
+            w.call(F.linear, w.call(torch.tanh, y), w.weight(WIDTH, WIDTH))
+
+        assert not tells_experts_apart(loop(write), EXPERTS)
+
+    @pytest.mark.parametrize(("steps", "seen"), [(11, True), (12, False)])
+    def test_within_some_steps(self, steps, seen):
+        def write(w, mask, number):
+            mask = w.call("float", mask)
+            for _ in range(steps - 2):
+                mask = w.call(torch.exp, mask)
+            return of_its_own(w, mask, number)
+
+        assert tells_experts_apart(loop(write), EXPERTS) is seen
+
+    @pytest.mark.parametrize(("steps", "seen"), [(10, True), (11, True), (12, False)])
+    def test_an_operand_is_made_of_a_weight_within_some_steps(self, steps, seen):
+        def write(w, mask, number):
+            y = w.call(F.linear, w.x, w.weight(WIDTH, WIDTH))
+            for _ in range(steps):
+                y = w.call(torch.exp, y)
+            return w.call(torch.mul, mask, y)
+
+        assert tells_experts_apart(loop(write), EXPERTS) is seen
+
+
+class TestNumbersInOtherSpellings:
+    @staticmethod
+    def table():
+        w = Written()
+        ids = w.input(torch.zeros(TOKENS, 3, dtype=torch.int64))
+        return w, w.call(F.one_hot, ids, EXPERTS)
+
+    @pytest.mark.parametrize(
+        ("pick", "numbers"),
+        [
+            (lambda w, t: w.call(torch.select, t, 2, 3), {3}),
+            (lambda w, t: w.call(torch.ops.aten.slice.Tensor, t, 2, 3, 4), {3}),
+            (lambda w, t: w.call(torch.ops.aten.slice.Tensor, t, 2, 3, 5), set()),
+            (lambda w, t: w.call(torch.ops.aten.slice.Tensor, t, 2, end=1), {0}),
+            (lambda w, t: w.pick(t, (slice(None), slice(None), 0)), {0}),
+            (lambda w, t: w.pick(t, (Ellipsis, slice(7, 8))), {7}),
+            (lambda w, t: w.pick(t, (Ellipsis, slice(6, 8))), set()),
+            (lambda w, t: w.pick(w.call("transpose", w.call("view", t, -1, EXPERTS), 0, 1), 5), {5}),
+            (lambda w, t: w.pick(w.pick(t, (Ellipsis, 2)), 1), {2}),
+            (lambda w, t: w.pick(w.call(torch.sum, t, 1), (slice(None), 1)), set()),
+            (lambda w, t: w.call(torch.neg, t), set()),
+        ],
+        ids=[
+            "select", "slice", "two wide", "from the start", "column", "one wide", "the last two", "row", "a part",
+            "of a sum", "none",
+        ],
+    )  # fmt: skip
+    def test_picked(self, pick, numbers):
+        w, table = self.table()
+        pick(w, table)
+        assert numbers_named(table) == numbers
+
+    def test_compared(self):
+        w = Written()
+        ids = w.input(torch.zeros(TOKENS, 3, dtype=torch.int64))
+        for other, numbers in ((0, {0}), (2.0, {2}), (2.5, set()), (ids, set())):
+            assert numbers_named(w.call(torch.eq, ids, other)) == numbers
+        assert numbers_named(w.call(torch.ne, ids, 3)) == set()
+        assert limits_named(w.call(torch.clamp_max, ids, 5)) == {6}
+        assert limits_named(w.call("clamp", ids, 1, 4)) == {5}
+        assert limits_named(w.call(torch.neg, ids)) == set()
+
+
+def gathered(write):
+    """Weights of experts, gathered by the ids, and what `write(written, weights, x)` makes of them."""
+    w = Written()
+    x = w.given(TOKENS, 1, 1, WIDTH)
+    weights = w.pick(w.weight(EXPERTS, WIDTH, WIDTH), w.input(torch.zeros(TOKENS, 3, dtype=torch.int64)))
+    write(w, weights, x)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("write", "multiplied"),
+    [
+        (lambda w, g, x: w.call(torch.matmul, x, g), True),
+        (lambda w, g, x: w.call(torch.matmul, x, w.call(torch.sub, w.call(torch.mul, g, 2), 1)), True),
+        (lambda w, g, x: w.call(torch.matmul, x, w.call("transpose", w.call("contiguous", g), 2, 3)), True),
+        (lambda w, g, x: w.call(torch.matmul, x, w.pick(w.call(torch.chunk, g, 2, -1), 1)), True),
+        (lambda w, g, x: w.call(torch.matmul, x, w.call(torch.exp, g)), False),
+        (lambda w, g, x: w.call(torch.matmul, w.weight(WIDTH, WIDTH), g), False),
+        (lambda w, g, x: w.call(torch.matmul, w.call("float", w.weight(WIDTH, WIDTH)), g), False),
+        (lambda w, g, x: w.call(torch.mul, x, g), False),
+    ],
+    ids=["matmul", "scaled", "turned", "a half", "bent", "with weights", "with cast weights", "times"],
+)
+def test_in_a_product(write, multiplied):
+    assert is_multiplied(gathered(write)) is multiplied

@@ -7,6 +7,7 @@ from torch import nn
 
 from sere_compile.passes import NormScale, find_norm_scale
 
+from ..graph.written import Written
 from ..moe_modules import HIDDEN, TRACERS, Indexed, from_export, one_gate, rows
 
 
@@ -138,3 +139,74 @@ def test_parameters_are_those_that_there_are(norm, names):
     gate = one_gate(from_export(norm(), rows()))
     found = find_norm_scale(gate.router_input).parameters
     assert [node.target if node.op == "get_attr" else node.name.removeprefix("p_") for node in found] == names
+
+
+class ByHand(Written):
+    """Hidden states, by hand: x over the root of its mean square."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.gain, self.bias = self.given(4, 6), self.weight(6), self.weight(6)
+        root = self.call(torch.rsqrt, self.call(torch.mean, self.call(torch.square, self.x), -1, True))
+        self.normed = self.mul(self.x, root)
+
+
+class TestByHand:
+    @pytest.mark.parametrize(
+        ("write", "gain", "offset", "bias"),
+        [
+            (lambda w: w.normed, False, 0.0, False),
+            (lambda w: w.mul(w.normed, w.gain), True, 0.0, False),
+            (lambda w: w.mul(w.gain, w.call("float", w.call("double", w.normed))), True, 0.0, False),
+            (lambda w: w.mul(w.normed, w.call(torch.add, w.gain, 1)), True, 1.0, False),
+            (lambda w: w.mul(w.normed, w.call(torch.add, 0.5, w.call("float", w.gain))), True, 0.5, False),
+            (lambda w: w.call(torch.add, w.mul(w.normed, w.gain), w.bias), True, 0.0, True),
+            (lambda w: w.call(torch.add, w.bias, w.normed), False, 0.0, True),
+            (lambda w: w.call("view", w.mul(w.normed, w.gain), 2, 2, 6), True, 0.0, False),
+            (lambda w: w.call(torch.div, w.x, w.call(torch.sqrt, w.call(torch.sum, w.x, -1, True))), False, 0.0, False),
+            (lambda w: w.call(F.layer_norm, w.x, (6,), w.gain, w.bias), True, 0.0, True),
+            (lambda w: w.call(F.layer_norm, w.x, (6,), weight=w.gain), True, 0.0, False),
+            (lambda w: w.call(F.layer_norm, w.x, (6,)), False, 0.0, False),
+            (lambda w: w.call(F.rms_norm, w.x, (6,), w.gain), True, 0.0, False),
+        ],
+    )
+    def test_norms(self, write, gain, offset, bias):
+        w = ByHand()
+        found = find_norm_scale(write(w))
+        assert isinstance(found, NormScale), found
+        assert (found.gain, found.offset, found.bias) == (w.gain if gain else None, offset, w.bias if bias else None)
+        assert found.parameters == tuple(node for node, has in ((w.gain, gain), (w.bias, bias)) if has)
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w: w.x,
+            lambda w: w.call(torch.exp, w.normed),
+            lambda w: w.mul(w.x, w.gain),
+            lambda w: w.call(torch.add, w.normed, w.given(4, 6)),
+            lambda w: w.call(torch.add, w.call(torch.add, w.normed, w.bias), w.gain),
+            lambda w: w.call(torch.add, w.normed, w.call(torch.add, w.bias, 1)),
+            lambda w: w.mul(w.normed, w.weight(4, 6)),
+            lambda w: w.mul(w.normed, w.given(6)),
+            lambda w: w.mul(w.x, w.call(torch.rsqrt, w.x)),
+            lambda w: w.call(torch.div, w.normed, w.gain),
+        ],
+        ids=[
+            "an input", "bent", "scaled", "added to", "two biases", "a bias with a number", "a matrix",
+            "an input's scale", "a root of each number", "divided by a gain",
+        ],
+    )  # fmt: skip
+    def test_anything_else(self, write):
+        w = ByHand()
+        node = write(w)
+        found = find_norm_scale(node)
+        assert isinstance(found, str)
+        assert found.endswith("is no normalisation")
+
+    def test_numbers_at_its_scale(self):
+        w = ByHand()
+        normal, value = torch.ones(2, 6), {w.gain: torch.full((6,), 3.0).double(), w.bias: torch.full((6,), 0.5)}
+        assert NormScale().apply(normal, value.get) is normal
+        assert NormScale(w.gain, 1.0).apply(normal, value.get).tolist() == [[4.0] * 6] * 2
+        assert NormScale(w.gain, 0.0, w.bias).apply(normal, value.get).tolist() == [[3.5] * 6] * 2
+        assert NormScale(bias=w.bias).apply(normal.half(), value.get).dtype == torch.float16

@@ -1,15 +1,18 @@
 """`routing_chain`: the nodes between logits and dispatch, what they may compute, and why they stay as they are."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
 
+from sere_compile.ops.route.op import KERNEL_MAX_EXPERTS, KERNEL_MAX_SLOTS
 from sere_compile.ops.route.reference import Scoring
 from sere_compile.passes import Skip, SkipReason
-from sere_compile.passes.evidence.routing_chain import RoutingChain, find_chain, possible_routings
+from sere_compile.passes.evidence.routing_chain import RoutingChain, _groups, cast_like, find_chain, possible_routings
 from sere_compile.passes.graph import nodes
 
+from ..graph.written import Written
 from ..test_fuse_experts import E, H, K, T, trace
 from ..test_fuse_router import Routed, TwoProjections, biased, clipped, grouped, renormalised, scores_read
 
@@ -176,3 +179,184 @@ def test_refusals_say_what_was_found(gate, reason, detail):
     found = find_chain(gate())
     assert isinstance(found, Skip)
     assert (found.reason, found.detail) == (reason, detail)
+
+
+class Chain(Written):
+    """A router by hand, of which a gate is told as much as the chain asks."""
+
+    def __init__(self, experts=E, dtype=torch.float32):
+        super().__init__()
+        self.x = self.input(torch.rand(T, H).to(dtype))
+        self.router = self.input(torch.nn.Parameter(torch.rand(experts, H).to(dtype)))
+        self.logits = self.call(torch.nn.functional.linear, self.x, self.router)
+
+    def select(self, scores, *, values=True):
+        """The selected scores, if they are read."""
+        self.best = self.call(torch.topk, scores, K)
+        self.ids = self.pick(self.best, 1)
+        return self.pick(self.best, 0) if values else None
+
+    def found(self, weights, **changes):
+        for node in filter(None, (weights, self.ids)):
+            self.call(torch.abs, node)
+        told = {"weights": weights, "weights_skip": None, "form": "top-k", "selection": self.best, "ids": self.ids}
+        told |= {"all_ids": (self.ids,), "router_weight": self.router, "num_experts": E, "top_k": K}
+        self.gate = types.SimpleNamespace(**{**told, **changes})
+        return find_chain(self.gate)
+
+
+def plain_chain(**changes):
+    w = Chain()
+    return w.found(w.select(w.call(torch.softmax, w.logits, -1)), **changes)
+
+
+class TestChains:
+    def test_from_the_logits_to_the_weights(self):
+        w = Chain()
+        scores = w.call(torch.sigmoid, w.logits)
+        bias = w.weight(E)
+        biased = w.call(torch.add, scores, bias)
+        w.select(biased, values=False)
+        weights = w.call(torch.gather, scores, 1, w.ids)
+        chain = w.found(weights)
+        assert isinstance(chain, RoutingChain), chain
+        assert chain.logits is w.logits
+        assert chain.inputs == (bias,)
+        assert list(chain.inside) == [scores, biased, w.best, w.ids, weights]
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"weights": None}, SkipReason.WEIGHTS_UNKNOWN),
+            ({"form": "max"}, SkipReason.NOT_TOP_K),
+            ({"num_experts": E + 1}, SkipReason.SHAPES),
+            ({"top_k": 65}, SkipReason.SHAPES),
+        ],
+        ids=str,
+    )
+    def test_what_the_gate_is(self, changes, reason):
+        w = Chain()
+        values = w.select(w.call(torch.softmax, w.logits, -1))
+        assert w.found(**{"weights": values, **changes}).reason is reason
+
+    @pytest.mark.parametrize(("more", "fits"), [(0, True), (1, False)])
+    def test_as_many_experts_as_the_kernel_takes(self, more, fits):
+        w = Chain(KERNEL_MAX_EXPERTS + more)
+        found = w.found(w.select(w.logits), num_experts=KERNEL_MAX_EXPERTS + more)
+        assert isinstance(found, RoutingChain) is fits
+        assert isinstance(plain_chain(top_k=KERNEL_MAX_SLOTS), RoutingChain)
+        assert not isinstance(plain_chain(top_k=KERNEL_MAX_SLOTS + 1), RoutingChain)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_types_of_logits(self, dtype):
+        w = Chain(dtype=dtype)
+        found = w.found(w.select(w.logits))
+        if dtype is torch.float64:
+            assert (found.reason, found.node, found.detail) == (
+                SkipReason.DTYPE, w.logits, "its logits are torch.float64"
+            )  # fmt: skip
+        else:
+            assert isinstance(found, RoutingChain)
+
+    @pytest.mark.parametrize(
+        ("write", "reason"),
+        [
+            (lambda w: w.select(w.given(T, E)), SkipReason.NO_LOGITS),
+            (
+                lambda w: w.select(w.call(torch.add, w.logits, w.call(torch.nn.functional.linear, w.x, w.router))),
+                SkipReason.TWO_PROJECTIONS,
+            ),
+            (lambda w: w.select(w.call(torch.clamp, w.logits, 0)), SkipReason.OWN_OPERATIONS),
+            (lambda w: w.select(w.call("view", w.logits, 2, T // 2, E)), SkipReason.SHAPES),
+            (lambda w: w.call("view", w.select(w.logits), 2, T // 2, K), SkipReason.SHAPES),
+            (lambda w: w.select(w.call("mul_", w.logits, 2)), SkipReason.SHARED_MEMORY),
+            (lambda w: w.select(w.call("add", w.logits, w.call("mul_", w.given(E), 2))), SkipReason.SHARED_MEMORY),
+            (
+                lambda w: [s := w.call(torch.softmax, w.logits, -1), w.select(s), w.call(torch.sum, s)][1],
+                SkipReason.READ_ELSEWHERE,
+            ),
+            (
+                lambda w: [v := w.select(w.logits), w.call("add_", w.logits, 1), w.mul(v, 2)][2],
+                SkipReason.SHARED_MEMORY,
+            ),
+        ],
+        ids=["no logits", "two", "clamp", "tokens", "weights", "in place", "a bias", "read elsewhere", "meanwhile"],
+    )  # fmt: skip
+    def test_refusals(self, write, reason):
+        w = Chain()
+        skip = w.found(write(w))
+        assert isinstance(skip, Skip), skip
+        assert skip.reason is reason
+        assert isinstance(skip.node, torch.fx.Node)
+
+    def test_many_operations_of_its_own_are_told_in_part(self):
+        w = Chain()
+        scores = w.logits
+        for operation in (torch.sin, torch.cos, torch.abs, torch.exp, torch.erf, torch.ceil):
+            scores = w.call(operation, scores)
+        assert w.found(w.select(scores)).detail == "abs, ceil, cos, erf, exp, .."
+
+    def test_tokens_of_more_dimensions(self):
+        """Of logits and ids alike."""
+        w = Chain()
+        w.logits = w.call(torch.nn.functional.linear, w.given(2, 3, H), w.router)
+        assert isinstance(w.found(w.select(w.logits)), RoutingChain)
+
+    def test_numbers_that_are_no_epsilon(self):
+        """From a thousandth on they scale, and add nothing to a sum."""
+        w = Chain()
+        chain = w.found(w.mul(w.mul(w.select(w.call(torch.softmax, w.logits, -1)), 0.5), 1e-4))
+        w.gate.weights = chain.inside[-1]
+        found = [routing.scoring for routing in possible_routings(w.gate, chain)]
+        assert {scoring.epsilon for scoring in found} == {1e-4, 0.0}
+        assert {scoring.scale for scoring in found} == {1.0, 0.5, 1e-4, float(K)}
+
+    def test_a_write_behind_the_chain_is_none_in_it(self):
+        w = Chain()
+        values = w.select(w.logits)
+        w.call("add_", w.logits, 1)
+        assert isinstance(w.found(values), RoutingChain)
+
+    def test_what_only_takes_a_type(self):
+        """Its numbers are not read: the chain ends there."""
+        w = Chain()
+        other = w.call(torch.exp, w.x)
+        values = w.call("type_as", w.select(w.logits), other)
+        chain = w.found(values)
+        assert isinstance(chain, RoutingChain), chain
+        assert other not in chain.inside
+        assert cast_like(values) is nodes.operand(values)
+        assert cast_like(w.call("float", values)) is None
+        assert cast_like(w.call(torch.add, values, values)) is None
+
+    @pytest.mark.parametrize("groups", [None, 4, 3])
+    def test_masks_may_limit_to_groups(self, groups):
+        """Where another selection does not fit groups of experts, they are operations of its own."""
+        w = Chain()
+        mask = w.call(torch.zeros_like, w.logits, dtype=torch.bool)
+        if groups is not None:
+            best = w.pick(w.call(torch.topk, w.pick(w.logits, (slice(None), slice(0, groups))), 2), 1)
+            mask = w.call(torch.scatter, mask, 1, best, True)
+        found = w.found(w.select(w.call("masked_fill", w.logits, mask, 0.0)))
+        assert isinstance(found, RoutingChain) is (groups is None)
+        assert groups is None or found.reason is SkipReason.OWN_OPERATIONS
+        assert groups is None or found.detail == ("slice" if groups == 4 else "masked_fill, scatter, slice, zeros_like")
+
+    @pytest.mark.parametrize(
+        ("groups", "chosen", "fits"), [(4, 2, True), (4, 4, True), (3, 2, False), (E, 2, False), (2, 1, True)]
+    )
+    def test_groups(self, groups, chosen, fits):
+        w = Chain()
+        best = w.call(torch.topk, w.given(T, groups), chosen)
+        w.select(w.logits)
+        inside = (best, w.best, w.ids)
+        gate = types.SimpleNamespace(selection=w.best, num_experts=E)
+        assert _groups(gate, inside) == [(1, 1, "max", True)], "nobody reads which groups"
+        w.pick(best, 1)
+        found = _groups(gate, inside)
+        if not fits:
+            assert found == []
+        elif chosen == groups:
+            assert found == [(1, 1, "max", True)]
+        else:
+            assert found == [(groups, chosen, s, z) for s in ("max", "top2") for z in (True, False)]

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sere_compile.passes import SkipReason, UseKind, find_gates
+from sere_compile.passes import Evidence, SkipReason, Use, UseKind, find_gates
 from sere_compile.passes.evidence.gate_scores import gate_scores
+from sere_compile.passes.evidence.selections import find_selections, with_marked_padding
 from sere_compile.passes.graph import nodes
 
+from ..graph.written import Written
 from ..moe_modules import (
     EXPERTS,
     HIDDEN,
@@ -382,3 +384,467 @@ def test_nested_graph(trace):
     assert [skip.reason for skip in skips] == [SkipReason.NESTED]
     assert "gradient_checkpointing_disable()" in str(skips[0])
     assert nodes.source_line(skips[0].node).startswith("moe_modules.py:")
+
+
+def selected(write, *sizes):
+    """What is found in a graph that `write(written, scores)` writes."""
+    written = Written()
+    write(written, written.given(*(sizes or (4, EXPERTS))))
+    return find_selections(written.graph)
+
+
+def only(write, *sizes):
+    [found] = selected(write, *sizes)
+    return found
+
+
+def best_ids(w, scores, *args, **kwargs):
+    """A top-k whose ids are read."""
+    ids = w.pick(w.call(torch.topk, scores, *args, **kwargs), 1)
+    w.call(torch.neg, ids)
+    return ids
+
+
+class TestTopK:
+    """Hand-written: which of its arguments say what."""
+
+    def test_defaults(self):
+        found = only(lambda w, s: best_ids(w, s, 3))
+        assert (found.form, found.top_k, found.is_sorted, found.smallest) == ("top-k", 3, True, False)
+        assert found.scores.op == "placeholder"
+        assert nodes.kind(found.node) == "topk"
+        assert (found.steps, found.unnarrowed, found.values) == ((), (), ())
+
+    @pytest.mark.parametrize("sizes", [(8,), (4, 8), (2, 4, 8)])
+    def test_the_last_dimension(self, sizes):
+        for dim in (-1, len(sizes) - 1):
+            assert only(lambda w, s, dim=dim: best_ids(w, s, 2, dim), *sizes).form == "top-k"
+
+    @pytest.mark.parametrize(("sizes", "dim"), [((4, 8), 0), ((4, 8), -2), ((2, 4, 8), 1), ((2, 4, 8), 0)])
+    def test_another_dimension(self, sizes, dim):
+        skip = only(lambda w, s: best_ids(w, s, 2, dim=dim), *sizes)
+        assert (skip.reason, skip.detail) == (SkipReason.NOT_LAST_DIM, f"dim {dim} of {sizes}")
+        assert nodes.kind(skip.node) == "topk"
+
+    def test_largest_and_sorted(self):
+        for args, kwargs in (((2, -1, False, False), {}), ((2,), {"largest": False, "sorted": False})):
+            found = only(lambda w, s, a=args, k=kwargs: best_ids(w, s, *a, **k))
+            assert (found.smallest, found.is_sorted) == (True, False)
+        assert only(lambda w, s: best_ids(w, s, 2, -1, True, False)).smallest is False
+        assert only(lambda w, s: best_ids(w, s, 2, -1, False, True)).is_sorted is True
+
+    def test_ids_are_those_that_are_read(self):
+        """Values are kept either way: a tracer may leave unread picks."""
+
+        def write(w, scores):
+            best = w.call(torch.topk, scores, 2)
+            w.pick(best, 0)
+            w.pick(best, 1)
+            w.call(torch.neg, w.pick(best, 1))
+
+        found = only(write)
+        assert (len(found.ids), len(found.values)) == (1, 1)
+        assert [user.target for user in found.ids[0].users] == [torch.neg]
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w, s: w.graph.call_function(torch.topk, (s, s)),
+            lambda w, s: w.graph.call_function(torch.topk, (w.graph.placeholder("unknown"), 2)),
+            lambda w, s: w.graph.call_function(torch.topk, (7, 2)),
+            lambda w, s: w.graph.call_function(torch.topk, (w.input(torch.tensor(1.0)), 1)),
+        ],
+        ids=["k", "scores", "no node", "no dimension"],
+    )
+    def test_unknown_sizes(self, write):
+        skip = only(write)
+        assert skip.reason is SkipReason.SIZE_UNKNOWN
+        assert skip.detail.startswith("scores ")
+        assert ", k " in skip.detail
+
+    def test_first_columns(self):
+        """Cut once or twice alike, and looked up otherwise; whole ids stay unnarrowed."""
+
+        def write(w, scores, ranges=((0, 2),), more=()):
+            ids = best_ids(w, scores, 3) if "read" in more else w.pick(w.call(torch.topk, scores, 3), 1)
+            for start, stop in ranges:
+                w.call(torch.neg, w.pick(ids, (slice(None), slice(start, stop))))
+            if "looked up" in more:
+                w.call(torch.gather, scores, 1, ids)
+            if "taken along" in more:
+                w.call(torch.take_along_dim, scores, ids, 1)
+            if "size" in more:
+                w.call(torch.zeros_like, ids)
+
+        for more in ((), ("looked up",), ("size",), ("taken along",)):
+            found = only(lambda w, s, more=more: write(w, s, more=more))
+            assert found.top_k == 2
+            assert [nodes.kind(node) for node in found.unnarrowed] == ["item"]
+        twice = only(lambda w, s: write(w, s, ((0, 2), (0, 2))))
+        assert (twice.top_k, len(twice.ids)) == (2, 2)
+        for ranges, more in ((((0, 2),), ("read",)), (((0, 2), (0, 1)), ()), (((1, 3),), ()), (((0, 3),), ())):
+            found = only(lambda w, s, ranges=ranges, more=more: write(w, s, ranges, more))
+            assert (found.top_k, found.unnarrowed) == (3, ())
+            assert [nodes.kind(node) for node in found.ids] == ["item"]
+
+
+class TestSorts:
+    @staticmethod
+    def cut(start, stop, descending=True, sort=torch.argsort, negate=False, read_values=False):
+        def write(w, scores):
+            scores = w.call(torch.neg, scores) if negate else scores
+            made = w.call(sort, scores, -1, descending)
+            ids = made if sort is torch.argsort else w.pick(made, 1)
+            if sort is torch.sort:
+                values = w.pick(made, 0)
+                if read_values:
+                    w.call(torch.exp, values)
+            w.call(torch.neg, w.pick(ids, (slice(None), slice(start, stop))))
+
+        return write
+
+    @pytest.mark.parametrize("sort", [torch.argsort, torch.sort])
+    def test_first_columns_of_a_descending_sort(self, sort):
+        found = only(self.cut(0, 3, sort=sort))
+        assert (found.form, found.top_k, found.smallest, found.is_sorted) == ("sort", 3, False, True)
+        assert found.scores.op == "placeholder"
+        assert [nodes.kind(node) for node in found.ids] == ["slice"]
+        assert [nodes.kind(node) for node in found.unnarrowed] == ["argsort" if sort is torch.argsort else "item"]
+        assert len(found.values) == (sort is torch.sort)
+
+    def test_ids_that_nobody_reads_are_none(self):
+        def write(w, scores):
+            made = w.call(torch.sort, scores, -1, True)
+            w.pick(made, 1)
+            w.call(torch.neg, w.pick(w.pick(made, 1), (slice(None), slice(0, 3))))
+
+        assert len(only(write).unnarrowed) == 1
+
+    @pytest.mark.parametrize("sort", [torch.argsort, torch.sort])
+    def test_first_columns_of_an_ascending_one_are_the_smallest(self, sort):
+        found = only(self.cut(0, 3, descending=False, sort=sort))
+        assert found.smallest
+        assert found.scores.op == "placeholder"
+
+    def test_of_negated_scores_they_are_the_best(self):
+        """Where nobody reads the negated values."""
+        found = only(self.cut(0, 3, descending=False, negate=True))
+        assert (found.smallest, found.scores.op) == (False, "placeholder")
+        found = only(self.cut(0, 3, descending=False, negate=True, sort=torch.sort))
+        assert (found.smallest, found.scores.op) == (False, "placeholder")
+        found = only(self.cut(0, 3, descending=False, negate=True, sort=torch.sort, read_values=True))
+        assert (found.smallest, nodes.kind(found.scores)) == (True, "neg")
+        found = only(self.cut(0, 3, negate=True))
+        assert (found.smallest, nodes.kind(found.scores)) == (False, "neg")
+
+    @pytest.mark.parametrize("sort", [torch.argsort, torch.sort])
+    def test_last_columns_of_an_ascending_sort(self, sort):
+        """Best last: told as what it is."""
+        skip = only(self.cut(5, 8, descending=False, sort=sort))
+        assert (skip.reason, skip.evidence) == (SkipReason.ASCENDING, Evidence.ROUTER)
+        assert nodes.kind(skip.node) in ("sort", "argsort")
+
+    def test_turned_round(self):
+        def write(w, scores):
+            order = w.call(torch.argsort, scores)
+            w.call(torch.neg, w.pick(w.call(torch.flip, order, [-1]), (slice(None), slice(0, 2))))
+
+        assert only(write).reason is SkipReason.ASCENDING
+
+    @pytest.mark.parametrize(
+        ("start", "stop", "descending"),
+        [(0, 8, True), (0, 8, False), (1, 3, True), (1, 3, False), (5, 8, True), (0, 0, True)],
+    )
+    def test_other_columns_are_no_selection(self, start, stop, descending):
+        """All of them, those in the middle, the last of a descending sort, none."""
+        assert selected(self.cut(start, stop, descending)) == []
+
+    def test_other_readers_of_the_order(self):
+        def write(w, scores):
+            order = w.call(torch.argsort, scores, -1, True)
+            w.pick(order, (slice(None), slice(0, 2)))
+            w.call(torch.neg, order)
+
+        assert selected(write) == []
+
+    def test_other_sorts(self):
+        """Along another dimension, of whole numbers, or of what nothing is known of."""
+
+        def along(dim):
+            return lambda w, s: w.pick(w.call(torch.argsort, s, dim, True), (slice(None), slice(0, 2)))
+
+        def whole(w, s):
+            w.pick(w.call(torch.argsort, w.input(torch.arange(8).view(1, 8)), -1, True), (slice(None), slice(0, 2)))
+
+        def unknown(w, s):
+            w.graph.call_function(torch.argsort, (w.graph.placeholder("unknown"), -1, True))
+            w.graph.call_function(torch.argsort, (3, -1, True))
+
+        assert only(along(1)).top_k == 2
+        assert selected(along(0)) == selected(whole) == selected(unknown) == []
+
+
+class TestMaximum:
+    @pytest.mark.parametrize("dim", [-1, 1])
+    def test_argmax(self, dim):
+        for keepdim in (True, False):
+            found = only(lambda w, s, k=keepdim: w.call(torch.neg, w.call(torch.argmax, s, dim, k)))
+            assert (found.form, found.top_k, found.values) == ("max", 1, ())
+            assert found.ids == (found.node,)
+            assert found.scores.op == "placeholder"
+
+    def test_max_with_its_indices(self):
+        def write(w, scores):
+            best = w.call(torch.max, scores, -1)
+            w.pick(best, 0)
+            w.call(torch.neg, w.pick(best, 1))
+
+        found = only(write)
+        assert (found.form, found.top_k, len(found.ids), len(found.values)) == ("max", 1, 1, 1)
+        assert found.node is not found.ids[0]
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w, s: w.call(torch.neg, w.call(torch.argmax, s, 0)),
+            lambda w, s: w.call(torch.neg, w.call(torch.argmax, s)),
+            lambda w, s: w.call(torch.argmax, s, -1),
+            lambda w, s: w.call(torch.neg, w.pick(w.call(torch.max, s, -1), 0)),
+            lambda w, s: w.pick(w.call(torch.max, s, -1), 1),
+            lambda w, s: w.call(torch.neg, w.call(torch.max, s)),
+            lambda w, s: w.call(torch.neg, w.call(torch.argmax, w.input(torch.arange(6).view(2, 3)), -1)),
+            lambda w, s: w.graph.call_function(torch.argmax, (w.graph.placeholder("unknown"), -1)),
+            lambda w, s: w.graph.call_function(torch.argmax, (3, -1)),
+        ],
+        ids=["rows", "of all", "unread", "values", "unread indices", "one", "whole numbers", "unknown", "no node"],
+    )
+    def test_no_selection(self, write):
+        assert selected(write) == []
+
+
+class TestSteps:
+    """One expert at a time, its scores masked for the next."""
+
+    @staticmethod
+    def step(w, scores, keepdim=True):
+        chosen = w.call(torch.argmax, scores, -1, keepdim)
+        return chosen, w.call(torch.scatter, scores, 1, chosen if keepdim else w.call(torch.unsqueeze, chosen, -1), -9)
+
+    def three(self, w, scores):
+        chosen = []
+        for _ in range(3):
+            ids, scores = self.step(w, scores)
+            chosen.append(ids)
+        return chosen
+
+    def test_joined_in_order(self):
+        def write(w, scores):
+            w.call(torch.neg, w.call(torch.cat, self.three(w, scores), -1))
+
+        found = only(write)
+        assert (found.form, found.top_k, found.values) == ("steps", 3, ())
+        assert [nodes.kind(node) for node in found.ids] == ["cat"]
+        assert [nodes.kind(node) for node in found.steps] == ["argmax"] * 3
+        assert found.node is found.steps[0]
+        assert found.scores.op == "placeholder"
+
+    def test_by_dimension(self):
+        """Concatenated along the last one, or stacked there; along another one they are no ids of a token."""
+
+        def along(join, dim, keepdim):
+            def write(w, scores):
+                first, rest = self.step(w, scores, keepdim)
+                second, _ = self.step(w, rest, keepdim)
+                w.call(torch.neg, w.call(join, [first, second], *([] if dim is None else [dim])))
+
+            return write
+
+        for join, dim, keepdim in ((torch.cat, 1, True), (torch.stack, -1, False), (torch.stack, 1, False)):
+            assert only(along(join, dim, keepdim)).form == "steps"
+        for join, dim, keepdim in ((torch.cat, 0, True), (torch.stack, 0, False), (torch.cat, None, True)):
+            assert {found.reason for found in selected(along(join, dim, keepdim))} == {SkipReason.STEPS}
+
+    def test_in_another_order(self):
+        def write(w, scores):
+            first, second, third = self.three(w, scores)
+            w.call(torch.neg, w.call(torch.cat, [first, third, second], -1))
+
+        skip = only(write)
+        assert (skip.reason, skip.evidence) == (SkipReason.STEPS, Evidence.IDS)
+        assert skip.detail == "argmax_1 does not follow argmax_2"
+        assert nodes.kind(skip.node) == "cat"
+
+    def test_apart(self):
+        """Both are refused, each names both."""
+
+        def write(w, scores):
+            for chosen in self.three(w, scores)[:2]:
+                w.call(torch.neg, chosen)
+
+        found = selected(write)
+        assert [skip.reason for skip in found[:2]] == [SkipReason.STEPS] * 2
+        assert [skip.detail for skip in found[:2]] == ["argmax, argmax_1"] * 2
+        assert [skip.evidence for skip in found[:2]] == [Evidence.DISPATCH] * 2
+        assert [skip.node.name for skip in found[:2]] == ["argmax", "argmax_1"]
+
+    @pytest.mark.parametrize("views", [0, 2])
+    def test_apart_with_a_capacity(self, views):
+        """Tokens that find their expert full are dropped: that is the reason, seen through views of the ids."""
+
+        def write(w, scores):
+            first, rest = self.step(w, scores)
+            second, _ = self.step(w, rest)
+            for number, ids in enumerate((first, second)):
+                for _ in range(views):
+                    ids = w.call("view", ids, -1)
+                if number == 0:
+                    place = w.call(torch.cumsum, w.call(F.one_hot, ids, EXPERTS), 0)
+                    w.call(torch.lt, place, 3)
+                w.call(torch.neg, ids)
+
+        assert [skip.reason for skip in selected(write)] == [SkipReason.CAPACITY, SkipReason.STEPS]
+
+    def test_what_does_not_follow_stays(self):
+        """Two best experts of scores that have nothing to do with each other, and further selections."""
+
+        def write(w, scores):
+            other = w.given(4, EXPERTS)
+            for one in (scores, other):
+                w.call(torch.neg, w.call(torch.argmax, one, -1))
+            best_ids(w, scores, 3)
+
+        assert [found.form for found in selected(write)] == ["max", "max", "top-k"]
+
+    def test_the_same_step_twice_is_none(self):
+        def write(w, scores):
+            first, _ = self.step(w, scores)
+            w.call(torch.neg, w.call(torch.cat, [first, first], -1))
+            w.call(torch.neg, w.call(torch.argmax, w.call(torch.exp, w.given(4, EXPERTS)), -1))
+
+        assert [found.form for found in selected(write)] == ["max", "max"]
+
+    @pytest.mark.parametrize(
+        "joined",
+        [
+            lambda w, first, second: [first, second, w.input(torch.zeros(4, 1, dtype=torch.int64))],
+            lambda w, first, second: [first, w.call(torch.abs, second)],
+            lambda w, first, second: [first, w.call("view_as", w.input(torch.zeros(1, 4)), second)],
+            lambda w, first, second: [first],
+        ],
+        ids=["further numbers", "other numbers", "the shape alone", "one alone"],
+    )
+    def test_joined_with_what_no_step_chose(self, joined):
+        """Numbers that are no step's ids; a later tensor that joins the steps counts all the same."""
+
+        def write(w, scores, properly=False):
+            first, rest = self.step(w, scores)
+            second, _ = self.step(w, rest)
+            w.call(torch.neg, w.call(torch.cat, joined(w, first, second), -1))
+            if properly:
+                w.call(torch.neg, w.call(torch.cat, [first, second], -1))
+
+        assert [found.reason for found in selected(write)] == [SkipReason.STEPS] * 2
+        assert [found.form for found in selected(lambda w, s: write(w, s, properly=True))] == ["steps"]
+
+    def test_more_than_one_expert_at_a_time_is_no_step(self):
+        def write(w, scores):
+            first = best_ids(w, scores, 2)
+            second = best_ids(w, w.call(torch.scatter, scores, 1, first, -9), 2)
+            w.call(torch.neg, w.call(torch.cat, [first, second], -1))
+
+        assert [found.form for found in selected(write)] == ["top-k"] * 2
+
+    def test_others_keep_their_place_beside_steps(self):
+        def write(w, scores):
+            best_ids(w, scores, 3)
+            w.call(torch.neg, w.call(torch.cat, self.three(w, scores), -1))
+            best_ids(w, scores, 2)
+
+        assert [(found.form, found.top_k) for found in selected(write)] == [("top-k", 3), ("steps", 3), ("top-k", 2)]
+
+    def test_scores_of_another_layer_do_not_follow(self):
+        """A projection in between ends the search: the ids of one layer shape the hidden states of the next."""
+
+        def write(w, scores):
+            first, rest = self.step(w, scores)
+            w.call(torch.neg, w.call(torch.argmax, w.call(torch.matmul, rest, w.weight(EXPERTS, EXPERTS)), -1))
+            w.call(torch.neg, first)
+
+        assert [found.form for found in selected(write)] == ["max", "max"]
+
+    def test_scores_that_are_masked_in_place_follow(self):
+        def write(w, scores):
+            rest = w.call(torch.clone, scores)
+            first = w.call(torch.argmax, scores, -1, True)
+            w.call("scatter_", rest, 1, first, -9.0)
+            second = w.call(torch.argmax, w.call(torch.exp, rest), -1, True)
+            w.call("scatter_", rest, 1, second, -9.0)
+            w.call(torch.neg, w.call(torch.cat, [first, second], -1))
+
+        assert only(write).form == "steps"
+
+
+class TestMarkedPadding:
+    """`with_marked_padding`: the ids that the dispatch reads, once padding has a number of no expert."""
+
+    @staticmethod
+    def marked(mark, kind=UseKind.EXPERT_INDEX, twice=False):
+        w = Written()
+        ids = best_ids(w, w.given(4, EXPERTS), 3)
+        real = w.input(torch.ones(4, 1, dtype=torch.bool))
+        read = mark(w, ids, real)
+        [found] = find_selections(w.graph)
+        uses = [Use(w.call(torch.neg, read), read, kind)]
+        if twice:
+            uses.append(Use(w.call(torch.neg, ids), ids, kind))
+        return found, with_marked_padding(found, uses)
+
+    @pytest.mark.parametrize(
+        "mark",
+        [
+            lambda w, ids, real: w.call(torch.where, real, ids, -1),
+            lambda w, ids, real: w.call(torch.where, real, ids, EXPERTS),
+            lambda w, ids, real: w.call("masked_fill", ids, real, -1),
+            lambda w, ids, real: w.call("masked_fill", ids, real, EXPERTS + 1),
+            lambda w, ids, real: w.call("masked_fill", w.call("view", w.call("view", ids, -1), 4, 3), real, -2),
+            lambda w, ids, real: w.call("view", w.call("clamp", w.call(torch.where, real, ids, -1), 0), -1),
+        ],
+        ids=["where", "E", "masked", "above E", "of a view", "seen through a clamp and a view"],
+    )
+    def test_ids_behind_the_mark(self, mark):
+        before, found = self.marked(mark)
+        assert nodes.kind(found.ids[0]) in ("where", "masked_fill")
+        assert found.unnarrowed == before.ids
+        assert found.top_k == 3
+
+    @pytest.mark.parametrize(
+        "mark",
+        [
+            lambda w, ids, real: ids,
+            lambda w, ids, real: w.call(torch.where, real, ids, 0),
+            lambda w, ids, real: w.call(torch.where, real, ids, EXPERTS - 1),
+            lambda w, ids, real: w.call(torch.where, real, -1, ids),
+            lambda w, ids, real: w.call("masked_fill", ids, real, 0),
+            lambda w, ids, real: w.call("masked_fill_", w.call("clone", ids), real, -1),
+            lambda w, ids, real: w.call(torch.where, w.input(torch.ones(1, 4, 1) > 0), ids, -1),
+            lambda w, ids, real: w.call(torch.where, w.call("view", real, 4), w.pick(ids, (slice(None), 0)), -1),
+            lambda w, ids, real: w.call("masked_fill", w.call(torch.neg, ids), real, -1),
+        ],
+        ids=[
+            "no mark", "first expert", "last expert", "other branch", "masked by an expert", "in place", "broadcast",
+            "one column", "of other numbers",
+        ],
+    )  # fmt: skip
+    def test_no_mark(self, mark):
+        assert self.marked(mark)[1] is None
+
+    def test_every_dispatch_has_to_read_the_mark(self):
+        assert self.marked(lambda w, ids, real: w.call(torch.where, real, ids, -1), twice=True)[1] is None
+        found = self.marked(lambda w, ids, real: w.call(torch.where, real, ids, -1), kind=UseKind.LOOK_UP)[1]
+        assert found is None
+
+    def test_the_first_mark_counts(self):
+        def mark(w, ids, real):
+            return w.call("masked_fill", w.call(torch.where, real, ids, -1), real, -2)
+
+        assert nodes.kind(self.marked(mark)[1].ids[0]) == "where"

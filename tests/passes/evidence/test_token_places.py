@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sere_compile.passes.evidence.token_places import drops_tokens, is_counted, split_at_fixed_places
 from sere_compile.passes.graph import nodes
 
+from ..graph.written import Written
 from ..moe_modules import EXPERTS, TOKENS, TOP_K, TRACERS, Used, from_dynamo, from_export, rows
 
 
@@ -120,3 +121,104 @@ class TestSplitAtFixedPlaces:
         """Reading every slot takes no part."""
         sort = self.sort(from_real_make_fx, lambda ids: ids.flatten().argsort() // TOP_K)
         assert split_at_fixed_places(sort, TOKENS * TOP_K) is None
+
+
+class Ids(Written):
+    """Ids of four tokens, three each, by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = self.input(torch.zeros(4, 3, dtype=torch.int64))
+
+    def flat(self):
+        return self.call("view", self.ids, -1)
+
+    def sorted(self):
+        return self.pick(self.call(torch.sort, self.flat()), 0)
+
+    def counts(self):
+        return self.call(torch.bincount, self.flat(), minlength=8)
+
+    def mask(self):
+        return self.call(torch.nn.functional.one_hot, self.ids, 8)
+
+    def places(self, mask=None):
+        return self.call(torch.cumsum, self.mask() if mask is None else mask, 0)
+
+
+# What is made of the ids, and whether tokens are dropped by their place.
+PLACES = {
+    "a running sum that is compared": (lambda w: w.call(torch.lt, w.places(), 2), True),
+    "compared the other way": (lambda w: w.call(torch.ge, w.places(), 2), True),
+    "a running sum that is read": (lambda w: w.call(torch.neg, w.places()), False),
+    "compared for equality": (lambda w: w.call(torch.eq, w.places(), 2), False),
+    "a mask that is compared": (lambda w: w.call(torch.gt, w.mask(), 0), False),
+    "through what keeps the mask": (
+        lambda w: w.call(torch.le, w.places(w.mul(w.call("float", w.call("permute", w.mask(), 2, 0, 1)), 2)), 2),
+        True,
+    ),
+    "through what does not": (lambda w: w.call(torch.lt, w.places(w.call(torch.sum, w.mask(), 1)), 2), False),
+    "numbers that are moved": (lambda w: w.call(torch.lt, w.call(torch.sub, w.places(), 1), 2), True),
+    "ids in another order": (
+        lambda w: w.call(torch.lt, w.places(w.call(torch.eq, w.call(torch.t, w.ids), 3)), 2),
+        True,
+    ),
+    "other numbers": (lambda w: w.call(torch.lt, w.places(w.call(torch.eq, w.call(torch.neg, w.ids), 3)), 2), False),
+    "sorted, from the first row of each": (
+        lambda w: w.call(torch.lt, w.pick(w.call(torch.cumsum, w.counts(), 0), w.sorted()), 2),
+        True,
+    ),
+    "sorted, by a gather": (lambda w: w.call(torch.lt, w.call(torch.gather, w.counts(), 0, w.sorted()), 2), True),
+    "sorted, of another table": (lambda w: w.call(torch.lt, w.pick(w.weight(8), w.sorted()), 0.5), False),
+    "sorted, compared": (lambda w: w.call(torch.lt, w.sorted(), 2), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places(name):
+    write, drops = PLACES[name]
+    w = Ids()
+    write(w)
+    assert any(drops_tokens(user) for user in w.ids.users) is drops
+
+
+def test_tables_of_counts():
+    w = Ids()
+    counts = w.counts()
+    assert is_counted(counts)
+    assert is_counted(w.call(torch.sub, w.call(torch.cumsum, counts, 0), counts))
+    assert not is_counted(w.weight(8))
+    assert not is_counted(w.call(torch.exp, w.ids))
+    assert not is_counted(None)
+    far = counts
+    for _ in range(14):
+        far = w.call(torch.neg, far)
+    assert not is_counted(far)
+
+
+# What is taken of rows in sorted order, and whether it is at places that tracing wrote down.
+PARTS = {
+    "split": (lambda w, rows: w.call(torch.split, rows, [5, 7]), True),
+    "narrow": (lambda w, rows: w.call(torch.narrow, rows, 0, 0, 5), True),
+    "slice": (lambda w, rows: w.pick(rows, slice(2, 5)), True),
+    "all rows": (lambda w, rows: w.pick(rows, slice(0, 12)), False),
+    "columns": (lambda w, rows: w.pick(rows, (slice(None), slice(0, 1))), False),
+    "one part": (lambda w, rows: w.call(torch.split, rows, 12), False),
+    "by a computed number": (lambda w, rows: w.call(torch.narrow, rows, 0, 0, w.input(5)), False),
+    "behind a function of rows": (lambda w, rows: w.call(torch.split, w.call(torch.exp, rows), [5, 7]), True),
+    "of other rows": (lambda w, rows: w.call(torch.split, w.call("view", rows, 2, -1), [1, 1]), False),
+    "an index": (lambda w, rows: w.pick(rows, w.input(torch.arange(5))), False),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts(name):
+    write, fixed = PARTS[name]
+    w = Ids()
+    order = w.call(torch.argsort, w.flat())
+    part = write(w, w.pick(w.given(12, 2), order))
+    assert (split_at_fixed_places(order, 12) is part) is fixed
+    assert (split_at_fixed_places(order, 12) is None) is not fixed
+    assert split_at_fixed_places(order, 13) is None
+    assert split_at_fixed_places(order, "twelve") is None
+    assert split_at_fixed_places(w.ids, 12) is None

@@ -29,3 +29,15 @@ def test_views_and_in_place_results():
     assert aliases(copy) == {copy}
     assert aliases(other) == {other}
     assert aliases(best) == {best}, "what an operation returns beside others is a part of it only if it splits"
+
+
+def test_who_only_reads_shares_nothing():
+    """Also where it writes to, or is a view of, another tensor."""
+    graph = Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    for node in (x, y):
+        node.meta["val"] = torch.zeros(3, 4)
+    added = graph.call_method("add_", (y, x))
+    graph.call_method("view_as", (y, x))
+    assert aliases(x) == {x}
+    assert added in aliases(y)

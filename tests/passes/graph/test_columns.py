@@ -8,6 +8,7 @@ from sere_compile.passes.graph.columns import columns_of, constant, cut_from
 
 from ..moe_modules import TRACERS
 from .calls import graph_of
+from .written import Written
 
 # name -> (function of x [3, 4], the columns that the operand of its `neg` has of x, None where it is no range)
 PARTS = {
@@ -25,6 +26,7 @@ PARTS = {
     "narrow from behind": (lambda x: x.narrow(1, -3, 2), (1, 3)),
     "middle of a split": (lambda x: x.split([1, 2, 1], 1)[1], (1, 3)),
     "first of a split": (lambda x: x.split(3, 1)[0], (0, 3)),
+    "all rows of a split": (lambda x: x.split(3, 0)[0], None),
     "rows": (lambda x: x[1:], None),
     "rows and columns": (lambda x: x[1:, 1:], None),
     "rows by narrow": (lambda x: x.narrow(0, 1, 2), None),
@@ -88,3 +90,38 @@ def test_constants_of_dynamo(name):
     graph = graph_of(lambda m, x, ids: torch.where(ids[:, None] > 0, x, function(x)), TRACERS["dynamo"])
     [where] = [node for node in graph.graph.nodes if nodes.kind(node) == "where"]
     assert constant(nodes.argument(where, 2, "other")) == number
+
+
+@pytest.mark.parametrize(
+    ("index", "columns"),
+    [
+        ((Ellipsis, slice(1, 3)), (1, 3)),
+        ((slice(None), slice(None), slice(1, 3)), (1, 3)),
+        ((slice(None), slice(1, 3)), None),
+        (slice(1, 3), None),
+        ((Ellipsis, slice(None, -1)), (0, 3)),
+        ((Ellipsis, slice(None, None, 2)), None),
+    ],
+)
+def test_of_three_dimensions(index, columns):
+    w = Written()
+    x = w.given(2, 5, 4)
+    assert columns_of(w.pick(x, index), x) == columns
+
+
+def test_slices_of_other_dimensions():
+    """Of torch.export: all columns of all rows, or no range of columns."""
+    w = Written()
+    x = w.given(3, 4)
+    assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 0, 0, 3), x) == (0, 4)
+    assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 0, 1, 3), x) is None
+    assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1, -2), x) == (2, 4)
+    assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1, 0, 4, 3), x) is None
+    assert columns_of(w.call(torch.narrow, x, 0, 0, 3), x) is None
+    assert cut_from(x) is None
+    assert columns_of(w.pick(x, slice(0, 3)), x) is None, "all rows"
+    row = w.given(4)
+    assert columns_of(w.pick(row, slice(1, 3)), row) == (1, 3)
+    parts = w.call(torch.split, x, [1, 3], 1)
+    assert columns_of(w.pick(parts, 1), x) == (1, 4)
+    assert columns_of(w.pick(parts, -1), x) is None

@@ -10,6 +10,7 @@ from sere_compile.passes.graph import nodes
 
 from ..moe_modules import TRACERS, Indexed, rows
 from .calls import find, graph_of
+from .written import Written
 
 
 class TestTensors:
@@ -196,3 +197,47 @@ def test_indices_by_keyword():
     assert nodes.index_tensors(graph.call_method("index_select", (x,), {"dim": 0, "index": ids})) == [ids]
     assert nodes.index_tensors(graph.call_function(torch.ops.aten.index.Tensor, (x, [None, ids, 3]))) == [ids]
     assert nodes.index_tensors(graph.call_method("index_select", (x, 0))) == []
+
+
+def test_which_dimensions_are_turned():
+    """`T` and `H` turn all of them, `mT` and `mH` the last two."""
+    w = Written()
+    for name in ("T", "H"):
+        assert nodes.only_moves_ones(w.call(getattr, w.given(1, 3), name))
+        assert not nodes.only_moves_ones(w.call(getattr, w.given(2, 3), name))
+    for name in ("mT", "mH"):
+        assert nodes.only_moves_ones(w.call(getattr, w.given(2, 1, 3), name))
+        assert not nodes.only_moves_ones(w.call(getattr, w.given(1, 2, 3), name))
+    assert nodes.only_moves_ones(w.call(torch.transpose, w.given(1, 2, 3), 0, 1))
+    assert not nodes.only_moves_ones(w.call(torch.transpose, w.given(1, 2, 3), 0, 2))
+    assert nodes.only_moves_ones(w.call(torch.transpose, w.given(1, 2, 3), dim0=-3, dim1=1))
+    assert nodes.only_moves_ones(w.call("permute", w.given(1, 2, 3), 1, 0, 2))
+    assert nodes.only_moves_ones(w.call("permute", w.given(1, 2, 3), (-2, 0, -1)))
+    assert not nodes.only_moves_ones(w.call("permute", w.given(1, 2, 3), (0, 2, 1)))
+
+
+def test_behind_some_operations():
+    w = Written()
+    x = w.given(2, 3)
+    viewed = w.call("view", w.call("double", x), 6)
+    assert nodes.behind(viewed, nodes.VALUE_PRESERVING) is x
+    assert nodes.behind(viewed, {"view"}) is nodes.operand(viewed)
+    assert nodes.behind(viewed, {"exp"}) is viewed
+    assert nodes.behind(x, {"placeholder"}) is x
+
+
+def test_where_ranks_wait_for_each_other():
+    def redistribute(x):
+        return x
+
+    def full_tensor(x):
+        return x
+
+    w = Written()
+    x = w.given(2)
+    assert nodes.exchanges(w.call(redistribute, x))
+    assert nodes.exchanges(w.call(full_tensor, x))
+    assert not nodes.exchanges(w.call(torch.exp, x))
+    assert not nodes.exchanges(x)
+    assert nodes.exchanges(w.graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (x,)))
+    assert not nodes.exchanges(w.graph.call_method("_c10d_functional", (x,)))

@@ -99,3 +99,31 @@ def test_copies():
     assert given.indices[0].tolist() == [0, 0]
     assert copied("x") == "x"
     assert plain_number(7) == 7
+
+
+def test_noise_does_not_depend_on_the_caller_s_generator():
+    graph = symbolic_trace(lambda x: x + torch.randn_like(x))
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(last_of(graph, torch.ones(3)))
+    assert torch.equal(*made)
+
+
+def test_writes_to_what_nobody_writes_are_spared():
+    """Only what is written is copied."""
+    graph = symbolic_trace(lambda x, y: x.add_(1) + y)
+    x, y, *_ = graph.graph.nodes
+    given = {x: torch.zeros(2), y: torch.ones(2)}
+    values = run_graph(graph.graph, None, given)
+    assert values[y] is given[y]
+    assert values[x] is not given[x]
+
+
+def test_dropout_of_what_is_no_tensor():
+    """Only a tensor is handed through."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_method("dropout", (x, 3))
+    holder = type("Holder", (), {"dropout": lambda self, number: number + 1})()
+    assert list(run_graph(graph, None, {x: holder}).values())[-1] == 4

@@ -7,6 +7,7 @@ from sere_compile.passes.graph import nodes
 from sere_compile.passes.graph.state import computed_of_state
 
 from ..moe_modules import Indexed, from_make_fx, rows
+from .written import Written
 
 
 class Parts(Indexed):
@@ -66,3 +67,41 @@ def far(tensor, steps):
 )  # fmt: skip
 def test_what_is_computed_of_state(function, of_state):
     assert computed_of_state(traced(function)) is of_state
+
+
+class TestByHand:
+    def test_how_far_a_parameter_may_be(self):
+        """Twenty-three operations, of which each counts."""
+        w = Written()
+        node = w.weight(3)
+        for _ in range(23):
+            node = w.call(torch.sin, node)
+        assert computed_of_state(node)
+        assert not computed_of_state(w.call(torch.sin, node))
+
+    def test_what_counts_is_met_once(self):
+        w = Written()
+        weight = w.weight(3)
+        node = w.call(torch.add, weight, weight)
+        for _ in range(15):
+            node = w.call(torch.add, node, node)
+        assert computed_of_state(node)
+
+    def test_writes_before_and_after(self):
+        """An activation that is written later is no part of what was read."""
+        w = Written()
+        x, memory = w.given(3), w.call(torch.clone, w.weight(3))
+        before = w.call(torch.exp, memory)
+        write = w.call("add_", memory, x)
+        after = w.call(torch.exp, memory)
+        assert computed_of_state(before)
+        assert not computed_of_state(after)
+        assert not computed_of_state(write)
+
+    def test_sizes(self):
+        """A number that a graph takes is none of the model's."""
+        w = Written()
+        size = w.input(3)
+        assert not computed_of_state(w.call(torch.zeros, size))
+        assert computed_of_state(w.call(torch.mul, w.weight(3), size))
+        assert not computed_of_state(size)

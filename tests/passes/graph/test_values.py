@@ -8,6 +8,7 @@ from sere_compile.passes.graph import nodes
 
 from ..moe_modules import TRACERS, Indexed, from_dynamo, from_make_fx, rows
 from .calls import Call, find, graph_of
+from .written import Written
 
 
 class TestValues:
@@ -72,3 +73,71 @@ def test_graph_module_without_owner():
     graph = Graph()
     assert nodes.value(graph.get_attr("weight")) is None
     assert nodes.value(GraphModule({"weight": torch.ones(2)}, graph).graph.find_nodes(op="get_attr")[0]) is not None
+
+
+class TestByHand:
+    def test_where_a_value_is_recorded(self):
+        """By Dynamo, by torch.export and make_fx, by shape propagation, in this order."""
+        node = Graph().placeholder("x")
+        assert nodes.value(node) is None
+        for key in ("tensor_meta", "val", "example_value"):
+            node.meta[key] = key
+            assert nodes.value(node) == key
+
+    def test_attributes_of_modules_inside(self):
+        root = torch.nn.Module()
+        root.inner = torch.nn.Linear(2, 3)
+        graph = Graph()
+        node, missing = graph.get_attr("inner.weight"), graph.get_attr("inner.other")
+        graph.owning_module = root
+        assert nodes.value(node) is root.inner.weight
+        assert nodes.value(missing) is None
+
+    def test_what_is_no_attribute_has_no_value(self):
+        """Whatever its target is called."""
+        root = torch.nn.Linear(2, 3)
+        graph = Graph()
+        graph.owning_module = root
+        assert nodes.value(graph.placeholder("weight")) is None
+        assert nodes.value(graph.call_method("weight", ())) is None
+
+    def test_products_of_sizes(self):
+        w = Written()
+        x, one = w.given(2, 3, 4), w.input(torch.tensor(1.0))
+        assert (nodes.count(x), nodes.leading_count(x), nodes.last_size(x)) == (24, 6, 4)
+        assert (nodes.count(one), nodes.leading_count(one), nodes.last_size(one)) == (1, 1, None)
+
+    def test_types_and_places(self):
+        w = Written()
+        assert nodes.is_floating(w.input(torch.ones(2).half()))
+        assert not nodes.is_floating(w.input(torch.ones(2).long()))
+        assert not nodes.is_floating(w.input(3))
+        assert nodes.device(w.input(torch.ones(2, device="meta"))).type == "meta"
+        assert nodes.device(w.input(3)).type == "cpu"
+        assert not nodes.is_tensor(w.input(3))
+        assert nodes.is_tensor(w.given(2))
+
+    def test_shapes_that_are_the_same(self):
+        w = Written()
+        x = w.given(2, 3)
+        for sizes, same in (((2, 3), True), ((3, 2), False), ((2, 3, 1), False), ((6,), False), ((1, 3), False)):
+            assert nodes.same_shape(x, w.given(*sizes)) is same
+            assert nodes.same_shape(w.given(*sizes), x) is same
+        assert not nodes.same_shape(x, w.input(3))
+        assert not nodes.same_shape(w.input(3), x)
+
+    @pytest.mark.parametrize(
+        ("trace", "line"),
+        [
+            ('  File "/a/b/model.py", line 12, in forward\n    y = x\n  File "/a/c.py", line 7, in f\n    z', "c.py:7"),
+            ('  File "model.py", line 12', "model.py:12"),
+            ("  File unnamed, line 12, in f", ""),
+            ("nothing of the kind", ""),
+            ("", ""),
+        ],
+    )
+    def test_lines_of_the_user(self, trace, line):
+        node = Graph().placeholder("x")
+        node.meta["stack_trace"] = trace
+        assert nodes.source_line(node) == line
+        assert nodes.place(node) == (f"x at {line}" if line else "x")

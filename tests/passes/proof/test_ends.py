@@ -1,5 +1,7 @@
 """Where tokens come together, and what else reads what a rewrite changes."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,16 @@ from sere_compile.passes import Proof, find_gates, verify_rewrite
 from sere_compile.passes.evidence.router import trace_router
 from sere_compile.passes.evidence.routing_weights import outer_consumers
 from sere_compile.passes.graph import nodes
-from sere_compile.passes.proof.ends import find_ends
+from sere_compile.passes.proof.ends import (
+    _looks_up_state,
+    _one_row_a_token,
+    _root_of,
+    _runs_experts,
+    _same_attribute,
+    find_ends,
+)
 
+from ..graph.written import Written
 from ..moe_modules import (
     DUPLICATE_UNSAFE,
     EXPERTS,
@@ -241,3 +251,75 @@ def test_the_memory_of_the_layer_before_is_made_up():
 def test_what_is_read_of_memory_before_it_is_complete_is_an_end():
     _, ends = found_in(graph := captured(ReadBefore()), one_gate(graph))
     assert [nodes.shape(side)[-1] for side in ends.sides] == [HIDDEN]
+
+
+class TestByHand:
+    @pytest.mark.parametrize(
+        ("sizes", "ids", "one"),
+        [
+            ((4, 6), (4, 3), True),
+            ((4, 1), (4, 3), True),
+            ((4,), (4, 3), False),
+            ((5, 6), (4, 3), False),
+            ((6, 4), (4, 6), False),
+            ((2, 2, 6), (4, 3), True),
+            ((2, 3, 6), (4, 3), False),
+            ((4, 6), (2, 2, 3), True),
+            ((2, 2, 6), (2, 2, 3), True),
+            ((1, 4, 6), (2, 2, 3), False),
+            ((1, 2, 2, 6), (2, 2, 3), True),
+        ],
+    )
+    def test_one_row_a_token(self, sizes, ids, one):
+        """All sizes but the last, or where there are others as many rows in all."""
+        w = Written()
+        assert _one_row_a_token(w.given(*sizes), w.input(torch.zeros(ids).long())) is one
+
+    def test_whole_numbers_are_no_rows(self):
+        w = Written()
+        assert not _one_row_a_token(w.input(torch.zeros(4, 6).long()), w.input(torch.zeros(4, 3).long()))
+        assert not _one_row_a_token(w.graph.placeholder("unknown"), w.input(torch.zeros(4, 3).long()))
+        assert not _one_row_a_token(w.given(4, 6), w.graph.placeholder("unknown"))
+
+    def test_what_looks_up_state(self):
+        w = Written()
+        table, ids = w.weight(EXPERTS, 2), w.input(torch.zeros(4, 2).long())
+        assert _looks_up_state(w.pick(table, ids))
+        assert _looks_up_state(w.call(torch.nn.functional.embedding, ids, table))
+        assert _looks_up_state(w.call(torch.gather, w.call("view", table, 8, 2), 0, ids))
+        assert not _looks_up_state(w.pick(w.given(EXPERTS, 2), ids))
+        assert not _looks_up_state(w.pick(w.call(torch.exp, table), ids))
+        assert not _looks_up_state(w.mul(table, 2))
+        whole = w.input(nn.Parameter(torch.zeros(EXPERTS, 2).long(), False))
+        assert not _looks_up_state(w.pick(whole, ids))
+
+    def test_what_runs_experts(self):
+        """A floating-point input of more than one dimension behind it, also by what is written to its sources."""
+        w = Written()
+        x, ids, weights = w.given(4, 6), w.input(torch.zeros(4, 2).long()), w.given(4, 2)
+        gate = types.SimpleNamespace(weights=weights, all_ids=(ids,))
+        assert _runs_experts(w.mul(w.call(torch.exp, x), 2), gate)
+        assert not _runs_experts(w.call(torch.scatter, w.call(torch.zeros, 4, 8), 1, ids, weights), gate)
+        assert not _runs_experts(w.mul(weights, w.given(2)), gate)
+        assert not _runs_experts(w.mul(weights, w.input(torch.ones(4, 2).long())), gate)
+        assert not _runs_experts(w.call(torch.zeros_like, x), gate)
+        memory = w.call(torch.zeros, 4, 6)
+        early = w.call(torch.exp, memory)
+        w.call("add_", memory, x)
+        assert _runs_experts(w.call(torch.exp, memory), gate)
+        assert not _runs_experts(early, gate)
+
+    def test_attributes_that_are_read_twice(self):
+        w = Written()
+        first, other, second = (w.graph.get_attr(name) for name in ("router", "experts", "router"))
+        assert _same_attribute(first) == [first, second]
+        assert _same_attribute(other) == [other]
+        assert _same_attribute(w.given(2)) == []
+
+    def test_who_owns_memory(self):
+        w = Written()
+        memory = w.call(torch.zeros, 4, 6)
+        assert _root_of(w.call("view", w.pick(memory, slice(0, 2)), -1)) is memory
+        assert _root_of(memory) is memory
+        made = w.call(torch.exp, memory)
+        assert _root_of(made) is made

@@ -1,11 +1,14 @@
 """Which tensors are the experts' parameters."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes.proof.expert_parameters import ExpertParameters, Stack
+from sere_compile.passes.proof.expert_parameters import ExpertParameters, Stack, Told
 
+from ..graph.written import Written
 from ..moe_modules import EXPERTS, HIDDEN, Block, ExpertLoop, Indexed, from_export, from_make_fx
 from .regions import leaves_of, region_of, told, values_of
 from .test_prover import Columns, FromBase, OneOutput, RouterScale, SharedBeside, Sliced, Values
@@ -20,6 +23,11 @@ def test_blocks_and_turns():
     assert Stack(0, 3, in_turn=True).exchanged(rows, MAP).tolist() == [0, 0, 2, 3, 3, 5]
     assert Stack(0, 3).rows(6, torch.device("cpu")).tolist() == [0, 0, 1, 1, 2, 2]
     assert Stack(0, 3, in_turn=True).rows(6, torch.device("cpu")).tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_rows_are_where_they_are_asked_for():
+    for stack in (Stack(0, 3), Stack(0, 3, in_turn=True)):
+        assert stack.rows(6, torch.device("meta")).device.type == "meta"
 
 
 def test_rows_that_are_no_experts_stay():
@@ -167,3 +175,119 @@ def test_swapping_is_what_the_definition_says():
     [node] = found.stacks
     assert torch.equal(swapped[node], values[node][5].expand_as(values[node]))
     assert all(swapped[other] is value for other, value in values.items() if other is not node)
+
+
+def asked(shapes, *, columns=EXPERTS, names=None, part=False):
+    """`Told` of parameters of these shapes, before anything is run, and its leaves."""
+    w = Written()
+    leaves = {w.input(torch.zeros(sizes)): None for sizes in shapes}
+    for number, node in enumerate(leaves):
+        name = names[number] if names else node.name
+        source = w.graph.call_function(to_local, (node,)) if part else w.graph.placeholder("source")
+        source.target = source.target if part else name
+        leaves[node] = types.SimpleNamespace(source=source, kind="state")
+    found = Told.__new__(Told)
+    gate = types.SimpleNamespace(num_experts=EXPERTS, router_weight=w.given(3, columns), top_k=2)
+    found._region = types.SimpleNamespace(leaves=leaves, gate=gate)
+    found._draws = [{node: node.meta["example_value"] for node in leaves}]
+    found._experts = EXPERTS
+    return found, list(leaves)
+
+
+def to_local(x):
+    return x
+
+
+class TestLayouts:
+    """The ways in which a tensor of some sizes may hold a part for each of eight experts, the likeliest first."""
+
+    @pytest.mark.parametrize(
+        ("sizes", "stacks"),
+        [
+            ((), []),
+            ((5,), []),
+            ((8,), [Stack(0, 8)]),
+            ((8, 8, 3), [Stack(0, 8), Stack(1, 8)]),
+            ((3, 8), [Stack(1, 8)]),
+            ((9, 3), [Stack(0, 9)]),
+            ((15,), [Stack(0, 15)]),
+            ((16, 3), [Stack(0, 8), Stack(0, 8, True)]),
+            ((3, 24), [Stack(1, 8), Stack(1, 8, True)]),
+            ((17, 3), []),
+            ((4, 3), []),
+        ],
+    )
+    def test_sizes(self, sizes, stacks):
+        found, [node] = asked([sizes])
+        assert list(found._layouts(node)) == stacks
+
+    def test_further_columns_of_the_router(self):
+        """A stack may have a part for each."""
+        found, [node] = asked([(10, 3)], columns=10)
+        assert list(found._layouts(node)) == [Stack(0, 10)]
+        found, [node] = asked([(8, 10)], columns=10)
+        assert list(found._layouts(node)) == [Stack(0, 8), Stack(1, 10)]
+        found, [node] = asked([(8, 6)], columns=6)
+        assert list(found._layouts(node)) == [Stack(0, 8)]
+
+    def test_a_rank_s_part(self):
+        """Any of the equal parts; of what no rank shares there is none."""
+        found, [node] = asked([(4, 3)], part=True)
+        assert list(found._layouts(node)) == [Stack(0, 4), Stack(0, 4, first=4)]
+        found, [node] = asked([(3, 4)], part=True)
+        assert list(found._layouts(node)) == []
+
+
+class TestNames:
+    def test_a_number_that_takes_as_many_values_as_there_are_experts(self):
+        names = [f"layers.3.experts.{e}.up" for e in range(8)] + [f"layers.3.experts.{e}.down" for e in range(8)]
+        found, members = asked([(2, 3)] * 8 + [(3, 2)] * 8, names=names)
+        assert list(found._named(members)) == [dict(enumerate(members[:8])), dict(enumerate(members[8:]))]
+        assert list(found._named(members[::-1])) == [dict(enumerate(members[8:])), dict(enumerate(members[:8]))]
+
+    def test_two_roles_by_turns(self):
+        found, members = asked([(2, 3)] * 16, names=[f"experts.{n}.w" for n in range(16)])
+        assert list(found._named(members)) == [dict(enumerate(members[::2])), dict(enumerate(members[1::2]))]
+
+    @pytest.mark.parametrize("count", [7, 9, 12])
+    def test_another_number_of_tensors_is_none(self, count):
+        found, members = asked([(2, 3)] * count, names=[f"experts.{n}.w" for n in range(count)])
+        assert list(found._named(members)) == []
+
+    def test_other_shapes_or_names_are_others(self):
+        shapes = [(2, 3)] * 7 + [(3, 2)]
+        found, members = asked(shapes, names=[f"experts.{n}.w" for n in range(8)])
+        assert list(found._named(members)) == []
+        found, members = asked([(2, 3)] * 8, names=[*(f"experts.{n}.w" for n in range(7)), "experts.7.v"])
+        assert list(found._named(members)) == []
+
+
+class TestRuns:
+    """What two runs of a region tell, by rows of its exit."""
+
+    def told(self, before, after, tokens=2):
+        found, _ = asked([])
+        found._exit = "exit"
+        found._before, found._ids = [{"exit": before}], [torch.zeros(tokens, 2)]
+        found._run = lambda values: {"exit": after}
+        return found._changed(0, {})
+
+    def test_rows_that_differ(self):
+        """By more than a millionth of the largest number; NaN differs."""
+        before = torch.tensor([[1.0, 4.0], [2.0, 0.0]])
+        assert self.told(before, before.clone()).tolist() == [False, False]
+        assert self.told(before, before + torch.tensor([[0.0, 0.0], [0.0, 1e-5]])).tolist() == [False, True]
+        assert self.told(before, before + torch.tensor([[2e-6, 0.0], [0.0, 0.0]])).tolist() == [False, False]
+        assert self.told(before, torch.tensor([[1.0, torch.nan], [2.0, 0.0]])).tolist() == [True, False]
+        assert self.told(before.view(2, 1, 2), before.view(2, 1, 2) + 1).tolist() == [True, True]
+        assert self.told(torch.zeros(2, 2), torch.full((2, 2), 1e-14)).tolist() == [True, True]
+        assert self.told(torch.zeros(2, 2), torch.full((2, 2), 1e-16)).tolist() == [False, False]
+
+    def test_other_shapes_tell_nothing(self):
+        assert self.told(torch.zeros(2, 2), torch.zeros(2, 3)) is None
+
+    def test_sets_of_experts(self):
+        found, _ = asked([])
+        first, others = found._sets(torch.tensor([5, 2]))
+        assert first.tolist() == [2, 5]
+        assert others.tolist() == [0, 1, 3, 4, 6, 7]

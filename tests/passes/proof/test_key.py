@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from sere_compile.passes import UseKind
-from sere_compile.passes.proof.key import region_key
+from sere_compile.passes.proof.key import _content, _kind_of, _target, region_key
 from sere_compile.passes.proof.region import cut_region
 
 from ..moe_modules import Grouped, Indexed, from_make_fx, one_gate, rows
@@ -68,3 +68,38 @@ def test_numbers_of_a_table_do():
     assert len({key(Ordered(table)) for table in tables}) == len(tables)
     assert key(Ordered(torch.rand(6))) == key(Ordered(torch.rand(6)))
     assert key(Ordered(tables[0])) == key(Ordered(tables[0].clone()))
+
+
+def test_what_is_called():
+    """A function by its place, a method and an operator by name, a module and an attribute by what the graph holds."""
+    root = torch.nn.Module()
+    root.layer, root.number = torch.nn.Linear(2, 3), 7
+    graph = torch.fx.Graph()
+    calls = {
+        graph.call_function(torch.exp, ()): f"{torch.exp.__module__}.{torch.exp.__qualname__}",
+        graph.call_function(torch.ops.aten.exp.default, ()): "aten.exp.default",
+        graph.call_method("exp", ()): "exp",
+        graph.call_module("layer", ()): "Linear(in_features=2, out_features=3, bias=True)",
+        graph.get_attr("number"): "7",
+        graph.get_attr("other"): "other",
+    }
+    for node, told in calls.items():
+        assert _target(node, root) == told
+    for node in list(calls)[-3:]:
+        assert _target(node, None) == str(node.target)
+
+
+def test_what_a_value_is():
+    assert _kind_of(3) == "3"
+    assert _kind_of(None) == "NoneType"
+    assert _kind_of(torch.zeros(2, 3).half()) == (["2", "3"], "torch.float16", "cpu")
+    assert _kind_of((1, [2.5])) == ["1", ["2.5"]]
+
+
+def test_what_is_held():
+    """Whole numbers, unless they are too many; no floating-point ones."""
+    assert _content(torch.arange(4).view(2, 2)) == [0, 1, 2, 3]
+    assert _content(torch.rand(3)) is None
+    assert _content(torch.zeros(4096, dtype=torch.int64)) == [0] * 4096
+    assert _content(torch.zeros(4097, dtype=torch.int64)) is None
+    assert _content(5) == "5"

@@ -1,11 +1,15 @@
 """Values for the inputs of a region."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from sere_compile.passes.proof.made_up import activation_values, redrawn, state_values
+from sere_compile.passes.proof.region import Leaf
 
+from ..graph.written import Written
 from ..moe_modules import EXPERTS, HIDDEN, TOKENS, BiasCorrected, Indexed, ScatterCombine, from_dynamo, rows
 from .regions import leaves_of, region_of
 
@@ -129,6 +133,14 @@ def test_redrawn_numbers_are_others():
         assert not torch.equal(redrawn(value, 1), redrawn(value, 2))
 
 
+def test_small_numbers_stay_small():
+    """A scale of a thousandth is redrawn as one: positive, at most half as large again."""
+    small = redrawn(torch.full((50,), 1e-3), 3)
+    assert small.min() >= 1e-3
+    assert small.max() <= 1.5e-3
+    assert (redrawn(torch.tensor([1.0, 0.0] * 50), 3) < 0).any()
+
+
 def test_redrawn_numbers_are_of_the_same_kind():
     """Whole numbers in another order, positive vectors positive, matrices of the scale that products keep."""
     order = redrawn(torch.arange(12).view(3, 4), 3)
@@ -144,3 +156,80 @@ def test_redrawn_numbers_are_of_the_same_kind():
     narrow = redrawn(torch.ones(40).to(torch.float8_e4m3fn), 3)
     assert narrow.dtype == torch.float8_e4m3fn
     assert 0 <= narrow.float().min() < narrow.float().max() <= 1
+
+
+def made(like, kind="state", held=None, draw=0, single=True):
+    """What is made up for a leaf of this kind whose value in the traced graph is `like`."""
+    w = Written()
+    node = w.input(like)
+    region = types.SimpleNamespace(leaves={node: Leaf(kind, node, held)})
+    made_by = state_values(region, single=single) | activation_values(region, draw, single=single)
+    return made_by[node]
+
+
+class TestOneLeaf:
+    """By hand: type, size and place of what is made up."""
+
+    @pytest.mark.parametrize(
+        ("like", "dtype"),
+        [
+            (torch.zeros(3, 4), torch.float32),
+            (torch.zeros(3, 4).half(), torch.float32),
+            (torch.zeros(3, 4).double(), torch.float64),
+            (torch.zeros(3), torch.float32),
+            (torch.zeros(3).bfloat16(), torch.float32),
+            (torch.zeros(3, dtype=torch.int32), torch.int32),
+            (torch.zeros(3, 4, dtype=torch.int64), torch.int64),
+        ],
+        ids=str,
+    )
+    def test_state_that_nobody_holds(self, like, dtype):
+        """Numbers above 0 for vectors, 0 for whole numbers."""
+        value = made(like)
+        assert (value.shape, value.dtype) == (like.shape, dtype)
+        if not dtype.is_floating_point:
+            assert not value.any()
+        elif like.dim() == 1:
+            assert ((value >= 0.05) & (value <= 1.05)).all()
+        else:
+            assert value.unique().numel() == value.numel()
+        assert made(like, single=False).dtype == like.dtype
+        assert made(like.to("meta")).device.type == "meta"
+
+    def test_state_that_is_held(self):
+        """Vectors, whole numbers, and what is too large to be made up again."""
+        for held in (torch.rand(3), torch.arange(6).view(2, 3), torch.rand(2, 2).to(torch.float8_e4m3fn)):
+            assert torch.equal(made(held, held=held).float(), held.float())
+        assert made(torch.rand(3).half(), held=torch.ones(3).half()).dtype == torch.float32
+        assert not torch.equal(made(torch.rand(2, 3), held=torch.ones(2, 3)), torch.ones(2, 3))
+        large = torch.ones(1).expand(1 << 13, (1 << 11) + 1)
+        assert made(large, held=large) is not None
+        assert torch.equal(made(large, held=large)[0, :9], torch.ones(9))
+
+    def test_sizes(self):
+        assert made(7, "number", 5) == 5
+        assert made(7, "number") == 7
+
+    @pytest.mark.parametrize("kind", ["hidden", "activation"])
+    def test_activations(self, kind):
+        for like, dtype in ((torch.zeros(40, 5), torch.float32), (torch.zeros(40, 5).half(), torch.float32)):
+            value = made(like, kind)
+            assert (value.shape, value.dtype) == (like.shape, dtype)
+            assert bool((value < 0).any()) is (kind == "hidden")
+            assert made(like, kind, single=False).dtype == like.dtype
+            assert made(like.to("meta"), kind).device.type == "meta"
+            assert not torch.equal(made(like, kind, draw=1), value)
+            assert torch.equal(made(like, kind), value)
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+    def test_masks(self, dtype):
+        """Everything, nothing, and most of it, by turns; what is held is known."""
+        like = torch.zeros(200, dtype=dtype)
+        masks = [made(like, "activation", draw=draw) for draw in range(6)]
+        assert all(mask.dtype == dtype for mask in masks)
+        assert [bool(mask.all()) for mask in masks] == [True, False, False] * 2
+        assert [bool(mask.any()) for mask in masks] == [True, False, True] * 2
+        assert 120 < int(masks[2].sum()) < 160
+        held = torch.ones(200, dtype=dtype)
+        assert torch.equal(made(like, "activation", held), held)
+        assert made(like.to("meta"), "activation").device.type == "meta"

@@ -19,11 +19,15 @@ from sere_compile.passes import (
     RoutingSettings,
     Skip,
     SkipReason,
+    UseKind,
     find_gates,
     reroute_dispatch,
     verify_rewrite,
 )
 from sere_compile.passes.graph import run_part
+from sere_compile.passes.proof.expert_parameters import ExpertParameters, Told
+from sere_compile.passes.proof.prover import Prover, Verdict
+from sere_compile.passes.proof.region import cut_region
 from sere_compile.testing import reroute_oracle
 
 from ..moe_modules import (
@@ -36,6 +40,7 @@ from ..moe_modules import (
     Indexed,
     ScatterCombine,
     add_matrix,
+    from_make_fx,
     one_gate,
     rows,
     run,
@@ -686,3 +691,73 @@ class TestEqualLayers:
 
     def test_are_proven_once(self, monkeypatch):
         assert self.runs(4, monkeypatch) == self.runs(1, monkeypatch) > 0
+
+
+class TestCounts:
+    """How often a region is tried, and what is told of it, by hand."""
+
+    @staticmethod
+    def prover(module, tokens=10):
+        graph = from_make_fx(module, rows(tokens))
+        return Prover(cut_region(one_gate(graph), weights_of(graph)), graph)
+
+    @pytest.mark.parametrize(("tokens", "draws"), [(1, 12), (2, 8), (3, 6), (4, 4), (5, 4), (20, 4)])
+    def test_few_tokens_are_drawn_more_often(self, tokens, draws, monkeypatch):
+        """Until there are sixteen, four times at least and twelve at most."""
+        prover, seen = self.prover(Indexed(), tokens), set()
+        own = prover._drawn
+        monkeypatch.setattr(prover, "_drawn", lambda number: seen.add(number) or own(number))
+        assert not prover.prove().refused
+        assert seen == set(range(draws))
+
+    def test_what_is_told_of_a_proof(self):
+        verdict = self.prover(Indexed()).prove()
+        assert (verdict.refused, verdict.refusal, verdict.merged, verdict.without_experts) == (False, "", False, False)
+        assert verdict.kinds == (UseKind.EXPERT_INDEX,)
+        assert len(verdict.experts) == 1
+        assert Verdict(refusal="a").refused
+        assert Verdict(reason=SkipReason.FETCHED).refused
+        assert not Verdict().refused
+
+    def test_without_experts(self, monkeypatch):
+        prover = self.prover(Indexed())
+        monkeypatch.setattr(Told, "find", lambda self: (ExpertParameters(), None))
+        verdict = prover.prove()
+        assert verdict.without_experts
+        assert verdict.refusal == "no parameter belongs to the experts: exchanging it changes no token, or all"
+
+    @pytest.mark.parametrize("fails", [1, 2])
+    def test_what_cannot_be_run_is_run_in_half_precision(self, fails, monkeypatch):
+        """Its first error is told, in few words, if that does not run either."""
+        prover, runs = self.prover(Indexed()), []
+
+        def prove():
+            runs.append(prover._single)
+            if len(runs) <= fails:
+                raise RuntimeError(f"{len(runs)}" + "x" * 200 + "\nmore")
+            return Verdict()
+
+        monkeypatch.setattr(prover, "_prove", prove)
+        verdict = prover.prove()
+        assert runs == [True, False]
+        told = "it could not be run: RuntimeError: 1" + "x" * 119
+        assert verdict.refusal == ("" if fails == 1 else told)
+
+    def test_ways_that_are_wrong_are_told_each_once(self, monkeypatch):
+        prover = self.prover(Indexed())
+        monkeypatch.setattr(prover, "_ways", lambda experts: iter(["a", "b", "c"]))
+        wrong = {"a": "it is off", "b": "it is off", "c": Skip(SkipReason.NO_WEIGHTS, None, "no weights")}
+        monkeypatch.setattr(prover, "_check", lambda way, experts: wrong[way])
+        verdict = prover.prove()
+        assert (verdict.refusal, verdict.reason) == ("it is off; no weights", SkipReason.UNVERIFIED)
+        monkeypatch.setattr(prover, "_ways", lambda experts: iter("ca"))
+        verdict = prover.prove()
+        assert (verdict.refusal, verdict.reason) == ("no weights; it is off", SkipReason.NO_WEIGHTS)
+        monkeypatch.setattr(prover, "_ways", lambda experts: iter(()))
+        assert prover.prove().refusal == "nothing of its dispatch can be re-routed"
+
+    def test_scores_that_choose_the_same_throughout(self, monkeypatch):
+        """Where nothing moves nothing is shown."""
+        prover = self.prover(Indexed())
+        monkeypatch.setattr("sere_compile.passes.proof.prover.settings_of", lambda draw, top_k: RoutingSettings(3))
+        assert "made-up scores chose the same experts throughout" in prover.prove().refusal

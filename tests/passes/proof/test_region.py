@@ -7,8 +7,19 @@ from torch import nn
 from sere_compile.passes import Skip, SkipReason, find_gates
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.graph.run_part import plain_number
-from sere_compile.passes.proof.region import cut_region, hidden_root, stand_in
+from sere_compile.passes.proof.region import (
+    Leaf,
+    _closure,
+    _described,
+    _held,
+    _readers_of,
+    cut_region,
+    distributed_state,
+    hidden_root,
+    stand_in,
+)
 
+from ..graph.written import Written
 from ..moe_modules import (
     DUPLICATE_UNSAFE,
     EXPERTS,
@@ -227,3 +238,107 @@ def test_roots(name):
     assert root.op == "placeholder" if expected == "x" else nodes.kind(root) in (expected, "linear", "mm")
     if expected == "x":
         assert root is next(iter(graph.graph.nodes))
+
+
+class Writes(Indexed):
+    """Memory is written before the experts read it: a function of (module, x, z, ids) says which."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.register_buffer("base", torch.zeros(HIDDEN))
+
+    def forward(self, x, z):
+        ids, weights = self.route(x)
+        return self.dispatch(self.write(self, x, z, ids), ids, weights)
+
+
+# What is written, and whether the write is part of the region.
+WRITES = {
+    "the hidden states": (lambda m, x, z, ids: x.mul_(2), True),
+    "a copy of them": (lambda m, x, z, ids: x.clone().mul_(2), True),
+    "a buffer": (lambda m, x, z, ids: x + m.base.add_(1), True),
+    "a buffer, by a view": (lambda m, x, z, ids: [m.base.view(2, 3).add_(1), x + m.base][1], True),
+    "fresh memory, made up as a whole": (lambda m, x, z, ids: x + torch.zeros(HIDDEN).add_(1), False),
+    "another input": (lambda m, x, z, ids: [z.add_(1), x + z][1], False),
+    "another input, by what is routed": (lambda m, x, z, ids: [z.add_(ids[:, :1]), x + z][1], True),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_that_are_part_of_it(name):
+    """Those that depend on what is made up, and those to memory that is computed or held."""
+    write, inside = WRITES[name]
+    region = region_of(Writes(write), from_dynamo, rows(seed=1))
+    assert any(nodes.writes(node) for node in region.graph.nodes) is inside
+
+
+def test_a_write_behind_the_end_is_none_of_it():
+    class Later(Indexed):
+        def forward(self, x, z):
+            y = super().forward(x + z)
+            z.add_(1)
+            return y + z
+
+    region = region_of(Later(), from_dynamo, rows(seed=1))
+    assert not any(nodes.writes(node) for node in region.graph.nodes)
+
+
+class TestByHand:
+    def test_the_closure_of_nodes(self):
+        """Up to a last node, also by writes, without the output."""
+        w = Written()
+        x = w.given(2)
+        first = w.call(torch.exp, x)
+        memory = w.call(torch.zeros, 2)
+        write = w.call("add_", memory, first)
+        read = w.call(torch.neg, memory)
+        late = w.call(torch.neg, first)
+        w.give(read)
+        assert _closure({first}, read) == {first, write, read}
+        assert _closure({first}, late) == {first, write, read, late}
+        assert _closure({x}, first) == {x, first}
+
+    def test_a_rank_s_part_of_a_parameter(self):
+        def to_local(x):
+            return x
+
+        w = Written()
+        weight, other = w.weight(2, 3), w.given(2, 3)
+        assert distributed_state(w.call(to_local, weight)) is weight
+        assert distributed_state(w.call(to_local, other)) is None
+        assert distributed_state(w.call(torch.exp, weight)) is None
+        assert distributed_state(weight) is None
+
+    def test_who_reads_hidden_states(self):
+        """Once they are complete: what makes them what the router reads is no reader."""
+        w = Written()
+        x = w.given(4, 6)
+        memory = w.call(torch.zeros, 4, 6)
+        early = w.call("add_", memory, x)
+        projection = w.call(torch.matmul, memory, w.weight(6, 8))
+        reader = w.call(torch.exp, memory)
+        late = w.call("mul_", memory, 2)
+        assert _readers_of(memory, projection) == [projection, reader, late]
+        assert _readers_of(x, projection) == [early]
+
+    def test_what_is_held(self):
+        fake = torch._subclasses.FakeTensorMode().from_tensor(torch.ones(2))
+        value = torch.ones(2)
+        assert _held(fake) is None
+        assert _held(None) is None
+        assert _held(value) is value
+
+    def test_what_a_leaf_yields(self):
+        """What was traced; an attribute has what the module holds, whose shape the tracer need not have written."""
+        w = Written()
+        node = w.given(2, 3)
+        leaf = Leaf("hidden", node, None)
+        assert _described(node, leaf) == node.meta
+        assert _described(node, leaf) is not node.meta
+        root = nn.Module()
+        root.weight = nn.Parameter(torch.ones(3))
+        graph = torch.fx.Graph()
+        attribute = graph.get_attr("weight")
+        torch.fx.GraphModule(root, graph)
+        assert _described(attribute, leaf)["example_value"] is attribute.graph.owning_module.weight

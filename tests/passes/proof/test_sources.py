@@ -1,12 +1,15 @@
 """What the nodes of a region depend on."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from sere_compile.passes.graph import nodes
-from sere_compile.passes.proof.sources import experts_meet_hidden, trace_sources
+from sere_compile.passes.proof.sources import _contracts, experts_meet_hidden, trace_sources
 
+from ..graph.written import Written
 from ..moe_modules import EXPERTS, HIDDEN, TOKENS, TOP_K, BiasCorrected, ColumnLoop, ExpertLoop, Indexed, ScatterCombine
 from .regions import leaves_of, region_of, told
 from .test_prover import Codebook, Columns, OneOutput, Prompts, Values
@@ -121,3 +124,51 @@ def test_noise_of_the_scores_is_no_hidden_state():
     assert region.gate.weights in sources.scored - sources.hidden
     [experts] = [node for node, shape in leaves_of(region, "state").items() if len(shape) == 3]
     assert experts_meet_hidden(region, sources, {experts})
+
+
+class TestProducts:
+    """Which operations contract a tensor with hidden states."""
+
+    @pytest.mark.parametrize(
+        ("write", "contracts"),
+        [
+            (lambda w, x, e: w.call(torch.matmul, x, w.given(4, 2)), True),
+            (lambda w, x, e: w.call(torch.nn.functional.conv1d, w.given(1, 3, 4), w.given(2, 3, 1)), True),
+            (lambda w, x, e: w.call(torch.add, x, e), False),
+            (lambda w, x, e: w.mul(x, e), False),
+            (lambda w, x, e: summed(w, w.mul(x, e), -1), True),
+            (lambda w, x, e: summed(w, w.mul(x, e), 2), True),
+            (lambda w, x, e: summed(w, w.mul(x, e), [1, 2]), True),
+            (lambda w, x, e: summed(w, w.mul(x, e), [1]), False),
+            (lambda w, x, e: summed(w, w.mul(x, e), -2), False),
+            (lambda w, x, e: summed(w, w.mul(x, e)), False),
+            (lambda w, x, e: summed(w, w.call("view", w.call("double", w.mul(x, e)), 5, 3, 4), -1, views=2), True),
+            (lambda w, x, e: summed(w, w.mul(x, e), 0, target=torch.mean), True),
+            (lambda w, x, e: summed(w, w.mul(x, e), -1, target=torch.amax), False),
+            (lambda w, x, e: w.call(torch.ops.sere.reroute.default, w.ids, w.given(8, 8), 1), False),
+            (lambda w, x, e: w.call(torch.ops.sere_tests.opaque_product.default, x), True),
+        ],
+        ids=[
+            "matmul", "conv", "sum", "times", "features", "by number", "both", "slots", "slots from behind", "all",
+            "through views", "tokens", "largest", "our own", "unknown",
+        ],
+    )  # fmt: skip
+    def test_what_contracts(self, write, contracts):
+        w = Written()
+        w.ids = w.input(torch.zeros(5, 3, dtype=torch.int64))
+        region = types.SimpleNamespace(gate=types.SimpleNamespace(ids=w.ids))
+        assert _contracts(write(w, w.given(5, 3, 4), w.given(5, 3, 4)), region) is contracts
+
+
+@torch.library.custom_op("sere_tests::opaque_product", mutates_args=())
+def opaque_product(x: torch.Tensor) -> torch.Tensor:
+    """An operator that nobody looks into."""
+    return x.clone()
+
+
+def summed(w, product, *dim, target=torch.sum, views=0):
+    """A sum over the product, or views of it; gives the product."""
+    w.call(target, product, *dim)
+    for _ in range(views):
+        product = nodes.operand(product)
+    return product

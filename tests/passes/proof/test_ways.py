@@ -67,6 +67,7 @@ def test_draws_differ_in_their_settings():
         (1, 0.0),
         (2, 0.0),
     ]
+    assert [settings_of(draw, 3) for draw in range(4, 12)] == [settings_of(draw, 3) for draw in range(4)] * 2
     assert {settings_of(draw, 2).select_top_k for draw in range(4)} == {1}
 
 

@@ -1,0 +1,349 @@
+"""`dynamo`: what is read of Dynamo's own bookkeeping, and changed in it, asked of Dynamo itself."""
+
+import contextlib
+import copy
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo import config
+from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
+from torch._dynamo.utils import counters
+
+from sere_compile.compiler import dynamo
+
+from ..passes.graph.written import Written
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def compiled(function, seen, **options):
+    """The function, compiled so that `seen(graph, inputs)` is asked for every graph, which runs as it is."""
+
+    def backend(graph, inputs):
+        return seen(graph, inputs) or graph.forward
+
+    return torch.compile(function, backend=backend, **options)
+
+
+class TestGraphs:
+    def test_a_copy_keeps_what_dynamo_wrote(self):
+        graphs = []
+        compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph))(torch.ones(2))
+        [graph] = graphs
+        graph._backend_id = "a backend"
+        copied = dynamo.copy_graph(graph)
+        [old], [new] = (g.graph.find_nodes(op="placeholder") for g in (graph, copied))
+        assert new is not old
+        assert new._dynamo_source is old._dynamo_source
+        assert copied._backend_id == "a backend"
+        assert copied._param_name_to_source is graph._param_name_to_source
+        del graph._backend_id
+        assert not hasattr(dynamo.copy_graph(graph), "_backend_id")
+        new.graph.erase_node(new.graph.output_node())
+        graph.graph.lint()
+
+    def test_a_graph_that_dynamo_did_not_write(self):
+        plain = torch.fx.symbolic_trace(nn.Linear(2, 3))
+        copied = dynamo.copy_graph(plain)
+        assert [node.name for node in copied.graph.nodes] == [node.name for node in plain.graph.nodes]
+        assert not hasattr(next(iter(copied.graph.nodes)), "_dynamo_source")
+
+    def test_a_backend_that_is_copied_is_the_same(self):
+        backend = dynamo.OwnBackend(lambda module, inputs: (module, inputs))
+        assert copy.deepcopy(backend) is backend
+        assert backend("graph", [1]) == ("graph", [1])
+        assert backend.__name__ == "sere"
+
+    def test_an_input_behind_the_others(self):
+        """Of a static size, with what AOTAutograd asks an input for."""
+        found = []
+
+        def seen(graph, inputs):
+            copied = dynamo.copy_graph(graph)
+            node, fake = dynamo.append_input(copied, "matrix", torch.rand(3, 3), list(inputs))
+            found.extend((copied, node, fake))
+
+        compiled(lambda x: x + 1, seen, dynamic=True)(torch.ones(5))
+        copied, node, fake = found
+        assert list(copied.graph.find_nodes(op="placeholder"))[-1] is node
+        assert node.target == "matrix"
+        assert node.meta["example_value"] is fake
+        assert isinstance(fake, torch._subclasses.FakeTensor)
+        assert [type(size) for size in fake.shape] == [int, int]
+        assert node.meta["tensor_dict"] == {"_dynamo_static_input_type": "unguarded"}
+        assert isinstance(node._dynamo_source, ConstantSource)
+
+    def test_an_input_of_a_graph_without_fake_tensors(self):
+        w = Written()
+        w.graph.output(w.given(2))
+        value = torch.rand(3, 3)
+        node, given = dynamo.append_input(torch.fx.GraphModule(nn.Module(), w.graph), "matrix", value, [])
+        assert given is value
+        assert node.meta["example_value"] is value
+
+    def test_an_example_input_that_is_fake_tells_the_mode(self):
+        w = Written()
+        w.graph.output(w.given(2))
+        mode = torch._subclasses.FakeTensorMode()
+        example = mode.from_tensor(torch.ones(2))
+        _, given = dynamo.append_input(
+            torch.fx.GraphModule(nn.Module(), w.graph), "matrix", torch.rand(2, 2), [example]
+        )
+        assert given.fake_mode is mode
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("L['self']._modules['model']._modules['layers']._modules['0']._parameters['weight']", "model.layers.0.weight"),
+        ("L['self'].gate._buffers['bias']", "gate.bias"),
+        ("L['model'].router", "router"),
+        ('G["net"].router', "router"),
+        ("L['self'].layers[3].gate['w']", "layers.3.gate.w"),
+        ("L['x']", ""),
+    ],
+)
+def test_names_of_inputs(source, name):
+    """As the code reaches them, whether a source has its name as a text or makes it."""
+    node = Written().given(2)
+    assert dynamo.input_name(node) == node.target
+    for named in (source, lambda: source):
+        node._dynamo_source = types.SimpleNamespace(name=named)
+        assert dynamo.input_name(node) == name
+
+
+def test_names_that_dynamo_makes():
+    node = Written().given(2)
+    node._dynamo_source = AttrSource(LocalSource("self"), "router")
+    assert dynamo.input_name(node) == "router"
+
+
+class TestGuards:
+    def test_a_graph_serves_calls_of_which_it_holds(self):
+        graphs, asked = [], []
+
+        def seen(graph, inputs):
+            [node] = graph.graph.find_nodes(op="placeholder")
+            wanted = float(now.sum())
+
+            def holds(value):
+                asked.append(value)
+                return float(value.sum()) == wanted
+
+            graphs.append(dynamo.guard_input(node, holds, "of a test"))
+
+        add = compiled(lambda x: x + 1, seen)
+        for now in (torch.ones(2), torch.ones(2), torch.zeros(2), torch.ones(2)):
+            add(now)
+        assert graphs == [True, True]
+        assert any(value is now for value in asked)
+
+    def test_without_dynamo_there_is_none(self):
+        node = Written().given(2)
+        assert dynamo.guard_input(node, lambda value: True, "") is False
+        node._dynamo_source = LocalSource("x")
+        assert dynamo.guard_input(node, lambda value: True, "") is False
+
+        def seen(graph, inputs):
+            plain = Written().given(2)
+            assert dynamo.guard_input(plain, lambda value: True, "") is False
+
+        compiled(lambda x: x + 1, seen)(torch.ones(2))
+
+
+class TestSettings:
+    """What is changed is as it was afterwards, also after an error."""
+
+    @pytest.mark.parametrize(
+        ("context", "changed"),
+        [
+            (dynamo.dynamic_shape_capture, {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}),
+            (dynamo.unlimited_recompiles, {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}),
+            (
+                dynamo.compiling_aside,
+                {"recompile_limit": 1 << 20, "automatic_dynamic_shapes": False, "assume_static_by_default": True},
+            ),
+        ],
+    )
+    def test_configuration(self, context, changed):
+        with config.patch(automatic_dynamic_shapes=True, assume_static_by_default=False):
+            before = {name: getattr(config, name) for name in changed}
+            assert before != changed
+            with contextlib.suppress(KeyError), context():
+                assert {name: getattr(config, name) for name in changed} == changed
+                raise KeyError
+            assert {name: getattr(config, name) for name in changed} == before
+
+    def test_whether_shapes_are_captured(self):
+        assert dynamo.captures_dynamic_shapes() is False
+        with dynamo.dynamic_shape_capture():
+            assert dynamo.captures_dynamic_shapes() is True
+
+    def test_a_module_that_was_compiled_in_place(self):
+        layer = nn.Linear(2, 2)
+        with dynamo.without_own_compile(layer):
+            assert layer._compiled_call_impl is None
+        layer._compiled_call_impl = own = lambda x: x
+        with contextlib.suppress(KeyError), dynamo.without_own_compile(layer):
+            assert layer._compiled_call_impl is None
+            raise KeyError
+        assert layer._compiled_call_impl is own
+        with dynamo.without_own_compile(lambda x: x):
+            pass
+
+    def test_a_limit_that_was_met(self):
+        counters["unimplemented"].clear()
+        assert dynamo.recompile_limit_hint() == ""
+        counters["unimplemented"]["something else"] += 1
+        assert dynamo.recompile_limit_hint() == ""
+        counters["unimplemented"]["Dynamo recompile limit exceeded: 8"] += 1
+        assert dynamo.recompile_limit_hint().startswith("Dynamo hit torch._dynamo.config.recompile_limit")
+        counters["unimplemented"].clear()
+
+
+class TestWhereACallIs:
+    def test_graph_breaks(self):
+        """Dynamo says of a graph whether one ends it; where it compiles nothing it says nothing."""
+        assert dynamo.has_graph_break() is True
+        found = []
+
+        def broken(x):
+            x = x + 1
+            torch._dynamo.graph_break()
+            return x * 2
+
+        compiled(broken, lambda graph, inputs: found.append(dynamo.has_graph_break()))(torch.ones(2))
+        assert found == [True, False]
+
+    def test_calls_of_compiled_code(self):
+        """The outermost on the stack."""
+        assert dynamo.current_call() is None
+        found, inner = [], torch.compile(lambda x: x + 1, backend="eager")
+
+        def run(*arguments):
+            found.append(dynamo.current_call())
+            inner(torch.ones(3))
+            return arguments
+
+        add = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: run)
+        add(torch.ones(2))
+        [frame] = found
+        assert dynamo.is_compile_wrapper(frame)
+        assert frame.f_locals["fn"].__name__ == "<lambda>"
+        assert not dynamo.is_compile_wrapper(sys._getframe())
+        assert dynamo.current_call() is None
+
+    def test_frames_that_only_look_like_it(self):
+        def _fn():
+            return sys._getframe()
+
+        def compile_wrapper():
+            return sys._getframe()
+
+        assert not dynamo.is_compile_wrapper(_fn())
+        assert not dynamo.is_compile_wrapper(compile_wrapper())
+
+    def test_the_frame_that_torch_compile_was_asked_for(self):
+        """Not one that it calls once its graph is broken."""
+        assert dynamo.is_outermost() is False
+        found = []
+
+        def seen(graph, inputs):
+            found.append(dynamo.is_outermost())
+
+        class Inner(nn.Module):
+            def forward(self, x):
+                torch._dynamo.graph_break()
+                return x * 2
+
+        class Outer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = Inner()
+
+            def forward(self, x):
+                return self.inner(x + 1) - 1
+
+        compiled(Outer(), seen)(torch.ones(2))
+        assert found[0] is True
+        assert False in found
+        found.clear()
+        compiled(lambda x: x + 1, seen)(torch.ones(2))
+        assert found == [True]
+
+    def test_what_a_module_is_called_with(self):
+        found = []
+
+        class Asks(nn.Module):
+            def forward(self, x, scale=1):
+                found.append(dynamo.arguments_of(self))
+                found.append(dynamo.arguments_of(other))
+                return x * scale
+
+        other = nn.Identity()
+        asks, x = Asks(), torch.ones(2)
+        asks(x, scale=3)
+        assert found[0] == ((x,), {"scale": 3})
+        assert found[1] is None
+        assert dynamo.arguments_of(asks) is None
+
+
+def added(x):
+    return x + 1
+
+
+class TestCodes:
+    def test_codes_that_are_met_for_the_first_time_are_forgotten(self):
+        graphs = []
+
+        def met(function):
+            compiled(function, lambda graph, inputs: graphs.append(function.__name__), dynamic=False)(torch.ones(2))
+
+        def known():
+            return set(dynamo._known_codes()) - dynamo.skipped_codes()
+
+        def other(x):
+            return x - 1
+
+        met(added)
+        with contextlib.suppress(KeyError), dynamo.forgetting_new_codes():
+            met(other)
+            assert {added.__code__, other.__code__} <= known()
+            raise KeyError
+        assert added.__code__ in known()
+        assert other.__code__ not in known()
+        assert graphs == ["added", "other"]
+
+    def test_the_code_that_is_being_compiled_is_spared(self):
+        found = []
+
+        def seen(graph, inputs):
+            found.append(dynamo._code_being_compiled())
+            with dynamo.forgetting_new_codes():
+                torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))
+
+        add = compiled(added, seen)
+        add(torch.ones(2))
+        add(torch.ones(2))
+        assert found == [added.__code__]
+        assert dynamo._code_being_compiled() is None
+
+    def test_codes_of_a_model_are_looked_at_anew(self):
+        """And those of what stands in the same files."""
+        graphs = []
+        for model in (added, nn.Sequential(nn.Identity()), types.SimpleNamespace()):
+            run = compiled(added, lambda graph, inputs: graphs.append(graph))
+            run(torch.ones(2))
+            before = len(graphs)
+            dynamo.forget_codes(model)
+            run(torch.ones(2))
+            assert len(graphs) == before + (model is added)
+
+    def test_codes_that_dynamo_gave_up(self):
+        compiled(added, lambda graph, inputs: None)(torch.ones(2))
+        assert added.__code__ not in dynamo.skipped_codes()
+        dynamo.forget_codes(added)
+        assert added.__code__ in dynamo.skipped_codes()
