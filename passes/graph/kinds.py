@@ -38,6 +38,11 @@ _SPELLINGS = {
     "mH": "transpose",
     "adjoint": "transpose",
     "alias": "detach",
+    "_get_data_attr": "detach",  # `x.data`, as Dynamo writes it
+    "split_with_sizes": "split",
+    "unsafe_split": "split",
+    "unsafe_chunk": "chunk",
+    "moveaxis": "movedim",
     "lift_fresh_copy": "clone",
     "mm": "matmul",
     "__matmul__": "matmul",
@@ -90,6 +95,9 @@ PRODUCTS_BY_ID = frozenset(
     | {f"finegrained_fp8.{name}_matmul_batched" for name in ("w8a8_tensor_dynamic_fp8", "mxfp_dynamic")}
 )
 
+# Attributes that are the tensor itself, or a view of it.
+_ATTRIBUTES = dict.fromkeys(("T", "mT", "H", "mH"), "transpose") | {"data": "detach"}
+
 # Operations that return their tensor operand's values in the same order: views, casts and copies.
 VALUE_PRESERVING = frozenset(
     {"view", "to", "clone", "contiguous", "detach", "unsqueeze", "squeeze", "expand", "expand_as"}
@@ -98,7 +106,7 @@ VALUE_PRESERVING = frozenset(
 # the other.
 ALIASING = VALUE_PRESERVING - {"clone"} | {
     "transpose", "permute", "slice", "select", "narrow", "diagonal", "movedim", "swapdims", "as_strided", "unfold",
-    "chunk", "split", "tensor_split", "unbind", "to_local",
+    "chunk", "split", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "to_local", "broadcast_to",
 }  # fmt: skip
 
 
@@ -141,8 +149,8 @@ def kind(node: Node) -> str:
     name = spelling(node)
     if name == "getitem":
         return _kind_of_getitem(node)
-    if name == "getattr" and node.args[1] in ("T", "mT", "H", "mH"):
-        return "transpose"
+    if name == "getattr" and node.args[1] in _ATTRIBUTES:
+        return _ATTRIBUTES[node.args[1]]  # type: ignore[index]
     if name == "index_select":
         return "index"
     return name[:-1] if marks_in_place(name) else name

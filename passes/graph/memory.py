@@ -12,7 +12,7 @@ from .arguments import operand
 from .kinds import ALIASING, kind, marks_in_place, spelling
 
 # Views of all parts of a tensor, of which `item` picks one.
-_SPLITTING = frozenset({"chunk", "split", "tensor_split", "unbind"})
+_SPLITTING = frozenset({"chunk", "split", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind"})
 
 
 def viewed(node: Node) -> Node | None:

@@ -78,9 +78,12 @@ def _same_random_numbers(given: Mapping[Node, Any]) -> Iterator[None]:
         yield
 
 
-def plain_number(size: Any) -> Any:
-    """A symbolic size's value in the call that was traced; anything else as it is."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+def plain_number(size: Any, sizes: Mapping[Any, int] | None = None) -> Any:
+    """A symbolic size's value in the call that was traced, or with other numbers for its symbols; else as it is."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    found = size.node.expr.subs(sizes) if sizes else size.node.expr
+    return int(found) if found.is_number else size.node.hint
 
 
 def copied(found: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from .region import Leaf, Region
 
 _LARGE = 1 << 24  # numbers from which on a matrix is taken as it is held: made up it would cost its memory again
 _APART = 0.5  # by how much a first choice is ahead of the next
+# By draw: a router may be sure of one expert or of none, and what bends weights may do so near 0 or 1 only.
+_SHARPNESS = (1.0, 1.0, 4.0, 0.25)
+_MANY_CALLS = 1_000_000  # that a counter may have counted
+# Numbers that the program itself holds, and no call or training changes.
+_CONSTANTS = ("_tensor_constant", "lifted_tensor", "c_")
+Sizes = Mapping[Any, int]  # numbers by symbol, in place of those of the traced call
 
 
 def state_values(region: Region, *, single: bool) -> dict[Node, Any]:
@@ -32,15 +39,61 @@ def state_values(region: Region, *, single: bool) -> dict[Node, Any]:
     return values
 
 
-def activation_values(region: Region, draw: int, *, single: bool) -> dict[Node, Any]:
-    """Logits, hidden states and other activations; `draw` is the seed and tells how masks are filled."""
+def later_state(region: Region, state: Mapping[Node, Any], draw: int) -> dict[Node, Any]:
+    """Small state as it may be in another layer, or after training or many calls.
+
+    A scale that is 1 at first and a gain of 0 hide what is multiplied by them, and a counter what begins late. Numbers
+    that are not below 0 stay so.
+
+    Args:
+        region: see `cut_region`.
+        state: of `state_values`.
+        draw: is the seed, and tells what counters are at.
+    """
+    generator = torch.Generator().manual_seed(307 + draw)
+    values: dict[Node, Any] = {}
+    for node, leaf in region.leaves.items():
+        value = state.get(node)
+        if leaf.kind != "state" or not isinstance(value, torch.Tensor) or value.numel() == 0:
+            continue
+        if str(leaf.source.target).startswith(_CONSTANTS):
+            continue
+        if value.dtype.is_floating_point and value.dim() < 2 and value.element_size() > 1:
+            values[node] = _moved(value, generator)
+        elif value.dtype in (torch.int32, torch.int64) and value.numel() == 1 and nodes.writers(leaf.source):
+            values[node] = torch.full_like(value, (_MANY_CALLS, 0)[draw % 2])
+    return values
+
+
+def _moved(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Other numbers of the same order; infinities stay."""
+    known = value[value.isfinite()]
+    step = torch.rand(value.shape, generator=generator).to(value) * known.abs().mean().clamp(min=0.5).nan_to_num(0.5)
+    sign = 1.0 if not bool((known < 0).any()) else torch.where(value < 0, -1.0, 1.0).to(value)
+    return value + step * sign
+
+
+def activation_values(
+    region: Region, draw: int, *, single: bool, chosen: Sequence[int] = (), sizes: Sizes | None = None
+) -> dict[Node, Any]:
+    """Logits, hidden states and other activations.
+
+    Args:
+        region: see `cut_region`.
+        draw: is the seed, and tells how masks are filled and how sure the router is.
+        single: half-precision activations become float32.
+        chosen: experts that tokens choose behind their first, by turns.
+        sizes: see `Sizes`; also for the region's numbers.
+    """
     generator = torch.Generator().manual_seed(101 + draw)
     values: dict[Node, Any] = {}
     for node, leaf in region.leaves.items():
         if leaf.kind == "logits":
-            values[node] = _logits(region, node, draw, generator, single)
+            values[node] = _logits(region, node, draw, generator, single, chosen, sizes)
         elif leaf.kind in ("hidden", "activation"):
-            values[node] = _activation(node, leaf, draw, generator, single)
+            values[node] = _activation(node, leaf, draw, generator, single, sizes)
+        elif leaf.kind == "number" and sizes:
+            values[node] = plain_number(nodes.value(node), sizes)
     return values
 
 
@@ -79,11 +132,13 @@ def _spread(value: torch.Tensor) -> float:
     return (2 / sum(value.shape[-2:])) ** 0.5 if value.dim() >= 2 else 0.5
 
 
-def _activation(node: Node, leaf: Leaf, draw: int, generator: torch.Generator, single: bool) -> Any:
+def _activation(
+    node: Node, leaf: Leaf, draw: int, generator: torch.Generator, single: bool, others: Sizes | None
+) -> Any:
     like = nodes.value(node)
     if isinstance(leaf.held, torch.Tensor) and not leaf.held.dtype.is_floating_point:
         return leaf.held.detach()
-    sizes, device = [plain_number(size) for size in like.shape], nodes.device(node)
+    sizes, device = [plain_number(size, others) for size in like.shape], nodes.device(node)
     dtype = torch.float32 if single and like.dtype in HALF else like.dtype
     if not dtype.is_floating_point:
         # Masks: everything real, nothing marked, and both.
@@ -95,18 +150,38 @@ def _activation(node: Node, leaf: Leaf, draw: int, generator: torch.Generator, s
     return (torch.rand(sizes, generator=generator) + 0.05).to(device=device, dtype=dtype)
 
 
-def _logits(region: Region, node: Node, draw: int, generator: torch.Generator, single: bool) -> torch.Tensor:
+def _logits(
+    region: Region,
+    node: Node,
+    draw: int,
+    generator: torch.Generator,
+    single: bool,
+    chosen: Sequence[int],
+    others: Sizes | None,
+) -> torch.Tensor:
     """Two experts are the first choices in even draws, so that most tokens name an expert twice; any in odd ones."""
     gate, like = region.gate, nodes.value(node)
-    sizes = [plain_number(size) for size in like.shape]
+    sizes = [plain_number(size, others) for size in like.shape]
     made = torch.randn(sizes, generator=generator)
     distances = nodes.kind(region.leaves[node].source) == "cdist"
     made = made.abs() + 0.1 if distances else made
+    rows = made.view(-1, sizes[-1])
     if draw % 2 == 0:
-        rows = made.view(-1, sizes[-1])
+        best = rows.amin(-1) / 2 if distances else rows.amax(-1) + _APART
+        if chosen and not distances:
+            _choose(rows, chosen, gate.top_k - 1)
         pair = torch.randperm(gate.num_experts, generator=generator)[:2]
         first = pair[torch.arange(len(rows)) % len(pair)]
-        best = rows.amin(-1) / 2 if distances else rows.amax(-1) + _APART
         rows[torch.arange(len(rows)), first] = best
+    made = made if distances else made * _SHARPNESS[draw % len(_SHARPNESS)]
     dtype = torch.float32 if single and like.dtype in HALF else like.dtype
     return made.to(device=nodes.device(node), dtype=dtype)
+
+
+def _choose(rows: torch.Tensor, chosen: Sequence[int], places: int) -> None:
+    """Give each row the next few of the experts that are to be chosen as its best, ahead of the others by less."""
+    best = rows.amax(-1)
+    for place in range(places):
+        number = torch.arange(len(rows)) * places + place
+        expert = torch.tensor(list(chosen))[number % len(chosen)]
+        rows[torch.arange(len(rows)), expert] = best + _APART * (places - place) / (places + 1)

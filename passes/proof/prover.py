@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,18 @@ from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .compare import distance
 from .expert_parameters import ExpertParameters, Told, Values
-from .made_up import activation_values, state_values
+from .made_up import activation_values, later_state, state_values
+from .more_tokens import more_tokens
 from .region import Region
 from .sources import Sources, experts_meet_hidden
-from .ways import Got, Way, leads_to, rewrite_region, settings_of, with_proven_kinds
+from .ways import Got, Rewritten, Way, leads_to, rewrite_region, settings_of, with_proven_kinds
 
 # What an operation raises that does not take made-up values.
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 _DRAWS = 4
-_TOKENS = 16  # that the draws hold together at least
+_TOKENS = 16  # that the draws hold together at least, and twice as many where weights are merged
 _MOST_DRAWS = 12
+_MOST_TO_MOVE_ALL = 40  # draws, until each expert was re-routed once
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ class Prover:
             return False  # slots are apart still: weights may follow
         return fetched and self._region.gate.top_k > 1 and end not in sources.scored
 
-    def _drawn(self, number: int) -> Values:
-        return self._state | activation_values(self._region, number, single=self._single)
+    def _drawn(
+        self, number: int, *, later: bool = False, chosen: Sequence[int] = (), sizes: Mapping[Any, int] | None = None
+    ) -> Values:
+        region, single = self._region, self._single
+        values = self._state | activation_values(region, number, single=single, chosen=chosen, sizes=sizes)
+        return values | later_state(region, self._state, number) if later else values
 
     def _run(self, values: Values) -> Values:
         return self._run_graph(self._region.graph, values)
@@ -137,24 +143,64 @@ class Prover:
         rewritten = rewrite_region(self._region, way)
         if isinstance(rewritten, Skip):
             return rewritten
-        top_k, name = self._region.gate.top_k, "with merged ids" if way.merged else "with new ids"
-        moved, number, tokens = 0, 0, 0
-        unknown = experts.unknown_moves(self._region.gate.num_experts)
-        while number < _MOST_DRAWS and (number < _DRAWS or tokens < _TOKENS or not moved):
-            values, settings = self._drawn(number), settings_of(number, top_k)
-            if number == 0:
-                same = rewritten.run(values, self._run_graph, RoutingSettings(top_k), number)
-                wrong = self._differs(self._run(values), same, exact=True)
-                if wrong is not None:
-                    return f"{name} and S = K {wrong}"
-            new = rewritten.run(values, self._run_graph, settings, number, unknown)
-            expected = self._run(experts.swapped(values, new.mapping))
-            wrong = self._differs(expected, new, exact=False)
+        name = "with merged ids" if way.merged else "with new ids"
+        values = self._drawn(0)
+        same = rewritten.run(values, self._run_graph, RoutingSettings(self._region.gate.top_k), 0)
+        if (wrong := self._differs(self._run(values), same, exact=True)) is not None:
+            return f"{name} and S = K {wrong}"
+        if (wrong := self._check_draws(way, rewritten, experts)) is not None:
+            return f"{name} {wrong}"
+        return None
+
+    def _check_draws(self, way: Way, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
+        """What is wrong with S < K, in one of as many draws as it takes for each to have something to show."""
+        stays = set(range(self._region.gate.num_experts))  # experts that were not re-routed so far
+        needed = _TOKENS * (2 if way.merged else 1)
+        # A row that is looked up serves any number; code that compares ids may have something against one of them.
+        may_tell_apart = any(use.kind is not UseKind.EXPERT_INDEX for use in way.gate.dispatch_uses)
+        number, tokens, told = 0, 0, False
+        while number < _MOST_TO_MOVE_ALL:
+            enough = number >= _DRAWS and tokens >= needed and told
+            if (enough or number >= _MOST_DRAWS) and not (may_tell_apart and stays):
+                break
+            chosen = sorted(stays, key=lambda expert: (expert + number) % 7) if number >= _DRAWS else ()
+            values = self._drawn(2 * number if chosen else number, later=number > 0, chosen=chosen)
+            wrong, new = self._compare(rewritten, experts, values, number)
             if wrong is not None:
-                return f"{name} and S = {settings.select_top_k} {wrong}"
-            moved += int((new.mapping != torch.arange(len(new.mapping), device=new.mapping.device)).sum())
+                return wrong
+            moved = (new.mapping != torch.arange(len(new.mapping), device=new.mapping.device)).nonzero()
+            stays -= set(moved.flatten().tolist())
+            told = told or distance(self._run(values)[self._region.ends[0]], new.ends[0], exact=False) is not None
             tokens, number = tokens + new.tokens, number + 1
-        return None if moved else "made-up scores chose the same experts throughout"
+        if len(stays) == self._region.gate.num_experts:
+            return "made-up scores chose the same experts throughout"
+        if not told:
+            return "no token changed: its dispatch reads none of the choices that re-routing changes"
+        return self._wrong_with_more(rewritten, experts)
+
+    def _wrong_with_more(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
+        """What is wrong with more tokens than the traced call had, where the graph takes them."""
+        sizes = more_tokens(self._region)
+        for number in range(2 if sizes else 0):
+            values = self._drawn(number, sizes=sizes)
+            try:
+                self._run(values)
+            except FAILURES:  # sizes of made-up values that hang together in a way that is not seen
+                return None
+            wrong, new = self._compare(rewritten, experts, values, number)
+            if wrong is not None:
+                return f"{wrong} where there are {new.tokens} tokens"
+        return None
+
+    def _compare(
+        self, rewritten: Rewritten, experts: ExpertParameters, values: Values, number: int
+    ) -> tuple[str | None, Got]:
+        """What is wrong with one draw, and what the rewritten region gave."""
+        settings = settings_of(number, self._region.gate.top_k)
+        unknown = experts.unknown_moves(self._region.gate.num_experts)
+        new = rewritten.run(values, self._run_graph, settings, number, unknown)
+        wrong = self._differs(self._run(experts.swapped(values, new.mapping)), new, exact=False)
+        return None if wrong is None else f"and S = {settings.select_top_k} {wrong}", new
 
     def _differs(self, expected: Values, got: Got, exact: bool) -> str | None:
         """At which end two runs are apart, and how far."""

@@ -51,6 +51,23 @@ class TestWrites:
         scaled = graph.call_function(torch.ops.sere_tests.doubled, (x,))
         assert nodes.writes(scaled) == [x]
 
+    @pytest.mark.parametrize(
+        "view",
+        [lambda x: x.data, lambda x: x.hsplit(2)[1], lambda x: x.adjoint(), lambda x: x.moveaxis(0, 1)],
+        ids=["data", "hsplit", "adjoint", "moveaxis"],
+    )
+    def test_through_a_view(self, view):
+        """What a view in any spelling writes is seen at the tensor that owns the memory."""
+
+        def write(m, x, ids):
+            y = x + 1
+            view(y).mul_(2)
+            return y
+
+        graph = graph_of(write, from_dynamo)
+        owner = next(node for node in calls(graph) if nodes.kind(node) == "add")
+        assert [nodes.kind(node) for node in nodes.writers(owner)] == ["mul"]
+
     def test_parts_of_a_split(self):
         graph = Graph()
         x = graph.placeholder("x")

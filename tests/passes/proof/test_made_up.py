@@ -6,11 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes.proof.made_up import activation_values, redrawn, state_values
+from sere_compile.passes.graph import nodes
+from sere_compile.passes.proof.made_up import activation_values, later_state, redrawn, state_values
 from sere_compile.passes.proof.region import Leaf
 
 from ..graph.written import Written
-from ..moe_modules import EXPERTS, HIDDEN, TOKENS, BiasCorrected, Indexed, ScatterCombine, from_dynamo, rows
+from ..moe_modules import (
+    EXPERTS,
+    HIDDEN,
+    TOKENS,
+    TOP_K,
+    BiasCorrected,
+    Indexed,
+    ScatterCombine,
+    from_dynamo,
+    from_export,
+    rows,
+)
 from .regions import leaves_of, region_of
 
 
@@ -67,19 +79,72 @@ def test_sizes_are_plain_numbers():
 
 
 def test_two_first_choices_in_even_draws():
-    """Half a logit ahead of the next, by turns."""
+    """Half a logit ahead of the next, by turns; where the router is to be sure, two."""
     region = region_of(Indexed())
-    for draw in (0, 2):
+    for draw, apart in ((0, 0.5), (2, 2.0)):
         logits = logits_of(region, draw)
         best = logits.topk(2).values
         ahead = best[:, 0] - best[:, 1]
-        assert ahead.min().item() == pytest.approx(0.5, abs=1e-5)
+        assert ahead.min().item() == pytest.approx(apart, abs=1e-5)
         first = logits.argmax(-1).tolist()
         assert len(set(first)) == 2
         assert first == first[:2] * (TOKENS // 2)
     assert len(logits_of(region, 1).argmax(-1).unique()) > 2
     assert not torch.equal(logits_of(region, 1), logits_of(region, 3))
     assert torch.equal(logits_of(region, 1), logits_of(region, 1))
+
+
+def test_experts_that_are_to_be_chosen():
+    """Behind the first choice, by turns; each of them where there are places for all."""
+    region = region_of(Indexed())
+    [node] = leaves_of(region, "logits")
+    logits = activation_values(region, 0, single=True, chosen=[5, 6, 7])[node]
+    behind = logits.topk(TOP_K).indices[:, 1:]
+    assert {5, 6, 7} <= set(behind.flatten().tolist())
+    assert logits.argmax(-1).unique().numel() == 2
+
+
+def test_more_tokens_than_were_traced():
+    """Every activation has as many rows as the number that takes the symbol's place."""
+    region = region_of(ScatterCombine(), lambda module, x: from_dynamo(module, x, dynamic=True))
+    symbol = next(iter(nodes.shape(region.gate.ids)[0].node.expr.free_symbols))
+    values = activation_values(region, 0, single=True, sizes={symbol: 40})
+    kinds = {region.leaves[node].kind: value for node, value in values.items()}
+    assert kinds["number"] == 40
+    assert {len(value) for kind, value in kinds.items() if kind != "number"} == {40}
+
+
+class Small(Indexed):
+    """Vectors of every kind that a model may begin with."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.gain = nn.Parameter(torch.ones(HIDDEN)), nn.Parameter(torch.zeros(HIDDEN))
+        self.shift = nn.Parameter(torch.tensor([1.0, -2.0] * (HIDDEN // 2)))
+        self.register_buffer("calls", torch.tensor(3))
+        self.register_buffer("order", torch.arange(HIDDEN))
+
+    def dispatch(self, x, ids, weights):
+        self.calls.add_(1)
+        x = x * self.scale + self.gain * self.shift + self.order * (self.calls > 5)
+        return super().dispatch(x, ids, weights)
+
+
+@pytest.mark.parametrize("trace", [from_dynamo, from_export])
+def test_state_of_another_time(trace):
+    """Vectors are others, of their own sign; a counter stands at many calls and at none; tables of numbers stay."""
+    module = Small()
+    region = region_of(module, trace)
+    state = state_values(region, single=True)
+    first, second = later_state(region, state, 0), later_state(region, state, 1)
+    vectors = {node: value for node, value in first.items() if value.dim() == 1}
+    assert len(vectors) == 3
+    for node, value in vectors.items():
+        assert not torch.equal(value, state[node])
+        assert not torch.equal(value, second[node])
+        assert bool(((value >= 0) == (state[node] >= 0)).all())
+    [calls] = [node for node, value in first.items() if value.dim() == 0]
+    assert (int(first[calls]), int(second[calls])) == (1_000_000, 0)
 
 
 def test_distances_are_not_negative():

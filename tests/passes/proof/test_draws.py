@@ -1,0 +1,156 @@
+"""Programs that are wrong only where few random draws do not go: a proof has to go there.
+
+Each is refused, and its twin without the trap is proven.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sere_compile.passes import Proof, Skip, verify_rewrite
+
+from ..moe_modules import EXPERTS, TRACERS, Block, Indexed, ScatterCombine, from_dynamo, one_gate, rows
+from ..test_verify_rewrite import weights_of
+
+
+def proof_of(module, tracer=from_dynamo, x=None, **options):
+    graph = tracer(module, rows() if x is None else x, **options)
+    return verify_rewrite(one_gate(graph), weights_of(graph))
+
+
+class Table(Block):
+    """Every expert, weighted by a [T, E] table of unnormalised weights; `bend` is done to the table."""
+
+    def __init__(self, bend=lambda block, table: table, experts=EXPERTS):
+        super().__init__(experts, top_k=2)
+        self.bend = bend
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def route(self, x):
+        values, ids = torch.topk(self.scores(x), self.top_k, dim=-1)
+        return ids, values
+
+    def dispatch(self, x, ids, weights):
+        table = x.new_zeros(x.shape[0], self.num_experts).scatter(1, ids, weights)
+        made = self.all_experts((table.T > 0)[..., None] * x)
+        return torch.einsum("te,eth->th", self.bend(self, table), made)
+
+
+def counted(block, table):
+    block.steps.add_(1)
+    return torch.where(block.steps > 100, table.sqrt(), table)
+
+
+BENDS = {
+    "only where the router is sure": lambda block, table: torch.where(table > 0.97, torch.ones_like(table), table),
+    "only near one": lambda block, table: table.clamp(max=0.9),
+    "by a gain that is 0 at first": lambda block, table: table + block.gain * table**2,
+    "after a hundred calls": counted,
+}
+
+
+@pytest.mark.parametrize("tracer", [name for name in TRACERS if name != "symbolic_trace"])
+@pytest.mark.parametrize("bend", BENDS)
+def test_weights_that_bend_seldom(bend, tracer):
+    """Sharp and flat scores, other small parameters than a model begins with, and late counters are drawn too."""
+    refusal = proof_of(Table(BENDS[bend]), TRACERS[tracer])
+    assert isinstance(refusal, Skip), bend
+    assert "is off by" in refusal.detail
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_table_that_does_not_bend(tracer):
+    assert isinstance(proof_of(Table(), TRACERS[tracer]), Proof)
+
+
+class Scaled(Block):
+    """Weights times a number per expert that is 1 at first: the router's, fetched by the mask that dispatches."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(EXPERTS))
+
+    def dispatch(self, x, ids, weights):
+        chosen = F.one_hot(ids, EXPERTS).to(x.dtype)
+        weights = weights * (chosen @ self.scale)
+        out = torch.tanh(torch.einsum("tke,th,ehj->tkj", chosen, x, self.experts))
+        return (out * weights[..., None]).sum(1)
+
+
+def test_a_scale_that_is_one_at_first():
+    """New ids would fetch another expert's."""
+    assert isinstance(proof_of(Scaled()), Skip)
+
+
+class OneIsSpecial(Block):
+    """Of many experts the last is none: its slots count nothing."""
+
+    def __init__(self, special):
+        super().__init__(experts=64, top_k=2)
+        self.special = special
+
+    def dispatch(self, x, ids, weights):
+        weights = weights * (ids != self.special)
+        return Indexed.dispatch(self, x, ids, weights)
+
+
+@pytest.mark.parametrize("tokens", [2, 10])
+@pytest.mark.parametrize("special", [0, 3, 40, 63])
+def test_one_of_many_experts_that_is_told_by_its_number(special, tokens):
+    """Every expert is re-routed once."""
+    refusal = proof_of(OneIsSpecial(special), x=rows(tokens))
+    assert isinstance(refusal, Skip)
+    assert "is off by" in refusal.detail
+
+
+def test_a_number_that_no_expert_has():
+    assert isinstance(proof_of(OneIsSpecial(64)), Proof)
+
+
+class Capacity(Block):
+    """Each expert takes its first slots only, numbered by comparing all pairs."""
+
+    def __init__(self, places):
+        super().__init__(top_k=2)
+        self.places = places
+
+    def dispatch(self, x, ids, weights):
+        slots = ids.reshape(-1)
+        number = torch.arange(slots.shape[0])
+        earlier = (slots[:, None] == slots[None]) & (number[:, None] > number[None])
+        weights = weights * (earlier.sum(1) < self.places).view(weights.shape)
+        return Indexed.dispatch(self, x, ids, weights)
+
+
+def test_tokens_that_are_dropped_only_where_there_are_many():
+    """A graph for any number of tokens is run on many."""
+    refusal = proof_of(Capacity(50), dynamic=True)
+    assert isinstance(refusal, Skip)
+    assert "tokens" in refusal.detail
+
+
+def test_a_graph_for_one_number_of_tokens_drops_none():
+    assert isinstance(proof_of(Capacity(50), dynamic=False), Proof)
+
+
+class FirstOnly(Block):
+    """The experts of the first choice only; the second is for a loss."""
+
+    def forward(self, x):
+        scores = self.scores(x)
+        values, ids = torch.topk(scores, 2, dim=-1)
+        y = torch.tanh(x[:, None] @ self.experts[ids[:, 0]]).squeeze(1) * values[:, :1]
+        return y, (F.one_hot(ids, EXPERTS).float().mean((0, 1)) * scores.mean(0)).sum()
+
+
+def test_a_rewrite_that_would_change_nothing_is_none():
+    """First choices are never re-routed: nothing would be saved, and a report would say that it is."""
+    refusal = proof_of(FirstOnly())
+    assert isinstance(refusal, Skip)
+    assert "no token changed" in refusal.detail
+
+
+def test_masks_of_a_scatter_are_still_proven():
+    assert isinstance(proof_of(ScatterCombine(), dynamic=True), Proof)
