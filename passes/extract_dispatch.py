@@ -55,10 +55,10 @@ def extract_dispatch(gate: Gate) -> DispatchRegion | Skip:
         return Skip(SkipReason.WEIGHTS_UNKNOWN, gate.ids, str(gate.weights_skip))
     inside = [use.consumer for use in gate.dispatch_uses if use.kind is not UseKind.LEAVES]
     if not inside:
-        return Skip(SkipReason.DISPATCH_OUTSIDE, gate.ids)
+        return Skip(SkipReason.DISPATCH_OUTSIDE, gate.ids, nodes.place(gate.ids))
     exit_node = find_exit(gate)
     if exit_node is None:
-        return Skip(SkipReason.NO_EXIT, gate.ids)
+        return Skip(SkipReason.NO_EXIT, gate.ids, f"its dispatch: {gate.dispatch}")
     needed = _needed(exit_node, gate, _closure(_starts(gate), exit_node))
     return needed if isinstance(needed, Skip) else _build(gate, exit_node, needed)
 

@@ -48,7 +48,7 @@ def fill_dispatch(gate: Gate, settings: RoutingSettings, readers: Sequence[Node]
         What was done, or why nothing was changed.
     """
     if gate.weights is None:
-        return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
+        return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
     weights, graph = gate.weights, gate.selection.graph
     if nodes.kind(gate.selection) == "sere.route":
         insert = lambda: _routed_again(graph, gate, weights, settings)  # noqa: E731

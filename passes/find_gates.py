@@ -70,7 +70,8 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
         elif not _is_ordinary_maximum(selection, found):
             skips.append(found)
     halves = {name for skip in skips if skip.reason is SkipReason.PRODUCT_KEYS for name in skip.detail.split(", ")}
-    skips += [Skip(SkipReason.PRODUCT_KEYS, gate.selection) for gate in gates if gate.selection.name in halves]
+    found_halves = [gate.selection for gate in gates if gate.selection.name in halves]
+    skips += [Skip(SkipReason.PRODUCT_KEYS, node, nodes.place(node)) for node in found_halves]
     skips = [_named_half(skip) if skip.node.name in halves else skip for skip in skips]
     gates = [gate for gate in gates if gate.selection.name not in halves]
     return Findings(tuple(gates), tuple(skips + _hash_routing(module) + _nested(module)))
@@ -87,11 +88,11 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
     assert columns is not None
     router = trace_router(selection.scores, columns)
     if selection.smallest and (isinstance(router, Skip) or nodes.kind(router.projection) != "cdist"):
-        return Skip(SkipReason.SMALLEST, selection.node)
+        return Skip(SkipReason.SMALLEST, selection.node, nodes.place(selection.node))
     if isinstance(router, Skip):
         return router
     if not selection.ids:
-        return Skip(SkipReason.NO_IDS, selection.node, evidence=Evidence.ROUTER)
+        return Skip(SkipReason.NO_IDS, selection.node, nodes.place(selection.node), evidence=Evidence.ROUTER)
     uses, num_experts = _experts_behind(selection, router, experts_outside, leaves)
     marked = with_marked_padding(selection, uses.all)
     if marked is not None:
@@ -115,7 +116,8 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
         )
     fetched = all(use.kind is UseKind.EXPERT_INDEX for use in uses.all if use.kind.dispatches)
     if fetched and selection.top_k > 1 and not weigh_a_product(selection.ids[0], list(selection.values), uses.all):
-        return Skip(SkipReason.NOTHING_WEIGHED, selection.node, evidence=Evidence.DISPATCH)
+        place = nodes.place(selection.node)
+        return Skip(SkipReason.NOTHING_WEIGHED, selection.node, place, evidence=Evidence.DISPATCH)
     weights = find_routing_weights(selection.ids[0], list(selection.values), uses.all, router.projection)
     return Gate(
         selection=selection.node,
@@ -173,7 +175,7 @@ def _experts_behind(
 
 def _named_half(skip: Skip) -> Skip:
     """One of the two selections that a product of keys is made of."""
-    return replace(skip, reason=SkipReason.PRODUCT_KEYS, detail="")
+    return replace(skip, reason=SkipReason.PRODUCT_KEYS, detail=nodes.place(skip.node))
 
 
 def _hash_routing(module: GraphModule) -> list[Skip]:
@@ -185,7 +187,7 @@ def _hash_routing(module: GraphModule) -> list[Skip]:
         tables = [s for s in nodes.operands(node) if len(nodes.shape(s) or ()) == 2 and not nodes.is_floating(s)]
         roots = [nodes.parameter_root(table) for table in tables]
         if any(root is not None and nodes.is_model_state(root) for root in roots) and _dispatches(node):
-            found.append(Skip(SkipReason.HASH, node, evidence=Evidence.DISPATCH))
+            found.append(Skip(SkipReason.HASH, node, nodes.place(node), evidence=Evidence.DISPATCH))
     return found
 
 

@@ -226,7 +226,7 @@ def _computing(region: DispatchRegion) -> list[Node]:
 def _why_no_candidate(region: DispatchRegion) -> Skip:
     kinds = {nodes.kind(node) for node in _computing(region)}
     if not kinds & MATMULS:
-        return Skip(SkipReason.NOT_BATCHED, region.output)
+        return Skip(SkipReason.NOT_BATCHED, region.output, f"operations ({', '.join(sorted(kinds))})")
     other = sorted(kinds - _ROUTINE)
     shapes = [list(nodes.shape(node) or ()) for node in region.inputs if nodes.is_tensor(node)]
     detail = f"tensors {shapes}, operations ({', '.join(other)})"
@@ -300,8 +300,8 @@ def _confirmed(
                     return Skip(SkipReason.OTHER_EXPERTS, region.output, detail)
                 candidates = [c for c, error, most in zip(candidates, errors, allowed, strict=True) if error <= most]
             return candidates[0]
-    except torch.OutOfMemoryError:
-        return Skip(SkipReason.NO_MEMORY, region.output)
+    except torch.OutOfMemoryError as error:
+        return Skip(SkipReason.NO_MEMORY, region.output, (str(error).splitlines() or ["none is left"])[0][:120])
 
 
 def _outside(gate: Gate) -> tuple[int, ...]:

@@ -37,9 +37,9 @@ def fuse_reroute(
     """
     routed = gate.selection
     if nodes.kind(routed) != "sere.route":
-        return Skip(SkipReason.NOT_FUSED, routed)
+        return Skip(SkipReason.NOT_FUSED, routed, nodes.place(routed))
     if similarity is not None and gate.needs_merge:
-        return Skip(SkipReason.MERGES, routed)
+        return Skip(SkipReason.MERGES, routed, f"its dispatch: {gate.dispatch}")
     others = [use for use in gate.uses if use not in gate.dispatch_uses]
     if others:
         reader = others[0].consumer
@@ -50,7 +50,7 @@ def fuse_reroute(
         return Skip(SkipReason.SHARED_MEMORY, writing, f"{writing.name} writes to its ids or weights")
     matrices = [matrix for matrix in (similarity, projection) if matrix is not None]
     if any(not matrix < routed for matrix in matrices):
-        return Skip(SkipReason.MATRIX_LATE, routed)
+        return Skip(SkipReason.MATRIX_LATE, routed, nodes.place(routed))
     if similarity is None:
         fill_route(routed, settings)
         return Rewrite(gate, gate.ids, merged=False, filled=True)

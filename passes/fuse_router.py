@@ -77,7 +77,7 @@ def _confirmed(
                 ]
                 if not candidates:
                     break
-    return candidates[0] if candidates else Skip(SkipReason.OTHER_ROUTING, gate.selection)
+    return candidates[0] if candidates else Skip(SkipReason.OTHER_ROUTING, gate.selection, nodes.place(gate.selection))
 
 
 def _draw(

@@ -18,7 +18,7 @@ MAX_SLOTS_PER_EXPERT = 32
 def check_router_gains(gate: Gate, has_gradients: bool) -> Skip | None:
     """A refusal where `sere.route` would not be faster, or where a call may need gradients."""
     if has_gradients:
-        return Skip(SkipReason.GRADIENTS, gate.ids)
+        return Skip(SkipReason.GRADIENTS, gate.ids, "torch.no_grad() or inference_mode() switches them off")
     if has_more_tokens(gate, MAX_TOKENS):
         return Skip(SkipReason.MANY_TOKENS, gate.ids, f"more than {MAX_TOKENS}")
     return None

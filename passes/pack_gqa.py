@@ -29,6 +29,10 @@ from .graph import nodes
 
 # Copies: between keys and what attention reads.
 _COPIES = frozenset({"clone", "contiguous", "detach"})
+_SYMBOLIC = (
+    "the number of its heads is a symbol of the graph, as dynamic=True makes it: leave dynamic=None, or name the sizes "
+    "that vary with torch._dynamo.mark_dynamic"
+)
 # What may stand between the copying and the attention, as far as it writes nothing.
 _CHANGES_NOTHING = (
     nodes.ALIASING
@@ -63,7 +67,11 @@ def pack_gqa(graph: Graph) -> PackedAttention:
     for node in list(graph.nodes):
         if nodes.kind(node) != "scaled_dot_product_attention" or not _is_one_token(node):
             continue
-        key, value = _source(nodes.argument(node, 1, "key")), _source(nodes.argument(node, 2, "value"))
+        copies = [nodes.argument(node, 1, "key"), nodes.argument(node, 2, "value")]
+        if any(map(_counts_heads_by_symbol, copies)):
+            refused[node.name] = _SYMBOLIC
+            continue
+        key, value = map(_source, copies)
         if key is None or value is None or key[1] != value[1]:
             continue
         reason = _refusal(node, key, value)
@@ -77,7 +85,21 @@ def pack_gqa(graph: Graph) -> PackedAttention:
 def _is_one_token(node: Node) -> bool:
     """Whether it attends from queries [B, H, 1, D]."""
     sizes = _sizes(nodes.argument(node, 0, "query"))
-    return len(sizes) == 4 and _equal(sizes[2], 1) and isinstance(sizes[1], int)
+    return len(sizes) == 4 and _equal(sizes[2], 1)
+
+
+def _counts_heads_by_symbol(copy: Any) -> bool:
+    """Whether a node holds copies of keys, by the operations behind it, and how many is no number of the graph."""
+    view = _without_copies(copy if isinstance(copy, Node) else None)
+    if view is not None and nodes.kind(view) == "repeat_interleave":
+        keys, times = nodes.operand(view), nodes.argument(view, 1, "repeats")
+        return len(_sizes(keys)) == 4 and not (isinstance(times, int) and isinstance(_sizes(keys)[1], int))
+    expanded = _without_copies(_operand(view, ("view",)))
+    inserted = _operand(expanded, ("expand",))
+    keys = _operand(inserted, ("unsqueeze", "view"))
+    if [len(_sizes(node)) for node in (keys, inserted, expanded, view)] != [4, 5, 5, 4]:
+        return False
+    return not all(isinstance(size, int) for size in (_sizes(keys)[1], _sizes(expanded)[2], _sizes(view)[1]))
 
 
 def _source(copy: Any) -> tuple[Node, int] | None:

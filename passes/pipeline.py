@@ -192,9 +192,9 @@ def _check_joining(run: Run) -> Skip | None:
     if run.filling and run.refused_weights is not None:
         return run.refused_weights
     if run.merged:
-        return Skip(SkipReason.MERGES, run.gate.ids)
+        return Skip(SkipReason.MERGES, run.gate.ids, f"its dispatch: {run.gate.dispatch}")
     # A count of what changed reads the ids as they were.
-    return Skip(SkipReason.COUNTED, run.gate.ids) if run.counting else None
+    return Skip(SkipReason.COUNTED, run.gate.ids, "collect_stats is on") if run.counting else None
 
 
 def _fuse_reroute(run: Run) -> Skip | None:

@@ -99,11 +99,13 @@ def reroute_dispatch(
     merged = gate.needs_merge if merged is None else merged
     weighing = merged or projection is not None
     if projection is not None and gate.weights is None:
-        return Skip(SkipReason.NO_SCALE, gate.ids, str(gate.weights_skip or ""), evidence=Evidence.EXPERTS)
+        return Skip(
+            SkipReason.NO_SCALE, gate.ids, str(gate.weights_skip or nodes.place(gate.ids)), evidence=Evidence.EXPERTS
+        )
     if merged and gate.weights is None:
-        return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
+        return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
     if merged and settings.max_active:
-        return Skip(SkipReason.BUDGET, gate.ids, evidence=Evidence.EXPERTS)
+        return Skip(SkipReason.BUDGET, gate.ids, f"max_active is {settings.max_active}", evidence=Evidence.EXPERTS)
     graph = gate.selection.graph
     new_ids = redirect_dispatch(
         gate,

@@ -77,7 +77,7 @@ def verify_rewrite(
     """
     module = gate.selection.graph.owning_module
     if _inside_vmap(gate.selection):
-        return Skip(SkipReason.ONE_TOKEN, gate.selection, evidence=Evidence.EXPERTS)
+        return Skip(SkipReason.ONE_TOKEN, gate.selection, nodes.place(gate.selection), evidence=Evidence.EXPERTS)
     leaving = all(use.kind is UseKind.LEAVES for use in gate.dispatch_uses)
     region = cut_region(gate, value_of)
     if isinstance(region, Skip):
@@ -105,10 +105,10 @@ _verdicts: dict[tuple[str, bool], Verdict] = {}
 def _for_gate(verdict: Verdict, gate: Gate, region: Region) -> Proof | Skip:
     if verdict.refused:
         if gate.weights is None and gate.weights_skip is not None and verdict.reason is SkipReason.UNVERIFIED:
-            return replace(
-                gate.weights_skip, detail=f"{gate.weights_skip.detail}; {verdict.refusal}", evidence=Evidence.EXPERTS
-            )
-        return Skip(verdict.reason, gate.selection, verdict.refusal, evidence=Evidence.EXPERTS)
+            detail = "; ".join(filter(None, [gate.weights_skip.detail, verdict.refusal]))
+            return replace(gate.weights_skip, detail=detail, evidence=Evidence.EXPERTS)
+        detail = verdict.refusal or nodes.place(gate.selection)
+        return Skip(verdict.reason, gate.selection, detail, evidence=Evidence.EXPERTS)
     kinds = {
         (region.originals[use.consumer], region.originals[use.read]): kind
         for use, kind in zip(region.gate.uses, verdict.kinds, strict=True)

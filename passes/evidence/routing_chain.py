@@ -77,9 +77,9 @@ def find_chain(gate: Gate) -> RoutingChain | Skip:
     met = list(walk([*gate.all_ids, gate.weights], behind))
     projections = [node for node in met if projects(node)]
     if len(projections) > 1:
-        return Skip(SkipReason.TWO_PROJECTIONS, projections[1])
+        return Skip(SkipReason.TWO_PROJECTIONS, projections[1], ", ".join(node.name for node in projections))
     if not projections:
-        return Skip(SkipReason.NO_LOGITS, gate.selection)
+        return Skip(SkipReason.NO_LOGITS, gate.selection, nodes.place(gate.selection))
     [logits] = projections
     inputs = {node for node in met if node.op in ("placeholder", "get_attr")}
     inside = set(met) - inputs - {logits}

@@ -45,7 +45,7 @@ def find_routing_weights(ids: Node, values: list[Node], uses: list[Use], project
     chain = _slot_shaped(starts, ids)
     consumed = [node for node in chain if nodes.same_shape(node, ids) and _outer_consumers(node, chain)]
     if not consumed:
-        return Skip(SkipReason.NO_WEIGHTS, ids, evidence=Evidence.DISPATCH)
+        return Skip(SkipReason.NO_WEIGHTS, ids, nodes.place(ids), evidence=Evidence.DISPATCH)
     if len(consumed) > 1:
         return Skip(SkipReason.AMBIGUOUS_WEIGHTS, ids, ", ".join(n.name for n in consumed), evidence=Evidence.DISPATCH)
     return _refused(consumed[0], ids, projection) or consumed[0]

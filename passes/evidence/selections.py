@@ -105,7 +105,7 @@ def _sorted(node: Node, name: str) -> Iterable[Selection | Skip]:
         return
     ids = (node,) if name == "argsort" else tuple(n for n in nodes.picked(node, 1) if n.users)
     if not nodes.argument(node, 2, "descending", False) and any(_takes_last(i, size) for i in ids):
-        yield Skip(SkipReason.ASCENDING, node, evidence=Evidence.ROUTER)
+        yield Skip(SkipReason.ASCENDING, node, nodes.place(node), evidence=Evidence.ROUTER)
         return
     cut = _cut_columns(ids, size)
     if not cut or nodes.last_size(cut[0]) in (None, size):

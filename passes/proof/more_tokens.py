@@ -22,11 +22,12 @@ _LARGEST = 1 << 23  # numbers in one tensor of a region that runs on more tokens
 
 def more_tokens(region: Region) -> dict[Any, int]:
     """A number for a symbol that counts a region's tokens; empty where the graph serves one number, or no more fit."""
-    hints = {size.node.expr: size.node.hint for node in region.graph.nodes for size in _symbolic(node)}
+    found = {size.node.expr: size.node.hint for node in region.graph.nodes for size in _symbolic(node)}
+    hints = {expression: hint for expression, hint in found.items() if isinstance(hint, int)}  # no data's sizes
     ids = list(_symbolic(region.gate.ids))
     for symbol in sorted({symbol for size in ids for symbol in size.node.expr.free_symbols}, key=str):
         now, tokens = hints.get(symbol), _count(region.gate.ids, {}) // region.gate.top_k
-        if not isinstance(now, int) or not 0 < tokens < _TOKENS:
+        if now is None or not 0 < tokens < _TOKENS:
             continue
         # A multiple: the program may have asked whether the number is even.
         more = now * (1 << int(math.log2(_TOKENS / tokens)))
@@ -57,7 +58,7 @@ def _is_served(size: torch.SymInt, numbers: dict[Any, Any], symbol: Any) -> bool
 
 def _largest(region: Region, sizes: dict[Any, int]) -> int:
     """How many numbers the largest tensor has that there is more of."""
-    found = ((_count(node, sizes), _count(node, {})) for node in region.graph.nodes if any(_symbolic(node)))
+    found = ((_count(node, sizes), _count(node, {})) for node in region.graph.nodes)
     return max((count for count, before in found if count != before), default=0)
 
 

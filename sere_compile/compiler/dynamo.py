@@ -232,6 +232,18 @@ def compiling_aside() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compiling_nothing_more() -> Iterator[None]:
+    """What is compiled serves calls that it fits; all other code runs as it is."""
+    with torch.compiler.set_stance("eager_on_recompile"):
+        yield
+
+
+def let_vary(tensor: torch.Tensor, dim: int) -> None:
+    """A graph that is made for a tensor serves other sizes of one dimension too, where its code allows that."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+@contextlib.contextmanager
 def forgetting_new_codes() -> Iterator[None]:
     """What Dynamo meets for the first time inside is as unknown to it afterwards as before.
 

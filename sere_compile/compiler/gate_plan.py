@@ -150,8 +150,9 @@ def refuse_shared_routers(plans: Sequence[GatePlan], value_of: ValueOf) -> None:
     for found in sharing.values():
         experts = {_experts_of(plan, value_of) for plan in found} if len(found) > 1 else set()
         if len(experts - {frozenset()}) > 1:
+            selections = ", ".join(nodes.place(plan.gate.selection) for plan in found)
             for plan in found:
-                plan.refuse(Skip(SkipReason.SHARED_ROUTER, plan.gate.selection, evidence=Evidence.EXPERTS))
+                plan.refuse(Skip(SkipReason.SHARED_ROUTER, plan.gate.selection, selections, Evidence.EXPERTS))
 
 
 def _experts_of(plan: GatePlan, value_of: ValueOf) -> frozenset[tuple[str, Any]]:

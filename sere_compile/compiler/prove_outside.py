@@ -33,13 +33,17 @@ from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, rerout
 from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
 from . import dynamo
+from .kept_aside import KeptAside, alike, content
 
 log = logging.getLogger(__name__)
 
 _ROWS = 12
+_MANY_ROWS = 256
 _DRAWS = 3
+_MOST_DRAWS = 24  # until each expert was re-routed once
 _FEW_TOKENS = 64
 _TOLERANCE = 1e-4
+_RETURNED = ""  # the name of what is returned, beside those of what is kept
 _SENT_ELSEWHERE = (
     "outside the graph some tokens go to other experts than it chose, or to none, as padding does: mark their ids with "
     "-1 before the graph ends"
@@ -162,11 +166,15 @@ class _Trial:
         self._seed = 0
         self.scores = "own"  # those of the run that is under way, see `_run`
         self.absent: int | None = None  # the expert that nobody chooses in the run that is under way
+        self.chosen: Sequence[int] = ()  # experts that are to be chosen behind the first in the run that is under way
+        self.kept: dict[str, Any] = {}  # what the last run left besides its results, see `KeptAside`, or returned
+        self._restless: set[str] = set()  # what is other in each run, as a time is
         self._found: list[Gate] = []
         self._ids: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
         self._matrix = matrix.to(block.weight.device)
+        self._aside = KeptAside(block.module)
         backend = dynamo.OwnBackend(self._backend)
         self._call: Callable[..., Any] = torch.compile(block.module, backend=backend, dynamic=False)
 
@@ -182,6 +190,7 @@ class _Trial:
             return Verdict(None, f"{name} compiled alone has another gate than it has in the model", whole=False)
         seen = False
         try:
+            self._restless = self._find_restless(inputs)
             experts = self._experts(candidates, inputs)
             if isinstance(experts, str):
                 return Verdict(None, experts, is_gate=False)
@@ -216,6 +225,14 @@ class _Trial:
                 return arguments
         return None
 
+    def _find_restless(self, inputs: Arguments) -> set[str]:
+        """What two runs of the same leave as different things."""
+        self._run(inputs)
+        first = self.kept
+        self._run(inputs)
+        names = first.keys() | self.kept.keys()
+        return {name for name in names if not alike(first.get(name), self.kept.get(name))}
+
     def _run(
         self,
         inputs: Arguments,
@@ -224,6 +241,7 @@ class _Trial:
         *,
         scores: str = "own",
         absent: int | None = None,
+        chosen: Sequence[int] = (),
     ) -> list[torch.Tensor]:
         """Every tensor that the block returns, and every buffer that it leaves changed.
 
@@ -233,8 +251,9 @@ class _Trial:
             seed: of the choice that is made up.
             scores: at which the choice is made: the router's "own", "others", or "equal" ones for all.
             absent: an expert that no token chooses.
+            chosen: experts that tokens choose behind their first, by turns.
         """
-        self._version, self._seed, self.scores, self.absent = version, seed, scores, absent
+        self._version, self._seed, self.scores, self.absent, self.chosen = version, seed, scores, absent, chosen
         self._ids.clear()
         self._weights.clear()
         device = self._block.weight.device
@@ -245,11 +264,15 @@ class _Trial:
             torch.random.fork_rng(devices),
             dynamo.compiling_aside(),
             self._block.state_restored() as written,
+            self._aside.restored() as changed,
         ):
             torch.manual_seed(0)
             args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
+            if (hidden := _hidden_of((args, kwargs))) is not None:
+                dynamo.let_vary(hidden, hidden.dim() - 2)  # the graph that is made serves many tokens as well
             result = self._call(*args, **kwargs)
             returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.kept = {_RETURNED: content(result)} | changed()
             return returned + written()
 
     # Which parameters are the experts'.
@@ -405,15 +428,49 @@ class _Trial:
         """How a rewritten version differs from the definition, or None."""
         if version not in self._versions:
             return f"{self._refused.get(version, 'it cannot be rewritten')}"
-        for seed in range(_DRAWS):
-            got = self._run(inputs, version, seed)
-            with self._block.exchanged(experts, self._expert_map()):
-                wanted = self._run(inputs, "original", seed)
-            error = _distance(got, wanted)
-            if error is None or error > _TOLERANCE:
-                off = "returns other things" if error is None else f"is off by {error:.2g} of its scale"
-                return f"run with the code that receives its ids, {type(self._block.module).__name__} {off}"
-        return None
+        stays = set(range(self._block.num_experts))  # experts that were not re-routed so far
+        for seed in range(_MOST_DRAWS):
+            if seed >= _DRAWS and not stays:
+                break
+            # An even seed: few first choices, and the others are re-routed.
+            chosen = sorted(stays) if seed >= _DRAWS else ()
+            problem = self._problem_in_draw(version, experts, inputs, 2 * seed if chosen else seed, chosen)
+            if problem is not None:
+                return problem
+            stays -= {expert for expert, other in self._expert_map().items() if expert != other}
+        return self._problem_with_more(version, experts, inputs)
+
+    def _problem_in_draw(
+        self, version: str, experts: list[ExpertSlices], inputs: Arguments, seed: int, chosen: Sequence[int] = ()
+    ) -> str | None:
+        got, kept = self._run(inputs, version, seed, chosen=chosen), self.kept
+        with self._block.exchanged(experts, self._expert_map()):
+            wanted = self._run(inputs, "original", seed, chosen=chosen)
+        error = _distance(got, wanted)
+        run = f"run with the code that receives its ids, {type(self._block.module).__name__}"
+        if error is not None and error > _TOLERANCE:
+            return f"{run} is off by {error:.2g} of its scale"
+        names = sorted((kept.keys() | self.kept.keys()) - self._restless)
+        other = next((name for name in names if not alike(kept.get(name), self.kept.get(name))), None)
+        if error is None or other == _RETURNED:
+            return f"{run} returns other things"
+        return None if other is None else f"{run} leaves other things in {other}, where they may be read later"
+
+    def _problem_with_more(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
+        """The same with many tokens, if the block takes them: code may drop what is beyond a place."""
+        more = _with_more_rows(inputs)
+        if more is None:
+            return None
+        with dynamo.compiling_nothing_more():
+            try:
+                self._run(more)
+            except _FAILURES as error:
+                log.debug("%s does not run on more tokens: %s", type(self._block.module).__name__, _short(error))
+                return None
+            if not self._ids:  # the gate's graph serves no more than it was made for
+                return None
+            problem = self._problem_in_draw(version, experts, more, 0)
+        return None if problem is None else f"{problem} where there are {_MANY_ROWS} tokens"
 
     def _expert_map(self) -> dict[int, int]:
         """What re-routing makes of each expert that the last run chose."""
@@ -428,15 +485,15 @@ class _Trial:
         if not gates:
             return module.forward
         self._found += gates
-        self._versions: dict[str, Callable[..., Any]] = {}
-        self._refused: dict[str, str] = {}
+        versions: dict[str, Callable[..., Any]] = {}  # of this graph: other sizes make another
+        self._versions, self._refused = versions, {}
         for version in ("original", "plain", "merged"):
             made = self._rewritten(module, inputs, version)
             if isinstance(made, Skip):
                 self._refused[version] = str(made)
             else:
-                self._versions[version] = made
-        return lambda *arguments: self._versions[self._version](*arguments)
+                versions[version] = made
+        return lambda *arguments: versions[self._version](*arguments)
 
     def _rewritten(self, module: GraphModule, inputs: Sequence[Any], version: str) -> Callable[..., Any] | Skip:
         """The graph with the choice put in, what it chose told, and re-routed as the version says."""
@@ -533,6 +590,7 @@ class _Choose:
         self._columns = nodes.last_size(scores) or 0
         self._steps = gate.form == "steps"
         self._flat = len(nodes.shape(gate.ids) or ()) < len(nodes.shape(scores) or ())  # max without keepdim
+        self._places = max(gate.top_k - 1, 1)
 
     def __call__(self, chosen: Any) -> Any:
         """The choice in the form of what the router's selection gives."""
@@ -553,17 +611,30 @@ class _Choose:
         return _Picked(values.contiguous(), made_up)
 
     def _order(self, leading: Sequence[int]) -> torch.Tensor:
-        return made_up_order(leading, self._columns, self._trial.seed, self._trial.absent)
+        trial = self._trial
+        return made_up_order(leading, self._columns, trial.seed, trial.absent, trial.chosen, self._places)
 
 
-def made_up_order(leading: Sequence[int], columns: int, seed: int, last: int | None = None) -> torch.Tensor:
+def made_up_order(
+    leading: Sequence[int],
+    columns: int,
+    seed: int,
+    last: int | None = None,
+    chosen: Sequence[int] = (),
+    places: int = 1,
+) -> torch.Tensor:
     """An order of all experts for each token, int64 [*leading, columns].
 
     With an even seed the first choices are two experts only, so that most tokens name an expert twice after re-routing.
-    With an odd one the expert `last` is every token's last choice.
+    With an odd one the expert `last` is every token's last choice. The experts `chosen` take `places` of each token
+    behind its first choice, by turns.
     """
     generator = torch.Generator().manual_seed(seed)
     keys = torch.rand(*leading, columns, generator=generator)
+    for place in range(places if chosen else 0):
+        rows = keys.view(-1, columns)
+        number = torch.arange(len(rows)) * places + place
+        rows[torch.arange(len(rows)), torch.tensor(list(chosen))[number % len(chosen)]] = place - float(places)
     if last is not None:
         keys[..., last] = 2
     order = keys.argsort(-1)
@@ -588,6 +659,23 @@ def _half_masked(value: Any, tokens: int) -> Any:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.numel() != tokens or tokens < 2:
         return value
     return torch.arange(tokens, device=value.device).view(value.shape) < tokens // 2
+
+
+def _hidden_of(inputs: Arguments) -> torch.Tensor | None:
+    """Hidden states [.., T, H], if they are all the tensors among the arguments."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    fits = len(tensors) == 1 and _floats(tensors[0]) and 2 <= tensors[0].dim() <= 3
+    return tensors[0] if fits and tensors[0].shape[-2] > 1 else None
+
+
+def _with_more_rows(inputs: Arguments) -> Arguments | None:
+    """The arguments with many tokens in place of few, where hidden states are all the tensors among them."""
+    hidden = _hidden_of(inputs)
+    if hidden is None:
+        return None
+    rows = (*hidden.shape[:-2], _MANY_ROWS, hidden.shape[-1])
+    drawn = torch.randn(rows, generator=torch.Generator().manual_seed(3)).to(hidden)
+    return tree_map(lambda value: drawn if value is hidden else value, inputs)  # type: ignore[no-any-return]
 
 
 def _turned(value: Any) -> Any:

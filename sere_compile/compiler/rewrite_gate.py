@@ -61,7 +61,7 @@ def rewrite_gate(
     plan.kernels, plan.unfused = _kernels(run), run.refused.get("fuse_experts")
     plan.merged = run.rewrite is not None and run.rewrite.merged
     if run.proof is not None:
-        plan.gate, plan.proof = run.proof.gate, run.proof.shown
+        plan.gate, plan.proof = run.proof.gate, run.proof.shown if run.rewrite is not None else ""
     plan.is_filled = run.rewrite is not None and run.rewrite.filled
     if run.rewrite is not None and "fill_dispatch" in run.refused:
         plan.fallback = f"re-routed, not filled: {run.refused['fill_dispatch']}"
@@ -144,7 +144,7 @@ def _kernels(run: Run) -> str:
 
 
 def _log(plan: GatePlan, run: Run) -> None:
-    if run.proof is not None:
+    if run.proof is not None and run.rewrite is not None:  # else a refusal follows, and nothing is what was proven
         log.info("%s: proven: S = K changes no bit; S < K gives %s", plan.name, run.proof.shown)
     for entry in PIPELINE:
         if entry.replaces and entry.name in run.refused:

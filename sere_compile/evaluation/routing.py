@@ -87,7 +87,7 @@ class RoutedModel:
         """Let the dispatch read the ids and weights that a call gives, in place of the gate's own."""
         weights, scores = gate.weights, gate_scores(gate)
         if weights is None or scores is None:
-            refusal = gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids)
+            refusal = gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
             raise EvaluationError(_refused(gate, refusal))
         call = _Call(self, probabilities=scores.probabilities, merge=gate.needs_merge)
         choice = None if scores.choice is scores.worth else scores.choice

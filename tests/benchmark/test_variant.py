@@ -97,7 +97,7 @@ def test_token_error_is_not_moved_by_one_token_and_never_passes_nan():
 
 def test_gates_that_keep_their_experts_are_noted(subject, bench, monkeypatch):
     """What the passes refuse appears under the table, with the reason and how often."""
-    refuse = lambda gate, *_: Skip(SkipReason.NOT_BATCHED, gate.ids, "too odd")  # noqa: E731
+    refuse = lambda gate, *_, **__: Skip(SkipReason.NOT_BATCHED, gate.ids, "too odd")  # noqa: E731
     monkeypatch.setattr("sere_compile.passes.pipeline.fuse_experts", refuse)
     options = variant.sere_backend.with_options(lower_experts="always")
     monkeypatch.setattr(variant, "sere_backend", options)

@@ -303,6 +303,54 @@ class Counted(Classifier):
         return self.head(x).softmax(-1).topk(TOP_K)
 
 
+SEEN = []
+
+
+class Keeping(Block):
+    """The ids are kept beside what is returned, in one of several places, for whoever asks later."""
+
+    def __init__(self, place):
+        super().__init__(Experts())
+        self.place, self.log = place, []
+
+    def forward(self, x):
+        weights, ids = self.gate(x.view(-1, HIDDEN)).softmax(-1).topk(TOP_K)
+        out = self.experts(x.view(-1, HIDDEN), ids, weights).view(x.shape)
+        if self.place == "an attribute":
+            self.last = ids
+        if self.place == "a list":
+            self.log.append(ids)
+        if self.place == "a global":
+            SEEN.append(ids)
+        if self.place == "numbers":
+            return out, ids.tolist()
+        return (out, ids.numpy()) if self.place == "an array" else out
+
+
+class Capped(Experts):
+    """Each expert takes its first tokens only: some are dropped where there are many."""
+
+    def forward(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for expert in range(EXPERTS):
+            token, slot = torch.where(ids == expert)
+            token, slot = token[:40], slot[:40]
+            out.index_add_(0, token, self.expert(x[token], expert) * weights[token, slot, None])
+        return out
+
+
+class OneIsSpecial(Experts):
+    """The last of many experts has another activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(40, HIDDEN, HIDDEN))
+
+    def expert(self, x, number):
+        out = super().expert(x, number)
+        return torch.relu(out) if number == 39 else out
+
+
 def verdicts(model, *args, **kwargs):
     """Of every gate of the model's graphs whose ids leave; the compiled model gives what the model gives."""
     torch._dynamo.reset()
@@ -407,6 +455,40 @@ def test_experts_in_order_of_rank_take_plain_ids():
 def test_weights_that_are_returned_stay_what_the_router_chose():
     block = Block(Experts(), returns=lambda output, weights: (output, weights))
     assert [v.merged for v in verdicts(block, rows())] == [False]
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("an attribute", "leaves other things in last"),
+        ("a list", "leaves other things in log"),
+        ("a global", "leaves other things in SEEN"),
+        ("numbers", "returns other things"),
+        ("an array", "returns other things"),
+    ],
+)
+def test_ids_that_are_kept_stay_what_the_router_chose(place, told):
+    """What a block returns or keeps as no tensor is a result as well; the trial leaves a user's lists as they were."""
+    SEEN.clear()
+    found = verdicts(Keeping(place), rows())
+    assert all(v.merged is None and v.is_gate for v in found)
+    assert told in found[0].reason
+    assert len(SEEN) == (1 if place == "a global" else 0)
+
+
+def test_tokens_that_are_dropped_only_where_there_are_many():
+    found = verdicts(Block(Capped()), rows())
+    assert all(v.merged is None for v in found)
+    assert "where there are 256 tokens" in found[0].reason
+
+
+def test_one_of_many_experts_that_is_told_by_its_number():
+    """Every expert is re-routed once."""
+    block = Block(OneIsSpecial())
+    block.gate = nn.Linear(HIDDEN, 40, bias=False)
+    found = verdicts(block, rows())
+    assert all(v.merged is None for v in found)
+    assert "is off by" in found[0].reason
 
 
 def test_where_no_rewrite_is_right_it_says_how_far_it_is_off():
@@ -520,6 +602,12 @@ def test_a_layer_with_another_setting_is_not_covered_by_the_proof():
     first, second = Block(Experts()), Block(Experts(lambda weights: weights**2))
     [verdict] = verdicts(nn.Sequential(first, nn.Sequential(second)), rows())
     assert not module.computes_the_same(second.gate.weight, verdict)
+
+
+def test_experts_that_are_to_be_chosen_take_the_places_behind_the_first():
+    order = made_up_order((2, 5), EXPERTS, seed=4, chosen=[3, 5, 6], places=2)
+    assert set(order[..., 1:3].flatten().tolist()) >= {3, 5, 6}
+    assert set(order[..., 0].flatten().tolist()) == {0, 1}
 
 
 def test_half_of_the_draws_let_most_tokens_name_an_expert_twice():

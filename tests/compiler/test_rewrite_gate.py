@@ -11,7 +11,7 @@ from sere_compile.compiler import rewrite_gate
 from sere_compile.passes.verify_rewrite import SHOWN
 
 from ..compiled import logits
-from ..passes.moe_modules import ScatterCombine, expected, rows, similarity
+from ..passes.moe_modules import Indexed, ScatterCombine, expected, rows, similarity
 from ..tiny_models import EAGER_SLOW, PAIRS, build, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -72,6 +72,27 @@ class TestVerification:
         with torch.no_grad():
             got = torch.compile(block, backend="sere", options=options)(rows())
             torch.testing.assert_close(got, expected(block, rows(), matrix.fill_diagonal_(1.0), 1))
+
+
+class InsideActivation(Indexed):
+    """Weights inside the activation: new ids are right, and no coefficient may be multiplied to the weights."""
+
+    def dispatch(self, x, ids, weights):
+        made = (x[:, None, None, :] @ self.experts[ids]).squeeze(2)
+        return torch.tanh(made * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize(("block", "proven"), [(InsideActivation, False), (Indexed, True)])
+def test_what_is_refused_is_not_called_proven(block, proven, caplog):
+    """With projections the weights change as well: that new ids alone were proven is no news of a refused gate."""
+    model, config = block(), SereConfig(select_top_k=1, min_active=0, substitution="projection", inner="eager")
+    matrix = similarity()
+    matrix = ((matrix + matrix.T) / 2).fill_diagonal_(1.0)
+    sere_compile.attach(model, sere_compile.SimilarityProfile({"router": matrix}, projections={"router": matrix}))
+    with caplog.at_level("INFO", logger="sere_compile"), torch.no_grad():
+        torch.compile(model, backend=sere_compile.SereBackend(config))(rows())
+    assert ("is not re-routed" in caplog.text) != proven
+    assert ("proven:" in caplog.text) == proven
 
 
 def test_other_weights_in_a_functional_call_are_not_re_routed_in_silence(caplog):

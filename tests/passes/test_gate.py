@@ -1,9 +1,12 @@
 """What a gate says of itself, and a refusal."""
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+import sere_compile.passes
 from sere_compile.passes import Skip, SkipReason, UseKind
 from sere_compile.passes.gate import Evidence, Use
 
@@ -72,3 +75,21 @@ def test_a_refusal_in_words(gate):
 def test_what_a_user_would_call_a_gate(evidence, reason, is_gate, gate):
     """A router feeds it and experts follow it, and it is not re-routed yet."""
     assert Skip(reason, gate.ids, evidence=evidence).is_refused_gate is is_gate
+
+
+def files_that_refuse():
+    roots = [Path(sere_compile.__file__).parent, Path(sere_compile.passes.__file__).parent]
+    return sorted({file for root in roots for file in root.rglob("*.py") if "Skip(" in file.read_text()})
+
+
+@pytest.mark.parametrize("file", files_that_refuse(), ids=lambda file: file.stem)
+def test_every_refusal_has_a_detail(file):
+    """A reason alone says what kind of gate it is, and not which, nor what was found of it."""
+    calls = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+    refusals = [call for call in calls if getattr(call.func, "id", "") == "Skip"]
+    without = [
+        ast.unparse(call)
+        for call in refusals
+        if len(call.args) < 3 and not any(keyword.arg == "detail" for keyword in call.keywords)
+    ]
+    assert not without

@@ -105,6 +105,33 @@ def test_every_way_to_copy_heads(copied, tracer):
     assert not {"expand", "repeat_interleave"} & set(kinds)
 
 
+def graph_with_symbols(model, inputs):
+    """As `dynamic=True` makes it, with symbols for all sizes."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=keep, fullgraph=True, dynamic=True)(*inputs)
+    return graphs[0].graph
+
+
+@pytest.mark.parametrize("copied", [repeated, unsqueezed, interleaved])
+def test_a_number_of_heads_that_is_a_symbol_is_told(copied):
+    """The attention stays, and why is said."""
+    done = pack_gqa(graph_with_symbols(Attention(copied), given()))
+    assert not done.packed
+    [reason] = done.refused.values()
+    assert "the number of its heads is a symbol" in reason
+
+
+@pytest.mark.parametrize("copied", [lambda x: x, lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).sum(2)])
+def test_attention_without_copies_is_not_talked_of(copied):
+    assert pack_gqa(graph_with_symbols(Attention(copied), given(groups=HEADS))).refused == {}
+
+
 def test_free_sizes():
     """Batch and length are symbols, as of a model that was called with two batches."""
     q, k, v, mask = given()

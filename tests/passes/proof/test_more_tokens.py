@@ -1,9 +1,12 @@
 """How many tokens a region is run with, beside the number that it was traced with."""
 
+from sere_compile.compiler.dynamo import dynamic_shape_capture
+from sere_compile.passes import Proof, verify_rewrite
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.proof.more_tokens import more_tokens
 
-from ..moe_modules import TOKENS, Indexed, ScatterCombine, from_dynamo
+from ..moe_modules import TOKENS, Indexed, IndexPut, ScatterCombine, from_dynamo, one_gate, rows
+from ..test_verify_rewrite import weights_of
 from .regions import region_of
 
 
@@ -37,3 +40,16 @@ class Few(ScatterCombine):
 def test_only_what_the_graph_serves():
     """A call with more tokens than its guards let through gets a graph of its own."""
     assert sum(more_tokens(traced(Few(), dynamic=True)).values()) == 40
+
+
+def test_sizes_that_depend_on_the_data_are_not_asked():
+    """Rows of an expert that a graph counts itself: asking whether there are any would end the proof."""
+    with dynamic_shape_capture():
+        region = traced(IndexPut(), dynamic=True)
+    assert sum(more_tokens(region).values()) == TOKENS * 32
+
+
+def test_a_loop_over_the_rows_of_experts_is_proven_for_any_number_of_tokens():
+    with dynamic_shape_capture():
+        graph = from_dynamo(IndexPut(), rows(), dynamic=True)
+        assert isinstance(verify_rewrite(one_gate(graph), weights_of(graph)), Proof)

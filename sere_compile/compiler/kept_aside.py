@@ -1,0 +1,195 @@
+"""What a block's code keeps besides its results, parameters and buffers, where a later reader may look for it.
+
+`self.last_ids = ids`, `self.stats["load"].append(..)` and `SEEN.append(ids)` are results as much as what is returned:
+they hold what the router chose. A trial of the block tells what a call changes there, and puts everything back: lists
+among a module's globals are the user's own.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_LISTS = (list, tuple, set, frozenset, collections.deque)
+_CODE = (types.ModuleType, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, nn.Module)
+_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # what every module has
+_DEEP = 4  # lists in lists in objects ..
+_MANY = 2000  # members that are looked at of one holder
+_LARGE = 1 << 20  # numbers of a tensor that are copied at most
+
+Content = Any  # nested lists of plain values and tensors, which tell two states apart
+
+
+class KeptAside:
+    """The attributes of a block's modules, and the containers and objects that their code names as globals.
+
+    Args:
+        block: a module; what other modules it refers to keep is their own.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._modules = list(block.named_modules())
+        self._globals = {name: value for _, module in self._modules for name, value in _globals_of(module)}
+
+    def content(self) -> dict[str, Content]:
+        """What is kept, by names that a reader of the block's code knows."""
+        return {name: content(value) for name, value in self._holders()}
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[Callable[[], dict[str, Content]]]:
+        """What is kept is afterwards what it was; gives a function that tells what has changed so far."""
+        before = self.content()
+        attributes = [(module, dict(_attributes(module))) for _, module in self._modules]
+        inside = [_snapshot(value) for _, value in self._holders()]
+
+        def changed() -> dict[str, Content]:
+            now = self.content()
+            return {
+                name: now.get(name) for name in now.keys() | before.keys() if not alike(now.get(name), before.get(name))
+            }
+
+        try:
+            yield changed
+        finally:
+            for module, held in attributes:
+                for name in [name for name, _ in _attributes(module) if name not in held]:
+                    del vars(module)[name]
+                vars(module).update(held)
+            for restore in inside:
+                restore()
+
+    def _holders(self) -> Iterator[tuple[str, Any]]:
+        for path, module in self._modules:
+            for name, value in _attributes(module):
+                yield f"{path}.{name}".strip("."), value
+        yield from self._globals.items()
+
+
+def content(value: Any, deep: int = _DEEP) -> Content:
+    """A copy of a value in which two states of it can be told apart."""
+    if isinstance(value, torch.Tensor):
+        small = value.numel() <= _LARGE and type(value) in (torch.Tensor, nn.Parameter) and not value.is_meta
+        return value.detach().clone() if small else [id(value), value._version]
+    if isinstance(value, _PLAIN):
+        return value
+    if type(value).__module__ == "numpy":
+        return getattr(value, "tolist", lambda: id(value))()
+    members = _members(value) if deep else None
+    if members is None:
+        return ["object", id(value)] if not isinstance(value, _LISTS) else ["list", len(value)]
+    return [type(value).__name__, *([content(name, 1), content(member, deep - 1)] for name, member in members)]
+
+
+def alike(left: Content, right: Content, tolerance: float = 1e-4) -> bool:
+    """Whether two contents are the same but for rounding."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        if left.shape != right.shape or left.dtype != right.dtype:
+            return False
+        if not left.is_floating_point():
+            return torch.equal(left, right)
+        scale = float(right.abs().nan_to_num().max()) if right.numel() else 0.0
+        return torch.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(alike(a, b, tolerance) for a, b in zip(left, right, strict=True))
+    if isinstance(left, float) and isinstance(right, float):
+        return left == right or abs(left - right) <= tolerance * abs(right) or (left != left and right != right)
+    return type(left) is type(right) and not isinstance(left, torch.Tensor) and bool(left == right)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in list(vars(module).items()) if name not in _OWN)
+
+
+def _globals_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Containers and objects that a module's own code names, and those that its class holds."""
+    for kind in type(module).__mro__:
+        if kind.__module__.split(".")[0] in ("torch", "builtins"):
+            continue
+        for name, value in list(vars(kind).items()):
+            if _is_kept(value) and not name.startswith("__"):
+                yield f"{kind.__name__}.{name}", value
+            code = getattr(getattr(value, "__wrapped__", value), "__code__", None)
+            known = getattr(value, "__globals__", {})
+            for used in getattr(code, "co_names", ()):
+                if _is_kept(known.get(used)):
+                    yield used, known[used]
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether a global or class attribute may be written to by a call: no code, constant, or thing of a library's."""
+    if isinstance(value, (dict, list, set, collections.deque)):
+        return True
+    return _has_own_members(value) and type(value).__module__.split(".")[0] not in ("torch", "logging", "typing")
+
+
+def _has_own_members(value: Any) -> bool:
+    return not isinstance(value, (*_PLAIN, *_LISTS, *_CODE, dict, torch.Tensor)) and isinstance(
+        getattr(value, "__dict__", None), dict
+    )
+
+
+def _members(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container or object holds, by name or place; None where it holds nothing that is looked at."""
+    if isinstance(value, dict):
+        found = list(value.items())
+    elif isinstance(value, (set, frozenset)):
+        found = [(None, member) for member in sorted(value, key=str)]
+    elif isinstance(value, _LISTS):
+        found = list(enumerate(value))
+    elif _has_own_members(value):
+        found = list(vars(value).items())
+    else:
+        return None
+    return found if len(found) <= _MANY else None
+
+
+def _snapshot(value: Any, deep: int = _DEEP) -> Callable[[], None]:
+    """Remember a value and what it holds; gives what puts it back."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() > _LARGE or type(value) not in (torch.Tensor, nn.Parameter):
+            return lambda: None
+        kept, version = value.detach().clone(), value._version
+
+        def put_back() -> None:
+            if value._version != version and value.shape == kept.shape:
+                value.data.copy_(kept)
+
+        return put_back
+    members = _members(value) if deep else None
+    if members is None:
+        return lambda: None
+    inside = [_snapshot(member, deep - 1) for _, member in members]
+
+    def restore() -> None:
+        now = _members(value)
+        if now is None or [(name, id(member)) for name, member in now] != [(n, id(member)) for n, member in members]:
+            _refill(value, members)
+        for put_back in inside:
+            put_back()
+
+    return restore
+
+
+def _refill(value: Any, members: list[tuple[Any, Any]]) -> None:
+    match value:
+        case dict():
+            value.clear()
+            value.update(members)
+        case set():
+            value.clear()
+            value.update(member for _, member in members)
+        case list() | collections.deque():
+            value.clear()
+            value.extend(member for _, member in members)
+        case tuple() | frozenset():
+            pass
+        case _:
+            vars(value).clear()
+            vars(value).update(members)

@@ -1,0 +1,159 @@
+"""What a block keeps in attributes and globals is told, compared and put back."""
+
+import collections
+import threading
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from sere_compile.compiler.kept_aside import KeptAside, alike, content
+
+SEEN = []
+TRACKED = collections.defaultdict(list)
+
+
+class Tracker:
+    """A user's object that gathers statistics."""
+
+    def __init__(self):
+        self.load = torch.zeros(3)
+        self.names = {"a"}
+
+
+TRACKER = Tracker()
+
+
+class Keeping(nn.Module):
+    """Keeps what it is called with in every place that a program may use."""
+
+    everyone: list = []  # noqa: RUF012 - shared by all modules of the class, as programs have it
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.last = None
+        self.log, self.queue = [], collections.deque()
+        self.nested = {"by name": [1]}
+        self.load = torch.zeros(3)
+
+    def forward(self, x, places):
+        for place in places:
+            getattr(self, place)(x)
+        return x
+
+    def attribute(self, x):
+        self.last = x
+
+    def new_attribute(self, x):
+        self.never_seen_before = x
+
+    def in_module(self, x):
+        self.inner.last = x
+
+    def in_list(self, x):
+        self.log.append(x)
+
+    def in_queue(self, x):
+        self.queue.append(x)
+
+    def deep(self, x):
+        self.nested["by name"].append(x)
+
+    def in_place(self, x):
+        self.load += 1
+
+    def in_global(self, x):
+        SEEN.append(x)
+
+    def in_global_dictionary(self, x):
+        TRACKED["load"].append(x)
+
+    def in_class(self, x):
+        self.everyone.append(x)
+
+    def in_object(self, x):
+        TRACKER.load += 1
+        TRACKER.names.add("b")
+
+
+PLACES = {
+    "attribute": "last",
+    "new_attribute": "never_seen_before",
+    "in_module": "inner.last",
+    "in_list": "log",
+    "in_queue": "queue",
+    "deep": "nested",
+    "in_place": "load",
+    "in_global": "SEEN",
+    "in_global_dictionary": "TRACKED",
+    "in_class": "Keeping.everyone",
+    "in_object": "TRACKER",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_call_keeps_is_told_and_put_back(place):
+    module = Keeping()
+    aside = KeptAside(module)
+    before = aside.content()
+    with aside.restored() as changed:
+        assert changed() == {}
+        module(torch.ones(2), [place])
+        assert list(changed()) == [PLACES[place]]
+    after = aside.content()
+    assert before.keys() == after.keys()
+    assert all(alike(after[name], before[name]) for name in before)
+
+
+def test_everything_at_once():
+    module = Keeping()
+    lists = module.log, module.nested["by name"]
+    aside = KeptAside(module)
+    with aside.restored() as changed:
+        module(torch.ones(2), list(PLACES))
+        assert set(changed()) == set(PLACES.values())
+    assert (module.log, module.nested["by name"]) == ([], [1])
+    assert (module.log is lists[0], module.nested["by name"] is lists[1]) == (True, True)
+    assert not hasattr(module, "never_seen_before")
+    assert SEEN == []
+    assert not TRACKED
+    assert TRACKER.names == {"a"}
+    assert TRACKER.load.tolist() == module.load.tolist() == [0, 0, 0]
+
+
+def test_what_cannot_be_copied_is_left_alone():
+    module = nn.Identity()
+    module.lock, module.helper, module.loop = threading.Lock(), len, []
+    module.loop.append(module.loop)
+    with KeptAside(module).restored() as changed:
+        assert changed() == {}
+
+
+def test_contents_that_are_alike():
+    value = torch.tensor([1.0, float("nan")])
+    assert alike(content({"a": [value, 2.0, {3}]}), content({"a": [value * (1 + 1e-6), 2.0 + 1e-7, {3}]}))
+    assert alike(content(numpy.arange(3)), content(numpy.arange(3)))
+    assert alike(content(float("nan")), content(float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(2), torch.zeros(2).double()),
+        (torch.tensor([1, 2]), torch.tensor([1, 3])),
+        (torch.tensor([1.0]), torch.tensor([1.001])),
+        ([1, 2], (1, 2)),
+        ([1], [1, 1]),
+        ({"a": 1}, {"b": 1}),
+        (1, True),
+        (1.0, 1.1),
+        (numpy.arange(3), numpy.arange(3) + 1),
+        (None, torch.zeros(1)),
+        (Tracker(), Tracker),
+    ],
+)
+def test_contents_that_differ(left, right):
+    assert not alike(content(left), content(right))
