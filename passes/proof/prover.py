@@ -76,7 +76,9 @@ class Prover:
             refusal = "no parameter belongs to the experts: exchanging it changes no token, or all"
             return Verdict(refusal=refusal, without_experts=True)
         if not experts_meet_hidden(region, sources, experts.tensors):
-            return Verdict(reason=SkipReason.FETCHED)
+            # What is left of an attribute that is no tensor is a graph: its products are not seen.
+            nested = any(node.op == "get_attr" for node in region.graph.nodes)
+            return Verdict(reason=SkipReason.NESTED if nested else SkipReason.FETCHED)
         if self._weighs_nothing(experts.tensors, sources):
             return Verdict(reason=SkipReason.NOTHING_WEIGHED)
         refusals: list[str] = []

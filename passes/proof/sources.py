@@ -93,10 +93,21 @@ def experts_meet_hidden(region: Region, sources: Sources, experts: set[Node]) ->
         if node.op not in ("call_function", "call_method"):
             continue
         operands = list(nodes.operands(node))
-        own = [s for s in operands if s not in sources.hidden and sources.state[s] & experts]
+        own = [
+            s for s in operands if sources.state[s] & experts and (s not in sources.hidden or _is_fetched(s, sources))
+        ]
         if own and any(s in sources.hidden for s in operands) and _contracts(node, region):
             return True
     return False
+
+
+def _is_fetched(node: Node, sources: Sources) -> bool:
+    """Whether a tensor holds rows of a table, of which hidden states had a say in the numbers only: `w[ids + kind]`."""
+    read = nodes.behind(node, _MOVES)
+    if nodes.kind(read) not in ("index", "embedding"):
+        return False
+    table = max(nodes.operands(read), key=nodes.is_floating)
+    return nodes.is_floating(table) and table not in sources.hidden
 
 
 def _contracts(node: Node, region: Region) -> bool:

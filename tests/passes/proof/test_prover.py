@@ -625,6 +625,43 @@ def test_attended_prompts_are_no_experts(tracer):
     assert refusal.reason is SkipReason.NOTHING_WEIGHED
 
 
+class ByKind(Stacked):
+    """Two sets of experts in one stack: hidden states say of which set those that the router chose are."""
+
+    of_experts: ClassVar = {"experts": 0}
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(
+            torch.randn(2 * EXPERTS, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(5))
+        )
+
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids + EXPERTS * (x[:, :1] > 0).long(), weights)
+
+
+def test_experts_that_hidden_states_tell_apart_are_experts():
+    """They are multiplied with hidden states, though these had a say in which are fetched."""
+    graph = TRACERS["dynamo"](ByKind(), rows())
+    [gate] = find_gates(graph, lambda router, columns: columns).gates  # as an attached profile tells it
+    proof = verify_rewrite(gate, weights_of(graph))
+    assert isinstance(proof, Proof), proof
+
+
+class Checkpointed(Stacked):
+    """All experts in a graph of their own, as checkpointing makes it."""
+
+    def dispatch(self, x, ids, weights):
+        return torch.utils.checkpoint.checkpoint(super().dispatch, x, ids, weights, use_reentrant=False)
+
+
+def test_experts_in_a_nested_graph_are_refused_for_that():
+    graph = TRACERS["dynamo"](Checkpointed(), rows())
+    refusal = verify_rewrite(one_gate(graph), weights_of(graph))
+    assert isinstance(refusal, Skip)
+    assert refusal.reason is SkipReason.NESTED
+
+
 @pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize("module", [Values, Prompts, Codebook], ids=lambda m: m.__name__)
 def test_what_is_fetched_is_no_expert(module, tracer):
