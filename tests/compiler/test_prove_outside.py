@@ -1005,13 +1005,14 @@ class TestCallsInGraphs:
 
     @staticmethod
     def trial(**changes):
-        return types.SimpleNamespace(**{"scores": "own", "seed": 1, "seed_of_scores": 1, "absent": None, **changes})
+        own = {"scores": "own", "seed": 1, "seed_of_scores": 1, "absent": None, "chosen": ()}
+        return types.SimpleNamespace(**{**own, **changes})
 
     def choose(self, form="top-k", columns=6, flat=False, leading=(4,), **changes):
         w = Written()
         scores = w.given(*leading, columns)
         ids = w.input(torch.zeros(*leading, *(() if flat else (2,)), dtype=torch.int64))
-        return module._Choose(self.trial(**changes), scores, types.SimpleNamespace(form=form, ids=ids))
+        return module._Choose(self.trial(**changes), scores, types.SimpleNamespace(form=form, ids=ids, top_k=2))
 
     @pytest.mark.parametrize("leading", [(4,), (2, 3)])
     def test_a_choice_in_place_of_the_routers(self, leading):

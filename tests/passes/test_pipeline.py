@@ -265,13 +265,16 @@ class TestProperties:
 
     @staticmethod
     def run(**state):
-        gate = types.SimpleNamespace(dispatch_uses=("use",), needs_merge=True, weights="weights", ids="ids")
+        gate = types.SimpleNamespace(
+            dispatch_uses=("use",), needs_merge=True, weights="weights", ids="ids", dispatch="indexed weights"
+        )
         given = dict.fromkeys(("settings", "sizes", "device", "prove", "input_for"))
         return Run(gate=gate, region=None, has_gradients=False, **{**given, **state})
 
     @staticmethod
     def proof(uses=("use",), merged=False, readers=("reader",)):
-        return Proof(types.SimpleNamespace(dispatch_uses=uses), merged, readers, frozenset(), "")
+        gate = types.SimpleNamespace(dispatch_uses=uses, ids="ids", dispatch="indexed weights")
+        return Proof(gate, merged, readers, frozenset(), "")
 
     def test_without_a_proof(self):
         run = self.run()
