@@ -110,9 +110,10 @@ struct Rounded {
 };
 
 #if FP8_ROWS
-// Two bf16 numbers in a register, as floats.
-DEVICE float lower_float(u32 pair) { return __uint_as_float(pair << 16); }
-DEVICE float upper_float(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+// Two bf16 numbers in a register, times a factor.
+DEVICE u32 pair_to_fp8(u32 pair, float factor) {
+  return floats_to_e4m3(bfloat_to_float((u16)pair) * factor, bfloat_to_float((u16)(pair >> 16)) * factor);
+}
 
 // 16 of a row's 128 bf16 numbers to e4m3, times 448 over the largest of the 128, which 8 lanes hold together.
 // Returns what undoes that.
@@ -125,8 +126,7 @@ DEVICE float round_to_fp8(const u32 (&x)[8], u32 (&y)[4]) {
   const float largest = __uint_as_float(most), factor = 448.0f * reciprocal(largest);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    y[i] = floats_to_e4m3(lower_float(x[2 * i]) * factor, upper_float(x[2 * i]) * factor) |
-           floats_to_e4m3(lower_float(x[2 * i + 1]) * factor, upper_float(x[2 * i + 1]) * factor) << 16;
+    y[i] = pair_to_fp8(x[2 * i], factor) | pair_to_fp8(x[2 * i + 1], factor) << 16;
   return largest * (1.0f / 448.0f);
 }
 
@@ -201,6 +201,13 @@ template <int NT>
 constexpr int PARTS = NT == 1 ? 4 : NT == 2 ? 2 : 1;
 template <int NT>
 constexpr int SUMS = FP8 ? 1 : PARTS<NT>;  // FP8 adds them up in each stage
+template <int N, int NT>
+DEVICE float sum_of_parts(const float (&parts)[N][NT][4], int n, int i) {
+  float sum = parts[0][n][i];
+#pragma unroll
+  for (int u = 1; u < N; ++u) sum += parts[u][n][i];
+  return sum;
+}
 
 // c += a stage's 16 weight rows, from w, times its activations, from x. Calls release() once all is in registers.
 // Of numbers of 16 bits, or of FP8 numbers: the instructions for both have the same bytes in the same lanes.
@@ -255,11 +262,7 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int u = 1; u < PARTS<NT>; ++u) p[0][n][i] += p[u][n][i];
-      c[0][n][i] += of_weights[i >> 1] * of_rows[n][i & 1] * p[0][n][i];
-    }
+    for (int i = 0; i < 4; ++i) c[0][n][i] += of_weights[i >> 1] * of_rows[n][i & 1] * sum_of_parts(p, n, i);
 #elif FP8
   // Lane 4 g + t has columns 8 t to 8 t + 7 of 32, of both operands: the instruction has others there, but sums them all.
   const int g = lane >> 2, t = lane & 3;
@@ -301,11 +304,7 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int u = 1; u < PARTS<NT>; ++u) p[0][n][i] += p[u][n][i];
-      c[0][n][i] += scale[i >> 1] * p[0][n][i];
-    }
+    for (int i = 0; i < 4; ++i) c[0][n][i] += scale[i >> 1] * sum_of_parts(p, n, i);
 #else
   multiply_bytes<NT>(c, w, x, row, lane, release);
 #endif
@@ -344,11 +343,7 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      c[n][i] = sums[0][n][i];
-#pragma unroll
-      for (int u = 1; u < SUMS<NT>; ++u) c[n][i] += sums[u][n][i];
-    }
+    for (int i = 0; i < 4; ++i) c[n][i] = sum_of_parts(sums, n, i);
   if (GROUPS == 2) {
     float* other = (float*)(shared + STAGES * STAGE_BYTES + sizeof(Plan)) + (warp * (ROWS / 8) * 4) * 32 + lane;
     if (group == 1)
