@@ -26,7 +26,7 @@ import torch
 from torch.fx import Node
 
 from ..ops.expert_mlp.op import DTYPES
-from ..ops.expert_mlp.reference import SCALE_BLOCK, expert_mlp_reference, gate_width
+from ..ops.expert_mlp.reference import expert_mlp_reference, gate_width, scale_sizes
 from .extract_dispatch import DispatchRegion
 from .gate import Gate, Skip, SkipReason, Use, UseKind
 from .graph import nodes
@@ -58,6 +58,7 @@ _GPT_OSS_CONSTANTS = frozenset({1.702, 7.0})
 # numbers that are 1/8 apart: on an H200 0.014 (0.035 from what is not rounded at all).
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
 _FP8_TOLERANCE = 2e-2
+_OF_FP8 = ("gate_up_scale", "down_scale", "fp8_activations")  # arguments that other weights go without
 # Distance between two experts in the storage of the random weights, which overlap to need no more
 # than one expert's.
 _EXPERT_STEP = 64
@@ -85,8 +86,11 @@ class ExpertLayer:
 
     def arguments(self, value: Callable[[Node], Any] = lambda node: node) -> dict[str, Any]:
         """The operator's arguments after the weights, with `value(node)` for each tensor; of FP8's, those it has."""
-        given = {name: vars(self)[name] for name in list(vars(self))[: None if self.fp8_activations else -3]}
-        return {name: value(found) if isinstance(found, Node) else found for name, found in given.items()}
+        return {
+            name: value(given) if isinstance(given, Node) else given
+            for name, given in vars(self).items()
+            if self.fp8_activations or name not in _OF_FP8
+        }
 
 
 def fuse_experts(
@@ -182,7 +186,8 @@ def _fp8_candidates(region: DispatchRegion, hidden: Node) -> Iterator[ExpertLaye
     )
     if {gate_up, gate_up_scale, down, down_scale} != {node for node in region.inputs if nodes.is_tensor(node)}:
         return
-    if any(nodes.shape(scale) != _blocks(of) for of, scale in ((gate_up, gate_up_scale), (down, down_scale))):
+    scaled = ((gate_up, gate_up_scale), (down, down_scale))
+    if any(nodes.shape(scale) != scale_sizes(nodes.shape(weight) or (0,)) for weight, scale in scaled):
         return
     experts, width, inner = nodes.shape(down) or (0, 0, 0)
     for activation in _activations(region):
@@ -190,12 +195,6 @@ def _fp8_candidates(region: DispatchRegion, hidden: Node) -> Iterator[ExpertLaye
             yield ExpertLayer(
                 gate_up, down, None, None, activation, False, False, gate_up_scale, down_scale, fp8_activations=True
             )
-
-
-def _blocks(weight: Node) -> tuple[int, ...]:
-    """The shape of a weight's scales."""
-    experts, *sizes = nodes.shape(weight) or (0,)
-    return (experts, *(-(-size // SCALE_BLOCK) for size in sizes))
 
 
 def _activations(region: DispatchRegion) -> list[str]:
@@ -295,10 +294,10 @@ def _confirmed(
                     actual = expert_mlp_reference(flat, ids, weights, **layer.arguments(values.__getitem__)).double()
                     errors.append((actual - expected).square().mean().sqrt())
                 allowed = [layer.tolerance * size for layer in candidates]
-                if not any(error <= most for error, most in zip(errors, allowed, strict=True)):
+                candidates = [c for c, error, most in zip(candidates, errors, allowed, strict=True) if error <= most]
+                if not candidates:
                     detail = f"nearest: {min(errors):.3g} off, allowed {max(allowed):.3g}"
                     return Skip(SkipReason.OTHER_EXPERTS, region.output, detail)
-                candidates = [c for c, error, most in zip(candidates, errors, allowed, strict=True) if error <= most]
             return candidates[0]
     except torch.OutOfMemoryError as error:
         return Skip(SkipReason.NO_MEMORY, region.output, (str(error).splitlines() or ["none is left"])[0][:120])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_ids
 from ..registration import register_triton_op
 from . import cpu
-from .reference import ACTIVATIONS, SCALE_BLOCK, Call, expert_mlp_reference, gate_width
+from .reference import ACTIVATIONS, Call, expert_mlp_reference, gate_width, scale_sizes
 
 # Up to here the weights are read once or nearly so; beyond, a matmul that sorts the tokens is better.
 MAX_TOKENS = 256
@@ -105,7 +105,7 @@ def check_scaled_weights(weights: dict[str, tuple[Tensor, Tensor | None]], trans
     for name, (weight, scale) in weights.items():
         if weight.dtype != torch.float8_e4m3fn:
             raise TypeError(f"{name}: expected dtype torch.float8_e4m3fn with scales, got {weight.dtype}")
-        blocks = [weight.shape[0], *(-(-size // SCALE_BLOCK) for size in weight.shape[1:])]
+        blocks = list(scale_sizes(weight.shape))
         if scale is None:
             raise ValueError(f"{name}_scale: expected shape {blocks}, as the other weight has scales, got None")
         if list(scale.shape) != blocks:

@@ -6,7 +6,7 @@ is. It copies the weights of every slot, one slot column at a time, so it is slo
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,12 @@ def compiled_ahead() -> bool:
     """Whether AOTInductor traces: its packages run without Python, where only ATen and Triton's kernels can be."""
     module = sys.modules.get("torch._inductor.virtualized")
     return module is not None and module.V.aot_compilation is True
+
+
+def scale_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """[E, ceil(M / 128), ceil(N / 128)], the shape of the scales of FP8 weights [E, M, N]."""
+    experts, *matrix = sizes
+    return (experts, *(-(-size // SCALE_BLOCK) for size in matrix))
 
 
 def gate_width(activation: str) -> int:
