@@ -181,7 +181,10 @@ def _logits(
 def _choose(rows: torch.Tensor, chosen: Sequence[int], places: int) -> None:
     """Give each row the next few of the experts that are to be chosen as its best, ahead of the others by less."""
     best = rows.amax(-1)
-    for place in range(places):
-        number = torch.arange(len(rows)) * places + place
-        expert = torch.tensor(list(chosen))[number % len(chosen)]
+    for place, expert in enumerate(by_turns(chosen, len(rows), places)):
         rows[torch.arange(len(rows)), expert] = best + _APART * (places - place) / (places + 1)
+
+
+def by_turns(chosen: Sequence[int], rows: int, places: int) -> torch.Tensor:
+    """int64 [places, rows]: the next few of the experts that are to be chosen, for each row."""
+    return torch.tensor(list(chosen))[torch.arange(rows * places).view(rows, places).T % len(chosen)]

@@ -145,34 +145,34 @@ class Prover:
         rewritten = rewrite_region(self._region, way)
         if isinstance(rewritten, Skip):
             return rewritten
-        name = "with merged ids" if way.merged else "with new ids"
-        values = self._drawn(0)
-        same = rewritten.run(values, self._run_graph, RoutingSettings(self._region.gate.top_k), 0)
-        if (wrong := self._differs(self._run(values), same, exact=True)) is not None:
-            return f"{name} and S = K {wrong}"
-        if (wrong := self._check_draws(way, rewritten, experts)) is not None:
-            return f"{name} {wrong}"
-        return None
+        wrong = self._check_draws(way, rewritten, experts)
+        return None if wrong is None else f"with {'merged' if way.merged else 'new'} ids {wrong}"
 
     def _check_draws(self, way: Way, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
-        """What is wrong with S < K, in one of as many draws as it takes for each to have something to show."""
+        """What is wrong with S = K, or S < K in one of as many draws as it takes for each to have something to show."""
         stays = set(range(self._region.gate.num_experts))  # experts that were not re-routed so far
         needed = _TOKENS * (2 if way.merged else 1)
         # A row that is looked up serves any number; code that compares ids may have something against one of them.
         may_tell_apart = any(use.kind is not UseKind.EXPERT_INDEX for use in way.gate.dispatch_uses)
-        number, tokens, told = 0, 0, False
+        number, tokens, told, original = 0, 0, False, Values()
         while number < _MOST_TO_MOVE_ALL:
             enough = number >= _DRAWS and tokens >= needed and told
             if (enough or number >= _MOST_DRAWS) and not (may_tell_apart and stays):
                 break
             chosen = sorted(stays, key=lambda expert: (expert + number) % 7) if number >= _DRAWS else ()
             values = self._drawn(2 * number if chosen else number, later=number > 0, chosen=chosen)
+            if not told:
+                original = self._run(values)
+            if number == 0:
+                same = rewritten.run(values, self._run_graph, RoutingSettings(self._region.gate.top_k), 0)
+                if (wrong := self._differs(original, same, exact=True)) is not None:
+                    return f"and S = K {wrong}"
             wrong, new = self._compare(rewritten, experts, values, number)
             if wrong is not None:
                 return wrong
             moved = (new.mapping != torch.arange(len(new.mapping), device=new.mapping.device)).nonzero()
             stays -= set(moved.flatten().tolist())
-            told = told or distance(self._run(values)[self._region.ends[0]], new.ends[0], exact=False) is not None
+            told = told or distance(original[self._region.ends[0]], new.ends[0], exact=False) is not None
             tokens, number = tokens + new.tokens, number + 1
         if len(stays) == self._region.gate.num_experts:
             return "made-up scores chose the same experts throughout"

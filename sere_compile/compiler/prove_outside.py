@@ -32,6 +32,7 @@ from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
 from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, separate_statistics
 from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
+from ..passes.proof.made_up import by_turns
 from . import dynamo
 from .kept_aside import KeptAside, alike, content
 
@@ -631,10 +632,10 @@ def made_up_order(
     """
     generator = torch.Generator().manual_seed(seed)
     keys = torch.rand(*leading, columns, generator=generator)
-    for place in range(places if chosen else 0):
+    if chosen:
         rows = keys.view(-1, columns)
-        number = torch.arange(len(rows)) * places + place
-        rows[torch.arange(len(rows)), torch.tensor(list(chosen))[number % len(chosen)]] = place - float(places)
+        for place, expert in enumerate(by_turns(chosen, len(rows), places)):
+            rows[torch.arange(len(rows)), expert] = place - float(places)
     if last is not None:
         keys[..., last] = 2
     order = keys.argsort(-1)
