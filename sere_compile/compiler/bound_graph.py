@@ -75,10 +75,12 @@ class BoundGraph:
             ProbeError, GateNotFoundError: the same, with strict=True.
         """
         weights = [plan.weight(arguments) for plan in self._plans]
+        if (extra := self._of_last_call(weights)) is not None:
+            return extra
         if len(set(map(id, weights))) < self._routers:
             self._tell_shared(weights)
             return None
-        if self._unprobed and any(plan.weight(arguments) in self._unprobed for plan in self._plans):
+        if self._unprobed and any(weight in self._unprobed for weight in weights):
             return None
         try:
             return self.bind(arguments)
@@ -89,6 +91,12 @@ class BoundGraph:
                 self._unprobed[plan.weight(arguments)] = True
             log.warning("a layer with the code of %s is not re-routed: %s", plan.name, unprobed(plan, error))
             return None
+
+    def _of_last_call(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """The appended inputs of the last call, if it had the same weights and matrices."""
+        version, last, extra = self._last
+        same = version == binding.version() and all(ref() is w for ref, w in zip(last, weights, strict=True))
+        return extra if same else None
 
     def _tell_shared(self, weights: Sequence[torch.Tensor]) -> None:
         """Dynamo uses a graph for other models with the same code, also where routers are one that were several."""
@@ -109,8 +117,7 @@ class BoundGraph:
         """
         weights = [plan.weight(arguments) for plan in self._plans]
         self._routers = self._routers or len(set(map(id, weights)))
-        version, last, extra = self._last
-        if version == binding.version() and all(ref() is weight for ref, weight in zip(last, weights, strict=True)):
+        if (extra := self._of_last_call(weights)) is not None:
             return extra
         owners = owners or Owners()
         value_of = self._inputs.values_of(arguments)
