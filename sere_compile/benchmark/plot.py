@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.pictures import save
 from ..extras import require
-from ..whole_file import whole_file
 from .result import Results, batches
 
 
@@ -24,8 +24,7 @@ def plot(results: Results, path: str | Path) -> None:
     for number, what in enumerate(kinds):
         _panel(figure.add_subplot(1, len(kinds), number + 1), what, results)
     figure.suptitle(f"{results.subject}\n{results.machine}", fontsize=9)
-    with whole_file(path) as beside:
-        figure.savefig(beside)
+    save(figure, path)
 
 
 def _panel(axes: Any, what: str, results: Results) -> None:

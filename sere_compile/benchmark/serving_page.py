@@ -11,7 +11,7 @@ from ..evaluation.charts import chart_html, line_chart, loss_chart
 from ..evaluation.html_report import page_html, paragraph, table_html
 from ..evaluation.pictures import new_figure, save
 from ..evaluation.sweep import SweepRow
-from ..whole_file import whole_file
+from ..whole_file import write_whole
 from .serving import ALONE, HEADINGS, ServingResults, ServingRow
 
 Points = list[tuple[int, float, float, float]]
@@ -101,9 +101,7 @@ def write_page(results: ServingResults, path: str | Path) -> None:
         MissingExtraError: plotly is not installed.
         OutputError: the file cannot be written.
     """
-    page = serving_html(results)
-    with whole_file(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    write_whole(path, serving_html(results).encode())
 
 
 def serving_html(results: ServingResults) -> str:

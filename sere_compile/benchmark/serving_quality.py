@@ -20,16 +20,17 @@ from ..evaluation.sweep import sweep
 from ..evaluation.text import mixed_windows
 from ..integrations.transformers import load_causal_lm
 from ..integrations.vllm.matrices import find_profile
+from ..integrations.vllm.options import checked
 from ..similarity.attach import attach
 from ..whole_file import write_whole
 
-# Options of the engine that say nothing about which experts a token gets.
-_OF_THE_ENGINE = ("profile", "phase", "experts", "router", "routing_batch", "strict", "collect_stats", "max_tokens")
+# Routing options that say nothing about which experts a token gets in a sweep.
+_LEFT_OUT = ("strict", "collect_stats", "max_tokens")
 
 
 def config_of(sere: Mapping[str, Any]) -> SereConfig:
     """The routing options among those of `additional_config["sere"]`."""
-    return SereConfig(**{name: value for name, value in sere.items() if name not in _OF_THE_ENGINE})
+    return checked({name: value for name, value in sere.items() if name not in _LEFT_OUT}).config
 
 
 def measure_quality(case: Mapping[str, Any]) -> dict[str, Any]:

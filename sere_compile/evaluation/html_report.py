@@ -10,7 +10,7 @@ from typing import Any
 
 from ..report import GateReport
 from ..similarity.profile import SimilarityProfile
-from ..whole_file import whole_file
+from ..whole_file import write_whole
 from .charts import chart_html, loss_chart, plotly_javascript, similarity_chart
 from .heat_maps import GateSimilarity
 from .recommendation import least_losing, recommend, say_least_losing, undecided
@@ -68,9 +68,7 @@ def write_report(contents: Contents, path: str | Path) -> None:
         MissingExtraError: plotly is not installed.
         OutputError: the file cannot be written.
     """
-    page = report_html(contents)
-    with whole_file(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    write_whole(path, report_html(contents).encode())
 
 
 def report_html(contents: Contents) -> str:
