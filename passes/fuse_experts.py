@@ -310,7 +310,8 @@ def _outside(gate: Gate) -> tuple[int, ...]:
     assert columns is not None  # otherwise it would not be a gate
     argument = {"where": "other", "masked_fill": "value"}.get(nodes.kind(gate.ids))
     padding = constant(nodes.argument(gate.ids, 2, argument)) if argument is not None else None
-    return (*(() if padding is None else (int(padding),)), *range(gate.num_experts, columns))
+    marks = () if padding is None or 0 <= padding < columns else (int(padding),)
+    return (*marks, *range(gate.num_experts, columns))
 
 
 def _routes(

@@ -43,8 +43,8 @@ class Selection:
         is_sorted: whether descending order is promised.
         smallest: whether the smallest are selected.
         steps: of form "steps", the ids [..., 1] that each step chose.
-        unnarrowed: ids before columns were cut off or padding was marked; their other consumers
-            keep them.
+        unnarrowed: ids before columns were cut off or a mask put numbers in place of some; their
+            other consumers keep them.
     """
 
     node: Node
@@ -158,9 +158,11 @@ def _refined(selection: Selection) -> Selection:
 
 
 def with_marked_padding(selection: Selection, uses: Iterable[Use]) -> Selection | None:
-    """The selection with ids that mark padding, `where(real, ids, -1)` or `masked_fill(ids, padding, E)`.
+    """The selection with ids in which a mask put one number, `where(real, ids, -1)` or `masked_fill(ids, padding, 0)`.
 
-    Where all that is dispatched reads those, padding makes no primary experts.
+    Where all that is dispatched reads those, what padding chose makes no primary experts. A number
+    of no expert is the mark that counts. Where there is none, an expert that padding is sent to is
+    one that the dispatch reads.
 
     Args:
         selection: with ids that mark nothing.
@@ -170,7 +172,7 @@ def with_marked_padding(selection: Selection, uses: Iterable[Use]) -> Selection 
         None where the dispatch reads ids that mark nothing.
     """
     columns = nodes.last_size(selection.scores)
-    marked = {_padding_marked(use.read, selection.ids, columns) for use in uses if use.kind.dispatches}
+    marked = {_masked(use.read, selection.ids, columns) for use in uses if use.kind.dispatches}
     found = marked.pop() if len(marked) == 1 else None
     if found is None:
         return None
@@ -191,16 +193,22 @@ def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:
     return tuple(cuts)
 
 
-def _padding_marked(read: Node, ids: tuple[Node, ...], columns: int | None) -> Node | None:
-    """The first node between the ids and a view or copy of them that marks padding."""
-    found, node = None, read
+def _masked(read: Node, ids: tuple[Node, ...], columns: int | None) -> Node | None:
+    """The mask between the ids and a view or copy of them: the first that marks, else the last that sends elsewhere."""
+    marking: list[Node] = []
+    sending: list[Node] = []
+    node = read
     while node not in ids:
         source = nodes.slot_source(node)
         if source is None:
             return None
-        found = node if _marks_padding(node, source, columns) and nodes.same_shape(node, ids[0]) else found
+        number = _masked_with(node, source) if nodes.same_shape(node, ids[0]) else None
+        if number is not None and (number < 0 or (columns is not None and number >= columns)):
+            marking.append(node)
+        elif number is not None and not _is_read_off(node, source, ids):
+            sending.append(node)
         node = source
-    return found
+    return marking[-1] if marking else next(iter(sending), None)
 
 
 def _read_otherwise(ids: tuple[Node, ...], known: list[Node]) -> bool:
@@ -209,18 +217,23 @@ def _read_otherwise(ids: tuple[Node, ...], known: list[Node]) -> bool:
     return any(nodes.kind(user) not in ("gather", "take_along_dim") for user in others)
 
 
-def _marks_padding(user: Node, ids: Node, columns: int | None) -> bool:
-    """Whether a user puts a number that is no expert's in place of some ids."""
+def _masked_with(user: Node, ids: Node) -> int | float | None:
+    """The number that a user puts in place of some ids."""
     if nodes.writes(user) or not nodes.same_shape(user, ids):
-        return False
+        return None
     match nodes.kind(user):
         case "masked_fill" if nodes.operand(user) is ids:
-            number = constant(nodes.argument(user, 2, "value"))
+            return constant(nodes.argument(user, 2, "value"))
         case "where" if nodes.argument(user, 1, "self", user.kwargs.get("input")) is ids:
-            number = constant(nodes.argument(user, 2, "other"))
+            return constant(nodes.argument(user, 2, "other"))
         case _:
-            return False
-    return number is not None and (number < 0 or (columns is not None and number >= columns))
+            return None
+
+
+def _is_read_off(user: Node, source: Node, ids: tuple[Node, ...]) -> bool:
+    """Whether a mask is computed of the ids: it clears numbers that are no experts', such as those from E on."""
+    masks = [node for node in user.all_input_nodes if node is not source]
+    return any(node in ids for node in walk(masks, lambda node: [n for n in node.all_input_nodes if ids[0] <= n]))
 
 
 def _join_steps(found: list[Selection | Skip]) -> list[Selection | Skip]:

@@ -82,7 +82,7 @@ def activation_values(
         region: see `cut_region`.
         draw: is the seed, and tells how masks are filled and how sure the router is.
         single: half-precision activations become float32.
-        chosen: experts that tokens choose behind their first, by turns.
+        chosen: experts that tokens choose behind their first, by turns; masks then mark some tokens and leave others.
         sizes: see `Sizes`; also for the region's numbers.
     """
     generator = torch.Generator().manual_seed(101 + draw)
@@ -91,10 +91,24 @@ def activation_values(
         if leaf.kind == "logits":
             values[node] = _logits(region, node, draw, generator, single, chosen, sizes)
         elif leaf.kind in ("hidden", "activation"):
-            values[node] = _activation(node, leaf, draw, generator, single, sizes)
+            values[node] = _activation(node, leaf, 2 if chosen else draw, generator, single, sizes)
         elif leaf.kind == "number" and sizes:
             values[node] = plain_number(nodes.value(node), sizes)
     return values
+
+
+def has_masks(region: Region) -> bool:
+    """Whether other activations than floating-point ones are made up, such as what tells padding."""
+    leaves = ((leaf, nodes.value(node)) for node, leaf in region.leaves.items() if leaf.kind == "activation")
+    return any(not like.dtype.is_floating_point and not _is_told(leaf, like) for leaf, like in leaves)
+
+
+def _is_told(leaf: Leaf, like: torch.Tensor) -> bool:
+    """Whether a call's own numbers serve: those of places or words. The next call may mask other tokens."""
+    held = leaf.held
+    if not isinstance(held, torch.Tensor) or like.dtype.is_floating_point or held.dtype == torch.bool:
+        return False
+    return bool(((held != 0) & (held != 1)).any())
 
 
 def redrawn(value: torch.Tensor, seed: int) -> torch.Tensor:
@@ -136,7 +150,7 @@ def _activation(
     node: Node, leaf: Leaf, draw: int, generator: torch.Generator, single: bool, others: Sizes | None
 ) -> Any:
     like = nodes.value(node)
-    if isinstance(leaf.held, torch.Tensor) and not leaf.held.dtype.is_floating_point:
+    if _is_told(leaf, like):
         return leaf.held.detach()
     sizes, device = [plain_number(size, others) for size in like.shape], nodes.device(node)
     dtype = torch.float32 if single and like.dtype in HALF else like.dtype

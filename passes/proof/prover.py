@@ -15,7 +15,7 @@ from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .compare import distance
 from .expert_parameters import ExpertParameters, Told, Values
-from .made_up import activation_values, later_state, state_values
+from .made_up import activation_values, has_masks, later_state, state_values
 from .more_tokens import more_tokens
 from .region import Region
 from .sources import Sources, experts_meet_hidden
@@ -153,7 +153,9 @@ class Prover:
         stays = set(range(self._region.gate.num_experts))  # experts that were not re-routed so far
         needed = _TOKENS * (2 if way.merged else 1)
         # A row that is looked up serves any number; code that compares ids may have something against one of them.
-        may_tell_apart = any(use.kind is not UseKind.EXPERT_INDEX for use in way.gate.dispatch_uses)
+        # So may a mask: it can send tokens to one expert, which only shows where that one is re-routed.
+        masked = has_masks(self._region)
+        may_tell_apart = masked or any(use.kind is not UseKind.EXPERT_INDEX for use in way.gate.dispatch_uses)
         number, tokens, told, original = 0, 0, False, Values()
         while number < _MOST_TO_MOVE_ALL:
             enough = number >= _DRAWS and tokens >= needed and told
@@ -171,7 +173,8 @@ class Prover:
             if wrong is not None:
                 return wrong
             moved = (new.mapping != torch.arange(len(new.mapping), device=new.mapping.device)).nonzero()
-            stays -= set(moved.flatten().tolist())
+            if chosen or not masked:  # masks mark nothing or everything in most of the first draws
+                stays -= set(moved.flatten().tolist())
             told = told or distance(original[self._region.ends[0]], new.ends[0], exact=False) is not None
             tokens, number = tokens + new.tokens, number + 1
         if len(stays) == self._region.gate.num_experts:

@@ -808,9 +808,14 @@ class TestMarkedPadding:
             lambda w, ids, real: w.call("masked_fill", ids, real, EXPERTS + 1),
             lambda w, ids, real: w.call("masked_fill", w.call("view", w.call("view", ids, -1), 4, 3), real, -2),
             lambda w, ids, real: w.call("view", w.call("clamp", w.call(torch.where, real, ids, -1), 0), -1),
+            lambda w, ids, real: w.call(torch.where, real, ids, 0),
+            lambda w, ids, real: w.call("masked_fill", ids, real, EXPERTS - 1),
         ],
-        ids=["where", "E", "masked", "above E", "of a view", "seen through a clamp and a view"],
-    )
+        ids=[
+            "where", "E", "masked", "above E", "of a view", "seen through a clamp and a view", "first expert",
+            "last expert",
+        ],
+    )  # fmt: skip
     def test_ids_behind_the_mark(self, mark):
         before, found = self.marked(mark)
         assert nodes.kind(found.ids[0]) in ("where", "masked_fill")
@@ -821,17 +826,16 @@ class TestMarkedPadding:
         "mark",
         [
             lambda w, ids, real: ids,
-            lambda w, ids, real: w.call(torch.where, real, ids, 0),
-            lambda w, ids, real: w.call(torch.where, real, ids, EXPERTS - 1),
+            lambda w, ids, real: w.call(torch.where, w.call(torch.ge, ids, EXPERTS - 1), ids, 0),
             lambda w, ids, real: w.call(torch.where, real, -1, ids),
-            lambda w, ids, real: w.call("masked_fill", ids, real, 0),
+            lambda w, ids, real: w.call("masked_fill", ids, w.call("view", w.call(torch.lt, ids, 0), 4, 3), 0),
             lambda w, ids, real: w.call("masked_fill_", w.call("clone", ids), real, -1),
             lambda w, ids, real: w.call(torch.where, w.input(torch.ones(1, 4, 1) > 0), ids, -1),
             lambda w, ids, real: w.call(torch.where, w.call("view", real, 4), w.pick(ids, (slice(None), 0)), -1),
             lambda w, ids, real: w.call("masked_fill", w.call(torch.neg, ids), real, -1),
         ],
         ids=[
-            "no mark", "first expert", "last expert", "other branch", "masked by an expert", "in place", "broadcast",
+            "no mark", "where some are", "other branch", "masked where some are", "in place", "broadcast",
             "one column", "of other numbers",
         ],
     )  # fmt: skip
@@ -848,3 +852,10 @@ class TestMarkedPadding:
             return w.call("masked_fill", w.call(torch.where, real, ids, -1), real, -2)
 
         assert nodes.kind(self.marked(mark)[1].ids[0]) == "where"
+
+    @pytest.mark.parametrize(("number", "last"), [(0, "where"), (EXPERTS, "masked_fill")])
+    def test_the_last_expert_sent_to_counts_where_nothing_is_marked(self, number, last):
+        def mark(w, ids, real):
+            return w.call(torch.where, real, w.call("masked_fill", ids, real, number), 1)
+
+        assert nodes.kind(self.marked(mark)[1].ids[0]) == last

@@ -46,7 +46,7 @@ from ..moe_modules import (
     run,
     similarity,
 )
-from ..test_verify_rewrite import weights_of
+from ..test_verify_rewrite import verified, weights_of
 
 
 def swapped(module, mapping):
@@ -399,6 +399,14 @@ class PaddedWithE(Looped):
         return ids.masked_fill(x[:, :1] < -0.5, EXPERTS), weights
 
 
+class PaddedWithAnExpert(Stacked):
+    """Padding rows name expert 0 in every slot, which they read: it is primary, what they chose is not."""
+
+    def route(self, x):
+        ids, weights = super().route(x)
+        return ids.masked_fill(x[:, :1] < -0.5, 0), weights
+
+
 class Columns(Stacked):
     """A bias of the experts whose last dimension counts them."""
 
@@ -471,7 +479,7 @@ class FlatStack(Block):
 
 RIGHT = (
     Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded,
-    PaddedWithE, Columns, SharedBeside, TwoSets, InHalf,
+    PaddedWithE, PaddedWithAnExpert, Columns, SharedBeside, TwoSets, InHalf,
     IdsReturned, StandardDeviation, BentRows, SecondReader, ReaderInside, OneOutput, Renormalised,
 )  # fmt: skip
 REFUSED = (
@@ -670,6 +678,78 @@ def test_what_is_fetched_is_no_expert(module, tracer):
     refusal = verify_rewrite(one_gate(graph), weights_of(graph))
     assert isinstance(refusal, Skip)
     assert refusal.reason is SkipReason.FETCHED
+
+
+class Masking(Stacked):
+    """A mask is an input, and changes what the experts read; `change` is from ids [T, K], weights and the mask [T, 1]."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x, real):
+        ids, weights = self.route(x)
+        return self.dispatch(x, *self.change(ids, weights, real))
+
+
+def with_zeros_put(ids, weights, real):
+    ids = ids.clone()
+    ids[~real[:, 0]] = 0
+    return ids, weights
+
+
+class TestMaskInput:
+    """In the traced call nothing is masked: what later calls do is shown by made-up masks alone."""
+
+    # What changes ids and weights, and the number that re-routing sees in place of masked ids.
+    READ = (
+        ((lambda ids, w, real: (ids.masked_fill(~real, 0), w)), 0),
+        ((lambda ids, w, real: (torch.where(real, ids, EXPERTS - 1), w)), EXPERTS - 1),
+        ((lambda ids, w, real: (torch.where(real, ids, -1).clamp(min=0), w * real)), -1),
+        ((lambda ids, w, real: (ids, w * real)), None),
+    )
+    HIDDEN = (
+        lambda ids, w, real: (ids * real.long(), w),
+        lambda ids, w, real: (torch.where(real, ids, torch.zeros_like(ids)), w),
+        lambda ids, w, real: (torch.where(real, ids, -1).clamp(min=0), w),
+        with_zeros_put,
+    )
+
+    @staticmethod
+    def proven(change, tracer):
+        """The graph, the gate's proof and a mask; nothing is masked yet."""
+        module, x, real = Masking(change), rows(), torch.ones(len(rows()), 1, dtype=torch.bool)
+        graph = TRACERS[tracer](module, x, real)
+        return module, graph, verified(graph), real
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    @pytest.mark.parametrize(("change", "seen"), READ, ids=["first expert", "last expert", "marked", "weighs nothing"])
+    def test_is_right_in_calls_that_mask(self, change, seen, tracer):
+        module, graph, proof, traced = self.proven(change, tracer)
+        assert isinstance(proof, Proof), proof
+        matrix, x = similarity(), rows()
+        done = reroute_dispatch(
+            proof.gate, add_matrix(graph, matrix), RoutingSettings(1), merged=proof.merged, readers=proof.readers
+        )
+        assert not isinstance(done, Skip)
+        graph.recompile()
+        real = torch.arange(len(x))[:, None] % 3 > 0
+        if hasattr(graph, "captured_inputs"):
+            graph.captured_inputs = [real if given is traced else given for given in graph.captured_inputs]
+        with torch.no_grad():
+            ids = module.route(x)[0]
+            mapping = mapping_of(ids if seen is None else torch.where(real, ids, seen), matrix)
+            expected = swapped(module, mapping)(x, real)
+            assert not torch.equal(expected, module(x, real)), "the case re-routes nothing"
+        torch.testing.assert_close(run(graph, x, real), expected)
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    @pytest.mark.parametrize("change", HIDDEN, ids=["times", "zeros", "clamped, weighed", "put"])
+    def test_is_refused_where_padding_reads_an_expert_unseen(self, change, tracer):
+        _, _, found, _ = self.proven(change, tracer)
+        assert isinstance(found, Skip), found
+        assert found.is_refused_gate
+        assert found.detail
 
 
 class TestVmap:
