@@ -18,7 +18,9 @@ from ..graph.columns import cut_from
 from ..graph.walk import walk
 from .duplicate_safety import consumers, counts_ids, slots_stay_apart
 from .expert_evidence import (
+    is_computed_stack,
     is_multiplied,
+    is_stack,
     limits_named,
     numbers_named,
     reaches_experts,
@@ -236,13 +238,13 @@ def _classify_index(consumer: Node, read: Node, source: Node | None, num_experts
     """`source[ids]`: stacked expert weights, one number per expert, or something else."""
     root = nodes.parameter_root(source) if source is not None else None
     sizes = nodes.shape(source) if source is not None else None
-    if root is None or sizes is None or len(nodes.index_tensors(consumer)) > 1:
+    computed = root is None and source is not None and is_computed_stack(source, num_experts)
+    if (root is None and not computed) or sizes is None or len(nodes.index_tensors(consumer)) > 1:
         return Use(consumer, read, UseKind.UNKNOWN), reaches_experts(consumer, num_experts)
     if len(sizes) == 1 and not scales_experts(consumer):
         return Use(consumer, read, UseKind.LOOK_UP), False
     # A table with one vector a row may be expert biases or any embedding: no evidence by itself.
-    stacked = len(sizes) >= 3 and sizes[0] == num_experts
-    return Use(consumer, read, UseKind.EXPERT_INDEX), stacked and is_multiplied(consumer)
+    return Use(consumer, read, UseKind.EXPERT_INDEX), is_stack(sizes, num_experts) and is_multiplied(consumer)
 
 
 def _reads_scores(consumer: Node, read: Node, projection: Node) -> bool:

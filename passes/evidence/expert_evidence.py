@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.columns import constant
+from ..graph.state import computed_of_state
 from ..graph.walk import walk
 
 # How far ahead of a consumer experts are looked for; the whole dispatch of the largest known one is
@@ -157,8 +160,19 @@ def _projects_all_tokens(node: Node) -> bool:
 
 def _is_stacked(node: Node, num_experts: int | None) -> bool:
     root = nodes.parameter_root(node)
-    sizes = nodes.shape(root) if root is not None else None
+    return is_stack(None if root is None else nodes.shape(root), num_experts) or (
+        root is None and is_computed_stack(node, num_experts)
+    )
+
+
+def is_stack(sizes: tuple[Any, ...] | None, num_experts: int | None) -> bool:
+    """Whether a tensor of these sizes may hold a matrix for each expert."""
     return sizes is not None and len(sizes) >= 3 and num_experts in (None, sizes[0])
+
+
+def is_computed_stack(node: Node, num_experts: int | None) -> bool:
+    """Whether a node computes a matrix for each expert of the model's state, as one that is dequantised whole."""
+    return num_experts is not None and is_stack(nodes.shape(node), num_experts) and computed_of_state(node)
 
 
 def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from ..gate import Gate
 from ..graph import nodes
+from ..graph.state import computed_of_state
 
 _FAR = 400  # nodes of side branches that are searched for experts
 _STEPS = 12  # from an operand back to a matrix of the model
@@ -143,7 +144,7 @@ class _Search:
         pending, seen = [(operand, 0)], {operand}
         while pending:
             node, steps = pending.pop()
-            if node is self._projection or node in self._router or not nodes.is_floating(node):
+            if node is self._projection or node in self._router or not (nodes.is_floating(node) or _is_packed(node)):
                 continue
             if nodes.is_model_state(node) and nodes.count(node) not in self._of_router:
                 return not nodes.writers(node)  # a buffer that is written is no parameter
@@ -161,13 +162,15 @@ def _same_attribute(weight: Node) -> list[Node]:
     return list(weight.graph.find_nodes(op="get_attr", target=weight.target))
 
 
+def _is_packed(node: Node) -> bool:
+    """Whether whole numbers are a quantised matrix of the model."""
+    return nodes.is_model_state(node) and nodes.is_tensor(node) and len(nodes.shape(node) or ()) >= 2
+
+
 def _looks_up_state(node: Node) -> bool:
     if nodes.kind(node) not in ("index", "embedding", "gather"):
         return False
-    return any(
-        nodes.is_floating(source) and (root := nodes.parameter_root(source)) is not None and nodes.is_model_state(root)
-        for source in nodes.operands(node)
-    )
+    return any(nodes.is_floating(source) and computed_of_state(source) for source in nodes.operands(node))
 
 
 def _runs_experts(node: Node, gate: Gate) -> bool:

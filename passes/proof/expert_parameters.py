@@ -23,6 +23,8 @@ from .sources import Sources, trace_sources
 Values = dict[Node, Any]
 Run = Callable[[Values], Values]
 _MANY = 600  # parameters that are tried one by one at most
+_EACH_TOKEN = 16  # tokens that must stay as they are, one by one, where a stack might be one expert's own tensor
+_FURTHER = 12  # draws at most that tell apart the experts of such
 
 
 @dataclass(frozen=True)
@@ -116,16 +118,33 @@ class ExpertParameters:
 
 
 class Told:
-    """Finds the experts' parameters of one region by running it."""
+    """Finds the experts' parameters of one region by running it.
 
-    def __init__(self, region: Region, run: Run, draws: list[Values]) -> None:
-        self._region, self._run, self._draws = region, run, draws
+    Args:
+        region: see `cut_region`.
+        run: it on values of its leaves.
+        draws: of such values.
+        draw_choosing: another draw, from its number and the experts that tokens shall choose by turns.
+    """
+
+    def __init__(
+        self, region: Region, run: Run, draws: list[Values], draw_choosing: Callable[[int, list[int]], Values]
+    ) -> None:
+        self._region, self._run, self._draw_choosing = region, run, draw_choosing
         self._exit = region.ends[0]
-        self._before = [run(values) for values in draws]
         self._sources = trace_sources(region)
         self._experts = region.gate.num_experts
-        ids = [before[region.gate.ids] for before in self._before]
-        self._ids = [found.reshape(-1, region.gate.top_k).cpu() for found in ids]
+        self._draws: list[Values] = []
+        self._before: list[Values] = []
+        self._ids: list[torch.Tensor] = []
+        for values in draws:
+            self._add(values)
+
+    def _add(self, values: Values) -> None:
+        before = self._run(values)
+        self._draws.append(values)
+        self._before.append(before)
+        self._ids.append(before[self._region.gate.ids].reshape(-1, self._region.gate.top_k).cpu())
 
     def find(self) -> tuple[ExpertParameters, Sources]:
         """The parameters, and what each node of the region depends on."""
@@ -179,7 +198,8 @@ class Told:
             other = redrawn(part, seed) if part.numel() else part
             return {node: _movable(value).index_copy(stack.dim, rows, _movable(other)).view(value.dtype)}
 
-        return self._changes_only(exchanged)
+        alike = sum(self._draws[0][other].shape == self._draws[0][node].shape for other in self._candidates())
+        return self._changes_only(exchanged, tokens=_EACH_TOKEN if alike >= self._experts else 1)
 
     def _is_role(self, role: dict[int, Node]) -> bool:
         def exchanged(values: Values, chosen: torch.Tensor, seed: int) -> Values:
@@ -188,21 +208,21 @@ class Told:
 
         return self._changes_only(exchanged)
 
-    def _changes_only(self, exchanged: Callable[[Values, torch.Tensor, int], Values]) -> bool:
+    def _changes_only(self, exchanged: Callable[[Values, torch.Tensor, int], Values], tokens: int = 1) -> bool:
         changed_any = False
         for number, (values, ids) in enumerate(zip(self._draws, self._ids, strict=True)):
-            named = ids[0].unique()
-            for chosen in self._sets(named):
+            for chosen in self._sets(ids[:tokens]):
                 rows = self._changed(number, values | exchanged(values, chosen, 7 + number))
                 if rows is None or bool((rows & ~torch.isin(ids, chosen).any(-1)).any()):
                     return False
                 changed_any = changed_any or bool(rows.any())
         return changed_any
 
-    def _sets(self, named: torch.Tensor) -> list[torch.Tensor]:
-        """The experts of the first token, and those that it does not name."""
+    def _sets(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The experts of the first token, and those that each token does not name."""
         everyone = torch.arange(self._experts)
-        return [everyone[torch.isin(everyone, named)], everyone[~torch.isin(everyone, named)]]
+        named = [torch.isin(everyone, token) for token in ids]
+        return [everyone[named[0]], *(everyone[~of] for of in named)]
 
     def _changed(self, draw: int, values: Values) -> torch.Tensor | None:
         """The tokens whose row of the exit differs, bool [T]; None where nothing can be told by rows."""
@@ -236,18 +256,7 @@ class Told:
         left = [node for node, shape in zip(left, shapes, strict=True) if shapes.count(shape) >= self._experts]
         if not left or len(left) > _MANY:
             return []
-        owners: dict[Node, int] = {}
-        for node in left:
-            possible = set(range(self._experts))
-            changed_any = False
-            for number, (values, ids) in enumerate(zip(self._draws, self._ids, strict=True)):
-                rows = self._changed(number, values | {node: redrawn(values[node], 5)})
-                if rows is not None and bool(rows.any()):
-                    changed_any = True
-                    possible &= set(ids[rows][0].tolist()).intersection(*(set(i.tolist()) for i in ids[rows]))
-                    possible -= set(ids[~rows].unique().tolist())
-            if changed_any and len(possible) == 1:
-                owners[node] = possible.pop()
+        owners = self._owners(left)
         roles: dict[Any, dict[int, Node]] = {}
         places: dict[Any, int] = {}
         for node, expert in owners.items():
@@ -256,3 +265,27 @@ class Told:
             places[shape, expert] = place + 1
             roles.setdefault((shape, place), {})[expert] = node
         return list(roles.values())
+
+    def _owners(self, nodes_left: list[Node]) -> dict[Node, int]:
+        """The one expert that all tokens name which change with a tensor, and no token that does not."""
+        possible = {node: set(range(self._experts)) for node in nodes_left}
+        changing: set[Node] = set()
+        for number in range(len(self._draws) + _FURTHER):
+            unsettled = [node for node in nodes_left if node not in changing or len(possible[node]) > 1]
+            if not unsettled:
+                break
+            if number == len(self._draws):
+                shuffled = torch.randperm(self._experts, generator=torch.Generator().manual_seed(number))
+                self._add(self._draw_choosing(number, shuffled.tolist()))
+            for node in unsettled:
+                rows = self._changed(number, self._draws[number] | {node: redrawn(self._draws[number][node], 5)})
+                if rows is not None and bool(rows.any()):
+                    changing.add(node)
+                    possible[node] &= _shared(self._ids[number][rows]) - set(self._ids[number][~rows].unique().tolist())
+        return {node: possible[node].pop() for node in nodes_left if node in changing and len(possible[node]) == 1}
+
+
+def _shared(ids: torch.Tensor) -> set[int]:
+    """The experts that every one of some tokens names."""
+    first, *others = (set(token) for token in ids.tolist())
+    return first.intersection(*others)

@@ -71,7 +71,7 @@ class Prover:
         region = self._region
         self._state = state_values(region, single=self._single)
         draws = [self._drawn(number) for number in range(2)]
-        experts, sources = Told(region, self._run, draws).find()
+        experts, sources = Told(region, self._run, draws, lambda n, chosen: self._drawn(2 * n, chosen=chosen)).find()
         if not experts:
             refusal = "no parameter belongs to the experts: exchanging it changes no token, or all"
             return Verdict(refusal=refusal, without_experts=True)

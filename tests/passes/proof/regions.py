@@ -10,9 +10,9 @@ from ..moe_modules import from_make_fx, one_gate, rows
 from ..test_verify_rewrite import weights_of
 
 
-def region_of(module, trace=from_make_fx, *more):
-    """The region of a module's only gate."""
-    graph = trace(module, rows(), *more)
+def region_of(module, trace=from_make_fx, *more, tokens=None):
+    """The region of a module's only gate, traced with some of the usual tokens or all."""
+    graph = trace(module, rows()[:tokens], *more)
     return cut_region(one_gate(graph), weights_of(graph))
 
 
@@ -25,8 +25,8 @@ def kinds_of(region):
     return sorted(leaf.kind for leaf in region.leaves.values())
 
 
-def values_of(region, draw=0):
-    return state_values(region, single=True) | activation_values(region, draw, single=True)
+def values_of(region, draw=0, chosen=()):
+    return state_values(region, single=True) | activation_values(region, draw, single=True, chosen=chosen)
 
 
 def run_of(region):
@@ -35,4 +35,5 @@ def run_of(region):
 
 def told(region):
     """The experts' parameters, and what each node depends on."""
-    return Told(region, run_of(region), [values_of(region, draw) for draw in range(2)]).find()
+    draws = [values_of(region, draw) for draw in range(2)]
+    return Told(region, run_of(region), draws, lambda n, chosen: values_of(region, 2 * n, chosen)).find()

@@ -116,6 +116,23 @@ class Permuted(ExpertLoop):
         return torch.tanh(self.layers[3 * number % EXPERTS](x))
 
 
+class Named(TwoLayers):
+    """Experts in a dictionary: their names have no numbers, and each has two matrices of one shape."""
+
+    NAMES = ("red", "green", "blue", "black", "white", "pink", "grey", "brown")
+
+    def __init__(self):
+        super().__init__()
+        self.by_name = nn.ModuleDict(
+            {name: nn.ModuleList(pair) for name, *pair in zip(self.NAMES, self.layers, self.seconds, strict=True)}
+        )
+        del self.layers, self.seconds
+
+    def expert(self, number, x):
+        first, second = self.by_name[self.NAMES[number]]
+        return second(torch.tanh(first(x)))
+
+
 MATRICES = (EXPERTS, HIDDEN, HIDDEN)
 # Program -> shapes of the stacks and how they are cut.
 STACKS = {
@@ -164,6 +181,33 @@ def test_tensors_whose_names_tell_nothing():
     assert {e: region.leaves[node].source.target for e, node in role.items()} == {
         e: f"layers.{3 * e % EXPERTS}.weight" for e in range(EXPERTS)
     }
+
+
+@pytest.mark.parametrize("tokens", [2, 3, None])
+def test_names_without_numbers(tokens):
+    """Two tokens of a draw name few experts, and the same ones often: it takes further draws to tell all apart."""
+    region = region_of(Named(), from_export, tokens=tokens)
+    roles = told(region)[0].lists
+    assert [[region.leaves[role[e]].source.target for e in range(EXPERTS)] for role in roles] == [
+        [f"by_name.{name}.{place}.weight" for name in Named.NAMES] for place in range(2)
+    ]
+
+
+class OneRow(Named):
+    """A matrix of each has as many rows as there are experts: one expert's own tensor looks like a stack."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.ModuleList([nn.Linear(HIDDEN, EXPERTS), nn.Linear(EXPERTS, HIDDEN)]) for _ in self.NAMES]
+        self.by_name = nn.ModuleDict(dict(zip(self.NAMES, layers, strict=True)))
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 6, 7])
+def test_a_tensor_of_one_expert_is_no_stack(tokens):
+    """Few tokens name every expert of the first, or another one beside each of those."""
+    found = told(region_of(OneRow(), from_export, tokens=tokens))[0]
+    assert not found.stacks
+    assert [sorted(role) for role in found.lists] == [list(range(EXPERTS))] * 4
 
 
 def test_swapping_is_what_the_definition_says():
@@ -288,6 +332,7 @@ class TestRuns:
 
     def test_sets_of_experts(self):
         found, _ = asked([])
-        first, others = found._sets(torch.tensor([5, 2]))
+        first, others, further = found._sets(torch.tensor([[5, 2], [7, 7]]))
         assert first.tolist() == [2, 5]
         assert others.tolist() == [0, 1, 3, 4, 6, 7]
+        assert further.tolist() == list(range(7))

@@ -350,6 +350,24 @@ class FromBase(Stacked):
         return (y.squeeze(2) * weights[..., None]).sum(1)
 
 
+class Dequantised(Stacked):
+    """Experts in 8-bit numbers, made floating-point whole before any is chosen."""
+
+    of_experts: ClassVar = {"packed": 0, "steps": 0}
+
+    def __init__(self):
+        super().__init__()
+        steps = self.experts.detach().abs().amax((1, 2), keepdim=True) / 127
+        self.packed = nn.Parameter((self.experts.detach() / steps).round().to(torch.int8), requires_grad=False)
+        self.steps = nn.Parameter(steps)
+        del self.experts
+
+    def dispatch(self, x, ids, weights):
+        experts = self.packed.to(x.dtype) * self.steps
+        y = torch.tanh(x[:, None, None, :] @ experts[ids])
+        return (y.squeeze(2) * weights[..., None]).sum(1)
+
+
 class Sliced(Stacked):
     """(11) A loop that takes each expert's part of the stack."""
 
@@ -478,7 +496,7 @@ class FlatStack(Block):
 
 
 RIGHT = (
-    Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Padded,
+    Stacked, Masked, Looped, RouterScale, RouterEmbedding, Chained, Concatenated, FromBase, Sliced, Dequantised, Padded,
     PaddedWithE, PaddedWithAnExpert, Columns, SharedBeside, TwoSets, InHalf,
     IdsReturned, StandardDeviation, BentRows, SecondReader, ReaderInside, OneOutput, Renormalised,
 )  # fmt: skip
@@ -681,7 +699,7 @@ def test_what_is_fetched_is_no_expert(module, tracer):
 
 
 class Masking(Stacked):
-    """A mask is an input, and changes what the experts read; `change` is from ids [T, K], weights and the mask [T, 1]."""
+    """A mask [T, 1] is an input: `change` makes ids and weights [T, K] what the experts read."""
 
     def __init__(self, change):
         super().__init__()
