@@ -94,7 +94,12 @@ def cut_region(gate: Gate, value_of: ValueOf) -> Region | Skip:
     if ends is None:
         detail = "no tensor with one row per token gathers what its experts give"
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
-    return _Cutter(gate, readers, ends, router.projection, value_of).cut()
+    region = _Cutter(gate, readers, ends, router.projection, value_of).cut()
+    mapping = next((node for node in region.graph.nodes if nodes.kind(node) in _VMAP), None)
+    if mapping is not None:
+        detail = f"{region.originals[mapping].name}: a part of what torch.func.vmap does cannot be run by itself"
+        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
+    return region
 
 
 class _Cutter:

@@ -54,6 +54,14 @@ class Overwriting(Experts):
         return out
 
 
+class InVmap(Experts):
+    """All experts at once by `torch.func.vmap`, of which no part can be run by itself, and a table picks."""
+
+    def forward(self, x, ids, weights):
+        outputs = torch.func.vmap(lambda w: torch.tanh(x @ w))(self.w)
+        return torch.einsum("te,eth->th", x.new_zeros(len(x), EXPERTS).scatter(1, ids, weights), outputs)
+
+
 class Chained(Experts):
     """Experts by rank, one after the other: re-routed ids are right, merged ones change the order."""
 
@@ -373,7 +381,7 @@ def rows():
 
 
 @pytest.mark.parametrize(
-    "experts", [Experts, *(pytest.param(e, marks=pytest.mark.slow) for e in (Overwriting, Listed))]
+    "experts", [Experts, InVmap, *(pytest.param(e, marks=pytest.mark.slow) for e in (Overwriting, Listed))]
 )
 def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]

@@ -790,6 +790,19 @@ class TestVmap:
         assert isinstance(refusal, Skip)
         assert refusal.reason is SkipReason.ONE_TOKEN
 
+    class Experts(Stacked):
+        def dispatch(self, x, ids, weights):
+            outputs = torch.func.vmap(lambda expert: torch.tanh(x @ expert))(self.experts)
+            return torch.einsum("te,eth->th", x.new_zeros(len(x), EXPERTS).scatter(1, ids, weights), outputs)
+
+    def test_experts_inside(self):
+        """Their part of the graph cannot be run by itself, and the reason says so."""
+        graph = TRACERS["dynamo"](self.Experts(), rows())
+        [gate] = find_gates(graph, lambda weight, experts: True).gates
+        refusal = cut_region(gate, weights_of(graph))
+        assert isinstance(refusal, Skip)
+        assert "torch.func.vmap" in refusal.detail
+
     def test_beside(self):
         """What stands behind a vmap is not inside it."""
         graph = TRACERS["dynamo"](self.Beside(), rows())
