@@ -8,6 +8,10 @@ On several devices at once, or to write the page anew:
     python -m benchmarks.quality measure --corpus data --model qwen3 --out qwen3.csv
     python -m benchmarks.quality page [qwen3.csv mixtral.csv upcycled.csv]
 
+Rows of the shipped models in docs/quality_fine.csv, which compares filling:
+
+    python -m benchmarks.quality filling --corpus data --out filling.csv
+
 `measure` calibrates on training text and evaluates on text of held-out documents: rules are chosen by the first third
 of it ("validation"), and reported on the rest ("test").
 """
@@ -18,7 +22,7 @@ import argparse
 import csv
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,12 @@ import numpy as np
 import torch
 
 import sere_compile
-from benchmarks import quality_page
+from benchmarks import quality_fine, quality_page
 from sere_compile import SereConfig, SimilarityProfile
 from sere_compile.evaluation import ConfiguredRule, Evaluation, evaluate_rules
 from sere_compile.evaluation.comparison import Setting, calibrated_profiles, comparison_rules
+from sere_compile.evaluation.filling import FillKept
+from sere_compile.evaluation.rules import Fill, Rule
 
 DOMAINS = ("code", "prose")
 MODELS = ("qwen3", "mixtral", "upcycled")
@@ -135,10 +141,39 @@ def row(name: str, part: str, data: str, setting: Setting, result: Evaluation) -
     return {**place, **vars(setting), **numbers}
 
 
-def write(rows: Iterable[dict], path: Path) -> None:
+def filling(corpus: Path) -> Iterator[dict]:
+    """What filling loses beside SERE and opportunistic fill, S = 1 and 2 below K, decode batches 16 and 4."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = sequences(corpus, "test", DOMAINS, 2)
+    halves = [windows(np.load(corpus / f"train_{domain}.npy"), 48)[::2] for domain in DOMAINS]
+    for name in MODELS:
+        path = Path(sere_compile.__file__).parent / "models" / name
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        profile = sere_compile.calibrate(model, [{"input_ids": part} for part in torch.cat(halves).split(8)])
+        rules: dict[tuple[str, int], Rule] = {}
+        for s in (s for s in (1, 2) if s < model.config.num_experts_per_tok):
+            rules["SERE, frobenius", s] = ConfiguredRule.of(SereConfig(select_top_k=s), profile)
+            rules["opportunistic fill", s] = Fill(s)
+            rules["fill", s] = FillKept(s)
+        for size in (16, 4):
+            for (rule, s), result in evaluate_rules(model, tokens, rules, decode_batch=size).items():
+                yield {
+                    "model": name,
+                    "decode_batch": size,
+                    "rule": rule,
+                    "select_top_k": s,
+                    "original": f"{result.original_perplexity:.3f}",
+                    "perplexity_change": f"{result.perplexity_change:.5f}",
+                    "standard_error": f"{result.standard_error:.5f}",
+                    "active_after": f"{result.mean_active_after:.2f}",
+                }
+
+
+def write(rows: Iterable[dict], path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """One line per row."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for line in rows:
             writer.writerow(line)
@@ -156,9 +191,15 @@ def main() -> None:
         command.add_argument("--batches", type=int, nargs="+", default=[16, 64, 4])
     one.add_argument("--model", required=True, choices=MODELS)
     one.add_argument("--out", type=Path, required=True)
+    fills = commands.add_parser("filling")
+    fills.add_argument("--corpus", type=Path, required=True, help="as above")
+    fills.add_argument("--out", type=Path, required=True)
     page = commands.add_parser("page")
     page.add_argument("tables", type=Path, nargs="*", help="of `measure`; none: docs/quality.csv is left unchanged")
     parsed = parser.parse_args()
+    if parsed.what == "filling":
+        write(filling(parsed.corpus), parsed.out, quality_fine.COLUMNS)
+        return
     if parsed.what == "page":
         if parsed.tables:
             write((line for path in parsed.tables for line in quality_page.read(path)), quality_page.TABLE)

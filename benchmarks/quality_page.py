@@ -14,6 +14,7 @@ TABLE, PAGE, FINE = DOCS / "quality.csv", DOCS / "quality.md", DOCS / "quality_f
 # Rows of the table of filling.
 COMPARED = (
     "drop", "opportunistic fill", "SERE, frobenius", "SERE, cosine", "projection, cosine", "recombine", "fill",
+    "fill, 0.5 and 0.5",
 )  # fmt: skip
 CASES = (("qwen3", "1"), ("qwen3", "2"), ("mixtral", "1"), ("upcycled", "1"), ("upcycled", "2"))
 BATCHES = ("4", "16", "64")

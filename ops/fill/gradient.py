@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reroute.reference import in_range
-from .reference import CLOSED, WORTH, Keeping, batch_statistics, filled_ids, kept_experts
+from .reference import CLOSED, RESTORE, WORTH, Keeping, batch_statistics, filled_ids, kept_experts
 
 
 def fill_gradient(
@@ -27,11 +27,11 @@ def fill_gradient(
     new = torch.where(lost, torch.where(filled, per_score * before * new_scores, 0.0), old)
     after = total(new)
     restores = (before > 0) & (after > 0)
-    factor = torch.where(restores, before / after, 1.0).sqrt()
+    factor = torch.where(restores, before / after, 1.0) ** RESTORE
     changed = lost.any(-1, keepdim=True) & is_expert
 
     own = torch.where(changed, grad.to(dtype), 0.0)
-    of_factor = 0.5 * factor * total(own * new)
+    of_factor = RESTORE * factor * total(own * new)
     of_before = torch.where(restores, of_factor / before, 0.0)
     of_new = own * factor - torch.where(changed & restores, of_factor / after, 0.0)
     of_filled = torch.where(filled, of_new, 0.0)

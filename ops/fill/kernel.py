@@ -105,7 +105,7 @@ def scores_at(scores_ptr, token, ids, mask, greatest, stride_t, SCORING: tl.cons
 @triton.jit
 def filled_weights(
     scores_ptr, token, rows, expert, new_expert, is_expert, lost, filled, stored, stride_t, SCORING: tl.constexpr,
-    WORTH: tl.constexpr,
+    WORTH: tl.constexpr, RESTORE: tl.constexpr,
 ):  # fmt: skip
     """fp32 [N, K_BLOCK]: the weights of the new experts, where a token loses any."""
     greatest = tl.max(rows, axis=1)[:, None]
@@ -117,8 +117,7 @@ def filled_weights(
     worth = WORTH * tl.where(chosen > 0, total / chosen, 0.0)
     new = tl.where(lost, tl.where(filled, worth * scores, 0.0), old)
     sums = tl.sum(tl.where(is_expert, new, 0.0), axis=1)[:, None]
-    # The square root is `RESTORE` of the reference.
-    return new * tl.sqrt(tl.where((total > 0) & (sums > 0), total / sums, 1.0))
+    return new * tl.exp2(RESTORE * tl.log2(tl.where((total > 0) & (sums > 0), total / sums, 1.0)))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold", "least", "budget"])
@@ -129,7 +128,7 @@ def fill_kernel(
     K: tl.constexpr, SELECT: tl.constexpr, E: tl.constexpr, SCORING: tl.constexpr, HAS_CHOICE: tl.constexpr,
     HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr, G_BLOCK: tl.constexpr,
     HAS_MAX: tl.constexpr, HAS_THRESHOLD: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, WORTH: tl.constexpr, CLOSED: tl.constexpr,
+    K_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, WORTH: tl.constexpr, RESTORE: tl.constexpr, CLOSED: tl.constexpr,
 ):  # fmt: skip
     """Fill the slots of TOKENS consecutive tokens per program from ROWS rows of statistics."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -173,7 +172,7 @@ def fill_kernel(
         filled = filled | (mine & is_open)
         keys = tl.where(column == winner, -0x80000000, keys)
     new = filled_weights(scores_ptr, token, rows, expert, new_expert, is_expert, lost, filled, stored, score_stride_t,
-                         SCORING, WORTH)  # fmt: skip
+                         SCORING, WORTH, RESTORE)  # fmt: skip
     # What a token does not lose it keeps bit for bit.
     changed = is_expert & (losses > 0)
     out = offset * K + slot

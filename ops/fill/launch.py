@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..launching import launchable
 from .kernel import fill_kernel
-from .reference import CLOSED, WORTH, Keeping
+from .reference import CLOSED, RESTORE, WORTH, Keeping
 from .statistics import statistics_kernel
 
 # Rows of statistics that every program of the second launch adds up: few bytes, yet not many tokens behind each.
@@ -106,6 +106,7 @@ def launch_filling(
         TOP_GROUPS=ranking.top_groups, TOP2=ranking.group_score == "top2",
         G_BLOCK=triton.next_power_of_2(ranking.num_groups), HAS_MAX=keeping.max_active > 0,
         HAS_THRESHOLD=keeping.threshold > 0, TOKENS=tile.tokens, ROWS=ROWS, STEP=max(1, min(ROWS, 2048 // e_block)),
-        K_BLOCK=triton.next_power_of_2(top_k), E_BLOCK=e_block, WORTH=WORTH, CLOSED=CLOSED, num_warps=tile.num_warps,
+        K_BLOCK=triton.next_power_of_2(top_k), E_BLOCK=e_block, WORTH=WORTH, RESTORE=RESTORE, CLOSED=CLOSED,
+        num_warps=tile.num_warps,
     )  # fmt: skip
     return out_ids, out_weights

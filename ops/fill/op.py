@@ -142,10 +142,10 @@ def fill(
     `select_top_k` slots name: those in some token's first slot, then those with the largest sum of squared weights (the
     lowest of equals; with fewer kept than there are first choices, the heaviest of these). At least K are, since a
     token's ids are distinct. Slots on kept experts stay. A lost slot goes to the best kept expert by `choice` that the
-    token does not name yet, the lowest of equals, in slot order, and weighs half of what its score is worth: the sum of
-    the token's weights over the sum of the scores of its experts, times the score. Then all weights of the token are
-    multiplied by the square root of their old sum over the new one, where both are above 0. A token that loses no slot
-    keeps its ids and weights bit for bit; where every expert in use is kept, so do all. Distinct ids stay distinct.
+    token does not name yet, the lowest of equals, in slot order, and weighs three quarters of what its score is worth:
+    the sum of the token's weights over the sum of the scores of its experts, times the score. Then all weights of the
+    token are multiplied by (old sum / new sum) ** 0.75, where both sums are above 0. A token that loses no slot keeps
+    its ids and weights bit for bit; where every expert in use is kept, so do all. Distinct ids stay distinct.
 
     An expert is closed to a token where `choice` is NaN or not above -3e38, as masks of groups leave it. A lost slot
     for which only closed experts are left takes the lowest of these at weight 0, and one for which none is left (a

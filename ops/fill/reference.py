@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..reroute.reference import in_range
 
-# Fixed by measurement on one model's text (docs/quality.md), not an option: a score is worth half of what the token's
-# chosen scores are, and half of a lost sum, on a logarithmic scale, is given back.
-WORTH = 0.5
-RESTORE = 0.5
+# Fixed by measurement on one model's text (docs/quality.md), not options: a score is worth three quarters of what the
+# token's chosen scores are, and three quarters of a lost sum, on a logarithmic scale, are given back.
+WORTH = 0.75
+RESTORE = 0.75
 # A selection score that is not above this (what masks put there, -inf, NaN) closes the expert to the token.
 CLOSED = -3.0e38
 

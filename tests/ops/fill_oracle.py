@@ -43,7 +43,7 @@ def fill_token(row, weight_row, scores, choice, chosen):
         return list(row), list(weight_row)
     new_row, new = list(row), list(weight_row)
     total, worth_of = sum(weight_row[k] for k in places), sum(scores[row[k]] for k in places)
-    worth = 0.5 * total / worth_of if worth_of > 0 else 0.0
+    worth = 0.75 * total / worth_of if worth_of > 0 else 0.0
     closed = {u for u in experts if not choice[u] > CLOSED}
     # Open experts by their choice, then closed ones; the lowest of equals.
     left = sorted(chosen - set(row), key=lambda u: (u in closed, 0 if u in closed else -choice[u], u))
@@ -54,7 +54,7 @@ def fill_token(row, weight_row, scores, choice, chosen):
             if new_row[k] not in closed:
                 new[k] = worth * scores[new_row[k]]
     sums = sum(new[k] for k in places)
-    factor = math.sqrt(total / sums) if total > 0 and sums > 0 else 1.0
+    factor = (total / sums) ** 0.75 if total > 0 and sums > 0 else 1.0
     for k in places:
         new[k] *= factor
     return new_row, new

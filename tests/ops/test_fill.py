@@ -217,9 +217,9 @@ def test_by_hand():
     scores = torch.tensor([[0.4, 0.05, 0.3, 0.1], [0.08, 0.6, 0.1, 0.12]])
     new_ids, new = fill(ids, weights, scores, 1)
     assert new_ids.tolist() == [[0, 1], [1, 0]]
-    # For the first token 1 is worth 0.875 / 0.7 * 0.05, half of it is given.
-    first, second = (0.5, 0.5 * 0.875 / 0.7 * 0.05), (0.75, 0.5 * 0.875 / 0.72 * 0.08)
-    factors = [(0.875 / sum(row)) ** 0.5 for row in (first, second)]
+    # For the first token 1 is worth 0.875 / 0.7 * 0.05, three quarters of it are given.
+    first, second = (0.5, 0.75 * 0.875 / 0.7 * 0.05), (0.75, 0.75 * 0.875 / 0.72 * 0.08)
+    factors = [(0.875 / sum(row)) ** 0.75 for row in (first, second)]
     torch.testing.assert_close(new, torch.tensor([first, second]) * torch.tensor(factors)[:, None])
 
 
@@ -251,7 +251,7 @@ def test_a_closed_expert_gets_no_weight(kernel_device):
     for new_ids, new in (fill(*case.arguments), launch(case)):
         assert new_ids.tolist() == [[0, 1, 3], [3, 4, 0]]
         assert new[:, 2].tolist() == [0, 0]
-        torch.testing.assert_close(new[:, 0].cpu(), 0.5 * torch.tensor([1 / 0.75, 1 / 0.875]) ** 0.5)
+        torch.testing.assert_close(new[:, 0].cpu(), 0.5 * torch.tensor([1 / 0.75, 1 / 0.875]) ** 0.75)
 
 
 @pytest.mark.parametrize("select", [0, 3, 4])

@@ -161,7 +161,7 @@ def test_kernels_compile_for_sm90(tmp_path):
         )
         from sere_compile.ops.fill.kernel import fill_kernel
         from sere_compile.ops.fill.launch import ROWS, default_tile
-        from sere_compile.ops.fill.reference import CLOSED, WORTH
+        from sere_compile.ops.fill.reference import CLOSED, RESTORE, WORTH
         from sere_compile.ops.fill.statistics import statistics_kernel
         from sere_compile.ops.reroute_merged.kernel import merge_launch_config, merge_slots_kernel
         from sere_compile.ops.route.kernel import route_kernel, route_reroute_kernel
@@ -204,7 +204,7 @@ def test_kernels_compile_for_sm90(tmp_path):
                 constants = dict(K=8, K_BLOCK=8, SELECT=2, E=experts, E_BLOCK=e_block, SCORING="scores", GROUPS=1,
                                  HAS_CHOICE=flags, HAS_BIAS=False, TOP_GROUPS=1, TOP2=False, G_BLOCK=1, HAS_MAX=flags,
                                  HAS_THRESHOLD=flags, ROWS=ROWS, STEP=max(1, min(ROWS, 2048 // e_block)), WORTH=WORTH,
-                                 CLOSED=CLOSED, TOKENS=tile.tokens, HAS_MASK=flags)
+                                 RESTORE=RESTORE, CLOSED=CLOSED, TOKENS=tile.tokens, HAS_MASK=flags)
                 rows = dict(mass_ptr="*fp32", slots_ptr="*i32", ids_ptr=ids, weights_ptr="*bf16")
                 compile_for_sm90(statistics_kernel, 4, constants, mask_ptr="*i1", **rows)
                 compile_for_sm90(fill_kernel, tile.num_warps, constants, scores_ptr="*fp32", choice_ptr="*fp32",
