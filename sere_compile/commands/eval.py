@@ -37,5 +37,7 @@ def eval_command(
     except SereError as error:
         raise click.ClickException(str(error)) from error
     click.echo(str(result))
+    for line in result.beyond_perplexity():
+        click.echo(f"  {line}")
     for gate, after in result.active_after.items():
         click.echo(f"  {gate}: active experts {result.active_before[gate]:.1f} -> {after:.1f}")

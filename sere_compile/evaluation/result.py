@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
+from .predictions import Predictions, total_overlap
+
 # One-sided 95 % quantiles of Student's t distribution with 1, 2, .. degrees of freedom.
 _STUDENT = (6.314, 2.920, 2.353, 2.132)
 NORMAL = 1.6449
@@ -45,6 +47,10 @@ class Evaluation:
         decode_batch: B.
         losses: mean loss of the re-routed model on each decoding batch, in nats per token.
         original_losses: the same for the unchanged model.
+        sampled_agreement: how often a token that the two sample is the same, at best: one minus the total variation
+            distance of their predictions, in [0, 1].
+        predictions: of every token, by the re-routed model.
+        original_predictions: the same by the unchanged model.
     """
 
     perplexity: float
@@ -57,6 +63,9 @@ class Evaluation:
     decode_batch: int
     losses: tuple[float, ...] = ()
     original_losses: tuple[float, ...] = ()
+    sampled_agreement: float = math.nan
+    predictions: Predictions | None = field(default=None, compare=False, repr=False)
+    original_predictions: Predictions | None = field(default=None, compare=False, repr=False)
 
     @property
     def standard_error(self) -> float:
@@ -93,6 +102,24 @@ class Evaluation:
             f"{self.mean_active_before:.1f} -> {self.mean_active_after:.1f} at decode batch {self.decode_batch}"
         )
 
+    def beyond_perplexity(self, samples: int = 16, length: int = 3) -> list[str]:
+        """Lines on single tokens and short continuations, see `Predictions`; none where predictions were not kept."""
+        before, after = self.original_predictions, self.predictions
+        if before is None or after is None:
+            return []
+        lines = [
+            f"next-token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}; sampled tokens that stay the same: "
+            f"{self.sampled_agreement:.1%}",
+            f"loss of the worst 5 % of tokens {before.worst_loss():.2f} -> {after.worst_loss():.2f} nats",
+        ]
+        if before.has_runs(length):
+            lines.append(
+                f"the text's next {length} tokens: greedily {before.greedy_match(length):.1%} -> "
+                f"{after.greedy_match(length):.1%}, in one of {samples} samples "
+                f"{before.sampled_match(samples, length):.1%} -> {after.sampled_match(samples, length):.1%}"
+            )
+        return lines
+
 
 @dataclass
 class Totals:
@@ -103,6 +130,9 @@ class Totals:
     losses: list[tuple[float, float, int]] = field(default_factory=list)
     kl: float = 0.0
     agree: float = 0.0
+    overlap: float = 0.0
+    predictions: list[Predictions] = field(default_factory=list)
+    original_predictions: list[Predictions] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
 
@@ -122,6 +152,10 @@ class Totals:
         self.tokens += len(p)
         self.kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
         self.agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        self.overlap += total_overlap(p, q)
+        kept = [Predictions.of(values, tokens, counted) for values in (changed, original)]
+        self.predictions.append(kept[0])
+        self.original_predictions.append(kept[1])
         numbers = counted.view(-1, decode_batch * counted.shape[1]).sum(1)
         sums = [_loss(values, tokens, counted).view(len(numbers), -1).sum(1) for values in (changed, original)]
         self.losses += zip(*(value.tolist() for value in (*sums, numbers)), strict=True)
@@ -143,6 +177,9 @@ class Totals:
             decode_batch=decode_batch,
             losses=tuple(loss / number for loss, _, number in self.losses if number),
             original_losses=tuple(loss / number for _, loss, number in self.losses if number),
+            sampled_agreement=self.overlap / self.tokens,
+            predictions=Predictions.joined(self.predictions),
+            original_predictions=Predictions.joined(self.original_predictions),
         )
 
 

@@ -26,7 +26,9 @@ def test_eval_takes_every_option_of_re_routing(checkpoint):
     options += ["--min-active", 0, "--per-gate", json.dumps({first: {"select_top_k": 4}})]
     result = sere(checkpoint, "eval", "--batch", 4, *options)
     assert result.exit_code == 0, result.output
-    changes = dict(line.strip().split(": active experts ") for line in result.stdout.splitlines()[1:])
+    lines = result.stdout.splitlines()[1:]
+    assert [line.split()[0] for line in lines[:3]] == ["next-token", "loss", "the"]
+    changes = dict(line.strip().split(": active experts ") for line in lines[3:])
     before, after = changes[first].split(" -> ")
     assert before == after
     before, after = map(float, changes[second].split(" -> "))

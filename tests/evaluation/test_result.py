@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from sere_compile.evaluation.predictions import Predictions
 from sere_compile.evaluation.result import Evaluation, Totals, student, upper_bound
 
 ROWS, LENGTH, WORDS, BATCH = 4, 5, 7, 2
@@ -56,6 +57,12 @@ def test_means_over_every_prediction():
     agreed = sum(int(before.argmax()) == int(after.argmax()) for before, after, _, _ in counted)
     assert 0 < agreed < len(counted)
     assert result.top1_agreement == agreed / len(counted)
+    shared = sum(float(torch.minimum(before, after).exp().sum()) for before, after, _, _ in counted)
+    assert result.sampled_agreement == pytest.approx(shared / len(counted), rel=1e-5)
+    assert result.predictions.loss == pytest.approx(math.log(result.perplexity), rel=1e-5)
+    assert result.original_predictions.loss == pytest.approx(math.log(result.original_perplexity), rel=1e-5)
+    rows = [tokens.shape for _, _, tokens, _ in parts]
+    assert result.predictions.losses.shape == (sum(r for r, _ in rows), LENGTH - 1)
     assert result.active_before == {"a": 41.0 / steps, "b": 20.0 / steps}
     assert result.active_after == {"a": 18.0 / steps, "b": 13.5 / steps}
     assert result.mean_active_before == pytest.approx(61.0 / steps / 2)
@@ -104,6 +111,24 @@ def test_what_is_printed():
         "perplexity 11.000 (+10.0% of 10.000), KL 0.1250, top-1 agreement 90.0%, active experts 7.0 -> 3.5 "
         "at decode batch 16"
     )
+
+
+def told(losses, right):
+    return Predictions(torch.tensor([losses]), torch.tensor([right]).bool(), torch.ones(1, len(losses)).bool())
+
+
+def test_what_is_printed_beyond_perplexity():
+    """Short continuations only where the text has any."""
+    before, after = told([0.5, 0.5, 1.0], [1, 1, 0]), told([1.0, 1.0, 2.0], [1, 0, 0])
+    result = evaluation(sampled_agreement=0.625, predictions=after, original_predictions=before)
+    assert result.beyond_perplexity(samples=1, length=2) == [
+        "next-token accuracy 66.7% -> 33.3%; sampled tokens that stay the same: 62.5%",
+        "loss of the worst 5 % of tokens 1.00 -> 2.00 nats",
+        "the text's next 2 tokens: greedily 50.0% -> 0.0%, in one of 1 samples 29.6% -> 9.3%",
+    ]
+    assert len(result.beyond_perplexity(length=4)) == 2
+    assert evaluation().beyond_perplexity() == []
+    assert evaluation(predictions=after).beyond_perplexity() == []
 
 
 def test_quantiles_of_student():

@@ -1,0 +1,185 @@
+"""Beyond perplexity: what rules do to single tokens, short continuations and mixed batches, docs/quality_beyond.md.
+
+    python examples/tiny_moe_corpus.py --austen austen --out data
+    python -m benchmarks.quality_beyond measure --corpus data      # docs/quality_beyond.csv, and the page
+    python -m benchmarks.quality_beyond page                       # the page anew
+
+The shipped models on text of held-out documents ("test" of `benchmarks.quality`), at decode batch 16. Batches are all
+code or all prose ("alike"), half of each ("mixed"), or one sequence of the one among 15 of the other ("outlier"). The
+same sequences stand in all of them, so that what changes for them is the company alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import sere_compile
+from benchmarks.quality import DOMAINS, MODELS, sequences, windows
+from sere_compile import SereConfig
+from sere_compile.evaluation import ConfiguredRule, Evaluation, evaluate_rules
+from sere_compile.evaluation.filling import FillKept
+from sere_compile.evaluation.rules import Fill, Rule
+
+DOCS = Path(__file__).parents[1] / "docs"
+TABLE, PAGE = DOCS / "quality_beyond.csv", DOCS / "quality_beyond.md"
+TEMPLATE = Path(__file__).parent / "quality_beyond_page.md"
+BATCH, LENGTH, SAMPLES = 16, 3, (1, 16)
+COMPANIES = ("alike", "mixed", "outlier")
+RULES = ("SERE, frobenius", "projection, frobenius", "opportunistic fill", "fill")
+NUMBERS = (
+    "accuracy", "worst_loss", "greedy_match", *(f"sampled_match_{n}" for n in SAMPLES), "sampled_agreement", "loss",
+)  # fmt: skip
+COLUMNS = ("model", "company", "domain", "rule", "select_top_k", "active", *NUMBERS)
+
+
+def batches(corpus: Path, company: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [N, L], and the domain of each sequence as a number; N sequences of each domain are measured.
+
+    Of a batch with an outlier only that one is: every sequence is the outlier of one batch.
+    """
+    apart = [sequences(corpus, "test", (domain,), count // 64) for domain in DOMAINS]
+    of = torch.arange(len(DOMAINS)).repeat_interleave(count)
+    if company == "alike":
+        return torch.cat(apart), of
+    if company == "mixed":
+        return torch.stack(apart, 1).flatten(0, 1), of.view(2, -1).T.flatten()
+    rows, domains = [], []
+    for domain, number in itertools.product(range(2), range(count)):
+        others = apart[1 - domain][torch.arange(number, number + BATCH - 1) % count]
+        rows.append(torch.cat([apart[domain][number : number + 1], others]))
+        domains.append(torch.tensor([domain] + [-1] * (BATCH - 1)))
+    return torch.cat(rows), torch.cat(domains)
+
+
+def rules(model: torch.nn.Module, calibration: torch.Tensor) -> dict[tuple[str, int], Rule]:
+    """By name and S."""
+    profile = sere_compile.calibrate(model, [{"input_ids": part} for part in calibration.split(8)])
+    found: dict[tuple[str, int], Rule] = {}
+    for s in (s for s in (1, 2) if s < model.config.num_experts_per_tok):  # type: ignore[union-attr, operator]
+        for name, substitution in (("SERE", "reroute"), ("projection", "projection")):
+            config = SereConfig(select_top_k=s, substitution=substitution)
+            found[f"{name}, frobenius", s] = ConfiguredRule.of(config, profile)
+        found["opportunistic fill", s], found["fill", s] = Fill(s), FillKept(s)
+    return found
+
+
+def measure(corpus: Path, count: int, outliers: int) -> Iterator[dict[str, object]]:
+    """Rows of every model, company, domain and rule; the original as a rule with S = 0."""
+    from transformers import AutoModelForCausalLM
+
+    calibration = torch.cat([windows(np.load(corpus / f"train_{domain}.npy"), 48)[::2] for domain in DOMAINS])
+    for name in MODELS:
+        path = Path(sere_compile.__file__).parent / "models" / name
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        compared = rules(model, calibration)
+        for company in COMPANIES:
+            tokens, of = batches(corpus, company, outliers if company == "outlier" else count)
+            results = evaluate_rules(model, tokens, compared, decode_batch=BATCH, progress=True)
+            for number, domain in enumerate(DOMAINS):
+                place = {"model": name, "company": company, "domain": domain}
+                first = next(iter(results.values()))
+                yield {**place, "rule": "original", "select_top_k": 0} | numbers(first, of == number, original=True)
+                for (rule, s), result in results.items():
+                    yield {**place, "rule": rule, "select_top_k": s} | numbers(result, of == number)
+
+
+def numbers(result: Evaluation, rows: torch.Tensor, *, original: bool = False) -> dict[str, str]:
+    """What some of the sequences say; the agreement of samples and the experts are those of all."""
+    kept = result.original_predictions if original else result.predictions
+    assert kept is not None
+    found = kept.rows(rows)
+    values = {
+        "accuracy": found.accuracy,
+        "worst_loss": found.worst_loss(),
+        "greedy_match": found.greedy_match(LENGTH),
+        **{f"sampled_match_{n}": found.sampled_match(n, LENGTH) for n in SAMPLES},
+        "sampled_agreement": 1.0 if original else result.sampled_agreement,
+        "loss": found.loss,
+    }
+    active = result.mean_active_before if original else result.mean_active_after
+    return {"active": f"{active:.2f}"} | {name: f"{value:.5f}" for name, value in values.items()}
+
+
+def read(path: Path = TABLE) -> list[dict[str, str]]:
+    """The lines of the table."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def page(lines: list[dict[str, str]]) -> str:
+    """The whole page."""
+    template = TEMPLATE.read_text("utf-8")
+    for name, text in (("TOKENS", token_table(lines)), ("COMPANY", company_table(lines))):
+        template = template.replace(f"<!-- {name} -->", text)
+    return template
+
+
+def token_table(lines: list[dict[str, str]]) -> str:
+    """Mixed batches: every number of each rule, by model and domain."""
+    head = ["model", "text", "rule", "accuracy", "worst 5 %", "greedy", "1 sample", "16 samples", "same samples"]
+    body = [
+        [
+            line["model"], line["domain"], _title(line), f"{float(line['accuracy']):.1%}",
+            f"{float(line['worst_loss']):.2f}",
+            *(f"{float(line[name]):.1%}" for name in ("greedy_match", "sampled_match_1", "sampled_match_16")),
+            f"{float(line['sampled_agreement']):.1%}",
+        ]
+        for line in lines
+        if line["company"] == "mixed"
+    ]  # fmt: skip
+    return _table(head, body)
+
+
+def company_table(lines: list[dict[str, str]]) -> str:
+    """Growth of the loss, in nats per token, of the same sequences in other company."""
+    found = {(line["model"], line["domain"], _title(line), line["company"]): line for line in lines}
+    body = []
+    for model, domain, title in dict.fromkeys(key[:3] for key in found):
+        if title == "original":
+            continue
+        growth = [
+            float(found[model, domain, title, company]["loss"])
+            - float(found[model, domain, "original", company]["loss"])
+            for company in COMPANIES
+        ]
+        body.append([model, domain, title, *(f"{value:+.3f}" for value in growth)])
+    return _table(["model", "text", "rule", *COMPANIES], body)
+
+
+def _title(line: dict[str, str]) -> str:
+    return line["rule"] if line["rule"] == "original" else f"{line['rule']}, S = {line['select_top_k']}"
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("measure", "page"))
+    parser.add_argument("--corpus", type=Path, help="what examples/tiny_moe_corpus.py wrote")
+    parser.add_argument("--count", type=int, default=128, help="sequences of each domain, a multiple of 64")
+    parser.add_argument("--outliers", type=int, default=64, help="the same where each has 15 others beside it")
+    parsed = parser.parse_args()
+    if parsed.what == "measure":
+        if parsed.corpus is None:
+            parser.error("measure needs --corpus")
+        with TABLE.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for line in measure(parsed.corpus, parsed.count, parsed.outliers):
+                writer.writerow(line)
+                file.flush()
+    PAGE.write_text(page(read()), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
