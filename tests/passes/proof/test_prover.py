@@ -33,6 +33,7 @@ from sere_compile.testing import reroute_oracle
 from ..moe_modules import (
     EXPERTS,
     HIDDEN,
+    TOKENS,
     TOP_K,
     TRACERS,
     Block,
@@ -715,10 +716,25 @@ class TestMaskInput:
         with_zeros_put,
     )
 
+    # What the first call is given, and the mask that the program makes of it: true throughout.
+    TOLD = (
+        (torch.ones(TOKENS, 1, dtype=torch.int64), lambda given: given.bool()),
+        (torch.arange(TOKENS)[:, None] + 3, lambda given: given != 0),
+        (torch.arange(TOKENS)[:, None] % 5, lambda given: given != 7),
+        (torch.tensor(TOKENS), lambda given: torch.arange(TOKENS)[:, None] < given),
+        (torch.zeros(TOKENS, 1), lambda given: given == 0),
+        (torch.ones(TOKENS, 1), lambda given: given > 0),
+        (torch.ones(TOKENS, 1, dtype=torch.int64), lambda given: (1.0 - given.float()) * -1e9 > -1.0),
+        (torch.tensor(True), lambda given: given),
+        (torch.tensor(1), lambda given: given == 1),
+        (torch.tensor(1.0), lambda given: given > 0.5),
+    )
+
     @staticmethod
-    def proven(change, tracer):
+    def proven(change, tracer, real=None):
         """The graph, the gate's proof and a mask; nothing is masked yet."""
-        module, x, real = Masking(change), rows(), torch.ones(len(rows()), 1, dtype=torch.bool)
+        real = torch.ones(len(rows()), 1, dtype=torch.bool) if real is None else real
+        module, x = Masking(change), rows()
         graph = TRACERS[tracer](module, x, real)
         return module, graph, verified(graph), real
 
@@ -742,6 +758,24 @@ class TestMaskInput:
             expected = swapped(module, mapping)(x, real)
             assert not torch.equal(expected, module(x, real)), "the case re-routes nothing"
         torch.testing.assert_close(run(graph, x, real), expected)
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    @pytest.mark.parametrize(
+        ("given", "told"), TOLD,
+        ids=["0 or 1", "words", "words of a number", "length", "added", "floats", "inverted", "flag", "1", "1."],
+    )  # fmt: skip
+    def test_what_is_no_mask_yet_may_mask_later(self, given, told, tracer):
+        def change(ids, weights, given):
+            return torch.where(told(given), ids, torch.zeros_like(ids)), weights
+
+        _, _, found, _ = self.proven(change, tracer, given)
+        assert isinstance(found, Skip), found
+        assert found.is_refused_gate
+
+    @pytest.mark.parametrize(("given", "told"), TOLD)
+    def test_weights_may_be_masked_by_anything(self, given, told):
+        _, _, found, _ = self.proven(lambda ids, weights, given: (ids, weights * told(given)), "dynamo", given)
+        assert isinstance(found, Proof), found
 
     @pytest.mark.parametrize("tracer", TRACERS)
     @pytest.mark.parametrize("change", HIDDEN, ids=["times", "zeros", "clamped, weighed", "put"])
