@@ -682,7 +682,7 @@ def test_what_is_fetched_is_no_expert(module, tracer):
 
 
 class Masking(Stacked):
-    """A mask is an input, and changes what the experts read; `change` is from ids [T, K], weights and the mask [T, 1]."""
+    """A mask is an input; `change` makes what the experts read of ids [T, K], weights [T, K] and it, bool [T, 1]."""
 
     def __init__(self, change):
         super().__init__()
