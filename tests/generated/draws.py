@@ -48,9 +48,12 @@ def plain(kind: str, seed: int, base: Mapping[str, str]) -> Iterator[Program]:
                 {"look-up": "gather"},
                 {"structure": "methods"},
                 {"dispatch": "mask loop"},
+                {"padding": "ids of 0"},
+                {"padding": "weights times mask"},
+                {"padding": "ids of 0", "structure": "methods"},
             )
             for more in needed:
-                if together.keys() >= more.keys() and fits({**together, **more}):
+                if name not in more and together.keys() >= more.keys() and fits({**together, **more}):
                     yield make_program(kind, {**together, **more}, seed)
                     break
 
