@@ -5,6 +5,7 @@ A trial of code outside the graph on one call's inputs shows nothing of a call t
 
 from __future__ import annotations
 
+import inspect
 import random
 import types
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _MASKED = 0.4  # of a tensor's elements
 _MOST = 8  # other calls that are made up
+_MOST_ABSENT = 3  # arguments that are not given, and are tried with a mask
 _MOST_NUMBERS = 24  # that the code of a block names
 _FAR_BELOW = -1e4  # what is added to scores of padding, at least
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -41,6 +43,32 @@ def other_calls(inputs: Arguments, block: nn.Module) -> Iterator[Arguments]:
             choice = found[number] if number < len(found) else drawn.choice(found)
             made[place] = _marked(leaves[place], choice, generator)
         yield tree_unflatten(made, form)
+
+
+def with_masks(inputs: Arguments, block: nn.Module, leading: torch.Size, device: torch.device) -> Iterator[Arguments]:
+    """The inputs with a mask that masks nothing in place of each argument that is None, or left out where None stands.
+
+    Args:
+        inputs: of the block.
+        block: whose `forward` names its arguments.
+        leading: sizes of the mask: those of hidden states but for the last.
+        device: of the mask.
+    """
+    try:
+        parameters = inspect.signature(block.forward).parameters
+        given = inspect.signature(block.forward).bind_partial(*inputs[0], **inputs[1]).arguments
+    except (TypeError, ValueError):
+        return
+    absent = [name for name, parameter in parameters.items() if given.get(name, parameter.default) is None]
+    places = {name: place for place, name in enumerate(parameters)}
+    for name in absent[:_MOST_ABSENT]:
+        mask = torch.ones(leading, dtype=torch.bool, device=device)
+        args, kwargs = list(inputs[0]), dict(inputs[1])
+        if places[name] < len(args):
+            args[places[name]] = mask
+        else:
+            kwargs[name] = mask
+        yield tuple(args), kwargs
 
 
 def kinds_of(inputs: Arguments | None) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from ..passes.graph import nodes
 from ..passes.proof.made_up import by_turns
 from . import dynamo
 from .kept_aside import KeptAside, alike, content
-from .other_calls import kinds_of, of_few_tokens, other_calls
+from .other_calls import kinds_of, of_few_tokens, other_calls, with_masks
 
 log = logging.getLogger(__name__)
 
@@ -235,17 +235,26 @@ class _Trial:
     def _other_calls(self, inputs: Arguments) -> list[Arguments]:
         """The inputs with other masks, flags, lengths and words, as far as the block takes them."""
         if self._others is None:
-            made = [(given, self._results_of(given)) for given in other_calls(inputs, self._block.module)]
-            self._others = [given for given, results in made if results and all(map(_is_finite, results))]
+            self._others = [given for given in self._made_up_calls(inputs) if self._serves(given)]
         return self._others
 
-    def _results_of(self, inputs: Arguments) -> list[torch.Tensor]:
-        """What the block returns, or nothing where it does not run on the inputs."""
+    def _made_up_calls(self, inputs: Arguments) -> Iterator[Arguments]:
+        yield from other_calls(inputs, self._block.module)
+        # A later call may have a mask where this one has none: the graph before a break need not have asked.
+        hidden = next((leaf for leaf in tree_leaves(inputs) if _is_rows(leaf)), None)
+        if hidden is not None:
+            for masked in with_masks(inputs, self._block.module, hidden.shape[:-1], hidden.device):
+                if self._serves(masked):
+                    yield from other_calls(masked, self._block.module)
+
+    def _serves(self, inputs: Arguments) -> bool:
+        """Whether the block takes the inputs, and returns finite numbers."""
         try:
-            return self._run(inputs)
+            results = self._run(inputs)
         except _FAILURES as error:
             log.debug("%s does not run on another mask: %s", type(self._block.module).__name__, _short(error))
-            return []
+            return False
+        return bool(self._ids) and all(map(_is_finite, results))
 
     def _find_restless(self, inputs: Arguments) -> set[str]:
         """What two runs of the same leave as different things."""
@@ -718,6 +727,10 @@ def _shift(num_experts: int) -> dict[int, int]:
 
 def _is_vector(part: torch.Tensor) -> bool:
     return sum(size > 1 for size in part.shape) < 2
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and _floats(value) and value.dim() >= 2
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.other_calls import kinds_of, of_few_tokens, other_calls
+from sere_compile.compiler.other_calls import kinds_of, of_few_tokens, other_calls, with_masks
 
 X = torch.randn(5, 8)
 
@@ -90,3 +90,25 @@ def test_kinds_of_calls():
 def test_few_tokens_of_many():
     (x, mask, pairs), known = of_few_tokens(((X, torch.arange(5), torch.ones(1, 5, 5)), {"scale": 2.0}), 5, 3)
     assert (x.shape, mask.tolist(), pairs.shape, known) == ((3, 8), [0, 1, 2], (1, 3, 3), {"scale": 2.0})
+
+
+class Optional(nn.Module):
+    def forward(self, x, mask=None, scale=1.0, *, words=None):
+        return x
+
+
+def test_masks_that_a_call_does_not_have():
+    """Where None stands or would stand, one after another."""
+    mask = torch.ones(5, dtype=torch.bool)
+    for given in (((X,), {}), ((X, None), {"words": None}), ((), {"x": X})):
+        first, second = with_masks(given, Optional(), X.shape[:-1], X.device)
+        assert [k for k, v in zip(("mask", "words"), (first, second), strict=True) if not _holds(v, mask)] == []
+    [only] = with_masks(((X, mask), {}), Optional(), X.shape[:-1], X.device)
+    assert only[1]["words"].all()
+    assert list(with_masks(((X, 1, 2, 3), {}), Optional(), X.shape[:-1], X.device)) == []
+    assert list(with_masks(((X,), {}), nn.Linear(8, 8), X.shape[:-1], X.device)) == []
+
+
+def _holds(call, mask):
+    masks = [value for value in (*call[0], *call[1].values()) if isinstance(value, torch.Tensor) and value is not X]
+    return len(masks) == 1 and torch.equal(masks[0], mask)
