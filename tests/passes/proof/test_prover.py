@@ -699,6 +699,19 @@ def with_zeros_put(ids, weights, real):
     return ids, weights
 
 
+class MaskedScores(Stacked):
+    """A mask forbids an expert; the weights are scaled by a number per expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(EXPERTS, 1) + 0.5)
+
+    def forward(self, x, real):
+        logits = F.linear(x, self.router) - 1e4 * (~real & (torch.arange(EXPERTS) == 1))
+        weights, ids = logits.softmax(-1).topk(TOP_K, dim=-1)
+        return self.dispatch(x, ids, weights * self.scale[ids].squeeze(-1))
+
+
 class TestMaskInput:
     """In the traced call nothing is masked: what later calls do is shown by made-up masks alone."""
 
@@ -758,6 +771,14 @@ class TestMaskInput:
             expected = swapped(module, mapping)(x, real)
             assert not torch.equal(expected, module(x, real)), "the case re-routes nothing"
         torch.testing.assert_close(run(graph, x, real), expected)
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    def test_scores_that_a_mask_met_are_the_routers_still(self, tracer):
+        """A number per expert that scales its weights is no expert's: exchanged with them it would keep a wrong id."""
+        module, x, real = MaskedScores(), rows(), torch.ones(len(rows()), 1, dtype=torch.bool)
+        proof = verified(TRACERS[tracer](module, x, real))
+        assert isinstance(proof, Proof), proof
+        assert {use.kind for use in proof.gate.uses} == {UseKind.EXPERT_INDEX, UseKind.LOOK_UP}
 
     @pytest.mark.parametrize("tracer", TRACERS)
     @pytest.mark.parametrize(
