@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -26,6 +27,7 @@ from .token_places import drops_tokens
 
 # What computes logits: nothing of one router's selection lies behind it.
 _PROJECTING = frozenset({"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "cdist"})
+_ALIKE = 12  # operations behind two masks that are compared
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,28 @@ def with_marked_padding(selection: Selection, uses: Iterable[Use]) -> Selection 
     """
     columns = nodes.last_size(selection.scores)
     marked = {_masked(use.read, selection.ids, columns) for use in uses if use.kind.dispatches}
-    found = marked.pop() if len(marked) == 1 else None
-    if found is None:
+    found = sorted(node for node in marked if node is not None)
+    # Two sets of experts may each mask the ids that they get.
+    if not found or None in marked or not all(_computes_the_same(found[0], other) for other in found[1:]):
         return None
-    return replace(selection, ids=(found,), unnarrowed=selection.unnarrowed + selection.ids)
+    return replace(selection, ids=tuple(found), unnarrowed=selection.unnarrowed + selection.ids)
+
+
+def _computes_the_same(left: Any, right: Any, steps: int = _ALIKE) -> bool:
+    """Whether two arguments are the same, or are computed of the same by the same operations."""
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return type(left) is type(right) and left == right
+    if left is right:
+        return True
+    if steps == 0 or (left.op, left.target) != (right.op, right.target) or left.op == "placeholder":
+        return False
+    name = nodes.kind(left)
+    if "rand" in name or name in ("bernoulli", "dropout", "multinomial", "normal"):
+        return False
+    if nodes.writers(left) or nodes.writers(right) or left.kwargs.keys() != right.kwargs.keys():
+        return False
+    pairs = [*zip(left.args, right.args, strict=False), *((left.kwargs[n], right.kwargs[n]) for n in left.kwargs)]
+    return len(left.args) == len(right.args) and all(_computes_the_same(a, b, steps - 1) for a, b in pairs)
 
 
 def _cut_columns(ids: tuple[Node, ...], width: int) -> tuple[Node, ...]:

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from ..graph import nodes
 from ..graph.run_part import HALF, plain_number
+from .masks import Masks
 from .region import Leaf, Region
 
 _LARGE = 1 << 24  # numbers from which on a matrix is taken as it is held: made up it would cost its memory again
@@ -74,7 +75,14 @@ def _moved(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def activation_values(
-    region: Region, draw: int, *, single: bool, chosen: Sequence[int] = (), sizes: Sizes | None = None
+    region: Region,
+    draw: int,
+    *,
+    single: bool,
+    chosen: Sequence[int] = (),
+    sizes: Sizes | None = None,
+    masks: Masks | None = None,
+    pattern: int | None = None,
 ) -> dict[Node, Any]:
     """Logits, hidden states and other activations.
 
@@ -82,33 +90,25 @@ def activation_values(
         region: see `cut_region`.
         draw: is the seed, and tells how masks are filled and how sure the router is.
         single: half-precision activations become float32.
-        chosen: experts that tokens choose behind their first, by turns; masks then mark some tokens and leave others.
+        chosen: experts that tokens choose behind their first, by turns.
         sizes: see `Sizes`; also for the region's numbers.
+        masks: of the region, if they are known.
+        pattern: of these, some tokens marked and others not; None leaves it to the draw.
     """
     generator = torch.Generator().manual_seed(101 + draw)
+    masks = Masks(region) if masks is None else masks
     values: dict[Node, Any] = {}
     for node, leaf in region.leaves.items():
         if leaf.kind == "logits":
             values[node] = _logits(region, node, draw, generator, single, chosen, sizes)
+        elif node in masks:
+            shape = [plain_number(size, sizes) for size in nodes.value(node).shape]
+            values[node] = _as_in(node, masks.value(node, draw, pattern, shape, generator), single)
         elif leaf.kind in ("hidden", "activation"):
-            values[node] = _activation(node, leaf, 2 if chosen else draw, generator, single, sizes)
+            values[node] = _activation(node, leaf, generator, single, sizes)
         elif leaf.kind == "number" and sizes:
             values[node] = plain_number(nodes.value(node), sizes)
     return values
-
-
-def has_masks(region: Region) -> bool:
-    """Whether other activations than floating-point ones are made up, such as what tells padding."""
-    leaves = ((leaf, nodes.value(node)) for node, leaf in region.leaves.items() if leaf.kind == "activation")
-    return any(not like.dtype.is_floating_point and not _is_told(leaf, like) for leaf, like in leaves)
-
-
-def _is_told(leaf: Leaf, like: torch.Tensor) -> bool:
-    """Whether a call's own numbers serve: those of places or words. The next call may mask other tokens."""
-    held = leaf.held
-    if not isinstance(held, torch.Tensor) or like.dtype.is_floating_point or held.dtype == torch.bool:
-        return False
-    return bool(((held != 0) & (held != 1)).any())
 
 
 def redrawn(value: torch.Tensor, seed: int) -> torch.Tensor:
@@ -146,22 +146,19 @@ def _spread(value: torch.Tensor) -> float:
     return (2 / sum(value.shape[-2:])) ** 0.5 if value.dim() >= 2 else 0.5
 
 
-def _activation(
-    node: Node, leaf: Leaf, draw: int, generator: torch.Generator, single: bool, others: Sizes | None
-) -> Any:
+def _activation(node: Node, leaf: Leaf, generator: torch.Generator, single: bool, others: Sizes | None) -> Any:
     like = nodes.value(node)
-    if _is_told(leaf, like):
-        return leaf.held.detach()
-    sizes, device = [plain_number(size, others) for size in like.shape], nodes.device(node)
-    dtype = torch.float32 if single and like.dtype in HALF else like.dtype
-    if not dtype.is_floating_point:
-        # Masks: everything real, nothing marked, and both.
-        filled = torch.full(sizes, draw % 3 == 0) if draw % 3 < 2 else torch.rand(sizes, generator=generator) > 0.3
-        return filled.to(device=device, dtype=dtype)
+    sizes = [plain_number(size, others) for size in like.shape]
     if leaf.kind == "hidden":
-        return torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+        return _as_in(node, torch.randn(sizes, generator=generator), single)
     # Positive: they may be scores, and a dispatch may take weights above 0 for its mask.
-    return (torch.rand(sizes, generator=generator) + 0.05).to(device=device, dtype=dtype)
+    return _as_in(node, torch.rand(sizes, generator=generator) + 0.05, single)
+
+
+def _as_in(node: Node, made: torch.Tensor, single: bool) -> torch.Tensor:
+    """The numbers in the type and on the device of what they stand for."""
+    dtype = nodes.value(node).dtype
+    return made.to(device=nodes.device(node), dtype=torch.float32 if single and dtype in HALF else dtype)
 
 
 def _logits(

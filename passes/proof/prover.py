@@ -15,7 +15,8 @@ from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .compare import distance
 from .expert_parameters import ExpertParameters, Told, Values
-from .made_up import activation_values, has_masks, later_state, state_values
+from .made_up import activation_values, later_state, state_values
+from .masks import Masks
 from .more_tokens import more_tokens
 from .region import Region
 from .sources import Sources, experts_meet_hidden
@@ -27,6 +28,7 @@ _DRAWS = 4
 _TOKENS = 16  # that the draws hold together at least, and twice as many where weights are merged
 _MOST_DRAWS = 12
 _MOST_TO_MOVE_ALL = 40  # draws, until each expert was re-routed once
+_IDLE = 3  # draws in a row that re-route no other expert
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Prover:
     def __init__(self, region: Region, module: GraphModule | None, *, merging: bool = False) -> None:
         self._region, self._module, self._merging = region, module, merging
         self._single = True
+        self._masks = Masks(region)
 
     def prove(self) -> Verdict:
         """The first way that is right, or why none is."""
@@ -70,6 +73,7 @@ class Prover:
     def _prove(self) -> Verdict:
         region = self._region
         self._state = state_values(region, single=self._single)
+        self._masks = self._masks_that_run()
         draws = [self._drawn(number) for number in range(2)]
         experts, sources = Told(region, self._run, draws, lambda n, chosen: self._drawn(2 * n, chosen=chosen)).find()
         if not experts:
@@ -94,6 +98,16 @@ class Prover:
         text = "; ".join(dict.fromkeys(refusals)) or "nothing of its dispatch can be re-routed"
         return Verdict(refusal=text, reason=reason)
 
+    def _masks_that_run(self) -> Masks:
+        """The region's masks; what a call tells by other numbers than 0 and 1 varies where the program takes others."""
+        masks = self._masks
+        if masks.are_told:
+            try:
+                self._run(self._drawn(2))
+            except FAILURES:
+                return masks.as_called()
+        return masks
+
     def _weighs_nothing(self, experts: set[Node], sources: Sources) -> bool:
         """Whether tensors are fetched by the ids, and no score weighs what comes of them, as of attended prompts."""
         uses = with_proven_kinds(self._region, experts).dispatch_uses
@@ -104,11 +118,25 @@ class Prover:
         return fetched and self._region.gate.top_k > 1 and end not in sources.scored
 
     def _drawn(
-        self, number: int, *, later: bool = False, chosen: Sequence[int] = (), sizes: Mapping[Any, int] | None = None
+        self,
+        number: int,
+        *,
+        later: bool = False,
+        chosen: Sequence[int] = (),
+        sizes: Mapping[Any, int] | None = None,
+        pattern: int | None = None,
     ) -> Values:
-        region, single = self._region, self._single
-        values = self._state | activation_values(region, number, single=single, chosen=chosen, sizes=sizes)
-        return values | later_state(region, self._state, number) if later else values
+        made = activation_values(
+            self._region,
+            number,
+            single=self._single,
+            chosen=chosen,
+            sizes=sizes,
+            masks=self._masks,
+            pattern=pattern,
+        )
+        values = self._state | made
+        return values | later_state(self._region, self._state, number) if later else values
 
     def _run(self, values: Values) -> Values:
         return self._run_graph(self._region.graph, values)
@@ -153,16 +181,15 @@ class Prover:
         stays = set(range(self._region.gate.num_experts))  # experts that were not re-routed so far
         needed = _TOKENS * (2 if way.merged else 1)
         # A row that is looked up serves any number; code that compares ids may have something against one of them.
-        # So may a mask: it can send tokens to one expert, which only shows where that one is re-routed.
-        masked = has_masks(self._region)
-        may_tell_apart = masked or any(use.kind is not UseKind.EXPERT_INDEX for use in way.gate.dispatch_uses)
+        may_tell_apart = any(use.kind is not UseKind.EXPERT_INDEX for use in way.gate.dispatch_uses)
         number, tokens, told, original = 0, 0, False, Values()
         while number < _MOST_TO_MOVE_ALL:
             enough = number >= _DRAWS and tokens >= needed and told
             if (enough or number >= _MOST_DRAWS) and not (may_tell_apart and stays):
                 break
             chosen = sorted(stays, key=lambda expert: (expert + number) % 7) if number >= _DRAWS else ()
-            values = self._drawn(2 * number if chosen else number, later=number > 0, chosen=chosen)
+            pattern = number % self._masks.patterns if chosen else None
+            values = self._drawn(2 * number if chosen else number, later=number > 0, chosen=chosen, pattern=pattern)
             if not told:
                 original = self._run(values)
             if number == 0:
@@ -172,22 +199,42 @@ class Prover:
             wrong, new = self._compare(rewritten, experts, values, number)
             if wrong is not None:
                 return wrong
-            moved = (new.mapping != torch.arange(len(new.mapping), device=new.mapping.device)).nonzero()
-            if chosen or not masked:  # masks mark nothing or everything in most of the first draws
-                stays -= set(moved.flatten().tolist())
+            stays -= new.moved
             told = told or distance(original[self._region.ends[0]], new.ends[0], exact=False) is not None
             tokens, number = tokens + new.tokens, number + 1
         if len(stays) == self._region.gate.num_experts:
             return "made-up scores chose the same experts throughout"
         if not told:
             return "no token changed: its dispatch reads none of the choices that re-routing changes"
-        return self._wrong_with_more(rewritten, experts)
+        return self._wrong_under_masks(rewritten, experts) or self._wrong_with_more(rewritten, experts)
+
+    def _wrong_under_masks(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
+        """What is wrong with some tokens marked and others not.
+
+        A mask can send tokens to one expert, which only shows where that one is re-routed: each is, in every pattern.
+        """
+        for pattern in range(self._masks.patterns if self._masks else 0):
+            stays, number, idle = set(range(self._region.gate.num_experts)), pattern, 0
+            while stays and idle < _IDLE:
+                chosen = sorted(stays, key=lambda expert: (expert + number) % 7)
+                values = self._drawn(2 * number, later=number > 0, chosen=chosen, pattern=pattern)
+                try:
+                    self._run(values)
+                except FAILURES:  # the program takes no such numbers
+                    break
+                wrong, new = self._compare(rewritten, experts, values, number)
+                if wrong is not None:
+                    return f"{wrong} where a mask marks some tokens"
+                idle = 0 if new.moved & stays else idle + 1
+                stays, number = stays - new.moved, number + self._masks.patterns
+        return None
 
     def _wrong_with_more(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
         """What is wrong with more tokens than the traced call had, where the graph takes them."""
         sizes = more_tokens(self._region)
         for number in range(2 if sizes else 0):
-            values = self._drawn(number, sizes=sizes)
+            # Some of them masked, too.
+            values = self._drawn(2 * number if self._masks else number, sizes=sizes)
             try:
                 self._run(values)
             except FAILURES:  # sizes of made-up values that hang together in a way that is not seen

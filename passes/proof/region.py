@@ -32,6 +32,7 @@ _PRODUCTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", 
 _PRODUCTS |= {"scaled_dot_product_attention", "conv1d", "conv2d", "convolution"}
 _VMAP = frozenset({"_add_batch_dim", "_remove_batch_dim"})  # its examples cannot be made up apart
 _REARRANGING = nodes.VALUE_PRESERVING | {"transpose", "permute", "repeat_interleave", "repeat", "index"}
+_LOOKS_UP = frozenset({"index", "embedding", "gather", "take_along_dim"})
 _NEAR = 48  # nodes between the hidden states of a layer and what its router and its experts read
 
 
@@ -230,13 +231,23 @@ class _Cutter:
         if nodes.kind(node) in _REARRANGING:  # slots of one token hold the same row
             return None
         numbers = any(nodes.reads_numbers(node, source) for source in nodes.operands(node))
-        return Leaf("activation", node, None) if numbers else None
+        return Leaf("activation", node, None) if numbers and not whole_numbers_alone(node) else None
 
     def _is_state(self, node: Node) -> bool:
         """Whether a tensor is computed of the model's state alone, such as a part of stacked weights."""
         if node not in self._of_state:
             self._of_state[node] = computed_of_state(node)
         return self._of_state[node]
+
+
+def whole_numbers_alone(node: Node, steps: int = 16) -> bool:
+    """Whether floating-point numbers are computed of masks and the like alone: `(1 - mask.float()) * -1e9`."""
+    if steps == 0 or node.op not in ("call_function", "call_method") or nodes.kind(node) in _LOOKS_UP:
+        return False
+    sources = [source for source in nodes.operands(node) if nodes.reads_numbers(node, source)]
+    told = [source for source in sources if not nodes.is_floating(source)]
+    others = [s for s in sources if nodes.is_floating(s) and not (nodes.is_model_state(s) and nodes.count(s) == 1)]
+    return bool(told or others) and all(whole_numbers_alone(source, steps - 1) for source in others)
 
 
 def distributed_state(node: Node) -> Node | None:

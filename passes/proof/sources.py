@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from ..evidence.router import scales_random_numbers
 from ..graph import nodes
+from ..graph.walk import walk
 from .region import Region
 
 _CONTRACTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm"})
@@ -37,6 +38,7 @@ def trace_sources(region: Region) -> Sources:
     state: dict[Node, frozenset[Node]] = {}
     hidden: set[Node] = set()
     scored: set[Node] = set()
+    choosing = set(walk([region.gate.selection], lambda node: node.all_input_nodes))
     for node in region.graph.nodes:
         leaf = region.leaves.get(node)
         if leaf is not None:
@@ -51,6 +53,8 @@ def trace_sources(region: Region) -> Sources:
         is_hidden = any(source in hidden for source in read) and not _is_noise(node, region)
         is_scored = any(source in scored for source in read)
         is_scored = is_scored and (nodes.is_floating(node) or not nodes.is_tensor(node))
+        # A mask or bias that scores meet before the choice is the router's, whoever gives it.
+        is_hidden = is_hidden and not (is_scored and node in choosing)
         for target in (node, *_written(node)):
             state[target] |= state[node]
             if is_hidden:

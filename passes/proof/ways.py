@@ -40,6 +40,12 @@ class Got:
     mapping: torch.Tensor
     tokens: int
 
+    @property
+    def moved(self) -> set[int]:
+        """The experts in whose place another stands."""
+        other = self.mapping != torch.arange(len(self.mapping), device=self.mapping.device)
+        return set(other.nonzero().flatten().tolist())
+
 
 @dataclass(frozen=True)
 class Rewritten:

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from ..passes.graph import nodes
 from ..passes.proof.made_up import by_turns
 from . import dynamo
 from .kept_aside import KeptAside, alike, content
+from .other_calls import kinds_of, of_few_tokens, other_calls, with_masks
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +96,11 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
     for module, block in blocks:
         # What cannot be traced with dynamic-shape capture may be without, and the other way round.
-        key = (block, _signature(gate), dynamo.captures_dynamic_shapes())
+        called_with = dynamo.arguments_of(module)
+        key = (block, _signature(gate), dynamo.captures_dynamic_shapes(), kinds_of(called_with))
         if key not in _verdicts:
             with dynamo.forgetting_new_codes():
-                _verdicts[key] = _try_block(gate, module, owner)
+                _verdicts[key] = _try_block(gate, module, owner, called_with)
         found = _verdicts[key]
         if found is not None and found.is_gate >= verdict.is_gate:
             verdict = dataclasses.replace(found, block=block)
@@ -140,7 +142,7 @@ def _signature(gate: Gate) -> tuple[Any, ...]:
     return gate.form, gate.num_experts, gate.top_k, gate.scoring, kinds, gate.weights is None, gate.needs_merge
 
 
-def _try_block(gate: Gate, module: torch.nn.Module, owner: Owner) -> Verdict | None:
+def _try_block(gate: Gate, module: torch.nn.Module, owner: Owner, called_with: Arguments | None) -> Verdict | None:
     """The verdict on one module around the router, or None where it does not hold the gate and its experts."""
     try:
         scores = nodes.operand(gate.selection)
@@ -149,7 +151,7 @@ def _try_block(gate: Gate, module: torch.nn.Module, owner: Owner) -> Verdict | N
     except _FAILURES as error:
         return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
     candidates = block.candidates()
-    return _Trial(gate, block, dynamo.arguments_of(module)).run_whole(candidates) if candidates else None
+    return _Trial(gate, block, called_with).run_whole(candidates) if candidates else None
 
 
 def _short(error: BaseException) -> str:
@@ -170,6 +172,7 @@ class _Trial:
         self.chosen: Sequence[int] = ()  # experts that are to be chosen behind the first in the run that is under way
         self.kept: dict[str, Any] = {}  # what the last run left besides its results, see `KeptAside`, or returned
         self._restless: set[str] = set()  # what is other in each run, as a time is
+        self._others: list[Arguments] | None = None  # see `_other_calls`
         self._found: list[Gate] = []
         self._ids: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -213,8 +216,11 @@ class _Trial:
         tried: list[Arguments] = [((drawn,), {}), ((drawn[0],), {})]
         if self._called_with is not None:
             # Sizes that Dynamo has seen teach it nothing new: tried first, unless they are a whole prompt's.
-            few = nodes.value(self._gate.ids).numel() <= _FEW_TOKENS * self._gate.top_k
-            tried.insert(0 if few else 2, tree_map(_in_float32, self._called_with))
+            called_with = tree_map(_in_float32, self._called_with)
+            tokens = nodes.value(self._gate.ids).numel() // self._gate.top_k
+            tried.insert(0 if tokens <= _FEW_TOKENS else 2, called_with)
+            if tokens > _FEW_TOKENS and _hidden_of(called_with) is None:  # what else it is given may be a mask
+                tried.insert(0, of_few_tokens(called_with, tokens, _ROWS))
         for arguments in tried:
             self._found.clear()
             try:
@@ -225,6 +231,30 @@ class _Trial:
             if self._found:
                 return arguments
         return None
+
+    def _other_calls(self, inputs: Arguments) -> list[Arguments]:
+        """The inputs with other masks, flags, lengths and words, as far as the block takes them."""
+        if self._others is None:
+            self._others = [given for given in self._made_up_calls(inputs) if self._serves(given)]
+        return self._others
+
+    def _made_up_calls(self, inputs: Arguments) -> Iterator[Arguments]:
+        yield from other_calls(inputs, self._block.module)
+        # A later call may have a mask where this one has none: the graph before a break need not have asked.
+        hidden = next((leaf for leaf in tree_leaves(inputs) if _is_rows(leaf)), None)
+        if hidden is not None:
+            for masked in with_masks(inputs, self._block.module, hidden.shape[:-1], hidden.device):
+                if self._serves(masked):
+                    yield from other_calls(masked, self._block.module)
+
+    def _serves(self, inputs: Arguments) -> bool:
+        """Whether the block takes the inputs, and returns finite numbers."""
+        try:
+            results = self._run(inputs)
+        except _FAILURES as error:
+            log.debug("%s does not run on another mask: %s", type(self._block.module).__name__, _short(error))
+            return False
+        return bool(self._ids) and all(map(_is_finite, results))
 
     def _find_restless(self, inputs: Arguments) -> set[str]:
         """What two runs of the same leave as different things."""
@@ -377,10 +407,8 @@ class _Trial:
         tokens = self._ids[0].numel() // self._gate.top_k
         masked = tree_map(lambda value: _half_masked(value, tokens), inputs)
         has_mask = any(a is not b for a, b in zip(tree_leaves(masked), tree_leaves(inputs), strict=True))
-        return any(
-            self._adds_tokens(experts, given) or self._misses_tokens(experts, given)
-            for given in ((inputs, masked) if has_mask else (inputs,))
-        )
+        calls = [inputs, *([masked] if has_mask else []), *self._other_calls(inputs)]
+        return any(self._adds_tokens(experts, given) or self._misses_tokens(experts, given) for given in calls)
 
     def _adds_tokens(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether the first or last expert does something for tokens that did not choose it."""
@@ -407,7 +435,8 @@ class _Trial:
             unmarked = ((ids >= 0) & (ids < self._block.num_experts)).any(-1).to(changed.device)
             found = changed | ~unmarked
             served = found if served is None else served | found
-        return served is not None and not bool(served.all())
+        # Where none is served, a flag switches the experts off.
+        return served is not None and bool(served.any()) and not bool(served.all())
 
     # Whether a rewrite is right.
 
@@ -429,6 +458,14 @@ class _Trial:
         """How a rewritten version differs from the definition, or None."""
         if version not in self._versions:
             return f"{self._refused.get(version, 'it cannot be rewritten')}"
+        for given in (inputs, *self._other_calls(inputs)):
+            problem = self._problem_in_draws(version, experts, given)
+            if problem is not None:
+                return problem if given is inputs else f"{problem} under another mask: {_SENT_ELSEWHERE}"
+        return self._problem_with_more(version, experts, inputs)
+
+    def _problem_in_draws(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
+        """The same with one call's inputs, in as many draws as it takes to re-route each expert once."""
         stays = set(range(self._block.num_experts))  # experts that were not re-routed so far
         for seed in range(_MOST_DRAWS):
             if seed >= _DRAWS and not stays:
@@ -439,7 +476,7 @@ class _Trial:
             if problem is not None:
                 return problem
             stays -= {expert for expert, other in self._expert_map().items() if expert != other}
-        return self._problem_with_more(version, experts, inputs)
+        return None
 
     def _problem_in_draw(
         self, version: str, experts: list[ExpertSlices], inputs: Arguments, seed: int, chosen: Sequence[int] = ()
@@ -690,6 +727,14 @@ def _shift(num_experts: int) -> dict[int, int]:
 
 def _is_vector(part: torch.Tensor) -> bool:
     return sum(size > 1 for size in part.shape) < 2
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and _floats(value) and value.dim() >= 2
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not _floats(tensor) or bool(tensor.isfinite().all())
 
 
 def _floats(tensor: torch.Tensor) -> bool:

@@ -407,7 +407,7 @@ def test_what_capture_cannot_trace_is_tried_again_without_it():
     for capturing in (False, True):
         with dynamo.dynamic_shape_capture() if capturing else contextlib.nullcontext():
             verdicts(Block(Split()), rows())
-        assert {captured for _, _, captured in module._verdicts} == {capturing}
+        assert {key[2] for key in module._verdicts} == {capturing}
 
 
 @pytest.mark.parametrize(
@@ -1099,3 +1099,54 @@ class TestCallsInGraphs:
     def test_vectors(self):
         for sizes, vector in (((3,), True), ((1, 3), True), ((), True), ((1, 1), True), ((2, 2), False)):
             assert module._is_vector(torch.zeros(sizes)) is vector
+
+
+class MaskedLater(nn.Module):
+    """The code behind the end of the graph makes a mask of what it is given, and sends what that marks to an expert."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = Experts()
+        self.told = told
+
+    def forward(self, x, given=None):
+        weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
+        torch._dynamo.graph_break()
+        ids = ids if given is None else torch.where(self.told(given), ids, 2)
+        return self.experts(x, ids, weights)
+
+
+@pytest.mark.parametrize(
+    ("told", "given"),
+    thinned(
+        [
+            (lambda given: given[:, None].bool(), torch.ones(5, dtype=torch.int64)),
+            (lambda given: given[:, None] > 0.5, torch.ones(5)),
+            (lambda given: given[:, None] == 0, torch.zeros(5)),
+            (lambda given: given[:, None] != 0, torch.arange(5) + 3),
+            (lambda given: torch.arange(5)[:, None] < given, torch.tensor(5)),
+            (lambda given: given, torch.tensor(True)),
+        ],
+        (0, 5),
+    ),
+)
+def test_what_marks_nothing_yet_may_mark_later(told, given):
+    """Tokens that are sent to an expert in the middle, by masks of any form."""
+    [verdict] = verdicts(MaskedLater(told), rows()[0], given)
+    assert verdict.merged is None
+    assert "mark their ids with -1 before the graph ends" in verdict.reason
+
+
+def test_a_mask_that_only_a_later_call_has():
+    """The graph before the break serves that call too: it did not ask."""
+    [verdict] = verdicts(MaskedLater(lambda given: given[:, None]), rows()[0])
+    assert verdict.merged is None
+    assert "mark their ids with -1 before the graph ends" in verdict.reason
+
+
+def test_the_mask_of_a_long_prompt_is_tried():
+    """Though so many tokens are not: the block takes made-up hidden states without a mask as well."""
+    long = torch.randn(100, HIDDEN)
+    block = MaskedLater(lambda given: given[:, None])
+    assert [v.merged for v in verdicts(block, long, torch.ones(100, dtype=torch.bool))] == [None]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from .forms.dispatches import DISPATCHES
 from .forms.experts import APPLIED, EXPERTS
 from .forms.normalisings import NORMALISINGS
+from .forms.paddings import MASKS, PADDINGS
 from .forms.readers import EARLY, LATE, PASSED, RETURNED
 from .forms.routers import ROUTERS
 from .forms.scorings import SCORINGS
@@ -55,7 +56,10 @@ GATES: Dimensions = {
     "around": AROUND,
     "structure": STRUCTURES,
     "break": BREAKS,
-    "padding": ("none", "weights times mask", "ids of -1", "ids of E", "ids of 0"),
+    "padding": tuple(PADDINGS),
+    "mask": tuple(MASKS),
+    "masked where": ("in the layer", "in the experts' code"),
+    "first call": ("masks", "masks nothing"),
     "shared expert": ("none", "added", "joined by cat"),
     "late reader": tuple(LATE),
     "early reader": tuple(EARLY),
@@ -103,7 +107,10 @@ SELDOM = {
     "around": 0.6,
     "structure": 0.3,
     "break": 0.5,
-    "padding": 0.8,
+    "padding": 0.7,
+    "mask": 0.4,
+    "masked where": 0.6,
+    "first call": 0.5,
     "shared expert": 0.8,
     "late reader": 0.75,
     "early reader": 0.75,
@@ -125,6 +132,9 @@ SELDOM = {
 }
 
 
+# What no mask leaves nothing of.
+MASKED = ("mask", "masked where", "first call")
+
 # What gives way where choices do not go together: else the choosy ones would hardly be drawn.
 _GIVE_WAY = (
     ("look-up", "gather"),
@@ -140,6 +150,10 @@ def draw(rng: random.Random, dimensions: Dimensions = GATES) -> Choices:
     while True:
         plainness = rng.choice((0.0, 0.4, 0.8))
         chosen = {name: _draw_one(rng, name, values, plainness) for name, values in dimensions.items()}
+        if chosen.get("padding") == "none":
+            chosen |= {name: dimensions[name][0] for name in MASKED}
+        elif "padding" in chosen:
+            chosen["around"] = "nothing"
         if chosen.get("padding") in ("ids of -1", "ids of E"):
             chosen["dispatch"] = rng.choice([name for name, form in DISPATCHES.items() if form.compares])
         for name, value in rng.sample(_GIVE_WAY, len(_GIVE_WAY)):

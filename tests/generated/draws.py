@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from .choices import GATES, LOOK_ALIKES, Dimensions, draw
 from .judge import judge
@@ -37,9 +37,11 @@ def chosen(kind: str, seed: int, choices: Mapping[str, str]) -> Program:
     return make_program(kind, together, seed)
 
 
-def plain(kind: str, seed: int, base: Mapping[str, str]) -> Iterator[Program]:
-    """Each choice of the grammar alone, in the simplest program with the choices of `base`."""
+def plain(kind: str, seed: int, base: Mapping[str, str], names: Collection[str] = ()) -> Iterator[Program]:
+    """Each choice of the grammar alone, or of the named dimensions, in the simplest program with those of `base`."""
     for name, values in DIMENSIONS[kind].items():
+        if names and name not in names:
+            continue
         for value in values:
             together = {**{other: first[0] for other, first in DIMENSIONS[kind].items()}, **base, name: value}
             # What a choice cannot do without.
@@ -48,9 +50,12 @@ def plain(kind: str, seed: int, base: Mapping[str, str]) -> Iterator[Program]:
                 {"look-up": "gather"},
                 {"structure": "methods"},
                 {"dispatch": "mask loop"},
+                {"padding": "ids of 0"},
+                {"padding": "weights times mask"},
+                {"padding": "ids of 0", "structure": "methods"},
             )
             for more in needed:
-                if together.keys() >= more.keys() and fits({**together, **more}):
+                if name not in more and together.keys() >= more.keys() and fits({**together, **more}):
                     yield make_program(kind, {**together, **more}, seed)
                     break
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .choices import sizes
 from .forms.experts import EXPERTS
+from .forms.paddings import MASKS
 from .forms.readers import RETURNED
 from .forms.routers import ROUTERS
 from .forms.text import class_lines
@@ -79,8 +80,9 @@ def _inputs(c: Choices) -> list[str]:
     shape = "2, T, H" if batched else "T, H"
     values = [f"torch.randn({shape}, generator=generator)"]
     if c["padding"] != "none":
-        values += ["torch.arange(T) < T - 2"]
-    return ["", "", "def make_inputs(generator):", f"    return ({', '.join(values)},)"]
+        mask = MASKS[c["mask"]]
+        values += [f"({mask.masking}) if masking else ({mask.real})"]
+    return ["", "", "def make_inputs(generator, masking=True):", f"    return ({', '.join(values)},)"]
 
 
 def labels_of(c: Choices) -> list[str]:

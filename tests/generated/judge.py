@@ -15,6 +15,7 @@ from sere_compile import GateNotFoundError, ProfileError, SereConfig, Similarity
 from . import product
 from .cases import Called, Case, Enter, tolerance
 from .compare import Difference, differences, worst
+from .forms.paddings import MASKS
 from .oracle import Oracle, Rerouting, clones, flat
 from .product import Inputs, Outcome
 from .program import GATE, Built, Program, build, forget
@@ -125,28 +126,35 @@ def _telling_inputs(
     found: list[list[tuple[bool, Inputs]]] = [[] for _ in range(_CALLS)]
     for seed in range(_TRIED):
         call = seed % _CALLS
-        inputs = _sized(program, built.inputs(seed), call, one_token=one_token)
+        masking = call > 0 or program.choices["first call"] == "masks"
+        inputs = _sized(program, built.inputs(seed, masking=masking), call, one_token=one_token)
         plain, _ = oracle.run(inputs, rerouting, frozenset())
         moved, _ = oracle.run(inputs, rerouting, frozenset(oracle.layers))
         finite = all(bool(value.isfinite().all()) for value in (*plain, *moved))
-        if finite and differences(moved[:1], plain[:1])[0].error > _TELLING * tolerance(program):
+        tells = differences(moved[:1], plain[:1])[0].error > _TELLING * tolerance(program)
+        # A flag that is off may leave nothing to re-route.
+        if finite and (tells or (MASKS[program.choices["mask"]].whole and masking)):
             found[call].append((oracle.repeats, inputs))
         if all(any(repeats for repeats, _ in of) for of in found):
             break
     if not all(found):
         return None
     best = [max(of, key=lambda pair: pair[0])[1] for of in found]
-    empty = tuple(value[:0] for value in best[0])
+    empty = tuple(_cut(value, slice(0)) for value in best[0])
     return [empty, *best] if program.choices["calls"] == "without tokens first" else best
 
 
 def _sized(program: Program, inputs: Inputs, call: int, *, one_token: bool) -> Inputs:
     """The inputs with as many tokens as the call shall have."""
     if one_token:
-        return tuple(value[:1] if value.dim() < 3 else value[:1, :1] for value in inputs)
+        return tuple(value[:1, :1] if value.dim() == 3 else _cut(value, slice(1)) for value in inputs)
     if call and program.choices["calls"] == "of two sizes":
-        return tuple(value[:-1] for value in inputs)
+        return tuple(_cut(value, slice(-1)) for value in inputs)
     return inputs
+
+
+def _cut(value: torch.Tensor, rows: slice) -> torch.Tensor:
+    return value[rows] if value.dim() else value
 
 
 def _compare(case: Case, oracle: Oracle, rerouting: Rerouting, outcome: Outcome, results: list[Called]) -> Verdict:

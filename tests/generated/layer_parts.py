@@ -7,6 +7,7 @@ import re
 from .forms.dispatches import DISPATCHES
 from .forms.experts import EXPERTS
 from .forms.normalisings import NORMALISINGS
+from .forms.paddings import MASKS, PADDINGS
 from .forms.readers import EARLY, LATE, PASSED, RETURNED
 from .forms.routers import ROUTERS
 from .forms.scorings import SCORINGS
@@ -24,6 +25,7 @@ def routing(c: Choices) -> tuple[list[str], list[str]]:
     selection = [line.format(choice=scoring.choice) for line in SELECTIONS[c["selection"]]]
     body = [
         *router.part.body,
+        *PADDINGS[c["padding"]].logits,
         *_break(c, "logits"),
         *scoring.part.body,
         *_break(c, "scores"),
@@ -50,14 +52,26 @@ def _break(c: Choices, place: str) -> list[str]:
     return [STATEMENTS[kind]]
 
 
-def padded(c: Choices) -> list[str]:
-    """What padding does to ids or weights."""
+def masked(c: Choices) -> list[str]:
+    """From the argument `given` to `mask`, and what that does before the router."""
     if c["padding"] == "none":
         return []
-    if c["padding"] == "weights times mask":
-        return ["weights = weights * mask.unsqueeze(-1)"]
-    value = c["padding"].removeprefix("ids of ")
-    return [f"ids = ids.masked_fill(~mask.unsqueeze(-1), {value})"]
+    return [*MASKS[c["mask"]].body, *PADDINGS[c["padding"]].hidden]
+
+
+def masks_in_experts(c: Choices) -> bool:
+    """Whether the experts' code gets the mask, and changes ids or weights by it."""
+    return c["masked where"] == "in the experts' code"
+
+
+def padded(c: Choices) -> list[str]:
+    """What padding does to ids, weights, or hidden states, in the layer."""
+    return [] if masks_in_experts(c) else list(PADDINGS[c["padding"]].choice)
+
+
+def final_ids(c: Choices) -> str:
+    """The ids that experts get, at the place where the oracle is told of them."""
+    return PADDINGS[c["padding"]].ids if masks_in_experts(c) else "ids"
 
 
 def shared(c: Choices) -> list[str]:
@@ -91,6 +105,7 @@ def dispatch(c: Choices) -> list[str]:
     form = DISPATCHES[c["dispatch"]]
     lines = form.lines(c["experts"], c["weights applied to"], c["storage"] == "modules", expert_count(c))
     lines = [re.sub(r"\bK\b", "ids.shape[1]", line) for line in lines] if expert_count(c) != "E" else list(lines)
+    lines = [*PADDINGS[c["padding"]].choice, *lines] if masks_in_experts(c) else lines
     return [*lines, *([STATEMENTS["print"]] if c["break"] == "print before the end" else [])]
 
 
@@ -98,7 +113,12 @@ def after_experts(c: Choices) -> tuple[list[str], list[str]]:
     """Lines of `__init__`, and those behind `y`: late readers, a shared expert, results."""
     late, lines = LATE[c["late reader"]], RETURNED[c["returned"]][1]
     shared = ["y = y + self.shared(x)"] if c["shared expert"] == "added" else []
-    return (["self.shared = nn.Linear(H, H)"] if shared else []), [*late.body, *shared, *lines]
+    return (["self.shared = nn.Linear(H, H)"] if shared else []), [
+        *late.body,
+        *PADDINGS[c["padding"]].late,
+        *shared,
+        *lines,
+    ]
 
 
 def expert_class(c: Choices) -> list[str]:

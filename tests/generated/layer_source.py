@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 
+from .forms.paddings import PADDINGS
 from .forms.readers import RETURNED
 from .forms.text import class_lines, indented
-from .layer_parts import STATEMENTS, after_experts, dispatch, expert_init, padded, routing, shared
+from .layer_parts import (
+    STATEMENTS,
+    after_experts,
+    dispatch,
+    expert_init,
+    final_ids,
+    masked,
+    masks_in_experts,
+    padded,
+    routing,
+    shared,
+)
 from .rules import Choices
 
 # Begins the line where ids are final; only the oracle's version of the source has it.
-REPORT = "report(self, ids"
+REPORT = "report(self"
 
 
 def has_router_module(c: Choices) -> bool:
@@ -34,7 +46,7 @@ def router_class(c: Choices) -> list[str]:
         return []
     init, body = routing(c)
     carried = _carried(c, dispatch(c), after_experts(c)[1])
-    forward = "def forward(self, x):"
+    forward = f"def forward(self, x{_router_arguments(c)}):"
     return _decorated(class_lines("Router", init, forward, [*body, f"return {carried}"]), forward, _eager(c, "router"))
 
 
@@ -44,7 +56,11 @@ def _decorated(lines: list[str], start: str, decorator: list[str]) -> list[str]:
 
 
 def _dispatch_arguments(c: Choices) -> str:
-    return _carried(c, dispatch(c)).replace(", logits", "")
+    return _carried(c, dispatch(c)).replace(", logits", "") + (", mask" if masks_in_experts(c) else "")
+
+
+def _router_arguments(c: Choices) -> str:
+    return ", mask" if PADDINGS[c["padding"]].logits else ""
 
 
 def experts_class(c: Choices) -> list[str]:
@@ -61,21 +77,27 @@ def layer_class(c: Choices) -> list[str]:
     after_init, after = after_experts(c)
     structure, arguments = c["structure"], _dispatch_arguments(c)
     carried = _carried(c, dispatch(c), after)
-    init, body, methods = [], [], []
+    init, body, methods = [], masked(c), []
+    beside = _router_arguments(c)
     routing_init, routed = routing(c)
     if structure in ("one module", "methods"):
         init += routing_init
     else:
         init += ["self.gate = Router()"]
-        body += [f"{carried} = self.gate(x)"]
+        body += [f"{carried} = self.gate(x{beside})"]
     if structure == "one module":
         body += routed
     if structure == "methods":
-        body += [f"{carried} = self.route(x)"]
-        methods += [*_eager(c, "router"), "def route(self, x):", *indented([*routed, f"return {carried}"], 1), ""]
+        body += [f"{carried} = self.route(x{beside})"]
+        methods += [
+            *_eager(c, "router"),
+            f"def route(self, x{beside}):",
+            *indented([*routed, f"return {carried}"], 1),
+            "",
+        ]
     if c["around"] == "three dimensions":
         body += ["x = x.reshape(-1, H)"]
-    body += [*padded(c), f"{REPORT}{', mask' if c['padding'] != 'none' else ''})", *shared(c)]
+    body += [*padded(c), f"{REPORT}, {final_ids(c)}{', mask' if c['padding'] != 'none' else ''})", *shared(c)]
     body += [STATEMENTS["print"]] if c["break"] == "print before the experts" else []
     body += _experts_called(c, arguments)
     if structure in ("one module", "methods", "router module"):
@@ -89,7 +111,7 @@ def layer_class(c: Choices) -> list[str]:
         init += ["self.other = Experts()"]
     init += after_init
     body += [*after, *_result(c)]
-    forward = "def forward(self, x, mask):" if c["padding"] != "none" else "def forward(self, x):"
+    forward = "def forward(self, x, given):" if c["padding"] != "none" else "def forward(self, x):"
     return [*_dataclass(c), *class_lines("Layer", init, forward, body, methods)]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 
+from .forms.paddings import PADDINGS
 from .program import Built, Program, build
 from .rerouting import expert_map
 
@@ -54,8 +55,8 @@ class Oracle:
 
     @property
     def meanings(self) -> tuple[bool, ...]:
-        """The right values of `without_padding`: an id of 0 in padding may count as expert 0, or not."""
-        return (False, True) if self._program.choices["padding"] == "ids of 0" else (False,)
+        """The right values of `without_padding`: ids that a mask makes may count as chosen, or not."""
+        return (False, True) if PADDINGS[self._program.choices["padding"]].sends else (False,)
 
     def run(
         self,

@@ -71,11 +71,11 @@ class Built:
     """A program as a module with its parameters, and its inputs."""
 
     model: nn.Module
-    make_inputs: Callable[[torch.Generator], tuple[torch.Tensor, ...]]
+    make_inputs: Callable[..., tuple[torch.Tensor, ...]]
 
-    def inputs(self, seed: int) -> tuple[torch.Tensor, ...]:
-        """The inputs of a seed."""
-        return self.make_inputs(torch.Generator().manual_seed(seed))
+    def inputs(self, seed: int, *, masking: bool = True) -> tuple[torch.Tensor, ...]:
+        """The inputs of a seed; where there is a mask, it masks some tokens or none."""
+        return self.make_inputs(torch.Generator().manual_seed(seed), masking)
 
     def layers(self) -> dict[str, nn.Module]:
         """The layers that hold a gate, by their path."""

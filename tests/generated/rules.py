@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .forms.dispatches import DISPATCHES, OUTPUTS_ONLY, OUTPUTS_OR_UNIFORM
+from .forms.paddings import MASKS, PADDINGS
 from .forms.routers import ROUTERS
 from .forms.scorings import SCORINGS, SIGNED
 from .forms.selections import NO_VALUES, TWO_ONLY
@@ -52,7 +53,15 @@ def _loops_over_data(c: Choices) -> bool:
 
 def _counts_experts(c: Choices) -> bool:
     """Whether ids outside [0, E) would be an error in what is returned."""
-    return c["returned"] in ("counts", "tokens by one-hot", "balance loss", "load of experts")
+    return c["returned"] in ("counts", "tokens by one-hot", "balance loss", "load of experts", "load of real tokens")
+
+
+def _changes_ids(c: Choices) -> bool:
+    return PADDINGS[c["padding"]].outside or PADDINGS[c["padding"]].sends
+
+
+def _has_plain_mask(c: Choices) -> bool:
+    return (c["mask"], c["masked where"], c["first call"]) == ("bool", "in the layer", "masks")
 
 
 def _reads_shapes(c: Choices) -> bool:
@@ -125,8 +134,17 @@ _EXPERTS: tuple[Rule, ...] = (
 )
 _PADDING: tuple[Rule, ...] = (
     lambda c: c["padding"] != "none" and c["around"] != "nothing",
-    lambda c: c["padding"] in ("ids of -1", "ids of E") and not DISPATCHES[c["dispatch"]].compares,
-    lambda c: c["padding"].startswith("ids of") and (c["early reader"] != "none" or _counts_experts(c)),
+    lambda c: PADDINGS[c["padding"]].outside and not DISPATCHES[c["dispatch"]].compares,
+    lambda c: _changes_ids(c) and (c["early reader"] != "none" or _counts_experts(c)),
+    # What no mask leaves nothing of.
+    lambda c: c["padding"] == "none" and not _has_plain_mask(c),
+    lambda c: c["masked where"] != "in the layer" and not PADDINGS[c["padding"]].choice,
+    lambda c: c["masked where"] != "in the layer" and c["structure"] == "one module",
+    lambda c: c["padding"] == "zeros put" and (MASKS[c["mask"]].whole or c["tracer"] == "symbolic_trace"),
+    lambda c: c["mask"] == "length" and c["tracer"] == "symbolic_trace",
+    lambda c: MASKS[c["mask"]].whole and c["first call"] == "masks",
+    lambda c: c["mask"] == "length" and c["calls"] != "of one size",
+    lambda c: c["padding"] == "none" and c["returned"] == "load of real tokens",
 )
 _SHARED: tuple[Rule, ...] = (
     lambda c: c["shared expert"] == "added" and c["dispatch"] == "concatenated",
@@ -134,7 +152,8 @@ _SHARED: tuple[Rule, ...] = (
         c["shared expert"] == "joined by cat"
         and (
             c["dispatch"] in ("score mask", "capacity")
-            or c["padding"] in ("ids of -1", "ids of E")
+            or PADDINGS[c["padding"]].outside
+            or c["masked where"] != "in the layer"
             or DISPATCHES[c["dispatch"]].ordered
             or _counts_experts(c)
         )

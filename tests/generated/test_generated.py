@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from .conftest import FRESH
-from .draws import drawn, judged
+from .draws import drawn, judged, plain
 from .failures import describe, sort_failures
 from .program import GATE, LOOK_ALIKE
 from .table import Judged, summary
@@ -22,6 +22,14 @@ CHUNK, CHUNKS = 50, 10
 # Of the lane `slow`: half a minute. A gate costs as much as three look-alikes.
 SAMPLE = {GATE: 6, LOOK_ALIKE: 12}
 KINDS = (GATE, LOOK_ALIKE)
+PARTS = 4  # of each choice alone
+MASKED_LATER = {"first call": "masks nothing", "padding": "ids or zeros"}
+OUTSIDE = {
+    "dispatch": "mask loop",
+    "structure": "methods",
+    "break": "print after the selection",
+    "masked where": "in the experts' code",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,17 +50,21 @@ def economical():
     torch.set_num_threads(threads)
 
 
-def check(kind, first, count):
-    """Judge programs in a row; the minimal form of the first failure is the message."""
-    results = []
-    for seed in range(first, first + count):
-        program = drawn(kind, seed)
-        results.append(Judged(program, judged(program)))
+def judged_right(programs):
+    """The verdicts on programs of which none fails."""
+    results = [Judged(program, judged(program)) for program in programs]
     failed = [result for result in results if result.verdict.failed]
     if failed:
         forms, _ = sort_failures(failed[:1], judged, most=1, tell=lambda text: None)
         seeds = ", ".join(f"{result.program.seed}: {result.verdict.word}" for result in failed)
-        pytest.fail(f"{len(failed)} of {count} {kind}s ({seeds})\n\n{describe(forms[0])}", pytrace=False)
+        kind = failed[0].program.kind
+        pytest.fail(f"{len(failed)} of {len(results)} {kind}s ({seeds})\n\n{describe(forms[0])}", pytrace=False)
+    return results
+
+
+def check(kind, first, count):
+    """Judge programs in a row; the minimal form of the first failure is the message."""
+    results = judged_right(drawn(kind, seed) for seed in range(first, first + count))
     assert sum(result.verdict.told_nothing for result in results) <= count / 4, summary(results)
     if kind == GATE:
         assert any(sum(result.verdict.rerouted) and result.verdict.rerouted[0] for result in results), summary(results)
@@ -71,6 +83,36 @@ def test_sample(kind):
 def test_fixed(kind, chunk):
     """The same programs each time, many."""
     check(kind, 1000 + chunk * CHUNK, CHUNK)
+
+
+@pytest.mark.generated
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_each_choice(kind, part):
+    """Alone: what is wrong by itself need not be drawn with company that is re-routed."""
+    judged_right(list(plain(kind, 0, {}))[part::PARTS])
+
+
+@pytest.mark.generated
+def test_each_mask():
+    """What a mask changes, and what it comes as, where the first call masks nothing."""
+    results = judged_right(plain(GATE, 0, MASKED_LATER, ("padding", "mask")))
+    assert len(results) > 25, summary(results)
+
+
+@pytest.mark.generated
+def test_masks_outside():
+    """The same in code behind the end of the graph: each takes seconds."""
+    results = judged_right(plain(GATE, 0, MASKED_LATER | OUTSIDE, ("padding", "mask")))
+    assert len(results) > 20, summary(results)
+
+
+@pytest.mark.generated
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_fresh_choice(kind, part):
+    """Each choice alone, with parameters and inputs that no run has seen before."""
+    judged_right(list(plain(kind, int(os.environ[FRESH]), {}))[part::PARTS])
 
 
 @pytest.mark.generated

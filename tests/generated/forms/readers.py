@@ -56,5 +56,6 @@ RETURNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("load",),
         ("load = weights.new_zeros(E).index_add(0, ids.reshape(-1), weights.reshape(-1))",),
     ),
+    "load of real tokens": (("load",), ("load = (F.one_hot(ids, E).sum(1) * mask.unsqueeze(-1)).sum(0)",)),
     "tokens by one-hot": (("hot",), ("hot = F.one_hot(ids, E).sum(1)",)),
 }

@@ -53,7 +53,7 @@ def look_alike_source(c: dict[str, str]) -> str:
         inside_init, inside = ["self.body = Body()", *rest_init], ["x = self.body(x)", *rest]
     lines += class_lines("Model", inside_init, _FORWARD, inside)
     lines += ["model = Model()", "", ""]
-    lines += ["def make_inputs(generator):", "    return (torch.randn(T, H, generator=generator),)"]
+    lines += ["def make_inputs(generator, masking=True):", "    return (torch.randn(T, H, generator=generator),)"]
     return "\n".join(lines) + "\n"
 
 

@@ -847,6 +847,48 @@ class TestMarkedPadding:
         found = self.marked(lambda w, ids, real: w.call(torch.where, real, ids, -1), kind=UseKind.LOOK_UP)[1]
         assert found is None
 
+    @staticmethod
+    def marked_twice(first, second):
+        """Two sets of experts read the ids, each masked; of the ids and a mask."""
+        w = Written()
+        ids = best_ids(w, w.given(4, EXPERTS), 3)
+        real = w.input(torch.ones(4, 1, dtype=torch.bool))
+        reads = [mark(w, ids, real) for mark in (first, second)]
+        [found] = find_selections(w.graph)
+        uses = [Use(w.call(torch.neg, read), read, UseKind.EXPERT_INDEX) for read in reads]
+        return with_marked_padding(found, uses), reads
+
+    @pytest.mark.parametrize("number", [-1, 0])
+    def test_equal_masks_count_as_one(self, number):
+        def mark(w, ids, real):
+            return w.call("masked_fill", ids, w.call("logical_not", real), number)
+
+        found, reads = self.marked_twice(mark, mark)
+        assert found.ids == tuple(reads)
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda w, ids, real: w.call("masked_fill", ids, w.call("logical_not", real), -2),
+            lambda w, ids, real: w.call("masked_fill", ids, real, -1),
+            lambda w, ids, real: w.call("masked_fill", ids, w.call("lt", w.call(torch.rand, 4, 1), 0.5), -1),
+            lambda w, ids, real: ids,
+        ],
+        ids=["other number", "contrary", "at random", "none"],
+    )
+    def test_other_masks_do_not(self, other):
+        def mark(w, ids, real):
+            return w.call("masked_fill", ids, w.call("logical_not", real), -1)
+
+        assert self.marked_twice(mark, other)[0] is None
+        assert self.marked_twice(other, mark)[0] is None
+
+    def test_masks_at_random_are_never_equal(self):
+        def mark(w, ids, real):
+            return w.call("masked_fill", ids, w.call("lt", w.call(torch.rand, 4, 1), 0.5), -1)
+
+        assert self.marked_twice(mark, mark)[0] is None
+
     def test_the_first_mark_counts(self):
         def mark(w, ids, real):
             return w.call("masked_fill", w.call(torch.where, real, ids, -1), real, -2)

@@ -33,6 +33,7 @@ from sere_compile.testing import reroute_oracle
 from ..moe_modules import (
     EXPERTS,
     HIDDEN,
+    TOKENS,
     TOP_K,
     TRACERS,
     Block,
@@ -699,7 +700,7 @@ def test_what_is_fetched_is_no_expert(module, tracer):
 
 
 class Masking(Stacked):
-    """A mask [T, 1] is an input: `change` makes ids and weights [T, K] what the experts read."""
+    """A mask is an input; `change` makes what the experts read of ids [T, K], weights [T, K] and it, bool [T, 1]."""
 
     def __init__(self, change):
         super().__init__()
@@ -714,6 +715,19 @@ def with_zeros_put(ids, weights, real):
     ids = ids.clone()
     ids[~real[:, 0]] = 0
     return ids, weights
+
+
+class MaskedScores(Stacked):
+    """A mask forbids an expert; the weights are scaled by a number per expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(EXPERTS, 1) + 0.5)
+
+    def forward(self, x, real):
+        logits = F.linear(x, self.router) - 1e4 * (~real & (torch.arange(EXPERTS) == 1))
+        weights, ids = logits.softmax(-1).topk(TOP_K, dim=-1)
+        return self.dispatch(x, ids, weights * self.scale[ids].squeeze(-1))
 
 
 class TestMaskInput:
@@ -733,10 +747,25 @@ class TestMaskInput:
         with_zeros_put,
     )
 
+    # What the first call is given, and the mask that the program makes of it: true throughout.
+    TOLD = (
+        (torch.ones(TOKENS, 1, dtype=torch.int64), lambda given: given.bool()),
+        (torch.arange(TOKENS)[:, None] + 3, lambda given: given != 0),
+        (torch.arange(TOKENS)[:, None] % 5, lambda given: given != 7),
+        (torch.tensor(TOKENS), lambda given: torch.arange(TOKENS)[:, None] < given),
+        (torch.zeros(TOKENS, 1), lambda given: given == 0),
+        (torch.ones(TOKENS, 1), lambda given: given > 0),
+        (torch.ones(TOKENS, 1, dtype=torch.int64), lambda given: (1.0 - given.float()) * -1e9 > -1.0),
+        (torch.tensor(True), lambda given: given),
+        (torch.tensor(1), lambda given: given == 1),
+        (torch.tensor(1.0), lambda given: given > 0.5),
+    )
+
     @staticmethod
-    def proven(change, tracer):
+    def proven(change, tracer, real=None):
         """The graph, the gate's proof and a mask; nothing is masked yet."""
-        module, x, real = Masking(change), rows(), torch.ones(len(rows()), 1, dtype=torch.bool)
+        real = torch.ones(len(rows()), 1, dtype=torch.bool) if real is None else real
+        module, x = Masking(change), rows()
         graph = TRACERS[tracer](module, x, real)
         return module, graph, verified(graph), real
 
@@ -760,6 +789,32 @@ class TestMaskInput:
             expected = swapped(module, mapping)(x, real)
             assert not torch.equal(expected, module(x, real)), "the case re-routes nothing"
         torch.testing.assert_close(run(graph, x, real), expected)
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    def test_scores_that_a_mask_met_are_the_routers_still(self, tracer):
+        """A number per expert that scales its weights is no expert's: exchanged with them it would keep a wrong id."""
+        module, x, real = MaskedScores(), rows(), torch.ones(len(rows()), 1, dtype=torch.bool)
+        proof = verified(TRACERS[tracer](module, x, real))
+        assert isinstance(proof, Proof), proof
+        assert {use.kind for use in proof.gate.uses} == {UseKind.EXPERT_INDEX, UseKind.LOOK_UP}
+
+    @pytest.mark.parametrize("tracer", TRACERS)
+    @pytest.mark.parametrize(
+        ("given", "told"), TOLD,
+        ids=["0 or 1", "words", "words of a number", "length", "added", "floats", "inverted", "flag", "1", "1."],
+    )  # fmt: skip
+    def test_what_is_no_mask_yet_may_mask_later(self, given, told, tracer):
+        def change(ids, weights, given):
+            return torch.where(told(given), ids, torch.zeros_like(ids)), weights
+
+        _, _, found, _ = self.proven(change, tracer, given)
+        assert isinstance(found, Skip), found
+        assert found.is_refused_gate
+
+    @pytest.mark.parametrize(("given", "told"), TOLD)
+    def test_weights_may_be_masked_by_anything(self, given, told):
+        _, _, found, _ = self.proven(lambda ids, weights, given: (ids, weights * told(given)), "dynamo", given)
+        assert isinstance(found, Proof), found
 
     @pytest.mark.parametrize("tracer", TRACERS)
     @pytest.mark.parametrize("change", HIDDEN, ids=["times", "zeros", "clamped, weighed", "put"])
