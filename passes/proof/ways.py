@@ -49,9 +49,10 @@ class Got:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A region as one way rewrites it."""
+    """A region as one way rewrites it; the gate is that of the region, with the kinds of its uses in this way."""
 
     region: Region
+    gate: Gate
     graph: Graph
     done: Rewrite
     matrix: Node
@@ -116,7 +117,7 @@ def rewrite_region(region: Region, way: Way) -> Rewritten | Skip:
     done = reroute_dispatch(gate, matrix, RoutingSettings(1), merged=way.merged, readers=readers)
     if isinstance(done, Skip):
         return done
-    return Rewritten(region, graph, done, matrix, copies)
+    return Rewritten(region, way.gate, graph, done, matrix, copies)
 
 
 def _moved(gate: Gate, copies: dict[Node, Node]) -> Gate:

@@ -744,6 +744,8 @@ class TestMaskInput:
         lambda ids, w, real: (ids * real.long(), w),
         lambda ids, w, real: (torch.where(real, ids, torch.zeros_like(ids)), w),
         lambda ids, w, real: (torch.where(real, ids, -1).clamp(min=0), w),
+        lambda ids, w, real: (torch.where(real, ids, ids[:1]), w),
+        lambda ids, w, real: (torch.where(real, ids, (ids + 1) % EXPERTS), w * real),
         with_zeros_put,
     )
 
@@ -817,7 +819,7 @@ class TestMaskInput:
         assert isinstance(found, Proof), found
 
     @pytest.mark.parametrize("tracer", TRACERS)
-    @pytest.mark.parametrize("change", HIDDEN, ids=["times", "zeros", "clamped, weighed", "put"])
+    @pytest.mark.parametrize("change", HIDDEN, ids=["times", "zeros", "clamped", "first token's", "next", "put"])
     def test_is_refused_where_padding_reads_an_expert_unseen(self, change, tracer):
         _, _, found, _ = self.proven(change, tracer)
         assert isinstance(found, Skip), found
