@@ -1,6 +1,7 @@
 """Where a gate's matrix comes from: attached, of the model's profile, or probed."""
 
 import copy
+import functools
 import logging
 import types
 
@@ -73,7 +74,8 @@ class Model(nn.Module):
 
 
 class TestExamples:
-    def test_are_like_what_calls_bring(self, traced):
+    def test_are_like_what_calls_bring(self, traced, monkeypatch):
+        monkeypatch.setattr(torch, "empty", functools.partial(torch.empty, dtype=torch.float64))  # the user's default
         made = examples(plan_of(traced), torch.ones(2, dtype=torch.bfloat16))
         assert sorted(made) == ["projection", "similarity"]
         assert {(tuple(m.shape), m.dtype, m.device.type) for m in made.values()} == {
@@ -260,10 +262,11 @@ class TestBinding:
 
 
 def test_that_there_is_no_profile_is_said_once(caplog):
-    warn = gate_matrices.warn_of_probing
+    warn = gate_matrices._ProbingWarning()
     for _ in range(3):
         warn()
     assert len(caplog.messages) == 1
     warn.reset()
     warn()
     assert len(caplog.messages) == 2
+    assert isinstance(gate_matrices.warn_of_probing, gate_matrices._ProbingWarning)

@@ -5,6 +5,7 @@ in for it. What the module returns besides its tokens has to be what it was.
 """
 
 import copy
+import dataclasses
 import importlib
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ from sere_compile.passes.graph import run_part
 from sere_compile.passes.proof.expert_parameters import ExpertParameters, Told
 from sere_compile.passes.proof.prover import Prover, Verdict
 from sere_compile.passes.proof.region import cut_region
+from sere_compile.passes.proof.ways import Rewritten
 from sere_compile.testing import reroute_oracle
 
 from ..moe_modules import (
@@ -826,6 +828,22 @@ class TestCounts:
         monkeypatch.setattr(prover, "_compare", lambda *draw: seen.append(draw[-1]) or own(*draw))
         assert not prover.prove().refused
         assert seen == list(range(draws))
+
+    def test_with_as_many_primary_experts_as_slots_no_bit_may_change(self, monkeypatch):
+        """What rounding may explain with fewer is wrong there."""
+        prover, own = self.prover(Indexed()), Rewritten.run
+
+        def rounded(self, values, run, settings, *more):
+            got = own(self, values, run, settings, *more)
+            end = got.ends[0].clone()
+            end[0, 0] += 1e-6 * (settings.select_top_k == changed)
+            return dataclasses.replace(got, ends=[end, *got.ends[1:]])
+
+        monkeypatch.setattr(Rewritten, "run", rounded)
+        changed = 1
+        assert not prover.prove().refused
+        changed = TOP_K
+        assert "with new ids and S = K" in prover.prove().refusal
 
     def test_what_is_told_of_a_proof(self):
         verdict = self.prover(Indexed()).prove()
