@@ -153,6 +153,8 @@ def test_contents_that_are_alike():
         (numpy.arange(3), numpy.arange(3) + 1),
         (None, torch.zeros(1)),
         (Tracker(), Tracker),
+        (threading.Lock(), threading.Lock()),
+        ([[[[[1]]]]], [[[[[1, 2]]]]]),
     ],
 )
 def test_contents_that_differ(left, right):

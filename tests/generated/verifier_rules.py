@@ -135,7 +135,7 @@ RULES = {
     "routers are sure and unsure": Rule(
         made_up, "_SHARPNESS", (1.0,) * 4, tests=(f"{DRAWS}::test_weights_that_bend_seldom",)),
     "state is that of later calls, too": Rule(
-        prover, "later_state", always({}), tests=(f"{DRAWS}::test_weights_that_bend_seldom",)),
+        prover, "later_state", always({}), tests=(f"{DRAWS}::test_a_scale_that_is_one_at_first",)),
     "more tokens than one call has": Rule(
         prover, "more_tokens", always({}),
         tests=(f"{DRAWS}::test_tokens_that_are_dropped_only_where_there_are_many",)),

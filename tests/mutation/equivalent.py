@@ -55,6 +55,18 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "there is one number a token",
     ),
     (
+        "passes/count_routing.py",
+        "add_counts",
+        "before, after = (torch.where(real[..., None], ids, -2) for ids in (before, after))",
+        "no negative number names an expert",
+    ),
+    (
+        "sere_compile/evaluation/filling.py",
+        "FillKept.__call__",
+        "keeping = Keeping(self.select_top_k, self.threshold, self.min_active or 0, self.max_active)",
+        "None is no budget, as 0 is",
+    ),
+    (
         "passes/proof/sources.py",
         "_sums_features",
         "slots = len(nodes.shape(region.gate.ids)) - 1",

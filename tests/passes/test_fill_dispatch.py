@@ -39,13 +39,20 @@ def routed_by_oracle(block: moe_modules.Block, x: torch.Tensor, select: int, **o
     return moe_modules.weighted_sum(block, x, torch.tensor(rows[0]), torch.tensor(rows[1]).to(x))
 
 
+class InPlace(moe_modules.Indexed):
+    """The last of what makes its scores is done in place."""
+
+    def scores(self, x):
+        return super().scores(x).add_(0.01)
+
+
 KINDS = [
     moe_modules.Indexed, moe_modules.Grouped, moe_modules.ScatterCombine, moe_modules.OneHotMask,
     moe_modules.IndexPut, moe_modules.SlotTable,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*KINDS, moe_modules.BiasCorrected], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*KINDS, moe_modules.BiasCorrected, InPlace], ids=lambda kind: kind.__name__)
 def test_blocks_equal_the_oracle(kind):
     """Every way of dispatching, also those that are wrong when a token names an expert twice; a biased selection."""
     torch.manual_seed(0)
