@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.kept_aside import KeptAside, alike, content
+from sere_compile.compiler.kept_aside import KeptAside, _globals_of, alike, content
 
 SEEN = []
 TRACKED = collections.defaultdict(list)
@@ -129,6 +129,15 @@ def test_what_cannot_be_copied_is_left_alone():
     module.loop.append(module.loop)
     with KeptAside(module).restored() as changed:
         assert changed() == {}
+
+
+def test_globals_are_those_of_the_users_own_code():
+    """Not what classes of torch hold, whatever module of it they are in."""
+    found = dict(_globals_of(Keeping()))
+    assert found["Keeping.everyone"] is Keeping.everyone
+    assert (found["SEEN"], found["TRACKED"], found["TRACKER"]) == (SEEN, TRACKED, TRACKER)
+    assert set(found) == {"Keeping.everyone", "SEEN", "TRACKED", "TRACKER"}
+    assert list(_globals_of(nn.LSTM(2, 2))) == []
 
 
 def test_contents_that_are_alike():

@@ -67,6 +67,24 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "None is no budget, as 0 is",
     ),
     (
+        "passes/proof/made_up.py",
+        "activation_values",
+        "generator = torch.Generator().manual_seed(100 + draw)",
+        "any seed will do, as long as draws have their own",
+    ),
+    (
+        "passes/proof/ways.py",
+        "rewrite_region",
+        "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers)",
+        "each run sets its own S",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "ExpertParameters.unknown_moves",
+        "here = parts[-1].holds(torch.arange(experts))",
+        "a rank holds the same experts' part of each tensor",
+    ),
+    (
         "passes/proof/sources.py",
         "_sums_features",
         "slots = len(nodes.shape(region.gate.ids)) - 1",
