@@ -921,6 +921,13 @@ class TestTrialsWithoutCompiling:
     def test_whose_parameters(self, experts, names):
         assert EagerTrial(experts).experts() == names
 
+    def test_a_tensor_is_taken_once(self):
+        """In the first of the ways to cut it that fits; those behind it are looked at all the same."""
+        trial = EagerTrial(BiasBeside())
+        wanted = ("experts.w", "experts.bias")
+        w, bias = (next(c for c in trial._block.candidates() if c.name == name and c.dim == 0) for name in wanted)
+        assert trial._experts([w, w, bias], trial._inputs()) == [w, bias]
+
     def test_one_expert_a_token(self):
         """There is no weight to tell by: one score for one choice."""
         trial = EagerTrial(Experts(), top_k=1)
