@@ -945,6 +945,21 @@ class TestTrialsWithoutCompiling:
         [one] = [c for c in trial._block.candidates() if c.name == "experts.w" and c.dim == 0]
         assert trial._sends_elsewhere([one], ((x, full), {})) is False
 
+    @pytest.mark.parametrize(("mark", "misses"), [(-1, False), (EXPERTS, False), (None, True)])
+    def test_tokens_without_a_choice_are_not_missed(self, mark, misses):
+        """Their ids are marked before the graph ends; those that are dropped behind it had one."""
+        trial = EagerTrial(Padding(-1))
+        [one] = [c for c in trial._block.candidates() if c.name == "experts.w" and c.dim == 0]
+        real, own = (torch.arange(6) < 3).view(-1, 1), trial._choose
+        if mark is not None:
+
+            def choose(picked):
+                weights, ids = own(picked)
+                return weights, torch.where(real, ids, mark)
+
+            trial._choose = choose
+        assert trial._misses_tokens([one], ((torch.randn(6, HIDDEN), real.flatten()), {})) is misses
+
     def test_every_expert_may_be_chosen(self):
         """With as many choices as experts there is none that nobody chose."""
         trial = EagerTrial(Experts(), top_k=EXPERTS)

@@ -440,11 +440,20 @@ class TestComputedWeights:
             lambda w, x, r: w.call(torch.outer, w.weight(EXPERTS), w.weight(HIDDEN)),
             lambda w, x, r: negated(w, r, 30),
             lambda w, x, r: w.mul(r, negated(w, w.given(HIDDEN), 30)),
+            lambda w, x, r: w.mul(negated(w, w.given(HIDDEN), 30), r),
             lambda w, x, r: w.call(
                 torch.mul, w.input(nn.Parameter(torch.ones(EXPERTS, HIDDEN, dtype=torch.int8), False)), 2.0
             ),
         ],
-        ids=["with an input", "two of its sizes", "of vectors", "far away", "with an input far away", "whole numbers"],
+        ids=[
+            "with an input",
+            "two of its sizes",
+            "of vectors",
+            "far away",
+            "times an input far away",
+            "an input far away",
+            "whole numbers",
+        ],
     )
     def test_not_found(self, compute):
         skip, _, _ = traced(lambda w, x, r: w.call(F.linear, x, compute(w, x, r)))
