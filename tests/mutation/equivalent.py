@@ -73,6 +73,12 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "any seed will do, as long as draws have their own",
     ),
     (
+        "sere_compile/compiler/prove_outside.py",
+        "_Score.__call__",
+        "return logits / (torch.rand(logits.shape, generator=generator) + 0.5).to(logits)",
+        "any other scores will do",
+    ),
+    (
         "passes/proof/ways.py",
         "rewrite_region",
         "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers)",
