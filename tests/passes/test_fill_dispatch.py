@@ -12,6 +12,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sere_compile
 from sere_compile import ConfigError, SereConfig
 from sere_compile.lowering.standard_operators import decompose, sere_nodes
+from sere_compile.passes import Evidence, RoutingSettings, SkipReason
+from sere_compile.passes.fill_dispatch import fill_dispatch
+from sere_compile.passes.graph import nodes
 
 from .. import tiny_models
 from ..ops import fill_oracle
@@ -146,6 +149,16 @@ def test_falls_back_to_re_routing_and_says_so(caplog):
         assert "re-routed, not filled" in caplog.text
         with pytest.raises(BackendCompilerFailed, match="cannot be filled"):
             compiled(block, strict=True)(x)
+
+
+def test_scores_that_are_gone_are_a_refusal_of_a_gate():
+    """Something is known of it; the graph stays as it was."""
+    graph = moe_modules.from_dynamo(Overwrites(), moe_modules.rows())
+    gate, before = moe_modules.one_gate(graph), str(graph.graph)
+    skip = fill_dispatch(gate, RoutingSettings(1))
+    assert (skip.reason, skip.evidence, nodes.kind(skip.node)) == (SkipReason.NO_SCORES, Evidence.EXPERTS, "zero")
+    assert skip.is_refused_gate
+    assert str(graph.graph) == before
 
 
 def test_exports_fill_without_a_profile():
