@@ -79,6 +79,25 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "any other scores will do",
     ),
     (
+        "ops/reroute/reference.py",
+        "_primary_within",
+        "last = torch.maximum((sizes <= max_active).sum(0) - 1, (sizes < min_active).sum(-1))",
+        "there is one dimension",
+    ),
+    (
+        "passes/pack_gqa.py",
+        "_pack",
+        "scale = nodes.argument(node, 7, 'scale')",
+        "attention takes its scale by name only",
+    ),
+    (
+        "passes/fuse_experts.py",
+        "_confirmed",
+        "values: dict[Node, Any] = {node: random(node, matrix=len(nodes.shape(node)) == 3) if nodes.is_tensor(node) "
+        "else nodes.size_in_call(node, sizes) for node in region.inputs}",
+        "a tensor has sizes",
+    ),
+    (
         "passes/proof/ways.py",
         "rewrite_region",
         "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers)",
