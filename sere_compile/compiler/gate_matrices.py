@@ -55,7 +55,7 @@ def named_entry(plan: GatePlan, weight: torch.Tensor, owners: Owners) -> binding
     if entry is None or entry.matrix is None:
         owner = owners.find(weight)
         entry = binding.name(weight, owner.name if owner is not None else plan.name)
-        if owner is not None and entry.matrix is None:
+        if owner is not None:
             attach_from_owner(owner)
             entry = binding.name(weight, owner.name)
     if entry.matrix is not None:
@@ -110,17 +110,19 @@ def bind_weight(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, owners:
     if plan.status != REWRITTEN:
         return
     entry = named_entry(plan, weight, owners)
-    if entry.matrix is None and not plan.is_filled:
+    if plan.is_filled:
+        return
+    if entry.matrix is None:
         _probe(plan, weight, value_of, entry.name, owners)
         entry = binding.name(weight, entry.name)
-    if entry.matrix is not None and not plan.is_filled:
-        _tell_unreached(entry, plan.config.threshold)
+    _tell_unreached(entry, plan.config.threshold)
 
 
 def _tell_unreached(entry: binding.GateEntry, threshold: float | str) -> None:
     """Say that a threshold cannot act; layers that share a graph are bound at every call, so each is asked once."""
-    if threshold in entry.judged or entry.matrix is None:
+    if threshold in entry.judged:
         return
+    assert entry.matrix is not None
     entry.judged.add(threshold)
     tell_once(entry.name, never_reached(threshold, entry.matrix))
 

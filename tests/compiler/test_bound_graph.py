@@ -4,6 +4,7 @@ import copy
 import logging
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 
 import sere_compile
 from sere_compile import ProbeError, SereConfig, sere_backend
-from sere_compile.compiler.gate_matrices import _tell_unreached
-from sere_compile.idle import tell_once
+from sere_compile.compiler import bound_graph, missing_gates
+from sere_compile.compiler.bound_graph import BoundGraph
+from sere_compile.compiler.dynamo_graph import AppendedInput
+from sere_compile.report import IDENTITY, REWRITTEN
 from sere_compile.similarity import binding
 
 from ..compiled import CountingInner, logits, oracle_logits
@@ -304,15 +307,89 @@ def as_tensor(result):
     return result[0] if isinstance(result, tuple) else result
 
 
-def test_a_threshold_that_cannot_act_is_told_once(caplog):
-    """Of each gate; nothing where there is no matrix yet."""
-    tell_once.reset()
-    entry = binding.GateEntry("only here", torch.eye(4))
-    with caplog.at_level(logging.WARNING):
-        _tell_unreached(binding.GateEntry("only there"), 2.0)
-        assert not caplog.records
+def by_hand(monkeypatch, status=REWRITTEN, **options):
+    """A graph of one gate, whose weight is its only input; what runs, and what is asked to bind."""
+    config = SereConfig(select_top_k=1, **options)
+    plan = types.SimpleNamespace(status=status, weight=lambda arguments: arguments[0], config=config, name="router")
+    graph = types.SimpleNamespace(
+        own_inputs=types.SimpleNamespace(values_of=lambda arguments: None), appended=[AppendedInput(plan, "similarity")]
+    )
+    ran, bound = [], []
+    monkeypatch.setattr(bound_graph, "bind_weight", lambda plan, weight, *more: bound.append(weight))
+    monkeypatch.setattr(bound_graph, "appended_value", lambda item, weight: weight + 1)
+    made = BoundGraph(lambda *given: ran.append(given), lambda *given: ran.append("as it was"), graph, [plan])
+    return made, ran, bound
+
+
+class TestByHand:
+    def test_extra_inputs_are_kept_while_weights_stay(self, monkeypatch):
+        made, ran, bound = by_hand(monkeypatch)
+        first, second = torch.zeros(2), torch.ones(2)
+        for weight in (first, first, second, first):
+            made(weight)
+        assert [id(weight) for weight in bound] == [id(first), id(second), id(first)]
+        assert [(a is w, b.tolist()) for (a, b), w in zip(ran, (first, first, second, first), strict=True)] == [
+            (True, [1.0, 1.0]), (True, [1.0, 1.0]), (True, [2.0, 2.0]), (True, [1.0, 1.0])
+        ]  # fmt: skip
+        assert ran[0][1] is ran[1][1]
+
+    def test_another_matrix_is_asked_for(self, monkeypatch):
+        made, _, bound = by_hand(monkeypatch)
+        weight = torch.zeros(2)
+        made(weight)
+        binding.assign(torch.zeros(3), "elsewhere", torch.eye(2), "profile")
+        made(weight)
+        assert len(bound) == 2
+
+    @pytest.mark.parametrize(("status", "rewritten"), [(REWRITTEN, 1), (IDENTITY, 0)])
+    def test_what_ran_is_counted(self, status, rewritten, monkeypatch):
+        """A graph in which nothing is re-routed counts as one with gates."""
+        made, _, _ = by_hand(monkeypatch, status)
+        runs = missing_gates.runs
+        before = runs.graphs, runs.with_gates, runs.rewritten
+        made(torch.zeros(2))
+        after = runs.graphs, runs.with_gates, runs.rewritten
+        assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, rewritten]
+
+    def test_a_layer_whose_experts_cannot_be_run(self, monkeypatch, caplog):
+        """It is asked about once, runs as it was, and counts as no re-routed graph; other layers do."""
+        made, ran, _ = by_hand(monkeypatch)
+        bad, good, asked = torch.zeros(2), torch.ones(2), []
+
+        def bind(plan, weight, *more):
+            asked.append(weight)
+            if weight is bad:
+                raise ProbeError("no")
+
+        monkeypatch.setattr(bound_graph, "bind_weight", bind)
+        monkeypatch.setattr(bound_graph, "unprobed", lambda plan, error: f"because {error}")
+        before = missing_gates.runs.rewritten
+        for weight in (bad, bad, good):
+            made(weight)
+        assert ran[:2] == ["as it was"] * 2
+        assert len(ran[2]) == 2
+        assert len(asked) == 2
+        assert missing_gates.runs.rewritten == before + 1
+        assert caplog.messages == ["a layer with the code of router is not re-routed: because no"]
+
+    def test_strict_raises_that_each_time(self, monkeypatch):
+        made, ran, _ = by_hand(monkeypatch, strict=True)
+
+        def bind(*of):
+            raise ProbeError("no")
+
+        monkeypatch.setattr(bound_graph, "bind_weight", bind)
         for _ in range(2):
-            _tell_unreached(entry, 2.0)
-    [record] = caplog.records
-    assert record.message.startswith("only here: threshold=2")
-    assert entry.judged == {2.0}
+            with pytest.raises(ProbeError, match="no"):
+                made(torch.zeros(2))
+        assert ran == []
+
+    def test_who_watches_is_told_until_it_has_seen_enough(self, monkeypatch):
+        made, _, _ = by_hand(monkeypatch)
+        seen = []
+        made._watch = lambda weights: seen.append(weights) or len(seen) == 2
+        weight = torch.zeros(2)
+        for _ in range(4):
+            made(weight)
+        assert len(seen) == 2
+        assert all(one is weight for [one] in seen)

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 import sere_compile
 from sere_compile import ConfigError, ProfileError, SereConfig, SimilarityProfile, sere_backend
@@ -14,6 +15,7 @@ from sere_compile.compiler import gate_options
 from sere_compile.evaluation import ConfiguredRule
 from sere_compile.evaluation.evaluate import _Recorder
 from sere_compile.evaluation.routing import RoutedModel
+from sere_compile.experts.owner import Owners
 from sere_compile.similarity.threshold import resolve_threshold
 from sere_compile.testing import oracle_routing
 
@@ -316,6 +318,60 @@ def test_evaluator_does_what_the_backend_does(qwen):
     rule = ConfiguredRule(SereConfig(**options), profile, profile.projections)
     routed.decide = _Recorder(rule, torch.ones_like(ids, dtype=torch.bool))
     torch.testing.assert_close(routed(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class Routers(nn.Module):
+    """Two routers, and what is none: a vector, and a matrix of other sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.other = nn.Linear(6, 6)
+
+
+class TestPatternsOfAModel:
+    """Asked at the first of its gates that is seen."""
+
+    CONFIG = SereConfig(per_gate={"second.*": {"select_top_k": 1}, "o*": {"select_top_k": 2}})
+
+    def told(self, model, caplog, config=CONFIG, experts=8):
+        caplog.clear()
+        owner = None if model is None else Owners().find(model.first.weight)
+        gate_options.tell_unknown_of_model(config, owner, experts)
+        return caplog.messages
+
+    def test_a_matrix_with_a_row_or_column_for_each_expert_may_be_a_router(self, caplog):
+        assert self.told(Routers(), caplog) == [
+            "per_gate: no gate of Routers matches 'o*'; gates are named like first.weight"
+        ]
+        assert self.told(Routers(), caplog, experts=6) == []
+        assert self.told(Routers(), caplog, self.CONFIG.replace(per_gate={"*.bias": {"select_top_k": 1}}))
+
+    def test_a_model_is_looked_through_once_for_each_set_of_patterns(self, caplog):
+        model = Routers()
+        assert len(self.told(model, caplog)) == 1
+        assert self.told(model, caplog) == []
+        assert len(self.told(model, caplog, SereConfig(per_gate={"third.*": {"select_top_k": 1}}))) == 1
+
+    def test_a_weight_without_a_model_tells_nothing(self, caplog):
+        assert self.told(None, caplog) == []
+
+    def test_a_compiled_part_is_named_without_its_wrapper(self, caplog):
+        model = Routers()
+        wrapper = nn.Module()
+        wrapper._orig_mod = model.second
+        model.second = wrapper
+        assert self.told(model, caplog, SereConfig(per_gate={"second.weight": {"select_top_k": 1}})) == []
+
+    def test_a_gate_has_the_name_that_its_weight_got_first(self):
+        model = Routers()
+        config = SereConfig(select_top_k=3, per_gate={"first.*": {"select_top_k": 1}, "mine": {"select_top_k": 2}})
+        weight, alone = model.first.weight, nn.Parameter(torch.zeros(8, 6))
+        assert gate_options.config_of(config, weight, "mine", Owners()).select_top_k == 1
+        assert gate_options.config_of(config, alone, "mine", Owners()).select_top_k == 2
+        assert gate_options.config_of(config, alone, "first.weight", Owners()).select_top_k == 2
+        plain = SereConfig(select_top_k=3)
+        assert gate_options.config_of(plain, weight, "mine", None) is plain
 
 
 def test_only_patterns_that_match_nothing_are_told(caplog):

@@ -110,7 +110,8 @@ def test_evidence_of_experts_that_no_graph_shows():
 def plan_of(ids=(4, 3), top_k=3, **options):
     """A plan by hand for ids of some sizes."""
     w = Written()
-    gate = types.SimpleNamespace(top_k=top_k, ids=w.input(torch.zeros(ids, dtype=torch.int64)))
+    known = None if ids is None else torch.zeros(ids, dtype=torch.int64)
+    gate = types.SimpleNamespace(top_k=top_k, ids=w.input(known))
     config = SereConfig().replace(**options)
     return GatePlan(gate, "router.weight", config, config, region=None, constant=torch.ones(1))
 
@@ -130,6 +131,7 @@ class TestDecide:
             ({"select_top_k": 1, "min_active": 0, "ids": (0, 3)}, "no tokens: nothing to re-route"),
             ({"select_top_k": 1, "min_active": 0, "max_tokens": 2}, "more than max_tokens = 2 tokens"),
             ({"select_top_k": 1, "min_active": 0, "max_tokens": 4}, ""),
+            ({"select_top_k": 1, "min_active": 0, "ids": None}, ""),
         ],
         ids=str,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.kept_aside import KeptAside, alike, content
+from sere_compile.compiler.kept_aside import KeptAside, _globals_of, alike, content
 
 SEEN = []
 TRACKED = collections.defaultdict(list)
@@ -131,6 +131,15 @@ def test_what_cannot_be_copied_is_left_alone():
         assert changed() == {}
 
 
+def test_globals_are_those_of_the_users_own_code():
+    """Not what classes of torch hold, whatever module of it they are in."""
+    found = dict(_globals_of(Keeping()))
+    assert found["Keeping.everyone"] is Keeping.everyone
+    assert (found["SEEN"], found["TRACKED"], found["TRACKER"]) == (SEEN, TRACKED, TRACKER)
+    assert set(found) == {"Keeping.everyone", "SEEN", "TRACKED", "TRACKER"}
+    assert list(_globals_of(nn.LSTM(2, 2))) == []
+
+
 def test_contents_that_are_alike():
     value = torch.tensor([1.0, float("nan")])
     assert alike(content({"a": [value, 2.0, {3}]}), content({"a": [value * (1 + 1e-6), 2.0 + 1e-7, {3}]}))
@@ -153,6 +162,8 @@ def test_contents_that_are_alike():
         (numpy.arange(3), numpy.arange(3) + 1),
         (None, torch.zeros(1)),
         (Tracker(), Tracker),
+        (threading.Lock(), threading.Lock()),
+        ([[[[[1]]]]], [[[[[1, 2]]]]]),
     ],
 )
 def test_contents_that_differ(left, right):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sere_compile.compiler import obstacle
 from sere_compile.compiler.obstacle import Obstacle, diagnose, find_obstacle, model_of
 
 from ..zoo.outside.loops import HIDDEN, CountLoop, MaskLoop, prepared
@@ -62,6 +63,19 @@ def test_remedies(code, remedy):
 
 def test_where_no_line_is_named():
     assert str(Obstacle("", "", "why")).startswith("Dynamo finds no graph that holds all of it (why): move router")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("\n  \n  It is so.  \nMore.", "It is so"),
+        ("First\n  Explanation: Why it is so. (details)\nExplanation: more", "Why it is so. (details)"),
+        ("Explanation: Why it is so.  (details)", "Why it is so"),
+        ("", "ValueError"),
+    ],
+)
+def test_the_first_words_that_say_why(words, sentence):
+    assert obstacle._sentence(ValueError(words)) == sentence
 
 
 def test_the_model_of_a_call():

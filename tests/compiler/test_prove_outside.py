@@ -603,6 +603,8 @@ def test_layers_that_compute_the_same_are_tried_once(monkeypatch):
     assert tried.count(first) == 1
     assert second not in tried
     assert module.computes_the_same(second.gate.weight, verdict)
+    monkeypatch.setattr(module, "Owners", None)  # each call asks: the heap is searched once for a weight
+    assert all(module.computes_the_same(layer.gate.weight, verdict) for layer in (first, second))
 
 
 @pytest.mark.slow
@@ -927,6 +929,13 @@ class TestTrialsWithoutCompiling:
     def test_whose_parameters(self, experts, names):
         assert EagerTrial(experts).experts() == names
 
+    def test_a_tensor_is_taken_once(self):
+        """In the first of the ways to cut it that fits; those behind it are looked at all the same."""
+        trial = EagerTrial(BiasBeside())
+        wanted = ("experts.w", "experts.bias")
+        w, bias = (next(c for c in trial._block.candidates() if c.name == name and c.dim == 0) for name in wanted)
+        assert trial._experts([w, w, bias], trial._inputs()) == [w, bias]
+
     def test_one_expert_a_token(self):
         """There is no weight to tell by: one score for one choice."""
         trial = EagerTrial(Experts(), top_k=1)
@@ -943,6 +952,21 @@ class TestTrialsWithoutCompiling:
         trial._block.module.experts = EagerTrial(Marked())._block.module.experts
         [one] = [c for c in trial._block.candidates() if c.name == "experts.w" and c.dim == 0]
         assert trial._sends_elsewhere([one], ((x, full), {})) is False
+
+    @pytest.mark.parametrize(("mark", "misses"), [(-1, False), (EXPERTS, False), (None, True)])
+    def test_tokens_without_a_choice_are_not_missed(self, mark, misses):
+        """Their ids are marked before the graph ends; those that are dropped behind it had one."""
+        trial = EagerTrial(Padding(-1))
+        [one] = [c for c in trial._block.candidates() if c.name == "experts.w" and c.dim == 0]
+        real, own = (torch.arange(6) < 3).view(-1, 1), trial._choose
+        if mark is not None:
+
+            def choose(picked):
+                weights, ids = own(picked)
+                return weights, torch.where(real, ids, mark)
+
+            trial._choose = choose
+        assert trial._misses_tokens([one], ((torch.randn(6, HIDDEN), real.flatten()), {})) is misses
 
     def test_every_expert_may_be_chosen(self):
         """With as many choices as experts there is none that nobody chose."""

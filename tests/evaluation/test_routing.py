@@ -127,6 +127,51 @@ class TestInsert:
             routed._insert(gate)
         assert reason in str(raised.value)
 
+    @pytest.mark.parametrize("refused", [False, True])
+    def test_what_stands_in_the_graph(self, refused, monkeypatch):
+        """New ids and weights are told as the old ones are; a dispatch that cannot take them is an error."""
+        graph = torch.fx.Graph()
+        names = ("ids", "weights", "worth", "choice", "hidden", "router")
+        ids, weights, worth, choice, hidden, router = (graph.placeholder(name) for name in names)
+        for node in (ids, weights):
+            node.meta["val"] = node.name
+        gate = types.SimpleNamespace(
+            weights=weights, ids=ids, selection=ids, needs_merge=True, router_input=hidden, router_weight=router
+        )
+        scores = types.SimpleNamespace(choice=choice, worth=worth, probabilities=True)
+        monkeypatch.setattr(routing, "gate_scores", lambda gate: scores)
+        asked = []
+
+        def redirect(gate, ask, *, with_weights):
+            asked.append((*ask(), with_weights))
+            return Skip(SkipReason.SCORES_BY_ID, ids) if refused else asked
+
+        monkeypatch.setattr(routing, "redirect_dispatch", redirect)
+        routed = routing.RoutedModel(torch.nn.Linear(1, 1))
+        if refused:
+            with pytest.raises(EvaluationError, match="cannot be re-routed"):
+                routed._insert(gate)
+        else:
+            routed._insert(gate)
+        [(new_ids, new_weights, with_weights)] = asked
+        assert (new_ids.meta["val"], new_weights.meta["val"], with_weights) == ("ids", "weights", True)
+        assert (new_ids.args[1], new_weights.args[1]) == (0, 1)
+        assert new_ids.args[0] is new_weights.args[0]
+        assert new_ids.args[0].args == (ids, weights, worth, choice, hidden, router)
+
+    def test_slots_are_merged_over_all_experts(self):
+        """Of which there are more than tokens."""
+        weight = torch.nn.Parameter(torch.rand(5, 4))
+        routed = routing.RoutedModel(torch.nn.Linear(1, 1))
+        routed.decide = lambda call: (torch.full_like(call.ids, 4), call.weights)
+        ids, weights = torch.tensor([[0, 3], [1, 2]]), torch.tensor([[0.5, 0.25], [0.5, 0.125]])
+        merged = routing._Call(routed, probabilities=True, merge=True)
+        new_ids, new_weights = merged(ids, weights, torch.rand(2, 5), None, torch.rand(2, 4), weight)
+        expected = routing.merge_slots(torch.full_like(ids, 4), weights, 5)
+        assert torch.equal(new_ids, expected[0])
+        assert torch.equal(new_weights, expected[1])
+        assert new_weights.amax(1).tolist() == [0.75, 0.625]
+
     @pytest.mark.parametrize("merge", [False, True])
     @pytest.mark.parametrize("probabilities", [False, True])
     def test_a_gate_asks(self, merge, probabilities):

@@ -37,6 +37,9 @@ def test_texts_that_cannot_be_read_say_why(tmp_path):
     path.write_text("nothing")
     with pytest.raises(EvaluationError, match=r"x.jsonl:1 is not JSON"):
         read_texts(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(EvaluationError, match=r"x\.jsonl is not UTF-8 text: .*0xff"):
+        read_texts(path)
     with pytest.raises(EvaluationError, match="no such file"):
         read_texts(tmp_path / "missing.txt")
 

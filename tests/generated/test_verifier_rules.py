@@ -14,7 +14,7 @@ from sere_compile.compiler import prove_outside
 
 from .draws import drawn, judged
 from .test_generated import economical  # noqa: F401  (a fixture)
-from .verifier_rules import BROKEN, RULES, VERIFY
+from .verifier_rules import BROKEN, RULES, VERIFY, edited
 
 ROOT = Path(__file__).parents[2]
 MOST = 200  # programs of a kind
@@ -67,3 +67,25 @@ def test_a_test_fails_without_it(name):
         check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_what_breaks_the_rules_fits_the_code():
+    """Each names code that is there, and tests that there are; a lane of its own runs them."""
+    for name, rule in RULES.items():
+        place, attribute, broken = rule.patch
+        assert getattr(place, attribute) is not broken, name
+        assert bool(rule.programs) != bool(rule.tests), name
+        assert all((ROOT / test.partition("::")[0]).exists() for test in rule.tests), name
+
+
+def doubled(value):
+    """Stands for a function of the verifier."""
+    return value + value
+
+
+def test_an_edit_changes_one_place_of_a_function():
+    """Code in which that place is gone, or is no longer alone, is told."""
+    assert edited(doubled, "value + value", "3 * value")(2) == 6
+    for text in ("value * value", "value"):
+        with pytest.raises(ValueError, match=r"doubled has '.*' [03] times, not once"):
+            edited(doubled, text, "0")

@@ -8,13 +8,17 @@ runs tests without that rule.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sere_compile.compiler import prove_outside
-from sere_compile.passes.proof import ends, expert_parameters, prover
+from sere_compile.passes.proof import ends, expert_parameters, made_up, prover
 
 from .program import GATE, LOOK_ALIKE
 
@@ -27,6 +31,19 @@ def always(value):
     return lambda *args, **kwargs: value
 
 
+def edited(function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
+    """A function in whose source one text stands in place of another, which has to be there once."""
+    source = textwrap.dedent(inspect.getsource(function))
+    found = source.count(before)
+    if found != 1:
+        raise ValueError(
+            f"{function.__qualname__} has {before!r} {found} times, not once: break its rule in another way"
+        )
+    names: dict[str, Any] = {}
+    exec(compile(source.replace(before, after), inspect.getfile(function), "exec"), function.__globals__, names)
+    return names[function.__name__]
+
+
 def exactly_or_not_at_all(self, expected, got, exact):
     """`_differs` that compares with S = K alone."""
     return _differs(self, expected, got, exact) if exact else None
@@ -35,10 +52,20 @@ def exactly_or_not_at_all(self, expected, got, exact):
 _differs = prover.Prover._differs
 
 
+def never_exactly(self, expected, got, exact):
+    """`_differs` that does not compare with S = K."""
+    return None if exact else _differs(self, expected, got, exact)
+
+
 def first_end(self, expected, got, exact):
     """`_differs` that compares the exit alone."""
     apart = prover.distance(expected[self._region.ends[0]], got.ends[0], exact)
     return None if apart is None else f"off by {apart}"
+
+
+def taken_as_held(leaf, like):
+    """`_is_told` that takes the masks of the traced call."""
+    return isinstance(leaf.held, torch.Tensor) and not like.dtype.is_floating_point
 
 
 def other_merging(self, way, experts):
@@ -61,21 +88,34 @@ def by_few_sizes(region, module):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A function of the verifier that is replaced, and what then goes wrong: drawn programs, or tests of the module."""
+    """A function or number of the verifier that is replaced, and what then goes wrong.
+
+    Attributes:
+        place: what holds it.
+        name: its name there.
+        broken: what takes its place; a pair of texts where one takes the other's place in its source.
+        programs: kinds of drawn programs of which one comes out wrong,
+        tests: else tests of the module, of which one fails.
+    """
 
     place: Any
     name: str
-    broken: Callable[..., Any]
+    broken: Any
     programs: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
 
     @property
     def patch(self) -> tuple[Any, str, Any]:
         """Arguments of `setattr`."""
-        return self.place, self.name, self.broken
+        is_edit = isinstance(self.broken, tuple) and all(isinstance(text, str) for text in self.broken)
+        broken = edited(getattr(self.place, self.name), *self.broken) if is_edit else self.broken
+        return self.place, self.name, broken
 
 
 PROVER = "tests/passes/proof/test_prover.py"
+DRAWS = "tests/passes/proof/test_draws.py"
+MASKS = f"{PROVER}::TestMaskInput"
+BORDERS = f"{DRAWS}::test_an_expert_that_a_mask_sends_tokens_to"
 OUTSIDE = "tests/compiler/test_prove_outside.py"
 TRIAL = prove_outside._Trial
 RULES = {
@@ -92,6 +132,25 @@ RULES = {
     "scores weigh what experts give": Rule(
         prover.Prover, "_weighs_nothing", always(False), tests=(f"{PROVER}::test_attended_prompts_are_no_experts",)),
     "what else reads ids and weights stays": Rule(prover.Prover, "_differs", first_end, tests=(PROVER,)),
+    "S = K changes no bit": Rule(
+        prover.Prover, "_differs", never_exactly, tests=(f"{PROVER}::TestCounts",)),
+    "each expert is re-routed once": Rule(
+        prover.Prover, "_check_draws", (" and not (may_tell_apart and stays)", ""),
+        tests=(f"{DRAWS}::test_one_of_many_experts_that_is_told_by_its_number",)),
+    "a rewrite that changes nothing is none": Rule(
+        prover.Prover, "_check_draws", ("told = told or distance(", "told = True or distance("),
+        tests=(f"{DRAWS}::test_a_rewrite_that_would_change_nothing_is_none",)),
+    "routers are sure and unsure": Rule(
+        made_up, "_SHARPNESS", (1.0,) * 4, tests=(f"{DRAWS}::test_weights_that_bend_seldom",)),
+    "state is that of later calls, too": Rule(
+        prover, "later_state", always({}), tests=(f"{DRAWS}::test_a_scale_that_is_one_at_first",)),
+    "more tokens than one call has": Rule(
+        prover, "more_tokens", always({}),
+        tests=(f"{DRAWS}::test_tokens_that_are_dropped_only_where_there_are_many",)),
+    "masks are made up": Rule(made_up, "_is_told", taken_as_held, tests=(MASKS,)),
+    "each expert is re-routed under masks": Rule(prover, "has_masks", always(False), tests=(BORDERS,)),
+    "masks of chosen experts mark some tokens": Rule(
+        prover, "activation_values", ("2 if chosen else draw, generator", "draw, generator"), tests=(BORDERS,)),
     "inside vmap there is no batch": Rule(VERIFY, "_inside_vmap", always(False), tests=(PROVER,)),
     "outside: parameters act on one expert's tokens": Rule(
         TRIAL, "_belongs_to_experts", always(True), tests=(OUTSIDE,)),

@@ -55,6 +55,61 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "there is one number a token",
     ),
     (
+        "passes/count_routing.py",
+        "add_counts",
+        "before, after = (torch.where(real[..., None], ids, -2) for ids in (before, after))",
+        "no negative number names an expert",
+    ),
+    (
+        "sere_compile/evaluation/filling.py",
+        "FillKept.__call__",
+        "keeping = Keeping(self.select_top_k, self.threshold, self.min_active or 0, self.max_active)",
+        "None is no budget, as 0 is",
+    ),
+    (
+        "passes/proof/made_up.py",
+        "activation_values",
+        "generator = torch.Generator().manual_seed(100 + draw)",
+        "any seed will do, as long as draws have their own",
+    ),
+    (
+        "sere_compile/compiler/prove_outside.py",
+        "_Score.__call__",
+        "return logits / (torch.rand(logits.shape, generator=generator) + 0.5).to(logits)",
+        "any other scores will do",
+    ),
+    (
+        "ops/reroute/reference.py",
+        "_primary_within",
+        "last = torch.maximum((sizes <= max_active).sum(0) - 1, (sizes < min_active).sum(-1))",
+        "there is one dimension",
+    ),
+    (
+        "passes/pack_gqa.py",
+        "_pack",
+        "scale = nodes.argument(node, 7, 'scale')",
+        "attention takes its scale by name only",
+    ),
+    (
+        "passes/fuse_experts.py",
+        "_confirmed",
+        "values: dict[Node, Any] = {node: random(node, matrix=len(nodes.shape(node)) == 3) if nodes.is_tensor(node) "
+        "else nodes.size_in_call(node, sizes) for node in region.inputs}",
+        "a tensor has sizes",
+    ),
+    (
+        "passes/proof/ways.py",
+        "rewrite_region",
+        "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers)",
+        "each run sets its own S",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "ExpertParameters.unknown_moves",
+        "here = parts[-1].holds(torch.arange(experts))",
+        "a rank holds the same experts' part of each tensor",
+    ),
+    (
         "passes/proof/sources.py",
         "_sums_features",
         "slots = len(nodes.shape(region.gate.ids)) - 1",

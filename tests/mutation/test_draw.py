@@ -113,7 +113,7 @@ def test_every_module_has_tests():
     assert len(population()) > 60
     assert own_tests("passes/fuse_router.py") == ("tests/passes/test_fuse_router.py",)
     assert own_tests("ops/reroute/reference.py") == ("tests/ops/test_reroute.py",)
-    assert own_tests("sere_compile/compiler/traced_graph.py") == ("tests/test_backend.py", "tests/test_rewrite.py")
+    assert own_tests("ops/launching.py") == ("tests/ops/test_reroute.py", "tests/ops/test_expert_mlp.py")
     for module in population():
         assert own_tests(module)
         assert all((drawing.ROOT / file).exists() for file in own_tests(module)), module

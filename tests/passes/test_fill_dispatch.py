@@ -12,6 +12,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sere_compile
 from sere_compile import ConfigError, SereConfig
 from sere_compile.lowering.standard_operators import decompose, sere_nodes
+from sere_compile.passes import Evidence, RoutingSettings, SkipReason
+from sere_compile.passes.fill_dispatch import fill_dispatch
+from sere_compile.passes.graph import nodes
 
 from .. import tiny_models
 from ..ops import fill_oracle
@@ -39,13 +42,20 @@ def routed_by_oracle(block: moe_modules.Block, x: torch.Tensor, select: int, **o
     return moe_modules.weighted_sum(block, x, torch.tensor(rows[0]), torch.tensor(rows[1]).to(x))
 
 
+class InPlace(moe_modules.Indexed):
+    """The last of what makes its scores is done in place."""
+
+    def scores(self, x):
+        return super().scores(x).add_(0.01)
+
+
 KINDS = [
     moe_modules.Indexed, moe_modules.Grouped, moe_modules.ScatterCombine, moe_modules.OneHotMask,
     moe_modules.IndexPut, moe_modules.SlotTable,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*KINDS, moe_modules.BiasCorrected], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*KINDS, moe_modules.BiasCorrected, InPlace], ids=lambda kind: kind.__name__)
 def test_blocks_equal_the_oracle(kind):
     """Every way of dispatching, also those that are wrong when a token names an expert twice; a biased selection."""
     torch.manual_seed(0)
@@ -139,6 +149,16 @@ def test_falls_back_to_re_routing_and_says_so(caplog):
         assert "re-routed, not filled" in caplog.text
         with pytest.raises(BackendCompilerFailed, match="cannot be filled"):
             compiled(block, strict=True)(x)
+
+
+def test_scores_that_are_gone_are_a_refusal_of_a_gate():
+    """Something is known of it; the graph stays as it was."""
+    graph = moe_modules.from_dynamo(Overwrites(), moe_modules.rows())
+    gate, before = moe_modules.one_gate(graph), str(graph.graph)
+    skip = fill_dispatch(gate, RoutingSettings(1))
+    assert (skip.reason, skip.evidence, nodes.kind(skip.node)) == (SkipReason.NO_SCORES, Evidence.EXPERTS, "zero")
+    assert skip.is_refused_gate
+    assert str(graph.graph) == before
 
 
 def test_exports_fill_without_a_profile():

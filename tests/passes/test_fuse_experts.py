@@ -13,6 +13,7 @@ from sere_compile.passes import DispatchRegion, Gate, SkipReason, extract_dispat
 from sere_compile.passes.fuse_experts import (
     _activations,
     _candidates,
+    _fp8_candidates,
     _hidden,
     _outside,
     _random_experts,
@@ -321,6 +322,40 @@ class TestCandidates:
         else:
             found = [layer for layer in found if not layer[2]]
         assert sorted(found, key=str) == sorted(layers, key=str)
+
+    @pytest.mark.parametrize(
+        ("change", "activations"),
+        [
+            ({}, ["relu_glu"]),
+            ({"up": (E, INNER, H)}, ["relu"]),
+            ({"up": (E, INNER + 1, H)}, []),
+            ({"up_scale": (E, 2, 1)}, []),
+            ({"down_scale": (E + 1, 1, 1)}, []),
+            ({"more": [(E, H)]}, []),
+            ({"products": 1}, []),
+            ({"dtype": torch.float32}, []),
+        ],
+        ids=str,
+    )
+    def test_of_fp8(self, change, activations):
+        """Weights in blocks, each with its scales, and nothing else; rows are rounded too."""
+        sizes = {"up": GATED, "up_scale": (E, 1, 1), "down": DOWN, "down_scale": (E, 1, 1), **change}
+        up, up_scale, down, down_scale = names = ("up", "up_scale", "down", "down_scale")
+        with torch.library._scoped_library("_finegrained_fp8_c0ffee4", "DEF") as library:
+            library.define("w8a8_block_dynamic_fp8_matmul_batched(Tensor A, Tensor B, Tensor Bs) -> Tensor")
+            library.impl("w8a8_block_dynamic_fp8_matmul_batched", lambda a, *_: a.clone(), "CompositeExplicitAutograd")
+            region = Region(*(sizes[name] for name in names), *change.get("more", ())).does(RELU)
+            of = dict(zip(names, region.inputs, strict=False))
+            product = torch.ops._finegrained_fp8_c0ffee4.w8a8_block_dynamic_fp8_matmul_batched.default
+            pairs = [(up, up_scale), (down, down_scale)][: change.get("products", 2)]
+            region.inside += [region.call(product, region.hidden, of[a], of[b]) for a, b in pairs]
+            hidden = region.input(torch.zeros(T, H, dtype=change.get("dtype", torch.bfloat16)))
+            found = list(_fp8_candidates(region, hidden))
+        assert [layer.activation for layer in found] == activations
+        for layer in found:
+            assert (layer.gate_up, layer.gate_up_scale, layer.down, layer.down_scale) == tuple(region.inputs)
+            assert (layer.gate_up_bias, layer.down_bias) == (None, None)
+            assert (layer.interleaved, layer.transposed, layer.fp8_activations) == (False, False, True)
 
     def test_of_another_type(self):
         region = Region(UP, DOWN).does(RELU)

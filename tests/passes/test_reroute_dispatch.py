@@ -1,5 +1,7 @@
 """`reroute_dispatch`: numbers equal the definition of SERE, and the graph keeps everything else."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -335,6 +337,40 @@ class TestRefusals:
         skip, gate = refused(Unweighted())
         assert skip is gate.weights_skip
         assert skip.reason is SkipReason.NO_WEIGHTS
+
+    @pytest.mark.parametrize("known", [True, False])
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"merged": True}, SkipReason.NO_WEIGHTS),
+            ({"projection": True}, SkipReason.NO_SCALE),
+            ({"projection": True, "merged": False}, SkipReason.NO_SCALE),
+        ],
+        ids=["merged", "scaled and merged", "scaled"],
+    )
+    def test_the_detail_is_why_weights_are_unknown(self, options, reason, known):
+        """Else the place of the ids; nothing of the graph changes."""
+        graph = from_export(Indexed(), rows())
+        gate, matrix = one_gate(graph), add_matrix(graph, similarity())
+        skip = Skip(SkipReason.NO_WEIGHTS, gate.ids, "for once") if known else None
+        gate = dataclasses.replace(gate, weights=None, weights_skip=skip)
+        before = str(graph.graph)
+        options = {**options, "projection": matrix if "projection" in options else None}
+        found = reroute_dispatch(gate, matrix, RoutingSettings(1), **options)
+        assert (found.reason, found.node) == (reason, gate.ids)
+        told = str(skip) if reason is SkipReason.NO_SCALE else "for once"
+        assert found.detail == (told if known else nodes.place(gate.ids))
+        assert str(graph.graph) == before
+
+    @pytest.mark.parametrize(("budget", "merged"), [(5, True), (5, False), (0, True)])
+    def test_merged_slots_have_no_budget(self, budget, merged):
+        graph = from_export(Indexed(), rows())
+        gate, matrix = one_gate(graph), add_matrix(graph, similarity())
+        found = reroute_dispatch(gate, matrix, RoutingSettings(1, max_active=budget), merged=merged)
+        assert isinstance(found, Skip) is (merged and budget > 0)
+        if isinstance(found, Skip):
+            assert (found.reason, found.evidence) == (SkipReason.BUDGET, Evidence.EXPERTS)
+            assert found.detail == "max_active is 5"
 
     def test_scores_masked_by_ids(self):
         """`probs * mask` is refused although something like weights is there."""

@@ -579,6 +579,20 @@ class TestWhatIsSaidOfAll:
         assert load_sizes(selection) == {1, EXPERTS, EXPERTS * TOP_K}
 
 
+@pytest.mark.parametrize(("stored", "reach"), [(EXPERTS, True), (EXPERTS + 1, False)])
+def test_a_product_by_ids(stored, reach):
+    """It reads one matrix of each expert; other tables are none of theirs."""
+    with torch.library._scoped_library("_finegrained_fp8_c0ffee2", "DEF") as library:
+        library.define("mxfp_dynamic_matmul_batched(Tensor A, Tensor B, Tensor Bs, Tensor expert_ids) -> Tensor")
+        library.impl("mxfp_dynamic_matmul_batched", lambda a, b, scales, ids: a.clone(), "CompositeExplicitAutograd")
+        w = Classified(experts=False)
+        product = torch.ops._finegrained_fp8_c0ffee2.mxfp_dynamic_matmul_batched.default
+        made = w.call(product, w.x, w.weight(stored, WIDTH, WIDTH), w.weight(stored), w.flat())
+        found = w.uses(made)
+        assert [use.kind for use in found.all] == [UseKind.EXPERT_INDEX]
+        assert bool(found.reach) is reach
+
+
 class TestBeforeIdsAreComplete:
     """Readers of whole ids where a dispatch reads their first columns."""
 

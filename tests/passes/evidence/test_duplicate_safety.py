@@ -167,6 +167,18 @@ SLOTS = {
     "compared with an expert": (lambda w: w.call(torch.ge, w.sorted_ids(), 3), False),
     "clamped, then counted": (lambda w: w.call(torch.bincount, w.call(torch.clamp, w.sorted_ids(), 0, 7)), True),
     "clamped, then compared": (lambda w: w.call(torch.eq, w.call(torch.clamp, w.sorted_ids(), 0, 7), 2), False),
+    "clamped and counted, then compared": (
+        lambda w: [w.call(torch.bincount, w.call(torch.clamp, ids := w.sorted_ids(), 0, 7)), w.call(torch.eq, ids, 2)],
+        False,
+    ),
+    "sorted back, then as numbers": (
+        lambda w: [w.pick(w.x, w.call(torch.argsort, order := w.order())), w.call(torch.add, order, 1)],
+        False,
+    ),
+    "read by order, then as numbers": (lambda w: [w.pick(w.x, o := w.order()), w.call(torch.add, o, 1)], False),
+    "read by token, then as numbers": (lambda w: [w.pick(w.x, t := w.tokens()), w.call(torch.add, t, 1)], False),
+    "order added to numbers": (lambda w: w.call(torch.add, w.flat, w.order()), False),
+    "tokens added to numbers": (lambda w: w.call(torch.add, w.flat, w.tokens()), False),
     "sorted ids as numbers": (lambda w: w.call(torch.add, w.sorted_ids(), 1), False),
     "rows of sorted ids": (lambda w: w.pick(w.sorted_ids(), w.flat), False),
     "rows of the order": (lambda w: w.pick(w.order(), w.flat), False),

@@ -406,6 +406,13 @@ def test_what_is_no_product_written_out(write):
     assert isinstance(skip, Skip)
 
 
+def negated(w, node, times):
+    """A node, negated so often."""
+    for _ in range(times):
+        node = w.call(torch.neg, node)
+    return node
+
+
 class TestComputedWeights:
     """A weight that is computed of the model's own is known by the matrix that has its sizes."""
 
@@ -431,12 +438,22 @@ class TestComputedWeights:
             lambda w, x, r: w.call(torch.mul, r, w.given(HIDDEN)),
             lambda w, x, r: w.call(torch.add, r, w.weight(EXPERTS, HIDDEN)),
             lambda w, x, r: w.call(torch.outer, w.weight(EXPERTS), w.weight(HIDDEN)),
-            lambda w, x, r: [r := w.call(torch.neg, r) for _ in range(30)][-1],
+            lambda w, x, r: negated(w, r, 30),
+            lambda w, x, r: w.mul(r, negated(w, w.given(HIDDEN), 30)),
+            lambda w, x, r: w.mul(negated(w, w.given(HIDDEN), 30), r),
             lambda w, x, r: w.call(
                 torch.mul, w.input(nn.Parameter(torch.ones(EXPERTS, HIDDEN, dtype=torch.int8), False)), 2.0
             ),
         ],
-        ids=["with an input", "two of its sizes", "of vectors", "far away", "whole numbers"],
+        ids=[
+            "with an input",
+            "two of its sizes",
+            "of vectors",
+            "far away",
+            "times an input far away",
+            "an input far away",
+            "whole numbers",
+        ],
     )
     def test_not_found(self, compute):
         skip, _, _ = traced(lambda w, x, r: w.call(F.linear, x, compute(w, x, r)))
@@ -444,7 +461,5 @@ class TestComputedWeights:
         assert "stopped at linear" in skip.detail
 
     def test_within_some_steps(self):
-        found, _, weight = traced(
-            lambda w, x, r: w.call(F.linear, x, [r := w.call(torch.neg, r) for _ in range(20)][-1])
-        )
+        found, _, weight = traced(lambda w, x, r: w.call(F.linear, x, negated(w, r, 20)))
         assert found.weight is weight

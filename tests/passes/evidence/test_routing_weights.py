@@ -427,8 +427,13 @@ def test_what_follows_the_weights(name):
             w.call(torch.tanh, w.mul(w.column(v), w.call("unsqueeze", w.x, 1))),
             w.weight(HIDDEN, 2),
         ),
+        lambda w, v: w.call(
+            torch.matmul,
+            w.mul(w.column(v), w.call("unsqueeze", w.call(torch.tanh, w.x), 1)),
+            w.weight(HIDDEN, 2),
+        ),
     ],
-    ids=["a mask", "outputs bent", "scaled, no product", "scaled outputs", "scaled, then bent"],
+    ids=["a mask", "outputs bent", "scaled, no product", "scaled outputs", "scaled, then bent", "scaled inside"],
 )
 def test_what_may_follow(write):
     w = Layer()

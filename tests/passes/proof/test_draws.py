@@ -14,8 +14,8 @@ from ..moe_modules import EXPERTS, TRACERS, Block, Indexed, ScatterCombine, from
 from ..test_verify_rewrite import weights_of
 
 
-def proof_of(module, tracer=from_dynamo, x=None, **options):
-    graph = tracer(module, rows() if x is None else x, **options)
+def proof_of(module, tracer=from_dynamo, x=None, *more, **options):
+    graph = tracer(module, rows() if x is None else x, *more, **options)
     return verify_rewrite(one_gate(graph), weights_of(graph))
 
 
@@ -107,6 +107,32 @@ def test_one_of_many_experts_that_is_told_by_its_number(special, tokens):
 
 def test_a_number_that_no_expert_has():
     assert isinstance(proof_of(OneIsSpecial(64)), Proof)
+
+
+class AtBorders(Block):
+    """Of many experts tokens read one behind the ids at borders of a mask: nowhere where it is all one."""
+
+    def __init__(self, change):
+        super().__init__(experts=64, top_k=2)
+        self.change = change
+
+    def forward(self, x, real):
+        border = real ^ real.roll(1, 0)
+        return Indexed.dispatch(self, x, *self.change(border, *self.route(x)))
+
+
+@pytest.mark.parametrize("number", [3, 40])
+def test_an_expert_that_a_mask_sends_tokens_to(number):
+    """That one is re-routed while the mask marks some tokens."""
+    module = AtBorders(lambda border, ids, weights: (ids * ~border + number * border, weights))
+    refusal = proof_of(module, from_dynamo, None, torch.ones(10, 1, dtype=torch.bool))
+    assert isinstance(refusal, Skip)
+    assert "is off by" in refusal.detail
+
+
+def test_a_mask_that_sends_no_token_elsewhere():
+    module = AtBorders(lambda border, ids, weights: (ids, weights * ~border))
+    assert isinstance(proof_of(module, from_dynamo, None, torch.ones(10, 1, dtype=torch.bool)), Proof)
 
 
 class Capacity(Block):

@@ -17,6 +17,7 @@ from sere_compile.passes.proof.ends import (
     _root_of,
     _runs_experts,
     _same_attribute,
+    _Search,
     find_ends,
 )
 
@@ -309,6 +310,22 @@ class TestByHand:
         w.call("add_", memory, x)
         assert _runs_experts(w.call(torch.exp, memory), gate)
         assert not _runs_experts(early, gate)
+
+    @pytest.mark.parametrize(("steps", "weighed"), [(0, True), (12, True), (13, False)])
+    def test_a_matrix_some_steps_back_weighs(self, steps, weighed):
+        """Neither the router's nor one that is written does."""
+        w = Written()
+        search = _Search.__new__(_Search)
+        router, experts, buffer = (w.weight(EXPERTS, 6) for _ in range(3))
+        search._projection, search._router, search._of_router = w.given(4, EXPERTS), {router}, {EXPERTS}
+        w.call("add_", buffer, 1.0)
+
+        def behind(node):
+            return [node, *(node := w.call(torch.exp, node) for _ in range(steps))][-1]
+
+        assert search._is_weighed(behind(experts)) is weighed
+        assert not any(search._is_weighed(behind(node)) for node in (router, buffer, search._projection))
+        assert not search._is_weighed(behind(w.weight(EXPERTS)))
 
     def test_attributes_that_are_read_twice(self):
         w = Written()

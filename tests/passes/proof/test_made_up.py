@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sere_compile.passes.graph import nodes
-from sere_compile.passes.proof.made_up import activation_values, later_state, redrawn, state_values
+from sere_compile.passes.proof.made_up import activation_values, has_masks, later_state, redrawn, state_values
 from sere_compile.passes.proof.region import Leaf
 
 from ..graph.written import Written
@@ -241,8 +241,8 @@ class TestOneLeaf:
             (torch.zeros(3, 4), torch.float32),
             (torch.zeros(3, 4).half(), torch.float32),
             (torch.zeros(3, 4).double(), torch.float64),
-            (torch.zeros(3), torch.float32),
-            (torch.zeros(3).bfloat16(), torch.float32),
+            (torch.zeros(300), torch.float32),
+            (torch.zeros(300).bfloat16(), torch.float32),
             (torch.zeros(3, dtype=torch.int32), torch.int32),
             (torch.zeros(3, 4, dtype=torch.int64), torch.int64),
         ],
@@ -255,7 +255,7 @@ class TestOneLeaf:
         if not dtype.is_floating_point:
             assert not value.any()
         elif like.dim() == 1:
-            assert ((value >= 0.05) & (value <= 1.05)).all()
+            assert 0.05 <= value.min() < 0.1 < 1 < value.max() <= 1.05
         else:
             assert value.unique().numel() == value.numel()
         assert made(like, single=False).dtype == like.dtype
@@ -285,6 +285,31 @@ class TestOneLeaf:
             assert made(like.to("meta"), kind).device.type == "meta"
             assert not torch.equal(made(like, kind, draw=1), value)
             assert torch.equal(made(like, kind), value)
+
+    @pytest.mark.parametrize(
+        ("held", "told"),
+        [
+            (torch.tensor([3, 7]), True),
+            (torch.tensor([0, 1, 2]), True),
+            (torch.tensor([-1, 1]), True),
+            (torch.tensor([0, 1]), False),
+            (torch.tensor([0, 0]), False),
+            (torch.tensor([1, 1]), False),
+            (torch.tensor([True, False]), False),
+            (None, False),
+        ],
+        ids=str,
+    )
+    def test_numbers_of_a_call_that_serve(self, held, told):
+        """Places and words do; what may be a mask is made up, and then a proof has masks."""
+        like = torch.zeros(2, dtype=torch.int64) if held is None else torch.zeros_like(held)
+        w = Written()
+        node = w.input(like)
+        assert has_masks(types.SimpleNamespace(leaves={node: Leaf("activation", node, held)})) is not told
+        assert not has_masks(types.SimpleNamespace(leaves={node: Leaf("hidden", node, held)}))
+        drawn = [made(like, "activation", held, draw=draw) for draw in (0, 1)]
+        assert all(torch.equal(value, held) for value in drawn) if told else drawn[0].all() and not drawn[1].any()
+        assert made(torch.zeros(2), "activation", torch.tensor([3.0, 7.0])).max() < 2, "these may be scores"
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
     def test_masks(self, dtype):

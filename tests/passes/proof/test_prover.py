@@ -5,7 +5,9 @@ in for it. What the module returns besides its tokens has to be what it was.
 """
 
 import copy
+import dataclasses
 import importlib
+import types
 from typing import ClassVar
 
 import pytest
@@ -28,8 +30,10 @@ from sere_compile.passes.graph import run_part
 from sere_compile.passes.proof.expert_parameters import ExpertParameters, Told
 from sere_compile.passes.proof.prover import Prover, Verdict
 from sere_compile.passes.proof.region import cut_region
+from sere_compile.passes.proof.ways import Got, Rewritten
 from sere_compile.testing import reroute_oracle
 
+from ..graph.written import Written
 from ..moe_modules import (
     EXPERTS,
     HIDDEN,
@@ -914,6 +918,42 @@ class TestCounts:
         monkeypatch.setattr(prover, "_compare", lambda *draw: seen.append(draw[-1]) or own(*draw))
         assert not prover.prove().refused
         assert seen == list(range(draws))
+
+    def test_with_as_many_primary_experts_as_slots_no_bit_may_change(self, monkeypatch):
+        """What rounding may explain with fewer is wrong there."""
+        prover, own = self.prover(Indexed()), Rewritten.run
+
+        def rounded(self, values, run, settings, *more):
+            got = own(self, values, run, settings, *more)
+            end = got.ends[0].clone()
+            end[0, 0] += 1e-6 * (settings.select_top_k == changed)
+            return dataclasses.replace(got, ends=[end, *got.ends[1:]])
+
+        monkeypatch.setattr(Rewritten, "run", rounded)
+        changed = 1
+        assert not prover.prove().refused
+        changed = TOP_K
+        assert "with new ids and S = K" in prover.prove().refusal
+
+    def test_a_buffer_that_is_written_anew_is_left_out(self, monkeypatch):
+        """Ends behind it are compared; one that is kept is as well."""
+        w = Written()
+        exit_node, scratch, loss = w.given(2), w.given(2), w.given(2)
+        prover = Prover.__new__(Prover)
+        prover._region = types.SimpleNamespace(
+            ends=(exit_node, scratch, loss), written=(scratch,), originals={loss: w.given(3)}
+        )
+        expected = dict.fromkeys(prover._region.ends, torch.ones(2))
+
+        def differs(*ends, anew):
+            monkeypatch.setattr(prover, "_is_scratch", lambda written: anew)
+            return prover._differs(expected, Got(list(ends), torch.arange(2), 2), exact=False)
+
+        same, other = torch.ones(2), torch.zeros(2)
+        assert differs(same, other, same, anew=True) is None
+        assert differs(same, other, other, anew=True) == "x3 is off by 1 of 1"
+        assert differs(same, other, other, anew=False) == "x1 is off by 1 of 1"
+        assert differs(other, other, other, anew=True) == "x0 is off by 1 of 1"
 
     def test_what_is_told_of_a_proof(self):
         verdict = self.prover(Indexed()).prove()
