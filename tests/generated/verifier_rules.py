@@ -15,10 +15,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from sere_compile.compiler import prove_outside
-from sere_compile.passes.proof import ends, expert_parameters, made_up, prover
+from sere_compile.passes.proof import ends, expert_parameters, made_up, masks, prover
 
 from .program import GATE, LOOK_ALIKE
 
@@ -63,9 +61,9 @@ def first_end(self, expected, got, exact):
     return None if apart is None else f"off by {apart}"
 
 
-def taken_as_held(leaf, like):
-    """`_is_told` that takes the masks of the traced call."""
-    return isinstance(leaf.held, torch.Tensor) and not like.dtype.is_floating_point
+def all_real(self, mask, like, sizes, variant, generator):
+    """`_mixed` that marks nothing, as the traced call may not."""
+    return self._uniform(mask, like, sizes, all_real=True, generator=generator)
 
 
 def other_merging(self, way, experts):
@@ -147,10 +145,10 @@ RULES = {
     "more tokens than one call has": Rule(
         prover, "more_tokens", always({}),
         tests=(f"{DRAWS}::test_tokens_that_are_dropped_only_where_there_are_many",)),
-    "masks are made up": Rule(made_up, "_is_told", taken_as_held, tests=(MASKS,)),
-    "each expert is re-routed under masks": Rule(prover, "has_masks", always(False), tests=(BORDERS,)),
-    "masks of chosen experts mark some tokens": Rule(
-        prover, "activation_values", ("2 if chosen else draw, generator", "draw, generator"), tests=(BORDERS,)),
+    "other calls mask some tokens": Rule(masks.Masks, "_mixed", all_real, tests=(MASKS,)),
+    "each expert is re-routed under masks": Rule(
+        prover.Prover, "_wrong_under_masks", always(None), tests=(BORDERS,)),
+    "experts read the ids that re-routing saw": Rule(prover, "changed_id", always(None), tests=(MASKS,)),
     "inside vmap there is no batch": Rule(VERIFY, "_inside_vmap", always(False), tests=(PROVER,)),
     "outside: parameters act on one expert's tokens": Rule(
         TRIAL, "_belongs_to_experts", always(True), tests=(OUTSIDE,)),
