@@ -7,8 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._guards import Guard, TracingContext, detect_fake_mode
@@ -197,11 +198,46 @@ def is_outermost() -> bool:
 
 @contextlib.contextmanager
 def dynamic_shape_capture() -> Iterator[None]:
-    """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors."""
+    """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors.
+
+    What even then ends a graph inside a loop leaves a graph of all that is ahead of the loop, see `graphs_before_loops`.
+    """
     from torch._dynamo import config  # here, because importing Dynamo takes seconds
 
-    with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+    with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True), graphs_before_loops():
         yield
+
+
+_before_loops: ContextVar[bool] = ContextVar("sere graphs before loops", default=False)
+
+
+@contextlib.contextmanager
+def graphs_before_loops() -> Iterator[None]:
+    """Where a graph breaks inside a loop, compile what is ahead of the loop; the rest of the frame runs as it is.
+
+    By default Dynamo skips the whole frame then, router and top-k included. It knows how to end a graph at the last
+    line where nothing is on the Python stack, which is what it does for a break inside `try`; a `for` loop keeps its
+    iterator on the stack, so that this line is ahead of it. Without the place in Dynamo where that is decided, nothing
+    changes.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    decide = getattr(InstructionTranslatorBase, "raise_loop_graph_break", None)
+    if decide is not None and not hasattr(decide, "skipping"):
+
+        def end_ahead_of_loop(code: CodeType, error: Exception) -> NoReturn:
+            if _before_loops.get():
+                raise error
+            decide(code, error)
+            raise AssertionError("Dynamo raises there")
+
+        end_ahead_of_loop.skipping = decide  # type: ignore[attr-defined]
+        InstructionTranslatorBase.raise_loop_graph_break = staticmethod(end_ahead_of_loop)  # type: ignore[assignment]
+    token = _before_loops.set(True)
+    try:
+        yield
+    finally:
+        _before_loops.reset(token)
 
 
 def captures_dynamic_shapes() -> bool:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
 from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, separate_statistics
 from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
+from ..passes.graph.run_part import plain_number
 from ..passes.proof.made_up import by_turns
 from . import dynamo
 from .kept_aside import KeptAside, alike, content
@@ -270,7 +272,8 @@ class _Trial:
             torch.manual_seed(0)
             args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
             if (hidden := _hidden_of((args, kwargs))) is not None:
-                dynamo.let_vary(hidden, hidden.dim() - 2)  # the graph that is made serves many tokens as well
+                # The graph that is made serves many tokens as well.
+                dynamo.let_vary(hidden, _counting_dim(hidden, self._gate))
             result = self._call(*args, **kwargs)
             returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             self.kept = {_RETURNED: content(result)} | changed()
@@ -459,7 +462,7 @@ class _Trial:
 
     def _problem_with_more(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
         """The same with many tokens, if the block takes them: code may drop what is beyond a place."""
-        more = _with_more_rows(inputs)
+        more = _with_more_rows(inputs, self._gate)
         if more is None:
             return None
         with dynamo.compiling_nothing_more():
@@ -669,12 +672,20 @@ def _hidden_of(inputs: Arguments) -> torch.Tensor | None:
     return tensors[0] if fits and tensors[0].shape[-2] > 1 else None
 
 
-def _with_more_rows(inputs: Arguments) -> Arguments | None:
+def _counting_dim(hidden: torch.Tensor, gate: Gate) -> int:
+    """The dimension of hidden states [.., T, H] that counts who chooses: tokens, or sequences in [B, T, H]."""
+    choosing = math.prod(map(plain_number, nodes.shape(gate.ids) or ())) // gate.top_k
+    of_sequences = hidden.dim() == 3 and choosing == hidden.shape[0] != hidden.shape[:-1].numel()
+    return 0 if of_sequences else hidden.dim() - 2
+
+
+def _with_more_rows(inputs: Arguments, gate: Gate) -> Arguments | None:
     """The arguments with many tokens in place of few, where hidden states are all the tensors among them."""
     hidden = _hidden_of(inputs)
     if hidden is None:
         return None
-    rows = (*hidden.shape[:-2], _MANY_ROWS, hidden.shape[-1])
+    rows = list(hidden.shape)
+    rows[_counting_dim(hidden, gate)] = _MANY_ROWS
     drawn = torch.randn(rows, generator=torch.Generator().manual_seed(3)).to(hidden)
     return tree_map(lambda value: drawn if value is hidden else value, inputs)  # type: ignore[no-any-return]
 
@@ -705,10 +716,15 @@ def _changed_rows(before: list[torch.Tensor], after: list[torch.Tensor], rows: i
     """Which tokens' outputs differ, bool [rows]; None where no output has a row per token."""
     changed = None
     for a, b in zip(before, after, strict=True):
-        if a.is_floating_point() and a.dim() > 1 and a.shape[:-1].numel() == rows and a.shape == b.shape:
+        if a.is_floating_point() and a.shape == b.shape and _counts_rows(a.shape, rows):
             differs = (a != b).reshape(rows, -1).any(-1)
             changed = differs if changed is None else changed | differs
     return changed
+
+
+def _counts_rows(shape: torch.Size, rows: int) -> bool:
+    """Whether the leading sizes of a tensor count so many rows: [T, H], [B, S, H], or [B, S, H] of B sequences."""
+    return any(shape[:end].numel() == rows for end in range(1, len(shape)))
 
 
 def _distance(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float | None:
