@@ -112,7 +112,7 @@ class _Compiled:
         """Say what was not re-routed; with strict=True this raises, and every later call does."""
         captured = self._captured is not None
         try:
-            if no_graph:
+            if no_graph and call.refusal is None:
                 missing_gates.tell_no_graph(self._model, args, kwargs, self._config, captured=captured)
             else:
                 missing_gates.settle(call, self._model, args, kwargs, self._config, captured=captured)
@@ -142,6 +142,7 @@ class _Compiled:
                 raise
             random_state.restore()
             call.forget()
+            call.refusal = dynamo.raised_by_backend(error, GateNotFoundError)
             return self._plain(*args, **kwargs)
         if runs.rewritten > before:
             self._dynamic = True

@@ -104,7 +104,7 @@ class ObservedModel:
         What a graph shows of the experts is what the model computes. Modules beside the router, which stand in for
         what no graph shows, come last.
         """
-        for captures, needs_region in ((False, True), (True, True), (False, False)):
+        for captures, needs_region in ((False, True), (True, True), (False, False), (True, False)):
             if captures or not needs_region:
                 dynamo.forget_codes(self.model)
             self._needs_region = needs_region

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import CodeType, FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch._guards import Guard, TracingContext, detect_fake_mode
@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ..passes.graph.copy import copy_module
 
+_Error = TypeVar("_Error", bound=Exception)
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
 # Attributes that AOTAutograd reads from a graph module that Dynamo made.
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id")
@@ -245,6 +246,12 @@ def captures_dynamic_shapes() -> bool:
     from torch._dynamo import config
 
     return bool(config.capture_dynamic_output_shape_ops)
+
+
+def raised_by_backend(error: Exception, kind: type[_Error]) -> _Error | None:
+    """The error of one kind that a backend raised, and that Dynamo wrapped in its own; None where it is another."""
+    inner = getattr(error, "inner_exception", error)
+    return inner if isinstance(inner, kind) else None
 
 
 def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

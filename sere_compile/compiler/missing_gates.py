@@ -75,16 +75,27 @@ class OneCall:
         nearest: of the selections that are no gates, the one that looked most like one.
         routers: weights of the gates that ran.
         settled: whether all there is to say was said at compile time.
+        held: weights of the gates that ran in graphs of a call that was made again, which said why each stays.
+        refusal: with strict=True what such a call raised.
     """
 
     nearest: Skip | None = None
     routers: list[torch.Tensor] = field(default_factory=list)
     settled: bool = False
+    held: list[torch.Tensor] = field(default_factory=list)
+    refusal: GateNotFoundError | None = None
+    _was_held: bool = False
     _before: int = field(default_factory=lambda: runs.with_gates)
 
     def forget(self) -> None:
-        """The call is made again, in another way."""
-        self.nearest, self.routers, self.settled, self._before = None, [], False, runs.with_gates
+        """The call is made again, in another way: what graphs hold then may be less."""
+        self._was_held = self.was_one_graph
+        self.held, self.routers, self.settled, self._before = self.routers, [], False, runs.with_gates
+
+    @property
+    def was_held(self) -> bool:
+        """Whether all of it was a graph with gates, in this way or one that was given up."""
+        return self._was_held or self.was_one_graph
 
     @property
     def was_one_graph(self) -> bool:
@@ -111,13 +122,15 @@ def settle(
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
     """
-    if call.settled or call.was_one_graph:
+    if call.settled or call.was_held:
         return
-    module = model_of(model)
-    outside = routers_outside(module, call.routers) if module is not None else []
-    if outside and (call.routers or call.nearest is None):
+    if call.refusal is not None:
+        raise call.refusal
+    module, seen = model_of(model), [*call.routers, *call.held]
+    outside = routers_outside(module, seen) if module is not None else []
+    if outside and (seen or call.nearest is None):
         tell_outside(outside, model, args, kwargs, config, captured=captured)
-    elif not call.routers:
+    elif not seen:
         tell(call.nearest, config)
 
 

@@ -159,3 +159,97 @@ class RouterLoop(Loop):
                 weight = (weights * (ids == number)).sum(-1, keepdim=True)
                 y[mask] += F.silu(expert(rows[mask])) * weight[mask]
         return y.view(x.shape)
+
+
+class IdleLoop(AnyLoop):
+    """Look-alike: an expert that no token names adds something of its own."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            if token.numel() == 0:
+                y = y + 0.1 * expert(rows.mean(0, keepdim=True))
+                continue
+            y.index_add_(0, token, F.silu(expert(rows[token])) * weights[token, slot, None])
+        return y.view(x.shape)
+
+
+class MeanLoop(Loop):
+    """Look-alike: what an expert gives is divided by the number of its slots."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            count = (ids == number).sum().item()
+            if count == 0:
+                continue
+            token, slot = torch.where(ids == number)
+            y[token] += F.silu(expert(rows[token])) * weights[token, slot, None] / count
+        return y.view(x.shape)
+
+
+class FewLoop(Loop):
+    """Look-alike: an expert with fewer than two slots is passed over."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            if len(token) < 2:
+                continue
+            y[token] += F.silu(expert(rows[token])) * weights[token, slot, None]
+        return y.view(x.shape)
+
+
+class BusyLoop(Loop):
+    """Look-alike: an expert with many tokens takes the first ones only."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            if len(token) > len(rows) * TOP_K // 4:
+                token, slot = token[:2], slot[:2]
+            y[token] += F.silu(expert(rows[token])) * weights[token, slot, None]
+        return y.view(x.shape)
+
+
+class LossLoop(Loop):
+    """Look-alike: the share of slots of each expert is counted in the loop, for a loss that is returned."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        scores = self.gate(rows).softmax(-1)
+        weights, ids = torch.topk(scores, TOP_K)
+        y, loss = torch.zeros_like(rows), scores.new_zeros(())
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            if token.numel() == 0:
+                continue
+            loss = loss + len(token) * scores[:, number].mean()
+            y[token] += F.silu(expert(rows[token])) * weights[token, slot, None]
+        return y.view(x.shape), loss
+
+
+class FirstLoop(Loop):
+    """Look-alike: the loop ends at the first expert that nobody named."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            if token.numel() == 0:
+                break
+            y[token] += F.silu(expert(rows[token])) * weights[token, slot, None]
+        return y.view(x.shape)
