@@ -201,7 +201,7 @@ def is_outermost() -> bool:
 def dynamic_shape_capture() -> Iterator[None]:
     """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors.
 
-    What even then ends a graph inside a loop leaves a graph of all that is ahead of the loop, see `graphs_before_loops`.
+    What even then ends a graph inside a loop leaves a graph of what is ahead of the loop, see `graphs_before_loops`.
     """
     from torch._dynamo import config  # here, because importing Dynamo takes seconds
 

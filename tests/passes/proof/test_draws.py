@@ -158,7 +158,7 @@ def test_masks_of_a_scatter_are_still_proven():
 
 
 class Picks(Block):
-    """A mask of the ids sends tokens and picks their weights out of the table of all scores; `keep` changes the mask."""
+    """A mask of the ids sends tokens and picks their weights out of the table of all scores; `keep` changes it."""
 
     def __init__(self, keep=lambda mask, *_: mask, bend=lambda picked: picked, experts=EXPERTS):
         super().__init__(experts, top_k=2)

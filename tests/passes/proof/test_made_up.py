@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from sere_compile.passes.graph import nodes
-from sere_compile.passes.proof.made_up import activation_values, crowded, later_state, redrawn, state_values, unevenly_sure
+from sere_compile.passes.proof.made_up import (
+    activation_values,
+    crowded,
+    later_state,
+    redrawn,
+    state_values,
+    unevenly_sure,
+)
 from sere_compile.passes.proof.region import Leaf
 
 from ..graph.written import Written

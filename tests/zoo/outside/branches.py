@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sere_compile.testing import reroute_oracle
+
 from .loops import EXPERTS, HIDDEN, TOP_K, Loop
 
 
@@ -119,13 +121,13 @@ class SequenceLoop(Loop):
         return y
 
     def expected(self, x, matrix, select_top_k, min_active=TOP_K):
-        from sere_compile.testing import reroute_oracle
-
         ids, weights = self.route(x.mean(1))
         ids = reroute_oracle(ids, matrix, select_top_k, 0.0, min_active)
-        return torch.stack(
-            [sum(w * self.expert(int(e), rows) for e, w in zip(es, ws, strict=True)) for rows, es, ws in zip(x, ids, weights)]
-        )
+        sums = [
+            sum(w * self.expert(int(e), rows) for e, w in zip(es, ws, strict=True))
+            for rows, es, ws in zip(x, ids, weights, strict=True)
+        ]
+        return torch.stack(sums)
 
 
 class RouterLoop(Loop):

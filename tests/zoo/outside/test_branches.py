@@ -41,7 +41,7 @@ def cases(kinds):
 
 @pytest.mark.parametrize("kind", cases(REROUTED))
 def test_right_with_fewer_experts(kind):
-    """As the sum over slots says, for other sizes too; and bit for bit the original where no expert may go to another."""
+    """As the sum over slots says, for other sizes too; bit for bit the original where no expert may go to another."""
     model, matrix, x = prepared(kind)
     expected = model.expected(x, matrix, 1)
     assert not torch.allclose(expected, model(x), atol=1e-2), "the case re-routes nothing"
