@@ -57,7 +57,8 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
             return GateReport(rows, _hint(rows, model, args, kwargs, captured=True))
         reason = "dynamic-shape capture lets no gate be re-routed"
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
-    rows = _joined(seen, _rows(model, again[0], again[1], config))
+    with dynamo.graphs_before_loops():
+        rows = _joined(seen, _rows(model, again[0], again[1], config))
     hint = _hint(rows, model, again[0], again[1], captured=True)
     return GateReport(rows, f"Traced without capture, as sere_compile.compile then does: {reason}. {hint}".strip())
 

@@ -96,7 +96,8 @@ class ObservedModel:
                 with dynamo.dynamic_shape_capture():
                     self._compiled(*args, **kwargs)
             else:
-                self._compiled(*args, **kwargs)
+                with dynamo.graphs_before_loops():
+                    self._compiled(*args, **kwargs)
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Run the model in the way that shows most of its gates; whether that is dynamic-shape capture.
@@ -109,7 +110,7 @@ class ObservedModel:
                 dynamo.forget_codes(self.model)
             self._needs_region = needs_region
             try:
-                with dynamo.dynamic_shape_capture() if captures else contextlib.nullcontext():
+                with dynamo.dynamic_shape_capture() if captures else dynamo.graphs_before_loops():
                     self._compiled(*args, **kwargs)
             except _NotShownError as error:
                 self._not_shown = str(error)

@@ -241,6 +241,11 @@ def graphs_before_loops() -> Iterator[None]:
         _before_loops.reset(token)
 
 
+def makes_graphs_before_loops() -> bool:
+    """Whether what is traced now is traced so, see `graphs_before_loops`."""
+    return _before_loops.get()
+
+
 def captures_dynamic_shapes() -> bool:
     """Whether what is traced now is traced so, see `dynamic_shape_capture`."""
     from torch._dynamo import config

@@ -77,6 +77,7 @@ class OneCall:
         settled: whether all there is to say was said at compile time.
         held: weights of the gates that ran in graphs of a call that was made again, which said why each stays.
         refusal: with strict=True what such a call raised.
+        trying: whether the call is made again, in another way, if no gate is re-routed in this one.
     """
 
     nearest: Skip | None = None
@@ -84,6 +85,7 @@ class OneCall:
     settled: bool = False
     held: list[torch.Tensor] = field(default_factory=list)
     refusal: GateNotFoundError | None = None
+    trying: bool = False
     _was_held: bool = False
     _before: int = field(default_factory=lambda: runs.with_gates)
 
@@ -91,6 +93,7 @@ class OneCall:
         """The call is made again, in another way: what graphs hold then may be less."""
         self._was_held = self.was_one_graph
         self.held, self.routers, self.settled, self._before = self.routers, [], False, runs.with_gates
+        self.trying = False
 
     @property
     def was_held(self) -> bool:
@@ -124,10 +127,10 @@ def settle(
     """
     if call.settled or call.was_held:
         return
-    if call.refusal is not None:
-        raise call.refusal
     module, seen = model_of(model), [*call.routers, *call.held]
     outside = routers_outside(module, seen) if module is not None else []
+    if call.refusal is not None and (outside or not seen):
+        raise call.refusal
     if outside and (seen or call.nearest is None):
         tell_outside(outside, model, args, kwargs, config, captured=captured)
     elif not seen:
@@ -145,14 +148,15 @@ def watch(
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
     """
-    if whole_call:
-        if (call := _watched.get()) is not None:
+    trying = (call := _watched.get()) is not None and call.trying
+    if whole_call and not trying:
+        if call is not None:
             call.settled = True
         tell(findings.nearest_miss, config)
 
     def watched(*arguments: Any) -> Any:
         runs.graphs += 1
-        if not whole_call:
+        if not whole_call or trying:
             _note(config, findings.nearest_miss, [])
         return compiled(*arguments)
 

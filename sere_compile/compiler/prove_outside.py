@@ -97,7 +97,7 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
     for module, block in blocks:
         # What cannot be traced with dynamic-shape capture may be without, and the other way round.
-        key = (block, _signature(gate), dynamo.captures_dynamic_shapes())
+        key = (block, _signature(gate), (dynamo.captures_dynamic_shapes(), dynamo.makes_graphs_before_loops()))
         if key not in _verdicts:
             with dynamo.forgetting_new_codes():
                 _verdicts[key] = _try_block(gate, module, owner)
