@@ -8,7 +8,6 @@ sizes that depend on data, as `sere_compile.compile` does.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -173,6 +173,7 @@ class _Trial:
         self.kept: dict[str, Any] = {}  # what the last run left besides its results, see `KeptAside`, or returned
         self._restless: set[str] = set()  # what is other in each run, as a time is
         self._found: list[Gate] = []
+        self._by_sequence = False  # whether sequences choose, and not tokens
         self._ids: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
@@ -225,8 +226,19 @@ class _Trial:
                 log.debug("%s does not run on what was tried: %s", type(self._block.module).__name__, _short(error))
                 continue
             if self._found:
-                return arguments
+                return self._of_many(arguments)
         return None
+
+    def _of_many(self, arguments: Arguments) -> Arguments:
+        """The same for several sequences, where one choice is made for all tokens of the only one."""
+        hidden = _hidden_of(arguments)
+        if hidden is None or hidden.dim() < 3 or self._ids[0].numel() > self._gate.top_k:
+            return arguments
+        self._by_sequence = True
+        several = _with_rows(arguments, 0, _ROWS)
+        self._found.clear()
+        self._run(several)
+        return several
 
     def _find_restless(self, inputs: Arguments) -> set[str]:
         """What two runs of the same leave as different things."""
@@ -273,7 +285,7 @@ class _Trial:
             args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
             if (hidden := _hidden_of((args, kwargs))) is not None:
                 # The graph that is made serves many tokens as well.
-                dynamo.let_vary(hidden, _counting_dim(hidden, self._gate))
+                dynamo.let_vary(hidden, self._counting_dim(hidden))
             result = self._call(*args, **kwargs)
             returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             self.kept = {_RETURNED: content(result)} | changed()
@@ -462,10 +474,14 @@ class _Trial:
 
     def _problem_with_more(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
         """The same with many tokens, if the block takes them: code may drop what is beyond a place."""
-        more = _with_more_rows(inputs, self._gate)
-        if more is None:
+        hidden = _hidden_of(inputs)
+        if hidden is None:
             return None
-        with dynamo.compiling_nothing_more():
+        dim = self._counting_dim(hidden)
+        more = _with_rows(inputs, dim, _MANY_ROWS)
+        # A number of sequences is often a constant of the graph, which is made anew then.
+        by_tokens = dim == hidden.dim() - 2
+        with dynamo.compiling_nothing_more() if by_tokens else contextlib.nullcontext():
             try:
                 self._run(more)
             except _FAILURES as error:
@@ -475,6 +491,12 @@ class _Trial:
                 return None
             problem = self._problem_in_draw(version, experts, more, 0)
         return None if problem is None else f"{problem} where there are {_MANY_ROWS} tokens"
+
+    def _counting_dim(self, hidden: torch.Tensor) -> int:
+        """The dimension of hidden states [.., T, H] that counts who chooses: tokens, or sequences in [B, T, H]."""
+        choosing = math.prod(map(plain_number, nodes.shape(self._gate.ids) or ())) // self._gate.top_k
+        of_sequences = choosing == hidden.shape[0] != hidden.shape[:-1].numel()
+        return 0 if hidden.dim() == 3 and (of_sequences or self._by_sequence) else hidden.dim() - 2
 
     def _expert_map(self) -> dict[int, int]:
         """What re-routing makes of each expert that the last run chose."""
@@ -610,7 +632,10 @@ class _Choose:
         if isinstance(chosen, torch.Tensor):
             return made_up
         generator = torch.Generator().manual_seed(self._trial.seed_of_scores)
-        values = (torch.rand(order.shape, generator=generator) + 0.1).sort(-1, descending=True)[0].to(chosen[0])
+        values = torch.rand(order.shape, generator=generator)
+        # Weights of every order, too: what is left out for weighing little has to show.
+        values = 10 ** (-4 * values) if self._trial.seed % 3 == 2 else values + 0.1
+        values = values.sort(-1, descending=True)[0].to(chosen[0])
         values = values[..., 0] if self._flat else values[..., : ids.shape[-1]]
         return _Picked(values.contiguous(), made_up)
 
@@ -672,21 +697,13 @@ def _hidden_of(inputs: Arguments) -> torch.Tensor | None:
     return tensors[0] if fits and tensors[0].shape[-2] > 1 else None
 
 
-def _counting_dim(hidden: torch.Tensor, gate: Gate) -> int:
-    """The dimension of hidden states [.., T, H] that counts who chooses: tokens, or sequences in [B, T, H]."""
-    choosing = math.prod(map(plain_number, nodes.shape(gate.ids) or ())) // gate.top_k
-    of_sequences = hidden.dim() == 3 and choosing == hidden.shape[0] != hidden.shape[:-1].numel()
-    return 0 if of_sequences else hidden.dim() - 2
-
-
-def _with_more_rows(inputs: Arguments, gate: Gate) -> Arguments | None:
-    """The arguments with many tokens in place of few, where hidden states are all the tensors among them."""
+def _with_rows(inputs: Arguments, dim: int, rows: int) -> Arguments:
+    """The arguments with other hidden states, so many along one dimension; they are all the tensors among them."""
     hidden = _hidden_of(inputs)
-    if hidden is None:
-        return None
-    rows = list(hidden.shape)
-    rows[_counting_dim(hidden, gate)] = _MANY_ROWS
-    drawn = torch.randn(rows, generator=torch.Generator().manual_seed(3)).to(hidden)
+    assert hidden is not None
+    sizes = [*hidden.shape]
+    sizes[dim] = rows
+    drawn = torch.randn(sizes, generator=torch.Generator().manual_seed(3)).to(hidden)
     return tree_map(lambda value: drawn if value is hidden else value, inputs)  # type: ignore[no-any-return]
 
 

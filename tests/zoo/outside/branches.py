@@ -64,6 +64,20 @@ class EmptyLoop(Loop):
         return y.view(x.shape)
 
 
+class TruthLoop(Loop):
+    """As `EmptyLoop`, by the truth of a count: capture raises there, and the way without it is taken."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            if token.numel():
+                y.index_add_(0, token, F.silu(expert(rows[token])) * weights[token, slot, None])
+        return y.view(x.shape)
+
+
 class ItemLoop(Loop):
     """The number of an expert's slots is read from a tensor in each step."""
 
@@ -255,3 +269,34 @@ class FirstLoop(Loop):
                 break
             y[token] += F.silu(expert(rows[token])) * weights[token, slot, None]
         return y.view(x.shape)
+
+
+class SmallLoop(Loop):
+    """Look-alike: an expert that weighs little for a token is passed over."""
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            weight = (weights * (ids == number)).sum(-1)
+            token = torch.where(weight > 0.02)[0]
+            if token.numel() == 0:
+                continue
+            y[token] += F.silu(expert(rows[token])) * weight[token, None]
+        return y.view(x.shape)
+
+
+class FullSequences(SequenceLoop):
+    """Look-alike: an expert takes twenty sequences and no more."""
+
+    def forward(self, x):
+        weights, ids = torch.topk(self.gate(x.mean(1)).softmax(-1), TOP_K)
+        y = torch.zeros_like(x)
+        for number in range(EXPERTS):
+            sequence, slot = torch.where(ids == number)
+            if sequence.shape[0] == 0:
+                continue
+            sequence, slot = sequence[:20], slot[:20]
+            y.index_add_(0, sequence, F.silu(self.experts[number](x[sequence])) * weights[sequence, slot, None, None])
+        return y

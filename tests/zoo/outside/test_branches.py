@@ -16,6 +16,7 @@ from .branches import (
     EmptyLoop,
     FewLoop,
     FirstLoop,
+    FullSequences,
     IdleLoop,
     ItemLoop,
     ListLoop,
@@ -24,14 +25,16 @@ from .branches import (
     NamedLoop,
     RouterLoop,
     SequenceLoop,
+    SmallLoop,
     TokenLoop,
+    TruthLoop,
 )
 from .loops import EXPERTS, HIDDEN, prepared
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-REROUTED = (AnyLoop, NamedLoop, EmptyLoop, ItemLoop, ListLoop, TokenLoop, SequenceLoop, RouterLoop)
-REFUSED = (IdleLoop, MeanLoop, FewLoop, BusyLoop, LossLoop, FirstLoop)
+REROUTED = (AnyLoop, NamedLoop, EmptyLoop, ItemLoop, ListLoop, TokenLoop, SequenceLoop, RouterLoop, TruthLoop)
+REFUSED = (IdleLoop, MeanLoop, FewLoop, BusyLoop, LossLoop, FirstLoop, SmallLoop, FullSequences)
 SLOW = (ItemLoop, ListLoop, TokenLoop, NamedLoop, MeanLoop, FewLoop, FirstLoop)
 
 
