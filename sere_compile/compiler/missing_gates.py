@@ -78,6 +78,7 @@ class OneCall:
         held: weights of the gates that ran in graphs of a call that was made again, which said why each stays.
         refusal: with strict=True what such a call raised.
         trying: whether the call is made again, in another way, if no gate is re-routed in this one.
+        told: warnings of what was compiled for it, in each way.
     """
 
     nearest: Skip | None = None
@@ -86,6 +87,7 @@ class OneCall:
     held: list[torch.Tensor] = field(default_factory=list)
     refusal: GateNotFoundError | None = None
     trying: bool = False
+    told: set[str] = field(default_factory=set)
     _was_held: bool = False
     _before: int = field(default_factory=lambda: runs.with_gates)
 
@@ -115,6 +117,16 @@ def one_call() -> Iterator[OneCall]:
         yield call
     finally:
         _watched.reset(token)
+
+
+def is_news(text: str) -> bool:
+    """Whether a warning was not given yet, in the call under way, of what is compiled in another way now."""
+    call = _watched.get()
+    if call is None:
+        return True
+    known = text in call.told
+    call.told.add(text)
+    return not known
 
 
 def settle(
@@ -319,7 +331,8 @@ def tell_no_graph(
 def _warn(text: str, config: SereConfig) -> None:
     if config.strict:
         raise GateNotFoundError(text)
-    log.warning(text)
+    if is_news(text):
+        log.warning(text)
 
 
 def describe_nearest_miss(skip: Skip | None) -> str:

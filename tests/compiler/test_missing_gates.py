@@ -280,6 +280,14 @@ class TestOneCall:
         missing_gates.settle(call, None, (), {}, STRICT, captured=True)
         assert not caplog.records
 
+    def test_a_warning_is_given_once_in_a_call(self):
+        assert missing_gates.is_news("a")
+        assert missing_gates.is_news("a")
+        with missing_gates.one_call() as call:
+            assert [missing_gates.is_news(text) for text in "aba"] == [True, True, False]
+            call.forget()
+            assert not missing_gates.is_news("a")
+
     def test_a_refusal_of_a_way_that_was_given_up(self):
         refusal = GateNotFoundError("why")
         call = missing_gates.OneCall(refusal=refusal)

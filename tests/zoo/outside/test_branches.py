@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import sere_compile
 from sere_compile import GateNotFoundError, SereConfig, SimilarityProfile
@@ -82,8 +83,11 @@ def test_strict_raises_with_what_trying_it_has_shown():
     model, _, x = prepared(BusyLoop)
     compiled = sere_compile.compile(model, select_top_k=1, inner="eager", strict=True)
     for _ in range(2):
-        with pytest.raises(GateNotFoundError, match=r"gate\.weight cannot be re-routed.*BusyLoop is off by"):
+        with pytest.raises(
+            BackendCompilerFailed, match=r"gate\.weight cannot be re-routed.*BusyLoop is off by"
+        ) as told:
             compiled(x)
+        assert isinstance(told.value.inner_exception, GateNotFoundError)
 
 
 class Layers(nn.Module):
