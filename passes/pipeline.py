@@ -89,6 +89,11 @@ class Run:
         return None if proof is None or self._is_fused else proof.readers
 
     @property
+    def tables(self) -> tuple[tuple[Node, Node], ...]:
+        """Where weights are picked out of a table by a mask of the ids, as proven."""
+        return () if self.proof is None or self._is_fused else self.proof.tables
+
+    @property
     def _is_fused(self) -> bool:
         """Whether the experts are one operator of ours by now, which takes ids and weights."""
         return self.proof is not None and self.gate.dispatch_uses != self.proof.gate.dispatch_uses
@@ -165,6 +170,8 @@ def _prove(run: Run) -> Skip | None:
         return proof
     if (run.projecting or run.filling) and run.gate.weights is not None:
         run.weighed = proof if proof.merged else run.prove(run.gate, True)
+    if proof.tables and isinstance(run.weighed, Proof):
+        proof = run.weighed  # weights of the slots can be scaled, a table's cannot
     run.proof, run.gate = proof, proof.gate
     return None
 
@@ -191,7 +198,7 @@ def _fuse_router(run: Run) -> Skip | None:
 def _check_joining(run: Run) -> Skip | None:
     if run.filling and run.refused_weights is not None:
         return run.refused_weights
-    if run.merged:
+    if run.merged or run.tables:
         return Skip(SkipReason.MERGES, run.gate.ids, f"its dispatch: {run.gate.dispatch}")
     # A count of what changed reads the ids as they were.
     return Skip(SkipReason.COUNTED, run.gate.ids, "collect_stats is on") if run.counting else None
@@ -221,7 +228,7 @@ def _reroute_dispatch(run: Run) -> Skip | None:
     # What fell back from filling has a threshold that is no similarity.
     settings = replace(run.settings, threshold=0.0) if run.filling else run.settings
     inputs = run.input_for("similarity"), settings, _projection(run)
-    return _keep(run, reroute_dispatch(run.gate, *inputs, merged=run.merged, readers=run.readers))
+    return _keep(run, reroute_dispatch(run.gate, *inputs, merged=run.merged, readers=run.readers, tables=run.tables))
 
 
 def _projection(run: Run) -> Node | None:

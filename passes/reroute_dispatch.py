@@ -21,6 +21,12 @@ A gather and a product in plain ATen, not a third result of the operator: Induct
 what reads the weights, exporters know them, and an operator with several results can become no
 TensorRT plug-in.
 
+A dispatch that picks a token's weights out of a table [T, E] by a mask of its ids (case 7) gets the
+table with each slot's number at its new expert, beside the mask of the new ids:
+
+    mask = zeros.scatter(1, ids, 1)                        mask = zeros.scatter(1, rerouted, 1)
+    picked = scores * mask                           ->    picked = moved * mask
+
 Uses that look scores up by the ids keep the original ids (case 3). `topk(sorted=False)` becomes
 sorted, because re-routing ranks by score (case 4). What an in-place operation changes after the
 dispatch began is skipped (case 5).
@@ -78,6 +84,7 @@ def reroute_dispatch(
     *,
     merged: bool | None = None,
     readers: Sequence[Node] | None = None,
+    tables: Sequence[tuple[Node, Node]] = (),
 ) -> Rewrite | Skip:
     """Insert the re-routing operator behind a gate and point its dispatch uses to it.
 
@@ -92,6 +99,8 @@ def reroute_dispatch(
         merged: whether a token's duplicates are merged; by the kinds of the gate's uses where it is
             not said.
         readers: the consumers of the routing weights that see merged or scaled ones; all by default.
+        tables: (reader, table [.., E]): where a token's weights are picked out of a table by a mask of its ids. Only
+            without `merged` and `projection`.
 
     Returns:
         What was done, or why nothing was changed.
@@ -113,7 +122,12 @@ def reroute_dispatch(
         with_weights=weighing,
         readers=readers,
     )
-    return new_ids if isinstance(new_ids, Skip) else Rewrite(gate, new_ids, merged)
+    if isinstance(new_ids, Skip):
+        return new_ids
+    for reader, table in tables:
+        with graph.inserting_before(reader):
+            reader.replace_input_with(table, _moved(graph, gate.ids, new_ids, table))
+    return Rewrite(gate, new_ids, merged)
 
 
 def redirect_dispatch(
@@ -198,8 +212,6 @@ def _insert(
 def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection: Node) -> Node:
     """The weights [..., K] times projection[old, new]; slots that stay read the 1 at [0, 0]."""
     aten = torch.ops.aten
-    metadata = {key: value for key, value in weights.meta.items() if key not in _VALUES}
-    key = next((key for key in _VALUES[:2] if key in weights.meta), None)
     shape = nodes.shape(projection) or ()
     fake = next((v for v in (nodes.value(ids), nodes.value(weights)) if isinstance(v, FakeTensor)), None)
 
@@ -209,6 +221,23 @@ def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection
             return fake.new_empty(shape, dtype=torch.float32)
         return nodes.value(node)
 
+    call = _caller(graph, weights, fake, value)
+    moved = call(aten.ne.Tensor, new_ids, ids)
+    places = [
+        call(aten._to_copy.default, call(aten.where.ScalarOther, moved, chosen, 0), dtype=torch.int64)
+        for chosen in (ids, new_ids)
+    ]
+    product = call(aten.mul.Tensor, weights, call(aten.index.Tensor, projection, places))
+    return call(aten._to_copy.default, product, dtype=nodes.value(weights).dtype)
+
+
+def _caller(
+    graph: Graph, like: Node, fake: FakeTensor | None, value: Callable[[Node], Any] = nodes.value
+) -> Callable[..., Node]:
+    """Makes calls of operators, with metadata like a node's and the values that its tracer would record."""
+    metadata = {key: found for key, found in like.meta.items() if key not in _VALUES}
+    key = next((key for key in _VALUES[:2] if key in like.meta), None)
+
     def call(target: torch._ops.OpOverload, *arguments: Any, **options: Any) -> Node:
         node = graph.call_function(target, arguments, options)
         node.meta = dict(metadata)
@@ -217,13 +246,21 @@ def _projected(graph: Graph, ids: Node, new_ids: Node, weights: Node, projection
                 node.meta[key] = target(*torch.fx.node.map_arg(arguments, value), **options)
         return node
 
-    moved = call(aten.ne.Tensor, new_ids, ids)
-    places = [
-        call(aten._to_copy.default, call(aten.where.ScalarOther, moved, chosen, 0), dtype=torch.int64)
-        for chosen in (ids, new_ids)
-    ]
-    product = call(aten.mul.Tensor, weights, call(aten.index.Tensor, projection, places))
-    return call(aten._to_copy.default, product, dtype=nodes.value(weights).dtype)
+    return call
+
+
+def _moved(graph: Graph, ids: Node, new_ids: Node, table: Node) -> Node:
+    """A table [.., E] with what stands at a slot's old expert at its new one; the rest is 0, which a mask leaves out.
+
+    Summed over the slots in their order, which a scatter on a GPU does not promise.
+    """
+    aten, held = torch.ops.aten, nodes.value(table)
+    call = _caller(graph, table, held if isinstance(held, FakeTensor) else None)
+    old, new = (call(aten._to_copy.default, node, dtype=torch.int64) for node in (ids, new_ids))
+    worth = call(aten.unsqueeze.default, call(aten.gather.default, table, -1, old), -1)
+    experts = call(aten.arange.default, nodes.last_size(table), device=nodes.device(table))
+    named = call(aten.eq.Tensor, call(aten.unsqueeze.default, new, -1), experts)
+    return call(aten.sum.dim_IntList, call(aten.mul.Tensor, worth, named), [-2])
 
 
 def describe(new: Node, like: Node, value: object) -> None:

@@ -44,6 +44,7 @@ class Proof:
         readers: the consumers of the routing weights that see merged or scaled ones.
         experts: the nodes of the graph that hold the experts' parameters; empty where they are outside the graph.
         shown: in words for a report.
+        tables: (reader, table): where weights are picked out of a table [T, E] by a mask of the ids, and move in it.
     """
 
     gate: Gate
@@ -51,6 +52,7 @@ class Proof:
     readers: tuple[Node, ...] | None
     experts: frozenset[Node]
     shown: str
+    tables: tuple[tuple[Node, Node], ...] = ()
 
 
 # How a gate can be rewritten whose ids leave the graph, from the gate; running what receives them is up to the caller.
@@ -117,7 +119,9 @@ def _for_gate(verdict: Verdict, gate: Gate, region: Region) -> Proof | Skip:
     readers = tuple(region.originals[region.readers[number]] for number in verdict.readers)
     order = list(region.leaves.values())
     experts = frozenset(order[number].source for number in verdict.experts)
-    return Proof(replace(gate, uses=uses), verdict.merged, readers, experts, SHOWN)
+    cut = list(region.graph.nodes)
+    tables = tuple((region.originals[cut[r]], region.originals[cut[t]]) for r, t in verdict.tables)
+    return Proof(replace(gate, uses=uses), verdict.merged, readers, experts, SHOWN, tables)
 
 
 def _inside_vmap(selection: Node) -> bool:

@@ -124,7 +124,8 @@ class SereBackend:
             return
         if plan.config.strict and not self._explaining:
             raise GateNotFoundError(f"strict=True, and {plan.name} cannot be re-routed: {refusal}")
-        log.warning("%s is not re-routed: %s", plan.name, refusal)
+        if missing_gates.is_news(text := f"{plan.name} is not re-routed: {refusal}"):
+            log.warning(text)
 
     def reset(self) -> None:
         """Drop recorded CUDA graphs; torch._dynamo.reset() calls this."""

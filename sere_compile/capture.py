@@ -8,6 +8,7 @@ cannot be a backend's: it is made here, around the calls.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -100,7 +101,7 @@ class _Compiled:
             elif self._dynamic:
                 result = self._call_captured(args, kwargs)
             else:
-                result = self._plain(*args, **kwargs)
+                result = self._call_plain(args, kwargs)
         if not self._settled:
             self._settled = True
             self._settle(call, args, kwargs, no_graph=runs.graphs == before)
@@ -112,7 +113,7 @@ class _Compiled:
         """Say what was not re-routed; with strict=True this raises, and every later call does."""
         captured = self._captured is not None
         try:
-            if no_graph:
+            if no_graph and call.refusal is None:
                 missing_gates.tell_no_graph(self._model, args, kwargs, self._config, captured=captured)
             else:
                 missing_gates.settle(call, self._model, args, kwargs, self._config, captured=captured)
@@ -125,11 +126,17 @@ class _Compiled:
         with dynamo.dynamic_shape_capture():
             return self._captured(*args, **kwargs)
 
+    def _call_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As torch.compile does by default; where capture was to be tried, with graphs of what is ahead of loops."""
+        with contextlib.nullcontext() if self._captured is None else dynamo.graphs_before_loops():
+            return self._plain(*args, **kwargs)
+
     def _first_call(self, call: missing_gates.OneCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
         untouched = _versions(self._model, args, kwargs)
         before, random_state = runs.rewritten, _RandomState(self._model, args, kwargs)
+        call.trying = True
         try:
             result = self._call_captured(args, kwargs)
         except Exception as error:  # what capture raises has no common class; it is logged or raised
@@ -142,7 +149,8 @@ class _Compiled:
                 raise
             random_state.restore()
             call.forget()
-            return self._plain(*args, **kwargs)
+            call.refusal = dynamo.raised_by_backend(error, GateNotFoundError)
+            return self._call_plain(args, kwargs)
         if runs.rewritten > before:
             self._dynamic = True
             return result
@@ -151,7 +159,7 @@ class _Compiled:
             return result
         random_state.restore()
         call.forget()
-        return self._plain(*args, **kwargs)
+        return self._call_plain(args, kwargs)
 
     def _give_up(self, reason: str) -> None:
         self._dynamic = False

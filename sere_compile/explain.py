@@ -57,9 +57,18 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
             return GateReport(rows, _hint(rows, model, args, kwargs, captured=True))
         reason = "dynamic-shape capture lets no gate be re-routed"
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
-    rows = _rows(model, again[0], again[1], config) or seen  # without capture no graph may hold a selection
+    with dynamo.graphs_before_loops():
+        rows = _joined(seen, _rows(model, again[0], again[1], config))
     hint = _hint(rows, model, again[0], again[1], captured=True)
     return GateReport(rows, f"Traced without capture, as sere_compile.compile then does: {reason}. {hint}".strip())
+
+
+def _joined(seen: tuple[GateRow, ...], rows: tuple[GateRow, ...]) -> tuple[GateRow, ...]:
+    """The rows of a trace without capture, and those of what only graphs with capture held: why that stays."""
+    outside = {row.name for row in rows if row.reason.startswith(_OUTSIDE)}
+    still = {row.name for row in seen if row.reason.startswith(_OUTSIDE)}
+    kept = {row.name: row for row in rows if row.name not in outside or row.name in still or not seen}
+    return tuple({**{row.name: row for row in seen if outside or not rows}, **kept}.values())
 
 
 def _rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: SereConfig) -> tuple[GateRow, ...]:

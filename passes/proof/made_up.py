@@ -17,6 +17,7 @@ _LARGE = 1 << 24  # numbers from which on a matrix is taken as it is held: made 
 _APART = 0.5  # by how much a first choice is ahead of the next
 # By draw: a router may be sure of one expert or of none, and what bends weights may do so near 0 or 1 only.
 _SHARPNESS = (1.0, 1.0, 4.0, 0.25)
+_LEAST_SURE, _MOST_SURE = -2, 4  # powers of two that scale logits
 _MANY_CALLS = 1_000_000  # that a counter may have counted
 # Numbers that the program itself holds, and no call or training changes.
 _CONSTANTS = ("_tensor_constant", "lifted_tensor", "c_")
@@ -109,6 +110,33 @@ def activation_values(
         elif leaf.kind == "number" and sizes:
             values[node] = plain_number(nodes.value(node), sizes)
     return values
+
+
+def unevenly_sure(region: Region, values: Mapping[Node, Any], draw: int) -> dict[Node, Any]:
+    """The values of a draw with logits by which a router is sure of its choice to another degree for each token.
+
+    Weights of the second choice are of every order then: what a dispatch leaves out for weighing little is seen.
+    """
+    changed = dict(values)
+    for node, leaf in region.leaves.items():
+        if leaf.kind == "logits":
+            logits = changed[node]
+            rows = torch.arange(logits[..., 0].numel()).view(*logits.shape[:-1], 1)
+            # Multiples of the golden ratio leave no gap, however few they are.
+            degree = (rows * 0.6180339887 + draw * 0.381966) % 1
+            changed[node] = logits * 2 ** (_LEAST_SURE + degree * (_MOST_SURE - _LEAST_SURE)).to(logits)
+    return changed
+
+
+def crowded(region: Region, values: Mapping[Node, Any]) -> dict[Node, Any]:
+    """The values of a draw with logits by which every token prefers the first expert."""
+    changed = dict(values)
+    for node, leaf in region.leaves.items():
+        if leaf.kind == "logits":
+            logits = changed[node].clone()
+            logits[..., 0] = logits.amax(-1) + 1
+            changed[node] = logits
+    return changed
 
 
 def redrawn(value: torch.Tensor, seed: int) -> torch.Tensor:

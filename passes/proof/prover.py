@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..gate import Skip, SkipReason, UseKind
+from ..gate import Gate, Skip, SkipReason, UseKind
 from ..graph import nodes
 from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .changed_ids import changed_id
 from .compare import distance
 from .expert_parameters import ExpertParameters, Told, Values
-from .made_up import activation_values, later_state, state_values
+from .made_up import activation_values, crowded, later_state, state_values, unevenly_sure
 from .masks import Masks
 from .more_tokens import more_tokens
 from .region import Region
 from .sources import Sources, experts_meet_hidden
-from .ways import Got, Rewritten, Way, leads_to, rewrite_region, settings_of, with_proven_kinds
+from .ways import Got, Rewritten, Way, leads_to, picked_tables, rewrite_region, settings_of, with_proven_kinds
 
 # What an operation raises that does not take made-up values.
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 _DRAWS = 4
 _TOKENS = 16  # that the draws hold together at least, and twice as many where weights are merged
+_UNEVEN_TOKENS = 32  # that draws of routers that are sure by turns hold together
 _MOST_DRAWS = 12
 _MOST_TO_MOVE_ALL = 40  # draws, until each expert was re-routed once
 _IDLE = 3  # draws in a row that re-route no other expert
@@ -39,6 +40,7 @@ class Verdict:
     kinds: tuple[UseKind, ...] = ()
     merged: bool = False
     readers: tuple[int, ...] = ()
+    tables: tuple[tuple[int, int], ...] = ()  # (reader, table), by their places in the region's graph
     experts: tuple[int, ...] = ()
     refusal: str = ""
     reason: SkipReason = SkipReason.UNVERIFIED
@@ -88,7 +90,7 @@ class Prover:
             return Verdict(reason=SkipReason.NOTHING_WEIGHED)
         refusals: list[str] = []
         reason = SkipReason.UNVERIFIED
-        for way in self._ways(experts.tensors):
+        for way in self._ways(experts.tensors, sources):
             wrong = self._check(way, experts)
             if wrong is None:
                 return self._verdict(way, experts)
@@ -146,15 +148,16 @@ class Prover:
         return run_graph(graph, self._module, values, single=self._single)
 
     def _verdict(self, way: Way, experts: ExpertParameters) -> Verdict:
-        order = list(self._region.leaves)
+        order, place = list(self._region.leaves), {node: i for i, node in enumerate(self._region.graph.nodes)}
         return Verdict(
             tuple(use.kind for use in way.gate.uses),
             way.merged,
             tuple(self._region.readers.index(reader) for reader in way.readers),
+            tuple((place[reader], place[table]) for reader, table in way.tables),
             tuple(order.index(node) for node in experts.tensors),
         )
 
-    def _ways(self, experts: set[Node]) -> Iterator[Way]:
+    def _ways(self, experts: set[Node], sources: Sources) -> Iterator[Way]:
         """Ways to rewrite, the likeliest first."""
         gate = with_proven_kinds(self._region, experts)
         if not gate.dispatch_uses:
@@ -168,6 +171,17 @@ class Prover:
             if merged and len(inside) > 1:
                 for left_out in inside:
                     yield Way(gate, merged, tuple(reader for reader in inside if reader is not left_out))
+        if not self._merging:
+            yield from self._ways_with_tables(gate, sources)
+
+    def _ways_with_tables(self, gate: Gate, sources: Sources) -> Iterator[Way]:
+        """Weights move within a table; of several uses one may be what the weights are made of, and keeps the ids."""
+        dispatching = gate.dispatch_uses
+        for kept in (None, *(dispatching if len(dispatching) > 1 else ())):
+            uses = tuple(replace(use, kind=UseKind.LOOK_UP) if use is kept else use for use in gate.uses)
+            other = replace(gate, uses=uses)
+            if tables := picked_tables(self._region, other, sources):
+                yield Way(other, False, (), tables)
 
     def _check(self, way: Way, experts: ExpertParameters) -> str | Skip | None:
         """What is wrong with a way to rewrite, or None."""
@@ -207,7 +221,12 @@ class Prover:
             return "made-up scores chose the same experts throughout"
         if not told:
             return "no token changed: its dispatch reads none of the choices that re-routing changes"
-        return self._wrong_under_masks(rewritten, experts) or self._wrong_with_more(rewritten, experts)
+        return (
+            self._wrong_under_masks(rewritten, experts)
+            or self._wrong_with_more(rewritten, experts)
+            or (self._wrong_when_unevenly_sure(rewritten, experts) if way.merged or way.tables else None)
+            or (self._wrong_when_crowded(rewritten, experts) if way.tables else None)
+        )
 
     def _wrong_under_masks(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
         """What is wrong with some tokens marked and others not.
@@ -257,6 +276,26 @@ class Prover:
         if wrong is None and unknown is None:  # a rank that holds a part of the experts has numbers of its own for them
             wrong = changed_id(rewritten.gate, original)
         return None if wrong is None else f"and S = {settings.select_top_k} {wrong}", new
+
+    def _wrong_when_unevenly_sure(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
+        """What is wrong where the router is sure of some choices, and of others not at all."""
+        number, tokens = 0, 0
+        while tokens < _UNEVEN_TOKENS and number < _MOST_DRAWS:
+            values = unevenly_sure(self._region, self._drawn(4 * number), number)  # two first choices, apart by little
+            wrong, new = self._compare(rewritten, experts, values, 4 * number)
+            if wrong is not None:
+                return wrong
+            tokens, number = tokens + new.tokens, number + 1
+        return None
+
+    def _wrong_when_crowded(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
+        """What is wrong where one expert gets all slots: buffers with room for fewer overflow."""
+        values = crowded(self._region, self._drawn(0))
+        try:
+            wrong, _ = self._compare(rewritten, experts, values, 0)
+        except FAILURES as error:
+            wrong = (str(error).splitlines() or [""])[0][:120]
+        return None if wrong is None else f"with all slots at one expert {wrong}"
 
     def _differs(self, expected: Values, got: Got, exact: bool) -> str | None:
         """At which end two runs are apart, and how far."""

@@ -25,12 +25,14 @@ class Sources:
         hidden: nodes that depend on hidden states or other activations otherwise than by the router's logits.
         scored: nodes that depend on the router's logits by floating-point numbers, not by ids alone.
         router: state that is the router's: scores are selected by it, or routing weights are scaled by it.
+        weighed: nodes that depend on the router's logits in any way but by the ids that it chose.
     """
 
     state: dict[Node, frozenset[Node]]
     hidden: set[Node]
     scored: set[Node]
     router: set[Node]
+    weighed: set[Node]
 
 
 def trace_sources(region: Region) -> Sources:
@@ -39,6 +41,7 @@ def trace_sources(region: Region) -> Sources:
     hidden: set[Node] = set()
     scored: set[Node] = set()
     choosing = set(walk([region.gate.selection], lambda node: node.all_input_nodes))
+    weighed: set[Node] = set()
     for node in region.graph.nodes:
         leaf = region.leaves.get(node)
         if leaf is not None:
@@ -47,6 +50,7 @@ def trace_sources(region: Region) -> Sources:
                 hidden.add(node)
             elif leaf.kind == "logits":
                 scored.add(node)
+                weighed.add(node)
             continue
         read = nodes.numbers_behind(node)
         state[node] = frozenset().union(*(state[source] for source in read))
@@ -55,13 +59,16 @@ def trace_sources(region: Region) -> Sources:
         is_scored = is_scored and (nodes.is_floating(node) or not nodes.is_tensor(node))
         # A mask or bias that scores meet before the choice is the router's, whoever gives it.
         is_hidden = is_hidden and not (is_scored and node in choosing)
+        is_weighed = any(source in weighed for source in read) and node not in region.gate.all_ids
         for target in (node, *_written(node)):
             state[target] |= state[node]
             if is_hidden:
                 hidden.add(target)
             if is_scored:
                 scored.add(target)
-    return Sources(state, hidden, scored, _of_the_router(region, state, hidden, scored))
+            if is_weighed:
+                weighed.add(target)
+    return Sources(state, hidden, scored, _of_the_router(region, state, hidden, scored), weighed)
 
 
 def _is_noise(node: Node, region: Region) -> bool:

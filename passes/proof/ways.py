@@ -15,6 +15,7 @@ from ..graph.arguments import update_operator_argument
 from ..graph.walk import walk
 from ..reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
 from .region import Region
+from .sources import Sources
 
 # Runs a graph on given values.
 RunGraph = Callable[[Graph, Mapping[Node, Any]], dict[Node, Any]]
@@ -25,11 +26,19 @@ _SIMILAR = 0.05  # at least, where an expert may go to another
 
 @dataclass(frozen=True)
 class Way:
-    """One way to rewrite a region: the kinds of its uses, whether duplicates are merged, who reads new weights."""
+    """One way to rewrite a region.
+
+    Attributes:
+        gate: with the kinds of its uses.
+        merged: whether duplicates are merged.
+        readers: who reads new weights.
+        tables: (reader, table): where weights are picked out of a table [T, E] by a mask of the ids.
+    """
 
     gate: Gate
     merged: bool
     readers: tuple[Node, ...]
+    tables: tuple[tuple[Node, Node], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def rewrite_region(region: Region, way: Way) -> Rewritten | Skip:
     copies[region.graph.output_node()] = graph.output(output)
     gate = _moved(way.gate, copies)
     readers = tuple(copies[reader] for reader in way.readers)
-    done = reroute_dispatch(gate, matrix, RoutingSettings(1), merged=way.merged, readers=readers)
+    tables = tuple((copies[reader], copies[table]) for reader, table in way.tables)
+    done = reroute_dispatch(gate, matrix, RoutingSettings(1), merged=way.merged, readers=readers, tables=tables)
     if isinstance(done, Skip):
         return done
     return Rewritten(region, way.gate, graph, done, matrix, copies)
@@ -158,6 +168,28 @@ def with_proven_kinds(region: Region, experts: set[Node]) -> Gate:
         return use.kind
 
     return replace(region.gate, uses=tuple(replace(use, kind=kind(use)) for use in region.gate.uses))
+
+
+def picked_tables(region: Region, gate: Gate, sources: Sources) -> tuple[tuple[Node, Node], ...]:
+    """(reader, table): a table [T, E] of scores that a mask made of the dispatched ids picks weights out of.
+
+    None where a score meets what is made of these ids in another way, as where a mask leaves out a slot that weighs
+    little: made-up scores may never show such a slot.
+    """
+    rows, exit_node = nodes.leading_count(gate.ids), region.ends[0]
+    masks = set(walk([use.consumer for use in gate.dispatch_uses], nodes.followers))
+    masks = {node for node in masks if leads_to(node, exit_node)}
+    found = []
+    for reader in sorted(masks):
+        for table in nodes.numbers_behind(reader):
+            if table not in sources.weighed or table in masks:
+                continue
+            sizes = nodes.shape(table) or ()
+            counts = len(sizes) >= 2 and sizes[-1] == gate.num_experts and str(nodes.leading_count(table)) == str(rows)
+            if not counts or table not in sources.scored - sources.hidden or nodes.writes(reader):
+                return ()
+            found.append((reader, table))
+    return tuple(found)
 
 
 def leads_to(start: Node, end: Node) -> bool:

@@ -7,8 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch._guards import Guard, TracingContext, detect_fake_mode
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ..passes.graph.copy import copy_module
 
+_Error = TypeVar("_Error", bound=Exception)
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
 # Attributes that AOTAutograd reads from a graph module that Dynamo made.
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id")
@@ -197,11 +199,51 @@ def is_outermost() -> bool:
 
 @contextlib.contextmanager
 def dynamic_shape_capture() -> Iterator[None]:
-    """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors."""
+    """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors.
+
+    What even then ends a graph inside a loop leaves a graph of what is ahead of the loop, see `graphs_before_loops`.
+    """
     from torch._dynamo import config  # here, because importing Dynamo takes seconds
 
-    with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+    with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True), graphs_before_loops():
         yield
+
+
+_before_loops: ContextVar[bool] = ContextVar("sere graphs before loops", default=False)
+
+
+@contextlib.contextmanager
+def graphs_before_loops() -> Iterator[None]:
+    """Where a graph breaks inside a loop, compile what is ahead of the loop; the rest of the frame runs as it is.
+
+    By default Dynamo skips the whole frame then, router and top-k included. It knows how to end a graph at the last
+    line where nothing is on the Python stack, which is what it does for a break inside `try`; a `for` loop keeps its
+    iterator on the stack, so that this line is ahead of it. Without the place in Dynamo where that is decided, nothing
+    changes.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    decide = getattr(InstructionTranslatorBase, "raise_loop_graph_break", None)
+    if decide is not None and not hasattr(decide, "skipping"):
+
+        def end_ahead_of_loop(code: CodeType, error: Exception) -> NoReturn:
+            if _before_loops.get():
+                raise error
+            decide(code, error)
+            raise AssertionError("Dynamo raises there")
+
+        end_ahead_of_loop.skipping = decide  # type: ignore[attr-defined]
+        InstructionTranslatorBase.raise_loop_graph_break = staticmethod(end_ahead_of_loop)  # type: ignore[assignment]
+    token = _before_loops.set(True)
+    try:
+        yield
+    finally:
+        _before_loops.reset(token)
+
+
+def makes_graphs_before_loops() -> bool:
+    """Whether what is traced now is traced so, see `graphs_before_loops`."""
+    return _before_loops.get()
 
 
 def captures_dynamic_shapes() -> bool:
@@ -209,6 +251,12 @@ def captures_dynamic_shapes() -> bool:
     from torch._dynamo import config
 
     return bool(config.capture_dynamic_output_shape_ops)
+
+
+def raised_by_backend(error: Exception, kind: type[_Error]) -> _Error | None:
+    """The error of one kind that a backend raised, and that Dynamo wrapped in its own; None where it is another."""
+    inner = getattr(error, "inner_exception", error)
+    return inner if isinstance(inner, kind) else None
 
 
 def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -75,16 +75,32 @@ class OneCall:
         nearest: of the selections that are no gates, the one that looked most like one.
         routers: weights of the gates that ran.
         settled: whether all there is to say was said at compile time.
+        held: weights of the gates that ran in graphs of a call that was made again, which said why each stays.
+        refusal: with strict=True what such a call raised.
+        trying: whether the call is made again, in another way, if no gate is re-routed in this one.
+        told: warnings of what was compiled for it, in each way.
     """
 
     nearest: Skip | None = None
     routers: list[torch.Tensor] = field(default_factory=list)
     settled: bool = False
+    held: list[torch.Tensor] = field(default_factory=list)
+    refusal: GateNotFoundError | None = None
+    trying: bool = False
+    told: set[str] = field(default_factory=set)
+    _was_held: bool = False
     _before: int = field(default_factory=lambda: runs.with_gates)
 
     def forget(self) -> None:
-        """The call is made again, in another way."""
-        self.nearest, self.routers, self.settled, self._before = None, [], False, runs.with_gates
+        """The call is made again, in another way: what graphs hold then may be less."""
+        self._was_held = self.was_one_graph
+        self.held, self.routers, self.settled, self._before = self.routers, [], False, runs.with_gates
+        self.trying = False
+
+    @property
+    def was_held(self) -> bool:
+        """Whether all of it was a graph with gates, in this way or one that was given up."""
+        return self._was_held or self.was_one_graph
 
     @property
     def was_one_graph(self) -> bool:
@@ -103,6 +119,16 @@ def one_call() -> Iterator[OneCall]:
         _watched.reset(token)
 
 
+def is_news(text: str) -> bool:
+    """Whether a warning was not given yet, in the call under way, of what is compiled in another way now."""
+    call = _watched.get()
+    if call is None:
+        return True
+    known = text in call.told
+    call.told.add(text)
+    return not known
+
+
 def settle(
     call: OneCall, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], config: SereConfig, *, captured: bool
 ) -> None:
@@ -111,13 +137,15 @@ def settle(
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
     """
-    if call.settled or call.was_one_graph:
+    if call.settled or call.was_held:
         return
-    module = model_of(model)
-    outside = routers_outside(module, call.routers) if module is not None else []
-    if outside and (call.routers or call.nearest is None):
+    module, seen = model_of(model), [*call.routers, *call.held]
+    outside = routers_outside(module, seen) if module is not None else []
+    if call.refusal is not None and (outside or not seen):
+        raise call.refusal
+    if outside and (seen or call.nearest is None):
         tell_outside(outside, model, args, kwargs, config, captured=captured)
-    elif not call.routers:
+    elif not seen:
         tell(call.nearest, config)
 
 
@@ -132,14 +160,15 @@ def watch(
     Raises:
         GateNotFoundError: with strict=True, in place of the warning.
     """
-    if whole_call:
-        if (call := _watched.get()) is not None:
+    trying = (call := _watched.get()) is not None and call.trying
+    if whole_call and not trying:
+        if call is not None:
             call.settled = True
         tell(findings.nearest_miss, config)
 
     def watched(*arguments: Any) -> Any:
         runs.graphs += 1
-        if not whole_call:
+        if not whole_call or trying:
             _note(config, findings.nearest_miss, [])
         return compiled(*arguments)
 
@@ -302,7 +331,8 @@ def tell_no_graph(
 def _warn(text: str, config: SereConfig) -> None:
     if config.strict:
         raise GateNotFoundError(text)
-    log.warning(text)
+    if is_news(text):
+        log.warning(text)
 
 
 def describe_nearest_miss(skip: Skip | None) -> str:

@@ -22,6 +22,7 @@ from . import dynamo
 log = logging.getLogger(__name__)
 
 _MOVE = "move router and top-k into a function or module of their own, which Dynamo then compiles by itself"
+_AHEAD = "Or compile with sere_compile.compile(model, ...), which compiles what is ahead of such a loop."
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def diagnose(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, capt
     """
     found = find_obstacle(model, args, kwargs)
     if found is not None:
-        return str(found)
+        return str(found) if captured else f"{found} {_AHEAD}"
     if hint := dynamo.recompile_limit_hint():
         return hint
     if captured:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
 from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, separate_statistics
 from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
+from ..passes.graph.run_part import plain_number
 from ..passes.proof.made_up import by_turns
 from . import dynamo
 from .kept_aside import KeptAside, alike, content
@@ -97,7 +99,8 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
     for module, block in blocks:
         # What cannot be traced with dynamic-shape capture may be without, and the other way round.
         called_with = dynamo.arguments_of(module)
-        key = (block, _signature(gate), dynamo.captures_dynamic_shapes(), kinds_of(called_with))
+        capture = dynamo.captures_dynamic_shapes(), dynamo.makes_graphs_before_loops()
+        key = (block, _signature(gate), capture, kinds_of(called_with))
         if key not in _verdicts:
             with dynamo.forgetting_new_codes():
                 _verdicts[key] = _try_block(gate, module, owner, called_with)
@@ -174,6 +177,7 @@ class _Trial:
         self._restless: set[str] = set()  # what is other in each run, as a time is
         self._others: list[Arguments] | None = None  # see `_other_calls`
         self._found: list[Gate] = []
+        self._by_sequence = False  # whether sequences choose, and not tokens
         self._ids: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         matrix = torch.rand(gate.num_experts, gate.num_experts, generator=torch.Generator().manual_seed(1))
@@ -229,7 +233,7 @@ class _Trial:
                 log.debug("%s does not run on what was tried: %s", type(self._block.module).__name__, _short(error))
                 continue
             if self._found:
-                return arguments
+                return self._of_many(arguments)
         return None
 
     def _other_calls(self, inputs: Arguments) -> list[Arguments]:
@@ -255,6 +259,17 @@ class _Trial:
             log.debug("%s does not run on another mask: %s", type(self._block.module).__name__, _short(error))
             return False
         return bool(self._ids) and all(map(_is_finite, results))
+
+    def _of_many(self, arguments: Arguments) -> Arguments:
+        """The same for several sequences, where one choice is made for all tokens of the only one."""
+        hidden = _hidden_of(arguments)
+        if hidden is None or hidden.dim() < 3 or self._ids[0].numel() > self._gate.top_k:
+            return arguments
+        self._by_sequence = True
+        several = _with_rows(arguments, 0, _ROWS)
+        self._found.clear()
+        self._run(several)
+        return several
 
     def _find_restless(self, inputs: Arguments) -> set[str]:
         """What two runs of the same leave as different things."""
@@ -300,7 +315,8 @@ class _Trial:
             torch.manual_seed(0)
             args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
             if (hidden := _hidden_of((args, kwargs))) is not None:
-                dynamo.let_vary(hidden, hidden.dim() - 2)  # the graph that is made serves many tokens as well
+                # The graph that is made serves many tokens as well.
+                dynamo.let_vary(hidden, self._counting_dim(hidden))
             result = self._call(*args, **kwargs)
             returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             self.kept = {_RETURNED: content(result)} | changed()
@@ -496,10 +512,14 @@ class _Trial:
 
     def _problem_with_more(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
         """The same with many tokens, if the block takes them: code may drop what is beyond a place."""
-        more = _with_more_rows(inputs)
-        if more is None:
+        hidden = _hidden_of(inputs)
+        if hidden is None:
             return None
-        with dynamo.compiling_nothing_more():
+        dim = self._counting_dim(hidden)
+        more = _with_rows(inputs, dim, _MANY_ROWS)
+        # A number of sequences is often a constant of the graph, which is made anew then.
+        by_tokens = dim == hidden.dim() - 2
+        with dynamo.compiling_nothing_more() if by_tokens else contextlib.nullcontext():
             try:
                 self._run(more)
             except _FAILURES as error:
@@ -509,6 +529,12 @@ class _Trial:
                 return None
             problem = self._problem_in_draw(version, experts, more, 0)
         return None if problem is None else f"{problem} where there are {_MANY_ROWS} tokens"
+
+    def _counting_dim(self, hidden: torch.Tensor) -> int:
+        """The dimension of hidden states [.., T, H] that counts who chooses: tokens, or sequences in [B, T, H]."""
+        choosing = math.prod(map(plain_number, nodes.shape(self._gate.ids) or ())) // self._gate.top_k
+        of_sequences = choosing == hidden.shape[0] != hidden.shape[:-1].numel()
+        return 0 if hidden.dim() == 3 and (of_sequences or self._by_sequence) else hidden.dim() - 2
 
     def _expert_map(self) -> dict[int, int]:
         """What re-routing makes of each expert that the last run chose."""
@@ -644,7 +670,10 @@ class _Choose:
         if isinstance(chosen, torch.Tensor):
             return made_up
         generator = torch.Generator().manual_seed(self._trial.seed_of_scores)
-        values = (torch.rand(order.shape, generator=generator) + 0.1).sort(-1, descending=True)[0].to(chosen[0])
+        values = torch.rand(order.shape, generator=generator)
+        # Weights of every order, too: what is left out for weighing little has to show.
+        values = 10 ** (-4 * values) if self._trial.seed % 3 == 2 else values + 0.1
+        values = values.sort(-1, descending=True)[0].to(chosen[0])
         values = values[..., 0] if self._flat else values[..., : ids.shape[-1]]
         return _Picked(values.contiguous(), made_up)
 
@@ -706,13 +735,13 @@ def _hidden_of(inputs: Arguments) -> torch.Tensor | None:
     return tensors[0] if fits and tensors[0].shape[-2] > 1 else None
 
 
-def _with_more_rows(inputs: Arguments) -> Arguments | None:
-    """The arguments with many tokens in place of few, where hidden states are all the tensors among them."""
+def _with_rows(inputs: Arguments, dim: int, rows: int) -> Arguments:
+    """The arguments with other hidden states, so many along one dimension; they are all the tensors among them."""
     hidden = _hidden_of(inputs)
-    if hidden is None:
-        return None
-    rows = (*hidden.shape[:-2], _MANY_ROWS, hidden.shape[-1])
-    drawn = torch.randn(rows, generator=torch.Generator().manual_seed(3)).to(hidden)
+    assert hidden is not None
+    sizes = [*hidden.shape]
+    sizes[dim] = rows
+    drawn = torch.randn(sizes, generator=torch.Generator().manual_seed(3)).to(hidden)
     return tree_map(lambda value: drawn if value is hidden else value, inputs)  # type: ignore[no-any-return]
 
 
@@ -750,10 +779,15 @@ def _changed_rows(before: list[torch.Tensor], after: list[torch.Tensor], rows: i
     """Which tokens' outputs differ, bool [rows]; None where no output has a row per token."""
     changed = None
     for a, b in zip(before, after, strict=True):
-        if a.is_floating_point() and a.dim() > 1 and a.shape[:-1].numel() == rows and a.shape == b.shape:
+        if a.is_floating_point() and a.shape == b.shape and _counts_rows(a.shape, rows):
             differs = (a != b).reshape(rows, -1).any(-1)
             changed = differs if changed is None else changed | differs
     return changed
+
+
+def _counts_rows(shape: torch.Size, rows: int) -> bool:
+    """Whether the leading sizes of a tensor count so many rows: [T, H], [B, S, H], or [B, S, H] of B sequences."""
+    return any(shape[:end].numel() == rows for end in range(1, len(shape)))
 
 
 def _distance(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float | None:

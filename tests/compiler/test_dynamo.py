@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo import config
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.utils import counters
 
 from sere_compile.compiler import dynamo
@@ -176,6 +177,46 @@ class TestSettings:
                 assert {name: getattr(config, name) for name in changed} == changed
                 raise KeyError
             assert {name: getattr(config, name) for name in changed} == before
+
+    def test_graphs_before_loops(self):
+        """A break in a loop leaves a graph of what is ahead of it there, and none elsewhere."""
+
+        def looping(x):
+            y = x * 2 + 1
+            for number in range(3):
+                if y.sum() > number:
+                    y = y + 1
+            return y
+
+        def graphs(**options):
+            torch._dynamo.reset()
+            made = []
+            compiled = torch.compile(looping, backend=lambda graph, _: made.append(graph) or graph.forward, **options)
+            assert torch.equal(compiled(torch.ones(2)), looping(torch.ones(2)))
+            return [[node.name for node in graph.graph.nodes if node.op == "call_function"] for graph in made]
+
+        assert graphs() == []
+        with dynamo.graphs_before_loops():
+            with dynamo.graphs_before_loops():
+                assert graphs() == [["mul", "y"]]
+                assert dynamo.makes_graphs_before_loops()
+            assert graphs() == [["mul", "y"]]
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                graphs(fullgraph=True)
+        assert graphs() == []
+        assert not dynamo.makes_graphs_before_loops()
+
+    def test_a_torch_that_decides_elsewhere(self, monkeypatch):
+        monkeypatch.delattr(InstructionTranslatorBase, "raise_loop_graph_break")
+        with dynamo.graphs_before_loops():
+            assert not hasattr(InstructionTranslatorBase, "raise_loop_graph_break")
+
+    def test_what_a_backend_raised(self):
+        own = KeyError("a")
+        wrapped = types.SimpleNamespace(inner_exception=own)
+        assert dynamo.raised_by_backend(wrapped, KeyError) is own
+        assert dynamo.raised_by_backend(own, KeyError) is own
+        assert dynamo.raised_by_backend(own, IndexError) is None
 
     def test_whether_shapes_are_captured(self):
         assert dynamo.captures_dynamic_shapes() is False

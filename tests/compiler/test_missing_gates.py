@@ -267,6 +267,32 @@ class TestOneCall:
         assert say(model=model, outside=["a"], routers=weights, nearest=skip) == outside
         assert say(model=model, outside=["a"], nearest=skip) == none
         assert say(model=3, outside=["a"]) == none
+        assert say(held=weights) == []
+        assert say(model=model, outside=["a"], held=weights) == outside
+
+    def test_a_graph_of_a_way_that_was_given_up(self, caplog, monkeypatch):
+        """It was all of the call, with gates that it told of."""
+        call = missing_gates.OneCall()
+        missing_gates.runs.with_gates += 1
+        call.forget()
+        assert call.was_held
+        assert not call.was_one_graph
+        missing_gates.settle(call, None, (), {}, STRICT, captured=True)
+        assert not caplog.records
+
+    def test_a_warning_is_given_once_in_a_call(self):
+        assert missing_gates.is_news("a")
+        assert missing_gates.is_news("a")
+        with missing_gates.one_call() as call:
+            assert [missing_gates.is_news(text) for text in "aba"] == [True, True, False]
+            call.forget()
+            assert not missing_gates.is_news("a")
+
+    def test_a_refusal_of_a_way_that_was_given_up(self):
+        refusal = GateNotFoundError("why")
+        call = missing_gates.OneCall(refusal=refusal)
+        with pytest.raises(GateNotFoundError, match="why"):
+            missing_gates.settle(call, None, (), {}, STRICT, captured=True)
 
     def test_graphs_of_a_call_that_is_watched(self):
         """They leave the report to the caller, and so does the graph that is all of the call."""
@@ -282,11 +308,12 @@ class TestOneCall:
             assert call.routers == weights
             assert not call.settled
             call.forget()
-            assert (call.nearest, call.routers, call.settled) == (None, [], False)
+            # What graphs of the other way hold may be less: that they do not hold it is no news.
+            assert (call.held, call.routers, call.settled, call.was_held) == (weights, [], False, False)
+            assert call.nearest is findings.nearest_miss
             whole = missing_gates.watch(lambda *args: args, findings, WARNING, whole_call=True)
             assert call.settled
             assert whole(3) == (3,)
-            assert call.nearest is None
         assert missing_gates._watched.get() is None
 
     def test_a_graph_that_is_the_whole_call_is_told_of_at_once(self, caplog):

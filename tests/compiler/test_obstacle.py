@@ -61,6 +61,13 @@ def test_remedies(code, remedy):
     assert text.startswith(f"loop.py:3, `{code}`, depends on data in a way that no graph holds (why): {remedy}")
 
 
+def test_what_is_ahead_of_a_loop_can_be_compiled():
+    """Said to who has not tried that."""
+    model, _, x = prepared(CountLoop)
+    assert "sere_compile.compile(model, ...), which compiles what is ahead" in diagnose(model, (x,), {})
+    assert "what is ahead" not in diagnose(model, (x,), {}, captured=True)
+
+
 def test_where_no_line_is_named():
     assert str(Obstacle("", "", "why")).startswith("Dynamo finds no graph that holds all of it (why): move router")
 

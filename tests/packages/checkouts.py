@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .gated import Gated, Layer, listed, rows, scattered, stacked
-from .models import CAPACITY, EXPERTS, MASKED, TOP_K, WIDTH, one_process
+from .models import CAPACITY, EXPERTS, TOP_K, WIDTH, one_process
 
 FOLDER = Path(os.environ.get("SERE_CHECKOUTS", ""))
 
@@ -716,9 +716,7 @@ def llm_foundry_glu(folder: Path) -> Gated:
 # --- places in buffers ------------------------------------------------------------------------------------------------
 
 
-@checkout("Tencent/Tencent-Hunyuan-Large", "models/modeling_hunyuan.py", "two MoEs, a buffer for every token",
-    refused="reads the scores again", why=MASKED,
-)  # fmt: skip
+@checkout("Tencent/Tencent-Hunyuan-Large", "models/modeling_hunyuan.py", "two MoEs, a buffer for every token")
 def hunyuan(folder: Path) -> Gated:
 
     found = module(folder, "models/modeling_hunyuan.py")

@@ -163,6 +163,18 @@ class SlotTable(Block):
         return torch.einsum("te,eth->th", combine, self.all_experts(mask.T[..., None] * x))
 
 
+class MaskPicks(Block):
+    """A mask of the ids sends tokens, and picks their weights out of the table of all scores."""
+
+    def forward(self, x):
+        scores = self.scores(x)
+        _, ids = torch.topk(scores, self.top_k, dim=-1)
+        mask = torch.zeros_like(scores).scatter(1, ids, 1.0)
+        picked = scores * mask
+        picked = picked / picked.sum(-1, keepdim=True)
+        return torch.einsum("te,eth->th", picked, self.all_experts(mask.T[..., None] * x))
+
+
 SUMS_DUPLICATES = (Indexed, Grouped)
 DUPLICATE_UNSAFE = (ScatterCombine, OneHotMask, ExpertLoop, ColumnLoop, IndexPut, SlotTable)
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import Evidence, Proof, SkipReason, UseKind, find_gates, verify_rewrite
+from sere_compile.passes import (
+    Evidence,
+    Proof,
+    RoutingSettings,
+    Skip,
+    SkipReason,
+    UseKind,
+    find_gates,
+    reroute_dispatch,
+    verify_rewrite,
+)
 from sere_compile.passes.graph import nodes
 
 from .evidence.test_selections import FORMS, RoutedIndexed, RoutedScatter, SkipSlots
@@ -16,11 +26,17 @@ from .moe_modules import (
     TRACERS,
     BiasCorrected,
     Indexed,
+    MaskPicks,
     ScatterCombine,
+    SlotTable,
+    add_matrix,
+    expected,
     from_dynamo,
     from_make_fx,
     one_gate,
     rows,
+    run,
+    similarity,
 )
 
 
@@ -70,6 +86,28 @@ class TestRight:
         assert isinstance(proof, Proof), proof
 
 
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_weights_that_a_mask_picks_move_in_their_table(tracer):
+    """The reader of the scores gets a table with each slot's score at its new expert; others read the scores."""
+    module, x = MaskPicks(), rows()
+    graph = TRACERS[tracer](module, x)
+    gate = one_gate(graph)
+    proof = verified(graph, gate)
+    [(reader, table)] = proof.tables
+    assert (nodes.kind(reader), nodes.kind(table)) == ("mul", "softmax")
+    assert not proof.merged
+    matrix = similarity()
+    for select in (1, 2, 3):
+        graph = TRACERS[tracer](module, x)
+        proof = verified(graph)
+        inputs = proof.gate, add_matrix(graph, matrix), RoutingSettings(select)
+        done = reroute_dispatch(*inputs, merged=proof.merged, readers=(), tables=proof.tables)
+        assert not isinstance(done, Skip)
+        graph.recompile()
+        torch.testing.assert_close(run(graph, x), expected(module, x, matrix, select), rtol=1e-5, atol=1e-5)
+        assert select < 3 or torch.equal(run(graph, x), module(x))
+
+
 def with_kinds(gate, change):
     return dataclasses.replace(gate, uses=tuple(change(use) for use in gate.uses))
 
@@ -90,6 +128,10 @@ class TestWrong:
         assert verified(graph, wrong).merged
         # With no weights to merge nothing is left.
         refusal = verified(graph, dataclasses.replace(wrong, weights=None))
+        if module is SlotTable:  # its weights stand in a table, in which they can move
+            assert refusal.tables
+            assert not refusal.merged
+            return
         assert refusal.reason is SkipReason.UNVERIFIED
         assert "with new ids and S = 1" in refusal.detail
 

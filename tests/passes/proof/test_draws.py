@@ -45,6 +45,7 @@ def counted(block, table):
 
 BENDS = {
     "only where the router is sure": lambda block, table: torch.where(table > 0.97, torch.ones_like(table), table),
+    "small ones are none": lambda block, table: torch.where(table > 0.02, table, 0.0),
     "only near one": lambda block, table: table.clamp(max=0.9),
     "by a gain that is 0 at first": lambda block, table: table + block.gain * table**2,
     "after a hundred calls": counted,
@@ -180,3 +181,74 @@ def test_a_rewrite_that_would_change_nothing_is_none():
 
 def test_masks_of_a_scatter_are_still_proven():
     assert isinstance(proof_of(ScatterCombine(), dynamic=True), Proof)
+
+
+class Picks(Block):
+    """A mask of the ids sends tokens and picks their weights out of the table of all scores; `keep` changes it."""
+
+    def __init__(self, keep=lambda mask, *_: mask, bend=lambda picked: picked, experts=EXPERTS):
+        super().__init__(experts, top_k=2)
+        self.keep, self.bend = keep, bend
+
+    def forward(self, x):
+        scores = self.scores(x)
+        values, ids = torch.topk(scores, self.top_k, dim=-1)
+        named = F.one_hot(ids, self.num_experts).float()
+        mask = self.keep(named.amax(1), named, scores, values)
+        picked = self.bend(scores * mask)
+        return torch.einsum("te,eth->th", picked, self.all_experts(mask.T[..., None] * x))
+
+
+def second_that_weighs(mask, named, scores, values):
+    kept = torch.cat([torch.ones_like(values[:, :1]), (values[:, 1:] > 0.45).float()], 1)
+    return (named * kept[..., None]).amax(1)
+
+
+def top_p(mask, named, scores, values):
+    before = values.cumsum(-1) - values
+    return (named * (before < 0.999)[..., None]).amax(1)
+
+
+def none_at_the_end(mask, named, scores, values):
+    return mask * torch.cat([torch.ones(EXPERTS - 1), torch.zeros(1)])
+
+
+KEEPS = {
+    "a second expert that weighs enough": second_that_weighs,
+    "experts up to a share of all": top_p,
+    "scores above a bound, as a mask": lambda mask, named, scores, values: mask * (scores > 0.499),
+    "scores above a bound, as a number": lambda mask, named, scores, values: mask * (scores - 0.499).relu().sign(),
+    "a score that is no expert's": none_at_the_end,
+    "by the largest score": lambda mask, named, scores, values: mask * (scores.amax(-1, keepdim=True) < 0.9999),
+    "by how many chose the expert": lambda mask, named, scores, values: mask * (mask.sum(0) < 40),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_mask_that_takes_a_slot_only_sometimes(keep, dynamic):
+    """Made-up scores may never show such a slot: scores have no say in a mask that picks weights out of a table."""
+    proof = proof_of(Picks(KEEPS[keep]), dynamic=dynamic)
+    if keep == "by how many chose the expert" and not dynamic:  # a graph for so few tokens never leaves one out
+        assert proof.tables
+        return
+    assert isinstance(proof, Skip), keep
+
+
+PICKED = {
+    "large ones are less": lambda picked: picked.clamp(max=0.9),
+    "small ones are none": lambda picked: torch.where(picked > 0.02, picked, 0.0),
+    "by the largest": lambda picked: picked / picked.amax(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("bend", PICKED)
+def test_picked_weights_that_bend(bend):
+    assert isinstance(proof_of(Picks(bend=PICKED[bend])), Skip)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_picked_weights_that_do_not_bend(tracer):
+    """Also divided by their sum, and in a graph for any number of tokens."""
+    assert proof_of(Picks(), TRACERS[tracer]).tables
+    assert proof_of(Picks(bend=lambda picked: picked / picked.sum(-1, keepdim=True)), TRACERS[tracer]).tables

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from sere_compile.passes.graph import nodes
-from sere_compile.passes.proof.made_up import activation_values, has_masks, later_state, redrawn, state_values
+from sere_compile.passes.proof.made_up import (
+    activation_values,
+    crowded,
+    later_state,
+    redrawn,
+    state_values,
+    unevenly_sure,
+)
 from sere_compile.passes.proof.region import Leaf
 
 from ..graph.written import Written
@@ -323,3 +330,29 @@ class TestOneLeaf:
         held = torch.ones(200, dtype=dtype)
         assert torch.equal(made(like, "activation", held), held)
         assert made(like.to("meta"), "activation").device.type == "meta"
+
+
+def test_a_crowd_prefers_one_expert():
+    """And everything but the logits is as drawn."""
+    region = region_of(Indexed())
+    [logits] = leaves_of(region, "logits")
+    drawn = activation_values(region, 0, single=True)
+    changed = crowded(region, drawn)
+    assert (changed[logits].argmax(-1) == 0).all()
+    assert not (drawn[logits].argmax(-1) == 0).all()
+    assert all(changed[node] is value for node, value in drawn.items() if node is not logits)
+
+
+def test_a_router_that_is_sure_by_turns():
+    """The second choice of some tokens weighs as much as the first, and that of others nothing; the choice stays."""
+    region = region_of(Indexed())
+    [logits] = leaves_of(region, "logits")
+    drawn = activation_values(region, 0, single=True)
+    changed = [unevenly_sure(region, drawn, draw) for draw in range(2)]
+    for values in changed:
+        assert torch.equal(values[logits].topk(TOP_K).indices, drawn[logits].topk(TOP_K).indices)
+        assert all(values[node] is value for node, value in drawn.items() if node is not logits)
+        first, second = values[logits].softmax(-1).topk(2).values.T
+        assert (second / first).max() > 0.6
+        assert (second / first).min() < 0.01
+    assert not torch.equal(changed[0][logits], changed[1][logits])

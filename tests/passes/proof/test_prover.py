@@ -990,15 +990,15 @@ class TestCounts:
 
     def test_ways_that_are_wrong_are_told_each_once(self, monkeypatch):
         prover = self.prover(Indexed())
-        monkeypatch.setattr(prover, "_ways", lambda experts: iter(["a", "b", "c"]))
+        monkeypatch.setattr(prover, "_ways", lambda *_: iter(["a", "b", "c"]))
         wrong = {"a": "it is off", "b": "it is off", "c": Skip(SkipReason.NO_WEIGHTS, None, "no weights")}
         monkeypatch.setattr(prover, "_check", lambda way, experts: wrong[way])
         verdict = prover.prove()
         assert (verdict.refusal, verdict.reason) == ("it is off; no weights", SkipReason.UNVERIFIED)
-        monkeypatch.setattr(prover, "_ways", lambda experts: iter("ca"))
+        monkeypatch.setattr(prover, "_ways", lambda *_: iter("ca"))
         verdict = prover.prove()
         assert (verdict.refusal, verdict.reason) == ("no weights; it is off", SkipReason.NO_WEIGHTS)
-        monkeypatch.setattr(prover, "_ways", lambda experts: iter(()))
+        monkeypatch.setattr(prover, "_ways", lambda *_: iter(()))
         assert prover.prove().refusal == "nothing of its dispatch can be re-routed"
 
     def test_scores_that_choose_the_same_throughout(self, monkeypatch):

@@ -7,10 +7,11 @@ from torch import nn
 from sere_compile.passes import RoutingSettings, UseKind
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.graph.run_part import run_graph
-from sere_compile.passes.proof.ways import Way, leads_to, rewrite_region, settings_of, with_proven_kinds
+from sere_compile.passes.proof.sources import trace_sources
+from sere_compile.passes.proof.ways import Way, leads_to, picked_tables, rewrite_region, settings_of, with_proven_kinds
 from sere_compile.testing import reroute_oracle
 
-from ..moe_modules import EXPERTS, TOKENS, Indexed, Used
+from ..moe_modules import EXPERTS, TOKENS, Indexed, MaskPicks, Used
 from .regions import leaves_of, region_of, run_of, told, values_of
 from .test_prover import RouterEmbedding, RouterScale
 
@@ -110,3 +111,12 @@ def test_leads_to():
     assert leads_to(region.gate.ids, region.ends[0])
     assert not leads_to(region.ends[0], logits)
     assert not leads_to(region.gate.weights, region.gate.ids)
+
+
+def test_tables_that_a_mask_picks_from():
+    """The scores, at the product with the mask; not what reads the scores alone, nor where the mask has no scores."""
+    region = region_of(MaskPicks())
+    [(reader, table)] = picked_tables(region, region.gate, trace_sources(region))
+    assert (nodes.kind(reader), nodes.kind(table)) == ("mul", "softmax")
+    region = region_of(Indexed())
+    assert picked_tables(region, region.gate, trace_sources(region)) == ()

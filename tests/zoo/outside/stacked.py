@@ -150,3 +150,34 @@ class FairScale(Stacked):
         combine = parts[0] + parts[1]
         inputs = torch.einsum("tec,th->ech", combine.bool().to(x.dtype), rows)
         return torch.einsum("tec,ech->th", combine, F.silu(torch.bmm(inputs, self.weight))).view(x.shape)
+
+
+class Picked(Stacked):
+    """Hunyuan-Large: a mask of the ids gives tokens places in buffers, and picks weights out of a table of scores."""
+
+    rows_per_expert = TOP_K  # for each token: as many as its slots
+
+    def route(self, x):
+        weights, ids = torch.topk(self.gate(x).softmax(-1), TOP_K)
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        scores = self.gate(rows).softmax(-1)
+        _, ids = torch.topk(scores, TOP_K)
+        chosen = F.one_hot(ids, EXPERTS)
+        table = scores / torch.matmul(chosen.float(), scores.unsqueeze(-1)).sum(1).clamp(min=1e-6)
+        order = F.one_hot(ids.transpose(0, 1).reshape(-1), EXPERTS)
+        place = (torch.cumsum(order, 0) * order - 1).reshape(TOP_K, -1, EXPERTS).transpose(0, 1).max(1)[0]
+        room = self.rows_per_expert * len(rows)
+        buffer = F.one_hot(place.masked_fill(place < 0, 0), room) * (place >= 0).unsqueeze(-1)
+        inside = torch.einsum("tec,th->ech", buffer.float(), rows)
+        made = F.silu(torch.bmm(inside, self.weight))
+        weights = torch.einsum("te,tec->tec", table, buffer.float())
+        return torch.einsum("tec,ech->th", weights, made).view(x.shape)
+
+
+class PickedTight(Picked):
+    """With room for fewer slots: if all move to one expert, they do not fit."""
+
+    rows_per_expert = TOP_K - 1

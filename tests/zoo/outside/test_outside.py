@@ -7,17 +7,18 @@ import sere_compile
 from sere_compile import SereConfig
 
 from .loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, RowLoop, SortedLoop, prepared
-from .stacked import FairScale, GptFast, MakeMoe, MegaBlocks, Noisy, StMoe, TorchTitan
+from .stacked import FairScale, GptFast, MakeMoe, MegaBlocks, Noisy, Picked, PickedTight, StMoe, TorchTitan
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-REROUTED = (MaskLoop, RowLoop, CountLoop, SortedLoop, GptFast, Noisy, TorchTitan, MegaBlocks)
+REROUTED = (MaskLoop, RowLoop, CountLoop, SortedLoop, GptFast, Noisy, TorchTitan, MegaBlocks, Picked)
 # A place in an expert's buffer depends on the other tokens: re-routing would drop other ones.
 CAPACITY = (StMoe, FairScale)
 
 
-# Selected logits become weights behind the scatter: those of two slots cannot be merged.
-REFUSED = (MakeMoe,)
+# Selected logits become weights behind the scatter: those of two slots cannot be merged. Buffers with less room
+# than for all slots overflow where all are at one expert.
+REFUSED = (MakeMoe, PickedTight)
 
 
 def seeded(function, *arguments):
