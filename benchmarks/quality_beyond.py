@@ -15,6 +15,7 @@ import argparse
 import csv
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +40,37 @@ NUMBERS = (
 COLUMNS = ("model", "company", "domain", "rule", "select_top_k", "active", *NUMBERS)
 
 
-def batches(corpus: Path, company: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [N, L], and the domain of each sequence as a number; N sequences of each domain are measured.
+@dataclass(frozen=True)
+class Batches:
+    """Sequences in the order in which they decode together.
 
-    Of a batch with an outlier only that one is: every sequence is the outlier of one batch.
+    Attributes:
+        tokens: int64 [N, L].
+        domains: int64 [N], -1 for what only keeps others company.
+        in_all: bool [N], whether every company has the sequence.
     """
+
+    tokens: torch.Tensor
+    domains: torch.Tensor
+    in_all: torch.Tensor
+
+
+def batches(corpus: Path, company: str, count: int, outliers: int) -> Batches:
+    """`count` sequences of each domain; of a batch with an outlier that one is measured, `outliers` of each domain."""
     apart = [sequences(corpus, "test", (domain,), count // 64) for domain in DOMAINS]
-    of = torch.arange(len(DOMAINS)).repeat_interleave(count)
+    domains = torch.arange(len(DOMAINS)).repeat_interleave(count)
+    in_all = (torch.arange(count) % (count // outliers) == 0).repeat(len(DOMAINS))
     if company == "alike":
-        return torch.cat(apart), of
+        return Batches(torch.cat(apart), domains, in_all)
     if company == "mixed":
-        return torch.stack(apart, 1).flatten(0, 1), of.view(2, -1).T.flatten()
-    rows, domains = [], []
-    for domain, number in itertools.product(range(2), range(count)):
+        in_turn = torch.arange(2 * count).view(2, count).T.flatten()
+        return Batches(torch.cat(apart)[in_turn], domains[in_turn], in_all[in_turn])
+    rows, of = [], []
+    for domain, number in itertools.product(range(2), range(0, count, count // outliers)):
         others = apart[1 - domain][torch.arange(number, number + BATCH - 1) % count]
         rows.append(torch.cat([apart[domain][number : number + 1], others]))
-        domains.append(torch.tensor([domain] + [-1] * (BATCH - 1)))
-    return torch.cat(rows), torch.cat(domains)
+        of.append(torch.tensor([domain] + [-1] * (BATCH - 1)))
+    return Batches(torch.cat(rows), torch.cat(of), torch.ones(len(rows) * BATCH, dtype=torch.bool))
 
 
 def rules(model: torch.nn.Module, calibration: torch.Tensor) -> dict[tuple[str, int], Rule]:
@@ -80,28 +95,28 @@ def measure(corpus: Path, count: int, outliers: int) -> Iterator[dict[str, objec
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         compared = rules(model, calibration)
         for company in COMPANIES:
-            tokens, of = batches(corpus, company, outliers if company == "outlier" else count)
-            results = evaluate_rules(model, tokens, compared, decode_batch=BATCH, progress=True)
+            made = batches(corpus, company, count, outliers)
+            results = evaluate_rules(model, made.tokens, compared, decode_batch=BATCH, progress=True)
             for number, domain in enumerate(DOMAINS):
                 place = {"model": name, "company": company, "domain": domain}
                 first = next(iter(results.values()))
-                yield {**place, "rule": "original", "select_top_k": 0} | numbers(first, of == number, original=True)
+                yield {**place, "rule": "original", "select_top_k": 0} | numbers(first, made, number, original=True)
                 for (rule, s), result in results.items():
-                    yield {**place, "rule": rule, "select_top_k": s} | numbers(result, of == number)
+                    yield {**place, "rule": rule, "select_top_k": s} | numbers(result, made, number)
 
 
-def numbers(result: Evaluation, rows: torch.Tensor, *, original: bool = False) -> dict[str, str]:
-    """What some of the sequences say; the agreement of samples and the experts are those of all."""
+def numbers(result: Evaluation, made: Batches, domain: int, *, original: bool = False) -> dict[str, str]:
+    """What the sequences of a domain say; the agreement of samples and the experts are those of the whole batches."""
     kept = result.original_predictions if original else result.predictions
     assert kept is not None
-    found = kept.rows(rows)
+    found = kept.rows(made.domains == domain)
     values = {
         "accuracy": found.accuracy,
         "worst_loss": found.worst_loss(),
         "greedy_match": found.greedy_match(LENGTH),
         **{f"sampled_match_{n}": found.sampled_match(n, LENGTH) for n in SAMPLES},
         "sampled_agreement": 1.0 if original else result.sampled_agreement,
-        "loss": found.loss,
+        "loss": kept.rows((made.domains == domain) & made.in_all).loss,
     }
     active = result.mean_active_before if original else result.mean_active_after
     return {"active": f"{active:.2f}"} | {name: f"{value:.5f}" for name, value in values.items()}
@@ -166,8 +181,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("measure", "page"))
     parser.add_argument("--corpus", type=Path, help="what examples/tiny_moe_corpus.py wrote")
-    parser.add_argument("--count", type=int, default=128, help="sequences of each domain, a multiple of 64")
-    parser.add_argument("--outliers", type=int, default=64, help="the same where each has 15 others beside it")
+    parser.add_argument("--count", type=int, default=64, help="sequences of each domain, a multiple of 64")
+    parser.add_argument(
+        "--outliers", type=int, default=32, help="of these, how many stand beside 15 of the other domain"
+    )
     parsed = parser.parse_args()
     if parsed.what == "measure":
         if parsed.corpus is None:

@@ -11,7 +11,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted(
     path for folder in ("benchmarks", "passes", "sere_compile", "tests") for path in (ROOT / folder).rglob("*.md")
 )
-PAGES.remove(ROOT / "benchmarks" / "quality_page.md")  # a template: its links are those of docs/quality.md
+for template in ("quality_page.md", "quality_beyond_page.md"):  # their links are those of docs/quality.md and the like
+    PAGES.remove(ROOT / "benchmarks" / template)
 SOURCES = [
     path
     for folder in ("benchmarks", "examples", "ops", "passes", "sere_compile", "tests")

@@ -70,7 +70,6 @@ class Checkout:
 CHECKOUTS: list[Checkout] = []
 _LOSS = "a loss of the same weights is made outside the graph: it would change"
 _TABLE = "a softmax over a table of all experts follows the choice, and code outside the graph reads it"
-_BRANCH = "a branch on data in its loop over experts keeps the layer out of every graph"
 # What files import at their head and no layer here uses; an installed one is found first.
 UNUSED = ("debugpy", "tiktoken", "timm", "jaxtyping", "torchao", "transformers.modeling_attn_mask_utils")
 
@@ -434,9 +433,7 @@ def _three_lists(moe: Any) -> Any:
     return [[moe.fc1[e].weight, moe.fc2[e].weight, moe.fc3[e].weight] for e in range(EXPERTS)]
 
 
-@checkout(
-    "jingyaogong/minimind", "model/model_minimind.py", "two MOEFeedForwards", refused="outside every graph", why=_BRANCH
-)
+@checkout("jingyaogong/minimind", "model/model_minimind.py", "two MOEFeedForwards")
 def minimind(folder: Path) -> Gated:
     found = module(folder, "model/model_minimind.py")
     config = found.MiniMindConfig(
@@ -550,14 +547,12 @@ def kowsher(folder: Path) -> Gated:
     return _kowsher(folder, "SparseMoeBlock")
 
 
-@checkout("Kowsher/SparseMoE-Layer", "moe.py", "two SequenceSparseMoeBlocks: a sequence chooses",
-    refused="outside every graph", why=_BRANCH,
-)  # fmt: skip
+@checkout("Kowsher/SparseMoE-Layer", "moe.py", "two SequenceSparseMoeBlocks: a sequence chooses")
 def kowsher_sequence(folder: Path) -> Gated:
     return _kowsher(folder, "SequenceSparseMoeBlock")
 
 
-@checkout("SkAndMl/moonlight-moe", "moe.py", "two MoEs", refused="outside every graph", why=_BRANCH)
+@checkout("SkAndMl/moonlight-moe", "moe.py", "two MoEs", refused="is off by", why=CAPACITY)
 def moonlight(folder: Path) -> Gated:
     found = module(folder, "moe.py")
     config = SimpleNamespace(

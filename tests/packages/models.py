@@ -248,12 +248,15 @@ class _First(nn.Module):
         return x
 
 
-@model("megatron-core", "two MoELayers, softmax")
+_LEFT = "its token dispatcher keeps what it was given, and may be read later: it would hold new ids"
+
+
+@model("megatron-core", "two MoELayers, softmax", refused="leaves other things in token_dispatcher", why=_LEFT)
 def megatron_softmax() -> Gated:
     return _megatron()
 
 
-@model("megatron-core", "two MoELayers, sigmoid")
+@model("megatron-core", "two MoELayers, sigmoid", refused="leaves other things in token_dispatcher", why=_LEFT)
 def megatron_sigmoid() -> Gated:
     return _megatron(moe_router_score_function="sigmoid", moe_router_topk_scaling_factor=2.0)
 

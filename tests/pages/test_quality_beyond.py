@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality_beyond
 from benchmarks.quality_beyond import BATCH, COMPANIES, PAGE, batches, page, read
 
 COUNT, OUTLIERS = 64, 16
@@ -55,11 +54,29 @@ def test_nobody_is_beside_itself(corpus):
 def test_what_the_prose_says():
     """Sentences of the template that no table is made for."""
     lines = {(x["model"], x["company"], x["domain"], x["rule"], x["select_top_k"]): x for x in read()}
-    mixed = {key: x for key, x in lines.items() if key[1] == "mixed"}
-    for (model, company, domain, rule, s), line in mixed.items():
-        if rule in ("original", "SERE, frobenius"):
-            continue
-        sere = mixed[model, company, domain, "SERE, frobenius", s]
-        assert float(line["accuracy"]) > float(sere["accuracy"])
-        assert float(line["sampled_match_16"]) > float(sere["sampled_match_16"])
-    assert quality_beyond.SAMPLES == (1, 16)
+
+    def number(name, *key):
+        return float(lines[key][name])
+
+    def lost(name, rule):
+        before = number(name, "qwen3", "mixed", "code", "original", "0")
+        return round(100 * (1 - number(name, "qwen3", "mixed", "code", rule, "1") / before))
+
+    names = ("accuracy", "greedy_match", "sampled_match_1", "sampled_match_16")
+    assert [lost(name, "SERE, frobenius") for name in names] == [19, 46, 52, 39]
+    assert [lost(name, "fill") for name in names] == [7, 18, 24, 18]
+    for model, company, domain, rule, s in lines:
+        original = (model, company, domain, "original", "0")
+        if company == "mixed":
+            moved = number("worst_loss", model, company, domain, rule, s) - number("worst_loss", *original)
+            assert abs(moved) < 0.5
+        if company == "mixed" and rule == "fill":
+            for name in ("accuracy", "sampled_match_1", "sampled_match_16"):
+                sere = number(name, model, company, domain, "SERE, frobenius", s)
+                assert number(name, model, company, domain, rule, s) > sere
+        if company == "outlier" and model != "upcycled" and rule != "original":
+            grown = [
+                number("loss", model, where, domain, rule, s) - number("loss", model, where, domain, "original", "0")
+                for where in ("alike", "outlier")
+            ]
+            assert 1.5 <= grown[1] / grown[0] < 3.55

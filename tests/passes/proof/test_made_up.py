@@ -293,31 +293,6 @@ class TestOneLeaf:
             assert not torch.equal(made(like, kind, draw=1), value)
             assert torch.equal(made(like, kind), value)
 
-    @pytest.mark.parametrize(
-        ("held", "told"),
-        [
-            (torch.tensor([3, 7]), True),
-            (torch.tensor([0, 1, 2]), True),
-            (torch.tensor([-1, 1]), True),
-            (torch.tensor([0, 1]), False),
-            (torch.tensor([0, 0]), False),
-            (torch.tensor([1, 1]), False),
-            (torch.tensor([True, False]), False),
-            (None, False),
-        ],
-        ids=str,
-    )
-    def test_numbers_of_a_call_that_serve(self, held, told):
-        """Places and words do; what may be a mask is made up, and then a proof has masks."""
-        like = torch.zeros(2, dtype=torch.int64) if held is None else torch.zeros_like(held)
-        w = Written()
-        node = w.input(like)
-        assert has_masks(types.SimpleNamespace(leaves={node: Leaf("activation", node, held)})) is not told
-        assert not has_masks(types.SimpleNamespace(leaves={node: Leaf("hidden", node, held)}))
-        drawn = [made(like, "activation", held, draw=draw) for draw in (0, 1)]
-        assert all(torch.equal(value, held) for value in drawn) if told else drawn[0].all() and not drawn[1].any()
-        assert made(torch.zeros(2), "activation", torch.tensor([3.0, 7.0])).max() < 2, "these may be scores"
-
     @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
     def test_masks(self, dtype):
         """Everything, nothing, and most of it, by turns; what is held is known."""
