@@ -119,6 +119,7 @@ def _marked(leaf: torch.Tensor, choice: float | None, generator: torch.Generator
     if leaf.numel():  # one at least, and not all of several
         some.view(-1)[int(drawn.argmin())] = True
         some.view(-1)[int(drawn.argmax())] &= leaf.numel() == 1
+    some &= ~_own_places(leaf)
     if choice is not None:
         return leaf.detach().masked_fill(some, choice)
     if leaf.dtype == torch.bool:
@@ -126,6 +127,14 @@ def _marked(leaf: torch.Tensor, choice: float | None, generator: torch.Generator
     largest = int(leaf.max())
     other = torch.randint(largest + 1, leaf.shape, generator=generator).to(leaf) if largest > 1 else 1 - leaf
     return torch.where(some, other, leaf.detach())
+
+
+def _own_places(leaf: torch.Tensor) -> torch.Tensor:
+    """Where a mask of attention, [.., L, S], lets a token see itself: one that sees nothing tells nothing."""
+    own = torch.zeros(leaf.shape, dtype=torch.bool, device=leaf.device)
+    if leaf.dim() >= 3 and 1 < leaf.shape[-2] <= leaf.shape[-1]:
+        own.diagonal(leaf.shape[-1] - leaf.shape[-2], -2, -1).fill_(True)
+    return own
 
 
 def _numbers_of(block: nn.Module) -> list[int]:

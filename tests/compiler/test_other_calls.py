@@ -112,3 +112,18 @@ def test_masks_that_a_call_does_not_have():
 def _holds(call, mask):
     masks = [value for value in (*call[0], *call[1].values()) if isinstance(value, torch.Tensor) and value is not X]
     return len(masks) == 1 and torch.equal(masks[0], mask)
+
+
+@pytest.mark.parametrize(("sizes", "own"), [((2, 1, 4, 4), 0), ((2, 1, 4, 6), 2)])
+def test_a_mask_of_attention_lets_a_token_see_itself(sizes, own):
+    """What sees nothing does not tell what its experts are; keys of earlier tokens come first."""
+    found = others(torch.ones(sizes, dtype=torch.bool))
+    assert any(not bool(mask.all()) for mask in found)
+    assert all(bool(mask.diagonal(own, -2, -1).all()) for mask in found)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 4, 1), (2, 4, 3)])
+def test_other_masks_have_no_own_places(sizes):
+    """[B, T] and [B, T, 1]: the first and last of a row may be masked, too."""
+    masked = torch.stack([~mask for mask in others(torch.ones(sizes, dtype=torch.bool))]).any(0)
+    assert bool(masked.diagonal(0, -2, -1).any())

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .gated import Gated, Layer, listed, rows, scattered, stacked
-from .models import CAPACITY, EXPERTS, TOP_K, WIDTH, one_process
+from .models import CAPACITY, EXPERTS, KEPT, TOP_K, WIDTH, one_process
 
 FOLDER = Path(os.environ.get("SERE_CHECKOUTS", ""))
 
@@ -248,7 +248,9 @@ def yeonwoosung(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("UMass-Foundation-Model/Mod-Squad", "parallel_linear/parallel_experts/moe.py", "two MoEs")
+@checkout("UMass-Foundation-Model/Mod-Squad", "parallel_linear/parallel_experts/moe.py", "two MoEs",
+    refused="not proven", why=KEPT,
+)  # fmt: skip
 def mod_squad(folder: Path) -> Gated:
     found = module(folder, "parallel_linear/parallel_experts/moe.py")
 
@@ -261,7 +263,9 @@ def mod_squad(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, a router of two layers")
+@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, a router of two layers",
+    refused="leaves other things in batch_gates", why=KEPT,
+)  # fmt: skip
 def moduleformer(folder: Path) -> Gated:
     found = module(folder, "moduleformer/utils/moe.py")
 
@@ -273,7 +277,9 @@ def moduleformer(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, scores of normalised centroids")
+@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, scores of normalised centroids",
+    refused="leaves other things in batch_gates", why=KEPT,
+)  # fmt: skip
 def moduleformer_gmm(folder: Path) -> Gated:
     found = module(folder, "moduleformer/utils/moe.py")
 
@@ -286,7 +292,9 @@ def moduleformer_gmm(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("myshell-ai/JetMoE", "jetmoe/utils/moe.py", "two MoEs")
+@checkout("myshell-ai/JetMoE", "jetmoe/utils/moe.py", "two MoEs",
+    refused="leaves other things in batch_gates", why=KEPT,
+)  # fmt: skip
 def jetmoe(folder: Path) -> Gated:
     found = module(folder, "jetmoe/utils/moe.py")
 
@@ -735,7 +743,7 @@ def nano_moe(folder: Path) -> Gated:
 
 
 @checkout("decisionintelligence/pathformer", "layers/AMS.py", "an AMS: experts of several patch sizes",
-    refused="no expert weights", why="its experts differ in size: none can take the place of another",
+    refused="is off by", why="its experts differ in size: none can take the place of another",
 )  # fmt: skip
 def pathformer(folder: Path) -> Gated:
     found = module(folder, "layers/AMS.py")
