@@ -31,3 +31,12 @@ def distance(expected: Any, got: Any, exact: bool) -> str | None:
     close = not exact and expected.dtype.is_floating_point and error <= tolerance(expected.dtype) * scale
     same = error == 0 and torch.equal(left.nan_to_num(), right.nan_to_num())
     return None if close or same else f"{error:.2g} of {scale:.2g}"
+
+
+def changed_rows(before: torch.Tensor, after: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """The rows in which two tensors differ by more than rounding, bool [rows]; None where their shapes do."""
+    if before.shape != after.shape:
+        return None
+    difference = (before.double() - after.double()).abs().nan_to_num(nan=1.0)
+    limit = 1e-6 * float(before.double().abs().nan_to_num().max().clamp(min=1e-9))
+    return (difference.reshape(rows, -1) > limit).any(-1).cpu()

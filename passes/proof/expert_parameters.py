@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import nodes
+from .compare import changed_rows
 from .made_up import redrawn
 from .region import Region
 from .sources import Sources, trace_sources
@@ -226,13 +227,8 @@ class Told:
 
     def _changed(self, draw: int, values: Values) -> torch.Tensor | None:
         """The tokens whose row of the exit differs, bool [T]; None where nothing can be told by rows."""
-        before, after = self._before[draw][self._exit], self._run(values)[self._exit]
-        if before.shape != after.shape:
-            return None
-        tokens = len(self._ids[draw])
-        difference = (before.double() - after.double()).abs().nan_to_num(nan=1.0)
-        limit = 1e-6 * float(before.double().abs().nan_to_num().max().clamp(min=1e-9))
-        return (difference.reshape(tokens, -1) > limit).any(-1).cpu()
+        after = self._run(values)[self._exit]
+        return changed_rows(self._before[draw][self._exit], after, len(self._ids[draw]))
 
     def _named(self, rest: list[Node]) -> Iterator[dict[int, Node]]:
         """Tensors of one shape whose names differ in one number, which takes as many values as there are experts."""

@@ -14,6 +14,7 @@ from .masks import Masks
 from .region import Leaf, Region
 
 _LARGE = 1 << 24  # numbers from which on a matrix is taken as it is held: made up it would cost its memory again
+_FAR_LESS = 20.0  # below the others: a sigmoid of it is nothing, too
 _APART = 0.5  # by how much a first choice is ahead of the next
 # By draw: a router may be sure of one expert or of none, and what bends weights may do so near 0 or 1 only.
 _SHARPNESS = (1.0, 1.0, 4.0, 0.25)
@@ -135,6 +136,18 @@ def crowded(region: Region, values: Mapping[Node, Any]) -> dict[Node, Any]:
         if leaf.kind == "logits":
             logits = changed[node].clone()
             logits[..., 0] = logits.amax(-1) + 1
+            changed[node] = logits
+    return changed
+
+
+def without(region: Region, values: Mapping[Node, Any], expert: int) -> dict[Node, Any]:
+    """The values of a draw with logits by which tokens prefer every other expert to one."""
+    changed = dict(values)
+    for node, leaf in region.leaves.items():
+        if leaf.kind == "logits":
+            logits = changed[node].clone()
+            farthest = nodes.kind(leaf.source) == "cdist"
+            logits[..., expert] = logits.amax() + _FAR_LESS if farthest else logits.amin() - _FAR_LESS
             changed[node] = logits
     return changed
 

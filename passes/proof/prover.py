@@ -14,9 +14,9 @@ from ..graph import nodes
 from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .changed_ids import changed_id
-from .compare import distance
+from .compare import changed_rows, distance
 from .expert_parameters import ExpertParameters, Told, Values
-from .made_up import activation_values, crowded, later_state, state_values, unevenly_sure
+from .made_up import activation_values, crowded, later_state, state_values, unevenly_sure, without
 from .masks import Masks
 from .more_tokens import more_tokens
 from .region import Region
@@ -247,7 +247,27 @@ class Prover:
                     return f"{wrong} where a mask marks some tokens"
                 idle = 0 if new.moved & stays else idle + 1
                 stays, number = stays - new.moved, number + self._masks.patterns
+            else:
+                for expert in sorted(stays):
+                    if self._acts_unnamed(expert, experts, pattern):
+                        return f"expert {expert} acts on tokens that do not name it, where a mask marks some"
         return None
+
+    def _acts_unnamed(self, expert: int, experts: ExpertParameters, pattern: int) -> bool:
+        """Whether another expert in the place of one changes tokens that do not name it: a mask sent them there."""
+        gate, exit_node = self._region.gate, self._region.ends[0]
+        mapping = torch.arange(gate.num_experts)
+        mapping[expert] = (expert + 1) % gate.num_experts
+        for number in range(_DRAWS):
+            values = without(self._region, self._drawn(2 * number + 1, pattern=pattern), expert)
+            before = self._run(values)
+            after = self._run(experts.swapped(values, mapping))
+            names = (before[gate.ids].reshape(-1, gate.top_k) == expert).any(-1)
+            if (rows := changed_rows(before[exit_node], after[exit_node], len(names))) is None:
+                return True
+            if bool((rows & ~names.cpu()).any()):
+                return True
+        return False
 
     def _wrong_with_more(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
         """What is wrong with more tokens than the traced call had, where the graph takes them."""

@@ -122,7 +122,7 @@ def test_a_mask_of_attention_lets_a_token_see_itself(sizes, own):
     assert all(bool(mask.diagonal(own, -2, -1).all()) for mask in found)
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (3, 4, 1), (2, 4, 3)])
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 4, 1), (4, 4, 3)])
 def test_other_masks_have_no_own_places(sizes):
     """[B, T] and [B, T, 1]: the first and last of a row may be masked, too."""
     masked = torch.stack([~mask for mask in others(torch.ones(sizes, dtype=torch.bool))]).any(0)
