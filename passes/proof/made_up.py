@@ -14,7 +14,7 @@ from .masks import Masks
 from .region import Leaf, Region
 
 _LARGE = 1 << 24  # numbers from which on a matrix is taken as it is held: made up it would cost its memory again
-_FAR_LESS = 20.0  # below the others: a sigmoid of it is nothing, too
+_ALMOST_ONE, _FAR_LESS = 6.0, 26.0  # logits whose sigmoids are nearly 1, and how far below them one is nearly 0
 _APART = 0.5  # by how much a first choice is ahead of the next
 # By draw: a router may be sure of one expert or of none, and what bends weights may do so near 0 or 1 only.
 _SHARPNESS = (1.0, 1.0, 4.0, 0.25)
@@ -141,13 +141,13 @@ def crowded(region: Region, values: Mapping[Node, Any]) -> dict[Node, Any]:
 
 
 def without(region: Region, values: Mapping[Node, Any], expert: int) -> dict[Node, Any]:
-    """The values of a draw with logits by which tokens prefer every other expert to one."""
+    """The values of a draw with logits by which tokens prefer every other expert to one, as far as its bias allows."""
     changed = dict(values)
     for node, leaf in region.leaves.items():
         if leaf.kind == "logits":
-            logits = changed[node].clone()
-            farthest = nodes.kind(leaf.source) == "cdist"
-            logits[..., expert] = logits.amax() + _FAR_LESS if farthest else logits.amin() - _FAR_LESS
+            is_distance = nodes.kind(leaf.source) == "cdist"
+            logits = changed[node] + (0.0 if is_distance else _ALMOST_ONE - changed[node].amin())
+            logits[..., expert] = logits.amax() + _FAR_LESS if is_distance else _ALMOST_ONE - _FAR_LESS
             changed[node] = logits
     return changed
 

@@ -148,6 +148,9 @@ RULES = {
     "other calls mask some tokens": Rule(masks.Masks, "_mixed", all_real, tests=(MASKS,)),
     "each expert is re-routed under masks": Rule(
         prover.Prover, "_wrong_under_masks", always(None), tests=(BORDERS,)),
+    "what no draw re-routes acts on its own tokens": Rule(
+        prover.Prover, "_acts_unnamed", always(False),
+        tests=(f"{DRAWS}::test_an_expert_that_no_draw_re_routes_under_a_mask",)),
     "experts read the ids that re-routing saw": Rule(prover, "changed_id", always(None), tests=(MASKS,)),
     "inside vmap there is no batch": Rule(VERIFY, "_inside_vmap", always(False), tests=(PROVER,)),
     "outside: parameters act on one expert's tokens": Rule(

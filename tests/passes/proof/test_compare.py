@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sere_compile.passes.proof.compare import distance, tolerance
+from sere_compile.passes.proof.compare import changed_rows, distance, tolerance
 
 
 def test_rounding_is_no_difference():
@@ -69,3 +69,12 @@ def test_what_is_not_finite_is_compared_as_well():
     assert distance(left, torch.tensor([-inf, 1.0]), exact=True) is not None
     assert distance(left, torch.tensor([inf, 1.00001]), exact=False) is None
     assert distance(left, torch.tensor([inf, 1.1]), exact=False) == "0.1 of 1"
+
+
+def test_rows_that_differ():
+    """By more than a millionth of the largest number; other shapes tell nothing."""
+    before = torch.tensor([[1.0, 4.0], [2.0, 0.0], [0.0, 0.0]])
+    after = before + torch.tensor([[2e-6, 0.0], [0.0, 1e-5], [0.0, 0.0]])
+    assert changed_rows(before, after, 3).tolist() == [False, True, False]
+    assert changed_rows(before.view(3, 2, 1), after.view(3, 2, 1), 3).tolist() == [False, True, False]
+    assert changed_rows(before, after[:2], 3) is None

@@ -136,6 +136,32 @@ def test_a_mask_that_sends_no_token_elsewhere():
     assert isinstance(proof_of(module, from_dynamo, None, torch.ones(10, 1, dtype=torch.bool)), Proof)
 
 
+class MaskedIds(Block):
+    """A bias keeps expert 0 among every token's best; the mask sends tokens there, too."""
+
+    def __init__(self, masked):
+        super().__init__(top_k=4)
+        self.bias = nn.Parameter(torch.tensor([0.75, *[0.0] * (EXPERTS - 1)]), requires_grad=False)
+        self.masked = masked
+
+    def forward(self, x, real):
+        scores = F.linear(x, self.router).sigmoid()
+        ids = (scores + self.bias).topk(self.top_k, dim=-1)[1]
+        return Indexed.dispatch(self, x, *self.masked(ids, scores.gather(-1, ids), real))
+
+
+def test_an_expert_that_no_draw_re_routes_under_a_mask():
+    """It must not act on tokens that do not name it; one that acts on its own tokens alone may stay."""
+    real = torch.ones(10, 1, dtype=torch.bool)
+    module = MaskedIds(lambda ids, weights, real: (ids * real, weights))
+    refusal = proof_of(module, from_dynamo, None, real)
+    assert isinstance(refusal, Skip)
+    assert "expert 0 acts on tokens that do not name it" in refusal.detail
+    assert isinstance(
+        proof_of(MaskedIds(lambda ids, weights, real: (ids, weights * real)), from_dynamo, None, real), Proof
+    )
+
+
 class Capacity(Block):
     """Each expert takes its first slots only, numbered by comparing all pairs."""
 

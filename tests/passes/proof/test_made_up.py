@@ -14,6 +14,7 @@ from sere_compile.passes.proof.made_up import (
     redrawn,
     state_values,
     unevenly_sure,
+    without,
 )
 from sere_compile.passes.proof.region import Leaf
 
@@ -331,3 +332,16 @@ def test_a_router_that_is_sure_by_turns():
         assert (second / first).max() > 0.6
         assert (second / first).min() < 0.01
     assert not torch.equal(changed[0][logits], changed[1][logits])
+
+
+def test_tokens_that_prefer_every_other_expert():
+    """By sigmoids as well: the others are nearly 1, in the order that they had, and one is nearly 0."""
+    region = region_of(Indexed())
+    [logits] = leaves_of(region, "logits")
+    drawn = activation_values(region, 1, single=True)
+    changed = without(region, drawn, 2)
+    others = [column for column in range(EXPERTS) if column != 2]
+    assert (changed[logits][:, 2].sigmoid() < 1e-6).all()
+    assert (changed[logits][:, others].sigmoid() > 0.99).all()
+    assert torch.equal(changed[logits][:, others].argsort(-1), drawn[logits][:, others].argsort(-1))
+    assert all(changed[node] is value for node, value in drawn.items() if node is not logits)
