@@ -8,6 +8,7 @@ sizes that depend on data, as `sere_compile.compile` does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,7 @@ class ObservedModel:
                 with dynamo.dynamic_shape_capture():
                     self._compiled(*args, **kwargs)
             else:
-                with dynamo.graphs_before_loops():
-                    self._compiled(*args, **kwargs)
+                self._compiled(*args, **kwargs)
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Run the model in the way that shows most of its gates; whether that is dynamic-shape capture.
@@ -104,12 +104,12 @@ class ObservedModel:
         What a graph shows of the experts is what the model computes. Modules beside the router, which stand in for
         what no graph shows, come last.
         """
-        for captures, needs_region in ((False, True), (True, True), (False, False), (True, False)):
+        for captures, needs_region in ((False, True), (True, True), (False, False)):
             if captures or not needs_region:
                 dynamo.forget_codes(self.model)
             self._needs_region = needs_region
             try:
-                with dynamo.dynamic_shape_capture() if captures else dynamo.graphs_before_loops():
+                with dynamo.dynamic_shape_capture() if captures else contextlib.nullcontext():
                     self._compiled(*args, **kwargs)
             except _NotShownError as error:
                 self._not_shown = str(error)
