@@ -39,7 +39,7 @@ from sere_compile.evaluation.rules import Fill, Rule
 
 DOMAINS = ("code", "prose")
 MODELS = ("qwen3", "mixtral", "upcycled")
-LENGTH, CALIBRATION = 128, 400
+LENGTH, CALIBRATION, FEW = 128, 400, 48
 # Sequences of one draw, half of each domain; every decode batch divides it.
 DRAW = 64
 FILLS, RESTORES = (0.0, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)
@@ -51,11 +51,7 @@ COLUMNS = (
 
 def measure(corpus: Path, name: str, draws: int, calibration: int, decode_batches: Iterable[int]) -> Iterator[dict]:
     """All rows of one model."""
-    from transformers import AutoModelForCausalLM
-
-    path = Path(sere_compile.__file__).parent / "models" / name
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = shipped(name).to("cuda" if torch.cuda.is_available() else "cpu")
     profiles = calibrated(model, corpus, calibration)
     mixed = {kind: profile for kind, profile in profiles.items() if kind not in DOMAINS}
     select = [s for s in (1, 2) if s < model.config.num_experts_per_tok]
@@ -80,13 +76,29 @@ def measure(corpus: Path, name: str, draws: int, calibration: int, decode_batche
 
 def calibrated(model: Any, corpus: Path, count: int) -> dict[str, SimilarityProfile]:
     """A profile for each metric from both domains, one without data, and one for each domain alone."""
-    halves = {domain: windows(np.load(corpus / f"train_{domain}.npy"), count) for domain in DOMAINS}
-    both = torch.cat([half[::2] for half in halves.values()])
-
-    profiles = calibrated_profiles(model, both)
+    halves = training(corpus, count)
+    profiles = calibrated_profiles(model, of_both(halves))
     for domain, half in halves.items():
         profiles[domain] = sere_compile.calibrate(model, [{"input_ids": part} for part in half.split(8)])
     return profiles
+
+
+def shipped(name: str) -> Any:
+    """One of the package's models, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    path = Path(sere_compile.__file__).parent / "models" / name
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def training(corpus: Path, count: int) -> dict[str, torch.Tensor]:
+    """`count` windows of each domain's training text."""
+    return {domain: windows(np.load(corpus / f"train_{domain}.npy"), count) for domain in DOMAINS}
+
+
+def of_both(halves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """As many windows as one domain has, half of them of each."""
+    return torch.cat([half[::2] for half in halves.values()])
 
 
 def sequences(corpus: Path, part: str, domains: tuple[str, ...], draws: int) -> torch.Tensor:
@@ -143,14 +155,10 @@ def row(name: str, part: str, data: str, setting: Setting, result: Evaluation) -
 
 def filling(corpus: Path) -> Iterator[dict]:
     """What filling loses beside SERE and opportunistic fill, S = 1 and 2 below K, decode batches 16 and 4."""
-    from transformers import AutoModelForCausalLM
-
-    tokens = sequences(corpus, "test", DOMAINS, 2)
-    halves = [windows(np.load(corpus / f"train_{domain}.npy"), 48)[::2] for domain in DOMAINS]
+    tokens, few = sequences(corpus, "test", DOMAINS, 2), of_both(training(corpus, FEW))
     for name in MODELS:
-        path = Path(sere_compile.__file__).parent / "models" / name
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        profile = sere_compile.calibrate(model, [{"input_ids": part} for part in torch.cat(halves).split(8)])
+        model = shipped(name)
+        profile = sere_compile.calibrate(model, [{"input_ids": part} for part in few.split(8)])
         rules: dict[tuple[str, int], Rule] = {}
         for s in (s for s in (1, 2) if s < model.config.num_experts_per_tok):
             rules["SERE, frobenius", s] = ConfiguredRule.of(SereConfig(select_top_k=s), profile)

@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import sere_compile
-from benchmarks.quality import DOMAINS, MODELS, sequences, windows
+from benchmarks.quality import DOMAINS, FEW, MODELS, of_both, sequences, shipped, training
 from sere_compile import SereConfig
 from sere_compile.evaluation import ConfiguredRule, Evaluation, evaluate_rules
 from sere_compile.evaluation.filling import FillKept
@@ -87,12 +86,9 @@ def rules(model: torch.nn.Module, calibration: torch.Tensor) -> dict[tuple[str, 
 
 def measure(corpus: Path, count: int, outliers: int) -> Iterator[dict[str, object]]:
     """Rows of every model, company, domain and rule; the original as a rule with S = 0."""
-    from transformers import AutoModelForCausalLM
-
-    calibration = torch.cat([windows(np.load(corpus / f"train_{domain}.npy"), 48)[::2] for domain in DOMAINS])
+    calibration = of_both(training(corpus, FEW))
     for name in MODELS:
-        path = Path(sere_compile.__file__).parent / "models" / name
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model = shipped(name)
         compared = rules(model, calibration)
         for company in COMPANIES:
             made = batches(corpus, company, count, outliers)

@@ -160,9 +160,7 @@ def _projects_all_tokens(node: Node) -> bool:
 
 def _is_stacked(node: Node, num_experts: int | None) -> bool:
     root = nodes.parameter_root(node)
-    return is_stack(None if root is None else nodes.shape(root), num_experts) or (
-        root is None and is_computed_stack(node, num_experts)
-    )
+    return is_computed_stack(node, num_experts) if root is None else is_stack(nodes.shape(root), num_experts)
 
 
 def is_stack(sizes: tuple[Any, ...] | None, num_experts: int | None) -> bool:

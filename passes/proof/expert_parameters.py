@@ -8,6 +8,7 @@ anything that depends on hidden states is none of the expert's.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,6 +141,7 @@ class Told:
         self._ids: list[torch.Tensor] = []
         for values in draws:
             self._add(values)
+        self._of_shape = Counter(self._draws[0][node].shape for node in self._candidates())
 
     def _add(self, values: Values) -> None:
         before = self._run(values)
@@ -199,7 +201,7 @@ class Told:
             other = redrawn(part, seed) if part.numel() else part
             return {node: _movable(value).index_copy(stack.dim, rows, _movable(other)).view(value.dtype)}
 
-        alike = sum(self._draws[0][other].shape == self._draws[0][node].shape for other in self._candidates())
+        alike = self._of_shape[self._draws[0][node].shape]
         return self._changes_only(exchanged, tokens=_EACH_TOKEN if alike >= self._experts else 1)
 
     def _is_role(self, role: dict[int, Node]) -> bool:

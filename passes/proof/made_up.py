@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,38 +118,45 @@ def unevenly_sure(region: Region, values: Mapping[Node, Any], draw: int) -> dict
 
     Weights of the second choice are of every order then: what a dispatch leaves out for weighing little is seen.
     """
-    changed = dict(values)
-    for node, leaf in region.leaves.items():
-        if leaf.kind == "logits":
-            logits = changed[node]
-            rows = torch.arange(logits[..., 0].numel()).view(*logits.shape[:-1], 1)
-            # Multiples of the golden ratio leave no gap, however few they are.
-            degree = (rows * 0.6180339887 + draw * 0.381966) % 1
-            changed[node] = logits * 2 ** (_LEAST_SURE + degree * (_MOST_SURE - _LEAST_SURE)).to(logits)
-    return changed
+
+    def scaled(logits: torch.Tensor, leaf: Leaf) -> torch.Tensor:
+        rows = torch.arange(logits[..., 0].numel()).view(*logits.shape[:-1], 1)
+        # Multiples of the golden ratio leave no gap, however few they are.
+        degree = (rows * 0.6180339887 + draw * 0.381966) % 1
+        return logits * 2 ** (_LEAST_SURE + degree * (_MOST_SURE - _LEAST_SURE)).to(logits)
+
+    return _with_logits(region, values, scaled)
 
 
 def crowded(region: Region, values: Mapping[Node, Any]) -> dict[Node, Any]:
     """The values of a draw with logits by which every token prefers the first expert."""
-    changed = dict(values)
-    for node, leaf in region.leaves.items():
-        if leaf.kind == "logits":
-            logits = changed[node].clone()
-            logits[..., 0] = logits.amax(-1) + 1
-            changed[node] = logits
-    return changed
+
+    def crowding(logits: torch.Tensor, leaf: Leaf) -> torch.Tensor:
+        changed = logits.clone()
+        changed[..., 0] = changed.amax(-1) + 1
+        return changed
+
+    return _with_logits(region, values, crowding)
 
 
 def without(region: Region, values: Mapping[Node, Any], expert: int) -> dict[Node, Any]:
     """The values of a draw with logits by which tokens prefer every other expert to one, as far as its bias allows."""
-    changed = dict(values)
-    for node, leaf in region.leaves.items():
-        if leaf.kind == "logits":
-            is_distance = nodes.kind(leaf.source) == "cdist"
-            logits = changed[node] + (0.0 if is_distance else _ALMOST_ONE - changed[node].amin())
-            logits[..., expert] = logits.amax() + _FAR_LESS if is_distance else _ALMOST_ONE - _FAR_LESS
-            changed[node] = logits
-    return changed
+
+    def leaving_out(logits: torch.Tensor, leaf: Leaf) -> torch.Tensor:
+        is_distance = nodes.kind(leaf.source) == "cdist"
+        changed = logits + (0.0 if is_distance else _ALMOST_ONE - logits.amin())
+        changed[..., expert] = changed.amax() + _FAR_LESS if is_distance else _ALMOST_ONE - _FAR_LESS
+        return changed
+
+    return _with_logits(region, values, leaving_out)
+
+
+def _with_logits(
+    region: Region, values: Mapping[Node, Any], change: Callable[[torch.Tensor, Leaf], torch.Tensor]
+) -> dict[Node, Any]:
+    """The values of a draw with other logits, new tensors made of its own."""
+    logits = {node: leaf for node, leaf in region.leaves.items() if leaf.kind == "logits"}
+    return {**values, **{node: change(values[node], leaf) for node, leaf in logits.items()}}
 
 
 def redrawn(value: torch.Tensor, seed: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,7 +125,7 @@ class Masks:
     ) -> torch.Tensor:
         """Some elements as they may be in any call, and others of which the variant tells what they are."""
         if mask.special is None:
-            return _some(sizes, _MASKED, generator) ^ (variant == 0)
+            return some_elements(sizes, _MASKED, generator) ^ (variant == 0)
         usual = torch.rand(sizes, generator=generator, dtype=torch.float64)
         other = usual
         if like.dtype.is_floating_point:
@@ -135,7 +136,7 @@ class Masks:
             other = (other * (largest + 1)).floor().clamp(max=largest)
         if variant < len(mask.special):
             other = torch.full_like(other, mask.special[variant])
-        return torch.where(_some(sizes, _SHARE, generator), other, usual)
+        return torch.where(some_elements(sizes, _SHARE, generator), other, usual)
 
     def _mask(self, node: Node, leaf: Leaf) -> Mask | None:
         like = nodes.value(node)
@@ -182,7 +183,7 @@ def _followers(node: Node) -> list[Node]:
     return [follower for follower in nodes.followers(node) if nodes.reads_numbers(follower, node)]
 
 
-def _some(sizes: list[int], share: float, generator: torch.Generator) -> torch.Tensor:
+def some_elements(sizes: Sequence[int], share: float, generator: torch.Generator) -> torch.Tensor:
     """Some elements true, the only one as well, and some of several false."""
     drawn = torch.rand(sizes, generator=generator)
     some = drawn < share

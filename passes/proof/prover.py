@@ -202,7 +202,7 @@ class Prover:
             enough = number >= _DRAWS and tokens >= needed and told
             if (enough or number >= _MOST_DRAWS) and not (may_tell_apart and stays):
                 break
-            chosen = sorted(stays, key=lambda expert: (expert + number) % 7) if number >= _DRAWS else ()
+            chosen = _in_turn(stays, number) if number >= _DRAWS else ()
             pattern = number % self._masks.patterns if chosen else None
             values = self._drawn(2 * number if chosen else number, later=number > 0, chosen=chosen, pattern=pattern)
             if not told:
@@ -236,7 +236,7 @@ class Prover:
         for pattern in range(self._masks.patterns if self._masks else 0):
             stays, number, idle = set(range(self._region.gate.num_experts)), pattern, 0
             while stays and idle < _IDLE:
-                chosen = sorted(stays, key=lambda expert: (expert + number) % 7)
+                chosen = _in_turn(stays, number)
                 values = self._drawn(2 * number, later=number > 0, chosen=chosen, pattern=pattern)
                 try:
                     self._run(values)
@@ -336,3 +336,8 @@ class Prover:
         other = values | {written: torch.ones_like(values[written])}
         first, second = self._run(values), self._run(other)
         return all(distance(first[end], second[end], True) is None for end in (written, self._region.ends[0]))
+
+
+def _in_turn(experts: set[int], draw: int) -> list[int]:
+    """The experts in an order of each draw's own."""
+    return sorted(experts, key=lambda expert: (expert + draw) % 7)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..passes.proof.masks import some_elements
+
 _MASKED = 0.4  # of a tensor's elements
 _MOST = 8  # other calls that are made up
 _MOST_ABSENT = 3  # arguments that are not given, and are tried with a mask
@@ -106,20 +108,14 @@ def _choices(leaf: Any, block: nn.Module) -> Choice:
         return []
     if bool(((values == 0) | (values == 1)).all()):
         return [0.0, 1.0, None]
-    named = (
-        _numbers_of(block) if leaf.device.type == "cpu" else []
-    )  # elsewhere a number beyond a table ends the process
+    # Elsewhere than on a CPU a number beyond a table ends the process.
+    named = _numbers_of(block) if leaf.device.type == "cpu" else []
     half = [float(values.max() // 2)] if leaf.numel() == 1 else []  # a length
     return [0.0, None, *half, *(float(number) for number in named if number)]
 
 
 def _marked(leaf: torch.Tensor, choice: float | None, generator: torch.Generator) -> torch.Tensor:
-    drawn = torch.rand(leaf.shape, generator=generator).to(leaf.device)
-    some = drawn < _MASKED
-    if leaf.numel():  # one at least, and not all of several
-        some.view(-1)[int(drawn.argmin())] = True
-        some.view(-1)[int(drawn.argmax())] &= leaf.numel() == 1
-    some &= ~_own_places(leaf)
+    some = some_elements(leaf.shape, _MASKED, generator).to(leaf.device) & ~_own_places(leaf)
     if choice is not None:
         return leaf.detach().masked_fill(some, choice)
     if leaf.dtype == torch.bool:

@@ -157,7 +157,8 @@ class Totals:
         self.predictions.append(kept[0])
         self.original_predictions.append(kept[1])
         numbers = counted.view(-1, decode_batch * counted.shape[1]).sum(1)
-        sums = [_loss(values, tokens, counted).view(len(numbers), -1).sum(1) for values in (changed, original)]
+        losses = (torch.where(part.counted, part.losses.double(), 0.0) for part in kept)
+        sums = [each.view(len(numbers), -1).sum(1) for each in losses]
         self.losses += zip(*(value.tolist() for value in (*sums, numbers)), strict=True)
         self.steps += int(real.view(-1, decode_batch, real.shape[1]).any(1).sum())
         for mine, theirs in ((self.before, before), (self.after, after)):
@@ -181,9 +182,3 @@ class Totals:
             predictions=Predictions.joined(self.predictions),
             original_predictions=Predictions.joined(self.original_predictions),
         )
-
-
-def _loss(log_probabilities: torch.Tensor, tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Of each prediction that counts, 0 elsewhere: float64 [rows, length - 1]."""
-    own = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].double()
-    return torch.where(counted, -own, 0.0)
