@@ -3,7 +3,8 @@
 Each variant is one CUDA graph of 20 calls on inputs of their own, replayed in turn; printed is the median of a call in
 microseconds. First the kernels are compared with the ATen reference on random cases. "route" is selection alone,
 "route + reroute" and "route + fill" are selection and re-routing by `sere::route`, "fill" is `sere::fill` on given ids,
-weights and scores. `--tiles` times other cuts of the fused path.
+weights and scores; "Triton" beside them: its two launches, where one is used otherwise. `--tiles` times other cuts of
+these.
 """
 
 from __future__ import annotations
@@ -59,21 +60,32 @@ def bench(router: Router, tokens: int, tiles: bool) -> None:
         "route + reroute": lambda x: route(x, bias, *numbers, similarity, select, 0.0, top_k),
         "route + fill": lambda x: route(x, bias, *numbers, None, select, 0.0, top_k, fill=True),
     }
+    functions["route + fill, Triton"] = _by_triton(functions["route + fill"])
     if tiles:
-        del functions["route + reroute"]
+        del functions["route + reroute"], functions["route + fill"]
         for cut, tile in itertools.product((2, 4, 8, 16), TILES):
             if tokens <= cut * 16 <= 2 * max(16, tokens):
-                functions[f"{cut}|{tile[0]},{tile[1]}"] = _cut(functions["route + fill"], cut, Tile(*tile))
+                functions[f"{cut}|{tile[0]},{tile[1]}"] = _cut(functions["route + fill, Triton"], cut, Tile(*tile))
     times = time_all(functions, inputs)
     if tiles:
         best = sorted(times, key=times.__getitem__)[:12]
-        times = {name: times[name] for name in ("route", "route + fill", *best)}
+        times = {name: times[name] for name in ("route", "route + fill, Triton", *best)}
     else:
         scored = [(x, x.float().softmax(-1), *functions["route"](x)) for x in inputs]
-        alone = {"fill": lambda x: fill(x[3], x[2], x[1], select, 0.0, top_k)}
-        times |= time_all(alone, scored)
+        alone = lambda x: fill(x[3], x[2], x[1], select, 0.0, top_k)  # noqa: E731
+        times |= time_all({"fill": alone, "fill, Triton": _by_triton(alone)}, scored)
     row = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
     print(f"E={experts} K={top_k} T={tokens}: {row}", flush=True)
+
+
+def _by_triton(function):
+    """The function with what `cluster.cu` would take left to Triton's kernels."""
+
+    def call(x):
+        with mock.patch("sere_compile.ops.fill.cluster.takes", return_value=False):
+            return function(x)
+
+    return call
 
 
 def _cut(function, tokens, tile):

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .reference import FLOAT_NUMBERS, Call, activate, activation_number, compiled_ahead, gate_width
+from ..native import FLOAT_NUMBERS, compiled_ahead
+from .reference import Call, activate, activation_number, gate_width
 
 logger = logging.getLogger(__name__)
 

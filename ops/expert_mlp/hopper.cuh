@@ -1,12 +1,5 @@
-// The instructions of sm_90 that stream.cu uses, one function each. Header-free: NVRTC needs no CUDA headers then.
+// The instructions of sm_90 that stream.cu uses, one function each; ops/cuda/common.cuh comes before this file.
 // (tests/ops/cuda_on_cpu.h has the same functions for a CPU.)
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define DEVICE __device__ __forceinline__
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -41,11 +34,6 @@ DEVICE void copy16_and_fetch(u32 to, const void* from) {
 DEVICE void copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
-
-// Earlier kernels of the stream are complete, and what they wrote can be read.
-DEVICE void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Blocks of the next kernel may start once every block has one thread that came here, or has ended.
-DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Four matrices of 8 x 8 16-bit numbers; lane l names row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&r)[4], u32 from) {
@@ -115,22 +103,5 @@ DEVICE float reciprocal(float x) {
 DEVICE u32 floats_to_e4m3(float first, float second) {
   u16 y;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(second), "f"(first));
-  return y;
-}
-
-DEVICE float half_to_float(u16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-DEVICE u16 float_to_half(float x) {
-  u16 y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-  return y;
-}
-DEVICE float bfloat_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
-DEVICE u16 float_to_bfloat(float x) {
-  u16 y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
 }

@@ -5,7 +5,6 @@ is. It copies the weights of every slot, one slot column at a time, so it is slo
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,10 +28,6 @@ SCALE_BLOCK = 128
 
 # Every value of `activation`: f(x), or f(gate) * up, or gpt-oss's own.
 ACTIVATIONS = (*_PLAIN, *(f"{name}_glu" for name in _PLAIN), "gpt_oss")
-
-
-# By these numbers C++ knows the floating-point types: `WEIGHTS` of stream.cu, `dtype` of cpu.cpp.
-FLOAT_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +54,6 @@ class Call:
 def activation_number(activation: str) -> int:
     """By this number C++ knows an activation, with a gate or without: `ACTIVATION` of stream.cu and cpu.cpp."""
     return (*_PLAIN, "gpt_oss").index(activation.removesuffix("_glu"))
-
-
-def compiled_ahead() -> bool:
-    """Whether AOTInductor traces: its packages run without Python, where only ATen and Triton's kernels can be."""
-    module = sys.modules.get("torch._inductor.virtualized")
-    return module is not None and module.V.aot_compilation is True
 
 
 def scale_sizes(sizes: Sequence[int]) -> tuple[int, ...]:

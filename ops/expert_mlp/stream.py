@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import nvrtc
-from .reference import FLOAT_NUMBERS, SCALE_BLOCK, Call, activation_number, compiled_ahead, gate_width
+from ..cuda import nvrtc
+from ..native import FLOAT_NUMBERS, compiled_ahead
+from .reference import SCALE_BLOCK, Call, activation_number, gate_width
 
 logger = logging.getLogger(__name__)
 
-# What follows `hopper.cuh`, in order.
+# The kernels; what comes before them has other contents on a CPU (tests/ops/cuda_on_cpu.py).
+INSTRUCTIONS = ("../cuda/common.cuh", "hopper.cuh")
 SOURCES = ("plan.cuh", "stream.cu")
 # Numbers of theirs.
 GRANULES = 8
@@ -161,7 +163,7 @@ def device_can(device: torch.device) -> bool:
 
 def source() -> str:
     """The kernels, with what comes before them."""
-    return "\n".join((Path(__file__).parent / name).read_text() for name in ("hopper.cuh", *SOURCES))
+    return "\n".join((Path(__file__).parent / name).read_text() for name in (*INSTRUCTIONS, *SOURCES))
 
 
 @functools.cache

@@ -58,6 +58,64 @@ def kernel_supports(topk_ids: Tensor, topk_weights: Tensor, scores: Tensor) -> b
     )
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """[T, E], the last stride 1."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _launch(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor,
+    keeping: Keeping,
+    token_mask: Tensor | None,
+    choice: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Triton's kernels."""
+    from ..launching import device_guard
+    from .launch import Ranking, launch_fill
+
+    ranking = Ranking(_rows(scores), choice=None if choice is None else _rows(choice))
+    ids, weights = topk_ids.reshape(-1, topk_ids.shape[-1]), topk_weights.reshape(-1, topk_ids.shape[-1])
+    mask = None if token_mask is None else token_mask.reshape(-1)
+    with device_guard(topk_ids):
+        new_ids, new_weights = launch_fill(ids, weights, ranking, keeping, mask)
+    return new_ids.view(topk_ids.shape), new_weights.view(topk_ids.shape)
+
+
+@torch.library.custom_op("sere::fill_cluster", mutates_args=())
+def fill_cluster(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    scores: Tensor,
+    select_top_k: int,
+    threshold: float,
+    min_active: int,
+    token_mask: Tensor | None,
+    max_active: int,
+    choice: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`sere::fill` by `cluster.cu` on Hopper and later, by Triton where that cannot be had there after all."""
+    from ..launching import device_guard
+    from .cluster import Rows, Selection, launch_cluster
+
+    keeping = Keeping(select_top_k, threshold, min_active, max_active)
+    ids, weights = (t.reshape(-1, t.shape[-1]).contiguous() for t in (topk_ids, topk_weights))
+    mask = None if token_mask is None else token_mask.reshape(-1)
+    rows = Rows(_rows(scores), None if choice is None else _rows(choice), None, ids, weights, mask)
+    outs = torch.empty_like(ids), torch.empty_like(weights)
+    with device_guard(ids):
+        if launch_cluster(rows, keeping, Selection(), *outs):
+            return outs[0].view(topk_ids.shape), outs[1].view(topk_ids.shape)
+    return _launch(topk_ids, topk_weights, scores, keeping, token_mask, choice)
+
+
+@fill_cluster.register_fake
+def _fill_cluster_fake(topk_ids, topk_weights, *_):
+    return topk_ids.new_empty(topk_ids.shape), topk_weights.new_empty(topk_weights.shape)
+
+
 def _fill(
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -73,19 +131,14 @@ def _fill(
     keeping = Keeping(int(select_top_k), float(threshold), int(min_active), int(max_active))
     check_arguments(topk_ids, topk_weights, scores, keeping, token_mask, choice)
     if kernel_supports(topk_ids, topk_weights, scores) and keeping.acts_on(topk_ids.shape[-1]):
-        from ..launching import device_guard
-        from .launch import Ranking, launch_fill
+        from . import cluster
 
-        def rows(tensor: Tensor) -> Tensor:
-            flat = tensor.reshape(-1, tensor.shape[-1])
-            return flat if flat.stride(1) == 1 else flat.contiguous()
-
-        ranking = Ranking(rows(scores), choice=None if choice is None else rows(choice))
-        ids, weights = topk_ids.reshape(-1, topk_ids.shape[-1]), topk_weights.reshape(-1, topk_ids.shape[-1])
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        with device_guard(topk_ids):
-            new_ids, new_weights = launch_fill(ids, weights, ranking, keeping, mask)
-        return new_ids.view(topk_ids.shape), new_weights.view(topk_ids.shape)
+        if cluster.takes(scores.shape, topk_ids.shape[-1], scores, topk_weights, choice):
+            numbers = keeping.select_top_k, keeping.threshold, keeping.min_active
+            return torch.ops.sere.fill_cluster.default(
+                topk_ids, topk_weights, scores, *numbers, token_mask, keeping.max_active, choice
+            )
+        return _launch(topk_ids, topk_weights, scores, keeping, token_mask, choice)
     numbers = keeping.select_top_k, keeping.threshold, keeping.min_active
     return fill_reference(topk_ids, topk_weights, scores, *numbers, token_mask, keeping.max_active, choice)
 
@@ -176,7 +229,8 @@ def fill(
         TypeError: a tensor has another dtype.
         ValueError: a shape, a device, `min_active` or `max_active` does not fit.
 
-    On CUDA two kernels are launched; no synchronisation with the host, so CUDA graphs can capture them.
+    On CUDA one kernel is launched for up to 256 tokens and experts on Hopper and later, else two; no synchronisation
+    with the host, so CUDA graphs can capture them.
     """
     return torch.ops.sere.fill.default(
         topk_ids, topk_weights, scores, select_top_k, threshold, min_active, token_mask, max_active, choice

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_budget, check_min_active, check_real_tokens, check_same_device, check_similarity
+from ..native import FLOAT_NUMBERS
 from ..registration import register_triton_op
 from .reference import GROUP_SCORES, SCORINGS, Rerouting, Scoring, route_reference
 
@@ -101,12 +102,63 @@ def _route(
     rerouting = Rerouting(similarity, *numbers, projection, bool(fill), ids_dtype, real_tokens, rerouted_tokens)
     check_arguments(logits, bias, settings, rerouting)
     if logits.is_cuda and settings.top_k <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
+        if rerouting.fill and rerouting.acts_on(settings.top_k) and not settings.is_grouped:
+            from ..fill.cluster import takes
+
+            if settings.dtype in FLOAT_NUMBERS and takes(logits.shape, settings.top_k, logits, bias):
+                return torch.ops.sere.route_cluster.default(
+                    logits, bias, settings.top_k, settings.scoring, settings.renormalize, settings.epsilon,
+                    settings.scale, settings.dtype, *numbers, rerouting.ids_dtype,
+                )  # fmt: skip
         from ..launching import device_guard
         from .launch import launch_route
 
         with device_guard(logits):
             return launch_route(logits, bias, settings, rerouting)
     return route_reference(logits, bias, settings, rerouting)
+
+
+@torch.library.custom_op("sere::route_cluster", mutates_args=())
+def route_cluster(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    epsilon: float,
+    scale: float,
+    dtype: torch.dtype,
+    select_top_k: int,
+    threshold: float,
+    min_active: int,
+    max_active: int,
+    ids_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`sere::route` with filling by `cluster.cu` on Hopper and later, by Triton where that cannot be had after all."""
+    from ..fill.cluster import Rows, Selection, launch_cluster
+    from ..fill.reference import Keeping
+    from ..launching import device_guard
+    from .launch import launch_route
+
+    flat = logits.reshape(-1, logits.shape[-1])
+    rows = Rows(flat if flat.stride(1) == 1 else flat.contiguous(), bias=None if bias is None else bias.contiguous())
+    keeping = Keeping(select_top_k, threshold, min_active, max_active)
+    shape = (*logits.shape[:-1], top_k)
+    ids = torch.empty(shape, dtype=ids_dtype, device=logits.device)
+    weights = torch.empty(shape, dtype=dtype, device=logits.device)
+    outs = ids.view(-1, top_k), weights.view(-1, top_k)
+    with device_guard(logits):
+        if launch_cluster(rows, keeping, Selection(scoring, renormalize, epsilon, scale), *outs):
+            return weights, ids
+        settings = Scoring(top_k, scoring, renormalize, epsilon, scale, dtype)
+        numbers = select_top_k, threshold, min_active, max_active
+        return launch_route(logits, bias, settings, Rerouting(None, *numbers, None, True, ids_dtype))
+
+
+@route_cluster.register_fake
+def _route_cluster_fake(logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, *rest):
+    shape = (*logits.shape[:-1], top_k)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=rest[-1])
 
 
 _route_op = register_triton_op("sere::route", _route)
@@ -192,7 +244,8 @@ def route(
         TypeError: a dtype does not fit.
         ValueError: a shape, a device, a number, the name of the scoring or of the groups' score does not fit.
 
-    On CUDA one launch; two with re-routing, except where one is faster (`one_launch` in launch.py). No gradient.
+    On CUDA one launch; two with re-routing, except where one is faster (`one_launch` in launch.py), or with filling (up
+    to 256 tokens and experts on Hopper and later: one). No gradient.
     """
     return torch.ops.sere.route.default(
         logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score,

@@ -1,7 +1,8 @@
-// hopper.cuh for a CPU: blocks of CUDA threads as fibers, so that stream.cu's kernels run where there is no GPU.
+// common.cuh and hopper.cuh for a CPU: CUDA threads as fibers, so that kernels run where there is no GPU.
 //
 // One thread runs until it waits for others. Copies in the background happen as late as they may: when the barrier that
-// they are to arrive at is told so. Shared memory is poisoned before each block. Kernels run one after the other.
+// they are to arrive at is told so. Shared memory is poisoned before each block. Kernels run one after the other, and so
+// do blocks, but those of a cluster.
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +11,11 @@
 #include <memory>
 #include <ucontext.h>
 #include <vector>
+
+// Which 16-bit numbers `multiply` takes.
+#ifndef HALF
+#define HALF 0
+#endif
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -28,10 +34,12 @@ using std::min;
 struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
-static Index blockIdx, gridDim;
+static Index gridDim, blockDim;
 extern u8 shared[];
 
 // Fibers
+
+constexpr int BLOCKS_AT_ONCE = 8, WARPS_AT_ONCE = 64;
 
 struct Copy {
   u32 to;
@@ -40,9 +48,13 @@ struct Copy {
 };
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 17);
-  Index index;
-  bool done = false;
+  static constexpr int STACK = 1 << 17;
+  std::unique_ptr<char[]> stack{new char[STACK]};  // not touched before it is used
+  Index index, block;
+  int rank = 0;          // of its block in the cluster
+  u8* memory = nullptr;  // its block's
+  bool done = false, arrived = false;
+  int phase = 0;
   std::vector<Copy> copies;
 };
 static std::vector<std::unique_ptr<Fiber>> fibers;
@@ -51,6 +63,7 @@ static ucontext_t scheduler;
 static bool progress;
 static std::function<void()> body;
 #define threadIdx (running->index)
+#define blockIdx (running->block)
 
 // Why the kernels were stopped, or null.
 static const char* problem;
@@ -65,21 +78,45 @@ static void wait_until(F condition) {
   while (!condition()) yield();
   progress = true;
 }
+// Meeting points: `size` threads come, all leave.
+struct Meeting {
+  int come = 0, generation = 0;
+  void meet(int size) {
+    const int mine = generation;
+    if (++come == size) {
+      come = 0;
+      ++generation;
+    }
+    wait_until([&] { return generation != mine; });
+  }
+};
+static Meeting cluster_meeting;
+
 static void run_fiber() {
   body();
   running->done = true;
   progress = true;
   yield();
 }
-static void run_block(int threads) {
+static void run_blocks(int blocks, int threads, int shared_bytes, Index first) {
+  if (blocks > BLOCKS_AT_ONCE || threads > 32 * WARPS_AT_ONCE) {
+    problem = "more blocks or threads at once than there is room for";
+    return;
+  }
   fibers.clear();
-  for (int i = 0; i < threads; ++i) {
+  cluster_meeting = {};
+  blockDim = {(unsigned)threads, 1, 1};
+  for (int i = 0; i < blocks * threads; ++i) {
     fibers.push_back(std::make_unique<Fiber>());
     Fiber& f = *fibers.back();
-    f.index.x = i;
+    f.index.x = i % threads;
+    f.rank = i / threads;
+    f.block = first;
+    f.block.x += f.rank;
+    f.memory = shared + (u64)f.rank * shared_bytes;
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = Fiber::STACK;
     f.context.uc_link = &scheduler;
     makecontext(&f.context, run_fiber, 0);
   }
@@ -93,50 +130,40 @@ static void run_block(int threads) {
       swapcontext(&scheduler, &f->context);
       if (problem) return;
     }
-    if (!all && !progress) problem = "deadlock: every thread of a block waits";
+    if (!all && !progress) problem = "deadlock: every thread waits";
     if (problem) return;
   }
 }
-static void run_grid(unsigned x, unsigned y, int threads, int shared_bytes, const std::function<void()>& kernel) {
+static void run_grid(unsigned x, unsigned y, int threads, int shared_bytes, const std::function<void()>& kernel,
+                     unsigned cluster = 1) {
   body = kernel;
   gridDim = {x, y, 1};
-  for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+  for (unsigned row = 0; row < y; ++row)
+    for (unsigned column = 0; column < x; column += cluster) {
       if (problem) return;
-      std::memset(shared, 0xff, shared_bytes);
-      run_block(threads);
+      std::memset(shared, 0xff, (u64)cluster * shared_bytes);
+      run_blocks(cluster, threads, shared_bytes, {column, row, 0});
     }
 }
 
-// Meeting points: `size` threads come, all leave.
-struct Meeting {
-  int come = 0, generation = 0;
-  void meet(int size) {
-    const int mine = generation;
-    if (++come == size) {
-      come = 0;
-      ++generation;
-    }
-    wait_until([&] { return generation != mine; });
-  }
-};
-static Meeting block_meeting, warp_meetings[64], named_meetings[16];
-static void __syncthreads() { block_meeting.meet((int)fibers.size()); }
-static void __syncwarp() { warp_meetings[threadIdx.x / 32].meet(32); }
+static Meeting block_meetings[BLOCKS_AT_ONCE], warp_meetings[BLOCKS_AT_ONCE][WARPS_AT_ONCE], named_meetings[16];
+static void __syncthreads() { block_meetings[running->rank].meet(blockDim.x); }
+static void __syncwarp() { warp_meetings[running->rank][threadIdx.x / 32].meet(32); }
 DEVICE void meet(int id, int threads) { named_meetings[id].meet(threads); }
 
 // What 32 lanes have in hand, for all of them to see.
 template <class T, int N>
 static void exchange(const T (&mine)[N], T (&all)[32][N]) {
-  static T board[64][32][N];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  static T board[BLOCKS_AT_ONCE * WARPS_AT_ONCE][32][N];
+  const int warp = running->rank * WARPS_AT_ONCE + threadIdx.x / 32, lane = threadIdx.x % 32;
   std::copy(mine, mine + N, board[warp][lane]);
   __syncwarp();
   std::memcpy(all, board[warp], sizeof all);
   __syncwarp();
 }
-static int __shfl_sync(u32, int x, int from) {
-  int all[32][1];
+template <class T>
+static T __shfl_sync(u32, T x, int from) {
+  T all[32][1];
   exchange({x}, all);
   return all[from & 31][0];
 }
@@ -146,10 +173,18 @@ static int __shfl_up_sync(u32, int x, int by) {
   const int lane = threadIdx.x % 32;
   return all[lane < by ? lane : lane - by][0];
 }
-static int __shfl_xor_sync(u32, int x, int mask) {
-  int all[32][1];
+template <class T>
+static T __shfl_xor_sync(u32, T x, int mask) {
+  T all[32][1];
   exchange({x}, all);
   return all[threadIdx.x % 32 ^ mask][0];
+}
+static u32 __ballot_sync(u32, bool x) {
+  int all[32][1];
+  exchange({(int)x}, all);
+  u32 those = 0;
+  for (int i = 0; i < 32; ++i) those |= (u32)all[i][0] << i;
+  return those;
 }
 static u32 __match_any_sync(u32, int x) {
   int all[32][1];
@@ -175,6 +210,56 @@ static u32 float_as_uint(float x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
+
+static int __float_as_int(float x) { return (int)float_as_uint(x); }
+static float __int_as_float(int x) { return __uint_as_float((u32)x); }
+
+// The functions of common.cuh; those of numbers follow
+
+DEVICE u8* dynamic_memory() { return running->memory; }
+static int cluster_size() { return (int)(fibers.size() / blockDim.x); }
+DEVICE u32 cluster_rank() { return running->rank; }
+// Whoever arrives twice, or waits without, would hang a GPU.
+DEVICE void arrive_at_cluster() {
+  if (running->arrived) stop("a thread arrives at its cluster twice");
+  running->arrived = true;
+  running->phase = cluster_meeting.generation;
+  if (++cluster_meeting.come == (int)fibers.size()) cluster_meeting.come = 0, ++cluster_meeting.generation;
+}
+DEVICE void wait_for_cluster() {
+  if (!running->arrived) stop("a thread waits for a cluster at which it has not arrived");
+  wait_until([] { return cluster_meeting.generation != running->phase; });
+  running->arrived = false;
+}
+// The bytes that are still to come.
+DEVICE void expect_bytes(u64* barrier, int bytes) { *barrier = bytes; }
+DEVICE void store_and_tell(const void* mine, const u64* barrier, u32 rank, u32 low, u32 high) {
+  if (cluster_meeting.generation == 0) stop("a store to a block that may not have started");
+  if ((int)rank >= cluster_size()) stop("a store to a block that is not in the cluster");
+  const long long there = fibers[rank * blockDim.x]->memory - running->memory;
+  std::memcpy((u8*)mine + there, &low, 4);
+  std::memcpy((u8*)mine + there + 4, &high, 4);
+  *(u64*)((u8*)barrier + there) -= 8;
+  progress = true;
+}
+DEVICE void wait_for_bytes(u64* barrier) {
+  wait_until([&] { return *barrier == 0; });
+}
+DEVICE int warp_max(int x) {
+  int all[32][1];
+  exchange({x}, all);
+  for (auto& other : all) x = max(x, other[0]);
+  return x;
+}
+DEVICE int warp_min(int x) {
+  int all[32][1];
+  exchange({x}, all);
+  for (auto& other : all) x = min(x, other[0]);
+  return x;
+}
+DEVICE float divided(float x, float y) { return x / y; }
+DEVICE float power(float x, float exponent) { return std::pow(x, exponent); }
+DEVICE float exponential(float x) { return std::exp(x); }
 
 // The functions of hopper.cuh
 

@@ -1,12 +1,20 @@
-"""`stream.cu` compiled for a CPU, with `cuda_on_cpu.h` for its instructions, and launched on CPU tensors."""
+"""Kernels in CUDA C++ compiled for a CPU, with `cuda_on_cpu.h` for instructions, and launched on CPU tensors."""
 
 import ctypes
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
+from sere_compile.ops.cuda import nvrtc
 from sere_compile.ops.expert_mlp import stream
+from sere_compile.ops.fill import cluster
+from sere_compile.ops.fill.cluster import Rows, Selection
+from sere_compile.ops.fill.reference import Keeping
+
+Outs = tuple[Tensor, Tensor]
 
 BLOCKS = 5
 LAUNCHER = """
@@ -24,23 +32,55 @@ extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const 
 """
 
 
-def build(one: stream.Stream, folder: Path) -> ctypes.CDLL:
-    """The library for one specialisation."""
+FILL_LAUNCHER = """
+__align__(1024) u8 shared[8 * 128 * 1024];
+extern "C" const char* launch(const void* scores, const void* choice, const void* bias, const void* ids,
+    const void* weights, const u8* mask, void* out_ids, void* out_weights, int num_tokens, int stride,
+    int choice_stride, int mask_stride, float epsilon, float scale, float threshold, int least, int budget,
+    int blocks, int threads, int bytes) {
+  problem = nullptr;
+  if (bytes < (int)sizeof(Board)) return "less shared memory than a board takes";
+  run_grid(blocks, 1, threads, bytes, [=] {
+    fill_cluster(scores, choice, bias, ids, weights, mask, out_ids, out_weights, num_tokens, stride, choice_stride,
+                 mask_stride, epsilon, scale, threshold, least, budget, blocks); }, blocks);
+  return problem;
+}
+"""
+
+
+def build(files: list[Path], macros: list[tuple[str, int]], launcher: str, folder: Path) -> ctypes.CDLL:
+    """The library for one specialisation of kernels in these files."""
     header = (Path(__file__).parent / "cuda_on_cpu.h").read_text()
-    kernels = [(Path(stream.__file__).parent / name).read_text() for name in stream.SOURCES]
-    source, library = folder / "stream.cpp", folder / "stream.so"
-    source.write_text("\n".join([header, *kernels, LAUNCHER]))
-    macros = [f"-D{name}={value}" for name, value in one.macros()]
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "-o", str(library), str(source)]
+    source, library = folder / "kernels.cpp", folder / "kernels.so"
+    source.write_text("\n".join([header, *(file.read_text() for file in files), launcher]))
+    options = [f"-D{name}={value}" for name, value in macros]
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *options, "-o", str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+    found = ctypes.CDLL(str(library))
+    found.launch.restype = ctypes.c_char_p
+    return found
+
+
+def files_of(module: ModuleType) -> list[Path]:
+    """The kernels that a module launches."""
+    return [Path(str(module.__file__)).parent / name for name in module.SOURCES]
+
+
+def run_cluster(rows: Rows, keeping: Keeping, selection: Selection, outs: Outs, cut: tuple[int, int], folder: Path):
+    """What `launch_cluster` does, with blocks and threads of choice."""
+    one = cluster.cluster_of(rows, keeping, selection, *outs)
+    library = build(files_of(cluster), one.macros(), FILL_LAUNCHER, folder)
+    blocks, threads = cut
+    values = [nvrtc._value(a) for a in cluster.arguments(rows, keeping, selection, *outs, blocks)]
+    problem = library.launch(*values, threads, one.shared_bytes)
+    assert problem is None, problem.decode()
 
 
 def run(call: stream.Call, activation: str, interleaved: bool, config: stream.StreamConfig, folder: Path):
     """What `launch_stream` gives, on poisoned memory."""
     one = stream.stream_of(call, activation, interleaved, config)
-    library = build(one, folder)
+    library = build(files_of(stream), one.macros(), LAUNCHER, folder)
     tokens = call.hidden.shape[0]
     act = torch.full((tokens * one.top_k, one.inner), torch.nan, dtype=call.hidden.dtype)
     rows = torch.full((tokens * one.top_k, one.hidden), torch.nan)
@@ -49,7 +89,6 @@ def run(call: stream.Call, activation: str, interleaved: bool, config: stream.St
                call.down_bias, call.topk_ids, call.topk_weights, act, rows, out,
                *stream.room_for_rounded(one, call.hidden), *stream.room_for_rounded(one, act))  # fmt: skip
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    library.launch.restype = ctypes.c_char_p
     problem = library.launch(*pointers, tokens, BLOCKS, one.shared_bytes)
     assert problem is None, problem.decode()
     return out

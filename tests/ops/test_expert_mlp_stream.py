@@ -13,8 +13,9 @@ import torch
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, stream
 from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
-from sere_compile.ops.expert_mlp.reference import Call, activation_number, compiled_ahead
+from sere_compile.ops.expert_mlp.reference import Call, activation_number
 from sere_compile.ops.expert_mlp.stream import Stream, StreamConfig, launch_stream, takes
+from sere_compile.ops.native import compiled_ahead
 
 from ..thinned import thinned
 from . import cuda_on_cpu

@@ -14,13 +14,14 @@ from torch import Tensor
 _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _PREFERRED_SHARED_MEMORY_CARVEOUT = 9
+_CLUSTER_DIMENSION = 4
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute with an int as its value."""
+    """CUlaunchAttribute with ints as its value."""
 
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_char * 52)]
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -112,18 +113,38 @@ def launch(
     grid: tuple[int, int],
     threads: int,
     shared_bytes: int,
-    arguments: Sequence[Tensor | int | None],
+    arguments: Sequence[Tensor | int | float | None],
     early: bool,
+    cluster: int = 0,
 ) -> None:
-    """Launch on the current stream; `early`: before the kernel ahead of it is done (programmatic dependent launch)."""
-    values = [
-        ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
-        for a in arguments
-    ]
+    """Launch on the current stream.
+
+    Args:
+        function: of `load_functions`.
+        grid: blocks.
+        threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+        arguments: the kernel's: pointers, ints and floats.
+        early: before the kernel ahead of it is done (programmatic dependent launch).
+        cluster: so many neighbouring blocks are a cluster; 0: none are.
+    """
+    values = [_value(a) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-    attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+    wanted = [(_PROGRAMMATIC_STREAM_SERIALIZATION, (1, 0, 0))] * early + [(_CLUSTER_DIMENSION, (cluster, 1, 1))] * (
+        cluster > 0
+    )
+    attributes = (_Attribute * 2)(*(_Attribute(name, 0, (ctypes.c_int * 3)(*value)) for name, value in wanted))
     config = _LaunchConfig(
         (ctypes.c_uint * 3)(*grid, 1), (ctypes.c_uint * 3)(threads, 1, 1), shared_bytes,
-        torch.cuda.current_stream().cuda_stream, ctypes.pointer(attribute), int(early),
+        torch.cuda.current_stream().cuda_stream, attributes, len(wanted),
     )  # fmt: skip
     _check(_library().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "cuLaunchKernelEx")
+
+
+def _value(argument: Tensor | int | float | None) -> ctypes._SimpleCData:
+    """As a kernel takes it."""
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    if isinstance(argument, int):
+        return ctypes.c_int(argument)
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())

@@ -1,0 +1,388 @@
+// `sere::fill`, and `sere::route` with filling, in one launch: one cluster of blocks, a warp for each token. Through each
+// other's shared memory the blocks exchange what their tokens say about each expert, where two launches would go through
+// memory. For few tokens, whose cost is launches and instructions that are fetched for the first time: little code.
+//
+// Compiled at first use (cluster.py), with these numbers as macros:
+//   EXPERTS, TOP_K, SELECT (S), GIVEN (ids, weights and scores are; else the kernel selects by logits), SCORING (0:
+//   scores, with GIVEN; 1: softmax, 2: sigmoid, 3: softmax_after, 4: none), RENORMALIZE, HAS_BIAS, HAS_CHOICE, HAS_MASK,
+//   HAS_MAX, HAS_THRESHOLD, IDS64, and types of floats (0: fp32, 1: bf16, 2: fp16): SCORES, CHOICES, BIAS, WEIGHTS
+// ops/cuda/common.cuh comes before this file. What is computed: ops/fill/reference.py, ops/route/reference.py.
+
+constexpr int MOST_BLOCKS = 8, MOST_WARPS = 32;
+constexpr int LANE = (EXPERTS + 31) / 32;  // experts of a lane: its number, that and 32, and so on
+constexpr int SPAN = LANE * 32;
+constexpr int LEAST = -0x7fffffff - 1;     // below the key of every float
+constexpr u32 ALL = 0xffffffff;
+constexpr float CLOSED = -3.0e38f;         // reference.py has these three
+constexpr float WORTH = 0.75f, RESTORE = 0.75f;
+#define NOTHING __int_as_float(0xff800000)  // -inf
+
+// Whether the scores alone rank; and whether they leave room for an expert's number in the low bits of its key.
+constexpr bool X_RANKS = !HAS_BIAS && !HAS_CHOICE;
+constexpr bool PACKED = X_RANKS && SCORES != 0;
+constexpr int LOW = 8191;                  // of an fp32 that a 16-bit float became these bits say nothing
+
+// What a block's tokens, or all, say about an expert: sum of squared weights; bit k: a slot k names it.
+struct __align__(8) Said {
+  float mass;
+  u32 slots;
+};
+struct Board {
+  u64 barrier;
+  Said token[MOST_WARPS][SPAN];
+  Said received[MOST_BLOCKS][SPAN];
+  Said all[SPAN];
+  int key[SPAN];
+  int place[SPAN];                         // of an expert: how many come before it
+};
+
+template <int TYPE>
+DEVICE float number(const void* from, long long i) {
+  if (TYPE == 0) return ((const float*)from)[i];
+  const u16 x = ((const u16*)from)[i];
+  return TYPE == 1 ? bfloat_to_float(x) : half_to_float(x);
+}
+// As it is when it has been stored.
+DEVICE float rounded(float x) {
+  return WEIGHTS == 0 ? x : WEIGHTS == 1 ? bfloat_to_float(float_to_bfloat(x)) : half_to_float(float_to_half(x));
+}
+DEVICE void store_weight(void* to, int i, float x) {
+  if (WEIGHTS == 0) ((float*)to)[i] = x;
+  else ((u16*)to)[i] = WEIGHTS == 1 ? float_to_bfloat(x) : float_to_half(x);
+}
+
+// Numbers that sort like floats: 0.0 and -0.0 are equal, NaN is above everything, as in torch.topk. And back.
+DEVICE int key_of(float x, int expert) {
+  int key = x == 0 ? 0 : __float_as_int(x);
+  key = x != x ? 0x7fffffff : key ^ (key >> 31 & 0x7fffffff);
+  return PACKED ? (key & ~LOW) | (LOW - expert) : key;
+}
+DEVICE float of_key(int key) {
+  if (PACKED) key = key < 0 ? key | LOW : key & ~LOW;
+  return __int_as_float(key ^ (key >> 31 & 0x7fffffff));
+}
+
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+  return x;
+}
+// Of the lanes that hold slots, to these.
+constexpr int SLOT_LANES = TOP_K <= 1 ? 1 : TOP_K <= 2 ? 2 : TOP_K <= 4 ? 4 : TOP_K <= 8 ? 8 : 16;
+DEVICE float slot_sum(float x) {
+#pragma unroll
+  for (int step = SLOT_LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+  return x;
+}
+
+// The greatest of a warp's keys and its expert, the lowest of equals, which loses its key.
+struct Best {
+  int key, expert;
+};
+DEVICE Best take_best(int (&keys)[LANE]) {
+  const int lane = threadIdx.x & 31;
+  int mine = keys[0];
+#pragma unroll
+  for (int j = 1; j < LANE; ++j) mine = max(mine, keys[j]);
+  const int key = warp_max(mine);
+  int expert = LOW - (key & LOW);
+  if (!PACKED) {
+    int which = 0;
+#pragma unroll
+    for (int j = LANE - 1; j >= 0; --j)
+      if (keys[j] == mine) which = j;
+    expert = warp_min(mine == key ? which * 32 + lane : SPAN);
+  }
+#pragma unroll
+  for (int j = 0; j < LANE; ++j)
+    if (PACKED ? keys[j] == key : j * 32 + lane == expert) keys[j] = LEAST;
+  return {key, expert};
+}
+
+// What an expert's score is in `sere::route`, of a softmax up to a factor of the token's; `greatest`: of its logits.
+DEVICE float score_of(float x, float greatest) {
+  if (SCORING == 0) return x;
+  return SCORING == 2 ? divided(1, 1 + exponential(-x)) : exponential(x - greatest);
+}
+
+// A token: what ranks and weighs its experts; and, in the lanes of its slots, the expert (or -1) and weight of each.
+struct Token {
+  float x[LANE];       // logits or scores
+  float choice[LANE];
+  float greatest;      // of its logits
+  u32 named;           // bit j: a slot names the lane's expert j
+  long long id;
+  int expert;
+  float chosen;        // x of the expert
+  float weight;
+};
+
+// Each lane's own expert: its x, from the lane that has it.
+DEVICE float x_of(const Token& token, int expert) {
+  float found = NOTHING;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) {
+    const float x = __shfl_sync(ALL, token.x[j], expert & 31);
+    if (expert >> 5 == j) found = x;
+  }
+  return found;
+}
+
+DEVICE void select(Token& token, float epsilon, float scale) {
+  const int lane = threadIdx.x & 31;
+  int keys[LANE];
+  float total = 0;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) {
+    const int e = j * 32 + lane;
+    keys[j] = e < EXPERTS ? key_of(token.choice[j], e) : LEAST;
+    total += exponential(token.x[j] - token.greatest);
+  }
+#pragma unroll 1
+  for (int k = 0; k < TOP_K; ++k) {
+    const Best best = take_best(keys);
+    if (lane == (best.expert & 31)) token.named |= 1u << (best.expert >> 5);
+    if (lane == k) token.expert = best.expert, token.chosen = of_key(best.key);
+  }
+  token.id = token.expert;
+  if (!X_RANKS) token.chosen = x_of(token, token.expert);
+  if (lane >= TOP_K) token.chosen = NOTHING;
+  float weight = SCORING == 2 ? score_of(token.chosen, 0)
+      : SCORING == 4 ? token.chosen : exponential(token.chosen - token.greatest);
+  if (SCORING == 1) weight = divided(weight, warp_sum(total));
+  if (SCORING == 3) weight = divided(weight, slot_sum(weight));
+  if (RENORMALIZE) weight = divided(weight, slot_sum(lane < TOP_K ? weight : 0) + epsilon);
+  token.weight = lane < TOP_K ? rounded(weight * scale) : 0;
+}
+
+// Reads a token of logits or scores, and selects its experts where they are not given.
+DEVICE void read_token(Token& token, const void* scores, long long row, const void* choice, long long choice_row,
+                       const void* bias, const void* ids, const void* weights, int t, float epsilon, float scale) {
+  const int lane = threadIdx.x & 31;
+  if (GIVEN && lane < TOP_K) {
+    const int slot = t * TOP_K + lane;
+    token.id = IDS64 ? ((const long long*)ids)[slot] : ((const int*)ids)[slot];
+    token.weight = number<WEIGHTS>(weights, slot);
+  }
+  float greatest = NOTHING;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) {
+    const int e = j * 32 + lane;
+    token.x[j] = e < EXPERTS ? number<SCORES>(scores, row + e) : NOTHING;
+    greatest = fmaxf(greatest, token.x[j]);
+  }
+  if (SCORING != 0 && SCORING != 2) token.greatest = of_key(warp_max(key_of(greatest, 0)));
+  float total = 1;
+  if (HAS_BIAS && SCORING == 1) {
+    total = 0;
+#pragma unroll
+    for (int j = 0; j < LANE; ++j) total += exponential(token.x[j] - token.greatest);
+    total = warp_sum(total);
+  }
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) {
+    const int e = j * 32 + lane;
+    token.choice[j] = token.x[j];
+    if (HAS_CHOICE) token.choice[j] = e < EXPERTS ? number<CHOICES>(choice, choice_row + e) : NOTHING;
+    if (HAS_BIAS && SCORING == 1) token.choice[j] = divided(exponential(token.x[j] - token.greatest), total);
+    if (HAS_BIAS && SCORING == 2) token.choice[j] = score_of(token.x[j], 0);
+    if (HAS_BIAS && e < EXPERTS) token.choice[j] += number<BIAS>(bias, e);
+  }
+  if (!GIVEN) return select(token, epsilon, scale);
+  if (lane < TOP_K && token.id >= 0 && token.id < EXPERTS) token.expert = (int)token.id;
+  token.chosen = x_of(token, max(token.expert, 0));
+#pragma unroll
+  for (int k = 0; k < TOP_K; ++k) {
+    const int e = __shfl_sync(ALL, token.expert, k);
+    if (e >= 0 && lane == (e & 31)) token.named |= 1u << (e >> 5);
+  }
+}
+
+// The token's own row of the board.
+DEVICE void say(Said* row, const Token& token, bool is_real) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) row[j * 32 + lane] = {0, 0};
+  __syncwarp();
+  const float square = token.weight * token.weight;
+  const Said said = {square >= 0 ? square : 0, 1u << lane};  // not NaN
+  const bool is_said = is_real && token.expert >= 0;
+  // Given ids may name an expert twice; slot by slot then, in order.
+  bool is_twice = false;
+  if (GIVEN) is_twice = __popc(__match_any_sync(ALL, is_said ? token.expert : -1 - lane)) > 1;
+  if (!GIVEN || __ballot_sync(ALL, is_twice) == 0) {
+    if (is_said) row[token.expert] = said;
+    return;
+  }
+#pragma unroll 1
+  for (int k = 0; k < TOP_K; ++k) {
+    if (is_said && lane == k) {
+      const Said before = row[token.expert];
+      row[token.expert] = {before.mass + said.mass, before.slots | said.slots};
+    }
+    __syncwarp();
+  }
+}
+
+// What all tokens say about each expert, to board.all. All threads of all blocks.
+DEVICE void exchange(Board& board, const Token& token, bool is_real, int blocks) {
+  const int e = threadIdx.x, warps = blockDim.x / 32;
+  say(board.token[e / 32], token, is_real);
+  __syncthreads();
+  wait_for_cluster();  // all of its blocks have started, and can be written to
+  if (e < SPAN) {
+    Said said = {0, 0};
+#pragma unroll 4
+    for (int w = 0; w < warps; ++w) {
+      const Said other = board.token[w][e];
+      said.mass += other.mass, said.slots |= other.slots;
+    }
+    const u32 mine = cluster_rank();
+#pragma unroll 1
+    for (int to = 0; to < blocks; ++to)
+      store_and_tell(&board.received[mine][e], &board.barrier, to, (u32)__float_as_int(said.mass), said.slots);
+    wait_for_bytes(&board.barrier);
+    said = {0, 0};
+#pragma unroll
+    for (int b = 0; b < MOST_BLOCKS; ++b) {
+      if (b < blocks) {
+        const Said other = board.received[b][e];
+        said.mass += other.mass, said.slots |= other.slots;
+      }
+    }
+    board.all[e] = said;
+  }
+  __syncthreads();
+}
+
+// Sets of experts: bit j of a lane is the lane's expert j.
+DEVICE bool has(u32 experts, int expert) { return __shfl_sync(ALL, experts, expert & 31) >> (expert >> 5) & 1; }
+DEVICE int count(u32 experts) {
+  int found = 0;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) found += __popc(__ballot_sync(ALL, experts >> j & 1));
+  return found;
+}
+// Those that one of these slots names.
+DEVICE u32 named_by(const Said (&all)[LANE], u32 slots) {
+  u32 found = 0;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) found |= (u32)((all[j].slots & slots) != 0) << j;
+  return found;
+}
+
+// The first `number` experts, and with a threshold those above it; all threads. First choices come first, then the
+// heaviest, then the lowest.
+DEVICE u32 best_experts(Board& board, const Said (&all)[LANE], float threshold, int number) {
+  const int thread = threadIdx.x, lane = thread & 31, parts = blockDim.x / SPAN, part = thread / SPAN, e = thread % SPAN;
+  if (thread < SPAN) {
+    // First choices are 0 and above, by the bits of their masses; other experts in use below; the rest the least.
+    const Said said = board.all[e];
+    const int bits = __float_as_int(said.mass);
+    board.key[e] = said.slots == 0 ? LEAST : said.slots & 1 ? bits : (bits ^ LEAST) + 1;
+    board.place[e] = 0;
+  }
+  __syncthreads();
+  // Each part of the threads compares with its part of the experts.
+  if (part < parts) {
+    const int mine = board.key[e], each = (SPAN + parts - 1) / parts;
+    int before = 0;
+#pragma unroll 8
+    for (int i = part * each; i < min(SPAN, part * each + each); ++i) before += board.key[i] > mine - (i < e);
+    if (mine != LEAST && before) atomicAdd(&board.place[e], before);
+  }
+  __syncthreads();
+  float sum = 0;
+  if (HAS_THRESHOLD) {
+#pragma unroll
+    for (int j = 0; j < LANE; ++j) sum += all[j].mass;
+    sum = warp_sum(sum);
+  }
+  u32 found = 0;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) {
+    bool kept = board.place[j * 32 + lane] < number;
+    if (HAS_THRESHOLD) kept |= all[j].mass > threshold * sum;
+    found |= (u32)(kept && all[j].slots != 0) << j;
+  }
+  return found;
+}
+
+// The experts that the batch keeps. All threads.
+DEVICE u32 kept_experts(Board& board, float threshold, int least, int budget) {
+  Said all[LANE];
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) all[j] = board.all[j * 32 + (threadIdx.x & 31)];
+  const u32 used = named_by(all, ALL), first = named_by(all, 1);
+  int number = budget;
+  if (!HAS_MAX) {
+    int width = SELECT;
+    number = count(named_by(all, (1u << width) - 1));
+#pragma unroll 1
+    while (number < least && width < TOP_K) number = count(named_by(all, (1u << ++width) - 1));
+  }
+  if (number >= count(used)) return used;
+  if (!HAS_THRESHOLD && number == count(first)) return first;
+  return best_experts(board, all, threshold, number);
+}
+
+// Lost slots go to kept experts that the token does not name: ids and weights of its slots, in their lanes.
+DEVICE void fill(u32 kept, Token& token) {
+  const int lane = threadIdx.x & 31;
+  const bool is_expert = token.expert >= 0, is_kept = has(kept, max(token.expert, 0)), is_lost = is_expert && !is_kept;
+  const u32 lost = __ballot_sync(ALL, is_lost);
+  if (lost == 0) return;
+  int keys[LANE];
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) {
+    const bool is_candidate = (kept & ~token.named) >> j & 1;
+    keys[j] = is_candidate ? key_of(token.choice[j] > CLOSED ? token.choice[j] : NOTHING, j * 32 + lane) : LEAST;
+  }
+  int expert = token.expert;
+  float x = NOTHING;
+  bool is_filled = false;
+#pragma unroll 1
+  for (u32 left = lost; left; left &= left - 1) {
+    const Best best = take_best(keys);
+    if (best.key == LEAST) break;
+    const float choice = of_key(best.key);
+    if ((left & (0 - left)) >> lane & 1) expert = best.expert, is_filled = choice > CLOSED, x = choice;
+  }
+  if (!X_RANKS) x = x_of(token, max(expert, 0));
+  const float chosen = slot_sum(is_expert ? score_of(token.chosen, token.greatest) : 0);
+  const float total = slot_sum(is_expert ? token.weight : 0);
+  const float worth = chosen > 0 ? WORTH * divided(total, chosen) : 0;
+  float weight = token.weight;
+  if (is_lost) weight = is_filled ? worth * score_of(x, token.greatest) : 0;
+  const float sum = slot_sum(is_expert ? weight : 0);
+  if (total > 0 && sum > 0) weight *= power(divided(total, sum), RESTORE);
+  if (is_expert) token.weight = weight;
+  if (is_lost) token.id = expert;
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+fill_cluster(const void* scores, const void* choice, const void* bias, const void* ids, const void* weights,
+             const u8* mask, void* out_ids, void* out_weights, int num_tokens, int stride, int choice_stride,
+             int mask_stride, float epsilon, float scale, float threshold, int least, int budget, int blocks) {
+  Board& board = *(Board*)dynamic_memory();
+  const int lane = threadIdx.x & 31, t = cluster_rank() * (blockDim.x / 32) + threadIdx.x / 32;
+  const bool is_token = t < num_tokens;
+  if (threadIdx.x == 0) expect_bytes(&board.barrier, blocks * (int)sizeof board.received[0]);
+  arrive_at_cluster();
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  Token token;
+  token.expert = -1, token.id = -1, token.weight = 0, token.named = 0, token.greatest = 0;
+  if (is_token)
+    read_token(token, scores, (long long)t * stride, choice, (long long)t * choice_stride, bias, ids, weights, t,
+               epsilon, scale);
+  exchange(board, token, is_token && (!HAS_MASK || mask[(long long)t * mask_stride]), blocks);
+  const u32 kept = kept_experts(board, threshold, least, budget);
+  if (!is_token) return;
+  fill(kept, token);
+  if (lane >= TOP_K) return;
+  const int slot = t * TOP_K + lane;
+  if (IDS64) ((long long*)out_ids)[slot] = token.id;
+  else ((int*)out_ids)[slot] = (int)token.id;
+  store_weight(out_weights, slot, token.weight);
+}

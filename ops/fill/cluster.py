@@ -1,0 +1,192 @@
+"""`sere::fill`, and `sere::route` with filling, in one launch (`cluster.cu`): which calls it takes, and its launch.
+
+On Hopper and later, where blocks of one cluster reach each other's shared memory. Triton's kernels take two launches,
+and everything that this one does not take.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..cuda import nvrtc
+from ..native import FLOAT_NUMBERS, compiled_ahead
+from .reference import Keeping
+
+logger = logging.getLogger(__name__)
+
+INSTRUCTIONS, SOURCES = ("../cuda/common.cuh",), ("cluster.cu",)
+# A warp for each token: 8 blocks of 32 warps.
+MOST_BLOCKS, MOST_TOKENS = 8, 256
+MOST_EXPERTS, MOST_TOP_K = 256, 16
+SCORINGS = ("scores", "softmax", "sigmoid", "softmax_after", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What the kernel is compiled for; floats by `FLOAT_NUMBERS`, where not said otherwise as in `sere_compile.ops`.
+
+    Attributes:
+        given: ids, weights and scores are; else the kernel selects by logits.
+        scoring: of `SCORINGS`; "scores" where they are given.
+    """
+
+    experts: int
+    top_k: int
+    select_top_k: int
+    given: bool
+    scoring: str
+    renormalize: bool
+    has_bias: bool
+    has_choice: bool
+    has_mask: bool
+    has_max: bool
+    has_threshold: bool
+    ids64: bool
+    scores: int
+    choices: int
+    bias: int
+    weights: int
+
+    def macros(self) -> list[tuple[str, int]]:
+        """What `cluster.cu` is compiled with."""
+        return [
+            ("EXPERTS", self.experts), ("TOP_K", self.top_k), ("SELECT", self.select_top_k), ("GIVEN", int(self.given)),
+            ("SCORING", SCORINGS.index(self.scoring)), ("RENORMALIZE", int(self.renormalize)),
+            ("HAS_BIAS", int(self.has_bias)), ("HAS_CHOICE", int(self.has_choice)), ("HAS_MASK", int(self.has_mask)),
+            ("HAS_MAX", int(self.has_max)), ("HAS_THRESHOLD", int(self.has_threshold)), ("IDS64", int(self.ids64)),
+            ("SCORES", self.scores), ("CHOICES", self.choices), ("BIAS", self.bias), ("WEIGHTS", self.weights),
+        ]  # fmt: skip
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of one block: `Board`."""
+        span = -(-self.experts // 32) * 32
+        return 8 + 8 * span * (32 + MOST_BLOCKS + 1) + 8 * span
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The tensors of a call, flat: T tokens, the last stride 1.
+
+    Attributes:
+        scores: [T, E], or logits.
+        choice: [T, E] or None.
+        bias: [E] or None.
+        ids: [T, K], contiguous; None where they are to be selected. So are weights.
+        weights: likewise.
+        mask: bool [T] or None.
+    """
+
+    scores: Tensor
+    choice: Tensor | None = None
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@functools.cache
+def device_can(device: torch.device) -> bool:
+    """Whether the kernel runs on a device."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0) and nvrtc.available()
+
+
+def takes(shape: Sequence[int], top_k: int, scores: Tensor, *floats: Tensor | None) -> bool:
+    """Whether a call is one for this kernel: scores or logits [..., E], and whatever other floating-point tensors."""
+    sizes = [*shape]
+    return (
+        device_can(scores.device)
+        and not compiled_ahead()
+        and all(isinstance(size, int) for size in sizes)
+        and 0 < math.prod(sizes[:-1]) <= MOST_TOKENS
+        and sizes[-1] <= MOST_EXPERTS
+        and top_k <= MOST_TOP_K
+        and all(x is None or x.dtype in FLOAT_NUMBERS for x in (scores, *floats))
+    )
+
+
+def cut(num_tokens: int, num_experts: int) -> tuple[int, int]:
+    """Blocks, and threads of each, as measured (docs/kernels.md): few warps of a multiprocessor wait for each other.
+
+    A thread for each expert at least. Up to 8 tokens name few experts in their first slots, so that experts are ranked
+    more often than not, which more threads do faster.
+    """
+    if num_tokens <= 8:
+        blocks, warps = (1, 4) if num_tokens <= 4 else (2, 8)
+    else:
+        blocks, warps = MOST_BLOCKS, max(4, 1 << (-(-num_tokens // MOST_BLOCKS) - 1).bit_length())
+    return blocks, 32 * max(warps, -(-num_experts // 32))
+
+
+def source() -> str:
+    """The kernel, with what comes before it."""
+    return "\n".join((Path(__file__).parent / name).read_text() for name in (*INSTRUCTIONS, *SOURCES))
+
+
+@functools.cache
+def function(cluster: Cluster, device: int):
+    """The kernel on a device, compiled; None, after a warning, where that fails."""
+    try:
+        code = nvrtc.compile_source(source(), cluster.macros(), torch.cuda.get_device_capability(device))
+        return nvrtc.load_functions(code, ("fill_cluster",), cluster.shared_bytes)[0]
+    except RuntimeError as error:
+        logger.warning("sere::fill: cluster.cu cannot be used, Triton's kernels are instead: %s", error)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How logits become weights, as in `sere_compile.ops.route`; "scores" where ids and weights are given."""
+
+    scoring: str = "scores"
+    renormalize: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+
+
+def cluster_of(rows: Rows, keeping: Keeping, selection: Selection, ids: Tensor, weights: Tensor) -> Cluster:
+    """What a call needs, whose results are ids and weights."""
+
+    def number(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else FLOAT_NUMBERS[tensor.dtype]
+
+    return Cluster(
+        experts=rows.scores.shape[1], top_k=ids.shape[1], select_top_k=keeping.select_top_k,
+        given=rows.ids is not None, scoring=selection.scoring, renormalize=selection.renormalize,
+        has_bias=rows.bias is not None, has_choice=rows.choice is not None, has_mask=rows.mask is not None,
+        has_max=keeping.max_active > 0, has_threshold=keeping.threshold > 0, ids64=ids.dtype == torch.int64,
+        scores=number(rows.scores), choices=number(rows.choice), bias=number(rows.bias), weights=number(weights),
+    )  # fmt: skip
+
+
+def arguments(rows: Rows, keeping: Keeping, selection: Selection, ids: Tensor, weights: Tensor, blocks: int) -> tuple:
+    """What the kernel takes, in order."""
+    least = max(keeping.min_active, ids.shape[1])
+    return (
+        rows.scores, rows.choice, rows.bias, rows.ids, rows.weights, rows.mask, ids, weights,
+        rows.scores.shape[0], rows.scores.stride(0), 0 if rows.choice is None else rows.choice.stride(0),
+        0 if rows.mask is None else rows.mask.stride(0), selection.epsilon, selection.scale, keeping.threshold,
+        least, max(keeping.max_active, least), blocks,
+    )  # fmt: skip
+
+
+def launch_cluster(
+    rows: Rows, keeping: Keeping, selection: Selection, ids: Tensor, weights: Tensor, early: bool = True
+) -> bool:
+    """Fill in one launch, into ids and weights [T, K], contiguous; False where the kernel cannot be had after all."""
+    kernel_of = cluster_of(rows, keeping, selection, ids, weights)
+    kernel = function(kernel_of, rows.scores.device.index)
+    if kernel is None:
+        return False
+    blocks, threads = cut(*rows.scores.shape)
+    values = arguments(rows, keeping, selection, ids, weights, blocks)
+    nvrtc.launch(kernel, (blocks, 1), threads, kernel_of.shared_bytes, values, early, cluster=blocks)
+    return True

@@ -1,0 +1,124 @@
+"""`cluster.cu`: filling in one launch equals the reference, with a CPU's instructions in the place of a GPU's.
+
+On a GPU the operators' own tests run it: test_fill.py, test_route_fill.py.
+"""
+
+import dataclasses
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from sere_compile.ops.fill import cluster
+from sere_compile.ops.fill.cluster import Rows, Selection
+from sere_compile.ops.fill.op import _rows
+from sere_compile.ops.fill.reference import Keeping
+from sere_compile.ops.route.reference import route_reference
+
+from ..thinned import thinned
+from . import cuda_on_cpu
+from .test_fill import Structure, assert_is, draw_case
+from .test_route_fill import Case
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+I32, BF16, FP16 = torch.int32, torch.bfloat16, torch.float16
+
+# With the tokens of each.
+GIVEN = [
+    (Structure(8, 4, 1), 40),
+    (Structure(128, 8, 2, I32, BF16, masked=True, min_active=8), 13),
+    (Structure(16, 4, 2, masked=True, max_active=3, min_active=5), 40),
+    (Structure(9, 2, 1, I32, BF16, threshold=0.125), 1),
+    (Structure(60, 6, 2, masked=True, choice=True), 13),
+    (Structure(33, 5, 2, floats=FP16, min_active=12, threshold=0.03125), 40),
+    (Structure(200, 7, 1, I32, masked=True), 29),
+    (Structure(256, 16, 3, choice=True), 13),
+]
+SELECTED = [
+    (Case(128, 8, 1), 70),
+    (Case(128, 8, 2, dtype=FP16, threshold=0.1, min_active=8), 13),
+    (Case(60, 6, 3, dtype=torch.float32, scoring="softmax_after", min_active=20), 40),
+    (Case(37, 5, 2, bias=True, scoring="sigmoid", min_active=9), 13),
+    (Case(40, 4, 1, bias=True, weights=BF16), 13),
+    (Case(16, 4, 1, max_active=9, scoring="none"), 40),
+    (Case(256, 16, 1, bias=True, scoring="none", weights=FP16), 5),
+]
+
+
+def cuts(num_tokens, experts):
+    """(blocks, threads): as few blocks as can be, and several of which the last may have no token."""
+    least = -(-max(experts, 32) // 32)
+    for blocks in (1 if num_tokens <= 32 else 4, 8):
+        warps = max(least, -(-num_tokens // blocks))
+        yield blocks, 32 * warps
+
+
+@needs_compiler
+@pytest.mark.parametrize(("structure", "tokens"), thinned(GIVEN, (1, 4)), ids=str)
+def test_given_experts(structure, tokens, tmp_path):
+    """Ids, weights and scores as they come: what `sere::fill` gives, whatever the number of blocks."""
+    for cut in cuts(tokens, structure.experts):
+        case = draw_case(structure, 5, tokens)
+        ids, weights = (t.reshape(-1, structure.slots).contiguous() for t in (case.ids, case.weights))
+        scores, choice = (None if t is None else _rows(t) for t in (case.scores, case.choice))
+        mask = None if case.mask is None else case.mask.reshape(-1)
+        keeping = Keeping(structure.select, structure.threshold, structure.min_active, structure.max_active)
+        outs = torch.full_like(ids, -77), torch.full_like(weights, torch.nan)
+        rows = Rows(scores, choice, None, ids, weights, mask)
+        folder = tmp_path / str(cut[0])
+        folder.mkdir()
+        cuda_on_cpu.run_cluster(rows, keeping, Selection(), outs, cut, folder)
+        assert_is((outs[0].view(case.ids.shape), outs[1].view(case.weights.shape)), case, rounding=2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "tokens"), thinned(SELECTED, (0, 3)), ids=str)
+def test_selected_experts(case, tokens, tmp_path):
+    """Logits: what `sere::route` gives."""
+    for seed, cut in enumerate(cuts(tokens, case.experts)):
+        logits, bias, scoring, filling = case.draw(tokens, seed, "cpu")
+        want = route_reference(logits, bias, scoring, filling)
+        keeping = Keeping(case.select, case.threshold, case.min_active, case.max_active)
+        outs = torch.full_like(want[1], -77), torch.full_like(want[0], torch.nan)
+        folder = tmp_path / str(cut[0])
+        folder.mkdir()
+        selection = Selection(scoring.scoring, scoring.renormalize, scoring.epsilon, scoring.scale)
+        cuda_on_cpu.run_cluster(Rows(logits, bias=bias), keeping, selection, outs, cut, folder)
+        assert torch.equal(outs[0], want[1])
+        close = {"rtol": 2e-5, "atol": 1e-6} if case.weights == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+        torch.testing.assert_close(outs[1], want[0], **close)
+
+
+def test_cut():
+    """A warp for each token, a thread for each expert, and no more than there can be."""
+    for tokens, experts in itertools.product(range(1, cluster.MOST_TOKENS + 1), (8, 128, 200, cluster.MOST_EXPERTS)):
+        blocks, threads = cluster.cut(tokens, experts)
+        assert blocks <= cluster.MOST_BLOCKS
+        assert blocks * threads // 32 >= tokens
+        assert experts <= threads <= 1024
+        assert threads % 32 == 0
+
+
+def test_what_is_taken(monkeypatch):
+    """Up to 256 tokens and experts, 16 slots, in the dtypes that it computes in; sizes that are known."""
+    monkeypatch.setattr(cluster, "device_can", lambda device: True)
+    scores = torch.zeros(4, 128)
+    assert cluster.takes(scores.shape, 8, scores, scores, None)
+    assert not cluster.takes(scores.shape, 17, scores)
+    assert not cluster.takes(scores.shape, 8, scores.double())
+    assert not cluster.takes(scores.shape, 8, scores, scores.double())
+    for shape in ((0, 128), (257, 128), (16, 17, 128), (4, 257)):
+        assert not cluster.takes(shape, 8, scores), shape
+    assert cluster.takes((16, 16, 256), 16, scores)
+
+
+def test_a_machine_without_hopper_takes_nothing():
+    """The operators go to Triton or to the reference."""
+    assert not cluster.device_can(torch.device("cpu"))
+
+
+def test_shared_memory_fits_beside_another_block():
+    """The most that is asked for: two blocks fit on a multiprocessor."""
+    one = cluster.Cluster(256, 16, 1, True, "scores", *[False] * 7, 0, 0, 0, 0)
+    assert dataclasses.replace(one, experts=8).shared_bytes < one.shared_bytes <= 112 * 1024
