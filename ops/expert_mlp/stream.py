@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SOURCES = ("plan.cuh", "stream.cu")
 # Numbers of theirs.
 GRANULES = 8
-LOADING_WARPS = 4
+WEIGHT_WARPS = 2
 WEIGHT_BYTES = 16384
 CHUNK_BYTES = 128
 # A multiprocessor has 228 KiB, and a block takes 1 KiB beside its own. Two blocks, one of each projection, with one of
@@ -39,11 +39,18 @@ class StreamConfig:
     rows: slots of one expert that one pass over its weights takes: 8, 16, 32 or 64.
     groups: of 8 warps that multiply, which take stages of the ring in turn. 2: one block on a multiprocessor, not two.
     trigger: the second projection's blocks start when the first's have that many stages left to load; -1: at once.
+    wgmma: FP8 weights multiplied as they are, on a Hopper GPU alone: with activations rounded to FP8, or with 16-bit
+        ones, each the sum of two FP8 numbers. At most 32 rows, one group.
+    row_warps: warps that copy activations, or round them: 2 or 4.
+    blocks: of a multiprocessor at a time: 2, one of each projection, or 1 with all the shared memory.
     """
 
     rows: int
     groups: int = 1
     trigger: int = -1
+    wgmma: bool = False
+    row_warps: int = 2
+    blocks: int = 2
 
 
 def stream_config(num_slots: int, fp8: bool = False, fp8_activations: bool = False) -> StreamConfig:
@@ -91,13 +98,14 @@ class Stream:
     @property
     def stage_bytes(self) -> int:
         """Of one stage of the ring: weights, activations, scales of both."""
-        scales = (128 if self.fp8 else 0) + (4 * self.config.rows if self.fp8_rows else 0)
+        scales = (128 if self.fp8 else 0) + (4 * self.config.rows if self.fp8_rows or self.config.wgmma else 0)
         return WEIGHT_BYTES + self.config.rows * self.row_bytes + scales
 
     @property
     def stages(self) -> int:
         """As many as fit; as many for each group."""
-        room = (TWO_BLOCKS if self.config.groups == 1 else ONE_BLOCK) - self.plan_bytes
+        two = self.config.groups == 1 and self.config.blocks == 2
+        room = (TWO_BLOCKS if two else ONE_BLOCK) - self.plan_bytes
         return room // self.stage_bytes // self.config.groups * self.config.groups
 
     @property
@@ -108,7 +116,7 @@ class Stream:
     @property
     def threads(self) -> int:
         """Of one block."""
-        return (GRANULES * self.config.groups + LOADING_WARPS) * 32
+        return (GRANULES * self.config.groups + WEIGHT_WARPS + self.config.row_warps) * 32
 
     def macros(self) -> list[tuple[str, int]]:
         """What `stream.cu` is compiled with."""
@@ -120,7 +128,8 @@ class Stream:
             ("INTERLEAVED", int(self.interleaved)), ("ACTIVATION", activation_number(self.activation)),
             ("GATE_UP_BIAS", int(self.gate_up_bias)), ("DOWN_BIAS", int(self.down_bias)), ("HALF", int(self.half)),
             ("FP8", int(self.fp8)), ("FP8_ROWS", int(self.fp8_rows)), ("WEIGHTS", self.weights),
-            ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups),
+            ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups), ("WGMMA", int(self.config.wgmma)),
+            ("ROW_WARPS", self.config.row_warps), ("BLOCKS", self.config.blocks),
         ]  # fmt: skip
 
 
@@ -168,7 +177,8 @@ def source() -> str:
 def functions(stream: Stream, device: int) -> list | None:
     """The three kernels on a device, compiled; None, after a warning, where that fails."""
     try:
-        code = nvrtc.compile_source(source(), stream.macros(), torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        code = nvrtc.compile_source(source(), stream.macros(), capability, stream.config.wgmma)
         return nvrtc.load_functions(code, ("gate_up", "down", "sum_slots"), stream.shared_bytes)
     except RuntimeError as error:
         logger.warning("sere::expert_mlp: stream.cu cannot be used, Triton's kernels are instead: %s", error)
@@ -222,7 +232,7 @@ def launch_stream(
 
 def room_for_rounded(stream: Stream, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """For FP8 numbers of rows [R, N], and a factor for each block of a row; nothing where they are not rounded."""
-    if not stream.fp8_rows:
+    if not stream.fp8_rows or stream.config.wgmma:
         return None, None
     numbers = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     return numbers, torch.empty((len(rows), rows.shape[1] // SCALE_BLOCK), dtype=torch.float32, device=rows.device)
