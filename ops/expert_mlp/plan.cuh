@@ -36,7 +36,7 @@ struct __align__(16) Plan {
 extern __shared__ __align__(1024) u8 shared[];
 
 // After the plan: the sums that groups exchange, and what a last tile of 8 rows reads beyond the last stage.
-static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : 7 * ROW_BYTES) <= PLAN_BYTES, "more than was asked for");
+static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : WGMMA ? 0 : 7 * ROW_BYTES) <= PLAN_BYTES, "more than was asked for");
 
 DEVICE long long id_of(const void* ids, int slot) {
 #if IDS64
@@ -136,28 +136,27 @@ DEVICE Range my_granules(const Plan& plan, int of_expert) {
   return {(int)(total * blockIdx.x / gridDim.x), (int)(total * (blockIdx.x + 1) / gridDim.x)};
 }
 
-// Calls f(pass) for each pass of this block: the same sequence in every warp.
+// Calls f(pass) for each pass of this block: the same sequence in every warp. In one place: f is inlined there, and every
+// instruction is fetched anew in each launch.
 template <bool FIRST, class F>
 DEVICE void for_passes(const Plan& plan, F f) {
   constexpr int EACH = GRANULES<FIRST>;
   const Range mine = my_granules(plan, EACH);
-  int begin = mine.begin;
+  int begin = mine.begin, done = 0;  // slots of the tile at `begin` that earlier passes had
   const int end = mine.end;
+#pragma unroll 1
   while (begin < end) {
     const int rank = begin / EACH, granule = begin % EACH;
     const int tiles = (end - begin + CONSUMERS - 1) / CONSUMERS, size = (end - begin + tiles - 1) / tiles;
     const int here = min(size, EACH - granule), first = plan.first[rank], last = plan.first[rank + 1];
-    if (size - here > 0 && size - here <= EACH && plan.first[rank + 2] - first <= ROWS) {
-      // A tile of two experts: one of few granules would have few bytes under way.
-      f(Pass{rank, granule, size, here, first, plan.first[rank + 2] - first, last - first, begin + size >= end});
-      begin += size;
-    } else {
-      for (int row = first; row < last; row += ROWS) {
-        const int rows = min(last - row, ROWS);
-        f(Pass{rank, granule, here, here, row, rows, rows, begin + here >= end && row + ROWS >= last});
-      }
-      begin += here;
-    }
+    // A tile of two experts: one of few granules would have few bytes under way.
+    const bool two = size - here > 0 && size - here <= EACH && plan.first[rank + 2] - first <= ROWS;
+    const int row = first + done, rows = two ? plan.first[rank + 2] - first : min(last - row, ROWS);
+    const bool ends = two || row + ROWS >= last;
+    const int taken = two ? size : here;
+    f(Pass{rank, granule, taken, here, row, rows, two ? last - first : rows, ends && begin + taken >= end});
+    begin += ends ? taken : 0;
+    done = ends ? 0 : done + ROWS;
   }
 }
 

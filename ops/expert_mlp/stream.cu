@@ -224,13 +224,12 @@ DEVICE void round_rows(Plan& plan, u32 stages, const u8* x) {
     int together = 1;  // warps for one stage
     while (together < ROW_LOADERS && together * 4 < pass.rows) together *= 2;
     const int turns = ROW_LOADERS / together, turn = warp / together, first = warp % together * 4;
-    const u8* from[TIMES];
+    u32 from[TIMES];
 #pragma unroll
     for (int i = 0; i < TIMES; ++i) {
       const int slot = plan.list[pass.row + min(first + i * AT_ONCE + lane / 8, pass.rows - 1)];
-      from[i] = x + (u32)(((FIRST ? slot / TOP_K : slot) * STEPS + turn) * 256 + lane % 8 * 32);
+      from[i] = ((FIRST ? slot / TOP_K : slot) * STEPS + turn) * 256 + lane % 8 * 32;
     }
-    // Stages of this pass that are done, and those whose numbers the registers hold, but for turns.
     int step = 0;
 #pragma unroll 1
     while (step < STEPS) {
@@ -239,7 +238,7 @@ DEVICE void round_rows(Plan& plan, u32 stages, const u8* x) {
       for (int i = 0; i < AHEAD; ++i) {
         const int ahead = step + i / TIMES * turns;
         if (ahead + turn < STEPS && first + i % TIMES * AT_ONCE < pass.rows)
-          load32(in[i], from[i % TIMES] + ahead * 256);
+          load32(in[i], x + (from[i % TIMES] + ahead * 256));
       }
 #pragma unroll
       for (int i = 0; i < AHEAD; i += TIMES) {
@@ -585,7 +584,7 @@ DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
     // What four warps do together they do alike.
     const int columns = pass.rows * TERMS;
     if (warp / 4 * 4 >= pass.size) skip_pass<FIRST>(plan, ring);
-    else if (columns <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
+    else if (ROWS * TERMS == 8 || columns <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
     else if (ROWS * TERMS == 16 || columns <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
     else if (TERMS == 1 && columns <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
     else if (ROWS * TERMS == 32 || columns <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);

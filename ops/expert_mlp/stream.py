@@ -53,9 +53,13 @@ class StreamConfig:
     blocks: int = 2
 
 
-def stream_config(num_slots: int, fp8: bool = False, fp8_activations: bool = False) -> StreamConfig:
-    """As measured, docs/kernels.md."""
+def stream_config(
+    num_slots: int, fp8: bool = False, fp8_activations: bool = False, wgmma: bool = False
+) -> StreamConfig:
+    """As measured, docs/kernels.md. `wgmma`: whether the GPU has it, `has_wgmma`."""
     rows = 8 if num_slots <= 8 else 16 if num_slots <= 16 else 32
+    if fp8_activations and wgmma:
+        return StreamConfig(min(rows, 16), trigger=8, wgmma=True, row_warps=4)
     if fp8_activations:
         return StreamConfig(min(rows, 16), trigger=4) if num_slots <= 128 else StreamConfig(16)
     if fp8:
@@ -92,7 +96,7 @@ class Stream:
     def plan_bytes(self) -> int:
         """At least: of `Plan`, of the sums that groups exchange, and of what a last tile of 8 rows reads too far."""
         exchange = 512 * self.config.rows if self.config.groups == 2 else 0
-        too_far = 7 * self.row_bytes
+        too_far = 0 if self.config.wgmma else 7 * self.row_bytes
         return -(-(10 * self.experts + 4 * self.max_slots + 256 + max(exchange, too_far)) // 16) * 16
 
     @property
@@ -168,6 +172,11 @@ def device_can(device: torch.device) -> bool:
     return hopper and nvrtc.available() and nvrtc.shared_memory(index) >= ONE_BLOCK
 
 
+def has_wgmma(device: torch.device | int) -> bool:
+    """Whether a GPU multiplies FP8 numbers by `wgmma`, which Hopper alone has, neither older nor later ones."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def source() -> str:
     """The kernels, with what comes before them."""
     return "\n".join((Path(__file__).parent / name).read_text() for name in ("hopper.cuh", *SOURCES))
@@ -188,9 +197,11 @@ def functions(stream: Stream, device: int) -> list | None:
 def stream_of(call: Call, activation: str, interleaved: bool, config: StreamConfig) -> Stream:
     """What a call needs."""
     num_slots = call.topk_ids.numel()
+    # With wgmma a stage more fits beside 256.
+    room = (256, 512, 4096) if config.wgmma else (512, 4096)
     return Stream(
         experts=call.down.shape[0], top_k=call.topk_ids.shape[1], hidden=call.hidden.shape[1],
-        inner=call.down.shape[2], max_slots=512 if num_slots <= 512 else 4096,
+        inner=call.down.shape[2], max_slots=next(most for most in room if num_slots <= most),
         ids64=call.topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
         half=call.hidden.dtype == torch.float16, fp8=call.fp8, fp8_rows=call.fp8_activations,
@@ -208,7 +219,7 @@ def launch_stream(
     """
     num_tokens, top_k = call.topk_ids.shape
     num_slots, hidden = num_tokens * top_k, _aligned(call.hidden)
-    config = config or stream_config(num_slots, call.fp8, call.fp8_activations)
+    config = config or stream_config(num_slots, call.fp8, call.fp8_activations, has_wgmma(hidden.device))
     stream = stream_of(call, activation, interleaved, config)
     kernels = functions(stream, hidden.device.index)
     if kernels is None or call.gate_up.data_ptr() % 16 or call.down.data_ptr() % 16:
