@@ -65,15 +65,17 @@ def shared_memory(device: int) -> int:
     return size.value
 
 
-def compile_source(source: str, macros: Sequence[tuple[str, int]], capability: tuple[int, int]) -> bytes:
-    """Machine code of CUDA C++ for a GPU of this compute capability.
+def compile_source(
+    source: str, macros: Sequence[tuple[str, int]], capability: tuple[int, int], own: bool = False
+) -> bytes:
+    """Machine code of CUDA C++ for a GPU of this compute capability; `own`: with what no later one has.
 
     Raises:
         RuntimeError: the source does not compile; the message has the compiler's log.
     """
     nvrtc, program = _library(), ctypes.c_void_p()
     options = [f"-D{name}={value}" for name, value in macros]
-    options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
+    options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{'a' if own else ''}", "--std=c++17"]
     argv = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"stream.cu", 0, None, None), "nvrtc")
     try:

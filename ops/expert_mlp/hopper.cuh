@@ -47,10 +47,18 @@ DEVICE void load16(u32 (&r)[4], u32 from) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
 }
+DEVICE void load_two(float (&x)[2], u32 from) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(from));
+}
 DEVICE float get4(u32 from) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
   return x;
+}
+DEVICE void put4(u32 to, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory"); }
+DEVICE void put16(u32 to, const u32 (&r)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 // From memory as the L2 has it.
 DEVICE void load32(u32 (&r)[8], const void* from) {
@@ -83,6 +91,47 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+#if WGMMA
+// What this thread wrote to shared memory, or saw written, is there for the tensor cores' own reads as well.
+DEVICE void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Rows of 128 bytes from a multiple of 1024 on, 16-byte pieces of each 8 rows exchanged as `swizzled` says; `from` may be
+// 32, 64 or 96 bytes further on. Bits 62: the 128-byte swizzle; 32: bytes of 8 rows; 16: unused; all in 16 bytes.
+DEVICE u64 matrix_at(u32 from) { return 1ull << 62 | (1024ull >> 4) << 32 | 1ull << 16 | (from & 0x3ffff) >> 4; }
+
+// Before the first product that uses registers anew; after the last one of a group; until at most N groups are under way.
+DEVICE void before_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N, int NT>
+DEVICE void wait_for_products(float (&c)[NT][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+  // The compiler may not read them earlier.
+#pragma unroll
+  for (int i = 0; i < NT * 4; ++i) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
+}
+
+// c = (ADD ? c : 0) + a [64 x 32] @ b [32 x 8 NT], FP8 numbers in shared memory, by four warps; each has 16 rows, in
+// the order of `multiply`'s. In the background.
+#define FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define MULTIPLY_64(NT, N, REGISTERS, A, B, ADDS, ...)                                                          \
+  template <bool ADD>                                                                                           \
+  DEVICE void multiply_64(float (&c)[NT][4], u64 a, u64 b) {                                                    \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS ", 0;\n"                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k32.f32.e4m3.e4m3 {" REGISTERS "}, " A ", " B           \
+                 ", adds, 1, 1;\n}"                                                                             \
+                 : __VA_ARGS__                                                                                  \
+                 : "l"(a), "l"(b), "n"((int)ADD));                                                              \
+  }
+#define NAMES_8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
+#define NAMES_16 NAMES_8(0, 1, 2, 3, 4, 5, 6, 7) "," NAMES_8(8, 9, 10, 11, 12, 13, 14, 15)
+#define NAMES_32 NAMES_16 "," NAMES_8(16, 17, 18, 19, 20, 21, 22, 23) "," NAMES_8(24, 25, 26, 27, 28, 29, 30, 31)
+MULTIPLY_64(1, "8", "%0,%1,%2,%3", "%4", "%5", "%6", FOUR(0))
+MULTIPLY_64(2, "16", NAMES_8(0, 1, 2, 3, 4, 5, 6, 7), "%8", "%9", "%10", FOUR(0), FOUR(1))
+MULTIPLY_64(3, "24", NAMES_8(0, 1, 2, 3, 4, 5, 6, 7) ",%8,%9,%10,%11", "%12", "%13", "%14", FOUR(0), FOUR(1), FOUR(2))
+MULTIPLY_64(4, "32", NAMES_16, "%16", "%17", "%18", FOUR(0), FOUR(1), FOUR(2), FOUR(3))
+MULTIPLY_64(8, "64", NAMES_32, "%32", "%33", "%34", FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6),
+            FOUR(7))
+#endif
+
 // Bytes of x: byte i of the result is the one that digit i of selector names, or, with 8 added, its sign in all 8 bits.
 DEVICE u32 permute_bytes(u32 x, u32 selector) {
   u32 y;
@@ -103,5 +152,16 @@ DEVICE float reciprocal(float x) {
 DEVICE u32 floats_to_e4m3(float first, float second) {
   u16 y;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(second), "f"(first));
+  return y;
+}
+
+DEVICE void e4m3_to_floats(u32 two, float& first, float& second) {
+  asm("{\n.reg .b32 both;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 both, %2;\nmov.b32 {low, high}, both;\n"
+      "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}" : "=f"(first), "=f"(second) : "h"((u16)two));
+}
+// The larger of the lower, and of the upper, halves.
+DEVICE u32 max_of_halves(u32 a, u32 b) {
+  u32 y;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }

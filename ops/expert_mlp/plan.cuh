@@ -1,7 +1,7 @@
 // What a block of stream.cu has to do: which experts are active, which slots theirs, which weight rows the block's.
 // The macros are stream.cu's; hopper.cuh comes before this file.
 
-constexpr int CONSUMERS = 8, LOADERS = 2, ROW_LOADERS = 2;
+constexpr int CONSUMERS = 8, LOADERS = 2, ROW_LOADERS = ROW_WARPS;
 constexpr int MULTIPLIERS = CONSUMERS * GROUPS;           // warps that multiply: each group has every GROUPS-th stage
 constexpr int THREADS = (MULTIPLIERS + LOADERS + ROW_LOADERS) * 32;
 // A granule is 16 weight rows, one tensor core instruction's: 8 of gate and 8 of up, or 16 of one kind.
@@ -11,9 +11,15 @@ constexpr int CHUNK = FP8 ? CHUNK_BYTES : CHUNK_BYTES / 2;  // the same in colum
 constexpr int WEIGHT_BYTES = CONSUMERS * GRANULE * CHUNK_BYTES;
 constexpr bool WIDENED = FP8 && !FP8_ROWS;                 // FP8 weights, 16-bit activations
 constexpr int ROW_BYTES = WIDENED ? CHUNK * 2 : CHUNK_BYTES;  // of activations, a stage
+// With WGMMA each slot is so many columns of the right operand: a 16-bit number is the sum of two FP8 numbers.
+constexpr int TERMS = WIDENED ? 2 : 1;
 constexpr int WEIGHT_SCALE_BYTES = FP8 ? 128 : 0;
-constexpr int SCALE_BYTES = WEIGHT_SCALE_BYTES + (FP8_ROWS ? ROWS * 4 : 0);
-constexpr int STAGE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES + SCALE_BYTES;
+constexpr int SCALE_BYTES = WEIGHT_SCALE_BYTES + (FP8_ROWS || WGMMA ? ROWS * 4 : 0);
+constexpr int TILE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES;
+constexpr int STAGE_BYTES = TILE_BYTES + SCALE_BYTES;
+static_assert(!WGMMA || (FP8 && !HALF && GROUPS == 1 && ROWS <= 32 && TILE_BYTES % 1024 == 0), "not with wgmma");
+// Of the threads that copy or round activations, those that tell a stage's barrier.
+constexpr int ROW_ARRIVALS = WGMMA ? ROW_LOADERS : ROW_LOADERS * 32;
 constexpr int COLUMNS = GATED ? 2 * INNER : INNER;
 constexpr int BLOCK = 128;                                  // rows and columns of one FP8 scale
 
@@ -30,7 +36,7 @@ struct __align__(16) Plan {
 extern __shared__ __align__(1024) u8 shared[];
 
 // After the plan: the sums that groups exchange, and what a last tile of 8 rows reads beyond the last stage.
-static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : 7 * ROW_BYTES) <= PLAN_BYTES, "more than was asked for");
+static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : WGMMA ? 0 : 7 * ROW_BYTES) <= PLAN_BYTES, "more than was asked for");
 
 DEVICE long long id_of(const void* ids, int slot) {
 #if IDS64
@@ -58,7 +64,7 @@ DEVICE void make_plan(Plan& plan, const void* ids, int num_slots) {
   for (int e = thread; e < EXPERTS; e += THREADS) plan.count[e] = 0;
   if (thread == 0) {
     for (int s = 0; s < STAGES; ++s) {
-      barrier_init(&plan.full[s], (LOADERS + ROW_LOADERS) * 32);
+      barrier_init(&plan.full[s], LOADERS * 32 + ROW_ARRIVALS);
       barrier_init(&plan.empty[s], CONSUMERS);
     }
   }
@@ -130,28 +136,27 @@ DEVICE Range my_granules(const Plan& plan, int of_expert) {
   return {(int)(total * blockIdx.x / gridDim.x), (int)(total * (blockIdx.x + 1) / gridDim.x)};
 }
 
-// Calls f(pass) for each pass of this block: the same sequence in every warp.
+// Calls f(pass) for each pass of this block: the same sequence in every warp. In one place: f is inlined there, and every
+// instruction is fetched anew in each launch.
 template <bool FIRST, class F>
 DEVICE void for_passes(const Plan& plan, F f) {
   constexpr int EACH = GRANULES<FIRST>;
   const Range mine = my_granules(plan, EACH);
-  int begin = mine.begin;
+  int begin = mine.begin, done = 0;  // slots of the tile at `begin` that earlier passes had
   const int end = mine.end;
+#pragma unroll 1
   while (begin < end) {
     const int rank = begin / EACH, granule = begin % EACH;
     const int tiles = (end - begin + CONSUMERS - 1) / CONSUMERS, size = (end - begin + tiles - 1) / tiles;
     const int here = min(size, EACH - granule), first = plan.first[rank], last = plan.first[rank + 1];
-    if (size - here > 0 && size - here <= EACH && plan.first[rank + 2] - first <= ROWS) {
-      // A tile of two experts: one of few granules would have few bytes under way.
-      f(Pass{rank, granule, size, here, first, plan.first[rank + 2] - first, last - first, begin + size >= end});
-      begin += size;
-    } else {
-      for (int row = first; row < last; row += ROWS) {
-        const int rows = min(last - row, ROWS);
-        f(Pass{rank, granule, here, here, row, rows, rows, begin + here >= end && row + ROWS >= last});
-      }
-      begin += here;
-    }
+    // A tile of two experts: one of few granules would have few bytes under way.
+    const bool two = size - here > 0 && size - here <= EACH && plan.first[rank + 2] - first <= ROWS;
+    const int row = first + done, rows = two ? plan.first[rank + 2] - first : min(last - row, ROWS);
+    const bool ends = two || row + ROWS >= last;
+    const int taken = two ? size : here;
+    f(Pass{rank, granule, taken, here, row, rows, two ? last - first : rows, ends && begin + taken >= end});
+    begin += ends ? taken : 0;
+    done = ends ? 0 : done + ROWS;
   }
 }
 
@@ -162,6 +167,10 @@ struct Ring {
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 };
+
+// Where a stage's tile of weights and activations is, and where its scales are: after all tiles, which so are aligned.
+DEVICE u32 tile_of(u32 stages, const Ring& ring) { return stages + ring.stage * TILE_BYTES; }
+DEVICE u32 scales_of(u32 stages, const Ring& ring) { return stages + STAGES * TILE_BYTES + ring.stage * SCALE_BYTES; }
 
 // The weight row that row r of a granule is.
 template <bool FIRST>

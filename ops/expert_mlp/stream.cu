@@ -8,12 +8,14 @@
 // Compiled at first use (stream.py), with these numbers as macros:
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
 //   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8,
-//   FP8_ROWS (activations are rounded to FP8 as well), WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS
-//   (StreamConfig's)
+//   FP8_ROWS (activations are rounded to FP8 as well), WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS, WGMMA,
+//   ROW_WARPS, BLOCKS (StreamConfig's)
 // hopper.cuh and plan.cuh come before this file.
 
 // Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
+// With WGMMA as wgmma's 128-byte swizzle has it.
 DEVICE u32 swizzled(u32 row, u32 piece) {
+  if (WGMMA) return (piece ^ row) << 4;
   u32 reversed = ((row & 1) << 2) | (row & 2) | ((row >> 2) & 1);
   return (piece ^ reversed) << 4;
 }
@@ -82,7 +84,7 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
       const bool few_left = pass.is_last && k == max(0, DEPTH - CHUNK * TRIGGER - CHUNK);
       if (FIRST && TRIGGER >= 0 && few_left) let_next_kernel_start();
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
-      const u32 stage = stages + ring.stage * STAGE_BYTES + to;
+      const u32 stage = tile_of(stages, ring) + to;
 #pragma unroll
       for (int j = 0; j < CONSUMERS; ++j) {
         if (j < pass.size) {
@@ -91,10 +93,7 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
           copy16_and_fetch(stage + j * (GRANULE * CHUNK_BYTES) + 8 * CHUNK_BYTES, granule + to_other);
         }
       }
-      if (FP8 && thread < 2 * pass.size) {
-        const u32 scales = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES + ROWS * ROW_BYTES;
-        copy4(scales + thread * 4, from_scale + k / BLOCK);
-      }
+      if (FP8 && thread < 2 * pass.size) copy4(scales_of(stages, ring) + thread * 4, from_scale + k / BLOCK);
       barrier_arrive_after_copies(&plan.full[ring.stage]);
       from += CHUNK_BYTES;
       from_next += CHUNK_BYTES;
@@ -109,7 +108,18 @@ struct Rounded {
   float* factors;
 };
 
-#if FP8_ROWS
+#if FP8_ROWS || WGMMA
+// The largest of 128 bf16 numbers, whose signs do not count, or 1e-10, for rows of zeros: 16 of them, 8 lanes together.
+DEVICE float largest_of(const u32 (&x)[8]) {
+  // Of positive numbers the bits sort as the numbers do, NaN last.
+  u32 most = x[0] & 0x7fff7fffu;
+#pragma unroll
+  for (int i = 1; i < 8; ++i) most = max_of_halves(most, x[i] & 0x7fff7fffu);
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) most = max_of_halves(most, (u32)__shfl_xor_sync(~0u, (int)most, step));
+  return __uint_as_float(max(0x2edbe6ffu, max(most & 0xffff0000u, most << 16)));
+}
+
 // Two bf16 numbers in a register, times a factor.
 DEVICE u32 pair_to_fp8(u32 pair, float factor) {
   return floats_to_e4m3(bfloat_to_float((u16)pair) * factor, bfloat_to_float((u16)(pair >> 16)) * factor);
@@ -118,18 +128,16 @@ DEVICE u32 pair_to_fp8(u32 pair, float factor) {
 // 16 of a row's 128 bf16 numbers to e4m3, times 448 over the largest of the 128, which 8 lanes hold together.
 // Returns what undoes that.
 DEVICE float round_to_fp8(const u32 (&x)[8], u32 (&y)[4]) {
-  u32 most = 0x2edbe6ffu;  // 1e-10, for rows of zeros. Of positive floats the bits sort as the numbers do, NaN last.
-#pragma unroll
-  for (int i = 0; i < 8; ++i) most = max(most, max(x[i] & 0x7fff0000u, (x[i] & 0x7fffu) << 16));
-#pragma unroll
-  for (int step = 1; step < 8; step *= 2) most = max(most, (u32)__shfl_xor_sync(~0u, (int)most, step));
-  const float largest = __uint_as_float(most), factor = 448.0f * reciprocal(largest);
+  const float largest = largest_of(x), factor = 448.0f * reciprocal(largest);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     y[i] = pair_to_fp8(x[2 * i], factor) | pair_to_fp8(x[2 * i + 1], factor) << 16;
   return largest * (1.0f / 448.0f);
 }
 
+#endif
+
+#if FP8_ROWS && !WGMMA
 // Rounds what this block's slots are multiplied with, 128 columns in 8 threads, for itself: blocks that share an expert
 // write the same numbers to the same places. All warps but those that copy weights.
 template <bool FIRST>
@@ -162,6 +170,99 @@ DEVICE void round_rows(const Plan& plan, const u8* x, const Rounded& to) {
 }
 #endif
 
+#if WGMMA
+// 16 of a row's 128 bf16 numbers as sums of two e4m3 numbers, high + low / 16, times a power of two: exact down to 2^-13
+// of the largest of the 128, with an error of 2^-21 of it below. Returns what undoes the power.
+DEVICE float split_to_fp8(const u32 (&x)[8], u32 (&high)[4], u32 (&low)[4]) {
+  const float largest = largest_of(x);
+  const u32 exponent = __float_as_uint(largest) & 0x7f800000u;
+  const float factor = __uint_as_float((261u << 23) - exponent);  // The largest becomes 128 to 255.
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    high[i] = low[i] = 0;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const u32 pair = x[2 * i + j];
+      const float a = bfloat_to_float((u16)pair) * factor, b = bfloat_to_float((u16)(pair >> 16)) * factor;
+      const u32 two = floats_to_e4m3(a, b);
+      float near_a, near_b;
+      e4m3_to_floats(two, near_a, near_b);
+      high[i] |= two << (16 * j);
+      low[i] |= floats_to_e4m3((a - near_a) * 16.0f, (b - near_b) * 16.0f) << (16 * j);
+    }
+  }
+  // What is infinite or NaN makes all of the row NaN.
+  return __uint_as_float(exponent == 0x7f800000u ? 0x7fffffffu : exponent - (7u << 23));
+}
+
+// Writes 16 columns of a slot's row and, in one of 8 lanes, the row's factor.
+DEVICE void store_rounded(const u32 (&x)[8], u32 tile, u32 factors, int row, int piece) {
+  auto place = [&](int column) { return tile + column * 128 + swizzled(column & 7, piece); };
+  u32 y[4];
+#if FP8_ROWS
+  const float factor = round_to_fp8(x, y);
+  put16(place(row), y);
+#else
+  u32 low[4];
+  const float factor = split_to_fp8(x, y, low);
+  put16(place(2 * row), y);
+  put16(place(2 * row + 1), low);
+#endif
+  if (piece == 0) put4(factors + row * 4, factor);
+}
+
+// Rounds activations on their way into the stages: 8 lanes take 128 columns of a row. With few rows the warps take
+// stages in turn, with many each of them has several rows of a stage. Loads of some stages are under way together.
+template <bool FIRST>
+DEVICE void round_rows(Plan& plan, u32 stages, const u8* x) {
+  constexpr int STEPS = (FIRST ? HIDDEN : INNER) / CHUNK, AT_ONCE = ROW_LOADERS * 4, AHEAD = 4;
+  constexpr int TIMES = (ROWS + AT_ONCE - 1) / AT_ONCE;  // rows of a stage for one thread
+  static_assert(AHEAD % TIMES == 0, "too few warps for so many rows");
+  const int thread = threadIdx.x - (MULTIPLIERS + LOADERS) * 32, warp = thread / 32, lane = thread % 32;
+  Ring ring;
+  for_passes<FIRST>(plan, [&](const Pass& pass) {
+    int together = 1;  // warps for one stage
+    while (together < ROW_LOADERS && together * 4 < pass.rows) together *= 2;
+    const int turns = ROW_LOADERS / together, turn = warp / together, first = warp % together * 4;
+    u32 from[TIMES];
+#pragma unroll
+    for (int i = 0; i < TIMES; ++i) {
+      const int slot = plan.list[pass.row + min(first + i * AT_ONCE + lane / 8, pass.rows - 1)];
+      from[i] = ((FIRST ? slot / TOP_K : slot) * STEPS + turn) * 256 + lane % 8 * 32;
+    }
+    int step = 0;
+#pragma unroll 1
+    while (step < STEPS) {
+      u32 in[AHEAD][8];
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        const int ahead = step + i / TIMES * turns;
+        if (ahead + turn < STEPS && first + i % TIMES * AT_ONCE < pass.rows)
+          load32(in[i], x + (from[i % TIMES] + ahead * 256));
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; i += TIMES) {
+#pragma unroll 1
+        for (int now = 0; now < turns && step < STEPS; ++now, ++step) {
+          barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
+          __syncwarp();
+          const u32 tile = tile_of(stages, ring) + WEIGHT_BYTES, factors = scales_of(stages, ring) + WEIGHT_SCALE_BYTES;
+#pragma unroll
+          for (int j = 0; j < TIMES; ++j) {
+            const int row = first + j * AT_ONCE;
+            // All lanes or none: they find the largest number together.
+            if (now == turn && row < pass.rows) store_rounded(in[i + j], tile, factors, row + lane / 8, lane % 8);
+          }
+          show_to_tensor_cores();
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&plan.full[ring.stage]);
+          ring.next();
+        }
+      }
+    }
+  });
+}
+#else
 template <bool FIRST>
 DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
@@ -171,13 +272,13 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors)
   for_passes<FIRST>(plan, [&](const Pass& pass) {
     for (int k = 0; k < DEPTH; k += CHUNK) {
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
-      const u32 stage = stages + ring.stage * STAGE_BYTES + WEIGHT_BYTES;
+      const u32 stage = tile_of(stages, ring) + WEIGHT_BYTES;
 #pragma unroll 2
       for (int row = thread / PIECES; row < pass.rows; row += AT_ONCE) {
         const int slot = plan.list[pass.row + row], number = FIRST ? slot / TOP_K : slot;
         const u8* from = x + ((long long)number * DEPTH + k) * (FP8_ROWS ? 1 : 2) + piece * 16;
         if (FP8_ROWS && piece == 0)
-          copy4(stage + ROWS * ROW_BYTES + WEIGHT_SCALE_BYTES + row * 4, factors + (number * DEPTH + k) / BLOCK);
+          copy4(scales_of(stages, ring) + WEIGHT_SCALE_BYTES + row * 4, factors + (number * DEPTH + k) / BLOCK);
         copy16(stage + row * ROW_BYTES + (piece / 8) * 128 + swizzled(row & 7, piece % 8), from);
       }
       barrier_arrive_after_copies(&plan.full[ring.stage]);
@@ -186,7 +287,9 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors)
   });
 }
 
-#if FP8 && !FP8_ROWS
+#endif
+
+#if FP8 && !FP8_ROWS && !WGMMA
 // Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction are moved to their
 // places, and the exponent's bias is corrected by a product with 2^120.
 DEVICE u32 widen(u32 x, int first) {
@@ -209,6 +312,7 @@ DEVICE float sum_of_parts(const float (&parts)[N][NT][4], int n, int i) {
   return sum;
 }
 
+#if !WGMMA
 // c += a stage's 16 weight rows, from w, times its activations, from x. Calls release() once all is in registers.
 // Of numbers of 16 bits, or of FP8 numbers: the instructions for both have the same bytes in the same lanes.
 #if FP8_ROWS || !FP8
@@ -247,7 +351,8 @@ DEVICE void multiply_bytes(float (&c)[PARTS<NT>][NT][4], u32 w, u32 x, int row, 
 
 // The same, with FP8 the part of a stage times its scales.
 template <int NT, class F>
-DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, int lane, F release) {
+DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u32 scales, u32 factors, int lane,
+                           F release) {
 #if FP8_ROWS
   float p[PARTS<NT>][NT][4] = {}, of_rows[NT][2];
   multiply_bytes<NT>(p, w, x, row, lane, [] {});
@@ -257,7 +362,7 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      of_rows[n][i] = get4(x + ROWS * ROW_BYTES + WEIGHT_SCALE_BYTES + (row + n * 8 + 2 * (lane & 3) + i) * 4);
+      of_rows[n][i] = get4(factors + (row + n * 8 + 2 * (lane & 3) + i) * 4);
   release();
 #pragma unroll
   for (int n = 0; n < NT; ++n)
@@ -309,6 +414,7 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
   multiply_bytes<NT>(c, w, x, row, lane, release);
 #endif
 }
+#endif
 
 // What one warp does in a pass: granule `granule` of an expert, for `rows` slots from list[first], which are the rows
 // from `row` of the stages.
@@ -316,11 +422,60 @@ struct Share {
   int expert, granule, first, row, rows;
 };
 
+#if WGMMA
+// c = a [64 x 128] @ b [128 x 8 NT], of four warps.
+template <int NT>
+DEVICE void multiply_128(float (&c)[NT][4], u64 a, u64 b) {
+  before_products();
+  multiply_64<false>(c, a, b);
+#pragma unroll
+  for (int k = 1; k < 4; ++k) multiply_64<true>(c, a + k * 2, b + k * 2);
+  end_products();
+}
+
+// The same slots for all warps, all of the pass: its right operand starts where 8 rows do. Four warps multiply at once.
+// c: the sums over all stages of a pass, of this warp's 16 weight rows and NT times 8 columns.
 template <bool FIRST, int NT>
-DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias, void* out) {
-  constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
-  const int warp = (threadIdx.x >> 5) % CONSUMERS, group = (threadIdx.x >> 5) / CONSUMERS;
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+DEVICE void sum_stages(float (&c)[NT][4], Plan& plan, u32 stages, Ring& ring) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = lane & 3;
+#pragma unroll 1
+  for (int k = 0; k < (FIRST ? HIDDEN : INNER); k += CHUNK) {
+    const u32 tile = tile_of(stages, ring), w = tile + warp / 4 * (64 * CHUNK_BYTES), x = tile + WEIGHT_BYTES;
+    const u32 scales = scales_of(stages, ring), factors = scales + WEIGHT_SCALE_BYTES;
+    float p[NT][4], of_weights[2], of_rows[NT][2];
+    barrier_wait(&plan.full[ring.stage], ring.phase);
+    show_to_tensor_cores();
+    __syncwarp();
+    multiply_128(p, matrix_at(w), matrix_at(x));
+    load_two(of_weights, scales + warp * 8);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      if (TERMS == 1) load_two(of_rows[n], factors + (n * 8 + 2 * t) * 4);
+      else of_rows[n][0] = get4(factors + (n * 4 + t) * 4);
+    }
+    wait_for_products<0>(p);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&plan.empty[ring.stage]);
+    ring.next();
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (TERMS == 1) {
+          c[n][2 * h] += of_weights[h] * of_rows[n][0] * p[n][2 * h];
+          c[n][2 * h + 1] += of_weights[h] * of_rows[n][1] * p[n][2 * h + 1];
+        } else {
+          c[n][2 * h] += of_weights[h] * of_rows[n][0] * (p[n][2 * h] + p[n][2 * h + 1] * 0.0625f);
+        }
+      }
+  }
+}
+#else
+// c: the sums over all stages of a pass, of this warp's 16 weight rows and NT times 8 slots from row `row` on.
+template <bool FIRST, int NT>
+DEVICE void sum_stages(float (&c)[NT][4], Plan& plan, u32 stages, Ring& ring, int row) {
+  constexpr int DEPTH = FIRST ? HIDDEN : INNER;
+  const int warp = (threadIdx.x >> 5) % CONSUMERS, group = (threadIdx.x >> 5) / CONSUMERS, lane = threadIdx.x & 31;
   float sums[SUMS<NT>][NT][4] = {};
 #pragma unroll 1
   for (int k = 0; k < DEPTH; k += CHUNK) {
@@ -328,22 +483,37 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
       ring.next();
       continue;
     }
-    const u32 stage = stages + ring.stage * STAGE_BYTES, x = stage + WEIGHT_BYTES;
+    const u32 tile = tile_of(stages, ring), scales = scales_of(stages, ring);
     barrier_wait(&plan.full[ring.stage], ring.phase);
     __syncwarp();
     u64* empty = &plan.empty[ring.stage];
-    const u32 w = stage + warp * (GRANULE * CHUNK_BYTES), scales = x + ROWS * ROW_BYTES + warp * 8;
-    multiply_stage<NT>(sums, w, x, mine.row, scales, lane, [&] {
+    const u32 w = tile + warp * (GRANULE * CHUNK_BYTES), factors = scales + WEIGHT_SCALE_BYTES;
+    multiply_stage<NT>(sums, w, tile + WEIGHT_BYTES, row, scales + warp * 8, factors, lane, [&] {
       __syncwarp();
       if (lane == 0) barrier_arrive(empty);
     });
     ring.next();
   }
-  float c[NT][4];
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) c[n][i] = sum_of_parts(sums, n, i);
+}
+#endif
+
+template <bool FIRST, int NT>
+DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias, void* out) {
+  constexpr int WIDTH = FIRST ? COLUMNS : HIDDEN;
+  const int warp = (threadIdx.x >> 5) % CONSUMERS, group = (threadIdx.x >> 5) / CONSUMERS;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#if WGMMA
+  float c[NT][4] = {};
+  sum_stages<FIRST, NT>(c, plan, stages, ring);
+  if (mine.rows == 0) return;
+#else
+  float c[NT][4];
+  sum_stages<FIRST, NT>(c, plan, stages, ring, mine.row);
+#endif
   if (GROUPS == 2) {
     float* other = (float*)(shared + STAGES * STAGE_BYTES + sizeof(Plan)) + (warp * (ROWS / 8) * 4) * 32 + lane;
     if (group == 1)
@@ -363,9 +533,9 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = n * 8 + 2 * t + i;
-      if (row >= mine.rows) continue;
+    for (int i = 0; i < (WGMMA ? 2 / TERMS : 2); ++i) {
+      const int row = WGMMA ? (n * 8 + 2 * t) / TERMS + i - mine.row : n * 8 + 2 * t + i;
+      if (row < 0 || row >= mine.rows) continue;
       const int slot = plan.list[mine.first + row];
       const float lower = c[n][i] + b[0], upper = c[n][2 + i] + b[1];
       if (!FIRST) {
@@ -410,12 +580,23 @@ DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
         row,
         warp >= pass.size ? 0 : next ? pass.rows - row : pass.split_rows,
     };
+#if WGMMA
+    // What four warps do together they do alike.
+    const int columns = pass.rows * TERMS;
+    if (warp / 4 * 4 >= pass.size) skip_pass<FIRST>(plan, ring);
+    else if (ROWS * TERMS == 8 || columns <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
+    else if (ROWS * TERMS == 16 || columns <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
+    else if (TERMS == 1 && columns <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
+    else if (ROWS * TERMS == 32 || columns <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);
+    else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, out);
+#else
     if (mine.rows == 0) skip_pass<FIRST>(plan, ring);
     else if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
     else if (ROWS == 16 || mine.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
     else if (mine.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
     else if (ROWS == 32 || mine.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);
     else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, out);
+#endif
   });
 }
 
@@ -430,21 +611,25 @@ DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
   const bool multiplies = warp < MULTIPLIERS, loads_rows = warp >= MULTIPLIERS + LOADERS;
-  if (!FIRST && (loads_rows || (FP8_ROWS && multiplies))) wait_for_earlier_kernels();
-#if FP8_ROWS
+  if (!FIRST && (loads_rows || (FP8_ROWS && !WGMMA && multiplies))) wait_for_earlier_kernels();
+#if FP8_ROWS && !WGMMA
   if (multiplies || loads_rows) {
     round_rows<FIRST>(plan, x, rounded);
     meet(15, (MULTIPLIERS + ROW_LOADERS) * 32);
   }
 #endif
   if (multiplies) multiply_all<FIRST>(plan, stages, bias, out);
+#if WGMMA
+  else if (loads_rows) round_rows<FIRST>(plan, stages, x);
+#else
   else if (loads_rows) load_rows<FIRST>(plan, stages, FP8_ROWS ? rounded.numbers : x, rounded.factors);
+#endif
   else load_weights<FIRST>(plan, stages, weight, scale);
 }
 
-#define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1)
+#define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? BLOCKS : 1)
 
-// act [T * K, INNER] in the dtype of x. numbers, factors: with FP8_ROWS, room for x rounded.
+// act [T * K, INNER] in the dtype of x. numbers, factors: with FP8_ROWS and no WGMMA, room for x rounded.
 PROJECTION gate_up(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* act,
                    u8* numbers, float* factors, int num_slots) {
   project<true>(x, weight, scale, bias, ids, act, {numbers, factors}, num_slots);

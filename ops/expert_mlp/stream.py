@@ -23,7 +23,7 @@ INSTRUCTIONS = ("../cuda/common.cuh", "hopper.cuh")
 SOURCES = ("plan.cuh", "stream.cu")
 # Numbers of theirs.
 GRANULES = 8
-LOADING_WARPS = 4
+WEIGHT_WARPS = 2
 WEIGHT_BYTES = 16384
 CHUNK_BYTES = 128
 # A multiprocessor has 228 KiB, and a block takes 1 KiB beside its own. Two blocks, one of each projection, with one of
@@ -41,16 +41,27 @@ class StreamConfig:
     rows: slots of one expert that one pass over its weights takes: 8, 16, 32 or 64.
     groups: of 8 warps that multiply, which take stages of the ring in turn. 2: one block on a multiprocessor, not two.
     trigger: the second projection's blocks start when the first's have that many stages left to load; -1: at once.
+    wgmma: FP8 weights multiplied as they are, on a Hopper GPU alone: with activations rounded to FP8, or with 16-bit
+        ones, each the sum of two FP8 numbers. At most 32 rows, one group.
+    row_warps: warps that copy activations, or round them: 2 or 4.
+    blocks: of a multiprocessor at a time: 2, one of each projection, or 1 with all the shared memory.
     """
 
     rows: int
     groups: int = 1
     trigger: int = -1
+    wgmma: bool = False
+    row_warps: int = 2
+    blocks: int = 2
 
 
-def stream_config(num_slots: int, fp8: bool = False, fp8_activations: bool = False) -> StreamConfig:
-    """As measured, docs/kernels.md."""
+def stream_config(
+    num_slots: int, fp8: bool = False, fp8_activations: bool = False, wgmma: bool = False
+) -> StreamConfig:
+    """As measured, docs/kernels.md. `wgmma`: whether the GPU has it, `has_wgmma`."""
     rows = 8 if num_slots <= 8 else 16 if num_slots <= 16 else 32
+    if fp8_activations and wgmma:
+        return StreamConfig(min(rows, 16), trigger=8, wgmma=True, row_warps=4)
     if fp8_activations:
         return StreamConfig(min(rows, 16), trigger=4) if num_slots <= 128 else StreamConfig(16)
     if fp8:
@@ -87,19 +98,20 @@ class Stream:
     def plan_bytes(self) -> int:
         """At least: of `Plan`, of the sums that groups exchange, and of what a last tile of 8 rows reads too far."""
         exchange = 512 * self.config.rows if self.config.groups == 2 else 0
-        too_far = 7 * self.row_bytes
+        too_far = 0 if self.config.wgmma else 7 * self.row_bytes
         return -(-(10 * self.experts + 4 * self.max_slots + 256 + max(exchange, too_far)) // 16) * 16
 
     @property
     def stage_bytes(self) -> int:
         """Of one stage of the ring: weights, activations, scales of both."""
-        scales = (128 if self.fp8 else 0) + (4 * self.config.rows if self.fp8_rows else 0)
+        scales = (128 if self.fp8 else 0) + (4 * self.config.rows if self.fp8_rows or self.config.wgmma else 0)
         return WEIGHT_BYTES + self.config.rows * self.row_bytes + scales
 
     @property
     def stages(self) -> int:
         """As many as fit; as many for each group."""
-        room = (TWO_BLOCKS if self.config.groups == 1 else ONE_BLOCK) - self.plan_bytes
+        two = self.config.groups == 1 and self.config.blocks == 2
+        room = (TWO_BLOCKS if two else ONE_BLOCK) - self.plan_bytes
         return room // self.stage_bytes // self.config.groups * self.config.groups
 
     @property
@@ -110,7 +122,7 @@ class Stream:
     @property
     def threads(self) -> int:
         """Of one block."""
-        return (GRANULES * self.config.groups + LOADING_WARPS) * 32
+        return (GRANULES * self.config.groups + WEIGHT_WARPS + self.config.row_warps) * 32
 
     def macros(self) -> list[tuple[str, int]]:
         """What `stream.cu` is compiled with."""
@@ -122,7 +134,8 @@ class Stream:
             ("INTERLEAVED", int(self.interleaved)), ("ACTIVATION", activation_number(self.activation)),
             ("GATE_UP_BIAS", int(self.gate_up_bias)), ("DOWN_BIAS", int(self.down_bias)), ("HALF", int(self.half)),
             ("FP8", int(self.fp8)), ("FP8_ROWS", int(self.fp8_rows)), ("WEIGHTS", self.weights),
-            ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups),
+            ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups), ("WGMMA", int(self.config.wgmma)),
+            ("ROW_WARPS", self.config.row_warps), ("BLOCKS", self.config.blocks),
         ]  # fmt: skip
 
 
@@ -161,6 +174,11 @@ def device_can(device: torch.device) -> bool:
     return hopper and nvrtc.available() and nvrtc.shared_memory(index) >= ONE_BLOCK
 
 
+def has_wgmma(device: torch.device | int) -> bool:
+    """Whether a GPU multiplies FP8 numbers by `wgmma`, which Hopper alone has, neither older nor later ones."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def source() -> str:
     """The kernels, with what comes before them."""
     return "\n".join((Path(__file__).parent / name).read_text() for name in (*INSTRUCTIONS, *SOURCES))
@@ -170,7 +188,8 @@ def source() -> str:
 def functions(stream: Stream, device: int) -> list | None:
     """The three kernels on a device, compiled; None, after a warning, where that fails."""
     try:
-        code = nvrtc.compile_source(source(), stream.macros(), torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        code = nvrtc.compile_source(source(), stream.macros(), capability, stream.config.wgmma)
         return nvrtc.load_functions(code, ("gate_up", "down", "sum_slots"), stream.shared_bytes)
     except RuntimeError as error:
         logger.warning("sere::expert_mlp: stream.cu cannot be used, Triton's kernels are instead: %s", error)
@@ -180,9 +199,11 @@ def functions(stream: Stream, device: int) -> list | None:
 def stream_of(call: Call, activation: str, interleaved: bool, config: StreamConfig) -> Stream:
     """What a call needs."""
     num_slots = call.topk_ids.numel()
+    # With wgmma a stage more fits beside 256.
+    room = (256, 512, 4096) if config.wgmma else (512, 4096)
     return Stream(
         experts=call.down.shape[0], top_k=call.topk_ids.shape[1], hidden=call.hidden.shape[1],
-        inner=call.down.shape[2], max_slots=512 if num_slots <= 512 else 4096,
+        inner=call.down.shape[2], max_slots=next(most for most in room if num_slots <= most),
         ids64=call.topk_ids.dtype == torch.int64, activation=activation, interleaved=interleaved,
         gate_up_bias=call.gate_up_bias is not None, down_bias=call.down_bias is not None,
         half=call.hidden.dtype == torch.float16, fp8=call.fp8, fp8_rows=call.fp8_activations,
@@ -200,7 +221,7 @@ def launch_stream(
     """
     num_tokens, top_k = call.topk_ids.shape
     num_slots, hidden = num_tokens * top_k, _aligned(call.hidden)
-    config = config or stream_config(num_slots, call.fp8, call.fp8_activations)
+    config = config or stream_config(num_slots, call.fp8, call.fp8_activations, has_wgmma(hidden.device))
     stream = stream_of(call, activation, interleaved, config)
     kernels = functions(stream, hidden.device.index)
     if kernels is None or call.gate_up.data_ptr() % 16 or call.down.data_ptr() % 16:
@@ -224,7 +245,7 @@ def launch_stream(
 
 def room_for_rounded(stream: Stream, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """For FP8 numbers of rows [R, N], and a factor for each block of a row; nothing where they are not rounded."""
-    if not stream.fp8_rows:
+    if not stream.fp8_rows or stream.config.wgmma:
         return None, None
     numbers = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     return numbers, torch.empty((len(rows), rows.shape[1] // SCALE_BLOCK), dtype=torch.float32, device=rows.device)

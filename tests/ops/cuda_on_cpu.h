@@ -46,6 +46,13 @@ struct Copy {
   const void* from;
   int bytes;
 };
+// Products of four warps in the background, which happen as late as they may: when they are waited for.
+struct Product {
+  float* c;
+  int tiles;
+  u64 a, b;
+  bool adds;
+};
 struct Fiber {
   ucontext_t context;
   static constexpr int STACK = 1 << 17;
@@ -56,6 +63,7 @@ struct Fiber {
   bool done = false, arrived = false;
   int phase = 0;
   std::vector<Copy> copies;
+  std::vector<std::vector<Product>> groups = {{}};
 };
 static std::vector<std::unique_ptr<Fiber>> fibers;
 static Fiber* running;
@@ -205,13 +213,13 @@ static float __uint_as_float(u32 x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
-static u32 float_as_uint(float x) {
+static u32 __float_as_uint(float x) {
   u32 y;
   std::memcpy(&y, &x, 4);
   return y;
 }
 
-static int __float_as_int(float x) { return (int)float_as_uint(x); }
+static int __float_as_int(float x) { return (int)__float_as_uint(x); }
 static float __int_as_float(int x) { return __uint_as_float((u32)x); }
 
 // The functions of common.cuh; those of numbers follow
@@ -306,6 +314,15 @@ DEVICE void load16(u32 (&r)[4], u32 from) {
   if (from % 16) stop("a load of 16 bytes at an odd address");
   std::memcpy(r, shared + from, 16);
 }
+DEVICE void load_two(float (&x)[2], u32 from) {
+  if (from % 8) stop("a load of 8 bytes at an odd address");
+  std::memcpy(x, shared + from, 8);
+}
+DEVICE void put4(u32 to, float x) { std::memcpy(shared + to, &x, 4); }
+DEVICE void put16(u32 to, const u32 (&r)[4]) {
+  if (to % 16) stop("a store of 16 bytes at an odd address");
+  std::memcpy(shared + to, r, 16);
+}
 DEVICE float get4(u32 from) {
   float x;
   std::memcpy(&x, shared + from, 4);
@@ -327,7 +344,7 @@ DEVICE void store8(void* to, u32 low, u32 high) {
 
 DEVICE float bfloat_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
 DEVICE u16 float_to_bfloat(float x) {
-  const u32 bits = float_as_uint(x);
+  const u32 bits = __float_as_uint(x);
   return x != x ? 0x7fff : (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 DEVICE float half_to_float(u16 x) {
@@ -360,6 +377,11 @@ static u8 float_to_e4m3(float x) {
   return sign | nearest;
 }
 DEVICE u32 floats_to_e4m3(float first, float second) { return float_to_e4m3(first) | float_to_e4m3(second) << 8; }
+DEVICE void e4m3_to_floats(u32 two, float& first, float& second) {
+  first = e4m3_to_float(two & 255);
+  second = e4m3_to_float(two >> 8 & 255);
+}
+DEVICE u32 max_of_halves(u32 a, u32 b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
 static float element(u32 pair, int which) {
   const u16 x = (u16)(pair >> (16 * which));
   return HALF ? half_to_float(x) : bfloat_to_float(x);
@@ -386,6 +408,45 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     c[i] = sum;
   }
 }
+#if WGMMA
+DEVICE void show_to_tensor_cores() {}
+DEVICE void before_products() {}
+DEVICE void end_products() { running->groups.emplace_back(); }
+// As PTX has a descriptor of shared memory: bits 0 to 13 the start, 32 to 45 bytes from 8 rows to the next, both in 16
+// bytes, 49 to 51 an offset of the pattern, 62 and 63 its kind. Here rows of 128 bytes: bits 4 to 6 of an address are
+// exchanged by its bits 7 to 9.
+DEVICE u64 matrix_at(u32 from) { return 1ull << 62 | (1024ull >> 4) << 32 | 1ull << 16 | (from & 0x3ffff) >> 4; }
+static float element_of(u64 matrix, int row, int column) {
+  if (matrix >> 62 != 1 || (matrix >> 49 & 7) != 0) stop("a matrix of another layout");
+  const u32 start = (matrix & 0x3fff) << 4, of_8_rows = (matrix >> 32 & 0x3fff) << 4;
+  const u32 at = start + row / 8 * of_8_rows + row % 8 * 128 + column;
+  return e4m3_to_float(shared[at ^ (at >> 7 & 7) << 4]);
+}
+static void carry_out(const Product& product) {
+  const int thread = threadIdx.x % 128, row = thread / 32 * 16 + thread % 32 / 4;
+  for (int i = 0; i < product.tiles * 4; ++i) {
+    const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+    float sum = product.adds ? product.c[i] : 0.0f;
+    for (int k = 0; k < 32; ++k)
+      sum += element_of(product.a, row + i % 4 / 2 * 8, k) * element_of(product.b, column, k);
+    product.c[i] = sum;
+  }
+}
+template <bool ADD, int NT>
+DEVICE void multiply_64(float (&c)[NT][4], u64 a, u64 b) {
+  running->groups.back().push_back({&c[0][0], NT, a, b, ADD});
+}
+template <int N, int NT>
+DEVICE void wait_for_products(float (&c)[NT][4]) {
+  yield();
+  auto& groups = running->groups;
+  while (groups.size() > N + 1) {
+    for (const Product& product : groups.front()) carry_out(product);
+    groups.erase(groups.begin());
+  }
+  progress = true;
+}
+#endif
 DEVICE u32 permute_bytes(u32 x, u32 selector) {
   u32 out = 0;
   for (int i = 0; i < 4; ++i) {

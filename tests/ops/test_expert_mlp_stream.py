@@ -3,6 +3,7 @@
 Without a GPU the reference is judged, and what the kernels are compiled for.
 """
 
+import dataclasses
 import itertools
 import shutil
 import subprocess
@@ -200,16 +201,19 @@ def streams():
         if fp8 and (hidden % 128 or inner % 128):
             continue
         plain = {"ids64": True, "activation": "silu_glu", "interleaved": False, "gate_up_bias": False, "half": False}
-        yield Stream(
-            experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8, weights=1,
-            fp8_rows=rows, config=stream.stream_config(slots, fp8, rows), **plain,
-        )  # fmt: skip
+        used = stream.stream_config(slots, fp8, rows)
+        wgmma = dataclasses.replace(used, rows=min(used.rows, 16), groups=1, wgmma=True, row_warps=4)
+        for config in (used, wgmma, dataclasses.replace(wgmma, blocks=1)) if fp8 else (used,):
+            yield Stream(
+                experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8,
+                weights=1, fp8_rows=rows, config=config, **plain,
+            )  # fmt: skip
 
 
 def test_shared_memory_fits():
     """A ring of at least three stages, within what a block may have."""
     for one in streams():
-        most = stream.TWO_BLOCKS if one.config.groups == 1 else stream.ONE_BLOCK
+        most = stream.TWO_BLOCKS if one.config.groups == 1 and one.config.blocks == 2 else stream.ONE_BLOCK
         assert one.stages >= 3, one
         assert one.shared_bytes <= most, one
         assert one.stages % one.config.groups == 0, one
@@ -222,13 +226,17 @@ def test_source_compiles(activation, tmp_path):
     """With nvcc where there is one, without a GPU. The source asserts that its shared memory is what is asked for."""
     source = tmp_path / "all.cu"
     source.write_text(stream.source())
-    for number, one in enumerate([*list(streams())[:3], list(streams())[-1]]):
+    for number, one in enumerate([*list(streams())[:5], list(streams())[-1]]):
         changes = {"ACTIVATION": activation_number(activation), "GATED": int(activation != "relu2")}
         macros = [f"-D{macro}={value}" for macro, value in (dict(one.macros()) | changes).items()]
         output = str(tmp_path / str(number))
-        command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", *macros, "-o", output, str(source)]
+        kind = "90a" if one.config.wgmma else "90"
+        target = f"-gencode=arch=compute_{kind},code=sm_{kind}"
+        command = ["nvcc", target, "-std=c++17", "-cubin", *macros, "-o", output, str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        # What the assembler says where it makes each product wait for the one before.
+        assert "serialized" not in done.stdout + done.stderr, done.stderr
 
 
 # The kernels, on a CPU
@@ -260,9 +268,18 @@ def test_kernels_on_a_cpu_equal_oracle(layer, config, tmp_path):
     assert_close_to_oracle(run_on_cpu(arguments, config, tmp_path), arguments)
 
 
+WGMMA_8, WGMMA_32 = StreamConfig(8, wgmma=True), StreamConfig(32, wgmma=True, row_warps=4)
+
+
 @pytest.mark.parametrize(
     ("activation", "config"),
-    thinned(itertools.product(("silu_glu", "relu2"), (StreamConfig(16), StreamConfig(32, groups=2))), (0, 3)),
+    thinned(
+        itertools.product(
+            ("silu_glu", "relu2"),
+            (StreamConfig(16), StreamConfig(32, groups=2), StreamConfig(16, wgmma=True, row_warps=4), WGMMA_8),
+        ),
+        (0, 5, 6),
+    ),
     ids=str,
 )
 def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
@@ -277,14 +294,29 @@ def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
             (Layer(dtype=BF16, tokens=11, experts=3, **WIDE), StreamConfig(16)),
             (Layer(dtype=BF16, tokens=30, experts=3, activation="relu2", **WIDE), StreamConfig(32, groups=2)),
             (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), StreamConfig(8, trigger=1)),
+            (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), WGMMA_8),
+            (Layer(dtype=BF16, tokens=30, experts=3, activation="relu2", **WIDE), WGMMA_32),
+            (Layer(dtype=BF16, tokens=11, experts=3, bias=True, **WIDE), StreamConfig(16, wgmma=True, row_warps=4)),
         ],
-        (0, 2),
+        (0, 3, 5),
     ),
     ids=str,
 )
 def test_fp8_activations_on_a_cpu_equal_oracle(layer, config, tmp_path):
     scaled, exact = with_fp8(layer.draw())
     assert_close_with_fp8_activations(run_on_cpu((*scaled, True), config, tmp_path), exact)
+
+
+@pytest.mark.slow
+def test_sums_of_two_fp8_numbers_are_as_good_as_bf16(tmp_path):
+    """16-bit activations whose sizes differ by 2^24 in a row, by wgmma: nearly what products with bf16 give."""
+    arguments = list(Layer(dtype=BF16, tokens=8, experts=3, **WIDE).draw())
+    steps = torch.arange(WIDE["hidden"]) % 128 / 128
+    arguments[0] = arguments[0] * torch.exp2(-24 * steps).to(BF16)
+    scaled, exact = with_fp8(arguments)
+    want, got = (run_on_cpu(scaled, config, tmp_path) for config in (StreamConfig(8), WGMMA_8))
+    errors = [float((x.double() - oracle(*exact)).norm() / oracle(*exact).norm()) for x in (want, got)]
+    assert errors[1] < 1.05 * errors[0], errors
 
 
 # The kernels, on a GPU
@@ -306,6 +338,14 @@ GPU_LAYERS = [
     Layer(dtype=BF16, tokens=1, slots=8, experts=128, hidden=2048, inner=768),
     Layer(dtype=BF16, tokens=33, slots=4, experts=33, hidden=192, inner=320, activation="gpt_oss", interleaved=True),
     *(Layer(dtype=BF16, activation=name, bias=True, **WIDE) for name in ACTIVATIONS),
+]
+WGMMA = [
+    StreamConfig(8, wgmma=True),
+    StreamConfig(8, wgmma=True, row_warps=4),
+    StreamConfig(16, wgmma=True, trigger=8),
+    StreamConfig(16, wgmma=True, row_warps=4),
+    StreamConfig(32, wgmma=True, row_warps=4, trigger=0),
+    StreamConfig(16, wgmma=True, row_warps=4, blocks=1),
 ]
 CONFIGS = [StreamConfig(8), StreamConfig(16), StreamConfig(32), StreamConfig(64), StreamConfig(32, groups=2)]
 
@@ -333,6 +373,47 @@ def test_every_cut_equals_oracle(config, kind):
         assert_close_with_fp8_activations(launch((*arguments, True), config), exact)
     else:
         assert_close_to_oracle(launch(arguments, config), exact)
+
+
+def needs_wgmma():
+    if not stream.has_wgmma(0):
+        pytest.skip("wgmma is Hopper's alone")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8_activations", [True, False], ids=["fp8", "bf16"])
+@pytest.mark.parametrize("config", WGMMA, ids=str)
+def test_wgmma_equals_oracle(config, fp8_activations):
+    """Cuts as above; then no gate, a bias, and an odd number of stages, more than the ring has."""
+    needs_wgmma()
+    ids = torch.randint(-1, 8, (50, 3), generator=torch.Generator().manual_seed(0))
+    ids[::2, 0] = 2
+    layers = [
+        (Layer(dtype=BF16, experts=7, **WIDE), ids),
+        (Layer(dtype=BF16, tokens=9, slots=4, experts=6, hidden=384, inner=1152, bias=True, activation="relu2"), None),
+    ]
+    for layer, given in layers:
+        scaled, exact = with_fp8(layer.draw(device="cuda") if given is None else layer.draw(device="cuda", ids=given))
+        out = launch((*scaled, fp8_activations), config)
+        if fp8_activations:
+            assert_close_with_fp8_activations(out, exact)
+        else:
+            assert_close_to_oracle(out, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8_activations", [True, False], ids=["fp8", "bf16"])
+@pytest.mark.parametrize("config", WGMMA[2:], ids=str)
+def test_wgmma_gives_the_same_every_time(config, fp8_activations):
+    """What one kind of memory access writes, the other reads: never too early."""
+    needs_wgmma()
+    layer = Layer(dtype=BF16, tokens=32, slots=8, experts=64, hidden=1024, inner=512)
+    scaled, _ = with_fp8(layer.draw(device="cuda"))
+    arguments = (*scaled, fp8_activations)
+    first = launch(arguments, config)
+    assert all(torch.equal(launch(arguments, config), first) for _ in range(20))
+    want = launch(arguments, StreamConfig(16))
+    assert (first.double() - want.double()).norm() < 1e-2 * want.double().norm()
 
 
 @pytest.mark.gpu
