@@ -25,18 +25,19 @@ from .bench_expert_mlp import CALLS, make_layer, make_routing
 CASES = "1:8,2:8,4:8,8:8,8:1,16:1,32:8,32:2,32:1,64:8,64:1"
 
 
-def wgmma_configs(num_slots, fp8, fp8_activations):
+def wgmma_configs(num_slots):
     """By name: mma.sync as before, and wgmma with other starts, slots per pass, warps that round, blocks."""
     rows = 8 if num_slots <= 8 else 16
     one = StreamConfig(rows, trigger=8, wgmma=True, row_warps=4)
     changes = {
         "wgmma": {}, "start -1": {"trigger": -1}, "start 4": {"trigger": 4}, "start 16": {"trigger": 16},
         "2 warps": {"row_warps": 2}, "32 rows": {"rows": 32}, "1 block": {"blocks": 1},
+        "ahead": {"rounds_ahead": True}, "ahead, 2 warps": {"rounds_ahead": True, "row_warps": 2},
+        "ahead, 2 warps, start -1": {"rounds_ahead": True, "row_warps": 2, "trigger": -1},
+        "ahead, 32 rows": {"rounds_ahead": True, "rows": 32}, "ahead, 1 block": {"rounds_ahead": True, "blocks": 1},
     }  # fmt: skip
-    if not fp8_activations:  # of which 32 rows leave four stages
-        changes["32 rows"]["row_warps"] = 2
     chosen = {name: dataclasses.replace(one, **change) for name, change in changes.items()}
-    return {"mma.sync": stream_config(num_slots, fp8, fp8_activations)} | chosen
+    return {"mma.sync": stream_config(num_slots, True, True)} | chosen
 
 
 def configs(num_slots, fp8, fp8_activations):
@@ -73,7 +74,7 @@ def variants(layer, num_slots, fp8, fp8_activations, wgmma):
         return lambda *x: launch_stream(Call(*x, *weights, *scales), activation, interleaved, config)
 
     if wgmma:
-        chosen = wgmma_configs(num_slots, fp8, fp8_activations)
+        chosen = wgmma_configs(num_slots)
         return {name: stream(config) for name, config in chosen.items()}
     chosen = configs(num_slots, fp8, fp8_activations)
     return {"triton": triton} | {name: stream(config) for name, config in chosen.items()}
@@ -94,12 +95,14 @@ def main():
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--fp8", action="store_true", help="FP8 weights, 16-bit activations")
     kind.add_argument("--fp8-activations", action="store_true", help="FP8 weights, activations rounded to FP8")
-    parser.add_argument("--wgmma", action="store_true", help="ways to use wgmma, against mma.sync; needs FP8")
+    parser.add_argument(
+        "--wgmma", action="store_true", help="ways to use wgmma, against mma.sync; with --fp8-activations"
+    )
     parser.add_argument("--cases", default=CASES)
     arguments = parser.parse_args()
     fp8 = arguments.fp8 or arguments.fp8_activations
-    if arguments.wgmma and not fp8:
-        parser.error("--wgmma needs --fp8 or --fp8-activations")
+    if arguments.wgmma and not arguments.fp8_activations:
+        parser.error("--wgmma needs --fp8-activations")
     geometry = GEOMETRIES[arguments.geometry]
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")

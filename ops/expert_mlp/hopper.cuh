@@ -155,10 +155,6 @@ DEVICE u32 floats_to_e4m3(float first, float second) {
   return y;
 }
 
-DEVICE void e4m3_to_floats(u32 two, float& first, float& second) {
-  asm("{\n.reg .b32 both;\n.reg .b16 low, high;\ncvt.rn.f16x2.e4m3x2 both, %2;\nmov.b32 {low, high}, both;\n"
-      "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}" : "=f"(first), "=f"(second) : "h"((u16)two));
-}
 // The larger of the lower, and of the upper, halves.
 DEVICE u32 max_of_halves(u32 a, u32 b) {
   u32 y;

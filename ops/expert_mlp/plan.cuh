@@ -11,15 +11,13 @@ constexpr int CHUNK = FP8 ? CHUNK_BYTES : CHUNK_BYTES / 2;  // the same in colum
 constexpr int WEIGHT_BYTES = CONSUMERS * GRANULE * CHUNK_BYTES;
 constexpr bool WIDENED = FP8 && !FP8_ROWS;                 // FP8 weights, 16-bit activations
 constexpr int ROW_BYTES = WIDENED ? CHUNK * 2 : CHUNK_BYTES;  // of activations, a stage
-// With WGMMA each slot is so many columns of the right operand: a 16-bit number is the sum of two FP8 numbers.
-constexpr int TERMS = WIDENED ? 2 : 1;
 constexpr int WEIGHT_SCALE_BYTES = FP8 ? 128 : 0;
-constexpr int SCALE_BYTES = WEIGHT_SCALE_BYTES + (FP8_ROWS || WGMMA ? ROWS * 4 : 0);
+constexpr int SCALE_BYTES = WEIGHT_SCALE_BYTES + (FP8_ROWS ? ROWS * 4 : 0);
 constexpr int TILE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES;
 constexpr int STAGE_BYTES = TILE_BYTES + SCALE_BYTES;
-static_assert(!WGMMA || (FP8 && !HALF && GROUPS == 1 && ROWS <= 32 && TILE_BYTES % 1024 == 0), "not with wgmma");
+static_assert(!WGMMA || (FP8_ROWS && !HALF && GROUPS == 1 && ROWS <= 32 && TILE_BYTES % 1024 == 0), "not with wgmma");
 // Of the threads that copy or round activations, those that tell a stage's barrier.
-constexpr int ROW_ARRIVALS = WGMMA ? ROW_LOADERS : ROW_LOADERS * 32;
+constexpr int ROW_ARRIVALS = WGMMA && !ROUNDS_AHEAD ? ROW_LOADERS : ROW_LOADERS * 32;
 constexpr int COLUMNS = GATED ? 2 * INNER : INNER;
 constexpr int BLOCK = 128;                                  // rows and columns of one FP8 scale
 

@@ -9,7 +9,7 @@
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
 //   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8,
 //   FP8_ROWS (activations are rounded to FP8 as well), WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS, WGMMA,
-//   ROW_WARPS, BLOCKS (StreamConfig's)
+//   ROW_WARPS, BLOCKS (StreamConfig's), ROUNDS_AHEAD (by a kernel of its own)
 // hopper.cuh and plan.cuh come before this file.
 
 // Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
@@ -102,13 +102,13 @@ DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* 
   });
 }
 
-// Activations rounded to FP8: e4m3 numbers, and what they are to be multiplied with, one for each 128 columns.
+// Activations rounded ahead: e4m3 numbers, and what they are to be multiplied with, one for each 128 columns.
 struct Rounded {
   u8* numbers;
   float* factors;
 };
 
-#if FP8_ROWS || WGMMA
+#if FP8_ROWS
 // The largest of 128 bf16 numbers, whose signs do not count, or 1e-10, for rows of zeros: 16 of them, 8 lanes together.
 DEVICE float largest_of(const u32 (&x)[8]) {
   // Of positive numbers the bits sort as the numbers do, NaN last.
@@ -137,77 +137,12 @@ DEVICE float round_to_fp8(const u32 (&x)[8], u32 (&y)[4]) {
 
 #endif
 
-#if FP8_ROWS && !WGMMA
-// Rounds what this block's slots are multiplied with, 128 columns in 8 threads, for itself: blocks that share an expert
-// write the same numbers to the same places. All warps but those that copy weights.
-template <bool FIRST>
-DEVICE void round_rows(const Plan& plan, const u8* x, const Rounded& to) {
-  constexpr int DEPTH = FIRST ? HIDDEN : INNER, FACTORS = DEPTH / BLOCK;
-  constexpr int AT_ONCE = (MULTIPLIERS + ROW_LOADERS) * 32 / 8, AHEAD = 4;
-  const int thread = threadIdx.x - (threadIdx.x < MULTIPLIERS * 32 ? 0 : LOADERS * 32), piece = thread % 8;
-  const Range mine = my_granules(plan, GRANULES<FIRST>);
-  if (mine.begin >= mine.end) return;
-  const int first = plan.first[mine.begin / GRANULES<FIRST>];
-  const int count = (plan.first[(mine.end - 1) / GRANULES<FIRST> + 1] - first) * FACTORS;
-  for (int start = 0; start < count; start += AT_ONCE * AHEAD) {
-    u32 in[AHEAD][8];
-    int at[AHEAD];  // which factor
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const int item = min(start + i * AT_ONCE + thread / 8, count - 1), slot = plan.list[first + item / FACTORS];
-      at[i] = (FIRST ? slot / TOP_K : slot) * FACTORS + item % FACTORS;
-      load32(in[i], x + (at[i] * 8 + piece) * 32);
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      if (start + i * AT_ONCE >= count) break;
-      u32 out[4];
-      const float factor = round_to_fp8(in[i], out);
-      store16(to.numbers + (at[i] * 8 + piece) * 16, out);
-      if (piece == 0) to.factors[at[i]] = factor;
-    }
-  }
-}
-#endif
-
 #if WGMMA
-// 16 of a row's 128 bf16 numbers as sums of two e4m3 numbers, high + low / 16, times a power of two: exact down to 2^-13
-// of the largest of the 128, with an error of 2^-21 of it below. Returns what undoes the power.
-DEVICE float split_to_fp8(const u32 (&x)[8], u32 (&high)[4], u32 (&low)[4]) {
-  const float largest = largest_of(x);
-  const u32 exponent = __float_as_uint(largest) & 0x7f800000u;
-  const float factor = __uint_as_float((261u << 23) - exponent);  // The largest becomes 128 to 255.
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    high[i] = low[i] = 0;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const u32 pair = x[2 * i + j];
-      const float a = bfloat_to_float((u16)pair) * factor, b = bfloat_to_float((u16)(pair >> 16)) * factor;
-      const u32 two = floats_to_e4m3(a, b);
-      float near_a, near_b;
-      e4m3_to_floats(two, near_a, near_b);
-      high[i] |= two << (16 * j);
-      low[i] |= floats_to_e4m3((a - near_a) * 16.0f, (b - near_b) * 16.0f) << (16 * j);
-    }
-  }
-  // What is infinite or NaN makes all of the row NaN.
-  return __uint_as_float(exponent == 0x7f800000u ? 0x7fffffffu : exponent - (7u << 23));
-}
-
 // Writes 16 columns of a slot's row and, in one of 8 lanes, the row's factor.
 DEVICE void store_rounded(const u32 (&x)[8], u32 tile, u32 factors, int row, int piece) {
-  auto place = [&](int column) { return tile + column * 128 + swizzled(column & 7, piece); };
   u32 y[4];
-#if FP8_ROWS
   const float factor = round_to_fp8(x, y);
-  put16(place(row), y);
-#else
-  u32 low[4];
-  const float factor = split_to_fp8(x, y, low);
-  put16(place(2 * row), y);
-  put16(place(2 * row + 1), low);
-#endif
+  put16(tile + row * 128 + swizzled(row & 7, piece), y);
   if (piece == 0) put4(factors + row * 4, factor);
 }
 
@@ -262,7 +197,20 @@ DEVICE void round_rows(Plan& plan, u32 stages, const u8* x) {
     }
   });
 }
-#else
+#endif
+
+#if ROUNDS_AHEAD
+// What 128 columns of a row become, ahead: FP8 numbers and a factor.
+DEVICE void round_ahead_of(const u8* x, u8* numbers, float* factors, int item, int piece) {
+  u32 in[8], y[4];
+  load32(in, x + item * 256 + piece * 32);
+  const float factor = round_to_fp8(in, y);
+  store16(numbers + item * 128 + piece * 16, y);
+  if (piece == 0) factors[item] = factor;
+}
+#endif
+
+#if !WGMMA || ROUNDS_AHEAD
 template <bool FIRST>
 DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
@@ -289,7 +237,7 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors)
 
 #endif
 
-#if FP8 && !FP8_ROWS && !WGMMA
+#if FP8 && !FP8_ROWS
 // Bytes `first` and `first` + 1 of x, e4m3 numbers, as bf16. Exact: sign, exponent and fraction are moved to their
 // places, and the exponent's bias is corrected by a product with 2^120.
 DEVICE u32 widen(u32 x, int first) {
@@ -449,10 +397,7 @@ DEVICE void sum_stages(float (&c)[NT][4], Plan& plan, u32 stages, Ring& ring) {
     multiply_128(p, matrix_at(w), matrix_at(x));
     load_two(of_weights, scales + warp * 8);
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      if (TERMS == 1) load_two(of_rows[n], factors + (n * 8 + 2 * t) * 4);
-      else of_rows[n][0] = get4(factors + (n * 4 + t) * 4);
-    }
+    for (int n = 0; n < NT; ++n) load_two(of_rows[n], factors + (n * 8 + 2 * t) * 4);
     wait_for_products<0>(p);
     __syncwarp();
     if (lane == 0) barrier_arrive(&plan.empty[ring.stage]);
@@ -461,12 +406,8 @@ DEVICE void sum_stages(float (&c)[NT][4], Plan& plan, u32 stages, Ring& ring) {
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (TERMS == 1) {
-          c[n][2 * h] += of_weights[h] * of_rows[n][0] * p[n][2 * h];
-          c[n][2 * h + 1] += of_weights[h] * of_rows[n][1] * p[n][2 * h + 1];
-        } else {
-          c[n][2 * h] += of_weights[h] * of_rows[n][0] * (p[n][2 * h] + p[n][2 * h + 1] * 0.0625f);
-        }
+        c[n][2 * h] += of_weights[h] * of_rows[n][0] * p[n][2 * h];
+        c[n][2 * h + 1] += of_weights[h] * of_rows[n][1] * p[n][2 * h + 1];
       }
   }
 }
@@ -533,8 +474,8 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int i = 0; i < (WGMMA ? 2 / TERMS : 2); ++i) {
-      const int row = WGMMA ? (n * 8 + 2 * t) / TERMS + i - mine.row : n * 8 + 2 * t + i;
+    for (int i = 0; i < 2; ++i) {
+      const int row = n * 8 + 2 * t + i - (WGMMA ? mine.row : 0);
       if (row < 0 || row >= mine.rows) continue;
       const int slot = plan.list[mine.first + row];
       const float lower = c[n][i] + b[0], upper = c[n][2 + i] + b[1];
@@ -582,13 +523,11 @@ DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
     };
 #if WGMMA
     // What four warps do together they do alike.
-    const int columns = pass.rows * TERMS;
     if (warp / 4 * 4 >= pass.size) skip_pass<FIRST>(plan, ring);
-    else if (ROWS * TERMS == 8 || columns <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
-    else if (ROWS * TERMS == 16 || columns <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
-    else if (TERMS == 1 && columns <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
-    else if (ROWS * TERMS == 32 || columns <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);
-    else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, out);
+    else if (ROWS == 8 || pass.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
+    else if (ROWS == 16 || pass.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
+    else if (pass.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
+    else multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);
 #else
     if (mine.rows == 0) skip_pass<FIRST>(plan, ring);
     else if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
@@ -605,31 +544,38 @@ DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16
                     Rounded rounded, int num_slots) {
   Plan& plan = *(Plan*)(shared + STAGES * STAGE_BYTES);
   const u32 stages = shared_address(shared);
-  // Blocks of the second projection start when the first has got here, so that ids are complete for them as well.
-  if (FIRST) wait_for_earlier_kernels();
+  // Blocks of the second projection start when the first has got here, so that ids are complete for them as well. So
+  // they are where activations are rounded ahead: that kernel starts when all earlier ones are done.
+  if (FIRST && !ROUNDS_AHEAD) wait_for_earlier_kernels();
   if (!FIRST || TRIGGER < 0) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
   const bool multiplies = warp < MULTIPLIERS, loads_rows = warp >= MULTIPLIERS + LOADERS;
-  if (!FIRST && (loads_rows || (FP8_ROWS && !WGMMA && multiplies))) wait_for_earlier_kernels();
-#if FP8_ROWS && !WGMMA
-  if (multiplies || loads_rows) {
-    round_rows<FIRST>(plan, x, rounded);
-    meet(15, (MULTIPLIERS + ROW_LOADERS) * 32);
-  }
-#endif
+  if ((!FIRST || ROUNDS_AHEAD) && loads_rows) wait_for_earlier_kernels();
   if (multiplies) multiply_all<FIRST>(plan, stages, bias, out);
-#if WGMMA
+#if WGMMA && !ROUNDS_AHEAD
   else if (loads_rows) round_rows<FIRST>(plan, stages, x);
 #else
-  else if (loads_rows) load_rows<FIRST>(plan, stages, FP8_ROWS ? rounded.numbers : x, rounded.factors);
+  else if (loads_rows) load_rows<FIRST>(plan, stages, ROUNDS_AHEAD ? rounded.numbers : x, rounded.factors);
 #endif
   else load_weights<FIRST>(plan, stages, weight, scale);
 }
 
 #define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? BLOCKS : 1)
 
-// act [T * K, INNER] in the dtype of x. numbers, factors: with FP8_ROWS and no WGMMA, room for x rounded.
+#if ROUNDS_AHEAD
+// Rounds `items` times 128 numbers, for all blocks of the projection that follows.
+extern "C" __global__ void __launch_bounds__(128) round_ahead(const u8* x, u8* numbers, float* factors, int items) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int item = blockIdx.x * 16 + threadIdx.x / 8;
+  // All lanes of a warp or none: they find the largest number together.
+  if (blockIdx.x * 16 + threadIdx.x / 32 * 4 < items)
+    round_ahead_of(x, numbers, factors, min(item, items - 1), threadIdx.x % 8);
+}
+#endif
+
+// act [T * K, INNER] in the dtype of x. numbers, factors: room for x rounded, or x rounded ahead, where it is.
 PROJECTION gate_up(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* act,
                    u8* numbers, float* factors, int num_slots) {
   project<true>(x, weight, scale, bias, ids, act, {numbers, factors}, num_slots);

@@ -4,6 +4,7 @@ For few slots per expert, where all time beyond the weights' is fixed cost. Thre
 dependent launch, which Inductor cannot give a user's Triton kernel: hence an operator of its own that Inductor calls.
 """
 
+import ctypes
 import dataclasses
 import functools
 import logging
@@ -41,10 +42,11 @@ class StreamConfig:
     rows: slots of one expert that one pass over its weights takes: 8, 16, 32 or 64.
     groups: of 8 warps that multiply, which take stages of the ring in turn. 2: one block on a multiprocessor, not two.
     trigger: the second projection's blocks start when the first's have that many stages left to load; -1: at once.
-    wgmma: FP8 weights multiplied as they are, on a Hopper GPU alone: with activations rounded to FP8, or with 16-bit
-        ones, each the sum of two FP8 numbers. At most 32 rows, one group.
+    wgmma: FP8 weights and activations multiplied as they are, on a Hopper GPU alone; at most 32 rows, one group.
     row_warps: warps that copy activations, or round them: 2 or 4.
     blocks: of a multiprocessor at a time: 2, one of each projection, or 1 with all the shared memory.
+    rounds_ahead: activations are rounded by a kernel of their own ahead of each projection, not on their way into the
+        ring. Without wgmma always, where they are rounded.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class StreamConfig:
     wgmma: bool = False
     row_warps: int = 2
     blocks: int = 2
+    rounds_ahead: bool = False
 
 
 def stream_config(
@@ -61,7 +64,11 @@ def stream_config(
     """As measured, docs/kernels.md. `wgmma`: whether the GPU has it, `has_wgmma`."""
     rows = 8 if num_slots <= 8 else 16 if num_slots <= 16 else 32
     if fp8_activations and wgmma:
-        return StreamConfig(min(rows, 16), trigger=8, wgmma=True, row_warps=4)
+        if num_slots <= 64:
+            return StreamConfig(min(rows, 16), trigger=8, wgmma=True, row_warps=4)
+        if num_slots <= 128:
+            return StreamConfig(32, trigger=8, wgmma=True, rounds_ahead=True)
+        return StreamConfig(32, wgmma=True, row_warps=4, blocks=1, rounds_ahead=True)
     if fp8_activations:
         return StreamConfig(min(rows, 16), trigger=4) if num_slots <= 128 else StreamConfig(16)
     if fp8:
@@ -95,6 +102,11 @@ class Stream:
         return CHUNK_BYTES * (2 if self.fp8 and not self.fp8_rows else 1)
 
     @property
+    def rounds_ahead(self) -> bool:
+        """Whether a kernel of its own rounds activations."""
+        return self.config.rounds_ahead or (self.fp8_rows and not self.config.wgmma)
+
+    @property
     def plan_bytes(self) -> int:
         """At least: of `Plan`, of the sums that groups exchange, and of what a last tile of 8 rows reads too far."""
         exchange = 512 * self.config.rows if self.config.groups == 2 else 0
@@ -104,7 +116,7 @@ class Stream:
     @property
     def stage_bytes(self) -> int:
         """Of one stage of the ring: weights, activations, scales of both."""
-        scales = (128 if self.fp8 else 0) + (4 * self.config.rows if self.fp8_rows or self.config.wgmma else 0)
+        scales = (128 if self.fp8 else 0) + (4 * self.config.rows if self.fp8_rows else 0)
         return WEIGHT_BYTES + self.config.rows * self.row_bytes + scales
 
     @property
@@ -136,6 +148,7 @@ class Stream:
             ("FP8", int(self.fp8)), ("FP8_ROWS", int(self.fp8_rows)), ("WEIGHTS", self.weights),
             ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups), ("WGMMA", int(self.config.wgmma)),
             ("ROW_WARPS", self.config.row_warps), ("BLOCKS", self.config.blocks),
+            ("ROUNDS_AHEAD", int(self.rounds_ahead)),
         ]  # fmt: skip
 
 
@@ -190,7 +203,8 @@ def functions(stream: Stream, device: int) -> list | None:
     try:
         capability = torch.cuda.get_device_capability(device)
         code = nvrtc.compile_source(source(), stream.macros(), capability, stream.config.wgmma)
-        return nvrtc.load_functions(code, ("gate_up", "down", "sum_slots"), stream.shared_bytes)
+        names = ("gate_up", "down", "sum_slots", *["round_ahead"] * stream.rounds_ahead)
+        return nvrtc.load_functions(code, names, stream.shared_bytes)
     except RuntimeError as error:
         logger.warning("sere::expert_mlp: stream.cu cannot be used, Triton's kernels are instead: %s", error)
         return None
@@ -234,18 +248,29 @@ def launch_stream(
         _contiguous, (call.gate_up_scale, call.down_scale, call.gate_up_bias, call.down_bias)
     )
     grid = (torch.cuda.get_device_properties(hidden.device).multi_processor_count, 1)
-    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, *room_for_rounded(stream, hidden), num_slots)
-    second = (act, call.down, down_scale, down_bias, ids, rows, *room_for_rounded(stream, act), num_slots)
-    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=False)
+    of_hidden, of_act = room_for_rounded(stream, hidden), room_for_rounded(stream, act)
+    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, *of_hidden, num_slots)
+    second = (act, call.down, down_scale, down_bias, ids, rows, *of_act, num_slots)
+    ahead = stream.rounds_ahead
+    if ahead:
+        _launch_rounding(kernels[3], hidden, of_hidden, early=False)
+    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=ahead)
+    if ahead:
+        _launch_rounding(kernels[3], act, of_act, early=True)
     nvrtc.launch(kernels[1], grid, stream.threads, stream.shared_bytes, second, early=True)
     sum_grid = (-(-stream.hidden // 512), num_tokens)
     nvrtc.launch(kernels[2], sum_grid, 128, 0, (rows, ids, weights, out), early=True)
     return out
 
 
+def _launch_rounding(kernel: ctypes.c_void_p, rows: Tensor, to: tuple[Tensor | None, Tensor | None], early: bool):
+    items = rows.numel() // SCALE_BLOCK
+    nvrtc.launch(kernel, (-(-items // 16), 1), 128, 0, (rows, *to, items), early)
+
+
 def room_for_rounded(stream: Stream, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """For FP8 numbers of rows [R, N], and a factor for each block of a row; nothing where they are not rounded."""
-    if not stream.fp8_rows or stream.config.wgmma:
+    """For FP8 numbers of rows [R, N], and a factor for each block of a row; nothing where not rounded ahead."""
+    if not stream.rounds_ahead:
         return None, None
     numbers = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     return numbers, torch.empty((len(rows), rows.shape[1] // SCALE_BLOCK), dtype=torch.float32, device=rows.device)

@@ -377,10 +377,6 @@ static u8 float_to_e4m3(float x) {
   return sign | nearest;
 }
 DEVICE u32 floats_to_e4m3(float first, float second) { return float_to_e4m3(first) | float_to_e4m3(second) << 8; }
-DEVICE void e4m3_to_floats(u32 two, float& first, float& second) {
-  first = e4m3_to_float(two & 255);
-  second = e4m3_to_float(two >> 8 & 255);
-}
 DEVICE u32 max_of_halves(u32 a, u32 b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
 static float element(u32 pair, int which) {
   const u16 x = (u16)(pair >> (16 * which));

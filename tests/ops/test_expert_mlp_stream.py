@@ -203,7 +203,8 @@ def streams():
         plain = {"ids64": True, "activation": "silu_glu", "interleaved": False, "gate_up_bias": False, "half": False}
         used = stream.stream_config(slots, fp8, rows)
         wgmma = dataclasses.replace(used, rows=min(used.rows, 16), groups=1, wgmma=True, row_warps=4)
-        for config in (used, wgmma, dataclasses.replace(wgmma, blocks=1)) if fp8 else (used,):
+        ahead = dataclasses.replace(wgmma, rounds_ahead=True)
+        for config in (used, wgmma, ahead, dataclasses.replace(wgmma, blocks=1)) if rows else (used,):
             yield Stream(
                 experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8,
                 weights=1, fp8_rows=rows, config=config, **plain,
@@ -269,6 +270,7 @@ def test_kernels_on_a_cpu_equal_oracle(layer, config, tmp_path):
 
 
 WGMMA_8, WGMMA_32 = StreamConfig(8, wgmma=True), StreamConfig(32, wgmma=True, row_warps=4)
+AHEAD = StreamConfig(16, wgmma=True, rounds_ahead=True)
 
 
 @pytest.mark.parametrize(
@@ -276,9 +278,9 @@ WGMMA_8, WGMMA_32 = StreamConfig(8, wgmma=True), StreamConfig(32, wgmma=True, ro
     thinned(
         itertools.product(
             ("silu_glu", "relu2"),
-            (StreamConfig(16), StreamConfig(32, groups=2), StreamConfig(16, wgmma=True, row_warps=4), WGMMA_8),
+            (StreamConfig(16), StreamConfig(32, groups=2)),
         ),
-        (0, 5, 6),
+        (0, 3),
     ),
     ids=str,
 )
@@ -297,26 +299,15 @@ def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
             (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), WGMMA_8),
             (Layer(dtype=BF16, tokens=30, experts=3, activation="relu2", **WIDE), WGMMA_32),
             (Layer(dtype=BF16, tokens=11, experts=3, bias=True, **WIDE), StreamConfig(16, wgmma=True, row_warps=4)),
+            (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), AHEAD),
         ],
-        (0, 3, 5),
+        (0, 3, 6),
     ),
     ids=str,
 )
 def test_fp8_activations_on_a_cpu_equal_oracle(layer, config, tmp_path):
     scaled, exact = with_fp8(layer.draw())
     assert_close_with_fp8_activations(run_on_cpu((*scaled, True), config, tmp_path), exact)
-
-
-@pytest.mark.slow
-def test_sums_of_two_fp8_numbers_are_as_good_as_bf16(tmp_path):
-    """16-bit activations whose sizes differ by 2^24 in a row, by wgmma: nearly what products with bf16 give."""
-    arguments = list(Layer(dtype=BF16, tokens=8, experts=3, **WIDE).draw())
-    steps = torch.arange(WIDE["hidden"]) % 128 / 128
-    arguments[0] = arguments[0] * torch.exp2(-24 * steps).to(BF16)
-    scaled, exact = with_fp8(arguments)
-    want, got = (run_on_cpu(scaled, config, tmp_path) for config in (StreamConfig(8), WGMMA_8))
-    errors = [float((x.double() - oracle(*exact)).norm() / oracle(*exact).norm()) for x in (want, got)]
-    assert errors[1] < 1.05 * errors[0], errors
 
 
 # The kernels, on a GPU
@@ -346,6 +337,9 @@ WGMMA = [
     StreamConfig(16, wgmma=True, row_warps=4),
     StreamConfig(32, wgmma=True, row_warps=4, trigger=0),
     StreamConfig(16, wgmma=True, row_warps=4, blocks=1),
+    StreamConfig(8, wgmma=True, rounds_ahead=True),
+    StreamConfig(16, wgmma=True, rounds_ahead=True, trigger=8),
+    StreamConfig(32, wgmma=True, rounds_ahead=True, row_warps=4, trigger=0),
 ]
 CONFIGS = [StreamConfig(8), StreamConfig(16), StreamConfig(32), StreamConfig(64), StreamConfig(32, groups=2)]
 
@@ -381,9 +375,8 @@ def needs_wgmma():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8_activations", [True, False], ids=["fp8", "bf16"])
 @pytest.mark.parametrize("config", WGMMA, ids=str)
-def test_wgmma_equals_oracle(config, fp8_activations):
+def test_wgmma_equals_oracle(config):
     """Cuts as above; then no gate, a bias, and an odd number of stages, more than the ring has."""
     needs_wgmma()
     ids = torch.randint(-1, 8, (50, 3), generator=torch.Generator().manual_seed(0))
@@ -394,22 +387,17 @@ def test_wgmma_equals_oracle(config, fp8_activations):
     ]
     for layer, given in layers:
         scaled, exact = with_fp8(layer.draw(device="cuda") if given is None else layer.draw(device="cuda", ids=given))
-        out = launch((*scaled, fp8_activations), config)
-        if fp8_activations:
-            assert_close_with_fp8_activations(out, exact)
-        else:
-            assert_close_to_oracle(out, exact)
+        assert_close_with_fp8_activations(launch((*scaled, True), config), exact)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8_activations", [True, False], ids=["fp8", "bf16"])
 @pytest.mark.parametrize("config", WGMMA[2:], ids=str)
-def test_wgmma_gives_the_same_every_time(config, fp8_activations):
+def test_wgmma_gives_the_same_every_time(config):
     """What one kind of memory access writes, the other reads: never too early."""
     needs_wgmma()
     layer = Layer(dtype=BF16, tokens=32, slots=8, experts=64, hidden=1024, inner=512)
     scaled, _ = with_fp8(layer.draw(device="cuda"))
-    arguments = (*scaled, fp8_activations)
+    arguments = (*scaled, True)
     first = launch(arguments, config)
     assert all(torch.equal(launch(arguments, config), first) for _ in range(20))
     want = launch(arguments, StreamConfig(16))
