@@ -13,8 +13,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 TABLE, PAGE, FINE = DOCS / "quality.csv", DOCS / "quality.md", DOCS / "quality_fine.csv"
 # Rows of the table of filling.
 COMPARED = (
-    "drop", "opportunistic fill", "SERE, frobenius", "SERE, cosine", "projection, cosine", "recombine", "fill",
-    "fill, 0.5 and 0.5",
+    "drop", "opportunistic fill", "SERE, frobenius", "SERE, cosine", "projection, cosine", "recombine",
+    "recombine, primary", "fill", "fill, 0.5 and 0.5",
 )  # fmt: skip
 CASES = (("qwen3", "1"), ("qwen3", "2"), ("mixtral", "1"), ("upcycled", "1"), ("upcycled", "2"))
 BATCHES = ("4", "16", "64")

@@ -16,7 +16,6 @@ from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, stream
 from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
 from sere_compile.ops.expert_mlp.reference import Call, activation_number
 from sere_compile.ops.expert_mlp.stream import Stream, StreamConfig, launch_stream, takes
-from sere_compile.ops.native import compiled_ahead
 
 from ..thinned import thinned
 from . import cuda_on_cpu
@@ -153,16 +152,6 @@ def test_no_kernel_without_a_gpu():
     """A CPU tensor, or a fake CUDA tensor where there is no CUDA, gets no CUDA C++."""
     tensors = Layer(dtype=BF16, **WIDE).draw()[:7]
     assert not takes(Call(*tensors, None, None), transposed=False)
-
-
-def test_packages_that_run_without_python_get_triton():
-    """AOTInductor's tracing is told from Inductor's own."""
-    from torch._inductor.virtualized import V
-
-    assert not compiled_ahead()
-    with V.set_aot_compilation(True):
-        assert compiled_ahead()
-    assert not compiled_ahead()
 
 
 @pytest.mark.parametrize("tile", thinned([{}, {"swap": True, "align": 4}], (1,)), ids=["rows", "swapped-narrow"])
