@@ -25,12 +25,16 @@ class Ends:
         sides: nodes that a rewrite can change and that are read elsewhere.
         written: graph inputs and attributes among these: state that the dispatch leaves changed.
         last: the last of all in graph order.
+        complete: the node with which the exit is complete.
+        inside: what the ids and weights lead to on the way there, without it.
     """
 
     exit: Node
     sides: tuple[Node, ...]
     written: tuple[Node, ...]
     last: Node
+    complete: Node
+    inside: frozenset[Node]
 
 
 def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends | None:
@@ -51,13 +55,16 @@ def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends |
     sides, written = [], []
     for node in sorted(visited):
         outside = [user for user in nodes.followers(node) if complete < user and nodes.reads_numbers(user, node)]
-        if outside and nodes.is_tensor(node) and _root_of(node) is not search.memory:
+        # A number, as a count of an expert's tokens, is one where it is returned; else it is the size of something.
+        told = nodes.is_tensor(node) or any(user.op == "output" for user in outside)
+        if outside and told and _root_of(node) is not search.memory:
             sides.append(node)
         for target in map(_root_of, nodes.writes(node)):
             if target.op in ("placeholder", "get_attr") and target not in written:
                 written.append(target)
     last = max([complete, *sides])
-    return Ends(exit_node, tuple(dict.fromkeys([*sides, *written])), tuple(written), last)
+    sides = list(dict.fromkeys([*sides, *written]))
+    return Ends(exit_node, tuple(sides), tuple(written), last, complete, frozenset(visited - {complete}))
 
 
 class _Search:

@@ -16,6 +16,7 @@ from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch.fx import GraphModule, Node
 
 from ..passes.graph.copy import copy_module
+from .capture_more import capturing_more
 
 _Error = TypeVar("_Error", bound=Exception)
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
@@ -202,10 +203,12 @@ def dynamic_shape_capture() -> Iterator[None]:
     """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors.
 
     What even then ends a graph inside a loop leaves a graph of what is ahead of the loop, see `graphs_before_loops`.
+    Lines that need not end one do not, see `capture_more.py`.
     """
     from torch._dynamo import config  # here, because importing Dynamo takes seconds
 
-    with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True), graphs_before_loops():
+    options = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+    with config.patch(**options), graphs_before_loops(), capturing_more():
         yield
 
 

@@ -30,7 +30,7 @@ from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
 from ..experts.spread import spread_over_ranks
 from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
-from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, separate_statistics
+from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_separate_gates, reroute_dispatch, separate_statistics
 from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
 from ..passes.graph.run_part import plain_number
@@ -610,7 +610,10 @@ def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> 
         held = inputs[placeholders.index(node)] if node.op == "placeholder" else nodes.value(node)
         return held is block.weight
 
-    found = find_gates(module, lambda node, columns: min(block.num_experts, columns) if is_router(node) else 0)
+    def experts_outside(node: Node, columns: int) -> int:
+        return min(block.num_experts, columns) if is_router(node) else 0
+
+    found = find_separate_gates(module, experts_outside)
     return [gate for gate in found.gates if is_router(gate.router_weight)]
 
 
