@@ -106,7 +106,7 @@ def _parts(gate: Gate) -> _Parts | None:
     for node in sorted(ends.inside):
         sources = {*node.all_input_nodes, *(w for source in node.all_input_nodes for w in nodes.writers(source))}
         if sources & with_experts or _reads_parameters(node, gate):
-            with_experts.update((node, *nodes.writes(node)))
+            with_experts.update((node, *(base for written in nodes.writes(node) for base in nodes.bases(written))))
         else:
             made.append(node)
     inside = {*ends.inside, ends.complete}

@@ -88,15 +88,17 @@ class _Search:
             node = heapq.heappop(ahead)
             # All inputs: experts may be in a graph of their own, whose results come as a tuple.
             read = nodes.numbers_behind(node)
-            carries = any(s in carrying if s in visited else self._is_weighed(s) for s in read)
+            carries = any(s in carrying or (s not in visited and self._is_weighed(s)) for s in read)
             gathers = carries and _one_row_a_token(node, self._gate.ids) and _runs_experts(node, self._gate)
             if gathers and not self._is_joined_later(node, ahead, starts, carrying):
                 return node, visited
             if carries and self._completes_memory(node, ahead, starts, carrying):
                 return node, visited | {node}
             visited.add(node)
-            for target in (node, *nodes.writes(node)) if carries else ():
-                carrying.add(target)
+            if carries:
+                carrying.add(node)
+                # Also what a part of is written: `torch.mm(rows, w[0], out=buffer.split(sizes)[0])`.
+                carrying.update(base for target in nodes.writes(node) for base in nodes.bases(target))
             for follower in nodes.followers(node):
                 if follower not in seen and follower.op != "output":
                     seen.add(follower)
