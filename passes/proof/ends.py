@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from ..gate import Gate
@@ -55,9 +56,7 @@ def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends |
     sides, written = [], []
     for node in sorted(visited):
         outside = [user for user in nodes.followers(node) if complete < user and nodes.reads_numbers(user, node)]
-        # A number, as a count of an expert's tokens, is one where it is returned; else it is the size of something.
-        told = nodes.is_tensor(node) or any(user.op == "output" for user in outside)
-        if outside and told and _root_of(node) is not search.memory:
+        if outside and (nodes.is_tensor(node) or _is_returned_number(node)) and _root_of(node) is not search.memory:
             sides.append(node)
         for target in map(_root_of, nodes.writes(node)):
             if target.op in ("placeholder", "get_attr") and target not in written:
@@ -65,6 +64,12 @@ def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends |
     last = max([complete, *sides])
     sides = list(dict.fromkeys([*sides, *written]))
     return Ends(exit_node, tuple(sides), tuple(written), last, complete, frozenset(visited - {complete}))
+
+
+def _is_returned_number(node: Node) -> bool:
+    """Whether a graph returns a number, as a count of an expert's tokens is; elsewhere it is the size of something."""
+    number = isinstance(nodes.value(node), (int, float, torch.SymInt, torch.SymFloat))
+    return number and any(user.op == "output" for user in node.users)
 
 
 class _Search:
