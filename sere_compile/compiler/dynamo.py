@@ -203,12 +203,11 @@ def dynamic_shape_capture() -> Iterator[None]:
     """Trace what Dynamo breaks graphs at by default: shapes that depend on data, and numbers read from tensors.
 
     What even then ends a graph inside a loop leaves a graph of what is ahead of the loop, see `graphs_before_loops`.
-    Lines that need not end one do not, see `capture_more.py`.
     """
     from torch._dynamo import config  # here, because importing Dynamo takes seconds
 
     options = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
-    with config.patch(**options), graphs_before_loops(), capturing_more():
+    with config.patch(**options), graphs_before_loops():
         yield
 
 
@@ -222,7 +221,7 @@ def graphs_before_loops() -> Iterator[None]:
     By default Dynamo skips the whole frame then, router and top-k included. It knows how to end a graph at the last
     line where nothing is on the Python stack, which is what it does for a break inside `try`; a `for` loop keeps its
     iterator on the stack, so that this line is ahead of it. Without the place in Dynamo where that is decided, nothing
-    changes.
+    changes. Lines that need not break a graph do not, see `capture_more.py`.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
@@ -239,7 +238,8 @@ def graphs_before_loops() -> Iterator[None]:
         InstructionTranslatorBase.raise_loop_graph_break = staticmethod(end_ahead_of_loop)  # type: ignore[assignment]
     token = _before_loops.set(True)
     try:
-        yield
+        with capturing_more():
+            yield
     finally:
         _before_loops.reset(token)
 
