@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from .compiler import dynamo, missing_gates
 from .compiler.bound_graph import BoundGraph
+from .compiler.capture_more import asking_for_gradients
 from .compiler.dynamo_graph import DynamoGraph
 from .compiler.gate_matrices import examples, find_matrix
 from .compiler.gate_plan import GatePlan, experts_are_live, plan_gates, without_look_alikes
@@ -99,6 +100,7 @@ class SereBackend:
             missing_gates.tell_refused(findings.skips, config)
         log.debug("rewritten graph:\n%s", _LazyCode(rewritten))
         compiled = _compile_inner(rewritten, graph.inputs, config, mode, inner_options)
+        compiled = asking_for_gradients(compiled, rewritten.graph)
         if not plans:
             return missing_gates.watch(compiled, findings, config, whole_call=whole_call)
         watch = None if whole_call else missing_gates.watch_others(config)

@@ -22,6 +22,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.fx import Graph, Node
+
+from ..passes.graph import nodes
 
 _FACTORIES = (torch.zeros, torch.zeros_like, torch.ones, torch.ones_like, torch.full, torch.full_like)
 _active: ContextVar[bool] = ContextVar("sere captures more", default=False)
@@ -58,6 +61,28 @@ def _wrap(kind: type, instead: Callable[..., Any]) -> None:
         return own(self, tx, args, kwargs) if made is None else made
 
     kind.call_function = call_function  # type: ignore[attr-defined]
+
+
+def asking_for_gradients(compiled: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
+    """A compiled graph whose results ask for gradients where the program's do: inner compilers lose that."""
+    results = graph.output_node().args[0]
+    places = [n for n, result in enumerate(results) if isinstance(result, Node) and _asks(result)]  # type: ignore[arg-type]
+    if not places:
+        return compiled
+
+    def run(*arguments: Any) -> Any:
+        found = compiled(*arguments)
+        for place in places:
+            found[place].requires_grad_()
+        return found
+
+    return run
+
+
+def _asks(node: Node) -> bool:
+    while written := nodes.writes(node):  # what is written in place is returned
+        node = written[0]
+    return node.op == "call_function" and node.kwargs.get("requires_grad") is True
 
 
 def _made_without_gradients(own: Callable[..., Any], function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
