@@ -10,14 +10,14 @@ Many layers keep what they dispatched, return it, or make a loss of it:
 Re-routing gives the dispatch new ids, and what leaves the graph is of what the router chose: where both are one
 tensor, no rewrite is right. With two of them each is a use of the ids by itself. A copy costs what sorting and
 counting ids costs; products with parameters are never copied. Random numbers and what is written in place are not
-either: such a graph stays as it is.
+either, nor what meets parameters again behind the dispatch: such a graph stays as it is.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .find_gates import Findings, OutsideEvidence, find_gates
 from .gate import Gate, Skip
 from .graph import nodes
 from .graph.state import computed_of_state
+from .graph.walk import walk
 from .proof.region import ends_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, NotImplemented
 def find_separate_gates(module: GraphModule, experts_outside: OutsideEvidence) -> Findings:
     """`find_gates`, with a copy of its own for what leaves the graph beside a dispatch in it."""
     found = find_gates(module, experts_outside)
-    return find_gates(module, experts_outside) if separate_kept(module.graph, found.gates) else found
+    apart = frozenset(gate.selection for gate in found.gates if separate_kept(module.graph, [gate]))
+    return replace(find_gates(module, experts_outside), kept_apart=apart) if apart else found
 
 
 def separate_kept(graph: Graph, gates: Sequence[Gate]) -> list[Node]:
@@ -123,7 +125,18 @@ def _parts(gate: Gate) -> _Parts | None:
             to_experts.add(node)
     shared = [node for node in made if node in to_experts and node in elsewhere]
     kept = [node for node in made if node in elsewhere and node not in to_experts]
-    return _Parts(shared, kept, frozenset(beyond)) if shared else None
+    if not shared or _meets_parameters(beyond, gate):
+        return None
+    return _Parts(shared, kept, frozenset(beyond))
+
+
+def _meets_parameters(beyond: set[Node], gate: Gate) -> bool:
+    """Whether a matrix of the model acts on what is made of the ids beyond the dispatch: it may be another part of it.
+
+    Attention of experts keeps where its tokens are, and sends them to a second matrix of each expert by that.
+    """
+    reached = walk((node for node in beyond if node.op != "output"), nodes.followers)
+    return any(node.op != "output" and _reads_parameters(node, gate) for node in reached)
 
 
 def _reads_parameters(node: Node, gate: Gate) -> bool:

@@ -86,6 +86,8 @@ class SereBackend:
             raise ConfigError('capture="auto" acts before a backend is called: use sere_compile.compile(model, ...)')
         graph, owners = DynamoGraph(module, example_inputs), Owners()
         findings = find_separate_gates(graph.module, experts_are_live(graph.value_of, owners))
+        whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
+        graph.kept_apart = frozenset() if whole_call else findings.kept_apart
         plans = plan_gates(findings.gates, config, graph.own_inputs.nodes, graph.value_of, owners)
         for plan in plans:
             self._rewrite(plan, graph, example_inputs, owners)
@@ -93,7 +95,6 @@ class SereBackend:
         if plans:
             pack_attention(graph.module, config, plans[0].weight(example_inputs).device)
         rewritten = graph.finish()
-        whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
         if self._explaining:
             return ObservedGraph(module, plans, findings.skips, whole_call=whole_call)
         if plans or not whole_call:  # else the warning below names it

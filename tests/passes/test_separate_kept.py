@@ -378,3 +378,26 @@ def test_what_experts_give_in_the_order_of_the_dispatch_is_refused():
         got = sere_compile.compile(model, select_top_k=1, inner="eager")(rows()), model.made
     torch._dynamo.reset()
     assert all(map(torch.equal, got, wanted))
+
+
+class Maps(Keeps):
+    """Experts of two matrices around attention: what is kept sends the tokens to the second one."""
+
+    def __init__(self, breaks):
+        super().__init__()
+        self.out = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN))
+        self.breaks = breaks
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        parts = y[self.rows].split(self.sizes)
+        made = torch.cat([torch.tanh(part @ self.out[number]) for number, part in enumerate(parts)])
+        return torch.zeros_like(x).index_add(0, self.rows, made * self.weights[:, None])
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_second_matrix_of_each_expert_that_goes_by_what_is_kept(breaks):
+    """New ids for the one and the router's own for the other would be half of an expert."""
+    unchanged(lambda: Maps(breaks))
