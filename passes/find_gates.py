@@ -38,17 +38,10 @@ OutsideEvidence = Callable[[Node, int], int]
 
 @dataclass(frozen=True)
 class Findings:
-    """Gates in graph order, and every selection that is no gate with the reason.
-
-    Attributes:
-        gates: of the graph.
-        skips: the other selections.
-        kept_apart: selections of gates of which something leaves the graph that was copied for it, see `separate_kept`.
-    """
+    """Gates in graph order, and every selection that is no gate with the reason."""
 
     gates: tuple[Gate, ...]
     skips: tuple[Skip, ...]
-    kept_apart: frozenset[Node] = frozenset()
 
     @property
     def nearest_miss(self) -> Skip | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,10 +41,13 @@ _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, NotImplemented
 
 
 def find_separate_gates(module: GraphModule, experts_outside: OutsideEvidence) -> Findings:
-    """`find_gates`, with a copy of its own for what leaves the graph beside a dispatch in it."""
+    """`find_gates`, with a copy of its own for what leaves the graph beside a dispatch in it.
+
+    For a graph that is all of a call. Where others follow, they may send tokens to further experts by what this one
+    leaves behind, and those have to be of one choice with its own.
+    """
     found = find_gates(module, experts_outside)
-    apart = frozenset(gate.selection for gate in found.gates if separate_kept(module.graph, [gate]))
-    return replace(find_gates(module, experts_outside), kept_apart=apart) if apart else found
+    return find_gates(module, experts_outside) if separate_kept(module.graph, found.gates) else found
 
 
 def separate_kept(graph: Graph, gates: Sequence[Gate]) -> list[Node]:

@@ -21,7 +21,7 @@ from .compiler.rewrite_gate import rewrite_gate
 from .config import SereConfig, split_options
 from .errors import ConfigError, GateNotFoundError
 from .experts.owner import Owners
-from .passes import find_separate_gates
+from .passes import find_gates, find_separate_gates
 from .report import REWRITTEN
 from .similarity import binding
 
@@ -85,9 +85,9 @@ class SereBackend:
         if config.capture == "auto":
             raise ConfigError('capture="auto" acts before a backend is called: use sere_compile.compile(model, ...)')
         graph, owners = DynamoGraph(module, example_inputs), Owners()
-        findings = find_separate_gates(graph.module, experts_are_live(graph.value_of, owners))
         whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
-        graph.kept_apart = frozenset() if whole_call else findings.kept_apart
+        find = find_separate_gates if whole_call else find_gates
+        findings = find(graph.module, experts_are_live(graph.value_of, owners))
         plans = plan_gates(findings.gates, config, graph.own_inputs.nodes, graph.value_of, owners)
         for plan in plans:
             self._rewrite(plan, graph, example_inputs, owners)

@@ -68,7 +68,6 @@ class DynamoGraph:
         self.own_inputs = GraphInputs(self.module)
         self.inputs = list(example_inputs)
         self.appended: list[AppendedInput] = []
-        self.kept_apart: frozenset[Node] = frozenset()
         self.has_gradients = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs)
         self.value_of = self.own_inputs.values_of(example_inputs)
         self._places: dict[tuple[Node, str], Node] = {}

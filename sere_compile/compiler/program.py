@@ -42,7 +42,6 @@ class Program:
         source = traced.graph_module if isinstance(traced, ExportedProgram) else traced
         self.module, _ = copy_module(source)
         separate_statistics(self.module.graph)
-        self.kept_apart: frozenset[Node] = frozenset()
         self.owners = Owners()
         self._buffers: dict[Node, tuple[str, torch.Tensor]] = {}
         self._places: dict[int, dict[str, Node]] = {}  # by identity of the plan, and kind

@@ -35,7 +35,7 @@ from ..passes import (
     Skip,
     SkipReason,
     UseKind,
-    find_separate_gates,
+    find_gates,
     reroute_dispatch,
     separate_statistics,
 )
@@ -643,10 +643,7 @@ def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> 
         held = inputs[placeholders.index(node)] if node.op == "placeholder" else nodes.value(node)
         return held is block.weight
 
-    def experts_outside(node: Node, columns: int) -> int:
-        return min(block.num_experts, columns) if is_router(node) else 0
-
-    found = find_separate_gates(module, experts_outside)
+    found = find_gates(module, lambda node, columns: min(block.num_experts, columns) if is_router(node) else 0)
     return [gate for gate in found.gates if is_router(gate.router_weight)]
 
 

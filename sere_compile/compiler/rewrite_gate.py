@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.fx import Node
 
-from ..experts.owner import Owner, Owners
-from ..experts.trial_block import parts_by_expert
+from ..experts.owner import Owners
 from ..passes import (
     COUNTED,
     PIPELINE,
@@ -172,23 +171,4 @@ def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners,
         shown = ids_alone(gate) if verdict.ids_alone else gate
         return Proof(shown or gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
 
-    proof = verify_rewrite(gate, graph.value_of, run_outside, weighing=weighing)
-    if isinstance(proof, Proof) and gate.selection in graph.kept_apart:
-        known = {id(graph.value_of(node)) for node in proof.experts}
-        if unseen := _unseen_expert(owners.find(weight), gate.num_experts, known):
-            detail = f"{unseen} may belong to its experts too, and go by what this graph leaves behind: {_UNSEEN}"
-            return Skip(SkipReason.UNVERIFIED, gate.selection, detail, Evidence.EXPERTS)
-    return proof
-
-
-_UNSEEN = "make one graph of both, see what breaks it in explain(model, ...)"
-
-
-def _unseen_expert(owner: Owner | None, num_experts: int, known: set[int]) -> str:
-    """A parameter with a part for each expert, beside those that were seen and not among them; empty where none is."""
-    for module in () if owner is None else owner.surroundings:
-        parts = parts_by_expert(module, num_experts)
-        if any(id(tensor) in known for tensors in parts.values() for tensor in tensors):
-            unseen = [name for name, tensors in parts.items() if not known & {id(tensor) for tensor in tensors}]
-            return next(iter(unseen), "")
-    return ""
+    return verify_rewrite(gate, graph.value_of, run_outside, weighing=weighing)

@@ -22,7 +22,6 @@ class TracedGraph(Protocol):
     module: GraphModule
     fuses_experts: bool  # whether experts have to become one operator of ours, whatever that gains
     takes_kernels: bool  # whether the speed passes may put operators of ours into it
-    kept_apart: frozenset[Node]  # selections of which other graphs may read what was copied, see `separate_kept`
     has_gradients: bool  # whether a call may ask for gradients, which those operators do not give
 
     def value_of(self, node: Node) -> Any:

@@ -178,23 +178,6 @@ def _groups_shared() -> Iterator[None]:
         del table[group]
 
 
-def parts_by_expert(block: nn.Module, num_experts: int) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Parameters that plainly hold one part per expert, by name: stacks [E, .., ..], and those of each of E modules."""
-    found: dict[str, tuple[torch.Tensor, ...]] = {}
-    for path, holder in block.named_modules():
-        for name, members in _lists(holder):
-            if len(members) == num_experts:
-                for inner in members[0]:
-                    group = tuple(member[inner] for member in members if inner in member)
-                    found[f"{path}.{name}.*.{inner}".strip(".")] = group
-    stacks = {name: (tensor,) for name, tensor in block.named_parameters() if _is_stack(tensor, num_experts)}
-    return found | stacks
-
-
-def _is_stack(tensor: torch.Tensor, num_experts: int) -> bool:
-    return tensor.dim() >= 3 and tensor.shape[0] == num_experts
-
-
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:
     """What a block's code depends on but for the numbers in its tensors: equal where blocks compute the same.
 

@@ -401,3 +401,16 @@ class Maps(Keeps):
 def test_a_second_matrix_of_each_expert_that_goes_by_what_is_kept(breaks):
     """New ids for the one and the router's own for the other would be half of an expert."""
     unchanged(lambda: Maps(breaks))
+
+
+class Twice(Keeps):
+    """Behind a break the same experts run again, by what is kept."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        return self.experts(y)
+
+
+def test_a_second_run_of_the_same_experts_by_what_is_kept():
+    unchanged(Twice)
