@@ -35,7 +35,9 @@ from .proof.region import ends_of
 
 log = logging.getLogger(__name__)
 
-_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal_", "exponential", "uniform", "geometric", "poisson")
+# Parts of the names of what draws random numbers, or may.
+_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "exponential", "uniform", "geometric", "poisson", "binomial")
+_RANDOM += ("cauchy", "gumbel", "rrelu", "attention")
 # What an operation raises that takes no tensors without numbers.
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError)
 
@@ -158,7 +160,7 @@ def _can_be_copied(node: Node) -> bool:
         return False
     name = nodes.raw_name(node)
     known = isinstance(node.target, (str, torch._ops.OpOverload)) or _of_torch(node.target)
-    return known and not nodes.exchanges(node) and not any(part in name for part in _RANDOM)
+    return known and not nodes.exchanges(node) and not name != "normal" and not any(part in name for part in _RANDOM)
 
 
 def _of_torch(function: Any) -> bool:
@@ -181,11 +183,15 @@ def _values_apart(parts: _Parts) -> dict[Node, _Value] | None:
         return None
     pending = mode.shape_env.pending_fresh_unbacked_symbols
     before, found = list(pending), dict[Node, _Value]()
+
+    def value_of(source: Node) -> Any:
+        return found[source].value if source in found else nodes.value(source)
+
     try:
         for node in sorted([*parts.shared, *parts.kept]):
             if node in parts.shared or any(source in found for source in node.all_input_nodes):
                 with mode, enable_python_dispatcher(), torch.no_grad():
-                    value = _computed(node, lambda source: found[source].value if source in found else nodes.value(source))
+                    value = _computed(node, value_of)
                 found[node] = _Value(value, compute_unbacked_bindings(mode.shape_env, value))
     except _FAILURES as error:
         log.debug("what is kept of %s is not copied: %s", parts.shared[0].name, error)

@@ -112,8 +112,9 @@ def _warned(deferred: type) -> Callable[..., Any]:
         if function.value is not warnings.warn or function.source is None:
             return None
         given = [*args, *(kwargs[name] for name in ("message", "category") if name in kwargs)]
-        known = all(kind.is_python_constant() for kind in given) and set(kwargs) <= {"message", "category", "stacklevel"}
-        if not known or not 1 <= len(given) <= 2 or len(args) > 2:
+        if len(args) > 2 or len(given) not in (1, 2) or not set(kwargs) <= {"message", "category", "stacklevel"}:
+            return None
+        if not all(one.is_python_constant() for one in given):
             return None
         from torch._dynamo.variables import ConstantVariable
 

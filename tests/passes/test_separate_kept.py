@@ -1,4 +1,4 @@
-"""What a layer keeps or returns of its dispatch is made of the ids that the router chose, and the dispatch of others."""
+"""What a layer keeps or returns of its dispatch is made of the ids that the router chose."""
 
 import pytest
 import torch
