@@ -160,7 +160,8 @@ def _can_be_copied(node: Node) -> bool:
         return False
     name = nodes.raw_name(node)
     known = isinstance(node.target, (str, torch._ops.OpOverload)) or _of_torch(node.target)
-    return known and not nodes.exchanges(node) and not name != "normal" and not any(part in name for part in _RANDOM)
+    drawn = name == "normal" or any(part in name for part in _RANDOM)
+    return known and not drawn and not nodes.exchanges(node)
 
 
 def _of_torch(function: Any) -> bool:
