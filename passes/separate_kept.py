@@ -36,8 +36,10 @@ from .proof.region import ends_of
 log = logging.getLogger(__name__)
 
 # Parts of the names of what draws random numbers, or may.
-_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "exponential", "uniform", "geometric", "poisson", "binomial")
-_RANDOM += ("cauchy", "gumbel", "rrelu", "attention")
+_RANDOM = frozenset(
+    {"rand", "dropout", "bernoulli", "multinomial", "exponential", "uniform", "geometric", "poisson", "binomial"}
+    | {"cauchy", "gumbel", "rrelu", "attention"}
+)
 # What an operation raises that takes no tensors without numbers.
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError)
 

@@ -206,8 +206,7 @@ def dynamic_shape_capture() -> Iterator[None]:
     """
     from torch._dynamo import config  # here, because importing Dynamo takes seconds
 
-    options = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
-    with config.patch(**options), graphs_before_loops():
+    with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True), graphs_before_loops():
         yield
 
 
