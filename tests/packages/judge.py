@@ -98,7 +98,9 @@ def _run(model: Any, gated: Gated) -> list[torch.Tensor]:
 
 def _kept(model: Any) -> dict[str, Any]:
     """What a call has left in attributes of the modules, and in what they hold."""
-    return KeptAside(model).content()
+    found = KeptAside(model).content()
+    found.pop("_compile_kwargs", None)  # Lightning notes how a model was compiled
+    return found
 
 
 def _differing(left: dict[str, Any], right: dict[str, Any]) -> set[str]:
