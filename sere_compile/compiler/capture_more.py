@@ -44,16 +44,20 @@ def capturing_more() -> Iterator[None]:
 @functools.cache
 def _install() -> None:
     from torch._dynamo.variables import functions, misc  # here, because importing Dynamo takes seconds
-    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+    from torch._dynamo.variables import torch as factories
 
-    _wrap(TorchInGraphFunctionVariable, _made_without_gradients)
-    _wrap(functions.SkipFunctionVariable, _scripted(functions.UserFunctionVariable))
-    _wrap(functions.SkipFunctionVariable, _warned(misc.DebuggingVariable))
+    skipped, deferred = getattr(functions, "SkipFunctionVariable", None), getattr(misc, "DebuggingVariable", None)
+    _wrap(getattr(factories, "TorchInGraphFunctionVariable", None), _made_without_gradients)
+    _wrap(skipped, _scripted(functions.UserFunctionVariable))
+    if deferred is not None:
+        _wrap(skipped, _warned(deferred))
 
 
-def _wrap(kind: type, instead: Callable[..., Any]) -> None:
+def _wrap(kind: type | None, instead: Callable[..., Any]) -> None:
     """Ask `instead` first wherever Dynamo traces a call of one kind; it gives None for calls that are not its own."""
-    own = kind.call_function  # type: ignore[attr-defined]
+    own = getattr(kind, "call_function", None)
+    if kind is None or own is None:
+        return
 
     @functools.wraps(own)
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
