@@ -19,6 +19,7 @@ from .kernel_gains import has_more_tokens
 from .pack_gqa import PackedAttention, pack_gqa
 from .pipeline import PIPELINE, Pass, Run, run_pipeline
 from .reroute_dispatch import Rewrite, RoutingSettings, redirect_dispatch, reroute_dispatch
+from .separate_kept import find_separate_gates, separate_kept
 from .separate_statistics import separate_statistics
 from .verify_rewrite import Proof, verify_rewrite
 
@@ -45,6 +46,7 @@ __all__ = [
     "extract_dispatch",
     "find_gates",
     "find_norm_scale",
+    "find_separate_gates",
     "fuse_experts",
     "fuse_reroute",
     "fuse_router",
@@ -53,6 +55,7 @@ __all__ = [
     "redirect_dispatch",
     "reroute_dispatch",
     "run_pipeline",
+    "separate_kept",
     "separate_statistics",
     "verify_rewrite",
 ]

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from .compiler import dynamo, missing_gates
 from .compiler.bound_graph import BoundGraph
+from .compiler.capture_more import asking_for_gradients
 from .compiler.dynamo_graph import DynamoGraph
 from .compiler.gate_matrices import examples, find_matrix
 from .compiler.gate_plan import GatePlan, experts_are_live, plan_gates, without_look_alikes
@@ -20,7 +21,7 @@ from .compiler.rewrite_gate import rewrite_gate
 from .config import SereConfig, split_options
 from .errors import ConfigError, GateNotFoundError
 from .experts.owner import Owners
-from .passes import find_gates
+from .passes import find_gates, find_separate_gates
 from .report import REWRITTEN
 from .similarity import binding
 
@@ -84,7 +85,9 @@ class SereBackend:
         if config.capture == "auto":
             raise ConfigError('capture="auto" acts before a backend is called: use sere_compile.compile(model, ...)')
         graph, owners = DynamoGraph(module, example_inputs), Owners()
-        findings = find_gates(graph.module, experts_are_live(graph.value_of, owners))
+        whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
+        find = find_separate_gates if whole_call else find_gates
+        findings = find(graph.module, experts_are_live(graph.value_of, owners))
         plans = plan_gates(findings.gates, config, graph.own_inputs.nodes, graph.value_of, owners)
         for plan in plans:
             self._rewrite(plan, graph, example_inputs, owners)
@@ -92,13 +95,13 @@ class SereBackend:
         if plans:
             pack_attention(graph.module, config, plans[0].weight(example_inputs).device)
         rewritten = graph.finish()
-        whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
         if self._explaining:
             return ObservedGraph(module, plans, findings.skips, whole_call=whole_call)
         if plans or not whole_call:  # else the warning below names it
             missing_gates.tell_refused(findings.skips, config)
         log.debug("rewritten graph:\n%s", _LazyCode(rewritten))
         compiled = _compile_inner(rewritten, graph.inputs, config, mode, inner_options)
+        compiled = asking_for_gradients(compiled, rewritten.graph)
         if not plans:
             return missing_gates.watch(compiled, findings, config, whole_call=whole_call)
         watch = None if whole_call else missing_gates.watch_others(config)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import sere_backend
 from .compiler import dynamo, missing_gates
+from .compiler.kept_aside import KeptAside, Remembered
 from .compiler.missing_gates import runs
 from .config import SereConfig
 from .errors import GateNotFoundError
@@ -135,13 +136,15 @@ class _Compiled:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
         untouched = _versions(self._model, args, kwargs)
+        # What its code keeps in attributes, lists and objects, and may read in the next call.
+        aside = KeptAside(self._model).remember() if isinstance(self._model, nn.Module) else None
         before, random_state = runs.rewritten, _RandomState(self._model, args, kwargs)
         call.trying = True
         try:
             result = self._call_captured(args, kwargs)
         except Exception as error:  # what capture raises has no common class; it is logged or raised
             self._give_up(f"it raises {type(error).__name__}: {_first_line(error)}")
-            if untouched is None or untouched != _versions(self._model, args, kwargs):
+            if not self._can_be_made_again(untouched, aside, args, kwargs):
                 error.add_note(
                     "Dynamo's dynamic-shape capture raised, and the call may have changed its arguments already. It is "
                     "switched off now: the next call is compiled as torch.compile does by default."
@@ -155,11 +158,23 @@ class _Compiled:
             self._dynamic = True
             return result
         self._give_up("it lets no gate be re-routed")
-        if untouched is None or untouched != _versions(self._model, args, kwargs):
+        if not self._can_be_made_again(untouched, aside, args, kwargs):
             return result
         random_state.restore()
         call.forget()
         return self._call_plain(args, kwargs)
+
+    def _can_be_made_again(
+        self, untouched: list[int] | None, aside: Remembered | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a call has left all as it was; what it has kept aside is put back for that."""
+        if untouched is None or untouched != _versions(self._model, args, kwargs):
+            return False
+        if aside is not None:
+            if not aside.is_all_known():
+                return False
+            aside.put_back()
+        return True
 
     def _give_up(self, reason: str) -> None:
         self._dynamic = False

@@ -331,3 +331,49 @@ class Refused(torch.nn.Module):
 def test_a_selection_that_a_graph_refused_is_not_listed_as_outside_too():
     report = sere_compile.explain(Refused(), torch.randn(4, HIDDEN))
     assert not [row for row in report if "outside every graph" in row.reason]
+
+
+class Remembers(torch.nn.Module):
+    """No gate, and state of a call that the next one reads, in every place but a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.sums, self.log = 0, torch.zeros(3), []
+
+    def forward(self, x):
+        self.calls += 1
+        self.sums = self.sums + x
+        self.log.append(self.calls)
+        return self.sums * self.calls
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_call_that_is_made_again_finds_what_the_first_try_kept_as_it_was(breaks, monkeypatch):
+    """The first call is made a second time where capture lets no gate be re-routed."""
+    if breaks:
+        own = Remembers.forward
+        monkeypatch.setattr(Remembers, "forward", lambda self, x: (own(self, x), torch._dynamo.graph_break())[0])
+    model, plain = Remembers(), Remembers()
+    compiled = sere_compile.compile(model, select_top_k=1, inner="eager")
+    for number in range(1, 4):
+        assert torch.equal(compiled(torch.ones(3)), plain(torch.ones(3)))
+        assert (model.calls, len(model.log)) == (number, number)
+        assert torch.equal(model.sums, plain.sums)
+
+
+def test_a_call_that_has_changed_what_is_not_copied_is_not_made_again():
+    """A cache of many numbers: what the first try gives is right, and stays."""
+
+    class Caches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = torch.zeros(1 << 21)
+
+        def forward(self, x):
+            self.cache += 1
+            return x + self.cache[0]
+
+    model, x = Caches(), torch.zeros(3)
+    compiled = sere_compile.compile(model, select_top_k=1, inner="eager")
+    for number in range(1, 4):
+        assert torch.equal(compiled(x), x + number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from ..gate import Gate
@@ -25,12 +26,16 @@ class Ends:
         sides: nodes that a rewrite can change and that are read elsewhere.
         written: graph inputs and attributes among these: state that the dispatch leaves changed.
         last: the last of all in graph order.
+        complete: the node with which the exit is complete.
+        inside: what the ids and weights lead to on the way there, without it.
     """
 
     exit: Node
     sides: tuple[Node, ...]
     written: tuple[Node, ...]
     last: Node
+    complete: Node
+    inside: frozenset[Node]
 
 
 def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends | None:
@@ -51,13 +56,20 @@ def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends |
     sides, written = [], []
     for node in sorted(visited):
         outside = [user for user in nodes.followers(node) if complete < user and nodes.reads_numbers(user, node)]
-        if outside and nodes.is_tensor(node) and _root_of(node) is not search.memory:
+        if outside and (nodes.is_tensor(node) or _is_returned_number(node)) and _root_of(node) is not search.memory:
             sides.append(node)
         for target in map(_root_of, nodes.writes(node)):
             if target.op in ("placeholder", "get_attr") and target not in written:
                 written.append(target)
     last = max([complete, *sides])
-    return Ends(exit_node, tuple(dict.fromkeys([*sides, *written])), tuple(written), last)
+    sides = list(dict.fromkeys([*sides, *written]))
+    return Ends(exit_node, tuple(sides), tuple(written), last, complete, frozenset(visited - {complete}))
+
+
+def _is_returned_number(node: Node) -> bool:
+    """Whether a graph returns a number, as a count of an expert's tokens is; elsewhere it is the size of something."""
+    number = isinstance(nodes.value(node), (int, float, torch.SymInt, torch.SymFloat))
+    return number and any(user.op == "output" for user in node.users)
 
 
 class _Search:
@@ -81,15 +93,17 @@ class _Search:
             node = heapq.heappop(ahead)
             # All inputs: experts may be in a graph of their own, whose results come as a tuple.
             read = nodes.numbers_behind(node)
-            carries = any(s in carrying if s in visited else self._is_weighed(s) for s in read)
+            carries = any(s in carrying or (s not in visited and self._is_weighed(s)) for s in read)
             gathers = carries and _one_row_a_token(node, self._gate.ids) and _runs_experts(node, self._gate)
             if gathers and not self._is_joined_later(node, ahead, starts, carrying):
                 return node, visited
             if carries and self._completes_memory(node, ahead, starts, carrying):
                 return node, visited | {node}
             visited.add(node)
-            for target in (node, *nodes.writes(node)) if carries else ():
-                carrying.add(target)
+            if carries:
+                carrying.add(node)
+                # Also what a part of is written: `torch.mm(rows, w[0], out=buffer.split(sizes)[0])`.
+                carrying.update(base for target in nodes.writes(node) for base in nodes.bases(target))
             for follower in nodes.followers(node):
                 if follower not in seen and follower.op != "output":
                     seen.add(follower)

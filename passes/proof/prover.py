@@ -70,8 +70,7 @@ class Prover:
         try:
             return self._prove()
         except FAILURES:
-            text = (str(first).splitlines() or [""])[0][:120]
-            return Verdict(refusal=f"it could not be run: {type(first).__name__}: {text}")
+            return Verdict(refusal=f"it could not be run: {_first_line(first)}")
 
     def _prove(self) -> Verdict:
         region = self._region
@@ -91,7 +90,10 @@ class Prover:
         refusals: list[str] = []
         reason = SkipReason.UNVERIFIED
         for way in self._ways(experts.tensors, sources):
-            wrong = self._check(way, experts)
+            try:
+                wrong = self._check(way, experts)
+            except FAILURES as error:  # as where sizes do not fit for tokens that name an expert twice
+                wrong = f"it could not be run: {_first_line(error)}"
             if wrong is None:
                 return self._verdict(way, experts)
             if isinstance(wrong, Skip):
@@ -336,6 +338,10 @@ class Prover:
         other = values | {written: torch.ones_like(values[written])}
         first, second = self._run(values), self._run(other)
         return all(distance(first[end], second[end], True) is None for end in (written, self._region.ends[0]))
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def _in_turn(experts: set[int], draw: int) -> list[int]:

@@ -16,6 +16,7 @@ from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch.fx import GraphModule, Node
 
 from ..passes.graph.copy import copy_module
+from .capture_more import capturing_more
 
 _Error = TypeVar("_Error", bound=Exception)
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
@@ -219,7 +220,7 @@ def graphs_before_loops() -> Iterator[None]:
     By default Dynamo skips the whole frame then, router and top-k included. It knows how to end a graph at the last
     line where nothing is on the Python stack, which is what it does for a break inside `try`; a `for` loop keeps its
     iterator on the stack, so that this line is ahead of it. Without the place in Dynamo where that is decided, nothing
-    changes.
+    changes. Lines that need not break a graph do not, see `capture_more.py`.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
@@ -236,7 +237,8 @@ def graphs_before_loops() -> Iterator[None]:
         InstructionTranslatorBase.raise_loop_graph_break = staticmethod(end_ahead_of_loop)  # type: ignore[assignment]
     token = _before_loops.set(True)
     try:
-        yield
+        with capturing_more():
+            yield
     finally:
         _before_loops.reset(token)
 

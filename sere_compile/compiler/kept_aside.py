@@ -11,6 +11,7 @@ import collections
 import contextlib
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,24 @@ _DEEP = 4  # lists in lists in objects ..
 _MANY = 2000  # members that are looked at of one holder
 _LARGE = 1 << 20  # numbers of a tensor that are copied at most
 
+_LARGE_ONE = "large tensor"  # stands for its numbers
+
 Content = Any  # nested lists of plain values and tensors, which tell two states apart
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What was kept at some time.
+
+    Attributes:
+        changed: what is other than it was, by names that a reader of the block's code knows.
+        put_back: makes it what it was.
+        is_all_known: whether all that has changed can be put back; large tensors are not copied.
+    """
+
+    changed: Callable[[], dict[str, Content]]
+    put_back: Callable[[], None]
+    is_all_known: Callable[[], bool]
 
 
 class KeptAside:
@@ -45,6 +63,14 @@ class KeptAside:
     @contextlib.contextmanager
     def restored(self) -> Iterator[Callable[[], dict[str, Content]]]:
         """What is kept is afterwards what it was; gives a function that tells what has changed so far."""
+        remembered = self.remember()
+        try:
+            yield remembered.changed
+        finally:
+            remembered.put_back()
+
+    def remember(self) -> Remembered:
+        """What is kept now, for later."""
         before = self.content()
         attributes = [(module, dict(_attributes(module))) for _, module in self._modules]
         inside = [_snapshot(value) for _, value in self._holders()]
@@ -55,15 +81,18 @@ class KeptAside:
                 name: now.get(name) for name in now.keys() | before.keys() if not alike(now.get(name), before.get(name))
             }
 
-        try:
-            yield changed
-        finally:
+        def put_back() -> None:
             for module, held in attributes:
                 for name in [name for name, _ in _attributes(module) if name not in held]:
                     del vars(module)[name]
                 vars(module).update(held)
             for restore in inside:
                 restore()
+
+        def is_all_known() -> bool:
+            return not any(_holds_large(found) or _holds_large(before.get(name)) for name, found in changed().items())
+
+        return Remembered(changed, put_back, is_all_known)
 
     def _holders(self) -> Iterator[tuple[str, Any]]:
         for path, module in self._modules:
@@ -76,7 +105,7 @@ def content(value: Any, deep: int = _DEEP) -> Content:
     """A copy of a value in which two states of it can be told apart."""
     if isinstance(value, torch.Tensor):
         small = value.numel() <= _LARGE and type(value) in (torch.Tensor, nn.Parameter) and not value.is_meta
-        return value.detach().clone() if small else [id(value), value._version]
+        return value.detach().clone() if small else [_LARGE_ONE, id(value), value._version]
     if isinstance(value, _PLAIN):
         return value
     if type(value).__module__ == "numpy":
@@ -101,6 +130,12 @@ def alike(left: Content, right: Content, tolerance: float = 1e-4) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return left == right or abs(left - right) <= tolerance * abs(right) or (left != left and right != right)
     return type(left) is type(right) and not isinstance(left, torch.Tensor) and bool(left == right)
+
+
+def _holds_large(found: Content) -> bool:
+    if isinstance(found, str):
+        return found is _LARGE_ONE
+    return isinstance(found, list) and any(map(_holds_large, found))
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +29,16 @@ from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
 from ..experts.spread import spread_over_ranks
 from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
-from ..passes import Gate, RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, separate_statistics
+from ..passes import (
+    Gate,
+    RoutingSettings,
+    Skip,
+    SkipReason,
+    UseKind,
+    find_gates,
+    reroute_dispatch,
+    separate_statistics,
+)
 from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
 from ..passes.graph.run_part import plain_number
@@ -47,6 +55,7 @@ _DRAWS = 3
 _MOST_DRAWS = 24  # until each expert was re-routed once
 _FEW_TOKENS = 64
 _TOLERANCE = 1e-4
+_IDS_ALONE = ", ids alone"
 _RETURNED = ""  # the name of what is returned, beside those of what is kept
 _SENT_ELSEWHERE = (
     "outside the graph some tokens go to other experts than it chose, or to none, as padding does: mark their ids with "
@@ -72,6 +81,7 @@ class Verdict:
         is_gate: whether experts were seen to act on the hidden states of the tokens that name them.
         block: a number for what the block that was tried computes, see `computes_the_same`.
         whole: whether the block holds the gate as the model's graph does; else it may be a part of it.
+        ids_alone: whether what is made of the ids in the graph keeps what the router chose, see `ids_alone`.
     """
 
     merged: bool | None
@@ -79,6 +89,23 @@ class Verdict:
     is_gate: bool = True
     block: int = -1
     whole: bool = True
+    ids_alone: bool = False
+
+
+def ids_alone(gate: Gate) -> Gate | None:
+    """The gate where new ids leave the graph as they are, and what else leaves is made of the router's own.
+
+    `load = (zeros.scatter(1, ids, weights) > 0).sum(0); return ids, load`: whether the code outside dispatches by the
+    load or returns it shows when it is run. None where that is no way of its own.
+    """
+    leaves = [use.consumer.op == "output" for use in gate.uses if use.kind.dispatches]
+    if all(leaves) or not any(leaves):
+        return None
+    made = tuple(
+        replace(use, kind=UseKind.STATISTIC) if use.kind.dispatches and use.consumer.op != "output" else use
+        for use in gate.uses
+    )
+    return replace(gate, uses=made)
 
 
 def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
@@ -106,7 +133,7 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
                 _verdicts[key] = _try_block(gate, module, owner, called_with)
         found = _verdicts[key]
         if found is not None and found.is_gate >= verdict.is_gate:
-            verdict = dataclasses.replace(found, block=block)
+            verdict = replace(found, block=block)
         # Else a router that is a module of its own: its experts stand further out.
         if verdict.is_gate and verdict.whole:
             return verdict
@@ -457,18 +484,18 @@ class _Trial:
     # Whether a rewrite is right.
 
     def _compare(self, experts: list[ExpertSlices], inputs: Arguments) -> Verdict:
-        merged_first = self._gate.needs_merge
-        worst: dict[bool, str] = {}
-        for merged in (merged_first, not merged_first):
-            try:
-                problem = self._problem_with("merged" if merged else "plain", experts, inputs)
-            except _FAILURES as error:  # an expert named twice is not counted twice, and sizes no longer fit
-                name = type(self._block.module).__name__
-                problem = f"{name} could not be run on made-up choices: {_short(error)}"
-            if problem is None:
-                return Verdict(merged)
-            worst[merged] = problem
-        return Verdict(None, worst[merged_first])
+        merged_first, problems = self._gate.needs_merge, []
+        for alone in (False, True) if ids_alone(self._found[0]) is not None else (False,):
+            for merged in (merged_first, not merged_first):
+                try:
+                    problem = self._problem_with(_version(merged, alone), experts, inputs)
+                except _FAILURES as error:  # an expert named twice is not counted twice, and sizes no longer fit
+                    name = type(self._block.module).__name__
+                    problem = f"{name} could not be run on made-up choices: {_short(error)}"
+                if problem is None:
+                    return Verdict(merged, ids_alone=alone)
+                problems.append(problem)
+        return Verdict(None, problems[0])
 
     def _problem_with(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
         """How a rewritten version differs from the definition, or None."""
@@ -551,7 +578,8 @@ class _Trial:
         self._found += gates
         versions: dict[str, Callable[..., Any]] = {}  # of this graph: other sizes make another
         self._versions, self._refused = versions, {}
-        for version in ("original", "plain", "merged"):
+        ways = [(merged, alone) for merged in (False, True) for alone in (False, True)]
+        for version in ("original", *(_version(*way) for way in ways)):
             made = self._rewritten(module, inputs, version)
             if isinstance(made, Skip):
                 self._refused[version] = str(made)
@@ -564,11 +592,16 @@ class _Trial:
         copy = dynamo.copy_graph(module)
         [gate] = _gates_of(copy, inputs, self._block)
         graph = copy.graph
+        if version.endswith(_IDS_ALONE):
+            other = ids_alone(gate)
+            if other is None:
+                return Skip(SkipReason.NO_IDS, gate.selection, "all of it leaves in one way")
+            gate = other
         if version != "original":
             copy.register_buffer("sere_trial_similarity", self._matrix)
             with graph.inserting_before(next(iter(graph.nodes))):
                 similarity = graph.get_attr("sere_trial_similarity")
-            done = reroute_dispatch(gate, similarity, RoutingSettings(1), merged=version == "merged")
+            done = reroute_dispatch(gate, similarity, RoutingSettings(1), merged=version.startswith("merged"))
             if isinstance(done, Skip):
                 return done
         for node, told in ((gate.ids, self._ids), (gate.weights, self._weights)):
@@ -612,6 +645,11 @@ def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> 
 
     found = find_gates(module, lambda node, columns: min(block.num_experts, columns) if is_router(node) else 0)
     return [gate for gate in found.gates if is_router(gate.router_weight)]
+
+
+def _version(merged: bool, alone: bool) -> str:
+    """The name of a way to rewrite a graph."""
+    return ("merged" if merged else "plain") + (_IDS_ALONE if alone else "")
 
 
 class _Tell:

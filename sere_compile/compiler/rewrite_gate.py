@@ -25,7 +25,7 @@ from ..passes.verify_rewrite import SHOWN
 from ..report import REWRITTEN, SKIPPED
 from . import dynamo
 from .gate_plan import GatePlan
-from .prove_outside import computes_the_same, prove_outside
+from .prove_outside import computes_the_same, ids_alone, prove_outside
 from .traced_graph import TracedGraph
 
 log = logging.getLogger(__name__)
@@ -168,6 +168,7 @@ def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners,
             return Skip(SkipReason.UNVERIFIED, gate.selection, detail, Evidence.EXPERTS)
         # Dynamo reuses the graph for other layers with the same code: those whose experts differ compile their own.
         dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
-        return Proof(gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
+        shown = ids_alone(gate) if verdict.ids_alone else gate
+        return Proof(shown or gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
 
     return verify_rewrite(gate, graph.value_of, run_outside, weighing=weighing)

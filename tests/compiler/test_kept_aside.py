@@ -168,3 +168,26 @@ def test_contents_that_are_alike():
 )
 def test_contents_that_differ(left, right):
     assert not alike(content(left), content(right))
+
+
+def test_what_is_remembered_is_put_back_when_it_is_asked_for():
+    module = Keeping()
+    remembered = KeptAside(module).remember()
+    module(torch.ones(2), ["attribute", "in_list", "deep"])
+    assert set(remembered.changed()) == {"last", "log", "nested"}
+    assert remembered.is_all_known()
+    remembered.put_back()
+    assert (module.last, module.log, module.nested) == (None, [], {"by name": [1]})
+    assert remembered.changed() == {}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_large_tensors_are_told_apart_and_not_copied(nested):
+    module = Keeping()
+    large = torch.zeros((1 << 20) + 1)
+    module.load = {"a": [large]} if nested else large
+    remembered = KeptAside(module).remember()
+    module(torch.ones(2), ["in_list"])
+    assert remembered.is_all_known()
+    large += 1
+    assert not remembered.is_all_known()

@@ -415,8 +415,10 @@ def test_what_capture_cannot_trace_is_tried_again_without_it():
     [
         lambda load, ids: load.add_(F.one_hot(ids, EXPERTS).reshape(-1, EXPERTS).sum(0)),
         lambda load, ids: load.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten())),
+        # In a form that is not known as a count.
+        lambda load, ids: load.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten())),
     ],
-    ids=["one_hot", "scatter_add_"],
+    ids=["one_hot", "scatter_add_", "index_add_"],
 )
 def test_a_buffer_counts_what_the_router_chose(count):
     """Its graph ends before the experts; the count in it stays the original's, and the trial leaves no mark."""
@@ -425,20 +427,40 @@ def test_a_buffer_counts_what_the_router_chose(count):
     assert block.load.sum() == rows()[..., 0].numel() * TOP_K
 
 
-@pytest.mark.parametrize(
-    "count",
-    [
-        lambda load, ids: load.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten())),
-        # Dynamo ends the graph before it.
-        lambda load, ids: load.add_(torch.bincount(ids.flatten(), minlength=EXPERTS)),
-    ],
-    ids=["index_add_", "bincount"],
-)
-def test_a_buffer_that_new_ids_would_change_is_seen(count):
-    """In a form that is not known as a count, or outside the graph."""
-    [verdict] = verdicts(Counting(Experts(), count), rows())
+def test_a_buffer_that_new_ids_would_change_is_seen():
+    """Dynamo ends the graph before it."""
+    block = Counting(Experts(), lambda load, ids: load.add_(torch.bincount(ids.flatten(), minlength=EXPERTS)))
+    [verdict] = verdicts(block, rows())
     assert verdict.merged is None
     assert "returns other things" in verdict.reason
+
+
+class Loads(Block):
+    """What is made of the ids ahead of a break is returned, or the experts behind it go by it."""
+
+    def __init__(self, experts, returns):
+        super().__init__(experts)
+        self.returned = returns
+
+    def forward(self, x):
+        weights, ids = self.gate(x.view(-1, HIDDEN)).softmax(-1).topk(TOP_K)
+        table = weights.new_zeros(len(weights), EXPERTS).scatter(1, ids, weights)
+        load = (table > 0).sum(0)
+        torch._dynamo.graph_break()
+        made = self.experts(x.view(-1, HIDDEN), ids, weights if self.returned else table.gather(1, ids))
+        return (made, load, table.sum(0)) if self.returned else made * load.max()
+
+
+def test_loads_that_are_returned_are_of_what_the_router_chose():
+    """New ids leave the graph as they are; a table of them and its sums are made of the router's own."""
+    [verdict] = verdicts(Loads(Experts(), True), rows())
+    assert (verdict.merged is not None, verdict.ids_alone) == (True, True)
+
+
+def test_a_table_that_the_code_outside_reads_at_new_ids_is_refused():
+    """The router's own table has nothing there, and one of new ids gives another load."""
+    [verdict] = verdicts(Loads(Experts(), False), rows())
+    assert verdict.merged is None
 
 
 @pytest.mark.parametrize(

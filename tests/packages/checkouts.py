@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .gated import Gated, Layer, listed, rows, scattered, stacked
-from .models import CAPACITY, EXPERTS, KEPT, TOP_K, WIDTH, one_process
+from .models import CAPACITY, EXPERTS, TOP_K, WIDTH, one_process
 
 FOLDER = Path(os.environ.get("SERE_CHECKOUTS", ""))
 
@@ -68,7 +68,6 @@ class Checkout:
 
 
 CHECKOUTS: list[Checkout] = []
-_LOSS = "a loss of the same weights is made outside the graph: it would change"
 _TABLE = "a softmax over a table of all experts follows the choice, and code outside the graph reads it"
 # What files import at their head and no layer here uses; an installed one is found first.
 UNUSED = ("debugpy", "tiktoken", "timm", "jaxtyping", "torchao", "transformers.modeling_attn_mask_utils")
@@ -224,7 +223,7 @@ def twice(
 # --- gates over [T, E] tables -----------------------------------------------------------------------------------------
 
 
-@checkout("davidmrau/mixture-of-experts", "moe.py", "two MoEs", refused="MoE is off by", why=_LOSS)
+@checkout("davidmrau/mixture-of-experts", "moe.py", "two MoEs")
 def davidmrau(folder: Path) -> Gated:
     found = module(folder, "moe.py")
     return twice(
@@ -233,13 +232,7 @@ def davidmrau(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout(
-    "YeonwooSung/Pytorch_mixture-of-experts",
-    "moe.py",
-    "two MoEs, experts in log space",
-    refused="MoE is off by",
-    why=_LOSS,
-)
+@checkout("YeonwooSung/Pytorch_mixture-of-experts", "moe.py", "two MoEs, experts in log space")
 def yeonwoosung(folder: Path) -> Gated:
     found = module(folder, "moe.py")
     return twice(
@@ -248,9 +241,7 @@ def yeonwoosung(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("UMass-Foundation-Model/Mod-Squad", "parallel_linear/parallel_experts/moe.py", "two MoEs",
-    refused="not proven", why=KEPT,
-)  # fmt: skip
+@checkout("UMass-Foundation-Model/Mod-Squad", "parallel_linear/parallel_experts/moe.py", "two MoEs")
 def mod_squad(folder: Path) -> Gated:
     found = module(folder, "parallel_linear/parallel_experts/moe.py")
 
@@ -263,9 +254,7 @@ def mod_squad(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, a router of two layers",
-    refused="leaves other things in batch_gates", why=KEPT,
-)  # fmt: skip
+@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, a router of two layers")
 def moduleformer(folder: Path) -> Gated:
     found = module(folder, "moduleformer/utils/moe.py")
 
@@ -277,9 +266,7 @@ def moduleformer(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, scores of normalised centroids",
-    refused="leaves other things in batch_gates", why=KEPT,
-)  # fmt: skip
+@checkout("IBM/ModuleFormer", "moduleformer/utils/moe.py", "two MoEs, scores of normalised centroids")
 def moduleformer_gmm(folder: Path) -> Gated:
     found = module(folder, "moduleformer/utils/moe.py")
 
@@ -292,9 +279,7 @@ def moduleformer_gmm(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("myshell-ai/JetMoE", "jetmoe/utils/moe.py", "two MoEs",
-    refused="leaves other things in batch_gates", why=KEPT,
-)  # fmt: skip
+@checkout("myshell-ai/JetMoE", "jetmoe/utils/moe.py", "two MoEs")
 def jetmoe(folder: Path) -> Gated:
     found = module(folder, "jetmoe/utils/moe.py")
 
@@ -306,9 +291,7 @@ def jetmoe(folder: Path) -> Gated:
     )  # fmt: skip
 
 
-@checkout("pjlab-sys4nlp/llama-moe", "smoe/modules/moe/moe_layers.py", "two GLU layers, a router of two layers",
-    refused="returns other things", why="loads that it returns are counted of the same ids, outside the graph",
-)  # fmt: skip
+@checkout("pjlab-sys4nlp/llama-moe", "smoe/modules/moe/moe_layers.py", "two GLU layers, a router of two layers")
 def llama_moe(folder: Path) -> Gated:
     found = module(folder, "smoe/modules/moe/moe_layers.py")
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import sere_compile
 from sere_compile import SereConfig, SimilarityProfile
+from sere_compile.compiler.kept_aside import KeptAside, alike
 
 from .gated import Gated
 from .oracle import Exchanged
@@ -54,15 +55,21 @@ def judge(gated: Gated, tolerance: float = 1e-4, capture: str = "auto") -> Outco
     done = {row.name for row in report.rewritten} & set(matrices)
     refused = {layer.router: _reason(report, layer.router) for layer in layers if layer.router not in done}
     with torch.no_grad():
-        plain = _run(model, gated)
+        plain, kept = _run(model, gated), _kept(model)
+        restless = _differing(kept, (_run(model, gated), _kept(model))[1])
         with Exchanged(layers, {name: matrices[name] for name in done}, 1).watching() as exchanged:
-            wanted = _run(model, gated)
+            wanted, kept_wanted = _run(model, gated), _kept(model)
         torch._dynamo.reset()
         same = _run(sere_compile.compile(model, capture=capture, select_top_k=64, inner="eager"), gated)
+        kept_same = _kept(model)
         torch._dynamo.reset()
         got = _run(sere_compile.compile(model, capture=capture, select_top_k=1, inner="eager"), gated)
+        kept_got = _kept(model)
     torch._dynamo.reset()
     wrong = [f"S = K differs by {_difference(same, plain):.2g}"] if not _equal(same, plain) else []
+    for text, left, right in (("K", kept_same, kept), ("1", kept_got, kept_wanted)):
+        if other := _differing(left, right) - restless:
+            wrong.append(f"S = {text} keeps other things in {sorted(other)}")
     if done and not all(exchanged.maps.get(name) for name in done):
         wrong.append(f"nothing is re-routed by the oracle in {sorted(done - set(exchanged.maps))}")
     if (error := _difference(got, wanted)) > tolerance:
@@ -87,6 +94,17 @@ def _arguments(gated: Gated) -> tuple[Any, ...]:
 def _run(model: Any, gated: Gated) -> list[torch.Tensor]:
     torch.manual_seed(0)
     return [leaf for leaf in tree_leaves(model(*_arguments(gated))) if isinstance(leaf, torch.Tensor)]
+
+
+def _kept(model: Any) -> dict[str, Any]:
+    """What a call has left in attributes of the modules, and in what they hold."""
+    found = KeptAside(model).content()
+    found.pop("_compile_kwargs", None)  # Lightning notes how a model was compiled
+    return found
+
+
+def _differing(left: dict[str, Any], right: dict[str, Any]) -> set[str]:
+    return {name for name in left.keys() | right.keys() if not alike(left.get(name), right.get(name))}
 
 
 def _equal(ours: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> bool:

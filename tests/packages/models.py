@@ -39,7 +39,6 @@ class Model:
 
 MODELS: list[Model] = []
 MASKED = "one mask of the ids sends tokens and picks their scores: new ids would change the weights"
-KEPT = "the layer keeps what it dispatched, where it may be read later: it would hold new choices"
 CAPACITY = "an expert takes as many tokens as fit: re-routed ones would push out others"
 
 
@@ -249,12 +248,12 @@ class _First(nn.Module):
         return x
 
 
-@model("megatron-core", "two MoELayers, softmax", refused="leaves other things in token_dispatcher", why=KEPT)
+@model("megatron-core", "two MoELayers, softmax")
 def megatron_softmax() -> Gated:
     return _megatron()
 
 
-@model("megatron-core", "two MoELayers, sigmoid", refused="leaves other things in token_dispatcher", why=KEPT)
+@model("megatron-core", "two MoELayers, sigmoid")
 def megatron_sigmoid() -> Gated:
     return _megatron(moe_router_score_function="sigmoid", moe_router_topk_scaling_factor=2.0)
 

@@ -341,3 +341,34 @@ class TestByHand:
         assert _root_of(memory) is memory
         made = w.call(torch.exp, memory)
         assert _root_of(made) is made
+
+
+class Parts(nn.Module):
+    """Experts write parts of one buffer; how many tokens each has is returned as numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.w = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN))
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
+        order = ids.flatten().sort(0)[1]
+        sizes = torch.zeros(len(x), EXPERTS).scatter(1, ids, 1.0).long().sum(0).tolist()
+        buffer = torch.empty(len(x) * TOP_K, HIDDEN)
+        for number, (part, place) in enumerate(zip(x[order // TOP_K].split(sizes), buffer.split(sizes), strict=True)):
+            torch.mm(part, self.w[number], out=place)
+        return torch.zeros_like(x).index_add(0, order // TOP_K, buffer * weights.flatten()[order, None]), sizes[0]
+
+
+def test_a_buffer_is_made_of_what_its_parts_are_written_with():
+    with torch.no_grad(), dynamo.dynamic_shape_capture():
+        graph = from_dynamo(Parts().requires_grad_(False), rows())
+    [gate] = find_gates(graph).gates
+    _, ends = found_in(graph, gate)
+    assert nodes.kind(ends.exit) == "index_add"
+    [number] = ends.sides
+    assert isinstance(nodes.value(number), torch.SymInt)
+    assert ends.complete is ends.exit
+    assert number in ends.inside
+    assert ends.exit not in ends.inside
