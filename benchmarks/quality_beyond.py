@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.quality import DOMAINS, FEW, MODELS, of_both, sequences, shipped
 from sere_compile import SereConfig
 from sere_compile.evaluation import ConfiguredRule, Evaluation, evaluate_rules
 from sere_compile.evaluation.filling import FillKept
+from sere_compile.evaluation.predictions import Predictions
 from sere_compile.evaluation.rules import Fill, Rule
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -36,7 +38,12 @@ RULES = ("SERE, frobenius", "projection, frobenius", "opportunistic fill", "fill
 NUMBERS = (
     "accuracy", "worst_loss", "greedy_match", *(f"sampled_match_{n}" for n in SAMPLES), "sampled_agreement", "loss",
 )  # fmt: skip
-COLUMNS = ("model", "company", "domain", "rule", "select_top_k", "active", *NUMBERS)
+# Of these the table has the standard error of their difference from the original's.
+ERRORS = tuple(name for name in NUMBERS if name != "sampled_agreement")
+GROUPS = 16  # of sequences, for the errors
+COLUMNS = (
+    "model", "company", "domain", "rule", "select_top_k", "active", *NUMBERS, *(f"{name}_error" for name in ERRORS),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,19 +110,43 @@ def measure(corpus: Path, count: int, outliers: int) -> Iterator[dict[str, objec
 
 def numbers(result: Evaluation, made: Batches, domain: int, *, original: bool = False) -> dict[str, str]:
     """What the sequences of a domain say; the agreement of samples and the experts are those of the whole batches."""
-    kept = result.original_predictions if original else result.predictions
-    assert kept is not None
-    found = kept.rows(made.domains == domain)
-    values = {
-        "accuracy": found.accuracy,
-        "worst_loss": found.worst_loss(),
-        "greedy_match": found.greedy_match(LENGTH),
-        **{f"sampled_match_{n}": found.sampled_match(n, LENGTH) for n in SAMPLES},
-        "sampled_agreement": 1.0 if original else result.sampled_agreement,
-        "loss": kept.rows((made.domains == domain) & made.in_all).loss,
-    }
+    before, after = result.original_predictions, result.predictions
+    assert before is not None and after is not None
+    own, common = made.domains == domain, (made.domains == domain) & made.in_all
+    values, errors = {"sampled_agreement": 1.0 if original else result.sampled_agreement}, {}
+    for name in ERRORS:
+        rows = common if name == "loss" else own
+        kept = before if original else after
+        values[name] = statistic(kept.rows(rows), name)
+        errors[f"{name}_error"] = 0.0 if original else error(before.rows(rows), after.rows(rows), name)
     active = result.mean_active_before if original else result.mean_active_after
-    return {"active": f"{active:.2f}"} | {name: f"{value:.5f}" for name, value in values.items()}
+    return {"active": f"{active:.2f}"} | {name: f"{value:.5f}" for name, value in (values | errors).items()}
+
+
+def statistic(found: Predictions, name: str) -> float:
+    """One number of `ERRORS`."""
+    if name == "loss":
+        return found.loss
+    if name == "accuracy":
+        return found.accuracy
+    if name == "worst_loss":
+        return found.worst_loss()
+    if name == "greedy_match":
+        return found.greedy_match(LENGTH)
+    return found.sampled_match(int(name.rpartition("_")[2]), LENGTH)
+
+
+def error(before: Predictions, after: Predictions, name: str) -> float:
+    """The standard error of a number's change, over sequences: the jackknife that leaves a group out at a time.
+
+    (Kott, The Delete-a-Group Jackknife, Journal of Official Statistics 17, 2001; groups of equal size, in turn.)
+    """
+    group = torch.arange(len(before.losses)) % GROUPS
+    changes = [
+        statistic(after.rows(group != g), name) - statistic(before.rows(group != g), name) for g in range(GROUPS)
+    ]
+    mean = sum(changes) / GROUPS
+    return math.sqrt((GROUPS - 1) / GROUPS * sum((change - mean) ** 2 for change in changes))
 
 
 def read(path: Path = TABLE) -> list[dict[str, str]]:
@@ -137,10 +168,9 @@ def token_table(lines: list[dict[str, str]]) -> str:
     head = ["model", "text", "rule", "accuracy", "worst 5 %", "greedy", "1 sample", "16 samples", "same samples"]
     body = [
         [
-            line["model"], line["domain"], _title(line), f"{float(line['accuracy']):.1%}",
-            f"{float(line['worst_loss']):.2f}",
-            *(f"{float(line[name]):.1%}" for name in ("greedy_match", "sampled_match_1", "sampled_match_16")),
-            f"{float(line['sampled_agreement']):.1%}",
+            line["model"], line["domain"], _title(line), _cell(line, "accuracy", 100, 1), _cell(line, "worst_loss", 1, 2),
+            *(_cell(line, name, 100, 1) for name in ("greedy_match", "sampled_match_1", "sampled_match_16")),
+            f"{100 * float(line['sampled_agreement']):.1f}",
         ]
         for line in lines
         if line["company"] == "mixed"
@@ -155,13 +185,18 @@ def company_table(lines: list[dict[str, str]]) -> str:
     for model, domain, title in dict.fromkeys(key[:3] for key in found):
         if title == "original":
             continue
-        growth = [
-            float(found[model, domain, title, company]["loss"])
-            - float(found[model, domain, "original", company]["loss"])
-            for company in COMPANIES
-        ]
-        body.append([model, domain, title, *(f"{value:+.3f}" for value in growth)])
+        cells = []
+        for company in COMPANIES:
+            line, original = (found[model, domain, name, company] for name in (title, "original"))
+            cells.append(f"{float(line['loss']) - float(original['loss']):+.3f} ± {float(line['loss_error']):.3f}")
+        body.append([model, domain, title, *cells])
     return _table(["model", "text", "rule", *COMPANIES], body)
+
+
+def _cell(line: dict[str, str], name: str, scale: float, digits: int) -> str:
+    """A number, and the error of its change where there is a change."""
+    value = f"{scale * float(line[name]):.{digits}f}"
+    return value if line["rule"] == "original" else f"{value} ± {scale * float(line[name + '_error']):.{digits}f}"
 
 
 def _title(line: dict[str, str]) -> str:
