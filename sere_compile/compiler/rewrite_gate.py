@@ -18,6 +18,7 @@ from ..passes import (
     Run,
     Skip,
     SkipReason,
+    check_savings,
     run_pipeline,
     verify_rewrite,
 )
@@ -94,8 +95,12 @@ def _run(
 
     def prove(gate: Gate, weighing: bool) -> Proof | Skip:
         proof = _prove(gate, weight, graph, owners, weighing=weighing)
+        if isinstance(proof, Skip):
+            return proof
+        if (spared := _saves_nothing(plan, graph, proof, weight.device)) is not None:
+            return spared
         # What fills lost slots reads no matrix. Nobody measures one for what is not re-routed.
-        return proof if isinstance(proof, Skip) or filling else find_matrix() or proof
+        return proof if filling else find_matrix() or proof
 
     inputs = graph.module.graph.find_nodes(op="placeholder")
     return Run(
@@ -114,6 +119,12 @@ def _run(
         fuses_experts=graph.fuses_experts,
         fuses_fp8=plan.config.lower_experts == "always",
     )
+
+
+def _saves_nothing(plan: GatePlan, graph: TracedGraph, proof: Proof, device: torch.device) -> Skip | None:
+    """Why a gate is left alone that is proven, unless its experts may become an operator that runs the chosen ones."""
+    may_fuse = not isinstance(plan.region, Skip) and graph.takes_kernels and plan.config.acts("lower_experts", device)
+    return None if may_fuse else check_savings(proof.gate, proof.experts)
 
 
 def _switches(plan: GatePlan, run: Run, takes_kernels: bool) -> Callable[[str], bool]:
@@ -161,7 +172,7 @@ def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners,
         verdict = prove_outside(gate, owners.find(weight))
         if verdict.merged is None:
             evidence = Evidence.EXPERTS if verdict.is_gate else Evidence.ROUTER
-            reason = SkipReason.UNVERIFIED if verdict.is_gate else SkipReason.NO_DISPATCH
+            reason = verdict.kind if verdict.is_gate else SkipReason.NO_DISPATCH
             return Skip(reason, gate.selection, verdict.reason, evidence)
         if weighing and not verdict.merged:
             detail = "the code that receives its weights does more than multiply what the experts give by them"

@@ -12,6 +12,7 @@ from sere_compile.passes.verify_rewrite import SHOWN
 
 from ..compiled import logits
 from ..passes.moe_modules import Indexed, ScatterCombine, expected, rows, similarity
+from ..passes.test_check_savings import Returning, by_table
 from ..tiny_models import EAGER_SLOW, PAIRS, build, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -132,3 +133,24 @@ class TestWords:
     )
     def test_kernels(self, done, refused, said):
         assert rewrite_gate._kernels(types.SimpleNamespace(done=done, refused=refused)) == said
+
+
+class TestSavings:
+    """Where every expert computes every token, re-routing would be right, and save nothing."""
+
+    @pytest.mark.parametrize("attached", [False, True])
+    def test_such_a_gate_is_left_alone(self, attached):
+        """A missing profile is not what keeps it from being re-routed."""
+        block, x = Returning(by_table), rows()
+        if attached:
+            sere_compile.attach(block, sere_compile.SimilarityProfile({"router": symmetric()}))
+        options = {"select_top_k": 1, "inner": "eager", "min_active": 0}
+        with torch.no_grad():
+            assert torch.equal(torch.compile(block, backend="sere", options=options)(x)[0], block(x)[0])
+        [row] = sere_compile.explain(block, x, config=SereConfig(select_top_k=1))
+        assert row.status == "skipped"
+        assert row.reason.startswith("every expert computes every token")
+
+
+def symmetric():
+    return ((similarity() + similarity().T) / 2).fill_diagonal_(1.0)
