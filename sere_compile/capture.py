@@ -21,11 +21,13 @@ from torch.utils._pytree import tree_leaves
 from .backend import sere_backend
 from .compiler import dynamo, missing_gates
 from .compiler.missing_gates import runs
+from .compiler.same_numbers import buffers_restored, copy_of, eager_results, shows_wrong
 from .config import SereConfig
 from .errors import GateNotFoundError
 
 log = logging.getLogger(__name__)
 
+_NO_GATE = "it lets no gate be re-routed"
 _SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
@@ -40,8 +42,10 @@ def compile(
 ) -> Any:
     """`torch.compile(model, backend="sere")` that can also capture data-dependent expert loops.
 
-    With capture="auto" the first call is traced with Dynamo's dynamic-shape capture. If that raises, or
-    lets no gate be re-routed, the model is compiled as torch.compile does by default, from then on. The
+    With capture="auto" the first call is traced with Dynamo's dynamic-shape capture. If that raises, lets
+    no gate be re-routed, or gives other numbers than the model before anything is re-routed, the model is
+    compiled as torch.compile does by default, from then on. That is tried on copies of the arguments, and
+    not where they hold more than tensors and plain values, such as a cache. The
     end of the first call says which gates no graph holds, and which line of code keeps them out; with
     strict=True it raises, as every later call does.
 
@@ -135,9 +139,12 @@ class _Compiled:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
         untouched = _versions(self._model, args, kwargs)
-        before, random_state = runs.rewritten, _RandomState(self._model, args, kwargs)
+        random_state = _RandomState(self._model, args, kwargs)
         call.trying = True
         try:
+            if untouched is not None and not self._captures_right(args, kwargs, random_state):
+                return self._start_again(call, args, kwargs, random_state)
+            before = runs.rewritten
             result = self._call_captured(args, kwargs)
         except Exception as error:  # what capture raises has no common class; it is logged or raised
             self._give_up(f"it raises {type(error).__name__}: {_first_line(error)}")
@@ -147,18 +154,53 @@ class _Compiled:
                     "switched off now: the next call is compiled as torch.compile does by default."
                 )
                 raise
-            random_state.restore()
-            call.forget()
-            call.refusal = dynamo.raised_by_backend(error, GateNotFoundError)
-            return self._call_plain(args, kwargs)
+            refusal = dynamo.raised_by_backend(error, GateNotFoundError)
+            return self._start_again(call, args, kwargs, random_state, refusal)
         if runs.rewritten > before:
             self._dynamic = True
-            return result
-        self._give_up("it lets no gate be re-routed")
-        if untouched is None or untouched != _versions(self._model, args, kwargs):
-            return result
+        else:
+            self._give_up(_NO_GATE)
+        return result
+
+    def _captures_right(self, args: tuple[Any, ...], kwargs: dict[str, Any], random_state: _RandomState) -> bool:
+        """Whether capture lets a gate be re-routed, and its graphs as traced give what the model gives.
+
+        The call is made on copies of its arguments: captured, with its graphs as they were traced, and in eager mode.
+        """
+        before, own = runs.rewritten, copy_of((args, kwargs))
+        runs.as_traced = True
+        try:
+            with buffers_restored(self._model):
+                shown = self._call_captured(*own)
+        finally:
+            runs.as_traced = False
+            is_rewritten, runs.rewritten = runs.rewritten > before, before
+        if not is_rewritten:
+            self._give_up(_NO_GATE)
+            return False
+
+        def run() -> Any:
+            random_state.restore()
+            return eager_results(self._model, args, kwargs)
+
+        is_wrong = shows_wrong(shown, run)
+        random_state.restore()
+        if is_wrong:
+            self._give_up("before anything is re-routed it gives other numbers than the model in eager mode")
+        return not is_wrong
+
+    def _start_again(
+        self,
+        call: missing_gates.OneCall,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        random_state: _RandomState,
+        refusal: GateNotFoundError | None = None,
+    ) -> Any:
+        """Make the call in the other way, now that capture is given up."""
         random_state.restore()
         call.forget()
+        call.refusal = refusal
         return self._call_plain(args, kwargs)
 
     def _give_up(self, reason: str) -> None:
