@@ -235,7 +235,7 @@ class Prover:
         A mask can send tokens to one expert, which only shows where that one is re-routed: each is, in every pattern.
         """
         patterns = self._masks.patterns if self._masks else 0
-        for pattern in range(patterns):
+        for pattern in self._telling_patterns():
             if (wrong := self._wrong_throughout(rewritten, experts, pattern, {}, patterns)) is not None:
                 return f"{wrong} where a mask marks some"
         for number, sizes in enumerate(other_numbers(self._region)):
@@ -244,6 +244,21 @@ class Prover:
                 [other] = sizes.values()
                 return f"{wrong} in a call with {other} in place of another whole number"
         return None
+
+    def _telling_patterns(self) -> list[int]:
+        """The patterns that mark tokens each in its own way: one of a kind where all masks act through one tensor."""
+        joined = self._masks.joined if self._masks else None
+        if joined is None or self._masks.patterns <= 2:
+            return list(range(self._masks.patterns if self._masks else 0))
+        kinds: dict[float, int] = {}
+        for pattern in range(self._masks.patterns):
+            try:
+                marked = self._run(self._drawn(2 * pattern, pattern=pattern))[joined]
+            except FAILURES:  # the program takes no such numbers
+                continue
+            share = float(marked.float().mean()) if marked.numel() else 0.0
+            kinds.setdefault(share if share in (0.0, 1.0) else 0.25 + 0.5 * (share > 0.5), pattern)
+        return list(kinds.values())
 
     def _wrong_throughout(
         self,
@@ -259,10 +274,11 @@ class Prover:
             chosen = _in_turn(stays, number)
             values = self._drawn(2 * number, later=number > 0, chosen=chosen, pattern=pattern, sizes=sizes)
             try:
-                self._run(values)
-            except FAILURES:  # the program takes no such numbers
+                wrong, new = self._compare(rewritten, experts, values, number)
+            except FAILURES:
+                if self._takes(values):
+                    raise
                 return None
-            wrong, new = self._compare(rewritten, experts, values, number)
             if wrong is not None:
                 return wrong
             idle = 0 if new.moved & stays else idle + 1
@@ -270,6 +286,14 @@ class Prover:
         acts = (expert for expert in sorted(stays) if self._acts_unnamed(expert, experts, pattern, sizes))
         expert = next(acts, None)
         return None if expert is None else f"expert {expert} acts on tokens that do not name it"
+
+    def _takes(self, values: Values) -> bool:
+        """Whether the program as it was traced takes such numbers."""
+        try:
+            self._run(values)
+        except FAILURES:
+            return False
+        return True
 
     def _acts_unnamed(
         self, expert: int, experts: ExpertParameters, pattern: int | None, sizes: Mapping[Any, int]
