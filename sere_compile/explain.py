@@ -45,11 +45,12 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
         return GateReport(rows := _rows(model, args, kwargs, config), _hint(rows, model, args, kwargs))
     again = _copied((args, kwargs))
     seen: tuple[GateRow, ...] = ()
+    results: list[Any] = []
     # A frame that was compiled or skipped without capture would stay so, and the other way round.
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
     try:
         with dynamo.dynamic_shape_capture():
-            seen = rows = _rows(model, args, kwargs, config, results := [])
+            seen = rows = _rows(model, args, kwargs, config, results)
     except Exception as error:  # what capture raises has no common class
         if again is None:
             raise

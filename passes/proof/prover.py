@@ -239,8 +239,8 @@ class Prover:
             if (wrong := self._wrong_throughout(rewritten, experts, pattern, {}, patterns)) is not None:
                 return f"{wrong} where a mask marks some"
         for number, sizes in enumerate(other_numbers(self._region)):
-            pattern = number % patterns if patterns else None
-            if (wrong := self._wrong_throughout(rewritten, experts, pattern, sizes, 1)) is not None:
+            marking = number % patterns if patterns else None
+            if (wrong := self._wrong_throughout(rewritten, experts, marking, sizes, 1)) is not None:
                 [other] = sizes.values()
                 return f"{wrong} in a call with {other} in place of another whole number"
         return None

@@ -106,7 +106,8 @@ def _choices(leaf: Any, block: nn.Module, tokens: int) -> Choice:
         return [float(not leaf)]
     if type(leaf) is int:
         likely = (tokens // 2, leaf // 2, tokens, 1, tokens - 1, 0, *_numbers_of(block))
-        return [float(number) for number in dict.fromkeys(likely) if number not in (leaf, -1)][:_MOST_OF_A_NUMBER]
+        others = [number for number in dict.fromkeys(likely) if number not in (leaf, -1)]
+        return [*map(float, others[:_MOST_OF_A_NUMBER])]
     if not isinstance(leaf, torch.Tensor) or leaf.numel() == 0:
         return []
     if leaf.dtype == torch.bool:
