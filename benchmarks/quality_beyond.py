@@ -111,7 +111,8 @@ def measure(corpus: Path, count: int, outliers: int) -> Iterator[dict[str, objec
 def numbers(result: Evaluation, made: Batches, domain: int, *, original: bool = False) -> dict[str, str]:
     """What the sequences of a domain say; the agreement of samples and the experts are those of the whole batches."""
     before, after = result.original_predictions, result.predictions
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     own, common = made.domains == domain, (made.domains == domain) & made.in_all
     values, errors = {"sampled_agreement": 1.0 if original else result.sampled_agreement}, {}
     for name in ERRORS:
@@ -168,8 +169,9 @@ def token_table(lines: list[dict[str, str]]) -> str:
     head = ["model", "text", "rule", "accuracy", "worst 5 %", "greedy", "1 sample", "16 samples", "same samples"]
     body = [
         [
-            line["model"], line["domain"], _title(line), _cell(line, "accuracy", 100, 1), _cell(line, "worst_loss", 1, 2),
-            *(_cell(line, name, 100, 1) for name in ("greedy_match", "sampled_match_1", "sampled_match_16")),
+            line["model"], line["domain"], _title(line), _cell(line, "accuracy", 100, 1),
+            _cell(line, "worst_loss", 1, 2), _cell(line, "greedy_match", 100, 1),
+            _cell(line, "sampled_match_1", 100, 1), _cell(line, "sampled_match_16", 100, 1),
             f"{100 * float(line['sampled_agreement']):.1f}",
         ]
         for line in lines

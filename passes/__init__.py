@@ -7,6 +7,7 @@ Passes know graphs only: no model, no file format, no tracer's own objects. `pas
 the invariants.
 """
 
+from .check_savings import check_savings
 from .count_routing import COUNTED, count_routing
 from .evidence.norm_scale import NormScale, find_norm_scale
 from .extract_dispatch import DispatchRegion, extract_dispatch
@@ -42,6 +43,7 @@ __all__ = [
     "SkipReason",
     "Use",
     "UseKind",
+    "check_savings",
     "count_routing",
     "extract_dispatch",
     "find_gates",

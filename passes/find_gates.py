@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from torch.fx import GraphModule, Node
 
 from .evidence.classify_uses import Leaving, Uses, classify_uses
-from .evidence.expert_evidence import reaches_experts
+from .evidence.expert_evidence import picks_outputs, reaches_experts
 from .evidence.router import Router, trace_router
 from .evidence.routing_weights import find_routing_weights, weigh_a_product
 from .evidence.selections import Selection, find_selections, with_marked_padding
@@ -105,8 +105,7 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
     if refused is not None:
         return refused
     if num_experts == 0:
-        seen = ", ".join(sorted({f"{nodes.kind(use.consumer)}: {use.kind.value}" for use in uses.all}))
-        return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=Evidence.IDS)
+        return _without_experts(selection, router.columns, uses)
     if uses.entangled is not None:
         return Skip(
             SkipReason.STEPS,
@@ -135,6 +134,14 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
         form=selection.form,
         all_ids=selection.ids,
     )
+
+
+def _without_experts(selection: Selection, columns: int, uses: Uses) -> Skip:
+    """Why ids reach no expert weights: what the experts give is there before, or there are none."""
+    if (table := picks_outputs(selection.ids, columns)) is not None:
+        return Skip(SkipReason.DENSE, selection.node, nodes.place(table), evidence=Evidence.EXPERTS)
+    seen = ", ".join(sorted({f"{nodes.kind(use.consumer)}: {use.kind.value}" for use in uses.all}))
+    return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=Evidence.IDS)
 
 
 def _refused_dispatch(selection: Selection, uses: Uses, evidence: Evidence) -> Skip | None:

@@ -83,6 +83,11 @@ class SkipReason(enum.Enum):
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "its indices reach no expert weights"
     NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores do not weight what is computed from them"
+    DENSE = (
+        "every expert computes every token, and its indices only pick or weigh the results, so that re-routing saves "
+        'nothing: write a dispatch that runs the chosen experts alone, as experts_implementation="grouped_mm" of '
+        "transformers does"
+    )
     NO_WEIGHTS = "its dispatch needs merged duplicates, but no routing weights were found to merge"
     AMBIGUOUS_WEIGHTS = "its dispatch needs merged duplicates, but several tensors could be the routing weights"
     NO_SCALE = "its routing weights, which projection coefficients would scale, could not be determined"

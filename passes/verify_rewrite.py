@@ -27,6 +27,8 @@ from .gate import Evidence, Gate, Skip, SkipReason, UseKind
 from .graph import nodes
 from .graph.run_part import ValueOf
 from .proof.key import region_key
+from .proof.more_tokens import more_tokens
+from .proof.other_numbers import other_numbers
 from .proof.prover import Prover, Verdict
 from .proof.region import Region, cut_region
 
@@ -91,7 +93,9 @@ def verify_rewrite(
         name = region.originals.get(waits, waits).name
         detail = f"{name}, in the midst of its dispatch, waits for other ranks, and a trial would wait for ever"
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
-    key = region_key(region, module), weighing
+    # What the graph's guards let through is no part of the region itself.
+    served = [list(numbers.values()) for numbers in (more_tokens(region), *other_numbers(region))]
+    key = region_key(region, module), weighing, str(served)
     if key not in _verdicts:
         while len(_verdicts) >= _REMEMBERED:
             _verdicts.pop(next(iter(_verdicts)), None)
@@ -101,7 +105,7 @@ def verify_rewrite(
     return _for_gate(_verdicts[key], gate, region)
 
 
-_verdicts: dict[tuple[str, bool], Verdict] = {}
+_verdicts: dict[tuple[str, bool, str], Verdict] = {}
 
 
 def _for_gate(verdict: Verdict, gate: Gate, region: Region) -> Proof | Skip:

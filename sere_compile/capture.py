@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,11 +22,15 @@ from .backend import sere_backend
 from .compiler import dynamo, missing_gates
 from .compiler.kept_aside import KeptAside, Remembered
 from .compiler.missing_gates import runs
+from .compiler.same_numbers import buffers_restored, copy_of, eager_results, shows_wrong
 from .config import SereConfig
 from .errors import GateNotFoundError
 
 log = logging.getLogger(__name__)
 
+# Buffers of a model whose first call is tried: a cache of keys and values may not fit twice.
+_MOST_BUFFER_BYTES = 1 << 30
+_NO_GATE = "it lets no gate be re-routed"
 _SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
@@ -41,8 +45,10 @@ def compile(
 ) -> Any:
     """`torch.compile(model, backend="sere")` that can also capture data-dependent expert loops.
 
-    With capture="auto" the first call is traced with Dynamo's dynamic-shape capture. If that raises, or
-    lets no gate be re-routed, the model is compiled as torch.compile does by default, from then on. The
+    With capture="auto" the first call is traced with Dynamo's dynamic-shape capture. If that raises, lets
+    no gate be re-routed, or gives other numbers than the model before anything is re-routed, the model is
+    compiled as torch.compile does by default, from then on. That is tried on copies of the arguments, and
+    not where they hold more than tensors and plain values, such as a cache. The
     end of the first call says which gates no graph holds, and which line of code keeps them out; with
     strict=True it raises, as every later call does.
 
@@ -135,33 +141,88 @@ class _Compiled:
     def _first_call(self, call: missing_gates.OneCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
-        untouched = _versions(self._model, args, kwargs)
         # What its code keeps in attributes, lists and objects, and may read in the next call.
         aside = KeptAside(self._model).remember() if isinstance(self._model, nn.Module) else None
-        before, random_state = runs.rewritten, _RandomState(self._model, args, kwargs)
+        untouched: list[int] | None = None
+        random_state = _RandomState(self._model, args, kwargs)
         call.trying = True
+        is_tried = _versions(self._model, args, kwargs) is not None and _can_be_put_back(self._model, aside)
         try:
-            result = self._call_captured(args, kwargs)
+            is_right = not is_tried or self._captures_right(args, kwargs, random_state, aside)
+            if is_right:
+                is_tried, untouched, before = False, _versions(self._model, args, kwargs), runs.rewritten
+                result = self._call_captured(args, kwargs)
         except Exception as error:  # what capture raises has no common class; it is logged or raised
             self._give_up(f"it raises {type(error).__name__}: {_first_line(error)}")
-            if not self._can_be_made_again(untouched, aside, args, kwargs):
+            if not is_tried and not self._can_be_made_again(untouched, aside, args, kwargs):
                 error.add_note(
                     "Dynamo's dynamic-shape capture raised, and the call may have changed its arguments already. It is "
                     "switched off now: the next call is compiled as torch.compile does by default."
                 )
                 raise
-            random_state.restore()
-            call.forget()
-            call.refusal = dynamo.raised_by_backend(error, GateNotFoundError)
-            return self._call_plain(args, kwargs)
+            refusal = dynamo.raised_by_backend(error, GateNotFoundError)
+            return self._start_again(call, args, kwargs, random_state, refusal)
+        if not is_right:
+            return self._start_again(call, args, kwargs, random_state)
         if runs.rewritten > before:
             self._dynamic = True
             return result
-        self._give_up("it lets no gate be re-routed")
+        self._give_up(_NO_GATE)
         if not self._can_be_made_again(untouched, aside, args, kwargs):
             return result
+        return self._start_again(call, args, kwargs, random_state)
+
+    def _captures_right(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], random_state: _RandomState, aside: Remembered | None
+    ) -> bool:
+        """Whether capture lets a gate be re-routed, and its graphs as traced give what the model gives.
+
+        The call is made on copies of its arguments: captured, with its graphs as they were traced, and in eager mode.
+        Everything is put back.
+        """
+
+        @contextlib.contextmanager
+        def put_back() -> Iterator[None]:
+            try:
+                with buffers_restored(self._model):
+                    yield
+            finally:
+                random_state.restore()
+                if aside is not None:
+                    aside.put_back()
+
+        def run() -> Any:
+            with put_back():
+                return eager_results(self._model, args, kwargs)
+
+        before, own = runs.rewritten, copy_of((args, kwargs))
+        runs.as_traced = True
+        try:
+            with put_back():
+                shown = self._call_captured(*own)
+        finally:
+            runs.as_traced = False
+            is_rewritten, runs.rewritten = runs.rewritten > before, before
+        if not is_rewritten:
+            self._give_up(_NO_GATE)
+            return False
+        if shows_wrong(shown, run):
+            self._give_up("before anything is re-routed it gives other numbers than the model in eager mode")
+            return False
+        return True
+
+    def _start_again(
+        self,
+        call: missing_gates.OneCall,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        random_state: _RandomState,
+        refusal: GateNotFoundError | None = None,
+    ) -> Any:
+        """Make the call in the other way, now that capture is given up."""
         random_state.restore()
         call.forget()
+        call.refusal = refusal
         return self._call_plain(args, kwargs)
 
     def _can_be_made_again(
@@ -210,6 +271,14 @@ def _versions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     if not known or any(tensor.is_inference() for tensor in tensors):
         return None
     return [tensor._version for tensor in tensors]
+
+
+def _can_be_put_back(model: Any, aside: Remembered | None) -> bool:
+    """Whether a call can be tried: buffers, and tensors that its code keeps aside, are few enough to be copied."""
+    if not isinstance(model, nn.Module) or aside is None:
+        return True
+    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    return size <= _MOST_BUFFER_BYTES and not aside.has_large
 
 
 def _first_line(error: BaseException) -> str:

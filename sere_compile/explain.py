@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from .compiler import dynamo
 from .compiler.eager_selections import WatchSelections
 from .compiler.observed_graph import observer, on_lines, on_whole_call
 from .compiler.obstacle import diagnose
+from .compiler.same_numbers import eager_results, shows_wrong
 from .config import SereConfig
 from .experts.owner import routers_in
 from .report import REWRITTEN, SKIPPED, GateReport, GateRow
@@ -43,19 +45,24 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
         return GateReport(rows := _rows(model, args, kwargs, config), _hint(rows, model, args, kwargs))
     again = _copied((args, kwargs))
     seen: tuple[GateRow, ...] = ()
+    results: list[Any] = []
     # A frame that was compiled or skipped without capture would stay so, and the other way round.
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
     try:
         with dynamo.dynamic_shape_capture():
-            seen = rows = _rows(model, args, kwargs, config)
+            seen = rows = _rows(model, args, kwargs, config, results)
     except Exception as error:  # what capture raises has no common class
         if again is None:
             raise
         reason = f"dynamic-shape capture raises {type(error).__name__}"
     else:
-        if again is None or any(row.status == REWRITTEN for row in rows):
+        is_rewritten = any(row.status == REWRITTEN for row in rows)
+        is_wrong = is_rewritten and again is not None and _is_wrong(model, again, results[0])
+        if again is None or (is_rewritten and not is_wrong):
             return GateReport(rows, _hint(rows, model, args, kwargs, captured=True))
-        reason = "dynamic-shape capture lets no gate be re-routed"
+        seen = () if is_wrong else seen
+        gives = "gives other numbers than the model in eager mode"
+        reason = f"dynamic-shape capture {gives if is_wrong else 'lets no gate be re-routed'}"
     dynamo.forget_codes(getattr(model, "_orig_mod", model))
     with dynamo.graphs_before_loops():
         rows = _joined(seen, _rows(model, again[0], again[1], config))
@@ -71,8 +78,30 @@ def _joined(seen: tuple[GateRow, ...], rows: tuple[GateRow, ...]) -> tuple[GateR
     return tuple({**{row.name: row for row in seen if outside or not rows}, **kept}.values())
 
 
-def _rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: SereConfig) -> tuple[GateRow, ...]:
-    """The gates of one call, in graphs and outside."""
+def _is_wrong(model: Any, call: Any, result: Any) -> bool:
+    """Whether a result is none that the model gives for these arguments, as `sere_compile.compile` asks."""
+    original = getattr(model, "_orig_mod", model)
+
+    def run() -> Any:
+        args, kwargs = copy.deepcopy(call)
+        with torch.no_grad(), _same_chance():
+            return eager_results(original, args, kwargs)
+
+    return shows_wrong(result, run)
+
+
+@contextlib.contextmanager
+def _same_chance() -> Iterator[None]:
+    """Random numbers are the same in each run, and the caller's generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+def _rows(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: SereConfig, results: list[Any] | None = None
+) -> tuple[GateRow, ...]:
+    """The gates of one call, in graphs and outside; what it gave goes to `results`."""
     rows: dict[str, GateRow] = {}
     lines: set[str] = set()
 
@@ -86,7 +115,10 @@ def _rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: Ser
     tokens = observer.set(observe), on_whole_call.set(lambda: whole_calls.append(True)), on_lines.set(lines.update)
     try:
         with dynamo.unlimited_recompiles(), torch.no_grad(), dynamo.without_own_compile(original):
-            torch.compile(original, backend=backend)(*args, **kwargs)
+            with _same_chance():
+                result = torch.compile(original, backend=backend)(*args, **kwargs)
+            if results is not None:
+                results.append(result)
             if not whole_calls and again is not None:
                 for row in _rows_outside(original, *again, known=frozenset(rows), lines=lines):
                     observe(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,6 +172,43 @@ def is_stack(sizes: tuple[Any, ...] | None, num_experts: int | None) -> bool:
 def is_computed_stack(node: Node, num_experts: int | None) -> bool:
     """Whether a node computes a matrix for each expert of the model's state, as one that is dequantised whole."""
     return num_experts is not None and is_stack(nodes.shape(node), num_experts) and computed_of_state(node)
+
+
+def outputs_of_all(table: Node, num_experts: int) -> bool:
+    """Whether a tensor [T, E, H] (or [E, T, H]) holds what every expert gives for every token.
+
+    It is a product with weights stacked over the experts, or a stack of as many products with weights of their own.
+    """
+    sizes = nodes.shape(table) or ()
+    if len(sizes) < 3 or num_experts not in sizes[:-1] or not nodes.is_floating(table) or computed_of_state(table):
+        return False
+    return bool(_stacks_behind(table, num_experts)) or len(_weights_of([table])) >= num_experts
+
+
+def picks_outputs(ids: Sequence[Node], num_experts: int) -> Node | None:
+    """What every expert gives for every token, where it is picked or weighed by what is made of the ids, or None."""
+    ahead, seen = list(ids), set(ids)
+    for _ in range(_STEPS):
+        reached = [user for node in ahead for user in nodes.followers(node) if not _asserts(user)]
+        ahead = [user for user in dict.fromkeys(reached) if user not in seen]
+        seen.update(ahead)
+        for source in (source for user in ahead for source in nodes.operands(user) if source not in seen):
+            if outputs_of_all(source, num_experts):
+                return source
+        ahead = [user for user in ahead if not _projects_all_tokens(user)]
+    return None
+
+
+def _stacks_behind(table: Node, num_experts: int) -> list[Node]:
+    """Weights stacked over the experts within some steps of a tensor, of which it is made."""
+    found: list[Node] = []
+    ahead, seen = [table], {table}
+    for _ in range(_STEPS):
+        sources = dict.fromkeys(source for node in ahead for source in nodes.operands(node) if source not in seen)
+        seen.update(sources)
+        found += [source for source in sources if _is_stacked(source, num_experts)]
+        ahead = [source for source in sources if nodes.is_floating(source)]
+    return found
 
 
 def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.fx import Node
@@ -29,6 +30,10 @@ _FAR_BELOW = -1e9
 _COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "greater", "less_equal"})
 _COMPARES |= {"greater_equal", "isin"}
 _LOOKS_UP = frozenset({"index", "embedding", "gather", "take_along_dim", "take", "one_hot", "scatter", "bincount"})
+
+
+_VIEWS = nodes.VALUE_PRESERVING | {"transpose", "permute", "expand"}
+_STILL = frozenset({"state", "number"})  # leaves that belong to the model or to all calls alike
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,24 @@ class Masks:
     def patterns(self) -> int:
         """How many patterns there are: every variant of each mask, and their combinations if these are few."""
         return min(math.prod(mask.variants for mask in self._masks.values()), _MOST_PATTERNS)
+
+    @cached_property
+    def joined(self) -> Node | None:
+        """The one bool tensor through which alone all masks act, such as `(mask & (words != 7))`; None without one.
+
+        How it comes to be marked is nothing to whatever reads it.
+        """
+        others = [n for n, leaf in self._region.leaves.items() if n not in self._masks and leaf.kind not in _STILL]
+        apart = set(walk(others, _followers))
+        made = set(walk(self._masks, lambda node: [user for user in _followers(node) if user not in apart]))
+        ends = set(self._region.ends)
+        read = [node for node in made if node in ends or any(user in apart for user in _followers(node))]
+        roots = {nodes.behind(node, _VIEWS) for node in read}
+        if len(roots) != 1 or any(nodes.writers(node) for node in made):
+            return None
+        [root] = roots
+        value = nodes.value(root)
+        return root if isinstance(value, torch.Tensor) and value.dtype == torch.bool else None
 
     def _variant(self, node: Node, pattern: int) -> int:
         """Which variant of a mask a pattern takes: all are taken, and all combinations where these are few."""

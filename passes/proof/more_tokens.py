@@ -22,24 +22,24 @@ _LARGEST = 1 << 23  # numbers in one tensor of a region that runs on more tokens
 
 def more_tokens(region: Region) -> dict[Any, int]:
     """A number for a symbol that counts a region's tokens; empty where the graph serves one number, or no more fit."""
-    found = {size.node.expr: size.node.hint for node in region.graph.nodes for size in _symbolic(node)}
+    found = {size.node.expr: size.node.hint for node in region.graph.nodes for size in symbolic(node)}
     hints = {expression: hint for expression, hint in found.items() if isinstance(hint, int)}  # no data's sizes
-    ids = list(_symbolic(region.gate.ids))
+    ids = list(symbolic(region.gate.ids))
     for symbol in sorted({symbol for size in ids for symbol in size.node.expr.free_symbols}, key=str):
-        now, tokens = hints.get(symbol), _count(region.gate.ids, {}) // region.gate.top_k
+        now, tokens = hints.get(symbol), count(region.gate.ids, {}) // region.gate.top_k
         if now is None or not 0 < tokens < _TOKENS:
             continue
         # A multiple: the program may have asked whether the number is even.
         more = now * (1 << int(math.log2(_TOKENS / tokens)))
         while more > now:
             sizes = {symbol: more}
-            if _is_served(ids[0], hints | sizes, symbol) and _largest(region, sizes) <= _LARGEST:
+            if is_served(ids[0], hints | sizes, symbol) and _largest(region, sizes) <= _LARGEST:
                 return sizes
             more //= 2
     return {}
 
 
-def _symbolic(node: Node) -> Iterator[torch.SymInt]:
+def symbolic(node: Node) -> Iterator[torch.SymInt]:
     """The symbolic sizes of a tensor, or the symbolic number, that a node yields."""
     found = nodes.value(node)
     for size in nodes.shape(node) or (found,):
@@ -47,7 +47,7 @@ def _symbolic(node: Node) -> Iterator[torch.SymInt]:
             yield size
 
 
-def _is_served(size: torch.SymInt, numbers: dict[Any, Any], symbol: Any) -> bool:
+def is_served(size: torch.SymInt, numbers: dict[Any, Any], symbol: Any) -> bool:
     """Whether the graph's guards let a call with these numbers through; another graph serves it where not."""
     env = size.node.shape_env
     bounds = env.bound_sympy(symbol)
@@ -58,9 +58,10 @@ def _is_served(size: torch.SymInt, numbers: dict[Any, Any], symbol: Any) -> bool
 
 def _largest(region: Region, sizes: dict[Any, int]) -> int:
     """How many numbers the largest tensor has that there is more of."""
-    found = ((_count(node, sizes), _count(node, {})) for node in region.graph.nodes)
+    found = ((count(node, sizes), count(node, {})) for node in region.graph.nodes)
     return max((count for count, before in found if count != before), default=0)
 
 
-def _count(node: Node, sizes: dict[Any, int]) -> int:
+def count(node: Node, sizes: dict[Any, int]) -> int:
+    """How many numbers a tensor has, with other numbers for some symbols."""
     return math.prod(int(plain_number(size, sizes) or 0) for size in nodes.shape(node) or ())

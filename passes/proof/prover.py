@@ -19,6 +19,7 @@ from .expert_parameters import ExpertParameters, Told, Values
 from .made_up import activation_values, crowded, later_state, state_values, unevenly_sure, without
 from .masks import Masks
 from .more_tokens import more_tokens
+from .other_numbers import other_numbers
 from .region import Region
 from .sources import Sources, experts_meet_hidden
 from .ways import Got, Rewritten, Way, leads_to, picked_tables, rewrite_region, settings_of, with_proven_kinds
@@ -224,44 +225,87 @@ class Prover:
         if not told:
             return "no token changed: its dispatch reads none of the choices that re-routing changes"
         return (
-            self._wrong_under_masks(rewritten, experts)
+            self._wrong_in_other_calls(rewritten, experts)
             or self._wrong_with_more(rewritten, experts)
             or (self._wrong_when_unevenly_sure(rewritten, experts) if way.merged or way.tables else None)
             or (self._wrong_when_crowded(rewritten, experts) if way.tables else None)
         )
 
-    def _wrong_under_masks(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
-        """What is wrong with some tokens marked and others not.
+    def _wrong_in_other_calls(self, rewritten: Rewritten, experts: ExpertParameters) -> str | None:
+        """What is wrong with some tokens marked and others not, or with other numbers, such as a length.
 
         A mask can send tokens to one expert, which only shows where that one is re-routed: each is, in every pattern.
         """
-        for pattern in range(self._masks.patterns if self._masks else 0):
-            stays, number, idle = set(range(self._region.gate.num_experts)), pattern, 0
-            while stays and idle < _IDLE:
-                chosen = _in_turn(stays, number)
-                values = self._drawn(2 * number, later=number > 0, chosen=chosen, pattern=pattern)
-                try:
-                    self._run(values)
-                except FAILURES:  # the program takes no such numbers
-                    break
-                wrong, new = self._compare(rewritten, experts, values, number)
-                if wrong is not None:
-                    return f"{wrong} where a mask marks some tokens"
-                idle = 0 if new.moved & stays else idle + 1
-                stays, number = stays - new.moved, number + self._masks.patterns
-            else:
-                for expert in sorted(stays):
-                    if self._acts_unnamed(expert, experts, pattern):
-                        return f"expert {expert} acts on tokens that do not name it, where a mask marks some"
+        patterns = self._masks.patterns if self._masks else 0
+        for pattern in self._telling_patterns():
+            if (wrong := self._wrong_throughout(rewritten, experts, pattern, {}, patterns)) is not None:
+                return f"{wrong} where a mask marks some"
+        for number, sizes in enumerate(other_numbers(self._region)):
+            marking = number % patterns if patterns else None
+            if (wrong := self._wrong_throughout(rewritten, experts, marking, sizes, 1)) is not None:
+                [other] = sizes.values()
+                return f"{wrong} in a call with {other} in place of another whole number"
         return None
 
-    def _acts_unnamed(self, expert: int, experts: ExpertParameters, pattern: int) -> bool:
+    def _telling_patterns(self) -> list[int]:
+        """The patterns that mark tokens each in its own way: one of a kind where all masks act through one tensor."""
+        joined = self._masks.joined if self._masks else None
+        if joined is None or self._masks.patterns <= 2:
+            return list(range(self._masks.patterns if self._masks else 0))
+        kinds: dict[float, int] = {}
+        for pattern in range(self._masks.patterns):
+            try:
+                marked = self._run(self._drawn(2 * pattern, pattern=pattern))[joined]
+            except FAILURES:  # the program takes no such numbers
+                continue
+            share = float(marked.float().mean()) if marked.numel() else 0.0
+            kinds.setdefault(share if share in (0.0, 1.0) else 0.25 + 0.5 * (share > 0.5), pattern)
+        return list(kinds.values())
+
+    def _wrong_throughout(
+        self,
+        rewritten: Rewritten,
+        experts: ExpertParameters,
+        pattern: int | None,
+        sizes: Mapping[Any, int],
+        step: int,
+    ) -> str | None:
+        """What is wrong in as many draws as it takes to re-route each expert once, in one pattern of masks."""
+        stays, number, idle = set(range(self._region.gate.num_experts)), pattern or 0, 0
+        while stays and idle < _IDLE:
+            chosen = _in_turn(stays, number)
+            values = self._drawn(2 * number, later=number > 0, chosen=chosen, pattern=pattern, sizes=sizes)
+            try:
+                wrong, new = self._compare(rewritten, experts, values, number)
+            except FAILURES:
+                if self._takes(values):
+                    raise
+                return None
+            if wrong is not None:
+                return wrong
+            idle = 0 if new.moved & stays else idle + 1
+            stays, number = stays - new.moved, number + step
+        acts = (expert for expert in sorted(stays) if self._acts_unnamed(expert, experts, pattern, sizes))
+        expert = next(acts, None)
+        return None if expert is None else f"expert {expert} acts on tokens that do not name it"
+
+    def _takes(self, values: Values) -> bool:
+        """Whether the program as it was traced takes such numbers."""
+        try:
+            self._run(values)
+        except FAILURES:
+            return False
+        return True
+
+    def _acts_unnamed(
+        self, expert: int, experts: ExpertParameters, pattern: int | None, sizes: Mapping[Any, int]
+    ) -> bool:
         """Whether another expert in the place of one changes tokens that do not name it: a mask sent them there."""
         gate, exit_node = self._region.gate, self._region.ends[0]
         mapping = torch.arange(gate.num_experts)
         mapping[expert] = (expert + 1) % gate.num_experts
         for number in range(_DRAWS):
-            values = without(self._region, self._drawn(2 * number + 1, pattern=pattern), expert)
+            values = without(self._region, self._drawn(2 * number + 1, pattern=pattern, sizes=sizes), expert)
             before = self._run(values)
             after = self._run(experts.swapped(values, mapping))
             names = (before[gate.ids].reshape(-1, gate.top_k) == expert).any(-1)

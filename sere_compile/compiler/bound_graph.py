@@ -66,7 +66,9 @@ class BoundGraph:
         missing_gates.runs.with_gates += 1
         extra = self._bind_or_tell(arguments)
         missing_gates.runs.rewritten += self._is_rewritten and extra is not None
-        return self._original(*arguments) if extra is None else self._compiled(*arguments, *extra)
+        if extra is None or missing_gates.runs.as_traced:
+            return self._original(*arguments)
+        return self._compiled(*arguments, *extra)
 
     def _bind_or_tell(self, arguments: Sequence[Any]) -> list[torch.Tensor] | None:
         """See `bind`; None, and a warning, for layers not compiled for whose experts cannot be run or share a router.

@@ -53,6 +53,7 @@ class GatePlan:
     merged: bool = False  # whether a token's duplicates are merged
     is_filled: bool = False  # by the tokens' own scores, for which there is no matrix
     fallback: str = ""  # why it is re-routed where it should have been filled
+    saves_nothing: str = ""  # why no fewer weights are read where it is re-routed
 
     @property
     def select_top_k(self) -> int:

@@ -38,11 +38,13 @@ class Remembered:
         changed: what is other than it was, by names that a reader of the block's code knows.
         put_back: makes it what it was.
         is_all_known: whether all that has changed can be put back; large tensors are not copied.
+        has_large: whether there are any.
     """
 
     changed: Callable[[], dict[str, Content]]
     put_back: Callable[[], None]
     is_all_known: Callable[[], bool]
+    has_large: bool
 
 
 class KeptAside:
@@ -92,7 +94,7 @@ class KeptAside:
         def is_all_known() -> bool:
             return not any(_holds_large(found) or _holds_large(before.get(name)) for name, found in changed().items())
 
-        return Remembered(changed, put_back, is_all_known)
+        return Remembered(changed, put_back, is_all_known, any(map(_holds_large, before.values())))
 
     def _holders(self) -> Iterator[tuple[str, Any]]:
         for path, module in self._modules:

@@ -37,6 +37,7 @@ class _Runs(threading.local):
     graphs = 0
     with_gates = 0
     rewritten = 0
+    as_traced = False  # meanwhile re-routed graphs run as they were traced, and count as re-routed
 
 
 runs = _Runs()

@@ -1,4 +1,4 @@
-"""What another call of a block may be given in place of the masks, flags, lengths and words of the call at hand.
+"""What another call of a block may be given in place of the masks, flags, lengths, words and numbers of one call.
 
 A trial of code outside the graph on one call's inputs shows nothing of a call that masks other tokens.
 """
@@ -6,6 +6,7 @@ A trial of code outside the graph on one call's inputs shows nothing of a call t
 from __future__ import annotations
 
 import inspect
+import math
 import random
 import types
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ _MASKED = 0.4  # of a tensor's elements
 _MOST = 8  # other calls that are made up
 _MOST_ABSENT = 3  # arguments that are not given, and are tried with a mask
 _MOST_NUMBERS = 24  # that the code of a block names
+_MOST_OF_A_NUMBER = 6  # others in place of a number that is no tensor
 _FAR_BELOW = -1e4  # what is added to scores of padding, at least
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Choice = list[float | None]
@@ -34,7 +36,8 @@ def other_calls(inputs: Arguments, block: nn.Module) -> Iterator[Arguments]:
         block: whose code names numbers that words may be compared with.
     """
     leaves, form = tree_flatten(inputs)
-    choices = {place: found for place, leaf in enumerate(leaves) if (found := _choices(leaf, block))}
+    tokens = next((math.prod(leaf.shape[:-1]) for leaf in leaves if is_rows(leaf)), 0)
+    choices = {place: found for place, leaf in enumerate(leaves) if (found := _choices(leaf, block, tokens))}
     longest = max(map(len, choices.values()), default=0)
     count = longest if len(choices) == 1 else min(2 * longest, max(_MOST, longest))
     for number in range(count):
@@ -92,8 +95,19 @@ def of_few_tokens(inputs: Arguments, tokens: int, few: int) -> Arguments:
     return tree_map(cut, inputs)  # type: ignore[no-any-return]
 
 
-def _choices(leaf: Any, block: nn.Module) -> Choice:
+def is_rows(value: Any) -> bool:
+    """Whether a value is a tensor [.., H] of floats, as hidden states are."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def _choices(leaf: Any, block: nn.Module, tokens: int) -> Choice:
     """What some elements become in one call after another; None: the contrary of a mask, or any number that occurs."""
+    if type(leaf) is bool:
+        return [float(not leaf)]
+    if type(leaf) is int:
+        likely = (tokens // 2, leaf // 2, tokens, 1, tokens - 1, 0, *_numbers_of(block))
+        others = [number for number in dict.fromkeys(likely) if number not in (leaf, -1)]
+        return [*map(float, others[:_MOST_OF_A_NUMBER])]
     if not isinstance(leaf, torch.Tensor) or leaf.numel() == 0:
         return []
     if leaf.dtype == torch.bool:
@@ -114,7 +128,9 @@ def _choices(leaf: Any, block: nn.Module) -> Choice:
     return [0.0, None, *half, *(float(number) for number in named if number)]
 
 
-def _marked(leaf: torch.Tensor, choice: float | None, generator: torch.Generator) -> torch.Tensor:
+def _marked(leaf: Any, choice: float | None, generator: torch.Generator) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf)(choice)
     some = some_elements(leaf.shape, _MASKED, generator).to(leaf.device) & ~_own_places(leaf)
     if choice is not None:
         return leaf.detach().masked_fill(some, choice)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import itertools
 import logging
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,8 +46,9 @@ from ..passes.graph import nodes
 from ..passes.graph.run_part import plain_number
 from ..passes.proof.made_up import by_turns
 from . import dynamo
+from .expert_products import WatchProducts
 from .kept_aside import KeptAside, alike, content
-from .other_calls import kinds_of, of_few_tokens, other_calls, with_masks
+from .other_calls import is_rows, kinds_of, of_few_tokens, other_calls, with_masks
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,7 @@ class Verdict:
     Attributes:
         merged: whether slots are merged in the rewrite that was proven; None where none was.
         reason: why none was.
+        saves_nothing: why no fewer weights are read where it is re-routed.
         is_gate: whether experts were seen to act on the hidden states of the tokens that name them.
         block: a number for what the block that was tried computes, see `computes_the_same`.
         whole: whether the block holds the gate as the model's graph does; else it may be a part of it.
@@ -89,6 +93,7 @@ class Verdict:
     is_gate: bool = True
     block: int = -1
     whole: bool = True
+    saves_nothing: str = ""
     ids_alone: bool = False
 
 
@@ -203,6 +208,7 @@ class _Trial:
         self.kept: dict[str, Any] = {}  # what the last run left besides its results, see `KeptAside`, or returned
         self._restless: set[str] = set()  # what is other in each run, as a time is
         self._others: list[Arguments] | None = None  # see `_other_calls`
+        self._is_compiled = False  # whether there is a graph with the gate
         self._found: list[Gate] = []
         self._by_sequence = False  # whether sequences choose, and not tokens
         self._ids: list[torch.Tensor] = []
@@ -224,6 +230,7 @@ class _Trial:
         if len(self._found) > 1 or _signature(self._found[0]) != _signature(self._gate):
             return Verdict(None, f"{name} compiled alone has another gate than it has in the model", whole=False)
         seen = False
+        self._is_compiled = True
         try:
             self._restless = self._find_restless(inputs)
             experts = self._experts(candidates, inputs)
@@ -235,7 +242,11 @@ class _Trial:
                 return verdict
             if self._weighs_nothing(experts, inputs):
                 return Verdict(None, SkipReason.NOTHING_WEIGHED.value)
-            return Verdict(None, _SENT_ELSEWHERE) if self._sends_elsewhere(experts, inputs) else verdict
+            if self._sends_elsewhere(experts, inputs):
+                return Verdict(None, _SENT_ELSEWHERE)
+            if self._computes_all(experts, inputs):
+                return replace(verdict, saves_nothing=f"{SkipReason.DENSE.value} (seen in a run of {name})")
+            return verdict
         except _FAILURES as error:
             return Verdict(None, f"{name} could not be run on made-up choices: {_short(error)}", is_gate=seen)
 
@@ -272,7 +283,7 @@ class _Trial:
     def _made_up_calls(self, inputs: Arguments) -> Iterator[Arguments]:
         yield from other_calls(inputs, self._block.module)
         # A later call may have a mask where this one has none: the graph before a break need not have asked.
-        hidden = next((leaf for leaf in tree_leaves(inputs) if _is_rows(leaf)), None)
+        hidden = next((leaf for leaf in tree_leaves(inputs) if is_rows(leaf)), None)
         if hidden is not None:
             for masked in with_masks(inputs, self._block.module, hidden.shape[:-1], hidden.device):
                 if self._serves(masked):
@@ -327,19 +338,18 @@ class _Trial:
             chosen: experts that tokens choose behind their first, by turns.
         """
         self._version, self._seed, self.scores, self.absent, self.chosen = version, seed, scores, absent, chosen
+        if self._is_compiled:
+            # Code behind the graph that other numbers would make compile anew runs as it is: it gives the same.
+            with dynamo.compiling_nothing_more():
+                results = self._run_once(inputs)
+            if self._ids:
+                return results
+        return self._run_once(inputs)
+
+    def _run_once(self, inputs: Arguments) -> list[torch.Tensor]:
         self._ids.clear()
         self._weights.clear()
-        device = self._block.weight.device
-        devices = [device] if device.type == "cuda" else []
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.random.fork_rng(devices),
-            dynamo.compiling_aside(),
-            self._block.state_restored() as written,
-            self._aside.restored() as changed,
-        ):
-            torch.manual_seed(0)
+        with dynamo.compiling_aside(), self._aside_of_model() as (written, changed):
             args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
             if (hidden := _hidden_of((args, kwargs))) is not None:
                 # The graph that is made serves many tokens as well.
@@ -348,6 +358,21 @@ class _Trial:
             returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             self.kept = {_RETURNED: content(result)} | changed()
             return returned + written()
+
+    @contextlib.contextmanager
+    def _aside_of_model(self) -> Iterator[tuple[Callable[[], list[torch.Tensor]], Callable[[], dict[str, Any]]]]:
+        """What a run changes is put back; gives functions that tell what it wrote, and what it left elsewhere."""
+        device = self._block.weight.device
+        devices = [device] if device.type == "cuda" else []
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            self._block.state_restored() as written,
+            self._aside.restored() as changed,
+        ):
+            torch.manual_seed(0)
+            yield written, changed
 
     # Which parameters are the experts'.
 
@@ -453,6 +478,15 @@ class _Trial:
         calls = [inputs, *([masked] if has_mask else []), *self._other_calls(inputs)]
         return any(self._adds_tokens(experts, given) or self._misses_tokens(experts, given) for given in calls)
 
+    def _computes_all(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
+        """Whether every expert computes every token, into a table of which the choice picks or weighs."""
+        parameters = [tensor for one in experts for tensor in one.tensors]
+        tokens = self._ids[0].numel() // self._gate.top_k
+        with self._aside_of_model(), WatchProducts(parameters, tokens, self._block.num_experts) as watch:
+            args, kwargs = copy.deepcopy(tree_map(_detached, inputs))
+            self._block.module(*args, **kwargs)
+        return watch.makes_all
+
     def _adds_tokens(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
         """Whether the first or last expert does something for tokens that did not choose it."""
         count = self._block.num_experts
@@ -467,7 +501,7 @@ class _Trial:
         return False
 
     def _misses_tokens(self, experts: list[ExpertSlices], inputs: Arguments) -> bool:
-        """Whether some tokens with a choice are the same in every draw, whatever their experts are."""
+        """Whether some tokens with a choice are the same in every draw, whatever their experts are, or go to others."""
         served: torch.Tensor | None = None
         for seed in range(_DRAWS):
             before, after = self._with_exchange(experts, inputs, seed=seed)
@@ -475,11 +509,33 @@ class _Trial:
             changed = _changed_rows(before, after, len(ids))
             if changed is None:
                 return False
+            if self._takes_others(experts, inputs, seed, before, ids):
+                return True
             unmarked = ((ids >= 0) & (ids < self._block.num_experts)).any(-1).to(changed.device)
             found = changed | ~unmarked
             served = found if served is None else served | found
         # Where none is served, a flag switches the experts off.
         return served is not None and bool(served.any()) and not bool(served.all())
+
+    def _takes_others(
+        self, experts: list[ExpertSlices], inputs: Arguments, seed: int, before: list[torch.Tensor], ids: torch.Tensor
+    ) -> bool:
+        """Whether some experts do something for tokens that chose none of them, as where padding takes others' choice.
+
+        Args:
+            experts: the parameters of all.
+            inputs: of the run.
+            seed: of the run.
+            before: what it returned.
+            ids: that it chose, int [T, K].
+        """
+        some = random.Random(seed).sample(range(self._block.num_experts), max(1, self._block.num_experts // 2))
+        with contextlib.ExitStack() as stack:
+            for one, expert in itertools.product(experts, some):
+                stack.enter_context(self._block.disturbed(one, expert))
+            changed = _changed_rows(before, self._run(inputs, seed=seed), len(ids))
+        names = torch.isin(ids, torch.tensor(some, device=ids.device)).any(-1)
+        return changed is not None and bool((changed & ~names.to(changed.device)).any())
 
     # Whether a rewrite is right.
 
@@ -794,10 +850,6 @@ def _shift(num_experts: int) -> dict[int, int]:
 
 def _is_vector(part: torch.Tensor) -> bool:
     return sum(size > 1 for size in part.shape) < 2
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and _floats(value) and value.dim() >= 2
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ def row_of(plan: GatePlan, entry: GateEntry) -> GateRow:
         is_sorted=gate.is_sorted,
         dispatch=gate.dispatch + (", merged" if rewritten and plan.merged else ""),
         status=plan.status,
-        reason=plan.reason or plan.fallback or (_idle(plan, entry) if rewritten else ""),
+        reason=plan.reason or plan.fallback or ((plan.saves_nothing or _idle(plan, entry)) if rewritten else ""),
         similarity=_similarity(plan, entry) if rewritten else "",
         threshold=_threshold(plan, entry) if rewritten else 0.0,
         substitution=_substitution(plan) if rewritten else "reroute",

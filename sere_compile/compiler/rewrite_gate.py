@@ -18,6 +18,7 @@ from ..passes import (
     Run,
     Skip,
     SkipReason,
+    check_savings,
     run_pipeline,
     verify_rewrite,
 )
@@ -66,6 +67,8 @@ def rewrite_gate(
     if run.rewrite is not None and "fill_dispatch" in run.refused:
         plan.fallback = f"re-routed, not filled: {run.refused['fill_dispatch']}"
         log.warning("%s is %s", plan.name, plan.fallback)
+    if run.rewrite is not None and plan.saves_nothing:
+        log.warning("%s is re-routed, but %s", plan.name, plan.saves_nothing)
     _log(plan, run)
     if refusal is not None:
         graph.drop_unused(plan)
@@ -93,9 +96,12 @@ def _run(
     filling = plan.config.substitution == "fill"
 
     def prove(gate: Gate, weighing: bool) -> Proof | Skip:
-        proof = _prove(gate, weight, graph, owners, weighing=weighing)
+        proof = _prove(plan, gate, weight, graph, owners, weighing=weighing)
+        if isinstance(proof, Skip):
+            return proof
+        plan.saves_nothing = plan.saves_nothing or _saves_nothing(plan, graph, proof, weight.device)
         # What fills lost slots reads no matrix. Nobody measures one for what is not re-routed.
-        return proof if isinstance(proof, Skip) or filling else find_matrix() or proof
+        return proof if filling else find_matrix() or proof
 
     inputs = graph.module.graph.find_nodes(op="placeholder")
     return Run(
@@ -114,6 +120,13 @@ def _run(
         fuses_experts=graph.fuses_experts,
         fuses_fp8=plan.config.lower_experts == "always",
     )
+
+
+def _saves_nothing(plan: GatePlan, graph: TracedGraph, proof: Proof, device: torch.device) -> str:
+    """Why re-routing reads no fewer weights, unless the experts may become an operator that runs the chosen ones."""
+    may_fuse = not isinstance(plan.region, Skip) and graph.takes_kernels and plan.config.acts("lower_experts", device)
+    found = None if may_fuse else check_savings(proof.gate, proof.experts)
+    return "" if found is None else f"{found.reason.value} ({found.detail})"
 
 
 def _switches(plan: GatePlan, run: Run, takes_kernels: bool) -> Callable[[str], bool]:
@@ -151,7 +164,9 @@ def _log(plan: GatePlan, run: Run) -> None:
             log.info("%s keeps its %s: %s", plan.name, entry.replaces, run.refused[entry.name])
 
 
-def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners, *, weighing: bool) -> Proof | Skip:
+def _prove(
+    plan: GatePlan, gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners, *, weighing: bool
+) -> Proof | Skip:
     """How a gate can be rewritten, and what is proven of that, or the refusal where nothing is.
 
     Ids and weights that leave the graph go to code that it does not show: that is run.
@@ -166,6 +181,7 @@ def _prove(gate: Gate, weight: torch.Tensor, graph: TracedGraph, owners: Owners,
         if weighing and not verdict.merged:
             detail = "the code that receives its weights does more than multiply what the experts give by them"
             return Skip(SkipReason.UNVERIFIED, gate.selection, detail, Evidence.EXPERTS)
+        plan.saves_nothing = verdict.saves_nothing
         # Dynamo reuses the graph for other layers with the same code: those whose experts differ compile their own.
         dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
         shown = ids_alone(gate) if verdict.ids_alone else gate

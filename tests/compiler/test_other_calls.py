@@ -54,6 +54,15 @@ def test_a_flag(given):
     assert {float(one) for one in others(given)} == {0.0, 1.0}
 
 
+def test_numbers_that_are_no_tensors():
+    """A length of all tokens, of some, a number that the code names; a flag is on or off."""
+    assert set(others(5)) == {2, 1, 4, 0, 9, 7}
+    assert all(type(one) is int for one in others(5))
+    assert others(2)[0] == 1
+    assert others(True) == [False]
+    assert others(2.5) == []
+
+
 @pytest.mark.parametrize("given", [torch.zeros(1, 1, 5, 5), torch.zeros(5).masked_fill(torch.arange(5) > 2, -1e9)])
 def test_what_is_added_to_scores(given):
     low = torch.finfo(torch.float32).min

@@ -15,7 +15,7 @@ from sere_compile.compiler.dynamo_graph import DynamoGraph
 from sere_compile.compiler.gate_plan import experts_are_live
 from sere_compile.compiler.prove_outside import made_up_order, prove_outside
 from sere_compile.experts.owner import Owners
-from sere_compile.passes import find_gates
+from sere_compile.passes import SkipReason, find_gates
 
 from ..passes.graph.written import Written
 from ..thinned import thinned
@@ -385,6 +385,14 @@ def rows():
 )
 def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]
+
+
+def test_experts_that_all_compute_every_token_are_told():
+    """A table picks of what all of them give: re-routing is right, and saves nothing."""
+    [verdict] = verdicts(Block(InVmap()), rows())
+    assert verdict.merged is not None
+    assert verdict.saves_nothing.startswith(SkipReason.DENSE.value)
+    assert "seen in a run of" in verdict.saves_nothing
 
 
 @pytest.mark.slow
@@ -1150,16 +1158,16 @@ class TestCallsInGraphs:
 class MaskedLater(nn.Module):
     """The code behind the end of the graph makes a mask of what it is given, and sends what that marks to an expert."""
 
-    def __init__(self, told):
+    def __init__(self, told, sent=lambda ids: 2):
         super().__init__()
         self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
         self.experts = Experts()
-        self.told = told
+        self.told, self.sent = told, sent
 
     def forward(self, x, given=None):
         weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
         torch._dynamo.graph_break()
-        ids = ids if given is None else torch.where(self.told(given), ids, 2)
+        ids = ids if given is None else torch.where(self.told(given), ids, self.sent(ids))
         return self.experts(x, ids, weights)
 
 
@@ -1173,8 +1181,10 @@ class MaskedLater(nn.Module):
             (lambda given: given[:, None] != 0, torch.arange(5) + 3),
             (lambda given: torch.arange(5)[:, None] < given, torch.tensor(5)),
             (lambda given: given, torch.tensor(True)),
+            (lambda given: torch.arange(5)[:, None] < given, 5),
+            (lambda given: torch.tensor(given), True),
         ],
-        (0, 5),
+        (0, 5, 6),
     ),
 )
 def test_what_marks_nothing_yet_may_mark_later(told, given):
@@ -1196,3 +1206,11 @@ def test_the_mask_of_a_long_prompt_is_tried():
     long = torch.randn(100, HIDDEN)
     block = MaskedLater(lambda given: given[:, None])
     assert [v.merged for v in verdicts(block, long, torch.ones(100, dtype=torch.bool))] == [None]
+
+
+def test_padding_that_takes_the_choice_of_another_token():
+    """What it chose itself makes no primaries, and an exchange of all experts shows in every token."""
+    block = MaskedLater(lambda given: given[:, None], lambda ids: ids[:1])
+    [verdict] = verdicts(block, rows()[0], torch.ones(5, dtype=torch.bool))
+    assert verdict.merged is None
+    assert "mark their ids with -1 before the graph ends" in verdict.reason

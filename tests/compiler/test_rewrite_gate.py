@@ -12,6 +12,7 @@ from sere_compile.passes.verify_rewrite import SHOWN
 
 from ..compiled import logits
 from ..passes.moe_modules import Indexed, ScatterCombine, expected, rows, similarity
+from ..passes.test_check_savings import Returning, by_table
 from ..tiny_models import EAGER_SLOW, PAIRS, build, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -132,3 +133,27 @@ class TestWords:
     )
     def test_kernels(self, done, refused, said):
         assert rewrite_gate._kernels(types.SimpleNamespace(done=done, refused=refused)) == said
+
+
+class TestSavings:
+    """Where every expert computes every token, re-routing is right, and saves nothing."""
+
+    def test_it_is_told(self, caplog):
+        """In the report and the log; S = K is still the model's own."""
+        block, x = Returning(by_table), rows()
+        sere_compile.attach(block, sere_compile.SimilarityProfile({"router": symmetric()}))
+        [row] = sere_compile.explain(block, x, config=SereConfig(select_top_k=1, min_active=0))
+        assert (row.status, row.reason.split(",")[0]) == ("rewritten", "every expert computes every token")
+        assert "WARNING" in caplog.text
+        assert "is re-routed, but every expert computes every token" in caplog.text
+
+    def test_nothing_is_told_of_others(self, caplog):
+        block, x = Indexed(), rows()
+        sere_compile.attach(block, sere_compile.SimilarityProfile({"router": symmetric()}))
+        [row] = sere_compile.explain(block, x, config=SereConfig(select_top_k=1, min_active=0))
+        assert (row.status, row.reason) == ("rewritten", "")
+        assert "every expert" not in caplog.text
+
+
+def symmetric():
+    return ((similarity() + similarity().T) / 2).fill_diagonal_(1.0)

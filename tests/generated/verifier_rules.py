@@ -114,6 +114,7 @@ PROVER = "tests/passes/proof/test_prover.py"
 DRAWS = "tests/passes/proof/test_draws.py"
 MASKS = f"{PROVER}::TestMaskInput"
 BORDERS = f"{DRAWS}::test_an_expert_that_a_mask_sends_tokens_to"
+NUMBERS = "tests/passes/proof/test_other_numbers.py"
 OUTSIDE = "tests/compiler/test_prove_outside.py"
 TRIAL = prove_outside._Trial
 RULES = {
@@ -147,7 +148,8 @@ RULES = {
         tests=(f"{DRAWS}::test_tokens_that_are_dropped_only_where_there_are_many",)),
     "other calls mask some tokens": Rule(masks.Masks, "_mixed", all_real, tests=(MASKS,)),
     "each expert is re-routed under masks": Rule(
-        prover.Prover, "_wrong_under_masks", always(None), tests=(BORDERS,)),
+        prover.Prover, "_wrong_in_other_calls", always(None), tests=(BORDERS,)),
+    "other calls bring other numbers": Rule(prover, "other_numbers", always([]), tests=(NUMBERS,)),
     "what no draw re-routes acts on its own tokens": Rule(
         prover.Prover, "_acts_unnamed", always(False),
         tests=(f"{DRAWS}::test_an_expert_that_no_draw_re_routes_under_a_mask",)),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sere_compile.passes.graph import nodes
 from sere_compile.passes.proof.masks import Masks
 
 from ..moe_modules import TOKENS, Indexed, from_dynamo, from_make_fx
@@ -140,3 +141,21 @@ def test_floats_that_are_compared(far):
     assert (numbers == 0).any()
     assert (numbers == -1e9).any()
     assert ((numbers > 0.5) & (numbers < 2)).any()
+
+
+class TestJoined:
+    """One tensor through which alone masks act."""
+
+    def test_masks_that_are_one_in_the_end(self):
+        masks, _ = masks_of(lambda module, mask, words: mask & (words != 7), MASK, WORDS)
+        assert "and" in masks.joined.name
+
+    def test_numbers_that_are_compared(self):
+        masks, _ = masks_of(lambda module, words: (words != 7).squeeze(-1)[:, None], WORDS)
+        assert nodes.kind(masks.joined) == "ne"
+
+    @pytest.mark.parametrize("trace", [from_dynamo, from_make_fx])
+    def test_apart(self, trace):
+        """Each has its own effect, or numbers have."""
+        assert masks_of(lambda module, a, b: a * 1.0 + b, MASK, ~MASK, trace=trace)[0].joined is None
+        assert masks_of(lambda module, words: words * 0.5, WORDS, trace=trace)[0].joined is None

@@ -1,0 +1,76 @@
+"""Whether a call under dynamic-shape capture gives what the model gives: torch itself is wrong about some loops.
+
+With numbers read from tensors as symbols, Dynamo takes `n in ids[t].tolist()` for False whatever the list holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+_APART = 1e-2  # of the norm, and more in half precision: a compiler rounds, and a close choice may be another one
+_APART_IN_HALF = 1e-1
+
+
+def copy_of(call: Any) -> Any:
+    """The arguments of a call with tensors of their own; anything that is no tensor is shared."""
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
+
+    return tree_map(copied, call)
+
+
+@contextlib.contextmanager
+def buffers_restored(model: Any) -> Iterator[None]:
+    """Meanwhile a call may write to the model's buffers."""
+    held = list(model.buffers()) if isinstance(model, nn.Module) else []
+    kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in held if not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, before in kept:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+def eager_results(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model gives without any compiler; the call's arguments are not written to."""
+    own_args, own_kwargs = copy_of((args, kwargs))
+    with buffers_restored(model), torch.compiler.set_stance("force_eager"):
+        return model(*own_args, **own_kwargs)
+
+
+def shows_wrong(got: Any, run: Callable[[], Any]) -> bool:
+    """Whether a result is none that the model gives; one that gives others each time shows nothing.
+
+    Args:
+        got: the result.
+        run: makes the call in eager mode.
+    """
+    wanted = run()
+    return not is_same(got, wanted) and is_same(run(), wanted)
+
+
+def is_same(got: Any, wanted: Any) -> bool:
+    """Whether two results are the same but for rounding; where they hold floats, those count alone."""
+    pairs = [[leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)] for result in (got, wanted)]
+    if [tensor.shape for tensor in pairs[0]] != [tensor.shape for tensor in pairs[1]]:
+        return False
+    both = list(zip(*pairs, strict=True))
+    floats = [(a, b) for a, b in both if b.is_floating_point()]
+    return all(_is_near(a, b) for a, b in floats) if floats else all(torch.equal(a, b) for a, b in both)
+
+
+def _is_near(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    apart = _APART if wanted.element_size() > 2 else _APART_IN_HALF
+    a, b = (torch.nan_to_num(tensor.detach().float(), posinf=0, neginf=0) for tensor in (got, wanted))
+    return bool((a - b).norm() <= apart * b.norm())

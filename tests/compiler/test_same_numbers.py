@@ -1,0 +1,71 @@
+"""Results of one call in two ways."""
+
+import pytest
+import torch
+from torch import nn
+
+from sere_compile.compiler.same_numbers import buffers_restored, copy_of, eager_results, is_same
+
+X = torch.randn(4, 8)
+
+
+def test_rounding_is_no_difference():
+    assert is_same((X * 1.001, "text"), (X, "other"))
+    assert not is_same(X * 1.1, X)
+    assert is_same(X.bfloat16() * 1.05, X.bfloat16())
+    assert not is_same(X.bfloat16() * 1.5, X.bfloat16())
+
+
+@pytest.mark.parametrize("got", [X[:2], (X, X), ()])
+def test_other_things(got):
+    assert not is_same(got, X)
+
+
+def test_whole_numbers_count_where_there_is_nothing_else():
+    """A choice between two close ones may be another in each."""
+    ids = torch.arange(4)
+    assert is_same((X, ids), (X, ids.flip(0)))
+    assert not is_same(ids, ids.flip(0))
+    assert is_same(ids, ids.clone())
+
+
+def test_what_is_no_number_in_both():
+    assert is_same(X.log(), X.log())
+    assert not is_same(X.log() * 2, X.log())
+
+
+def test_copies():
+    leaf = X.clone().requires_grad_()
+    (made, kept), named = copy_of(((leaf, "text"), {"x": X}))
+    assert kept == "text"
+    assert made.requires_grad
+    assert torch.equal(made, leaf)
+    assert named["x"] is not X
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x.mul_(2)
+
+
+def test_nothing_is_left_changed():
+    model, x = Counting(), X.clone()
+    assert torch.equal(eager_results(model, (x,), {}), X * 2)
+    assert torch.equal(x, X)
+    assert model.calls == 0
+    with buffers_restored(model):
+        model(x)
+    assert model.calls == 0
+
+
+def test_a_compiled_part_runs_in_eager_mode():
+    def fails(graph, inputs):
+        raise AssertionError("compiled")
+
+    compiled = torch.compile(Counting(), backend=fails)
+    assert torch.equal(eager_results(lambda x: compiled(x), (X,), {}), X * 2)
