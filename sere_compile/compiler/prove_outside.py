@@ -396,9 +396,10 @@ class _Trial:
         return taken
 
     def _scales_weights(self, one: ExpertSlices, taken: list[ExpertSlices], inputs: Arguments) -> bool:
-        """Whether a number per expert does nothing by itself: it may scale routing weights, and then be the router's.
+        """Whether a number per expert may scale routing weights, and be the router's.
 
-        A bias of the experts shows where all else that they have is zero.
+        A bias of the experts shows where all else that they have is zero, and adds the same whatever that is. So does
+        no scale of weights, also where these are read elsewhere, `y + (1 - weights[:, :1]) * x`.
         """
         others = [other for other in taken if other is not one]
         if one.parts(self._block.num_experts)[0].numel() > 1 or not others:
@@ -407,7 +408,17 @@ class _Trial:
         made_by_experts = self._changes_with(others, inputs)
         with self._block.zeroed(others):
             changes = self._changes_with([one], inputs)
-        return not any(by_one and by_experts for by_one, by_experts in zip(changes, made_by_experts, strict=True))
+        if not any(by_one and by_experts for by_one, by_experts in zip(changes, made_by_experts, strict=True)):
+            return True
+        return not self._adds_alone(one, others, inputs)
+
+    def _adds_alone(self, one: ExpertSlices, others: list[ExpertSlices], inputs: Arguments) -> bool:
+        """Whether what an exchange of other parameters changes is the same whatever one of them is."""
+        before, after = self._with_exchange(others, inputs)
+        with self._block.exchanged([one], _shift(self._block.num_experts)):
+            then_before, then_after = self._with_exchange(others, inputs)
+        runs = zip(before, after, then_before, then_after, strict=True)
+        return all(_close(b - a, d - c) for a, b, c, d in runs if _floats(a))
 
     def _changes_with(self, exchanged: list[ExpertSlices], inputs: Arguments) -> list[bool]:
         """Which of the tensors that the block returns are others when experts take each other's parameters."""

@@ -117,6 +117,25 @@ class Scaled(Experts):
         return super().forward(x, ids, weights * self.scale[ids].view(weights.shape))
 
 
+class ScaledResidual(Scaled):
+    """The scaled weights say as well how much of the hidden states stays, whatever the experts give."""
+
+    def forward(self, x, ids, weights):
+        weights = weights * self.scale[ids].view(weights.shape)
+        return Experts.forward(self, x, ids, weights) + (1 - weights[:, :1]) * x
+
+
+class Biased(Experts):
+    """A number that each expert adds to all that it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(EXPERTS))
+
+    def expert(self, x, number):
+        return super().expert(x, number) + self.bias[number]
+
+
 class ScaledLoss(Scaled):
     """Its loss reads the scaled weights, whatever the experts give."""
 
@@ -546,6 +565,15 @@ def test_a_table_of_values_is_no_gate(values):
 def test_a_scale_per_expert_outside_keeps_what_the_router_chose(sizes):
     """New ids would fetch another scale: exchanged experts keep the old one, and nothing is proven."""
     assert [v.merged for v in verdicts(Block(Scaled(sizes)), rows())] == [None]
+
+
+def test_a_scale_whose_weights_are_read_beside_the_experts():
+    """It shows without any expert, and scales what they give: no bias of theirs."""
+    assert [v.merged for v in verdicts(Block(ScaledResidual(EXPERTS)), rows())] == [None]
+
+
+def test_a_number_that_experts_add_goes_with_them():
+    assert [v.merged for v in verdicts(Block(Biased()), rows())] == [True]
 
 
 @pytest.mark.slow
