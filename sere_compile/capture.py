@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class _Compiled:
         before = runs.graphs
         with missing_gates.one_call() as call:
             if self._dynamic is None:
-                result = self._first_call(call, args, kwargs)
+                with _warnings_of_one_call() as made_again:
+                    result = self._first_call(call, made_again, args, kwargs)
             elif self._dynamic:
                 result = self._call_captured(args, kwargs)
             else:
@@ -132,7 +134,13 @@ class _Compiled:
         with contextlib.nullcontext() if self._captured is None else dynamo.graphs_before_loops():
             return self._plain(*args, **kwargs)
 
-    def _first_call(self, call: missing_gates.OneCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _first_call(
+        self,
+        call: missing_gates.OneCall,
+        made_again: Callable[[], None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
         untouched = _versions(self._model, args, kwargs)
@@ -152,6 +160,7 @@ class _Compiled:
                 raise
             random_state.restore()
             call.forget()
+            made_again()
             call.refusal = dynamo.raised_by_backend(error, GateNotFoundError)
             return self._call_plain(args, kwargs)
         if runs.rewritten > before:
@@ -162,6 +171,7 @@ class _Compiled:
             return result
         random_state.restore()
         call.forget()
+        made_again()
         return self._call_plain(args, kwargs)
 
     def _can_be_made_again(
@@ -180,6 +190,30 @@ class _Compiled:
         self._dynamic = False
         dynamo.forget_codes(self._model)
         log.info("compiling without dynamic-shape capture: %s", reason)
+
+
+@contextlib.contextmanager
+def _warnings_of_one_call() -> Iterator[Callable[[], None]]:
+    """Warnings inside are given at the end, those of a call that is made again once.
+
+    Yields a function that says that the call is made again. What is warned of in the first try alone is given too: it
+    may be said once in a process.
+    """
+    first, given = 0, list[warnings.WarningMessage]()
+
+    def made_again() -> None:
+        nonlocal first
+        first = len(given)
+
+    try:
+        with warnings.catch_warnings(record=True) as recorded:
+            given = recorded
+            yield made_again
+    finally:
+        again = {(one.category, str(one.message)) for one in given[first:]}
+        for place, one in enumerate(given):
+            if place >= first or (one.category, str(one.message)) not in again:
+                warnings.showwarning(one.message, one.category, one.filename, one.lineno, one.file, one.line)
 
 
 class _RandomState:

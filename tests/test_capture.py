@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 
 import pytest
 import torch
@@ -359,6 +360,49 @@ def test_a_call_that_is_made_again_finds_what_the_first_try_kept_as_it_was(break
         assert torch.equal(compiled(torch.ones(3)), plain(torch.ones(3)))
         assert (model.calls, len(model.log)) == (number, number)
         assert torch.equal(model.sums, plain.sums)
+
+
+TOLD = []
+
+
+def tell(x):
+    TOLD.append(float(x.sum()))
+
+
+class Tells(torch.nn.Module):
+    """No gate; a helper keeps a list, and each call warns."""
+
+    def forward(self, x):
+        tell(x)
+        warnings.warn("a default is taken", stacklevel=1)
+        torch._dynamo.graph_break()
+        return x + 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_that_is_made_again_says_things_once(fails, monkeypatch):
+    """Also what one try alone says is said."""
+    if fails:
+        own = Tells.forward
+
+        def forward(self, x):
+            y = own(self, x)
+            if torch._dynamo.config.capture_scalar_outputs:
+                warnings.warn("capture is on", stacklevel=1)
+                raise NotImplementedError
+            return y
+
+        monkeypatch.setattr(Tells, "forward", torch._dynamo.disable(forward))
+    compiled = sere_compile.compile(Tells(), select_top_k=1, inner="eager")
+    TOLD.clear()
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compiled(torch.ones(3))
+    assert TOLD == [3.0, 3.0]
+    told = [str(one.message) for one in given if one.category is UserWarning]
+    assert [text for text in told if text == "a default is taken"] == ["a default is taken"] * 2
+    assert ("capture is on" in told) == fails
 
 
 def test_a_call_that_has_changed_what_is_not_copied_is_not_made_again():

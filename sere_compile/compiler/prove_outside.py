@@ -16,6 +16,7 @@ import contextlib
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -338,6 +339,7 @@ class _Trial:
             dynamo.compiling_aside(),
             self._block.state_restored() as written,
             self._aside.restored() as changed,
+            warnings.catch_warnings(record=True),  # the program's own are given by its own call
         ):
             torch.manual_seed(0)
             args, kwargs = copy.deepcopy(tree_map(_detached, inputs))

@@ -1,5 +1,7 @@
 """What a layer keeps or returns of its dispatch is made of the ids that the router chose."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -347,6 +349,32 @@ def test_across_a_break_one_attribute_serves_both_and_nothing_is_re_routed(kind,
 
     monkeypatch.setattr(Keeps, "experts", behind_a_break)
     unchanged(kind)
+
+
+TOLD = []
+
+
+def tell(order):
+    TOLD.append(order.clone())
+
+
+class Tells(Keeps):
+    """Code behind a break, which is run to try it, calls a helper that keeps a list, and warns."""
+
+    def experts(self, x):
+        torch._dynamo.graph_break()
+        tell(self.order)
+        warnings.warn("a default is taken", stacklevel=1)
+        return super().experts(x)
+
+
+def test_a_trial_of_the_code_outside_says_nothing():
+    TOLD.clear()
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        unchanged(Tells)
+    assert len(TOLD) == 4  # two calls, and two of the model that is compared
+    assert sum(str(one.message) == "a default is taken" for one in given) == 4
 
 
 def test_what_a_closure_keeps_is_refused():
