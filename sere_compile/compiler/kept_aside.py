@@ -230,7 +230,7 @@ def _functions(value: Any) -> list[types.FunctionType]:
 
 
 def _named(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function reads of its module and its closure, by name; of other modules of the user what it names there."""
+    """What a function reads of its module, of other modules of the user, and of its closure, by name."""
     pending, names, stored = [function.__code__], list[str](), set[str]()
     while pending:  # functions and comprehensions in it, too
         code = pending.pop()

@@ -431,6 +431,30 @@ def test_a_second_matrix_of_each_expert_that_goes_by_what_is_kept(breaks):
     unchanged(lambda: Maps(breaks))
 
 
+class BiasBehind(Keeps):
+    """A vector of each expert is added behind a break, by the ids that the layer keeps."""
+
+    def __init__(self, adds=True):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.adds = adds
+
+    def forward(self, x):
+        weights, self.ids = self.gate(x).softmax(-1).topk(TOP_K)
+        self.order, self.rows = self.ids.flatten().sort(stable=True)[1], self.ids
+        self.weights, self.sizes = weights, [1] * EXPERTS
+        y = torch.einsum("tkij,ti,tk->tj", self.w[self.ids], x, weights)
+        torch._dynamo.graph_break()
+        behind = self.bias[self.ids] * self.weights[..., None] if self.adds else self.ids[..., None].expand(-1, -1, 8)
+        return y + behind.sum(1)
+
+
+def test_a_vector_of_each_expert_behind_a_break():
+    """The graph holds a whole dispatch, and is re-routed where the rest makes nothing of experts by the ids."""
+    unchanged(BiasBehind)
+    compared(lambda: BiasBehind(adds=False), strict=True)
+
+
 class Twice(Keeps):
     """Behind a break the same experts run again, by what is kept."""
 
