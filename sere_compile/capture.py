@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import sere_backend
 from .compiler import dynamo, missing_gates
-from .compiler.kept_aside import KeptAside, Remembered
+from .compiler.kept_aside import KeptAside, Remembered, remember_generators
 from .compiler.missing_gates import runs
 from .config import SereConfig
 from .errors import GateNotFoundError
@@ -217,19 +217,20 @@ def _warnings_of_one_call() -> Iterator[Callable[[], None]]:
 
 
 class _RandomState:
-    """The state of torch's random generators, so that a call that is made again draws the same numbers."""
+    """The state of torch's, Python's and numpy's generators: a call that is made again draws the same numbers."""
 
     def __init__(self, *holders: Any) -> None:
         leaves = tree_leaves(holders[1:])
         if isinstance(holders[0], nn.Module):
             leaves += [*holders[0].parameters(), *holders[0].buffers()]
         devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
-        self._cpu = torch.get_rng_state()
+        self._cpu, self._others = torch.get_rng_state(), remember_generators()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 
     def restore(self) -> None:
         """Draw from here on what was drawn since this was made."""
         torch.set_rng_state(self._cpu)
+        self._others()
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
 

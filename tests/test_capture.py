@@ -1,9 +1,11 @@
 """`sere_compile.compile`: dynamic-shape capture where it brings a gate into a graph, the default elsewhere."""
 
 import logging
+import random
 import re
 import warnings
 
+import numpy
 import pytest
 import torch
 
@@ -220,6 +222,31 @@ def test_a_call_that_is_made_again_draws_the_same_numbers():
     expected = [Noisy()(x), Noisy()(x)]
     compiled = sere_compile.compile(Noisy(), select_top_k=1, inner="eager")
     torch.manual_seed(0)
+    assert all(torch.equal(compiled(x), wanted) for wanted in expected)
+
+
+class NoisyByOthers(torch.nn.Module):
+    """No gate, and random numbers of Python and numpy, outside of graphs."""
+
+    def forward(self, x):
+        return x + drawn()
+
+
+@torch._dynamo.disable
+def drawn():
+    return random.random() + numpy.random.random()
+
+
+def test_a_call_that_is_made_again_draws_the_same_numbers_of_other_generators():
+    def seed():
+        random.seed(0)
+        numpy.random.seed(0)
+
+    x = torch.zeros(3, 4)
+    seed()
+    expected = [NoisyByOthers()(x), NoisyByOthers()(x)]
+    compiled = sere_compile.compile(NoisyByOthers(), select_top_k=1, inner="eager")
+    seed()
     assert all(torch.equal(compiled(x), wanted) for wanted in expected)
 
 

@@ -12,12 +12,14 @@ import contextlib
 import dis
 import functools
 import os
+import random
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -79,7 +81,7 @@ class KeptAside:
         """What is kept now, for later."""
         before = self.content()
         attributes = [(module, dict(_attributes(module))) for _, module in self._modules]
-        inside = [_snapshot(value) for _, value in self._holders()]
+        inside = [_snapshot(value) for _, value in self._holders()] + [remember_generators()]
 
         def changed() -> dict[str, Content]:
             now = self.content()
@@ -105,6 +107,17 @@ class KeptAside:
             for name, value in _attributes(module):
                 yield f"{path}.{name}".strip("."), value
         yield from self._globals.items()
+
+
+def remember_generators() -> Callable[[], None]:
+    """Remember where Python's and numpy's random numbers are; gives what puts them back. torch's are not among them."""
+    own, of_numpy = random.getstate(), numpy.random.get_state()
+
+    def put_back() -> None:
+        random.setstate(own)
+        numpy.random.set_state(of_numpy)
+
+    return put_back
 
 
 @dataclass(frozen=True)
