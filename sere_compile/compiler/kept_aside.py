@@ -233,7 +233,7 @@ def _functions(value: Any) -> list[types.FunctionType]:
     """The functions that a call of a value runs, as far as that can be seen."""
     if isinstance(value, property):
         return [made for made in (value.fget, value.fset) if isinstance(made, types.FunctionType)]
-    found = []
+    found: list[types.FunctionType] = []
     while value is not None and len(found) < _DEEP:
         value = getattr(value, "func" if isinstance(value, functools.partial) else "__func__", value)
         if isinstance(value, types.FunctionType):
@@ -291,6 +291,7 @@ def _has_own_members(value: Any) -> bool:
 
 def _members(value: Any) -> list[tuple[Any, Any]] | None:
     """What a container or object holds, by name or place; None where it holds nothing that is looked at."""
+    found: list[tuple[Any, Any]]
     if isinstance(value, _Variable):
         found = [(value.name, value.get())]
     elif isinstance(value, dict):
