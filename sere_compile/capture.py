@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import sere_backend
 from .compiler import dynamo, missing_gates
-from .compiler.kept_aside import KeptAside, Remembered
+from .compiler.kept_aside import KeptAside, Remembered, remember_generators
 from .compiler.missing_gates import runs
 from .compiler.same_numbers import buffers_restored, copy_of, eager_results, shows_wrong
 from .config import SereConfig
@@ -104,7 +105,8 @@ class _Compiled:
         before = runs.graphs
         with missing_gates.one_call() as call:
             if self._dynamic is None:
-                result = self._first_call(call, args, kwargs)
+                with _warnings_of_one_call() as made_again:
+                    result = self._first_call(call, made_again, args, kwargs)
             elif self._dynamic:
                 result = self._call_captured(args, kwargs)
             else:
@@ -138,7 +140,13 @@ class _Compiled:
         with contextlib.nullcontext() if self._captured is None else dynamo.graphs_before_loops():
             return self._plain(*args, **kwargs)
 
-    def _first_call(self, call: missing_gates.OneCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _first_call(
+        self,
+        call: missing_gates.OneCall,
+        made_again: Callable[[], None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         # A frame that an earlier compile skipped would be skipped again, whatever is captured now.
         dynamo.forget_codes(self._model)
         # What its code keeps in attributes, lists and objects, and may read in the next call.
@@ -150,6 +158,7 @@ class _Compiled:
         try:
             is_right = not is_tried or self._captures_right(args, kwargs, random_state, aside)
             if is_right:
+                made_again()
                 is_tried, untouched, before = False, _versions(self._model, args, kwargs), runs.rewritten
                 result = self._call_captured(args, kwargs)
         except Exception as error:  # what capture raises has no common class; it is logged or raised
@@ -161,16 +170,16 @@ class _Compiled:
                 )
                 raise
             refusal = dynamo.raised_by_backend(error, GateNotFoundError)
-            return self._start_again(call, args, kwargs, random_state, refusal)
+            return self._start_again(call, made_again, args, kwargs, random_state, refusal)
         if not is_right:
-            return self._start_again(call, args, kwargs, random_state)
+            return self._start_again(call, made_again, args, kwargs, random_state)
         if runs.rewritten > before:
             self._dynamic = True
             return result
         self._give_up(_NO_GATE)
         if not self._can_be_made_again(untouched, aside, args, kwargs):
             return result
-        return self._start_again(call, args, kwargs, random_state)
+        return self._start_again(call, made_again, args, kwargs, random_state)
 
     def _captures_right(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], random_state: _RandomState, aside: Remembered | None
@@ -214,6 +223,7 @@ class _Compiled:
     def _start_again(
         self,
         call: missing_gates.OneCall,
+        made_again: Callable[[], None],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         random_state: _RandomState,
@@ -222,6 +232,7 @@ class _Compiled:
         """Make the call in the other way, now that capture is given up."""
         random_state.restore()
         call.forget()
+        made_again()
         call.refusal = refusal
         return self._call_plain(args, kwargs)
 
@@ -243,20 +254,45 @@ class _Compiled:
         log.info("compiling without dynamic-shape capture: %s", reason)
 
 
+@contextlib.contextmanager
+def _warnings_of_one_call() -> Iterator[Callable[[], None]]:
+    """Warnings inside are given at the end, those of a call that is made again once.
+
+    Yields a function that says that the call is made again. What is warned of in the first try alone is given too: it
+    may be said once in a process.
+    """
+    first, given = 0, list[warnings.WarningMessage]()
+
+    def made_again() -> None:
+        nonlocal first
+        first = len(given)
+
+    try:
+        with warnings.catch_warnings(record=True) as recorded:
+            given = recorded
+            yield made_again
+    finally:
+        again = {(one.category, str(one.message)) for one in given[first:]}
+        for place, one in enumerate(given):
+            if place >= first or (one.category, str(one.message)) not in again:
+                warnings.showwarning(one.message, one.category, one.filename, one.lineno, one.file, one.line)
+
+
 class _RandomState:
-    """The state of torch's random generators, so that a call that is made again draws the same numbers."""
+    """The state of torch's, Python's and numpy's generators: a call that is made again draws the same numbers."""
 
     def __init__(self, *holders: Any) -> None:
         leaves = tree_leaves(holders[1:])
         if isinstance(holders[0], nn.Module):
             leaves += [*holders[0].parameters(), *holders[0].buffers()]
         devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
-        self._cpu = torch.get_rng_state()
+        self._cpu, self._others = torch.get_rng_state(), remember_generators()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 
     def restore(self) -> None:
         """Draw from here on what was drawn since this was made."""
         torch.set_rng_state(self._cpu)
+        self._others()
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
 

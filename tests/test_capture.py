@@ -1,8 +1,11 @@
 """`sere_compile.compile`: dynamic-shape capture where it brings a gate into a graph, the default elsewhere."""
 
 import logging
+import random
 import re
+import warnings
 
+import numpy
 import pytest
 import torch
 
@@ -222,6 +225,31 @@ def test_a_call_that_is_made_again_draws_the_same_numbers():
     assert all(torch.equal(compiled(x), wanted) for wanted in expected)
 
 
+class NoisyByOthers(torch.nn.Module):
+    """No gate, and random numbers of Python and numpy, outside of graphs."""
+
+    def forward(self, x):
+        return x + drawn()
+
+
+@torch._dynamo.disable
+def drawn():
+    return random.random() + numpy.random.random()
+
+
+def test_a_call_that_is_made_again_draws_the_same_numbers_of_other_generators():
+    def seed():
+        random.seed(0)
+        numpy.random.seed(0)
+
+    x = torch.zeros(3, 4)
+    seed()
+    expected = [NoisyByOthers()(x), NoisyByOthers()(x)]
+    compiled = sere_compile.compile(NoisyByOthers(), select_top_k=1, inner="eager")
+    seed()
+    assert all(torch.equal(compiled(x), wanted) for wanted in expected)
+
+
 @pytest.mark.parametrize("kind", [MaskLoop, IfAny])
 @pytest.mark.parametrize("strict", [False, True])
 def test_capture_is_kept_only_where_a_gate_is_re_routed(kind, strict, caplog):
@@ -359,6 +387,49 @@ def test_a_call_that_is_made_again_finds_what_the_first_try_kept_as_it_was(break
         assert torch.equal(compiled(torch.ones(3)), plain(torch.ones(3)))
         assert (model.calls, len(model.log)) == (number, number)
         assert torch.equal(model.sums, plain.sums)
+
+
+TOLD = []
+
+
+def tell(x):
+    TOLD.append(float(x.sum()))
+
+
+class Tells(torch.nn.Module):
+    """No gate; a helper keeps a list, and each call warns."""
+
+    def forward(self, x):
+        tell(x)
+        warnings.warn("a default is taken", stacklevel=1)
+        torch._dynamo.graph_break()
+        return x + 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_that_is_made_again_says_things_once(fails, monkeypatch):
+    """Also what one try alone says is said."""
+    if fails:
+        own = Tells.forward
+
+        def forward(self, x):
+            y = own(self, x)
+            if torch._dynamo.config.capture_scalar_outputs:
+                warnings.warn("capture is on", stacklevel=1)
+                raise NotImplementedError
+            return y
+
+        monkeypatch.setattr(Tells, "forward", torch._dynamo.disable(forward))
+    compiled = sere_compile.compile(Tells(), select_top_k=1, inner="eager")
+    TOLD.clear()
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compiled(torch.ones(3))
+    assert TOLD == [3.0, 3.0]
+    told = [str(one.message) for one in given if one.category is UserWarning]
+    assert [text for text in told if text == "a default is taken"] == ["a default is taken"] * 2
+    assert ("capture is on" in told) == fails
 
 
 def test_a_call_that_has_changed_what_is_not_copied_is_not_made_again():

@@ -58,7 +58,7 @@ def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends |
         outside = [user for user in nodes.followers(node) if complete < user and nodes.reads_numbers(user, node)]
         if outside and (nodes.is_tensor(node) or _is_returned_number(node)) and _root_of(node) is not search.memory:
             sides.append(node)
-        for target in map(_root_of, nodes.writes(node)):
+        for target in map(_state_of, nodes.writes(node)):
             if target.op in ("placeholder", "get_attr") and target not in written:
                 written.append(target)
     last = max([complete, *sides])
@@ -210,6 +210,14 @@ def _one_row_a_token(node: Node, ids: Node) -> bool:
     if len(rows) == len(tokens) and all(str(a) == str(b) for a, b in zip(rows[:-1], tokens[:-1], strict=True)):
         return True
     return len(rows) != len(tokens) and str(nodes.leading_count(node)) == str(nodes.leading_count(ids))
+
+
+def _state_of(written: Node) -> Node:
+    """The same through writes that return what they wrote: `table.zero_().scatter_(..)` writes the table."""
+    root = _root_of(written)
+    while earlier := nodes.writes(root):
+        root = _root_of(earlier[0])
+    return root
 
 
 def _root_of(written: Node) -> Node:

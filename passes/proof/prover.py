@@ -366,22 +366,11 @@ class Prover:
     def _differs(self, expected: Values, got: Got, exact: bool) -> str | None:
         """At which end two runs are apart, and how far."""
         for end, found in zip(self._region.ends, got.ends, strict=True):
-            if end in self._region.written and self._is_scratch(end):
-                continue
             apart = distance(expected[end], found, exact)
             if apart is not None:
                 original = self._region.originals.get(end, end)
                 return f"{original.name} is off by {apart}"
         return None
-
-    def _is_scratch(self, written: Node) -> bool:
-        """Whether a buffer is written anew in each call, for the dispatch to read: no part of what a call leaves."""
-        if not leads_to(written, self._region.ends[0]):
-            return False
-        values = self._drawn(0)
-        other = values | {written: torch.ones_like(values[written])}
-        first, second = self._run(values), self._run(other)
-        return all(distance(first[end], second[end], True) is None for end in (written, self._region.ends[0]))
 
 
 def _first_line(error: BaseException) -> str:

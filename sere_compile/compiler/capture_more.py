@@ -1,12 +1,12 @@
 """Three lines of many MoE layers at which Dynamo breaks a graph, and what is traced of them instead.
 
 - `torch.zeros_like(logits, requires_grad=True)`: where no gradients are taken the factory gives the same tensor, which
-  stays in the graph as it is written.
+  stays in the graph as it is written. Where the program takes gradients later on, the graph ends there.
 - A function of `torch.jit.script` that stands in a `torch.autograd.Function`: traced as the Python that it was made of,
   as Dynamo does where such a function stands anywhere else.
 - `warnings.warn(..)`: is given when the graph has run, as Dynamo does with what
   `torch._dynamo.config.reorderable_logging_functions` names. The warning itself is the same; the line that it names is
-  that of the compiled frame.
+  that of the compiled frame. Where the program could see when it is given (`catch_warnings`, `try`), the graph ends.
 
 A layer that keeps what it dispatched (`self.batch_index = ..`) is one graph then, in which what is kept and what is
 dispatched can be told apart. Without these places in Dynamo nothing changes.
@@ -43,11 +43,12 @@ def capturing_more() -> Iterator[None]:
 
 @functools.cache
 def _install() -> None:
-    from torch._dynamo.variables import functions, misc  # here, because importing Dynamo takes seconds
+    from torch._dynamo.variables import ctx_manager, functions, misc  # here, because importing Dynamo takes seconds
     from torch._dynamo.variables import torch as factories
 
     skipped, deferred = getattr(functions, "SkipFunctionVariable", None), getattr(misc, "DebuggingVariable", None)
-    _wrap(getattr(factories, "TorchInGraphFunctionVariable", None), _made_without_gradients)
+    if _watch_grad_mode(getattr(ctx_manager, "GradModeVariable", None)):
+        _wrap(getattr(factories, "TorchInGraphFunctionVariable", None), _made_without_gradients)
     _wrap(skipped, _scripted(functions.UserFunctionVariable))
     if deferred is not None:
         _wrap(skipped, _warned(deferred))
@@ -89,11 +90,44 @@ def _asks(node: Node) -> bool:
     return node.op == "call_function" and node.kwargs.get("requires_grad") is True
 
 
+def _watch_grad_mode(kind: type | None) -> bool:
+    """End the graph where gradients are switched on behind a factory that asks for them; False if that cannot be seen.
+
+    Tracing knows its tensor as one that asks for none, and what is made of it from there on asks in the program.
+    """
+    own = getattr(kind, "_call_func", None)
+    if kind is None or own is None:
+        return False
+
+    @functools.wraps(own)
+    def switch(self: Any, tx: Any, values: Any) -> Any:
+        if _active.get() and list(values) == [True] and not torch.is_grad_enabled() and _has_factory(tx.output.graph):
+            from torch._dynamo.exc import unimplemented
+
+            unimplemented(
+                gb_type="gradients behind a factory that asks for them",
+                context=str(values),
+                explanation="sere-compile traced a factory with requires_grad=True as one without",
+                hints=[],
+            )
+        return own(self, tx, values)
+
+    kind._call_func = switch  # type: ignore[attr-defined]
+    return True
+
+
+def _has_factory(graph: Graph) -> bool:
+    return any(node.kwargs.get("requires_grad") is True for node in graph.nodes)
+
+
 def _made_without_gradients(own: Callable[..., Any], function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     asked = kwargs.get("requires_grad")
     if asked is None or torch.is_grad_enabled() or not asked.is_python_constant():
         return None
     if asked.as_python_constant() is not True or all(function.value is not known for known in _FACTORIES):
+        return None
+    _, at_start = tx.output.tracing_context.global_context.global_state.get("grad_enabled", (None, True))
+    if at_start:  # gradients are taken behind this block
         return None
     made = own(function, tx, args, {name: given for name, given in kwargs.items() if name != "requires_grad"})
     made.as_proxy().node.update_kwarg("requires_grad", True)
@@ -118,11 +152,32 @@ def _warned(deferred: type) -> Callable[..., Any]:
         given = [*args, *(kwargs[name] for name in ("message", "category") if name in kwargs)]
         if len(args) > 2 or len(given) not in (1, 2) or not set(kwargs) <= {"message", "category", "stacklevel"}:
             return None
-        if not all(one.is_python_constant() for one in given):
+        if not all(one.is_python_constant() for one in given) or not _may_come_later(tx):
             return None
         from torch._dynamo.variables import ConstantVariable
 
-        tx.debug_locals.append((deferred(function.value, source=function.source), given))
+        # Those of a frame that is inlined are given by the one that is compiled: its own list is never read.
+        tx.output.root_tx.debug_locals.append((deferred(function.value, source=function.source), given))
         return ConstantVariable.create(None)
 
     return call
+
+
+def _may_come_later(tx: Any) -> bool:
+    """Whether nothing in the program tells a warning now from one that is given when the graph has run."""
+    from torch._dynamo import config
+    from torch._dynamo.variables import ctx_manager
+
+    if config.nested_graph_breaks or tx.output.current_tracer.parent is not None:  # a graph in the graph may run twice
+        return False
+    while tx is not None:
+        block = tx.block_stack[-1] if tx.block_stack else None
+        entry = tx.current_instruction.exn_tab_entry
+        if entry is not None and (block is None or entry.target is not block.target):
+            return False  # in `try`
+        for block in tx.block_stack:
+            context = block.with_context  # None in frames that are inlined, where it may be any
+            if not isinstance(context, (ctx_manager.GradModeVariable, ctx_manager.AutocastModeVariable)):
+                return False
+        tx = tx.parent
+    return True

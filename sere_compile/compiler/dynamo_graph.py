@@ -68,6 +68,7 @@ class DynamoGraph:
         self.own_inputs = GraphInputs(self.module)
         self.inputs = list(example_inputs)
         self.appended: list[AppendedInput] = []
+        self.others_follow = not dynamo.is_outermost() or dynamo.has_graph_break()
         self.has_gradients = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs)
         self.value_of = self.own_inputs.values_of(example_inputs)
         self._places: dict[tuple[Node, str], Node] = {}

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dis
+import functools
+import os
+import random
+import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -21,6 +27,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _LISTS = (list, tuple, set, frozenset, collections.deque)
 _CODE = (types.ModuleType, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, nn.Module)
 _OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # what every module has
+_LIBRARIES = tuple({os.path.abspath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
+_LIBRARIES += (os.path.dirname(torch.__path__[0]),)
 _DEEP = 4  # lists in lists in objects ..
 _MANY = 2000  # members that are looked at of one holder
 _LARGE = 1 << 20  # numbers of a tensor that are copied at most
@@ -56,7 +64,7 @@ class KeptAside:
 
     def __init__(self, block: nn.Module) -> None:
         self._modules = list(block.named_modules())
-        self._globals = {name: value for _, module in self._modules for name, value in _globals_of(module)}
+        self._globals = _by_name(found for _, module in self._modules for found in _globals_of(module))
 
     def content(self) -> dict[str, Content]:
         """What is kept, by names that a reader of the block's code knows."""
@@ -75,7 +83,7 @@ class KeptAside:
         """What is kept now, for later."""
         before = self.content()
         attributes = [(module, dict(_attributes(module))) for _, module in self._modules]
-        inside = [_snapshot(value) for _, value in self._holders()]
+        inside = [_snapshot(value) for _, value in self._holders()] + [remember_generators()]
 
         def changed() -> dict[str, Content]:
             now = self.content()
@@ -101,6 +109,56 @@ class KeptAside:
             for name, value in _attributes(module):
                 yield f"{path}.{name}".strip("."), value
         yield from self._globals.items()
+
+
+def remember_generators() -> Callable[[], None]:
+    """Remember where Python's and numpy's random numbers are; gives what puts them back. torch's are not among them."""
+    own, of_numpy = random.getstate(), numpy.random.get_state()
+
+    def put_back() -> None:
+        random.setstate(own)
+        numpy.random.set_state(of_numpy)
+
+    return put_back
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """A number or the like that functions set: `global calls`, `nonlocal calls`.
+
+    Attributes:
+        holder: the globals of a module, or a cell of a closure.
+        name: in these globals.
+    """
+
+    holder: Any
+    name: str
+
+    def get(self) -> Any:
+        """What it is now."""
+        if isinstance(self.holder, types.CellType):
+            return self.holder.cell_contents
+        return self.holder.get(self.name)
+
+    def put(self, value: Any) -> None:
+        """Make it what it was."""
+        if isinstance(self.holder, types.CellType):
+            self.holder.cell_contents = value
+        else:
+            self.holder[self.name] = value
+
+
+def _by_name(found: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Each once, by a name of its own: helpers in two modules may have the same for two lists."""
+    named: dict[str, Any] = {}
+    known = set[Any]()
+    for name, value in found:
+        key = (id(value.holder), value.name) if isinstance(value, _Variable) else id(value)
+        if key not in known:
+            known.add(key)
+            number = sum(1 for other in named if other.split(" (")[0] == name)
+            named[f"{name} ({number + 1})" if number else name] = value
+    return named
 
 
 def content(value: Any, deep: int = _DEEP) -> Content:
@@ -145,18 +203,79 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _globals_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Containers and objects that a module's own code names, and those that its class holds."""
+    """Containers and objects that a module's own code names, those that its class holds, and those of its helpers."""
+    code = [value for _, value in _attributes(module)] + [
+        hook for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()
+    ]
     for kind in type(module).__mro__:
         if kind.__module__.split(".")[0] in ("torch", "builtins"):
             continue
         for name, value in list(vars(kind).items()):
             if _is_kept(value) and not name.startswith("__"):
                 yield f"{kind.__name__}.{name}", value
-            code = getattr(getattr(value, "__wrapped__", value), "__code__", None)
-            known = getattr(value, "__globals__", {})
-            for used in getattr(code, "co_names", ()):
-                if _is_kept(known.get(used)):
-                    yield used, known[used]
+            code.append(value)
+    yield from _used_by(code)
+
+
+def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Containers and objects that functions name or close over, and what functions of the user's that they call do."""
+    pending, seen = [function for value in code for function in _functions(value)], set[int]()
+    while pending and len(seen) < _MANY:
+        function = pending.pop(0)
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        for name, value in _named(function):
+            if isinstance(value, _Variable) or _is_kept(value):
+                yield name, value
+            pending += [called for called in _functions(value) if _is_own(called)]
+
+
+def _functions(value: Any) -> list[types.FunctionType]:
+    """The functions that a call of a value runs, as far as that can be seen."""
+    if isinstance(value, property):
+        return [made for made in (value.fget, value.fset) if isinstance(made, types.FunctionType)]
+    found: list[types.FunctionType] = []
+    while value is not None and len(found) < _DEEP:
+        value = getattr(value, "func" if isinstance(value, functools.partial) else "__func__", value)
+        if isinstance(value, types.FunctionType):
+            found.append(value)
+        value = getattr(value, "__wrapped__", None) if callable(value) and not isinstance(value, type) else None
+    return found
+
+
+def _named(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function reads of its module, of other modules of the user, and of its closure, by name."""
+    pending, names, stored = [function.__code__], list[str](), set[str]()
+    while pending:  # functions and comprehensions in it, too
+        code = pending.pop()
+        names += code.co_names
+        stored |= {one.argval for one in dis.get_instructions(code) if one.opname in ("STORE_GLOBAL", "STORE_DEREF")}
+        pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    known = function.__globals__
+    for name in dict.fromkeys(names):
+        if name in stored:
+            yield name, _Variable(known, name)
+        if name in known:
+            yield name, known[name]
+            if isinstance(known[name], types.ModuleType) and _is_users(vars(known[name])):
+                yield from ((inner, vars(known[name])[inner]) for inner in names if inner in vars(known[name]))
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield name, cell.cell_contents
+            if name in stored:
+                yield name, _Variable(cell, name)
+
+
+def _is_own(function: types.FunctionType) -> bool:
+    return _is_users(function.__globals__)
+
+
+def _is_users(known: dict[str, Any]) -> bool:
+    """Whether a module is the user's, by its globals: nothing that was installed, or came with Python."""
+    place = os.path.abspath(known.get("__file__") or "")
+    own = str(known.get("__name__", "torch")).split(".")[0]
+    return own not in ("torch", __name__.split(".")[0]) and not place.startswith(_LIBRARIES)
 
 
 def _is_kept(value: Any) -> bool:
@@ -174,7 +293,10 @@ def _has_own_members(value: Any) -> bool:
 
 def _members(value: Any) -> list[tuple[Any, Any]] | None:
     """What a container or object holds, by name or place; None where it holds nothing that is looked at."""
-    if isinstance(value, dict):
+    found: list[tuple[Any, Any]]
+    if isinstance(value, _Variable):
+        found = [(value.name, value.get())]
+    elif isinstance(value, dict):
         found = list(value.items())
     elif isinstance(value, (set, frozenset)):
         found = [(None, member) for member in sorted(value, key=str)]
@@ -216,6 +338,8 @@ def _snapshot(value: Any, deep: int = _DEEP) -> Callable[[], None]:
 
 def _refill(value: Any, members: list[tuple[Any, Any]]) -> None:
     match value:
+        case _Variable():
+            value.put(members[0][1])
         case dict():
             value.clear()
             value.update(members)

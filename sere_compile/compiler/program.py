@@ -34,6 +34,7 @@ class Program:
     """
 
     takes_kernels = False
+    others_follow = False
     has_gradients = False
 
     def __init__(self, traced: GraphModule | ExportedProgram, *, fuses_experts: bool = False) -> None:

@@ -18,6 +18,7 @@ import itertools
 import logging
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,8 @@ from ..passes.evidence.router import Router, trace_router
 from ..passes.graph import nodes
 from ..passes.graph.run_part import plain_number
 from ..passes.proof.made_up import by_turns
+from ..passes.proof.region import ends_of
+from ..passes.proof.ways import leads_to
 from . import dynamo
 from .expert_products import WatchProducts
 from .kept_aside import KeptAside, alike, content
@@ -59,6 +62,7 @@ _MOST_DRAWS = 24  # until each expert was re-routed once
 _FEW_TOKENS = 64
 _TOLERANCE = 1e-4
 _IDS_ALONE = ", ids alone"
+_IDS_KEPT = ", ids kept"
 _RETURNED = ""  # the name of what is returned, beside those of what is kept
 _SENT_ELSEWHERE = (
     "outside the graph some tokens go to other experts than it chose, or to none, as padding does: mark their ids with "
@@ -86,6 +90,7 @@ class Verdict:
         block: a number for what the block that was tried computes, see `computes_the_same`.
         whole: whether the block holds the gate as the model's graph does; else it may be a part of it.
         ids_alone: whether what is made of the ids in the graph keeps what the router chose, see `ids_alone`.
+        off: of the rewrites that merge slots and those that do not, which gave other things when the block was run.
     """
 
     merged: bool | None
@@ -95,6 +100,7 @@ class Verdict:
     whole: bool = True
     saves_nothing: str = ""
     ids_alone: bool = False
+    off: frozenset[bool] = frozenset()
 
 
 def ids_alone(gate: Gate) -> Gate | None:
@@ -113,12 +119,27 @@ def ids_alone(gate: Gate) -> Gate | None:
     return replace(gate, uses=made)
 
 
-def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
+def _ids_kept(gate: Gate) -> Gate | None:
+    """The gate where its dispatch in the graph gets new ids, and whatever leaves is of the router's own."""
+    ends = ends_of(gate)
+    if isinstance(ends, Skip):
+        return None
+    kept = [
+        replace(use, kind=UseKind.STATISTIC)
+        if use.kind.dispatches and not leads_to(use.consumer, ends.complete)
+        else use
+        for use in gate.uses
+    ]
+    return replace(gate, uses=tuple(kept)) if any(use.kind.dispatches for use in kept) else None
+
+
+def prove_outside(gate: Gate, owner: Owner | None, *, kept: bool = False) -> Verdict:
     """What is proven of re-routing a gate whose ids leave the graph.
 
     Args:
         gate: found, not yet rewritten; some of its dispatch uses leave the graph.
         owner: of its router's weight.
+        kept: asks for rewrites in which what leaves is of the ids that the router chose, and its graph dispatches.
     """
     if owner is None:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
@@ -132,10 +153,10 @@ def prove_outside(gate: Gate, owner: Owner | None) -> Verdict:
         # What cannot be traced with dynamic-shape capture may be without, and the other way round.
         called_with = dynamo.arguments_of(module)
         capture = dynamo.captures_dynamic_shapes(), dynamo.makes_graphs_before_loops()
-        key = (block, _signature(gate), capture, kinds_of(called_with))
+        key = (block, _signature(gate), capture, kinds_of(called_with), kept)
         if key not in _verdicts:
             with dynamo.forgetting_new_codes():
-                _verdicts[key] = _try_block(gate, module, owner, called_with)
+                _verdicts[key] = _try_block(gate, module, owner, called_with, kept)
         found = _verdicts[key]
         if found is not None and found.is_gate >= verdict.is_gate:
             verdict = replace(found, block=block)
@@ -177,7 +198,9 @@ def _signature(gate: Gate) -> tuple[Any, ...]:
     return gate.form, gate.num_experts, gate.top_k, gate.scoring, kinds, gate.weights is None, gate.needs_merge
 
 
-def _try_block(gate: Gate, module: torch.nn.Module, owner: Owner, called_with: Arguments | None) -> Verdict | None:
+def _try_block(
+    gate: Gate, module: torch.nn.Module, owner: Owner, called_with: Arguments | None, kept: bool
+) -> Verdict | None:
     """The verdict on one module around the router, or None where it does not hold the gate and its experts."""
     try:
         scores = nodes.operand(gate.selection)
@@ -186,7 +209,7 @@ def _try_block(gate: Gate, module: torch.nn.Module, owner: Owner, called_with: A
     except _FAILURES as error:
         return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
     candidates = block.candidates()
-    return _Trial(gate, block, called_with).run_whole(candidates) if candidates else None
+    return _Trial(gate, block, called_with, kept).run_whole(candidates) if candidates else None
 
 
 def _short(error: BaseException) -> str:
@@ -196,8 +219,9 @@ def _short(error: BaseException) -> str:
 class _Trial:
     """One block, compiled so that the gate's graph runs in one of several versions, on choices that are given."""
 
-    def __init__(self, gate: Gate, block: TrialBlock, called_with: Arguments | None) -> None:
+    def __init__(self, gate: Gate, block: TrialBlock, called_with: Arguments | None, kept: bool = False) -> None:
         self._gate = gate
+        self._ids_are_kept = kept
         self._called_with = called_with
         self._block = block
         self._version = "original"
@@ -370,6 +394,7 @@ class _Trial:
             torch.random.fork_rng(devices),
             self._block.state_restored() as written,
             self._aside.restored() as changed,
+            warnings.catch_warnings(record=True),  # the program's own are given by its own call
         ):
             torch.manual_seed(0)
             yield written, changed
@@ -551,18 +576,22 @@ class _Trial:
     # Whether a rewrite is right.
 
     def _compare(self, experts: list[ExpertSlices], inputs: Arguments) -> Verdict:
-        merged_first, problems = self._gate.needs_merge, []
-        for alone in (False, True) if ids_alone(self._found[0]) is not None else (False,):
+        merged_first, problems, off = self._gate.needs_merge, [], set[bool]()
+        ways = ["", _IDS_ALONE] if ids_alone(self._found[0]) is not None else [""]
+        for way in [_IDS_KEPT] if self._ids_are_kept else ways:
             for merged in (merged_first, not merged_first):
+                version = _version(merged, way)
                 try:
-                    problem = self._problem_with(_version(merged, alone), experts, inputs)
+                    problem = self._problem_with(version, experts, inputs)
+                    if problem is not None and version in self._versions:
+                        off.add(merged)
                 except _FAILURES as error:  # an expert named twice is not counted twice, and sizes no longer fit
                     name = type(self._block.module).__name__
                     problem = f"{name} could not be run on made-up choices: {_short(error)}"
                 if problem is None:
-                    return Verdict(merged, ids_alone=alone)
+                    return Verdict(merged, ids_alone=way == _IDS_ALONE)
                 problems.append(problem)
-        return Verdict(None, problems[0])
+        return Verdict(None, problems[0], off=frozenset(off))
 
     def _problem_with(self, version: str, experts: list[ExpertSlices], inputs: Arguments) -> str | None:
         """How a rewritten version differs from the definition, or None."""
@@ -645,7 +674,7 @@ class _Trial:
         self._found += gates
         versions: dict[str, Callable[..., Any]] = {}  # of this graph: other sizes make another
         self._versions, self._refused = versions, {}
-        ways = [(merged, alone) for merged in (False, True) for alone in (False, True)]
+        ways = [(merged, way) for merged in (False, True) for way in ("", _IDS_ALONE, _IDS_KEPT)]
         for version in ("original", *(_version(*way) for way in ways)):
             made = self._rewritten(module, inputs, version)
             if isinstance(made, Skip):
@@ -659,8 +688,8 @@ class _Trial:
         copy = dynamo.copy_graph(module)
         [gate] = _gates_of(copy, inputs, self._block)
         graph = copy.graph
-        if version.endswith(_IDS_ALONE):
-            other = ids_alone(gate)
+        if version.endswith((_IDS_ALONE, _IDS_KEPT)):
+            other = ids_alone(gate) if version.endswith(_IDS_ALONE) else _ids_kept(gate)
             if other is None:
                 return Skip(SkipReason.NO_IDS, gate.selection, "all of it leaves in one way")
             gate = other
@@ -714,9 +743,9 @@ def _gates_of(module: GraphModule, inputs: Sequence[Any], block: TrialBlock) -> 
     return [gate for gate in found.gates if is_router(gate.router_weight)]
 
 
-def _version(merged: bool, alone: bool) -> str:
+def _version(merged: bool, way: str) -> str:
     """The name of a way to rewrite a graph."""
-    return ("merged" if merged else "plain") + (_IDS_ALONE if alone else "")
+    return ("merged" if merged else "plain") + way
 
 
 class _Tell:

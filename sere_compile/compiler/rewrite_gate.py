@@ -22,6 +22,9 @@ from ..passes import (
     run_pipeline,
     verify_rewrite,
 )
+from ..passes.graph import nodes
+from ..passes.graph.walk import walk
+from ..passes.proof.region import ends_of
 from ..passes.verify_rewrite import SHOWN
 from ..report import REWRITTEN, SKIPPED
 from . import dynamo
@@ -187,4 +190,22 @@ def _prove(
         shown = ids_alone(gate) if verdict.ids_alone else gate
         return Proof(shown or gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
 
-    return verify_rewrite(gate, graph.value_of, run_outside, weighing=weighing)
+    proof = verify_rewrite(gate, graph.value_of, run_outside, weighing=weighing)
+    if not graph.others_follow or not isinstance(proof, Proof) or proof.shown != SHOWN or not _leaves_beside(gate):
+        return proof
+    # The graph holds a dispatch, and others may send the same tokens to more of the same experts.
+    verdict = prove_outside(gate, owners.find(weight), kept=True)
+    if verdict.block >= 0:  # a layer whose code outside does something else has a graph of its own
+        dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
+    if proof.merged in verdict.off:
+        return Skip(SkipReason.UNVERIFIED, gate.selection, verdict.reason, Evidence.EXPERTS)
+    return proof
+
+
+def _leaves_beside(gate: Gate) -> bool:
+    """Whether the ids, or what is made of them, leave the graph ahead of what their dispatch gives."""
+    ends = ends_of(gate)
+    if isinstance(ends, Skip):
+        return False
+    reached = walk(gate.all_ids, lambda node: [] if node in (ends.complete, ends.exit) else nodes.followers(node))
+    return any(node.op == "output" for node in reached)

@@ -134,6 +134,90 @@ def test_a_warning_of_what_a_call_computes_ends_the_graph():
         whole(Computed())(rows())
 
 
+class Inner(nn.Module):
+    """Two layers of which each warns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Warns(), Warns()
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.second(self.first(x))
+
+
+def test_each_warning_of_an_inner_layer_is_given():
+    with torch.no_grad(), dynamo.graphs_before_loops():
+        compiled = whole(Inner())
+        for _ in range(2):
+            with warnings.catch_warnings(record=True) as given:
+                warnings.simplefilter("always")
+                compiled(rows())
+            assert [str(one.message) for one in given] == ["a default is taken"] * 2
+
+
+class Recorded(nn.Module):
+    """What is warned of is counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Warns()
+
+    def forward(self, x):
+        with warnings.catch_warnings(record=True) as given:
+            y = self.layer(x)
+        return y + len(given)
+
+
+class Caught(nn.Module):
+    """A warning may be an error, and is caught."""
+
+    def forward(self, x):
+        try:
+            warnings.warn("a default is taken", DeprecationWarning, stacklevel=2)
+        except DeprecationWarning:
+            x = x * 2
+        return x + 1
+
+
+@pytest.mark.parametrize(("kind", "action"), [(Recorded, "always"), (Caught, "always"), (Caught, "error")])
+def test_a_program_that_could_see_when_a_warning_is_given_finds_it_as_ever(kind, action):
+    model = kind()
+    with torch.no_grad(), dynamo.graphs_before_loops(), warnings.catch_warnings():
+        warnings.simplefilter(action, DeprecationWarning)
+        got = torch.compile(model, backend="eager")(rows())
+        assert torch.equal(got, model(rows()))
+
+
+class LaterGradients(nn.Module):
+    """What is made of a factory's tensor asks for gradients where they are on again."""
+
+    def forward(self, x):
+        zeros = torch.zeros_like(x, requires_grad=True)
+        with torch.enable_grad():
+            y = zeros * 2
+            return y + float(y.requires_grad), x
+
+
+class EarlierBlock(nn.Module):
+    """The same, where a block switched them off."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            zeros = torch.zeros_like(x, requires_grad=True)
+        y = zeros * 2
+        return y + float(y.requires_grad), x
+
+
+@pytest.mark.parametrize(("kind", "grad"), [(LaterGradients, False), (EarlierBlock, True)])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_gradients_that_are_on_behind_a_factory(kind, grad, inner):
+    model = kind()
+    with torch.set_grad_enabled(grad), dynamo.graphs_before_loops():
+        wanted, got = model(rows()), torch.compile(model, backend=inner)(rows())
+    assert all(torch.equal(a, b) and a.requires_grad == b.requires_grad for a, b in zip(got, wanted, strict=True))
+
+
 def test_results_ask_for_gradients_as_those_of_the_program():
     """Inner compilers trace the tensor without that."""
     model = Factory()

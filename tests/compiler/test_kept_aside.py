@@ -1,6 +1,7 @@
 """What a block keeps in attributes and globals is told, compared and put back."""
 
 import collections
+import sys
 import threading
 
 import numpy
@@ -8,10 +9,33 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.kept_aside import KeptAside, _globals_of, alike, content
+from sere_compile.compiler.kept_aside import KeptAside, _by_name, _globals_of, alike, content
 
 SEEN = []
+OF_HELPERS = []
+CALLS = 0
 TRACKED = collections.defaultdict(list)
+
+
+def helper(x):
+    another_helper(x)
+
+
+def another_helper(x):
+    OF_HELPERS.append(x)
+
+
+def counting():
+    """A function with state of its own."""
+    calls, seen = 0, []
+
+    def count(x):
+        nonlocal calls
+        calls += 1
+        seen.extend([calls for _ in range(1)])
+        return calls
+
+    return count, seen
 
 
 class Tracker:
@@ -37,6 +61,7 @@ class Keeping(nn.Module):
         self.log, self.queue = [], collections.deque()
         self.nested = {"by name": [1]}
         self.load = torch.zeros(3)
+        self.count, self.counted = counting()
 
     def forward(self, x, places):
         for place in places:
@@ -77,8 +102,22 @@ class Keeping(nn.Module):
         TRACKER.load += 1
         TRACKER.names.add("b")
 
+    def by_a_helper(self, x):
+        helper(x)
 
+    def by_a_helper_of_a_module(self, x):
+        this_module.another_helper(x)
+
+    def in_a_variable(self, x):
+        global CALLS
+        CALLS += 1
+
+
+this_module = sys.modules[__name__]
 PLACES = {
+    "by_a_helper": "OF_HELPERS",
+    "by_a_helper_of_a_module": "OF_HELPERS",
+    "in_a_variable": "CALLS",
     "attribute": "last",
     "new_attribute": "never_seen_before",
     "in_module": "inner.last",
@@ -123,6 +162,20 @@ def test_everything_at_once():
     assert TRACKER.load.tolist() == module.load.tolist() == [0, 0, 0]
 
 
+def test_what_a_closure_keeps():
+    module = Keeping()
+    with KeptAside(module).restored() as changed:
+        assert module.count(0) == 1
+        assert {"calls", "counted"} <= set(changed())
+    assert module.counted == []
+    assert module.count(0) == 1
+
+
+def test_two_globals_of_one_name_are_told_apart():
+    first, second = [1], [2]
+    assert _by_name([("seen", first), ("seen", second), ("seen", first)]) == {"seen": first, "seen (2)": second}
+
+
 def test_what_cannot_be_copied_is_left_alone():
     module = nn.Identity()
     module.lock, module.helper, module.loop = threading.Lock(), len, []
@@ -136,7 +189,9 @@ def test_globals_are_those_of_the_users_own_code():
     found = dict(_globals_of(Keeping()))
     assert found["Keeping.everyone"] is Keeping.everyone
     assert (found["SEEN"], found["TRACKED"], found["TRACKER"]) == (SEEN, TRACKED, TRACKER)
-    assert set(found) == {"Keeping.everyone", "SEEN", "TRACKED", "TRACKER"}
+    assert set(found) - {"calls", "seen"} == {
+        "Keeping.everyone", "SEEN", "TRACKED", "TRACKER", "OF_HELPERS", "CALLS"
+    }  # fmt: skip
     assert list(_globals_of(nn.LSTM(2, 2))) == []
 
 

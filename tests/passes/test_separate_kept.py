@@ -1,5 +1,7 @@
 """What a layer keeps or returns of its dispatch is made of the ids that the router chose."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -349,6 +351,32 @@ def test_across_a_break_one_attribute_serves_both_and_nothing_is_re_routed(kind,
     unchanged(kind)
 
 
+TOLD = []
+
+
+def tell(order):
+    TOLD.append(order.clone())
+
+
+class Tells(Keeps):
+    """Code behind a break, which is run to try it, calls a helper that keeps a list, and warns."""
+
+    def experts(self, x):
+        torch._dynamo.graph_break()
+        tell(self.order)
+        warnings.warn("a default is taken", stacklevel=1)
+        return super().experts(x)
+
+
+def test_a_trial_of_the_code_outside_says_nothing():
+    TOLD.clear()
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        unchanged(Tells)
+    assert len(TOLD) == 4  # two calls, and two of the model that is compared
+    assert sum(str(one.message) == "a default is taken" for one in given) == 4
+
+
 def test_what_a_closure_keeps_is_refused():
     unchanged(InClosure)
 
@@ -401,6 +429,30 @@ class Maps(Keeps):
 def test_a_second_matrix_of_each_expert_that_goes_by_what_is_kept(breaks):
     """New ids for the one and the router's own for the other would be half of an expert."""
     unchanged(lambda: Maps(breaks))
+
+
+class BiasBehind(Keeps):
+    """A vector of each expert is added behind a break, by the ids that the layer keeps."""
+
+    def __init__(self, adds=True):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+        self.adds = adds
+
+    def forward(self, x):
+        weights, self.ids = self.gate(x).softmax(-1).topk(TOP_K)
+        self.order, self.rows = self.ids.flatten().sort(stable=True)[1], self.ids
+        self.weights, self.sizes = weights, [1] * EXPERTS
+        y = torch.einsum("tkij,ti,tk->tj", self.w[self.ids], x, weights)
+        torch._dynamo.graph_break()
+        behind = self.bias[self.ids] * self.weights[..., None] if self.adds else self.ids[..., None].expand(-1, -1, 8)
+        return y + behind.sum(1)
+
+
+def test_a_vector_of_each_expert_behind_a_break():
+    """The graph holds a whole dispatch, and is re-routed where the rest makes nothing of experts by the ids."""
+    unchanged(BiasBehind)
+    compared(lambda: BiasBehind(adds=False), strict=True)
 
 
 class Twice(Keeps):

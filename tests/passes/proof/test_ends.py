@@ -185,6 +185,17 @@ def test_a_buffer_that_is_written_by_a_view_of_it():
     assert written in ends.sides
 
 
+class WrittenTwice(Remembering):
+    def dispatch(self, x, ids, weights):
+        self.last.zero_()[0].add_(ids)
+        return Indexed.dispatch(self, x, ids, weights)
+
+
+def test_a_buffer_that_is_written_by_what_a_write_of_it_gives():
+    _, ends = ends_of(WrittenTwice(), from_dynamo)
+    assert [written.op for written in ends.written] == ["placeholder"]
+
+
 def test_without_experts_there_is_no_end():
     _, ends = ends_of(Leaving(), gate_of=lambda graph: find_gates(graph, lambda weight, experts: True).gates[0])
     assert ends is None

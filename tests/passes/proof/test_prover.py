@@ -7,7 +7,6 @@ in for it. What the module returns besides its tokens has to be what it was.
 import copy
 import dataclasses
 import importlib
-import types
 from typing import ClassVar
 
 import pytest
@@ -30,10 +29,9 @@ from sere_compile.passes.graph import run_part
 from sere_compile.passes.proof.expert_parameters import ExpertParameters, Told
 from sere_compile.passes.proof.prover import Prover, Verdict
 from sere_compile.passes.proof.region import cut_region
-from sere_compile.passes.proof.ways import Got, Rewritten
+from sere_compile.passes.proof.ways import Rewritten
 from sere_compile.testing import reroute_oracle
 
-from ..graph.written import Written
 from ..moe_modules import (
     EXPERTS,
     HIDDEN,
@@ -541,10 +539,10 @@ def test_is_not_wrong(module, tracer):
 
 @pytest.mark.parametrize("tracer", ["dynamo", "export"])
 def test_a_buffer_that_each_call_writes_anew(tracer):
-    """(12) Its content after the call is no result."""
+    """(12) Whoever reads it after the call, or at the next, has to find what the router chose."""
     found = outcome(ScratchBuffer(), tracer)
-    assert not isinstance(found, Skip), found
-    assert max(found) < 1e-5, found
+    assert isinstance(found, Skip)
+    assert "is off by" in found.detail
 
 
 class LastIds(Masked):
@@ -934,26 +932,6 @@ class TestCounts:
         assert not prover.prove().refused
         changed = TOP_K
         assert "with new ids and S = K" in prover.prove().refusal
-
-    def test_a_buffer_that_is_written_anew_is_left_out(self, monkeypatch):
-        """Ends behind it are compared; one that is kept is as well."""
-        w = Written()
-        exit_node, scratch, loss = w.given(2), w.given(2), w.given(2)
-        prover = Prover.__new__(Prover)
-        prover._region = types.SimpleNamespace(
-            ends=(exit_node, scratch, loss), written=(scratch,), originals={loss: w.given(3)}
-        )
-        expected = dict.fromkeys(prover._region.ends, torch.ones(2))
-
-        def differs(*ends, anew):
-            monkeypatch.setattr(prover, "_is_scratch", lambda written: anew)
-            return prover._differs(expected, Got(list(ends), torch.arange(2), 2), exact=False)
-
-        same, other = torch.ones(2), torch.zeros(2)
-        assert differs(same, other, same, anew=True) is None
-        assert differs(same, other, other, anew=True) == "x3 is off by 1 of 1"
-        assert differs(same, other, other, anew=False) == "x1 is off by 1 of 1"
-        assert differs(other, other, other, anew=True) == "x0 is off by 1 of 1"
 
     def test_what_is_told_of_a_proof(self):
         verdict = self.prover(Indexed()).prove()
