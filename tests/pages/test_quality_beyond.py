@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality_beyond import BATCH, COMPANIES, PAGE, batches, page, read
+from benchmarks.quality_beyond import BATCH, COMPANIES, ERRORS, GROUPS, PAGE, batches, error, page, read, statistic
+from sere_compile.evaluation.predictions import Predictions
 
 COUNT, OUTLIERS = 64, 16
 
@@ -43,6 +44,35 @@ def test_every_company_has_the_same_sequences(corpus):
         assert chosen.sum() == 2 * OUTLIERS
         found.append(sorted(made.tokens[chosen, 0].tolist()))
     assert found[0] == found[1] == found[2]
+
+
+def predictions(seed, sequences=64, tokens=20):
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(sequences, tokens, generator=generator) * 4
+    return Predictions(losses, losses < 1, torch.ones_like(losses, dtype=torch.bool))
+
+
+def test_errors_of_means():
+    """Of means over groups of one size the jackknife is the usual standard error of the groups' changes."""
+    before, after = predictions(0), predictions(1)
+    changes = (after.right.double() - before.right.double()).mean(1).view(-1, GROUPS).mean(0)
+    want = changes.std() / GROUPS**0.5
+    assert error(before, after, "accuracy") == pytest.approx(want.item())
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_does_not_change_has_no_error(name):
+    assert error(predictions(0), predictions(0), name) == 0
+    assert error(predictions(0), predictions(1), name) > 0
+
+
+def test_statistics_by_name():
+    found = predictions(2)
+    numbers = {name: statistic(found, name) for name in ERRORS}
+    assert numbers["loss"] == found.loss
+    assert numbers["worst_loss"] == found.worst_loss()
+    assert numbers["sampled_match_1"] == found.sampled_match(1)
+    assert numbers["sampled_match_16"] == found.sampled_match(16) > numbers["sampled_match_1"]
 
 
 def test_nobody_is_beside_itself(corpus):
