@@ -51,6 +51,19 @@ def available() -> bool:
         return False
 
 
+@functools.cache
+def serves(device: torch.device) -> bool:
+    """Whether a device is Hopper or later, for which the kernels are written, and they can be compiled."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0) and available()
+
+
+def read(folder: Path, names: Sequence[str]) -> str:
+    """Files of CUDA C++, one after the other."""
+    return "\n".join((folder / name).read_text() for name in names)
+
+
 def _check(result: int, call: str) -> None:
     if result != 0:
         raise RuntimeError(f"{call}: error {result}")

@@ -180,11 +180,10 @@ def _can_run(call: Call) -> bool:
 @functools.cache
 def device_can(device: torch.device) -> bool:
     """Whether the kernels run on a device."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+    if not nvrtc.serves(device):
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    return hopper and nvrtc.available() and nvrtc.shared_memory(index) >= ONE_BLOCK
+    return nvrtc.shared_memory(index) >= ONE_BLOCK
 
 
 def has_wgmma(device: torch.device | int) -> bool:
@@ -194,7 +193,7 @@ def has_wgmma(device: torch.device | int) -> bool:
 
 def source() -> str:
     """The kernels, with what comes before them."""
-    return "\n".join((Path(__file__).parent / name).read_text() for name in (*INSTRUCTIONS, *SOURCES))
+    return nvrtc.read(Path(__file__).parent, (*INSTRUCTIONS, *SOURCES))
 
 
 @functools.cache

@@ -91,19 +91,11 @@ class Rows:
     mask: Tensor | None = None
 
 
-@functools.cache
-def device_can(device: torch.device) -> bool:
-    """Whether the kernel runs on a device."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0) and nvrtc.available()
-
-
 def takes(shape: Sequence[int], top_k: int, scores: Tensor, *floats: Tensor | None) -> bool:
     """Whether a call is one for this kernel: scores or logits [..., E], and whatever other floating-point tensors."""
     sizes = [*shape]
     return (
-        device_can(scores.device)
+        nvrtc.serves(scores.device)
         and not compiled_ahead()
         and all(isinstance(size, int) for size in sizes)
         and 0 < math.prod(sizes[:-1]) <= MOST_TOKENS
@@ -128,7 +120,7 @@ def cut(num_tokens: int, num_experts: int) -> tuple[int, int]:
 
 def source() -> str:
     """The kernel, with what comes before it."""
-    return "\n".join((Path(__file__).parent / name).read_text() for name in (*INSTRUCTIONS, *SOURCES))
+    return nvrtc.read(Path(__file__).parent, (*INSTRUCTIONS, *SOURCES))
 
 
 @functools.cache

@@ -23,6 +23,22 @@ def test_a_torch_without_nvrtc_is_told(monkeypatch):
     assert nvrtc.available() is False
 
 
+def test_whom_kernels_are_for(monkeypatch):
+    """CUDA devices of Hopper and later, where torch brings the compiler; no CPU, no AMD."""
+    nvrtc.serves.cache_clear()
+    assert not nvrtc.serves(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    for capability, serves in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+        nvrtc.serves.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_of=capability: is_of)
+        assert nvrtc.serves(torch.device("cuda")) is serves
+    nvrtc.serves.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not nvrtc.serves(torch.device("cuda"))
+    nvrtc.serves.cache_clear()
+
+
 def test_arguments_as_kernels_take_them():
     """Pointers of tensors, null for none, ints and floats of four bytes; a bool is an int."""
     tensor = torch.zeros(3)

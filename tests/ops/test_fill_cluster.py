@@ -102,7 +102,7 @@ def test_cut():
 
 def test_what_is_taken(monkeypatch):
     """Up to 256 tokens and experts, 16 slots, in the dtypes that it computes in; sizes that are known."""
-    monkeypatch.setattr(cluster, "device_can", lambda device: True)
+    monkeypatch.setattr(cluster.nvrtc, "serves", lambda device: True)
     scores = torch.zeros(4, 128)
     assert cluster.takes(scores.shape, 8, scores, scores, None)
     assert not cluster.takes(scores.shape, 17, scores)
@@ -115,7 +115,7 @@ def test_what_is_taken(monkeypatch):
 
 def test_a_machine_without_hopper_takes_nothing():
     """The operators go to Triton or to the reference."""
-    assert not cluster.device_can(torch.device("cpu"))
+    assert not cluster.takes((4, 8), 2, torch.zeros(4, 8))
 
 
 def test_shared_memory_fits_beside_another_block():
