@@ -32,6 +32,9 @@ def wgmma_configs(num_slots, fp8, fp8_activations):
     changes = {
         "wgmma": {}, "start -1": {"trigger": -1}, "start 4": {"trigger": 4}, "start 16": {"trigger": 16},
         "2 warps": {"row_warps": 2}, "32 rows": {"rows": 32}, "1 block": {"blocks": 1},
+        "ahead": {"rounds_ahead": True}, "ahead, 2 warps": {"rounds_ahead": True, "row_warps": 2},
+        "ahead, 2 warps, start -1": {"rounds_ahead": True, "row_warps": 2, "trigger": -1},
+        "ahead, 32 rows": {"rounds_ahead": True, "rows": 32}, "ahead, 1 block": {"rounds_ahead": True, "blocks": 1},
     }  # fmt: skip
     if not fp8_activations:  # of which 32 rows leave four stages
         changes["32 rows"]["row_warps"] = 2

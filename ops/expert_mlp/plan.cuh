@@ -19,7 +19,7 @@ constexpr int TILE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES;
 constexpr int STAGE_BYTES = TILE_BYTES + SCALE_BYTES;
 static_assert(!WGMMA || (FP8 && !HALF && GROUPS == 1 && ROWS <= 32 && TILE_BYTES % 1024 == 0), "not with wgmma");
 // Of the threads that copy or round activations, those that tell a stage's barrier.
-constexpr int ROW_ARRIVALS = WGMMA ? ROW_LOADERS : ROW_LOADERS * 32;
+constexpr int ROW_ARRIVALS = WGMMA && !ROUNDS_AHEAD ? ROW_LOADERS : ROW_LOADERS * 32;
 constexpr int COLUMNS = GATED ? 2 * INNER : INNER;
 constexpr int BLOCK = 128;                                  // rows and columns of one FP8 scale
 

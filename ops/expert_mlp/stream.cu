@@ -9,7 +9,7 @@
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
 //   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8,
 //   FP8_ROWS (activations are rounded to FP8 as well), WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS, WGMMA,
-//   ROW_WARPS, BLOCKS (StreamConfig's)
+//   ROW_WARPS, BLOCKS, ROUNDS_AHEAD (StreamConfig's)
 // hopper.cuh and plan.cuh come before this file.
 
 // Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
@@ -211,6 +211,22 @@ DEVICE void store_rounded(const u32 (&x)[8], u32 tile, u32 factors, int row, int
   if (piece == 0) put4(factors + row * 4, factor);
 }
 
+// What one row of 128 columns becomes, ahead: TERMS times 128 FP8 numbers and a factor.
+DEVICE void round_ahead_of(const u8* x, u8* numbers, float* factors, int item, int piece) {
+  u32 in[8], y[4];
+  load32(in, x + item * 256 + piece * 32);
+  u8* to = numbers + item * (TERMS * 128) + piece * 16;
+#if FP8_ROWS
+  const float factor = round_to_fp8(in, y);
+#else
+  u32 low[4];
+  const float factor = split_to_fp8(in, y, low);
+  store16(to + 128, low);
+#endif
+  store16(to, y);
+  if (piece == 0) factors[item] = factor;
+}
+
 // Rounds activations on their way into the stages: 8 lanes take 128 columns of a row. With few rows the warps take
 // stages in turn, with many each of them has several rows of a stage. Loads of some stages are under way together.
 template <bool FIRST>
@@ -262,7 +278,9 @@ DEVICE void round_rows(Plan& plan, u32 stages, const u8* x) {
     }
   });
 }
-#else
+#endif
+
+#if !WGMMA || ROUNDS_AHEAD
 template <bool FIRST>
 DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
@@ -277,9 +295,11 @@ DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors)
       for (int row = thread / PIECES; row < pass.rows; row += AT_ONCE) {
         const int slot = plan.list[pass.row + row], number = FIRST ? slot / TOP_K : slot;
         const u8* from = x + ((long long)number * DEPTH + k) * (FP8_ROWS ? 1 : 2) + piece * 16;
-        if (FP8_ROWS && piece == 0)
+        if ((FP8_ROWS || WGMMA) && piece == 0)
           copy4(scales_of(stages, ring) + WEIGHT_SCALE_BYTES + row * 4, factors + (number * DEPTH + k) / BLOCK);
-        copy16(stage + row * ROW_BYTES + (piece / 8) * 128 + swizzled(row & 7, piece % 8), from);
+        // With WGMMA each term of a row is a column of its own.
+        const int within = WGMMA ? row * TERMS + piece / 8 : row;
+        copy16(stage + row * ROW_BYTES + (piece / 8) * 128 + swizzled(within & 7, piece % 8), from);
       }
       barrier_arrive_after_copies(&plan.full[ring.stage]);
       ring.next();
@@ -605,13 +625,14 @@ DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16
                     Rounded rounded, int num_slots) {
   Plan& plan = *(Plan*)(shared + STAGES * STAGE_BYTES);
   const u32 stages = shared_address(shared);
-  // Blocks of the second projection start when the first has got here, so that ids are complete for them as well.
-  if (FIRST) wait_for_earlier_kernels();
+  // Blocks of the second projection start when the first has got here, so that ids are complete for them as well. So
+  // they are where activations are rounded ahead: that kernel starts when all earlier ones are done.
+  if (FIRST && !ROUNDS_AHEAD) wait_for_earlier_kernels();
   if (!FIRST || TRIGGER < 0) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
   const bool multiplies = warp < MULTIPLIERS, loads_rows = warp >= MULTIPLIERS + LOADERS;
-  if (!FIRST && (loads_rows || (FP8_ROWS && !WGMMA && multiplies))) wait_for_earlier_kernels();
+  if ((!FIRST || ROUNDS_AHEAD) && (loads_rows || (FP8_ROWS && !WGMMA && multiplies))) wait_for_earlier_kernels();
 #if FP8_ROWS && !WGMMA
   if (multiplies || loads_rows) {
     round_rows<FIRST>(plan, x, rounded);
@@ -619,17 +640,29 @@ DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16
   }
 #endif
   if (multiplies) multiply_all<FIRST>(plan, stages, bias, out);
-#if WGMMA
+#if WGMMA && !ROUNDS_AHEAD
   else if (loads_rows) round_rows<FIRST>(plan, stages, x);
 #else
-  else if (loads_rows) load_rows<FIRST>(plan, stages, FP8_ROWS ? rounded.numbers : x, rounded.factors);
+  else if (loads_rows) load_rows<FIRST>(plan, stages, FP8_ROWS || WGMMA ? rounded.numbers : x, rounded.factors);
 #endif
   else load_weights<FIRST>(plan, stages, weight, scale);
 }
 
 #define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? BLOCKS : 1)
 
-// act [T * K, INNER] in the dtype of x. numbers, factors: with FP8_ROWS and no WGMMA, room for x rounded.
+#if ROUNDS_AHEAD
+// Rounds `items` times 128 numbers, for all blocks of the projection that follows.
+extern "C" __global__ void __launch_bounds__(128) round_ahead(const u8* x, u8* numbers, float* factors, int items) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int item = blockIdx.x * 16 + threadIdx.x / 8;
+  // All lanes of a warp or none: they find the largest number together.
+  if (blockIdx.x * 16 + threadIdx.x / 32 * 4 < items)
+    round_ahead_of(x, numbers, factors, min(item, items - 1), threadIdx.x % 8);
+}
+#endif
+
+// act [T * K, INNER] in the dtype of x. numbers, factors: room for x rounded, or x rounded ahead, where it is.
 PROJECTION gate_up(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* act,
                    u8* numbers, float* factors, int num_slots) {
   project<true>(x, weight, scale, bias, ids, act, {numbers, factors}, num_slots);

@@ -4,6 +4,7 @@ For few slots per expert, where all time beyond the weights' is fixed cost. Thre
 dependent launch, which Inductor cannot give a user's Triton kernel: hence an operator of its own that Inductor calls.
 """
 
+import ctypes
 import dataclasses
 import functools
 import logging
@@ -45,6 +46,7 @@ class StreamConfig:
         ones, each the sum of two FP8 numbers. At most 32 rows, one group.
     row_warps: warps that copy activations, or round them: 2 or 4.
     blocks: of a multiprocessor at a time: 2, one of each projection, or 1 with all the shared memory.
+    rounds_ahead: with wgmma, activations are rounded by a kernel of their own ahead of each projection.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class StreamConfig:
     wgmma: bool = False
     row_warps: int = 2
     blocks: int = 2
+    rounds_ahead: bool = False
 
 
 def stream_config(
@@ -136,6 +139,7 @@ class Stream:
             ("FP8", int(self.fp8)), ("FP8_ROWS", int(self.fp8_rows)), ("WEIGHTS", self.weights),
             ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups), ("WGMMA", int(self.config.wgmma)),
             ("ROW_WARPS", self.config.row_warps), ("BLOCKS", self.config.blocks),
+            ("ROUNDS_AHEAD", int(self.config.rounds_ahead)),
         ]  # fmt: skip
 
 
@@ -190,7 +194,8 @@ def functions(stream: Stream, device: int) -> list | None:
     try:
         capability = torch.cuda.get_device_capability(device)
         code = nvrtc.compile_source(source(), stream.macros(), capability, stream.config.wgmma)
-        return nvrtc.load_functions(code, ("gate_up", "down", "sum_slots"), stream.shared_bytes)
+        names = ("gate_up", "down", "sum_slots", *["round_ahead"] * stream.config.rounds_ahead)
+        return nvrtc.load_functions(code, names, stream.shared_bytes)
     except RuntimeError as error:
         logger.warning("sere::expert_mlp: stream.cu cannot be used, Triton's kernels are instead: %s", error)
         return None
@@ -234,20 +239,33 @@ def launch_stream(
         _contiguous, (call.gate_up_scale, call.down_scale, call.gate_up_bias, call.down_bias)
     )
     grid = (torch.cuda.get_device_properties(hidden.device).multi_processor_count, 1)
-    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, *room_for_rounded(stream, hidden), num_slots)
-    second = (act, call.down, down_scale, down_bias, ids, rows, *room_for_rounded(stream, act), num_slots)
-    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=False)
+    of_hidden, of_act = room_for_rounded(stream, hidden), room_for_rounded(stream, act)
+    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, *of_hidden, num_slots)
+    second = (act, call.down, down_scale, down_bias, ids, rows, *of_act, num_slots)
+    ahead = config.rounds_ahead
+    if ahead:
+        _launch_rounding(kernels[3], hidden, of_hidden, early=False)
+    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=ahead)
+    if ahead:
+        _launch_rounding(kernels[3], act, of_act, early=True)
     nvrtc.launch(kernels[1], grid, stream.threads, stream.shared_bytes, second, early=True)
     sum_grid = (-(-stream.hidden // 512), num_tokens)
     nvrtc.launch(kernels[2], sum_grid, 128, 0, (rows, ids, weights, out), early=True)
     return out
 
 
+def _launch_rounding(kernel: ctypes.c_void_p, rows: Tensor, to: tuple[Tensor | None, Tensor | None], early: bool):
+    items = rows.numel() // SCALE_BLOCK
+    nvrtc.launch(kernel, (-(-items // 16), 1), 128, 0, (rows, *to, items), early)
+
+
 def room_for_rounded(stream: Stream, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """For FP8 numbers of rows [R, N], and a factor for each block of a row; nothing where they are not rounded."""
-    if not stream.fp8_rows or stream.config.wgmma:
+    """For FP8 numbers of rows [R, N], one or two for each, and a factor for each block of a row; or nothing."""
+    config = stream.config
+    if not (config.rounds_ahead or (stream.fp8_rows and not config.wgmma)):
         return None, None
-    numbers = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    terms = 1 if stream.fp8_rows else 2
+    numbers = torch.empty((len(rows), terms * rows.shape[1]), dtype=torch.uint8, device=rows.device)
     return numbers, torch.empty((len(rows), rows.shape[1] // SCALE_BLOCK), dtype=torch.float32, device=rows.device)
 
 

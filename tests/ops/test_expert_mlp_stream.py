@@ -203,7 +203,8 @@ def streams():
         plain = {"ids64": True, "activation": "silu_glu", "interleaved": False, "gate_up_bias": False, "half": False}
         used = stream.stream_config(slots, fp8, rows)
         wgmma = dataclasses.replace(used, rows=min(used.rows, 16), groups=1, wgmma=True, row_warps=4)
-        for config in (used, wgmma, dataclasses.replace(wgmma, blocks=1)) if fp8 else (used,):
+        ahead = dataclasses.replace(wgmma, rounds_ahead=True)
+        for config in (used, wgmma, ahead, dataclasses.replace(wgmma, blocks=1)) if fp8 else (used,):
             yield Stream(
                 experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8,
                 weights=1, fp8_rows=rows, config=config, **plain,
@@ -269,6 +270,7 @@ def test_kernels_on_a_cpu_equal_oracle(layer, config, tmp_path):
 
 
 WGMMA_8, WGMMA_32 = StreamConfig(8, wgmma=True), StreamConfig(32, wgmma=True, row_warps=4)
+AHEAD = StreamConfig(16, wgmma=True, rounds_ahead=True)
 
 
 @pytest.mark.parametrize(
@@ -276,9 +278,9 @@ WGMMA_8, WGMMA_32 = StreamConfig(8, wgmma=True), StreamConfig(32, wgmma=True, ro
     thinned(
         itertools.product(
             ("silu_glu", "relu2"),
-            (StreamConfig(16), StreamConfig(32, groups=2), StreamConfig(16, wgmma=True, row_warps=4), WGMMA_8),
+            (StreamConfig(16), StreamConfig(32, groups=2), StreamConfig(16, wgmma=True, row_warps=4), WGMMA_8, AHEAD),
         ),
-        (0, 5, 6),
+        (0, 4, 6),
     ),
     ids=str,
 )
@@ -297,8 +299,9 @@ def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
             (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), WGMMA_8),
             (Layer(dtype=BF16, tokens=30, experts=3, activation="relu2", **WIDE), WGMMA_32),
             (Layer(dtype=BF16, tokens=11, experts=3, bias=True, **WIDE), StreamConfig(16, wgmma=True, row_warps=4)),
+            (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), AHEAD),
         ],
-        (0, 3, 5),
+        (0, 3, 6),
     ),
     ids=str,
 )
@@ -346,6 +349,9 @@ WGMMA = [
     StreamConfig(16, wgmma=True, row_warps=4),
     StreamConfig(32, wgmma=True, row_warps=4, trigger=0),
     StreamConfig(16, wgmma=True, row_warps=4, blocks=1),
+    StreamConfig(8, wgmma=True, rounds_ahead=True),
+    StreamConfig(16, wgmma=True, rounds_ahead=True, trigger=8),
+    StreamConfig(32, wgmma=True, rounds_ahead=True, row_warps=4, trigger=0),
 ]
 CONFIGS = [StreamConfig(8), StreamConfig(16), StreamConfig(32), StreamConfig(64), StreamConfig(32, groups=2)]
 
