@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -12,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sere_compile
 from sere_compile import ConfigError, SereConfig
 from sere_compile.lowering.standard_operators import decompose, sere_nodes
-from sere_compile.passes import Evidence, RoutingSettings, SkipReason
+from sere_compile.passes import Evidence, RoutingSettings, Skip, SkipReason
 from sere_compile.passes.fill_dispatch import fill_dispatch
 from sere_compile.passes.graph import nodes
 
@@ -158,6 +159,20 @@ def test_scores_that_are_gone_are_a_refusal_of_a_gate():
     skip = fill_dispatch(gate, RoutingSettings(1))
     assert (skip.reason, skip.evidence, nodes.kind(skip.node)) == (SkipReason.NO_SCORES, Evidence.EXPERTS, "zero")
     assert skip.is_refused_gate
+    assert str(graph.graph) == before
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_weights_that_nobody_knows_are_no_weights_to_fill(known):
+    """The refusal is what was found of them, else that there are none."""
+    graph = moe_modules.from_export(moe_modules.Indexed(), moe_modules.rows())
+    gate, before = moe_modules.one_gate(graph), str(graph.graph)
+    why = Skip(SkipReason.BENT_WEIGHTS, gate.selection, "for once") if known else None
+    skip = fill_dispatch(dataclasses.replace(gate, weights=None, weights_skip=why), RoutingSettings(1))
+    if known:
+        assert skip is why
+    else:
+        assert (skip.reason, skip.node, skip.detail) == (SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
     assert str(graph.graph) == before
 
 

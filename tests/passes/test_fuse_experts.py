@@ -442,6 +442,18 @@ class TestHidden:
         assert (skip.reason, skip.node) == (SkipReason.SHAPES, region.activations[0])
         assert skip.detail == "its hidden states are not [T, H] in the dtype of its result"
 
+    def test_what_is_computed_of_it_is_another_tensor(self):
+        """The operator would read what is not the hidden states: the region computes that itself."""
+        region = Region(UP, DOWN)
+        region.activations = (region.input(torch.zeros(2, T // 2, H)),)
+        region.call("view", region.call(torch.exp, region.activations[0]), T, H)
+        assert _hidden(region.does(RELU)).reason is SkipReason.SHAPES
+        region = Region(UP, DOWN)
+        region.activations = (region.input(torch.zeros(T, H).half()),)
+        region.call(torch.mul, region.call("to", region.activations[0], torch.float64), 2.0)
+        region.call(torch.mul, region.activations[0], torch.ones(T, H))
+        assert _hidden(region.does(RELU)).reason is SkipReason.SHAPES
+
     def test_the_cast_of_the_result(self):
         """It is part of what is replaced where it alone reads it."""
         region = Region(UP, DOWN).does(RELU)

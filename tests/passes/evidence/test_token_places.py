@@ -111,6 +111,15 @@ class TestSplitAtFixedPlaces:
         """Nothing can have been written down then."""
         assert split_at_fixed_places(self.sort(from_real_make_fx, self.split), None) is None
 
+    def test_a_part_of_a_symbolic_number_of_slots(self):
+        """Constants that the program itself has among them."""
+        module = Used(lambda b, x, ids, s: ids.flatten().argsort()[3:7] + 1)
+        graph = from_dynamo(module, rows(), dynamic=True).graph
+        [sort] = [node for node in graph.nodes if nodes.kind(node) == "argsort"]
+        [slots] = nodes.shape(sort)
+        assert not isinstance(slots, int)
+        assert split_at_fixed_places(sort, slots) is None
+
     @pytest.mark.parametrize("trace", [from_export, from_dynamo])
     def test_sizes_that_depend_on_the_data(self, trace):
         """How many numbers `bincount` gives is not asked: that would be an error of torch's."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.proof.made_up import (
+    _choose,
     activation_values,
     crowded,
     later_state,
@@ -110,6 +111,18 @@ def test_experts_that_are_to_be_chosen():
     behind = logits.topk(TOP_K).indices[:, 1:]
     assert {5, 6, 7} <= set(behind.flatten().tolist())
     assert logits.argmax(-1).unique().numel() == 2
+
+
+def test_places_of_the_experts_that_are_to_be_chosen():
+    """One behind the other, all ahead of the rest, and by less than a first choice would be."""
+    rows = torch.zeros(3, 6)
+    _choose(rows, [4, 1, 3], 2)
+    assert rows.topk(2).indices.tolist() == [[4, 1], [3, 4], [1, 3]]
+    best = rows.topk(3).values
+    assert bool((best[:, 0] > best[:, 1]).all())
+    assert bool((best[:, 1] > best[:, 2]).all())
+    assert best.max() < 0.5
+    assert rows.count_nonzero() == 2 * 3
 
 
 def test_more_tokens_than_were_traced():
