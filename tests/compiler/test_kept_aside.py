@@ -286,4 +286,3 @@ class TestByHand:
         lists[0][0][0][0] = 1
         restore()
         assert lists == [[[[0]]]]
-
