@@ -133,6 +133,36 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "sources += [writer for writer in nodes.writers(reader) if writer <= node]",
         "the node itself has been seen",
     ),
+    (
+        "passes/evidence/router.py",
+        "_projection_factors",
+        "matches and root is not None",
+        "what is projected is a node: the check is the type checker's",
+    ),
+    (
+        "ops/reroute/reference.py",
+        "_primary_within",
+        "unions = torch.where((slots[:, None] >= slots)[:, :, None], per_slot, -1).amax(1) > 0",
+        "-1 is no more above 0 than 0 is",
+    ),
+    (
+        "ops/reroute/reference.py",
+        "named_by_comparison",
+        "experts = torch.arange(num_experts, device=ids.device)",
+        "whole numbers of two types compare alike",
+    ),
+    (
+        "sere_compile/compiler/prove_outside.py",
+        "made_up_order",
+        "rows = torch.arange(order[..., 1].numel()).view(order.shape[:-1])",
+        "each column has as many numbers, and there are two",
+    ),
+    (
+        "sere_compile/compiler/prove_outside.py",
+        "_close",
+        "scale = float(torch.maximum(left.abs().max(), right.abs().max())) if left.numel() else 1.0",
+        "no number of an empty tensor is compared with it",
+    ),
 )
 
 _KNOWN = {(path, function, after) for path, function, after, _ in EQUIVALENT}
