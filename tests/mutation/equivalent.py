@@ -49,9 +49,9 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "what is repeated too often is cut off",
     ),
     (
-        "sere_compile/evaluation/result.py",
-        "_loss",
-        "own = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])[..., -1].double()",
+        "sere_compile/evaluation/predictions.py",
+        "Predictions.of",
+        "losses = -ahead.gather(2, following[..., None])[..., -1].float()",
         "there is one number a token",
     ),
     (
@@ -100,7 +100,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     (
         "passes/proof/ways.py",
         "rewrite_region",
-        "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers)",
+        "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers, tables=tables)",
         "each run sets its own S",
     ),
     (
@@ -116,9 +116,9 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "ids have sizes",
     ),
     (
-        "passes/proof/expert_parameters.py",
-        "Told._changed",
-        "return (difference.reshape(tokens, -1) > limit).any(1).cpu()",
+        "passes/proof/compare.py",
+        "changed_rows",
+        "return (difference.reshape(rows, -1) > limit).any(1).cpu()",
         "there are two dimensions",
     ),
     (
