@@ -23,7 +23,7 @@ from sere_compile.testing import reroute_oracle
 
 from ..moe_modules import EXPERTS, TOKENS, Indexed, MaskPicks, Used
 from .regions import leaves_of, region_of, run_of, told, values_of
-from .test_prover import RouterEmbedding, RouterScale
+from .test_prover import Padded, PaddedWithE, RouterEmbedding, RouterScale
 
 
 def way_of(region, merged=False):
@@ -89,6 +89,23 @@ def test_moves_that_must_not_happen():
     nowhere = rewritten.run(values, run, RoutingSettings(1), 1, torch.ones_like(unknown))
     assert nowhere.moved == set()
     assert rewritten.run(values, run, RoutingSettings(1, 0.99), 1, ~torch.ones_like(unknown)).moved < free.moved
+
+
+@pytest.mark.parametrize("module", [Padded, PaddedWithE], ids=lambda m: m.__name__)
+def test_ids_of_no_expert_move_nowhere(module):
+    """They are in no map, and what stands in them is no expert's part."""
+    region = region_of(module())
+    values = values_of(region)
+    got = rewrite_region(region, way_of(region)).run(
+        values, lambda graph, given: run_graph(graph, None, given, single=True), RoutingSettings(1), 1
+    )
+    named = run_of(region)(values)[region.gate.ids]
+    real = (named >= 0) & (named < EXPERTS)
+    assert not real.all()
+    assert got.mapping.min() >= 0
+    assert got.mapping.max() < EXPERTS
+    unnamed = set(range(EXPERTS)) - set(named[real].tolist())
+    assert got.moved.isdisjoint(unnamed)
 
 
 def test_which_experts_moved():
