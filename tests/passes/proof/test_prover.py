@@ -31,6 +31,7 @@ from sere_compile.passes.proof.expert_parameters import ExpertParameters, Told
 from sere_compile.passes.proof.made_up import state_values
 from sere_compile.passes.proof.prover import Prover, Verdict, _in_turn
 from sere_compile.passes.proof.region import cut_region
+from sere_compile.passes.proof.sources import trace_sources
 from sere_compile.passes.proof.ways import Got, Rewritten, Way, rewrite_region
 from sere_compile.testing import reroute_oracle
 
@@ -1168,6 +1169,17 @@ class TestFurtherChecks:
         prover, _, experts = self.prover(module, from_dynamo, words)
         assert experts
         assert any(prover._acts_unnamed(2, experts, pattern) for pattern in range(prover._masks.patterns)) is acts
+
+    @pytest.mark.parametrize(("top_k", "nothing"), [(1, False), (2, True), (3, True)])
+    def test_scores_that_weigh_nothing(self, top_k, nothing):
+        """What is fetched is not weighed; of one choice a token there is nothing to weigh."""
+        prover, _, experts = self.prover(Attended())
+        sources = trace_sources(prover._region)
+        gate = dataclasses.replace(prover._region.gate, top_k=top_k)
+        prover._region = dataclasses.replace(prover._region, gate=gate)
+        assert prover._weighs_nothing(experts.tensors, sources) is nothing
+        weighed = dataclasses.replace(sources, scored={*sources.scored, prover._region.ends[0]})
+        assert prover._weighs_nothing(experts.tensors, weighed) is False
 
     @pytest.mark.parametrize(
         ("module", "anew"), [(ScratchBuffer, True), (LastIds, False), (LoadInBuffer, False)], ids=lambda v: str(v)
