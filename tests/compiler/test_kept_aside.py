@@ -214,6 +214,11 @@ class TestByHand:
         assert len(_members([0] * 2000)) == 2000
         assert _members([0] * 2001) is None
 
+    def test_names_that_are_tuples(self):
+        """By layer and kind, as statistics are kept."""
+        assert alike(content({(0, "load"): 1}), content({(0, "load"): 1}))
+        assert not alike(content({(0, "load"): 1}), content({(1, "load"): 1}))
+
     def test_many_members_are_counted(self):
         assert content([0] * 2001) == ["list", 2001]
         assert alike(content([0] * 2001), content([1] * 2001))

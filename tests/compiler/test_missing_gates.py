@@ -439,6 +439,22 @@ class TestCallsOfDynamo:
         assert [one is weight for one in seen] == [True]
         assert [record.message.rpartition(". ")[2] for record in caplog.records] == ["True (5,)"] * len(outside)
 
+    def test_gates_outside_of_a_function_that_was_compiled(self, frames, caplog, monkeypatch):
+        """What is diagnosed is what the user compiled: a module, or the function that calls it."""
+        model = Both(MaskLoop())
+
+        def function():
+            pass
+
+        monkeypatch.setattr(missing_gates, "routers_outside", lambda root, seen: ["gate.weight"])
+        monkeypatch.setattr(missing_gates, "diagnose", lambda given, *_, captured: f"{given is function}")
+        frames(function)
+        missing_gates._note(WARNING, None, [model.first.gate.weight])
+        missing_gates.runs.with_gates += 1
+        frames(function)
+        assert missing_gates._note(WARNING, None, []) is True
+        assert caplog.records[0].message.endswith("True")
+
     def test_without_gates_those_outside_are_named(self, frames, caplog, monkeypatch):
         """Where no selection was seen either: else that is what is told of."""
         model = Both(MaskLoop())

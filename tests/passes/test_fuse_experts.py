@@ -22,7 +22,7 @@ from sere_compile.passes.fuse_experts import (
     _routes,
     _why_no_candidate,
 )
-from sere_compile.passes.graph.nodes import kind
+from sere_compile.passes.graph.nodes import kind, shape
 
 from .graph.written import Written
 
@@ -130,6 +130,7 @@ def test_one_operator_computes_the_layer(options):
     asked = {"interleaved": False, "transposed": False, **options}
     assert chosen == {name: asked[name] for name in chosen}
     assert (call.kwargs["gate_up_bias"] is not None) == options.get("bias", False)
+    assert shape(call) == (T, H), "what is known of the result is known of the operator"
     assert [use.consumer for use in lowered.dispatch_uses] == [call]
     assert not {"bmm", "index", "repeat_interleave"} & {kind(node) for node in graph.graph.nodes}
 

@@ -191,6 +191,16 @@ def test_places(name):
     assert any(drops_tokens(user) for user in w.ids.users) is drops
 
 
+@pytest.mark.parametrize(("steps", "drops"), [(150, True), (250, False)])
+def test_places_far_behind_are_not_looked_for(steps, drops):
+    w = Ids()
+    mask = w.call("float", w.mask())
+    for _ in range(steps):
+        mask = w.mul(mask, 1)
+    w.call(torch.lt, w.places(mask), 2)
+    assert any(drops_tokens(user) for user in w.ids.users) is drops
+
+
 def test_tables_of_counts():
     w = Ids()
     counts = w.counts()
