@@ -168,6 +168,28 @@ def test_state_of_another_time(trace):
     assert (int(first[calls]), int(second[calls])) == (1_000_000, 0)
 
 
+def test_which_state_may_be_other_later():
+    """Vectors and counters that are written; neither constants, matrices, 8-bit scales, nor what is no state."""
+    w = Written()
+    values = {
+        "_tensor_constant0": torch.rand(3), "c_numbers": torch.rand(3), "empty": torch.rand(0),
+        "bytes": torch.rand(3).to(torch.float8_e4m3fn), "matrix": torch.rand(2, 3), "order": torch.arange(3),
+        "length": torch.tensor(7), "input": torch.rand(3), "name": "x",
+        "calls": torch.tensor(7), "bias": torch.rand(3), "scale": torch.tensor(0.5),
+    }  # fmt: skip
+    leaves, state = {}, {}
+    for name, value in values.items():
+        node, source = w.input(value), w.graph.placeholder(name)
+        leaves[node] = Leaf("activation" if name == "input" else "state", source, value)
+        state[node] = value
+        if name == "calls":
+            source.meta["example_value"] = value
+            w.call("add_", source, 1)
+    found = later_state(types.SimpleNamespace(leaves=leaves), state, 0)
+    assert [leaves[node].source.name for node in found] == ["calls", "bias", "scale"]
+    assert all(value.shape == state[node].shape for node, value in found.items())
+
+
 def test_distances_are_not_negative():
     """The nearest expert is the first choice."""
 
