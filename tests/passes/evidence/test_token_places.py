@@ -191,6 +191,14 @@ def test_places(name):
     assert any(drops_tokens(user) for user in w.ids.users) is drops
 
 
+def test_no_parts():
+    w = Ids()
+    order = w.call(torch.argsort, w.flat())
+    parts = w.call(torch.split, w.pick(w.given(12, 2), order), 12)
+    parts.meta["example_value"] = ()
+    assert split_at_fixed_places(order, 12) is None
+
+
 @pytest.mark.parametrize(("steps", "drops"), [(150, True), (250, False)])
 def test_places_far_behind_are_not_looked_for(steps, drops):
     w = Ids()
