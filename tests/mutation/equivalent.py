@@ -163,6 +163,54 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "scale = float(torch.maximum(left.abs().max(), right.abs().max())) if left.numel() else 1.0",
         "no number of an empty tensor is compared with it",
     ),
+    (
+        "sere_compile/evaluation/routing.py",
+        "merge_slots",
+        "named = torch.zeros(len(ids), num_experts, device=ids.device).scatter_(1, ids.long(), 3.0)",
+        "any number above 0 is behind those that are not named",
+    ),
+    (
+        "ops/reroute_merged/reference.py",
+        "filled_ids",
+        "none = torch.full((num_tokens, num_slots), num_experts, device=ids.device)",
+        "a tensor full of a whole number is int64 unless it is told another",
+    ),
+    (
+        "ops/reroute_merged/reference.py",
+        "filled_ids",
+        "fillers = torch.cat([candidates, none], 1).topk(num_slots, largest=False).values",
+        "topk sorts unless it is told not to",
+    ),
+    (
+        "passes/evidence/routing_chain.py",
+        "_written",
+        "read = [chain.logits, *(node for node in chain.inputs)]",
+        "nobody writes to a number",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "Told._fits",
+        "alike = self._of_shape[self._draws[-1][node].shape]",
+        "all draws have the same sizes",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "Told._layouts",
+        "sizes and sizes[0] <= self._experts and (self._experts % sizes[0] == 0) and self._is_part(node)",
+        "a part of all experts is a layout that was tried already",
+    ),
+    (
+        "passes/fuse_experts.py",
+        "_why_no_candidate",
+        "shapes = [list(nodes.shape(node)) for node in region.inputs if nodes.is_tensor(node)]",
+        "a tensor has sizes",
+    ),
+    (
+        "sere_compile/evaluation/rules.py",
+        "Fill.__call__",
+        "ids = choice.masked_fill(~primary[:, None, :], float('-inf')).topk(batch.ids.shape[-1]).indices",
+        "topk is along the last dimension unless it is told another",
+    ),
 )
 
 _KNOWN = {(path, function, after) for path, function, after, _ in EQUIVALENT}
