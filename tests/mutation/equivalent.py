@@ -211,6 +211,12 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "ids = choice.masked_fill(~primary[:, None, :], float('-inf')).topk(batch.ids.shape[-1]).indices",
         "topk is along the last dimension unless it is told another",
     ),
+    (
+        "sere_compile/compiler/prove_outside.py",
+        "_Trial._run",
+        "torch.manual_seed(1)",
+        "any seed will do, as long as it is the same in each run",
+    ),
 )
 
 _KNOWN = {(path, function, after) for path, function, after, _ in EQUIVALENT}
