@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.kept_aside import KeptAside, _by_name, _globals_of, alike, content
+from sere_compile.compiler.kept_aside import (
+    KeptAside,
+    _by_name,
+    _globals_of,
+    _is_kept,
+    _members,
+    _snapshot,
+    alike,
+    content,
+)
 
 SEEN = []
 OF_HELPERS = []
@@ -47,6 +56,10 @@ class Tracker:
 
 
 TRACKER = Tracker()
+
+
+class Subclass(torch.Tensor):
+    """A tensor of a class that copies may not know."""
 
 
 class Keeping(nn.Module):
@@ -246,3 +259,122 @@ def test_large_tensors_are_told_apart_and_not_copied(nested):
     assert remembered.is_all_known()
     large += 1
     assert not remembered.is_all_known()
+
+
+class TestByHand:
+    """What tells two states of a value apart, and what puts one back."""
+
+    @pytest.mark.parametrize("value", [True, 3, 2.5, 1j, "a", b"a", None, torch.float32, torch.device("cpu")])
+    def test_plain_values_are_their_own_content(self, value):
+        assert content(value) == value
+
+    def test_tensors_are_copied(self):
+        value = torch.ones(2, requires_grad=True)
+        copied = content(value)
+        assert torch.equal(copied, value)
+        assert not copied.requires_grad
+        assert copied.data_ptr() != value.data_ptr()
+
+    @pytest.mark.parametrize(
+        "value",
+        [torch.empty(5, device="meta"), Subclass([1.0, 2.0]), torch.zeros(1, dtype=torch.int8).expand((1 << 20) + 1)],
+        ids=["without numbers", "of another class", "large"],
+    )
+    def test_tensors_that_are_not_copied(self, value):
+        """They are known by who they are, and by how often they were written to."""
+        before = content(value)
+        assert before == content(value) == ["large tensor", id(value), value._version]
+        assert before != content(value.clone())
+
+    def test_as_many_numbers_as_are_copied(self):
+        assert isinstance(content(torch.zeros(1, dtype=torch.int8).expand(1 << 20)), torch.Tensor)
+
+    def test_members(self):
+        """By name or place, of what holds any; code and plain values hold none."""
+        assert _members({"a": 1}) == [("a", 1)]
+        assert _members({3, 1, 2}) == [(None, 1), (None, 2), (None, 3)]
+        assert _members((5, 6)) == [(0, 5), (1, 6)]
+        assert _members(collections.deque([5])) == [(0, 5)]
+        assert [name for name, _ in _members(Tracker())] == ["load", "names"]
+        for value in (3, "a", len, Tracker, nn.Linear(1, 1), torch.zeros(1), threading.Lock()):
+            assert _members(value) is None
+        assert len(_members([0] * 2000)) == 2000
+        assert _members([0] * 2001) is None
+
+    def test_names_that_are_tuples(self):
+        """By layer and kind, as statistics are kept."""
+        assert alike(content({(0, "load"): 1}), content({(0, "load"): 1}))
+        assert not alike(content({(0, "load"): 1}), content({(1, "load"): 1}))
+
+    def test_many_members_are_counted(self):
+        assert content([0] * 2001) == ["list", 2001]
+        assert alike(content([0] * 2001), content([1] * 2001))
+        assert not alike(content([0] * 2001), content([0] * 2002))
+
+    def test_what_may_be_kept_in_a_global(self):
+        for value in ({}, [], set(), collections.deque(), Tracker()):
+            assert _is_kept(value)
+        for value in (3, "a", (1,), frozenset(), None, torch.zeros(1), nn.Linear(1, 1), len, Tracker, threading):
+            assert not _is_kept(value)
+
+    def test_how_near_numbers_are(self):
+        """Relative to the largest number of a tensor, or to the number itself."""
+        right = torch.tensor([100.0, 0.0])
+        assert alike(right + 0.009, right)
+        assert not alike(right + 0.011, right)
+        assert alike(right + 0.9, right, tolerance=0.01)
+        assert alike(torch.zeros(0), torch.zeros(0))
+        assert alike(torch.tensor([1, 2]), torch.tensor([1, 2]))
+        assert not alike(torch.tensor([1.0, float("nan")]), torch.tensor([float("nan"), 1.0]))
+        assert alike(100.009, 100.0)
+        assert not alike(100.011, 100.0)
+        assert alike(-100.009, -100.0)
+        assert alike(float("inf"), float("inf"))
+        assert not alike(float("nan"), 1.0)
+        assert not alike(1.0, float("nan"))
+        assert alike([[100.9]], [[100.0]], tolerance=0.01)
+        assert alike(0.0, 0.0)
+
+    def test_what_is_put_back(self):
+        """Each container itself, with its own members; of a tensor its numbers, where its sizes are the same."""
+        inner, tracker = [1], Tracker()
+        holder = {"list": inner, "set": {1}, "deque": collections.deque([1]), "tuple": ([2],), "object": tracker}
+        holder["tensor"] = torch.zeros(2)
+        before = content(holder)
+        restore = _snapshot(holder)
+        inner[0] = 5
+        inner.append(6)
+        holder["set"].add(7)
+        holder["deque"].appendleft(8)
+        holder["tuple"][0].clear()
+        tracker.load, tracker.more = None, 1
+        holder["tensor"] += 1
+        holder["new"] = holder.pop("list")
+        restore()
+        assert alike(content(holder), before)
+        assert list(holder) == ["list", "set", "deque", "tuple", "object", "tensor"]
+        assert holder["list"] is inner
+        assert holder["object"] is tracker
+        assert not hasattr(tracker, "more")
+        assert holder["tensor"].tolist() == [0, 0]
+
+    def test_a_tensor_that_nobody_wrote_to_is_not_written_to(self):
+        """Nor one of other sizes."""
+        value = torch.zeros(2)
+        restore, version = _snapshot(value), value._version
+        value.data = torch.ones(2)  # behind the back of its version
+        restore()
+        assert value.tolist() == [1, 1]
+        assert value._version == version
+        restore = _snapshot(value)
+        value.resize_(3)
+        restore()
+        assert value.shape == (3,)
+
+    def test_members_of_lists_in_lists(self):
+        """Four deep; what is further down is not looked at."""
+        lists = [[[[0]]]]
+        restore = _snapshot(lists)
+        lists[0][0][0][0] = 1
+        restore()
+        assert lists == [[[[0]]]]

@@ -323,3 +323,148 @@ class TestOneCall:
         assert "The nearest candidate is scores" in record.message
         with pytest.raises(GateNotFoundError):
             missing_gates.watch(lambda *args: args, findings, STRICT, whole_call=True)
+
+    def test_a_call_that_is_made_again_if_it_re_routes_nothing(self, caplog):
+        """A graph without gates is noted, and not told of, though it is all of the call."""
+        findings = types.SimpleNamespace(nearest_miss=TestWords.skip())
+        with missing_gates.one_call() as call:
+            call.trying = True
+            run = missing_gates.watch(lambda *args: args, findings, STRICT, whole_call=True)
+            assert not call.settled
+            assert call.nearest is None
+            run(1)
+            assert call.nearest is findings.nearest_miss
+            call.forget()
+            assert not call.trying
+        assert caplog.records == []
+
+    def test_a_refusal_beside_gates_that_ran(self, caplog, monkeypatch):
+        """It is raised where gates run outside every graph, and only there."""
+        refusal, weights = GateNotFoundError("why"), [torch.ones(1)]
+        assert self.settled(caplog, monkeypatch, model=Loop(), refusal=refusal, routers=weights) == []
+        with pytest.raises(GateNotFoundError, match="why"):
+            self.settled(caplog, monkeypatch, model=Loop(), outside=["a"], refusal=refusal, routers=weights)
+
+    def test_what_stands_outside_is_said_with_all_that_was_seen(self, caplog, monkeypatch):
+        """Gates of both ways to make the call are inside."""
+        asked = []
+        held, routers = [torch.ones(1)], [torch.ones(2)]
+        call = missing_gates.OneCall(held=held, routers=routers)
+        monkeypatch.setattr(missing_gates, "routers_outside", lambda model, seen: asked.append(seen) or ["a", "b"])
+        monkeypatch.setattr(missing_gates, "diagnose", lambda *args, captured: f"{args[1:]} {captured}")
+        missing_gates.settle(call, Loop(), (1,), {"k": 2}, WARNING, captured=False)
+        assert asked == [[*routers, *held]]
+        [record] = caplog.records
+        assert "nothing is re-routed: a, b. ((1,), {'k': 2}) False" in record.message
+        with pytest.raises(GateNotFoundError, match="a, b"):
+            missing_gates.settle(call, Loop(), (), {}, STRICT, captured=False)
+
+
+class TestCallsOfDynamo:
+    """A callable's graphs are reported when its next call begins, which is another frame."""
+
+    @pytest.fixture
+    def frames(self, monkeypatch):
+        """Gives calls one after the other: `now(function)` begins one."""
+        current = []
+
+        def now(function, **more):
+            current[:] = [types.SimpleNamespace(f_locals={"fn": function, **more}, f_code=None)]
+
+        monkeypatch.setattr(missing_gates.dynamo, "current_call", lambda: current[0] if current else None)
+        monkeypatch.setattr(missing_gates, "_calls", missing_gates._Calls())
+        return now
+
+    def test_outside_of_calls_nothing_is_noted(self, frames, caplog):
+        assert missing_gates._note(STRICT, None, []) is False
+        assert missing_gates._calls.by_callable == {}
+
+    def test_the_next_call_reports(self, frames, caplog):
+        def function():
+            pass
+
+        near, far = TestWords.skip(evidence=Evidence.IDS), TestWords.skip(evidence=Evidence.NONE)
+        frames(function)
+        assert missing_gates._note(WARNING, far, []) is False
+        assert missing_gates._note(WARNING, near, []) is False
+        assert caplog.records == []
+        frames(function)
+        assert missing_gates._note(WARNING, None, []) is True
+        [record] = caplog.records
+        assert str(near) in record.message
+        assert missing_gates._note(WARNING, None, []) is True
+        assert len(caplog.records) == 1
+
+    def test_with_strict_every_further_call_raises(self, frames):
+        def function():
+            pass
+
+        frames(function)
+        missing_gates._note(STRICT, None, [])
+        for _ in range(2):
+            frames(function)
+            with pytest.raises(GateNotFoundError, match="no MoE gate"):
+                missing_gates._note(STRICT, None, [])
+
+    def test_calls_of_others_are_no_next_call(self, frames, caplog):
+        def function():
+            pass
+
+        def other():
+            pass
+
+        for called in (function, other):
+            frames(called)
+            assert missing_gates._note(STRICT, None, []) is False
+
+    @pytest.mark.parametrize("outside", [[], ["second.gate.weight"]])
+    def test_gates_outside_are_told_beside_those_that_ran(self, frames, caplog, monkeypatch, outside):
+        """Of the model that owns the weights; where there are none all is well."""
+        model = Both(MaskLoop())
+        weight, asked = model.first.gate.weight, []
+
+        def told(root, seen):
+            asked.append((root, seen))
+            return outside
+
+        monkeypatch.setattr(missing_gates, "routers_outside", told)
+        monkeypatch.setattr(missing_gates, "diagnose", lambda given, args, kwargs, captured: f"{given is model} {args}")
+        frames(model)
+        assert missing_gates._note(WARNING, None, [weight]) is False
+        missing_gates.runs.with_gates += 1
+        frames(model, args=(5,))
+        assert missing_gates._note(WARNING, None, [weight]) is True
+        [(root, seen)] = asked
+        assert root is model
+        assert [one is weight for one in seen] == [True]
+        assert [record.message.rpartition(". ")[2] for record in caplog.records] == ["True (5,)"] * len(outside)
+
+    def test_gates_outside_of_a_function_that_was_compiled(self, frames, caplog, monkeypatch):
+        """What is diagnosed is what the user compiled: a module, or the function that calls it."""
+        model = Both(MaskLoop())
+
+        def function():
+            pass
+
+        monkeypatch.setattr(missing_gates, "routers_outside", lambda root, seen: ["gate.weight"])
+        monkeypatch.setattr(missing_gates, "diagnose", lambda given, *_, captured: f"{given is function}")
+        frames(function)
+        missing_gates._note(WARNING, None, [model.first.gate.weight])
+        missing_gates.runs.with_gates += 1
+        frames(function)
+        assert missing_gates._note(WARNING, None, []) is True
+        assert caplog.records[0].message.endswith("True")
+
+    def test_without_gates_those_outside_are_named(self, frames, caplog, monkeypatch):
+        """Where no selection was seen either: else that is what is told of."""
+        model = Both(MaskLoop())
+        monkeypatch.setattr(missing_gates, "routers_outside", lambda root, seen: ["gate.weight"])
+        monkeypatch.setattr(missing_gates, "diagnose", lambda *_, captured: "diagnosed")
+        for nearest, said in ((None, "run outside every graph"), (TestWords.skip(), "found no MoE gate")):
+            caplog.clear()
+            monkeypatch.setattr(missing_gates, "_calls", missing_gates._Calls())
+            frames(model)
+            missing_gates._note(WARNING, nearest, [])
+            frames(model)
+            assert missing_gates._note(WARNING, None, []) is True
+            assert said in caplog.text

@@ -133,6 +133,7 @@ class TestPlaces:
         program = Program(exported())
         plan = object()
         node = program.place(plan, "similarity", torch.arange(4.0))
+        assert isinstance(node.meta["val"], torch._subclasses.FakeTensor)
         assert node.meta["val"].shape == (4,)
         [product] = [n for n in program.module.graph.nodes if nodes.kind(n) == "add"]
         product.update_arg(1, node)

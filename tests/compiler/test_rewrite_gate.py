@@ -1,5 +1,6 @@
 """What is proven of real models before they are re-routed, and what is refused."""
 
+import dataclasses
 import types
 
 import pytest
@@ -8,10 +9,14 @@ import torch
 import sere_compile
 from sere_compile import SereConfig, sere_backend
 from sere_compile.compiler import rewrite_gate
+from sere_compile.compiler.gate_plan import GatePlan
+from sere_compile.compiler.prove_outside import Verdict
+from sere_compile.passes import COUNTED, Evidence, Proof, Skip, SkipReason
 from sere_compile.passes.verify_rewrite import SHOWN
+from sere_compile.report import REWRITTEN, SKIPPED
 
 from ..compiled import logits
-from ..passes.moe_modules import Indexed, ScatterCombine, expected, rows, similarity
+from ..passes.moe_modules import Indexed, ScatterCombine, expected, from_dynamo, one_gate, rows, similarity
 from ..passes.test_check_savings import Returning, by_table
 from ..tiny_models import EAGER_SLOW, PAIRS, build, random_profile, tokens
 
@@ -157,3 +162,249 @@ class TestSavings:
 
 def symmetric():
     return ((similarity() + similarity().T) / 2).fill_diagonal_(1.0)
+
+
+@pytest.fixture(scope="module")
+def gate():
+    return one_gate(from_dynamo(Indexed(), rows()))
+
+
+class Traced:
+    """A graph that is being rewritten, as far as it is asked."""
+
+    fuses_experts, takes_kernels, has_gradients, others_follow = False, True, True, False
+
+    def __init__(self, gate, values=()):
+        self.module = gate.selection.graph.owning_module
+        self.values, self.placed, self.dropped = dict(values), [], []
+
+    def value_of(self, node):
+        return self.values.get(node)
+
+    def place(self, plan, kind, value):
+        self.placed.append((kind, value))
+        return plan.gate.ids
+
+    def drop_unused(self, plan):
+        self.dropped.append(plan)
+
+
+WEIGHT = torch.zeros(8, 6)
+MATRICES = {"similarity": torch.eye(8), "projection": torch.ones(8, 8)}
+
+
+def plan_of(gate, **options):
+    config = SereConfig(select_top_k=1, **options)
+    region = Skip(SkipReason.READS_OTHERS, gate.ids)
+    return GatePlan(gate=gate, name="router", config=config, given=config, region=region, constant=None, position=0)
+
+
+class TestByHand:
+    """A gate on its way through passes that are told what to do."""
+
+    @staticmethod
+    def taken(gate, monkeypatch, does=lambda run: None, refusal=None, **options):
+        """The plan of a gate behind passes that do this and refuse so, with the graph, the run and its switches."""
+        plan, graph, seen = plan_of(gate, **options), Traced(gate), {}
+
+        def passes(run, is_on):
+            seen.update(run=run, is_on=is_on)
+            does(run)
+            return refusal
+
+        monkeypatch.setattr(rewrite_gate, "run_pipeline", passes)
+        given = rewrite_gate.rewrite_gate(plan, graph, MATRICES, WEIGHT, None, lambda: None)
+        assert given is refusal
+        return plan, graph, seen
+
+    @staticmethod
+    def rewritten(gate, merged=True, filled=False, **refused):
+        other = dataclasses.replace(gate, top_k=2)
+
+        def does(run):
+            run.proof = Proof(other, merged, None, frozenset(), "as shown")
+            run.rewrite = types.SimpleNamespace(merged=merged, filled=filled)
+            run.done.append("fuse_router")
+            run.refused.update(refused)
+
+        return other, does
+
+    @pytest.mark.parametrize(("merged", "filled"), [(True, False), (False, True)])
+    def test_what_was_done_is_recorded(self, gate, monkeypatch, caplog, merged, filled):
+        other, does = self.rewritten(gate, merged, filled, fuse_experts="no kernel")
+        with caplog.at_level("INFO", logger="sere_compile"):
+            plan, graph, _ = self.taken(gate, monkeypatch, does)
+        assert (plan.status, plan.gate, plan.proof) == (REWRITTEN, other, "as shown")
+        assert (plan.merged, plan.is_filled) == (merged, filled)
+        assert (plan.kernels, plan.unfused) == ("routing; stock experts: no kernel", "no kernel")
+        assert (plan.reason, plan.fallback, graph.dropped) == ("", "", [])
+        assert "router: proven: S = K changes no bit; S < K gives as shown" in caplog.text
+        assert "router keeps its experts: no kernel" in caplog.text
+
+    def test_a_refusal(self, gate, monkeypatch, caplog):
+        """What was placed for it goes; what was proven of it before stays unsaid."""
+        other, _ = self.rewritten(gate)
+        skip = Skip(SkipReason.UNVERIFIED, gate.selection, "for once")
+
+        def does(run):
+            run.proof = Proof(other, True, None, frozenset(), "as shown")
+
+        with caplog.at_level("INFO", logger="sere_compile"):
+            plan, graph, _ = self.taken(gate, monkeypatch, does, skip)
+        assert (plan.status, plan.reason, plan.refusal, plan.proof) == (SKIPPED, str(skip), skip, "")
+        assert (plan.merged, plan.is_filled, graph.dropped) == (False, False, [plan])
+        assert "proven" not in caplog.text
+
+    def test_what_is_not_to_be_re_routed_is_not_called_so(self, gate, monkeypatch):
+        plan, _, _ = self.taken(gate, monkeypatch)
+        assert plan.status not in (REWRITTEN, SKIPPED)
+        assert (plan.gate, plan.proof, plan.merged, plan.kernels) == (gate, "", False, "")
+
+    def test_one_that_could_not_be_filled_says_so(self, gate, monkeypatch, caplog):
+        _, does = self.rewritten(gate, fill_dispatch="no scores")
+        plan, _, _ = self.taken(gate, monkeypatch, does, substitution="fill")
+        assert (plan.status, plan.fallback) == (REWRITTEN, "re-routed, not filled: no scores")
+        assert "router is re-routed, not filled: no scores" in caplog.text
+
+    def test_one_that_was_refused_before_is_left_alone(self, gate, monkeypatch):
+        plan = plan_of(gate)
+        plan.refuse(skip := Skip(SkipReason.SHARED_ROUTER, gate.selection))
+        monkeypatch.setattr(rewrite_gate, "run_pipeline", None)
+        assert rewrite_gate.rewrite_gate(plan, Traced(gate), MATRICES, WEIGHT, None, None) is skip
+        assert plan.unfused is skip
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ({}, set()),
+            ({"substitution": "projection", "strict": True}, {"projecting", "strict"}),
+            ({"substitution": "fill", "collect_stats": True}, {"filling", "counting"}),
+            ({"lower_experts": "always"}, {"fuses_fp8"}),
+            ({"lower_experts": True}, set()),
+        ],
+        ids=str,
+    )
+    def test_what_passes_are_told(self, gate, options, told):
+        plan, inputs = plan_of(gate, **options), gate.selection.graph.find_nodes(op="placeholder")
+        first, second = list(inputs)[:2]
+        graph = Traced(gate, {first: 7, second: torch.zeros(3)})
+        run = rewrite_gate._run(plan, graph, MATRICES, WEIGHT, None, None)
+        flags = ("projecting", "filling", "strict", "counting", "fuses_experts", "fuses_fp8")
+        assert {flag for flag in flags if getattr(run, flag)} == told
+        assert (run.gate, run.region, run.settings) == (gate, plan.region, plan.settings)
+        assert (run.sizes, run.device, run.has_gradients) == ({first: 7}, WEIGHT.device, True)
+        graph.fuses_experts, graph.has_gradients = True, False
+        run = rewrite_gate._run(plan, graph, MATRICES, WEIGHT, None, None)
+        assert (run.fuses_experts, run.has_gradients) == (True, False)
+
+    def test_places_for_what_is_read_beside(self, gate):
+        plan, graph = plan_of(gate), Traced(gate)
+        run = rewrite_gate._run(plan, graph, MATRICES, WEIGHT, None, None)
+        for kind in ("similarity", "projection", "counts"):
+            assert run.input_for(kind) is gate.ids
+        (_, matrix), (_, factors), (kind, counts) = graph.placed
+        assert matrix is MATRICES["similarity"]
+        assert factors is MATRICES["projection"]
+        assert (kind, counts.tolist(), counts.dtype) == ("counts", [0] * len(COUNTED), torch.int64)
+
+    @pytest.mark.parametrize("filling", [False, True])
+    @pytest.mark.parametrize("proven", [False, True])
+    @pytest.mark.parametrize("has_matrix", [False, True])
+    def test_a_matrix_is_asked_for_once_the_gate_is_proven(self, gate, monkeypatch, filling, proven, has_matrix):
+        """Filling reads none."""
+        proof = Proof(gate, True, None, frozenset(), "") if proven else Skip(SkipReason.UNVERIFIED, gate.ids)
+        missing, asked = None if has_matrix else Skip(SkipReason.NO_WEIGHTS, gate.ids, "no matrix"), []
+        monkeypatch.setattr(rewrite_gate, "_prove", lambda *_, weighing: asked.append(weighing) or proof)
+        plan = plan_of(gate, **({"substitution": "fill"} if filling else {}))
+        run = rewrite_gate._run(plan, Traced(gate), MATRICES, WEIGHT, None, lambda: asked.append("matrix") or missing)
+        wanted = proof if filling or not proven or has_matrix else missing
+        assert run.prove(gate, True) is wanted
+        assert asked == [True, *(["matrix"] if proven and not filling else [])]
+
+    @pytest.mark.parametrize(
+        ("switch", "options", "on"),
+        [
+            ("lower_experts", {"lower_experts": "always"}, True),
+            ("lower_experts", {"lower_experts": True}, False),  # on a GPU
+            ("lower_experts", {"lower_experts": False}, False),
+            ("lower_experts", {"lower_experts": "always", "kernels": False}, False),
+            ("lower_experts", {"lower_experts": False, "fuses": True}, True),
+            ("lower_experts", {"lower_experts": "always", "kernels": False, "fuses": True}, True),
+            ("fuse_router", {"fuse_router": "always"}, True),
+            ("fuse_router", {"fuse_router": "always", "kernels": False}, False),
+            ("fuse_router", {"fuse_router": False, "fuses": True}, False),
+            ("reroute", {}, True),
+            ("reroute", {"reason": "S = K"}, False),
+            ("collect_stats", {"collect_stats": True, "rewrite": True}, True),
+            ("collect_stats", {"collect_stats": True}, False),
+            ("collect_stats", {"collect_stats": False, "rewrite": True}, False),
+        ],
+        ids=str,
+    )
+    def test_which_passes_run(self, gate, switch, options, on):
+        options = dict(options)
+        kernels, fuses = options.pop("kernels", True), options.pop("fuses", False)
+        reason, rewrite = options.pop("reason", ""), options.pop("rewrite", None)
+        plan = plan_of(gate, **options)
+        plan.reason = reason
+        run = types.SimpleNamespace(fuses_experts=fuses, device=torch.device("cpu"), rewrite=rewrite)
+        assert rewrite_gate._switches(plan, run, kernels)(switch) is on
+
+    def test_an_unknown_switch(self, gate):
+        is_on = rewrite_gate._switches(plan_of(gate), types.SimpleNamespace(fuses_experts=True), True)
+        with pytest.raises(ValueError, match="no option turns on magic"):
+            is_on("magic")
+
+
+class TestOutside:
+    """What is concluded where the ids leave the graph."""
+
+    @staticmethod
+    def proven(gate, monkeypatch, verdict, weighing=False):
+        guards, owners, graph = [], types.SimpleNamespace(find=lambda weight: ("owner", weight)), Traced(gate)
+
+        def outside(other, owner):
+            assert (other, owner) == (gate, ("owner", WEIGHT))
+            return verdict
+
+        def verify(other, value_of, run_outside, *, weighing):
+            assert value_of == graph.value_of
+            return run_outside(other)
+
+        monkeypatch.setattr(rewrite_gate, "prove_outside", outside)
+        monkeypatch.setattr(rewrite_gate, "verify_rewrite", verify)
+        monkeypatch.setattr(rewrite_gate, "computes_the_same", lambda other, known: (other, known) == ("twin", verdict))
+        monkeypatch.setattr(rewrite_gate.dynamo, "guard_input", lambda node, check, why: guards.append((node, check)))
+        return rewrite_gate._prove(
+            types.SimpleNamespace(saves_nothing=""), gate, WEIGHT, graph, owners, weighing=weighing
+        ), guards
+
+    @pytest.mark.parametrize(
+        ("is_gate", "reason", "evidence"),
+        [
+            (True, SkipReason.UNVERIFIED, Evidence.EXPERTS),
+            (False, SkipReason.NO_DISPATCH, Evidence.ROUTER),
+        ],
+    )
+    def test_nothing_proven(self, gate, monkeypatch, is_gate, reason, evidence):
+        skip, guards = self.proven(gate, monkeypatch, Verdict(None, "because", is_gate))
+        assert (skip.reason, skip.node, skip.detail, skip.evidence) == (reason, gate.selection, "because", evidence)
+        assert guards == []
+
+    @pytest.mark.parametrize("merged", [True, False])
+    def test_proven(self, gate, monkeypatch, merged):
+        """And guarded: another layer that the graph is reused for has to compute the same."""
+        proof, [(node, check)] = self.proven(gate, monkeypatch, Verdict(merged))
+        assert (proof.gate, proof.merged, proof.experts) == (gate, merged, frozenset())
+        assert proof.shown == f"{SHOWN}; the code outside the graph was run"
+        assert node is gate.router_weight
+        assert check("twin")
+        assert not check("other")
+
+    def test_other_weights(self, gate, monkeypatch):
+        """They can be told only of a code that multiplies by them, which takes merged ones as well."""
+        skip, guards = self.proven(gate, monkeypatch, Verdict(False), weighing=True)
+        assert (skip.reason, skip.evidence, guards) == (SkipReason.UNVERIFIED, Evidence.EXPERTS, [])
+        assert skip.detail.startswith("the code that receives its weights does more than multiply")
+        proof, _ = self.proven(gate, monkeypatch, Verdict(True), weighing=True)
+        assert isinstance(proof, Proof)

@@ -63,6 +63,18 @@ def test_fill_gives_the_token_its_next_choices():
     assert (weights != 0).sum() > Drop(2, min_active=0)(batch)[1].count_nonzero()
 
 
+@pytest.mark.parametrize("restore", [0.5, 1.0])
+def test_a_token_that_loses_all_its_experts_has_no_weight(restore):
+    """There is no sum that could be given back: zeros, not NaN."""
+    batch = decisions()
+    rule = Recombine(OUTPUTS_GRAM, 1, "none", 0.0, restore, heaviest=False, min_active=0)
+    real = batch.real.clone()
+    real[:, 1:] = False  # only what the first token names is kept
+    _, weights = rule(RoutingBatch("gate", batch.ids, batch.weights, batch.scores, real))
+    assert bool((weights == 0).all(-1).any())
+    assert weights.isfinite().all()
+
+
 def test_the_heaviest_experts_are_as_many_as_the_primary_ones():
     spread = torch.tensor([[[0.1, 0.9, 0.0, 0.0], [0.2, 0.0, 0.8, 0.0]]])
     primary = torch.tensor([[True, True, False, False]])

@@ -86,6 +86,16 @@ def test_a_decoding_batch_without_a_prediction_has_no_loss():
     assert len(result.losses) == len(result.original_losses) == 1
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(1, 4 * LENGTH), (2, 2 * LENGTH), (4, LENGTH)])
+def test_every_decoding_batch_has_its_own_steps(batch, steps):
+    """Active experts are means over the steps of all of them."""
+    totals = Totals()
+    totals.add(*forward(0), {"a": 60.0}, {"a": 30.0}, batch)
+    result = totals.result(batch)
+    assert (result.active_before, result.active_after) == ({"a": 60.0 / steps}, {"a": 30.0 / steps})
+    assert len(result.losses) == ROWS // batch
+
+
 def evaluation(**changes):
     values = {
         "perplexity": 11.0, "original_perplexity": 10.0, "kl": 0.125, "top1_agreement": 0.9,

@@ -62,6 +62,7 @@ def test_what_a_step_gains():
     assert dear < cheap < free < more_free
     assert cheap == (False, 2.0)
     assert gain(8.0, 9.0)[0] is False, "what saves nothing is no free step"
+    assert gain(5.0, 10.0) > gain(7.0, 9.0), "no cost at all is free, too: then what is saved decides"
 
 
 @pytest.mark.parametrize("write", [write_csv, plot_sweep])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from sere_compile import EvaluationError, MissingExtraError
@@ -20,6 +20,31 @@ def test_windows_are_spread_over_the_text():
         token_windows(word_tokenizer(), ["a b c", "d e f g h"], length=2, count=6)
     with pytest.raises(EvaluationError, match=r"too few for 6 windows of 20: give more text or a smaller --length$"):
         token_windows(word_tokenizer(), ["a b c", "d e f g h"], length=20, count=6)
+
+
+def test_documents_stand_as_they_are():
+    """A tokenizer that opens each text with a token of its own does not put it into the windows."""
+    tokenizer = word_tokenizer()
+    opening = processors.TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    tokenizer.backend_tokenizer.post_processor = opening
+    assert token_windows(tokenizer, ["a b c", "d e"], length=7).tolist() == [[2, 3, 4, 0, 5, 6, 0]]
+
+
+def test_a_tokenizer_without_an_end_of_texts():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer().backend_tokenizer, unk_token="<unk>")
+    assert token_windows(tokenizer, ["a b c", "d e"], length=2).tolist() == [[2, 3], [4, 5]]
+
+
+def test_every_window_and_as_many_as_there_are():
+    """In order, and none of fewer tokens."""
+    texts, windows = ["a b c", "d e f"], [[2, 3, 4], [0, 5, 6]]
+    assert token_windows(word_tokenizer(), texts, length=3).tolist() == windows
+    assert token_windows(word_tokenizer(), texts, length=3, count=2).tolist() == windows
+    assert token_windows(word_tokenizer(), texts, length=8).tolist() == [[2, 3, 4, 0, 5, 6, 7, 0]]
+    with pytest.raises(EvaluationError, match="8 tokens are too few for 1 windows of 9"):
+        token_windows(word_tokenizer(), texts, length=9)
+    with pytest.raises(EvaluationError, match=r"3 windows of 3: .* \(at most 2 from this\)"):
+        token_windows(word_tokenizer(), texts, length=3, count=3)
 
 
 def test_an_empty_tokenizer_is_told():
@@ -42,6 +67,32 @@ def test_texts_that_cannot_be_read_say_why(tmp_path):
         read_texts(path)
     with pytest.raises(EvaluationError, match="no such file"):
         read_texts(tmp_path / "missing.txt")
+
+
+def test_texts_of_a_file(tmp_path):
+    """Lines of JSON by a field, without those that are blank or hold an empty text; any other file as a whole."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "body": "b"}\n  \n{"text": "", "body": "c"}\n{"text": "d", "body": "e"}\n')
+    assert read_texts(path) == ["a", "d"]
+    assert read_texts(str(path), "body") == ["b", "c", "e"]
+    plain = tmp_path / "x.txt"
+    plain.write_text("a\n\nb\n")
+    assert read_texts(plain) == ["a\n\nb\n"]
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(EvaluationError, match=r"x\.jsonl holds no text"):
+        read_texts(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [('{"n": 1, "body": "b"}', "n, body"), ('{"text": 3}', "text"), ("{}", "none"), ("[1]", "none"), ("[]", "none")],
+)
+def test_a_line_without_text_names_its_fields(tmp_path, line, fields):
+    """By the number of its line, blank ones counted."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n\n' + line)
+    with pytest.raises(EvaluationError, match=rf"x.jsonl:3 has no text in the field 'text'; its fields are {fields}:"):
+        read_texts(path)
 
 
 def test_parquet_columns_are_read(tmp_path):

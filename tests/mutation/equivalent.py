@@ -49,9 +49,9 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "what is repeated too often is cut off",
     ),
     (
-        "sere_compile/evaluation/result.py",
-        "_loss",
-        "own = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])[..., -1].double()",
+        "sere_compile/evaluation/predictions.py",
+        "Predictions.of",
+        "losses = -ahead.gather(2, following[..., None])[..., -1].float()",
         "there is one number a token",
     ),
     (
@@ -100,7 +100,7 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     (
         "passes/proof/ways.py",
         "rewrite_region",
-        "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers)",
+        "done = reroute_dispatch(gate, matrix, RoutingSettings(0), merged=way.merged, readers=readers, tables=tables)",
         "each run sets its own S",
     ),
     (
@@ -116,9 +116,9 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "ids have sizes",
     ),
     (
-        "passes/proof/expert_parameters.py",
-        "Told._changed",
-        "return (difference.reshape(tokens, -1) > limit).any(1).cpu()",
+        "passes/proof/compare.py",
+        "changed_rows",
+        "return (difference.reshape(rows, -1) > limit).any(1).cpu()",
         "there are two dimensions",
     ),
     (
@@ -132,6 +132,90 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "computed_of_state",
         "sources += [writer for writer in nodes.writers(reader) if writer <= node]",
         "the node itself has been seen",
+    ),
+    (
+        "passes/evidence/router.py",
+        "_projection_factors",
+        "matches and root is not None",
+        "what is projected is a node: the check is the type checker's",
+    ),
+    (
+        "ops/reroute/reference.py",
+        "_primary_within",
+        "unions = torch.where((slots[:, None] >= slots)[:, :, None], per_slot, -1).amax(1) > 0",
+        "-1 is no more above 0 than 0 is",
+    ),
+    (
+        "ops/reroute/reference.py",
+        "named_by_comparison",
+        "experts = torch.arange(num_experts, device=ids.device)",
+        "whole numbers of two types compare alike",
+    ),
+    (
+        "sere_compile/compiler/prove_outside.py",
+        "made_up_order",
+        "rows = torch.arange(order[..., 1].numel()).view(order.shape[:-1])",
+        "each column has as many numbers, and there are two",
+    ),
+    (
+        "sere_compile/compiler/prove_outside.py",
+        "_close",
+        "scale = float(torch.maximum(left.abs().max(), right.abs().max())) if left.numel() else 1.0",
+        "no number of an empty tensor is compared with it",
+    ),
+    (
+        "sere_compile/evaluation/routing.py",
+        "merge_slots",
+        "named = torch.zeros(len(ids), num_experts, device=ids.device).scatter_(1, ids.long(), 3.0)",
+        "any number above 0 is behind those that are not named",
+    ),
+    (
+        "ops/reroute_merged/reference.py",
+        "filled_ids",
+        "none = torch.full((num_tokens, num_slots), num_experts, device=ids.device)",
+        "a tensor full of a whole number is int64 unless it is told another",
+    ),
+    (
+        "ops/reroute_merged/reference.py",
+        "filled_ids",
+        "fillers = torch.cat([candidates, none], 1).topk(num_slots, largest=False).values",
+        "topk sorts unless it is told not to",
+    ),
+    (
+        "passes/evidence/routing_chain.py",
+        "_written",
+        "read = [chain.logits, *(node for node in chain.inputs)]",
+        "nobody writes to a number",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "Told._fits",
+        "alike = self._of_shape[self._draws[-1][node].shape]",
+        "all draws have the same sizes",
+    ),
+    (
+        "passes/proof/expert_parameters.py",
+        "Told._layouts",
+        "sizes and sizes[0] <= self._experts and (self._experts % sizes[0] == 0) and self._is_part(node)",
+        "a part of all experts is a layout that was tried already",
+    ),
+    (
+        "passes/fuse_experts.py",
+        "_why_no_candidate",
+        "shapes = [list(nodes.shape(node)) for node in region.inputs if nodes.is_tensor(node)]",
+        "a tensor has sizes",
+    ),
+    (
+        "sere_compile/evaluation/rules.py",
+        "Fill.__call__",
+        "ids = choice.masked_fill(~primary[:, None, :], float('-inf')).topk(batch.ids.shape[-1]).indices",
+        "topk is along the last dimension unless it is told another",
+    ),
+    (
+        "sere_compile/compiler/prove_outside.py",
+        "_Trial._aside_of_model",
+        "torch.manual_seed(1)",
+        "any seed will do, as long as it is the same in each run",
     ),
 )
 

@@ -14,7 +14,14 @@ import triton.language as tl
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, expert_mlp_into, gate_width, supports
 from sere_compile.ops.expert_mlp.kernel import cut
-from sere_compile.ops.expert_mlp.reference import Call, activate, activation_number, expert_mlp_reference
+from sere_compile.ops.expert_mlp.reference import (
+    Call,
+    activate,
+    activation_number,
+    expert_mlp_reference,
+    round_to_fp8,
+    scale_sizes,
+)
 
 from ..thinned import thinned
 from .cases import poisoned_memory
@@ -186,12 +193,43 @@ class TestReference:
         assert Call(x, ids, weights, *stored, None, None, *scales).fp8
         assert not Call(x, ids, weights, *plain, None, None).fp8
 
+    def test_rounding_to_8_bits(self):
+        """Each 128 numbers of a row by their own largest one, which becomes 448; zeros and NaN stay."""
+        x = torch.zeros(2, 130)
+        x[0, :4] = torch.tensor([448.0, -17.0, 19.0, 1.0])  # between 16 and 32 every second number is one of e4m3
+        x[0, 128:] = torch.tensor([-0.448, 0.0195])
+        x[1, 129] = math.nan
+        got = round_to_fp8(x.double())
+        assert (got.shape, got.dtype) == ((2, 130), torch.float32)
+        torch.testing.assert_close(got[0, :4], torch.tensor([448.0, -16.0, 20.0, 1.0]))
+        torch.testing.assert_close(got[0, 128:], torch.tensor([-0.448, 0.020]))
+        assert not got[:, 4:128].any()
+        assert not got[1, :128].any()
+        assert got[1, 129].isnan()
+
+    def test_activations_of_8_bits(self):
+        """What both projections read is rounded: 17 of the second one's numbers is 16, and 19 of the first's is 20."""
+        gate_up, down = torch.eye(4)[None].clone(), torch.ones(1, 4, 4)
+        gate_up[0, 1, 2] = 1.0  # the second column of the first projection: x[1] + x[2]
+        stored, scales = [w.to(torch.float8_e4m3fn) for w in (gate_up, down)], [torch.ones(1, 1, 1)] * 2
+        x, one = torch.tensor([[448.0, 1.0, 16.0, 0.0], [448.0, 19.0, 0.0, 0.0]]), torch.tensor([[0], [0]])
+        arguments = (x, one, one.float() + 0.5, *stored, None, None, "relu", False, False, *scales)
+        sums = 0.5 * torch.tensor([448.0 + 16 + 16, 448.0 + 20])
+        torch.testing.assert_close(expert_mlp_reference(*arguments, fp8_activations=True), sums[:, None].expand(2, 4))
+        exact = 0.5 * torch.tensor([448.0 + 17 + 16, 448.0 + 19])
+        torch.testing.assert_close(expert_mlp_reference(*arguments), exact[:, None].expand(2, 4))
+
     @pytest.mark.parametrize("interleaved", [True, False])
     def test_an_activation_is_along_the_last_dimension(self, interleaved):
         x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
         want = torch.stack([activate(row, "silu_glu", interleaved) for row in x])
         torch.testing.assert_close(activate(x, "silu_glu", interleaved), want)
         assert want.shape == (2, 6, 4)
+
+    def test_sizes_of_scales(self):
+        """One for each 128 rows and columns, also of the last ones, where they are fewer."""
+        assert scale_sizes((3, 128, 129)) == (3, 1, 2)
+        assert scale_sizes([5, 1, 256]) == (5, 1, 2)
 
     def test_numbers_of_activations(self):
         """Those that C++ has, with a gate or without."""

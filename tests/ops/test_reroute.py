@@ -141,7 +141,15 @@ class TestReference:
             )
             assert torch.equal(padded, found)
 
-    @pytest.mark.parametrize("least", [0, 2])
+    @pytest.mark.parametrize("named", [named_by_scatter, named_by_comparison])
+    def test_slots_without_an_expert_do_not_count(self, named):
+        """The second slots are taken as well where the first ones name fewer experts than asked for, or none."""
+        ids = torch.tensor([[-1, 3, 5], [-1, 6, 1]])
+        for least, primary in ((0, []), (1, [3]), (2, list(range(6)))):  # 6 is no expert; S = K keeps every one
+            found = primary_experts(ids, 6, 1, least, None, named=named)
+            assert found.nonzero().flatten().tolist() == primary
+
+    @pytest.mark.parametrize("least", [0, 1, 2])
     def test_padding_alone_has_no_primary_expert(self, least):
         """But where some are asked for: then all stay."""
         found = primary_experts(torch.tensor([[0, 1, 2]]), 4, 1, least, torch.tensor([False]))

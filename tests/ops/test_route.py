@@ -307,6 +307,19 @@ def test_the_reference_takes_the_first_of_many_equals():
     assert route_reference(many, None, Scoring(5, "none"), Rerouting())[1].tolist() == [0, 7, 14, 21, 28]
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_after", "none"])
+@pytest.mark.parametrize("fill", [True, False])
+def test_the_reference_of_batches_of_sequences(scoring, fill):
+    """Experts are along the last dimension, and all tokens are one batch."""
+    logits = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
+    options = Scoring(4, scoring, renormalize=True, epsilon=0.1, scale=2.0)
+    routing = Rerouting(None if fill else torch.rand(12, 12), 1, fill=fill)
+    weights, ids = route_reference(logits, None, options, routing)
+    flat = route_reference(logits.view(6, 12), None, options, routing)
+    torch.testing.assert_close(weights.view(6, 4), flat[0])
+    assert torch.equal(ids.view(6, 4), flat[1])
+
+
 def test_groups_in_three_dimensions():
     scores = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
     scoring = Scoring(4, "none", num_groups=4, top_groups=2, outside_zero=False)

@@ -1,12 +1,25 @@
 """`extract_dispatch`: the dispatch as a function of (ids, weights, ...) that anyone can call."""
 
+import dataclasses
+import types
+
 import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import DispatchRegion, Skip, extract_dispatch, find_gates
+from sere_compile.passes import DispatchRegion, Skip, SkipReason, UseKind, extract_dispatch, find_gates
+from sere_compile.passes.extract_dispatch import (
+    _closure,
+    _is_size_of_input,
+    _one_row_per_token,
+    _role,
+    _runs_experts,
+    _varies_by_token,
+    find_exit,
+)
 from sere_compile.passes.graph import nodes
 
+from .graph.written import Written
 from .moe_modules import (
     DUPLICATE_UNSAFE,
     EXPERTS,
@@ -240,3 +253,113 @@ def test_arithmetic_with_a_free_size_is_part_of_the_region():
     region = region_of(graph)
     assert any(isinstance(nodes.value(node), torch.SymInt) for node in region.inputs)
     assert {node.op for node in region.inputs} <= {"placeholder", "get_attr"}
+
+
+class TestByHand:
+    @pytest.mark.parametrize(
+        ("sizes", "ids", "one"),
+        [
+            ((4, 6), (4, 3), True),
+            ((4, 1), (4, 3), True),
+            ((4,), (4, 3), False),
+            ((5, 6), (4, 3), False),
+            ((6, 4), (4, 6), False),
+            ((2, 2, 6), (4, 3), False),
+            ((2, 2, 6), (2, 2, 3), True),
+            ((2, 3, 6), (2, 2, 3), False),
+        ],
+    )
+    def test_one_row_per_token(self, sizes, ids, one):
+        w = Written()
+        read = w.input(torch.zeros(ids).long())
+        assert _one_row_per_token(w.given(*sizes), read) is one
+        assert not _one_row_per_token(w.input(torch.zeros(sizes).long()), read)
+        assert not _one_row_per_token(w.graph.placeholder("unknown"), read)
+        assert not _one_row_per_token(w.given(*sizes), w.graph.placeholder("unknown"))
+
+    def test_what_runs_experts(self):
+        """A matrix behind it, also by what was written to its sources; not the table of weights alone."""
+        w = Written()
+        x, ids, weights = w.given(4, 6), w.input(torch.zeros(4, 2).long()), w.given(4, 2)
+        gate = types.SimpleNamespace(weights=weights, all_ids=(ids,))
+        assert _runs_experts(w.mul(w.call(torch.exp, x), 2), gate)
+        assert not _runs_experts(w.call(torch.scatter, w.call(torch.zeros, 4, 8), 1, ids, weights), gate)
+        assert not _runs_experts(w.mul(weights, w.given(2)), gate)
+        assert not _runs_experts(w.mul(weights, w.input(torch.ones(4, 2).long())), gate)
+        assert not _runs_experts(w.call(torch.zeros_like, x), gate)
+        memory = w.call(torch.zeros, 4, 6)
+        early = w.call(torch.exp, memory)
+        w.call("add_", memory, x)
+        assert _runs_experts(w.call(torch.exp, memory), gate)
+        assert not _runs_experts(early, gate)
+
+    def test_what_is_computed_up_to_a_node(self):
+        w = Written()
+        first = w.call(torch.exp, w.given(2))
+        memory = w.call(torch.zeros, 2)
+        write = w.call("add_", memory, first)
+        read, late = w.call(torch.neg, memory), w.call(torch.neg, first)
+        assert _closure([first], read) == {first, write, read}
+        assert _closure([first], late) == {first, write, read, late}
+
+    def test_inputs_with_rows_for_tokens(self):
+        """No parameter, no whole numbers, and as many rows as there are tokens in all."""
+        w = Written()
+        ids = w.input(torch.zeros(4, 2).long())
+        assert _varies_by_token(w.given(4, 6), ids)
+        assert _varies_by_token(w.given(2, 2, 6), ids)
+        assert not _varies_by_token(w.given(5, 6), ids)
+        assert not _varies_by_token(w.weight(4, 6), ids)
+        assert not _varies_by_token(w.input(torch.zeros(4, 6).long()), ids)
+        assert not _varies_by_token(w.input(7), ids)
+
+    def test_roles(self):
+        """What is behind the ids is computed, with what rearranges rows and what is made of nothing or of weights."""
+        w = Written()
+        x, ids, weight = w.given(4, 6), w.input(torch.zeros(4, 2).long()), w.weight(8, 6)
+        gate = types.SimpleNamespace(ids=ids)
+        behind, beside = w.call(torch.exp, x), w.call(torch.sin, x)
+        roles = {
+            x: "activation",
+            weight: "input",
+            w.input(3): "input",
+            behind: "inside",
+            beside: "activation",
+            w.call("view", beside, 2, 2, 6): "inside",
+            w.call("repeat_interleave", beside, 2, 0): "inside",
+            w.call(torch.arange, 4): "inside",
+            w.call(torch.exp, weight): "inside",
+            w.mul(weight, w.given(6)): "activation",
+            w.call("size", x, 0): "inside",
+        }
+        assert {node: _role(node, gate, {behind}) for node in roles} == roles
+
+    def test_free_sizes(self):
+        """Read off an input that is no weight."""
+        graph = from_dynamo(Numbered(), rows(), dynamic=True).graph
+        inputs = [node for node in graph.find_nodes(op="placeholder") if nodes.is_tensor(node)]
+        [x] = [node for node in inputs if isinstance(nodes.shape(node)[0], torch.SymInt)]
+        with graph.inserting_before(graph.output_node()):
+            read, fixed = (graph.call_method("size", (x, dim)) for dim in (0, 1))
+            behind = graph.call_method("size", (graph.call_function(torch.exp, (x,)), 0))
+        value = nodes.value(x)
+        read.meta["example_value"], fixed.meta["example_value"] = value.shape[0], int(value.shape[1])
+        behind.meta["example_value"] = value.shape[0]
+        assert _is_size_of_input(read)
+        assert not _is_size_of_input(fixed)
+        assert not _is_size_of_input(behind)
+        assert not _is_size_of_input(x)
+        w = Written()
+        weight = w.weight(2, 3)
+        size = w.graph.call_method("size", (weight, 0))
+        size.meta["example_value"] = value.shape[0]
+        assert not _is_size_of_input(size)
+
+    def test_without_weights_or_a_dispatch_there_is_no_exit(self):
+        gate = one_gate(from_export(Indexed(), rows()))
+        assert find_exit(gate) is not None
+        assert find_exit(dataclasses.replace(gate, weights=None)) is None
+        leaving = tuple(dataclasses.replace(use, kind=UseKind.LEAVES) for use in gate.uses)
+        gate = dataclasses.replace(gate, uses=leaving)
+        assert find_exit(gate) is None
+        assert extract_dispatch(gate).reason is SkipReason.DISPATCH_OUTSIDE

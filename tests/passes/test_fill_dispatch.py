@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -12,13 +13,15 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sere_compile
 from sere_compile import ConfigError, SereConfig
 from sere_compile.lowering.standard_operators import decompose, sere_nodes
-from sere_compile.passes import Evidence, RoutingSettings, SkipReason
-from sere_compile.passes.fill_dispatch import fill_dispatch
+from sere_compile.passes import Evidence, RoutingSettings, Skip, SkipReason
+from sere_compile.passes.evidence.gate_scores import gate_scores
+from sere_compile.passes.fill_dispatch import _closes_with_zero, fill_dispatch
 from sere_compile.passes.graph import nodes
 
 from .. import tiny_models
 from ..ops import fill_oracle
 from . import moe_modules
+from .graph.written import Written
 
 FILL = {"select_top_k": 1, "substitution": "fill", "inner": "eager"}
 
@@ -159,6 +162,63 @@ def test_scores_that_are_gone_are_a_refusal_of_a_gate():
     assert (skip.reason, skip.evidence, nodes.kind(skip.node)) == (SkipReason.NO_SCORES, Evidence.EXPERTS, "zero")
     assert skip.is_refused_gate
     assert str(graph.graph) == before
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_weights_that_nobody_knows_are_no_weights_to_fill(known):
+    """The refusal is what was found of them, else that there are none."""
+    graph = moe_modules.from_export(moe_modules.Indexed(), moe_modules.rows())
+    gate, before = moe_modules.one_gate(graph), str(graph.graph)
+    why = Skip(SkipReason.BENT_WEIGHTS, gate.selection, "for once") if known else None
+    skip = fill_dispatch(dataclasses.replace(gate, weights=None, weights_skip=why), RoutingSettings(1))
+    if known:
+        assert skip is why
+    else:
+        assert (skip.reason, skip.node, skip.detail) == (SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
+    assert str(graph.graph) == before
+
+
+@pytest.mark.parametrize("other", ["choice", "worth"])
+def test_scores_of_other_rows_fill_nothing(other, monkeypatch):
+    """Each row of ids is filled by a row of scores."""
+    graph = moe_modules.from_export(moe_modules.Indexed(), moe_modules.rows())
+    gate = moe_modules.one_gate(graph)
+    found = gate_scores(gate)
+    more = next(node for node in graph.graph.nodes if len(nodes.shape(node) or ()) == 3)
+    changed = dataclasses.replace(found, **{other: more})
+    monkeypatch.setattr("sere_compile.passes.fill_dispatch.gate_scores", lambda gate: changed)
+    before = str(graph.graph)
+    skip = fill_dispatch(gate, RoutingSettings(1))
+    assert (skip.reason, skip.node, skip.evidence) == (SkipReason.NO_SCORES, more, Evidence.EXPERTS)
+    assert skip.detail == f"{more.name} has other rows than its ids"
+    assert str(graph.graph) == before
+
+
+def test_a_selection_without_scores_fills_nothing(monkeypatch):
+    graph = moe_modules.from_export(moe_modules.Indexed(), moe_modules.rows())
+    gate = moe_modules.one_gate(graph)
+    monkeypatch.setattr("sere_compile.passes.fill_dispatch.gate_scores", lambda gate: None)
+    skip = fill_dispatch(gate, RoutingSettings(1))
+    assert (skip.reason, skip.node, skip.evidence) == (SkipReason.NO_SCORES, gate.selection, Evidence.EXPERTS)
+    assert skip.detail == "its selection reads no one tensor of them"
+
+
+@pytest.mark.parametrize(
+    ("write", "closes"),
+    [
+        (lambda w, x, mask: w.call("masked_fill", x, mask, 0.0), True),
+        (lambda w, x, mask: w.call("masked_fill", x, mask, value=0), True),
+        (lambda w, x, mask: w.call(torch.where, mask, x, 0.0), True),
+        (lambda w, x, mask: w.call("masked_fill", x, mask, float("-inf")), False),
+        (lambda w, x, mask: w.call("masked_fill", x, mask, False), False),
+        (lambda w, x, mask: w.call(torch.where, mask, x, x), False),
+        (lambda w, x, mask: w.call(torch.mul, x, 0), False),
+    ],
+    ids=["zeros", "by keyword", "where", "closed", "no number", "no numbers", "a product"],
+)
+def test_masks_that_put_zeros(write, closes):
+    w = Written()
+    assert _closes_with_zero(write(w, w.given(4, 8), w.input(torch.ones(4, 8) > 0))) is closes
 
 
 def test_exports_fill_without_a_profile():

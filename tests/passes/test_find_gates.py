@@ -229,6 +229,11 @@ class TestReasons:
         assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.SMALLEST, "topk")
         assert skip.detail.startswith("topk at moe_modules.py:")
 
+    def test_smallest_of_what_no_weight_projected(self):
+        """It is said before that no router was found."""
+        skip, _ = one_skip(Function(lambda b, x: torch.topk(x.cumsum(1), 2, largest=False)[1]))
+        assert (skip.reason, nodes.kind(skip.node)) == (SkipReason.SMALLEST, "topk")
+
     def test_size_unknown(self):
         """A selection from a varying number of scores."""
         width = torch.export.Dim("width", min=4)

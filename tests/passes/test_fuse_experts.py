@@ -13,6 +13,7 @@ from sere_compile.passes import DispatchRegion, Gate, SkipReason, extract_dispat
 from sere_compile.passes.fuse_experts import (
     _activations,
     _candidates,
+    _exposed,
     _fp8_candidates,
     _hidden,
     _outside,
@@ -21,7 +22,7 @@ from sere_compile.passes.fuse_experts import (
     _routes,
     _why_no_candidate,
 )
-from sere_compile.passes.graph.nodes import kind
+from sere_compile.passes.graph.nodes import kind, shape
 
 from .graph.written import Written
 
@@ -129,6 +130,7 @@ def test_one_operator_computes_the_layer(options):
     asked = {"interleaved": False, "transposed": False, **options}
     assert chosen == {name: asked[name] for name in chosen}
     assert (call.kwargs["gate_up_bias"] is not None) == options.get("bias", False)
+    assert shape(call) == (T, H), "what is known of the result is known of the operator"
     assert [use.consumer for use in lowered.dispatch_uses] == [call]
     assert not {"bmm", "index", "repeat_interleave"} & {kind(node) for node in graph.graph.nodes}
 
@@ -442,6 +444,18 @@ class TestHidden:
         assert (skip.reason, skip.node) == (SkipReason.SHAPES, region.activations[0])
         assert skip.detail == "its hidden states are not [T, H] in the dtype of its result"
 
+    def test_what_is_computed_of_it_is_another_tensor(self):
+        """The operator would read what is not the hidden states: the region computes that itself."""
+        region = Region(UP, DOWN)
+        region.activations = (region.input(torch.zeros(2, T // 2, H)),)
+        region.call("view", region.call(torch.exp, region.activations[0]), T, H)
+        assert _hidden(region.does(RELU)).reason is SkipReason.SHAPES
+        region = Region(UP, DOWN)
+        region.activations = (region.input(torch.zeros(T, H).half()),)
+        region.call(torch.mul, region.call("to", region.activations[0], torch.float64), 2.0)
+        region.call(torch.mul, region.activations[0], torch.ones(T, H))
+        assert _hidden(region.does(RELU)).reason is SkipReason.SHAPES
+
     def test_the_cast_of_the_result(self):
         """It is part of what is replaced where it alone reads it."""
         region = Region(UP, DOWN).does(RELU)
@@ -500,3 +514,52 @@ class TestWhatIsMadeUp:
             best = w.call(torch.topk, w.given(T, columns), K)
             gate = types.SimpleNamespace(selection=best, ids=write(w, w.pick(best, 1)), num_experts=E)
             assert _outside(gate) == (*outside, *range(E, columns))
+
+
+class TestExposed:
+    """Writes that cross the border of a region, which one operator would not make, or would read too late."""
+
+    @staticmethod
+    def with_write(write, before="output"):
+        region = Region(UP, DOWN).does(RELU)
+        places = {"output": region.output, "region": region.inside[0], "all": region.output.next}
+        with region.graph.inserting_before(places[before]):
+            return region, write(region)
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w: w.call("mul_", w.hidden, 2),
+            lambda w: w.call("mul_", w.call("view", w.hidden, -1), 2),
+            lambda w: w.call("mul_", w.weights, 2),
+            lambda w: w.call("add_", w.ids, 1),
+            lambda w: w.call("mul_", w.inputs[1], 2),
+        ],
+        ids=["hidden states", "a view of them", "weights", "ids", "a matrix"],
+    )
+    def test_what_the_operator_reads(self, write):
+        """While the region runs; what is done before or behind it, every tensor sees."""
+        region, written = self.with_write(write)
+        assert _exposed(region, region.hidden) is written
+        for place in ("region", "all"):
+            region, _ = self.with_write(write, place)
+            assert _exposed(region, region.hidden) is None
+
+    def test_weights_that_are_normed_in_place_first(self):
+        """The operator reads them when they are dispatched."""
+        region = Region(UP, DOWN)
+        before = region.call(torch.exp, region.hidden)
+        region.call("mul_", region.weights, 2)
+        region.ids = region.call("clamp", region.ids, 0)
+        region.does(RELU)
+        region.inside.insert(0, before)
+        assert _exposed(region, region.hidden) is None
+
+    def test_what_others_read(self):
+        """Written from within; a tensor of the region's own is nobody else's, nor is others' own memory its concern."""
+        region, written = self.with_write(lambda w: w.call("add_", w.call(torch.zeros, 3), 1))
+        assert _exposed(region, region.hidden) is None
+        region.inside.append(written)
+        assert _exposed(region, region.hidden) is written
+        region.inside.append(written.args[0])
+        assert _exposed(region, region.hidden) is None

@@ -313,6 +313,14 @@ class TestWhatIsCompared:
         assert not _agree(theirs, order, (weights * (1 + 5e-5), ids), exact=True)
         assert not _agree(theirs, order, (weights * 1.001, ids), exact=False)
 
+    def test_agreement_of_batches(self):
+        """Experts are along the last of more dimensions."""
+        generator = torch.Generator().manual_seed(0)
+        weights, ids = torch.rand(2, 4, 9, generator=generator).topk(3)
+        theirs, order = (weights, ids), ids.sort(-1).indices
+        assert _agree(theirs, order, (weights.flip(-1), ids.flip(-1)), exact=True)
+        assert not _agree(theirs, order, (weights.flip(1), ids), exact=False)
+
     @pytest.mark.parametrize(("scoring", "has_bias"), [("softmax", False), ("sigmoid", True), ("none", True)])
     @pytest.mark.parametrize("groups", [1, 4])
     @pytest.mark.parametrize("exact", [False, True])

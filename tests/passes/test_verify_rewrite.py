@@ -217,3 +217,14 @@ def test_without_weights_the_refusal_says_why_there_are_none():
     assert refusal.reason is gate.weights_skip.reason
     assert refusal.evidence is Evidence.EXPERTS
     assert "; " in refusal.detail
+
+
+@pytest.mark.parametrize("weighing", [False, True])
+def test_merging_is_what_is_proven_of_weights_that_will_change(weighing):
+    """Where plain ids would do as well; what was proven of the one is no proof of the other."""
+    graph = from_make_fx(Indexed(), rows())
+    gate = one_gate(graph)
+    for wanted in (weighing, not weighing):
+        proof = verify_rewrite(gate, weights_of(graph), weighing=wanted)
+        assert isinstance(proof, Proof), proof
+        assert proof.merged is wanted

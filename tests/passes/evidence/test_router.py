@@ -250,6 +250,14 @@ def test_what_moves_experts_is_not_looked_through():
     assert skip.detail.startswith("stopped at roll")
 
 
+def test_a_permutation_that_turns_nothing():
+    """`weight @ hidden.T` has one column for each token: the weight gives none of them."""
+    found, _, weight = traced(
+        lambda w, x, r: w.call(torch.permute, w.call(torch.matmul, r, w.call(torch.t, x)), [0, 1]), TOKENS
+    )
+    assert isinstance(found, Skip) or found.weight is not weight
+
+
 def test_rows_are_no_columns():
     skip, _, _ = traced(lambda w, x, r: w.pick(linear(w, x, r), slice(1, 3)))
     assert (skip.reason, skip.evidence) == (SkipReason.NO_ROUTER, Evidence.SELECTION)

@@ -361,3 +361,22 @@ class TestChains:
             assert found == [(1, 1, "max", True)]
         else:
             assert found == [(groups, chosen, s, z) for s in ("max", "top2") for z in (True, False)]
+
+    @pytest.mark.parametrize(("outside", "zero"), [(0.0, True), (-1e3, True), (-1.5e4, False), (float("-inf"), False)])
+    def test_what_stands_outside_of_groups_is_tried_first(self, outside, zero):
+        """Zeros, unless the chain has a number that closes an expert."""
+        w = Chain()
+        best = w.call(torch.topk, w.given(T, 4), 2)
+        w.pick(best, 1)
+        closed = w.call("masked_fill", w.logits, w.input(torch.zeros(T, E, dtype=torch.bool)), outside)
+        w.select(closed)
+        found = _groups(types.SimpleNamespace(selection=w.best, num_experts=E), (best, closed, w.best, w.ids))
+        assert found == [(4, 2, score, z) for score in ("max", "top2") for z in (zero, not zero)]
+
+    def test_a_number_of_groups_that_only_a_call_knows(self):
+        """An operator has it as a constant."""
+        w = Chain()
+        best = w.call(torch.topk, w.given(T, 4), w.input(2))
+        w.pick(best, 1)
+        w.select(w.logits)
+        assert _groups(types.SimpleNamespace(selection=w.best, num_experts=E), (best, w.best, w.ids)) == []

@@ -419,6 +419,7 @@ class TestTopK:
     def test_the_last_dimension(self, sizes):
         for dim in (-1, len(sizes) - 1):
             assert only(lambda w, s, dim=dim: best_ids(w, s, 2, dim), *sizes).form == "top-k"
+        assert only(lambda w, s: best_ids(w, s, 2), *sizes).form == "top-k"
 
     @pytest.mark.parametrize(("sizes", "dim"), [((4, 8), 0), ((4, 8), -2), ((2, 4, 8), 1), ((2, 4, 8), 0)])
     def test_another_dimension(self, sizes, dim):

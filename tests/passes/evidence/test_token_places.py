@@ -111,6 +111,15 @@ class TestSplitAtFixedPlaces:
         """Nothing can have been written down then."""
         assert split_at_fixed_places(self.sort(from_real_make_fx, self.split), None) is None
 
+    def test_a_part_of_a_symbolic_number_of_slots(self):
+        """Constants that the program itself has among them."""
+        module = Used(lambda b, x, ids, s: ids.flatten().argsort()[3:7] + 1)
+        graph = from_dynamo(module, rows(), dynamic=True).graph
+        [sort] = [node for node in graph.nodes if nodes.kind(node) == "argsort"]
+        [slots] = nodes.shape(sort)
+        assert not isinstance(slots, int)
+        assert split_at_fixed_places(sort, slots) is None
+
     @pytest.mark.parametrize("trace", [from_export, from_dynamo])
     def test_sizes_that_depend_on_the_data(self, trace):
         """How many numbers `bincount` gives is not asked: that would be an error of torch's."""
@@ -179,6 +188,24 @@ def test_places(name):
     write, drops = PLACES[name]
     w = Ids()
     write(w)
+    assert any(drops_tokens(user) for user in w.ids.users) is drops
+
+
+def test_no_parts():
+    w = Ids()
+    order = w.call(torch.argsort, w.flat())
+    parts = w.call(torch.split, w.pick(w.given(12, 2), order), 12)
+    parts.meta["example_value"] = ()
+    assert split_at_fixed_places(order, 12) is None
+
+
+@pytest.mark.parametrize(("steps", "drops"), [(150, True), (250, False)])
+def test_places_far_behind_are_not_looked_for(steps, drops):
+    w = Ids()
+    mask = w.call("float", w.mask())
+    for _ in range(steps):
+        mask = w.mul(mask, 1)
+    w.call(torch.lt, w.places(mask), 2)
     assert any(drops_tokens(user) for user in w.ids.users) is drops
 
 

@@ -116,6 +116,9 @@ def test_slices_of_other_dimensions():
     assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 0, 0, 3), x) == (0, 4)
     assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 0, 1, 3), x) is None
     assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1, -2), x) == (2, 4)
+    assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1), x) == (0, 4)
+    assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1, None, 3), x) == (0, 3)
+    assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1, end=3), x) == (0, 3)
     assert columns_of(w.call(torch.ops.aten.slice.Tensor, x, 1, 0, 4, 3), x) is None
     assert columns_of(w.call(torch.narrow, x, 0, 0, 3), x) is None
     assert cut_from(x) is None

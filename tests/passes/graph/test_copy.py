@@ -32,6 +32,16 @@ def test_names_and_forms_are_the_originals():
     assert type(copied).__name__ == type(traced).__name__
 
 
+def test_names_that_a_copy_would_give_otherwise():
+    """Those of builtins, and those that a pass gave."""
+    traced = from_make_fx(Indexed(), rows())
+    first, *_, last = traced.graph.nodes
+    first.name, last.prev.name = "max", "sum"
+    copied, mapping = copy_module(traced)
+    assert (mapping[first].name, mapping[last.prev].name) == ("max", "sum")
+    assert [node.name for node in copied.graph.nodes] == [node.name for node in traced.graph.nodes]
+
+
 def test_weights_are_shared_and_the_graph_is_not():
     traced = from_make_fx(Indexed(), rows())
     traced.meta["sere_tests"] = 7

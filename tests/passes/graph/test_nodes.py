@@ -241,3 +241,16 @@ def test_where_ranks_wait_for_each_other():
     assert not nodes.exchanges(x)
     assert nodes.exchanges(w.graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (x,)))
     assert not nodes.exchanges(w.graph.call_method("_c10d_functional", (x,)))
+
+
+def test_what_has_no_tensor_operand():
+    """A view of a number is a view of no parameter, and moves nothing that is known."""
+    w = Written()
+    for name in ("view", "clone"):
+        node = w.graph.call_method(name, (3, 2))
+        node.meta["example_value"] = torch.zeros(3, 2)
+        assert nodes.parameter_root(node) is None
+        assert not nodes.only_moves_ones(node)
+    weight = w.weight(3, 2)
+    assert nodes.parameter_root(w.call("reshape", w.call(torch.t, weight), -1)) is weight
+    assert nodes.parameter_root(w.call(torch.exp, weight)) is None

@@ -8,6 +8,7 @@ from torch import nn
 
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.proof.made_up import (
+    _choose,
     activation_values,
     crowded,
     later_state,
@@ -112,6 +113,18 @@ def test_experts_that_are_to_be_chosen():
     assert logits.argmax(-1).unique().numel() == 2
 
 
+def test_places_of_the_experts_that_are_to_be_chosen():
+    """One behind the other, all ahead of the rest, and by less than a first choice would be."""
+    rows = torch.zeros(3, 6)
+    _choose(rows, [4, 1, 3], 2)
+    assert rows.topk(2).indices.tolist() == [[4, 1], [3, 4], [1, 3]]
+    best = rows.topk(3).values
+    assert bool((best[:, 0] > best[:, 1]).all())
+    assert bool((best[:, 1] > best[:, 2]).all())
+    assert best.max() < 0.5
+    assert rows.count_nonzero() == 2 * 3
+
+
 def test_more_tokens_than_were_traced():
     """Every activation has as many rows as the number that takes the symbol's place."""
     region = region_of(ScatterCombine(), lambda module, x: from_dynamo(module, x, dynamic=True))
@@ -153,6 +166,28 @@ def test_state_of_another_time(trace):
         assert bool(((value >= 0) == (state[node] >= 0)).all())
     [calls] = [node for node, value in first.items() if value.dim() == 0]
     assert (int(first[calls]), int(second[calls])) == (1_000_000, 0)
+
+
+def test_which_state_may_be_other_later():
+    """Vectors and counters that are written; neither constants, matrices, 8-bit scales, nor what is no state."""
+    w = Written()
+    values = {
+        "_tensor_constant0": torch.rand(3), "c_numbers": torch.rand(3), "empty": torch.rand(0),
+        "bytes": torch.rand(3).to(torch.float8_e4m3fn), "matrix": torch.rand(2, 3), "order": torch.arange(3),
+        "length": torch.tensor(7), "input": torch.rand(3), "name": "x",
+        "calls": torch.tensor(7), "bias": torch.rand(3), "scale": torch.tensor(0.5),
+    }  # fmt: skip
+    leaves, state = {}, {}
+    for name, value in values.items():
+        node, source = w.input(value), w.graph.placeholder(name)
+        leaves[node] = Leaf("activation" if name == "input" else "state", source, value)
+        state[node] = value
+        if name == "calls":
+            source.meta["example_value"] = value
+            w.call("add_", source, 1)
+    found = later_state(types.SimpleNamespace(leaves=leaves), state, 0)
+    assert [leaves[node].source.name for node in found] == ["calls", "bias", "scale"]
+    assert all(value.shape == state[node].shape for node, value in found.items())
 
 
 def test_distances_are_not_negative():

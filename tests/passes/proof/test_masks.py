@@ -1,11 +1,15 @@
 """What a call says of its tokens, as the next one may say it."""
 
+import types
+
 import pytest
 import torch
 
 from sere_compile.passes.graph import nodes
-from sere_compile.passes.proof.masks import Masks
+from sere_compile.passes.proof.masks import Mask, Masks, _repeated, _with_neighbours, some_elements
+from sere_compile.passes.proof.region import Leaf
 
+from ..graph.written import Written
 from ..moe_modules import TOKENS, Indexed, from_dynamo, from_make_fx
 from .regions import region_of
 
@@ -159,3 +163,103 @@ class TestJoined:
         """Each has its own effect, or numbers have."""
         assert masks_of(lambda module, a, b: a * 1.0 + b, MASK, ~MASK, trace=trace)[0].joined is None
         assert masks_of(lambda module, words: words * 0.5, WORDS, trace=trace)[0].joined is None
+
+
+def compared(w, x):
+    return w.call(torch.eq, x, 7)
+
+
+class TestByHand:
+    def mask(self, write, value, *, held=True, state=None):
+        """What is seen of an input that `write` reads, beside logits and a tensor of the model."""
+        w = Written()
+        node, w.scores = w.input(value), w.given(4, 8)
+        leaves = {node: Leaf("activation", node, value if held else None), w.scores: Leaf("logits", w.scores, None)}
+        if state is not None:
+            w.state = w.input(state)
+            leaves[w.state] = Leaf("state", w.state, state)
+        write(w, node)
+        masks = Masks(types.SimpleNamespace(leaves=leaves))
+        assert w.scores not in masks
+        return masks._masks.get(node)
+
+    @pytest.mark.parametrize(
+        ("write", "value", "special"),
+        [
+            (compared, WORDS, (0, 6, 7, 8)),
+            (lambda w, x: w.call(torch.eq, w.call(torch.neg, x), 7), WORDS, (0, 6, 7, 8)),
+            (lambda w, x: w.call(torch.lt, x, other=7), WORDS, (0, 6, 7, 8)),
+            (lambda w, x: w.call(torch.eq, x, 0), WORDS, (0, -1, 1)),
+            (lambda w, x: w.call(torch.eq, x, 0), WORDS.to(torch.uint8), (0, 1)),
+            (lambda w, x: w.call(torch.add, x, 7), WORDS, (0,)),
+            (lambda w, x: [compared(w, x), w.pick(w.given(50), x)], WORDS, (0,)),
+            (compared, torch.zeros(4, 1), (0, -1e9 - 1, -1e9, -1e9 + 1, 6, 7, 8)),
+        ],
+    )
+    def test_special_numbers(self, write, value, special):
+        """Those that something compares it with, and their neighbours; what is looked up stays in its table."""
+        found = self.mask(write, value)
+        assert found.special == special
+        assert found.held is (None if value.is_floating_point() else value)
+        assert found.varies
+        assert found.variants == len(special) + 1
+
+    @pytest.mark.parametrize(("count", "special"), [(8, (0, *range(19, 29))), (9, (0,))])
+    def test_few_numbers_of_the_model(self, count, special):
+        found = self.mask(lambda w, x: w.call(torch.isin, x, w.state), WORDS, state=torch.arange(count) + 20)
+        assert found.special == special
+
+    @pytest.mark.parametrize(
+        ("write", "value", "held"),
+        [
+            (compared, MASK, True),
+            (lambda w, x: w.call(torch.eq, x, 1), MASK.long(), True),
+            (lambda w, x: w.call(torch.ne, x, 0), 1 - MASK.long(), True),
+            (lambda w, x: w.call(torch.eq, x, 1), WORDS, False),
+            (lambda w, x: w.pick(w.given(50), x), WORDS, False),
+        ],
+    )
+    def test_plain_masks(self, write, value, held):
+        """Truths, zeros and ones, and whole numbers of which nothing else is known."""
+        assert self.mask(write, value, held=held) == Mask(None, None)
+        assert Mask(None, None).variants == 2
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w, x: w.call(torch.exp, x),
+            lambda w, x: w.call(torch.gt, w.call(torch.add, w.scores, x), 0),
+            lambda w, x: w.call(torch.zeros_like, x, dtype=torch.bool),
+        ],
+        ids=["no comparison", "scores that are compared", "its sizes alone"],
+    )
+    def test_floats_that_tell_nothing(self, write):
+        assert self.mask(write, torch.rand(4, 8)) is None
+
+    def test_what_is_no_tensor(self):
+        assert self.mask(lambda w, x: None, 3) is None
+
+    def test_neighbours(self):
+        assert _with_neighbours({7, 9}) == (0, 6, 7, 8, 9, 10)
+        assert _with_neighbours({0}) == (0, -1, 1)
+        assert _with_neighbours(set()) == (0,)
+
+    def test_numbers_of_a_call_in_other_sizes(self):
+        held = torch.tensor([[3, 4, 5]])
+        assert _repeated(held, [1, 3]).tolist() == [[3, 4, 5]]
+        assert _repeated(held, [1, 3]) is not held
+        assert _repeated(held, [2, 2]).tolist() == [[3, 4], [5, 3]]
+        assert _repeated(held, [2]).tolist() == [3, 4]
+        assert _repeated(held[:, :0], [0, 2]).shape == (0, 2)
+
+    @pytest.mark.parametrize("sizes", [(4,), (2, 3)])
+    def test_some_elements(self, sizes):
+        """About so many of them; at least one of each kind, if there are two."""
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            assert some_elements(sizes, 0.0, generator).sum() == 1
+            assert (~some_elements(sizes, 1.0, generator)).sum() == 1
+        assert some_elements((2000,), 0.3, generator).float().mean().item() == pytest.approx(0.3, abs=0.05)
+        assert some_elements((1,), 0.0, generator).tolist() == [True]
+        assert some_elements((1,), 1.0, generator).tolist() == [True]
+        assert some_elements((0,), 1.0, generator).shape == (0,)

@@ -27,9 +27,11 @@ from sere_compile.passes import (
 )
 from sere_compile.passes.graph import run_part
 from sere_compile.passes.proof.expert_parameters import ExpertParameters, Told
-from sere_compile.passes.proof.prover import Prover, Verdict
+from sere_compile.passes.proof.made_up import state_values
+from sere_compile.passes.proof.prover import Prover, Verdict, _in_turn
 from sere_compile.passes.proof.region import cut_region
-from sere_compile.passes.proof.ways import Rewritten
+from sere_compile.passes.proof.sources import trace_sources
+from sere_compile.passes.proof.ways import Got, Rewritten, Way, rewrite_region
 from sere_compile.testing import reroute_oracle
 
 from ..moe_modules import (
@@ -43,6 +45,7 @@ from ..moe_modules import (
     Indexed,
     ScatterCombine,
     add_matrix,
+    from_dynamo,
     from_make_fx,
     one_gate,
     rows,
@@ -984,3 +987,181 @@ class TestCounts:
         prover = self.prover(Indexed())
         monkeypatch.setattr("sere_compile.passes.proof.prover.settings_of", lambda draw, top_k: RoutingSettings(3))
         assert "made-up scores chose the same experts throughout" in prover.prove().refusal
+
+
+class TestFurtherChecks:
+    """What is asked once the first draws are right, each by hand."""
+
+    @staticmethod
+    def prover(module=None, trace=from_make_fx, *more, **options):
+        """A prover of a region that is ready to run, the first way to rewrite it, and its experts."""
+        graph = trace(module or Indexed(), rows(), *more, **options)
+        prover = Prover(region := cut_region(one_gate(graph), weights_of(graph)), graph)
+        prover._state = state_values(region, single=True)
+        draws = [prover._drawn(number) for number in range(2)]
+        experts, _ = Told(region, prover._run, draws, lambda n, chosen: prover._drawn(2 * n, chosen=chosen)).find()
+        return prover, Way(region.gate, False, region.readers), experts
+
+    @staticmethod
+    def answering(prover, monkeypatch, *wrong, tokens=10):
+        """Comparisons give these answers, one after the other and then none; gives what they were asked."""
+        asked, answers = [], iter(wrong)
+
+        def compare(rewritten, experts, values, number):
+            asked.append((values, number))
+            return next(answers, None), Got([], torch.arange(EXPERTS), tokens)
+
+        monkeypatch.setattr(prover, "_compare", compare)
+        return asked
+
+    CHECKS = ("_wrong_in_other_calls", "_wrong_with_more", "_wrong_when_unevenly_sure", "_wrong_when_crowded")
+
+    @pytest.mark.parametrize(
+        ("merged", "with_tables", "count"), [(False, False, 2), (True, False, 3), (False, True, 4)]
+    )
+    def test_which_are_made(self, merged, with_tables, count, monkeypatch):
+        """Weights that move are tried at uneven scores, and where a table moves them with all slots at one expert."""
+        prover, way, experts = self.prover()
+        rewritten = rewrite_region(prover._region, way)
+        tables = ((way.readers[0], way.gate.weights),) if with_tables else ()
+        way = dataclasses.replace(way, merged=merged, tables=tables)
+        made = []
+        for name in self.CHECKS:
+            monkeypatch.setattr(prover, name, lambda *_, name=name: made.append(name))
+        assert prover._check_draws(way, rewritten, experts) is None
+        assert made == list(self.CHECKS[:count])
+        for number, name in enumerate(self.CHECKS[:count]):
+            made.clear()
+            with monkeypatch.context() as one:
+                one.setattr(prover, name, lambda *_: "wrong in a way")
+                assert prover._check_draws(way, rewritten, experts) == "wrong in a way"
+            assert made == list(self.CHECKS[:number])
+
+    def test_more_tokens_than_the_traced_call_had(self, monkeypatch):
+        """Two draws of them, where the graph takes any number; code that does not run on them shows nothing."""
+        prover, *_ = self.prover(ScatterCombine(), from_dynamo, dynamic=True)
+        asked = self.answering(prover, monkeypatch, None, "it is off", tokens=77)
+        assert prover._wrong_with_more(None, None) == "it is off where there are 77 tokens"
+        assert [number for _, number in asked] == [0, 1]
+        hidden = next(node for node, leaf in prover._region.leaves.items() if leaf.kind == "hidden")
+        assert all(len(values[hidden]) > TOKENS for values, _ in asked)
+        assert prover._wrong_with_more(None, None) is None
+        asked.clear()
+
+        def fail(values):
+            raise RuntimeError("no such size")
+
+        monkeypatch.setattr(prover, "_run", fail)
+        assert prover._wrong_with_more(None, None) is None
+        assert asked == []
+
+    def test_a_graph_of_one_number_of_tokens(self, monkeypatch):
+        prover, *_ = self.prover()
+        asked = self.answering(prover, monkeypatch, "it is off")
+        assert prover._wrong_with_more(None, None) is None
+        assert asked == []
+
+    @pytest.mark.parametrize(("tokens", "draws"), [(1, 12), (10, 4), (16, 2), (40, 1)])
+    def test_routers_that_are_sure_by_turns(self, tokens, draws, monkeypatch):
+        """Draws of thirty-two tokens in all, twelve at most."""
+        prover, *_ = self.prover()
+        asked = self.answering(prover, monkeypatch, tokens=tokens)
+        assert prover._wrong_when_unevenly_sure(None, None) is None
+        assert [number for _, number in asked] == list(range(0, 4 * draws, 4))
+        [logits] = [node for node, leaf in prover._region.leaves.items() if leaf.kind == "logits"]
+        assert not torch.equal(asked[0][0][logits], prover._drawn(0)[logits])
+        self.answering(prover, monkeypatch, *[None] * (draws - 1), "it is off", tokens=tokens)
+        assert prover._wrong_when_unevenly_sure(None, None) == "it is off"
+
+    def test_all_slots_at_one_expert(self, monkeypatch):
+        """Where that raises, a buffer has no room for them."""
+        prover, *_ = self.prover()
+        asked = self.answering(prover, monkeypatch, None, "it is off")
+        assert prover._wrong_when_crowded(None, None) is None
+        assert prover._wrong_when_crowded(None, None) == "with all slots at one expert it is off"
+        [logits] = [node for node, leaf in prover._region.leaves.items() if leaf.kind == "logits"]
+        assert not torch.equal(asked[0][0][logits], prover._drawn(0)[logits])
+
+        def fail(*_):
+            raise IndexError("y" * 200 + "\nmore")
+
+        monkeypatch.setattr(prover, "_compare", fail)
+        assert prover._wrong_when_crowded(None, None) == "with all slots at one expert " + "y" * 120
+
+    def test_without_masks_none_is_made_up(self, monkeypatch):
+        prover, *_ = self.prover()
+        asked = self.answering(prover, monkeypatch, "it is off")
+        assert prover._wrong_in_other_calls(None, None) is None
+        assert asked == []
+
+    @staticmethod
+    def masking():
+        return Masking(lambda ids, weights, real: (ids, weights * real)), from_make_fx, torch.ones(TOKENS, 1) > 0
+
+    def test_under_masks_each_expert_is_re_routed(self, monkeypatch):
+        """In both patterns of one mask; one that three draws in a row do not move has to do nothing unnamed."""
+        prover, *_ = self.prover(*self.masking())
+        asked = self.answering(prover, monkeypatch, None, "it is off")
+        assert prover._wrong_in_other_calls(None, None) == "it is off where a mask marks some"
+        assert len(asked) == 2
+        asked, unnamed = self.answering(prover, monkeypatch), []
+        monkeypatch.setattr(prover, "_acts_unnamed", lambda *one: unnamed.append((one[0], one[2])))
+        assert prover._wrong_in_other_calls(None, None) is None
+        assert [number for _, number in asked] == [0, 2, 4, 1, 3, 5]
+        assert unnamed == [(expert, pattern) for pattern in (0, 1) for expert in range(EXPERTS)]
+        unnamed.clear()
+        moved = Got([], torch.zeros(EXPERTS, dtype=torch.int64), 10)
+        monkeypatch.setattr(prover, "_compare", lambda *_: (None, moved))
+        assert prover._wrong_in_other_calls(None, None) is None
+        assert unnamed == [(0, 0), (0, 1)]
+        monkeypatch.setattr(prover, "_acts_unnamed", lambda expert, experts, pattern, sizes: pattern == 1)
+        told = "expert 0 acts on tokens that do not name it where a mask marks some"
+        assert prover._wrong_in_other_calls(None, None) == told
+
+    def test_numbers_that_the_program_does_not_take_mask_nothing(self, monkeypatch):
+        """Where it takes them, the rewrite has to as well."""
+        prover, *_ = self.prover(*self.masking())
+
+        def fail(*_):
+            raise RuntimeError("no such number")
+
+        monkeypatch.setattr(prover, "_compare", fail)
+        with pytest.raises(RuntimeError, match="no such number"):
+            prover._wrong_in_other_calls(None, None)
+        monkeypatch.setattr(prover, "_run", fail)
+        assert prover._wrong_in_other_calls(None, None) is None
+
+    @pytest.mark.parametrize(
+        ("change", "acts"),
+        [
+            (lambda ids, weights, real: (ids, weights * real), False),
+            (lambda ids, weights, real: (torch.where(real, ids, torch.zeros_like(ids) + 2), weights), True),
+            (lambda ids, weights, real: (torch.where(real, ids, torch.zeros_like(ids) + 3), weights), False),
+            (lambda ids, weights, real: (torch.where(real, ids, 2), weights), False),
+        ],
+        ids=["no expert", "this expert", "another one", "this one, by name"],
+    )
+    def test_experts_that_a_mask_sends_tokens_to(self, change, acts):
+        """Tokens that do not name the expert change with it, where words have a number that the first call had not."""
+        words = torch.arange(TOKENS)[:, None] % 5
+        module = Masking(lambda ids, weights, given: change(ids, weights, given != 7))
+        prover, _, experts = self.prover(module, from_dynamo, words)
+        assert experts
+        assert any(prover._acts_unnamed(2, experts, pattern, {}) for pattern in range(prover._masks.patterns)) is acts
+
+    @pytest.mark.parametrize(("top_k", "nothing"), [(1, False), (2, True), (3, True)])
+    def test_scores_that_weigh_nothing(self, top_k, nothing):
+        """What is fetched is not weighed; of one choice a token there is nothing to weigh."""
+        prover, _, experts = self.prover(Attended())
+        sources = trace_sources(prover._region)
+        gate = dataclasses.replace(prover._region.gate, top_k=top_k)
+        prover._region = dataclasses.replace(prover._region, gate=gate)
+        assert prover._weighs_nothing(experts.tensors, sources) is nothing
+        weighed = dataclasses.replace(sources, scored={*sources.scored, prover._region.ends[0]})
+        assert prover._weighs_nothing(experts.tensors, weighed) is False
+
+    def test_experts_in_an_order_of_each_draw(self):
+        assert _in_turn({1, 4, 7}, 0) == [7, 1, 4]
+        assert _in_turn({1, 4, 6}, 1) == [6, 1, 4]
+        assert _in_turn({1, 4, 6}, 3) == [4, 6, 1]
+        assert _in_turn(set(), 3) == []

@@ -17,6 +17,7 @@ from sere_compile.passes.proof.region import (
     distributed_state,
     hidden_root,
     stand_in,
+    whole_numbers_alone,
 )
 
 from ..graph.written import Written
@@ -342,3 +343,53 @@ class TestByHand:
         attribute = graph.get_attr("weight")
         torch.fx.GraphModule(root, graph)
         assert _described(attribute, leaf)["example_value"] is attribute.graph.owning_module.weight
+
+    @pytest.mark.parametrize(
+        ("write", "alone"),
+        [
+            (lambda w, mask: w.call("float", mask), True),
+            (lambda w, mask: w.mul(w.call(torch.sub, 1.0, w.call("float", mask)), -1e9), True),
+            (lambda w, mask: w.call(torch.where, mask, 0.0, -1e9), True),
+            (lambda w, mask: w.mul(w.call("float", mask), w.weight(1)), True),
+            (lambda w, mask: w.mul(w.call("float", mask), w.weight(4)), False),
+            (lambda w, mask: w.mul(w.call("float", mask), w.given(4)), False),
+            (lambda w, mask: w.mul(w.given(4), 2), False),
+            (lambda w, mask: w.weight(1), False),
+            (lambda w, mask: w.mul(w.weight(1), 2), False),
+            (lambda w, mask: w.given(4), False),
+            (lambda w, mask: w.pick(w.given(4), mask), False),
+            (lambda w, mask: w.call(torch.nn.functional.embedding, w.call("long", mask), w.weight(2, 3)), False),
+            (lambda w, mask: w.call(torch.zeros_like, mask, dtype=torch.float32), False),
+            (lambda w, mask: [y := w.call("float", mask), *(y := w.call(torch.neg, y) for _ in range(15))][-1], True),
+            (lambda w, mask: [y := w.call("float", mask), *(y := w.call(torch.neg, y) for _ in range(16))][-1], False),
+        ],
+        ids=[
+            "cast", "inverted", "chosen", "times a number", "times a vector", "times an input", "an input doubled",
+            "a number", "a number doubled", "an input", "picked", "looked up", "its sizes", "near", "far",
+        ],
+    )  # fmt: skip
+    def test_what_is_computed_of_masks_alone(self, write, alone):
+        w = Written()
+        assert whole_numbers_alone(write(w, w.input(torch.ones(4) > 0))) is alone
+
+    @pytest.mark.parametrize(
+        ("write", "to_x"),
+        [
+            (lambda w, x: w.call("view", w.call("double", x), -1), True),
+            (lambda w, x: w.mul(x, w.call(torch.rsqrt, w.call(torch.mean, w.call(torch.square, x), -1, True))), True),
+            (lambda w, x: w.mul(w.weight(6), w.call(torch.div, x, w.call("norm", x, 2, -1, True))), True),
+            (lambda w, x: w.mul(x, w.call(torch.exp, w.weight(6))), True),
+            (lambda w, x: w.call(torch.add, x, w.given(4, 6)), False),
+            (lambda w, x: w.call(torch.matmul, x, w.weight(6, 6)), False),
+            (lambda w, x: w.call(torch.nn.functional.linear, x, w.weight(6, 6)), False),
+            (lambda w, x: w.call(torch.zeros_like, x), False),
+        ],
+        ids=["cast", "norm", "scaled norm", "scaled", "a sum", "a product", "a projection", "its sizes"],
+    )
+    def test_where_hidden_states_come_from(self, write, to_x):
+        """The last tensor that all of it goes through; behind it everything is computed."""
+        w = Written()
+        x = w.given(4, 6)
+        made = write(w, x)
+        assert hidden_root(made) is (x if to_x else made)
+        assert hidden_root(w.call(torch.neg, made)) is (x if to_x else made)

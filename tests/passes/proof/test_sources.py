@@ -59,6 +59,23 @@ def test_ids_are_no_scores():
     picked = next(use.consumer for use in gate.dispatch_uses)
     assert sources.state[picked] == {experts}
     assert picked not in sources.scored | sources.hidden
+    assert {logits, gate.weights, exit_node} <= sources.weighed
+    assert sources.weighed.isdisjoint({gate.ids, picked, hidden, experts})
+
+
+class Sparing(Indexed):
+    """Slots that weigh little are left out by a mask."""
+
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids, torch.where(weights > 0.2, weights, 0.0))
+
+
+def test_a_mask_of_weights_is_no_score_but_weighed():
+    region = region_of(Sparing())
+    sources = trace_sources(region)
+    [mask] = [node for node in region.graph.nodes if nodes.kind(node) == "gt"]
+    assert mask in sources.weighed
+    assert mask not in sources.scored
 
 
 class IntoAView(ColumnLoop):

@@ -1,19 +1,29 @@
 """A region as one way rewrites it."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from sere_compile.passes import RoutingSettings, UseKind
+from sere_compile.passes import RoutingSettings, Skip, UseKind
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.graph.run_part import run_graph
 from sere_compile.passes.proof.sources import trace_sources
-from sere_compile.passes.proof.ways import Way, leads_to, picked_tables, rewrite_region, settings_of, with_proven_kinds
+from sere_compile.passes.proof.ways import (
+    Got,
+    Way,
+    leads_to,
+    picked_tables,
+    rewrite_region,
+    settings_of,
+    with_proven_kinds,
+)
 from sere_compile.testing import reroute_oracle
 
 from ..moe_modules import EXPERTS, TOKENS, Indexed, MaskPicks, Used
 from .regions import leaves_of, region_of, run_of, told, values_of
-from .test_prover import RouterEmbedding, RouterScale
+from .test_prover import Padded, PaddedWithE, RouterEmbedding, RouterScale
 
 
 def way_of(region, merged=False):
@@ -56,6 +66,62 @@ def test_a_run_tells_ends_map_and_tokens(merged):
         torch.testing.assert_close(got.ends[0], swapped)
         assert not torch.equal(got.ends[0], original[region.ends[0]])
     assert not torch.equal(rewritten.run(values, run, RoutingSettings(1), 2).ends[0], got.ends[0])
+
+
+def test_moves_that_must_not_happen():
+    """Experts of a rank's part: one that is similar to none of those it may go to stays, the others go elsewhere."""
+    region = region_of(Indexed())
+    rewritten, values = rewrite_region(region, way_of(region)), values_of(region)
+
+    def run(graph, given):
+        return run_graph(graph, None, given, single=True)
+
+    free = rewritten.run(values, run, RoutingSettings(1), 1)
+    unknown = torch.zeros(EXPERTS, EXPERTS, dtype=torch.bool)
+    first, second, *_ = sorted(free.moved)
+    unknown[first] = True
+    unknown[second, free.mapping[second]] = True
+    got = rewritten.run(values, run, RoutingSettings(1), 1, unknown)
+    assert first not in got.moved
+    assert second in got.moved
+    assert got.mapping[second] != free.mapping[second]
+    assert got.moved == free.moved - {first}
+    nowhere = rewritten.run(values, run, RoutingSettings(1), 1, torch.ones_like(unknown))
+    assert nowhere.moved == set()
+    assert rewritten.run(values, run, RoutingSettings(1, 0.99), 1, ~torch.ones_like(unknown)).moved < free.moved
+
+
+@pytest.mark.parametrize("module", [Padded, PaddedWithE], ids=lambda m: m.__name__)
+def test_ids_of_no_expert_move_nowhere(module):
+    """They are in no map, and what stands in them is no expert's part."""
+    region = region_of(module())
+    values = values_of(region)
+    got = rewrite_region(region, way_of(region)).run(
+        values, lambda graph, given: run_graph(graph, None, given, single=True), RoutingSettings(1), 1
+    )
+    named = run_of(region)(values)[region.gate.ids]
+    real = (named >= 0) & (named < EXPERTS)
+    assert not real.all()
+    assert got.mapping.min() >= 0
+    assert got.mapping.max() < EXPERTS
+    unnamed = set(range(EXPERTS)) - set(named[real].tolist())
+    assert got.moved.isdisjoint(unnamed)
+
+
+def test_which_experts_moved():
+    assert Got([], torch.tensor([0, 0, 2, 1]), 4).moved == {1, 3}
+
+
+def test_a_region_that_cannot_be_rewritten():
+    """Merging needs weights."""
+    region = region_of(Indexed())
+    gate = dataclasses.replace(region.gate, weights=None)
+    assert isinstance(rewrite_region(region, Way(gate, True, ())), Skip)
+    rewritten = rewrite_region(region, way_of(region))
+    assert rewritten.gate is region.gate
+    assert rewritten.region is region
+    assert set(region.graph.nodes) <= set(rewritten.copies)
+    assert all(copy.graph is rewritten.graph for copy in rewritten.copies.values())
 
 
 def test_draws_differ_in_their_settings():
