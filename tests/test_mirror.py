@@ -13,7 +13,7 @@ ELSEWHERE = {
     "benchmarks/match_time.py": "a command: tests/pages/test_commands.py; growth: tests/passes/test_match_time.py",
     "benchmarks/onnx_experts.py": "a command: tests/pages/test_commands.py; tests/lowering/test_conditional_experts.py",
     "benchmarks/ops/bench_expert_mlp.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
-    "benchmarks/ops/bench_fill.py": "a command for a GPU: tests/pages/test_commands.py",
+    "benchmarks/ops/bench_fill.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
     "benchmarks/ops/bench_reroute.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
     "benchmarks/ops/bench_route.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
     "benchmarks/ops/bench_stream.py": "a command for a GPU: tests/pages/test_commands.py, .ci/gpu",
