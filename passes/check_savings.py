@@ -15,13 +15,11 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from .evidence.expert_evidence import outputs_of_all
-from .evidence.router import trace_router
-from .evidence.routing_weights import outer_consumers
 from .gate import Evidence, Gate, Skip, SkipReason
 from .graph import nodes
 from .graph.state import computed_of_state
 from .graph.walk import walk
-from .proof.ends import find_ends
+from .proof.region import ends_of
 
 
 def check_savings(gate: Gate, experts: Iterable[Node]) -> Skip | None:
@@ -31,10 +29,11 @@ def check_savings(gate: Gate, experts: Iterable[Node]) -> Skip | None:
         gate: proven, not yet re-routed.
         experts: the nodes that hold its experts' parameters, as proven; none where they are outside the graph.
     """
-    exit_node = _exit(gate)
+    ends = ends_of(gate)
     parameters = _of_state_alone(experts)
-    if exit_node is None or not parameters:
+    if isinstance(ends, Skip) or not parameters:
         return None
+    exit_node = ends.exit
     chosen = set(walk(gate.all_ids, lambda node: [user for user in nodes.followers(node) if not exit_node < user]))
     read = {source for node in chosen for source in nodes.operands(node)} - chosen
     if read & parameters:
@@ -43,18 +42,6 @@ def check_savings(gate: Gate, experts: Iterable[Node]) -> Skip | None:
     if table is None:
         return None
     return Skip(SkipReason.DENSE, gate.selection, nodes.place(table), evidence=Evidence.EXPERTS)
-
-
-def _exit(gate: Gate) -> Node | None:
-    """Where the tokens of a gate come together, as its proof has it."""
-    scores = nodes.operand(gate.selection)
-    columns = nodes.last_size(scores) if scores is not None else None
-    router = trace_router(scores, columns) if scores is not None and columns is not None else None
-    if router is None or isinstance(router, Skip):
-        return None
-    readers = () if gate.weights is None else tuple(outer_consumers(gate.weights, gate.ids))
-    ends = find_ends(gate, readers, router.projection)
-    return None if ends is None else ends.exit
 
 
 def _of_state_alone(experts: Iterable[Node]) -> set[Node]:

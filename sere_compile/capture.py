@@ -193,21 +193,20 @@ class _Compiled:
         @contextlib.contextmanager
         def put_back() -> Iterator[None]:
             try:
-                with buffers_restored(self._model):
-                    yield
+                yield
             finally:
                 random_state.restore()
                 if aside is not None:
                     aside.put_back()
 
         def run() -> Any:
-            with put_back():
+            with put_back():  # the buffers are put back already
                 return eager_results(self._model, args, kwargs)
 
         before, own = runs.rewritten, copy_of((args, kwargs))
         runs.as_traced = True
         try:
-            with put_back():
+            with put_back(), buffers_restored(self._model):
                 shown = self._call_captured(*own)
         finally:
             runs.as_traced = False

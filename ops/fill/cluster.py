@@ -170,9 +170,7 @@ def arguments(rows: Rows, keeping: Keeping, selection: Selection, ids: Tensor, w
     )  # fmt: skip
 
 
-def launch_cluster(
-    rows: Rows, keeping: Keeping, selection: Selection, ids: Tensor, weights: Tensor, early: bool = True
-) -> bool:
+def launch_cluster(rows: Rows, keeping: Keeping, selection: Selection, ids: Tensor, weights: Tensor) -> bool:
     """Fill in one launch, into ids and weights [T, K], contiguous; False where the kernel cannot be had after all."""
     kernel_of = cluster_of(rows, keeping, selection, ids, weights)
     kernel = function(kernel_of, rows.scores.device.index)
@@ -180,5 +178,5 @@ def launch_cluster(
         return False
     blocks, threads = cut(*rows.scores.shape)
     values = arguments(rows, keeping, selection, ids, weights, blocks)
-    nvrtc.launch(kernel, (blocks, 1), threads, kernel_of.shared_bytes, values, early, cluster=blocks)
+    nvrtc.launch(kernel, (blocks, 1), threads, kernel_of.shared_bytes, values, early=True, cluster=blocks)
     return True

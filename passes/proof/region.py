@@ -85,33 +85,32 @@ def stand_in(read: Any) -> Any:
 
 def ends_of(gate: Gate) -> Ends | Skip:
     """What a proof of a gate compares, or why its dispatch does not end in its graph."""
-    projection = _projection(gate)
-    if projection is None:
-        return Skip(SkipReason.UNVERIFIED, gate.selection, "its router could not be traced", evidence=Evidence.EXPERTS)
-    ends = find_ends(gate, _readers(gate), projection)
-    if ends is None:
-        detail = "no tensor with one row per token gathers what its experts give"
-        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
-    return ends
+    found = _trace(gate)
+    return found if isinstance(found, Skip) else found[2]
 
 
-def _projection(gate: Gate) -> Node | None:
+def _trace(gate: Gate) -> tuple[tuple[Node, ...], Node, Ends] | Skip:
+    """The readers of a gate's weights, what its router projects, and its ends."""
     scores = nodes.operand(gate.selection)
     columns = nodes.last_size(scores) if scores is not None else None
     router = trace_router(scores, columns) if scores is not None and columns is not None else None
-    return None if router is None or isinstance(router, Skip) else router.projection
-
-
-def _readers(gate: Gate) -> tuple[Node, ...]:
-    return () if gate.weights is None else tuple(outer_consumers(gate.weights, gate.ids))
+    if router is None or isinstance(router, Skip):
+        return Skip(SkipReason.UNVERIFIED, gate.selection, "its router could not be traced", evidence=Evidence.EXPERTS)
+    readers = () if gate.weights is None else tuple(outer_consumers(gate.weights, gate.ids))
+    ends = find_ends(gate, readers, router.projection)
+    if ends is None:
+        detail = "no tensor with one row per token gathers what its experts give"
+        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
+    return readers, router.projection, ends
 
 
 def cut_region(gate: Gate, value_of: ValueOf) -> Region | Skip:
     """The region of a gate whose dispatch is in the graph, or why there is none."""
-    ends, projection = ends_of(gate), _projection(gate)
-    if isinstance(ends, Skip) or projection is None:
-        return ends  # type: ignore[return-value]  # there are no ends without a projection
-    region = _Cutter(gate, _readers(gate), ends, projection, value_of).cut()
+    found = _trace(gate)
+    if isinstance(found, Skip):
+        return found
+    readers, projection, ends = found
+    region = _Cutter(gate, readers, ends, projection, value_of).cut()
     mapping = next((node for node in region.graph.nodes if nodes.kind(node) in _VMAP), None)
     if mapping is not None:
         detail = f"{region.originals[mapping].name}: a part of what torch.func.vmap does cannot be run by itself"
