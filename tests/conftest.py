@@ -27,7 +27,11 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` skip, with a reason, where there is no CUDA device."""
+    """Workers collect the same names. Tests marked `gpu` skip, with a reason, where there is no CUDA device."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, set | frozenset) and len(value) > 1 and str(value) in item.name for value in values):
+            raise pytest.UsageError(f"{item.nodeid}: a set prints in any order; use a list, or an id")
     if torch.cuda.is_available():
         return
     for item in items:
