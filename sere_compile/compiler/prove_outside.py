@@ -149,21 +149,40 @@ def prove_outside(gate: Gate, owner: Owner | None, *, kept: bool = False) -> Ver
         return Verdict(None, _SPREAD.format(spread))
     blocks = [(module, _number(module)) for module in owner.surroundings]
     _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
+    inner: torch.nn.Module | None = None
     for module, block in blocks:
-        # What cannot be traced with dynamic-shape capture may be without, and the other way round.
-        called_with = dynamo.arguments_of(module)
-        capture = dynamo.captures_dynamic_shapes(), dynamo.makes_graphs_before_loops()
-        key = (block, _signature(gate), capture, kinds_of(called_with), kept)
-        if key not in _verdicts:
-            with dynamo.forgetting_new_codes():
-                _verdicts[key] = _try_block(gate, module, owner, called_with, kept)
-        found = _verdicts[key]
+        if inner is not None and not _holds_more_of_experts(module, inner, gate.num_experts):
+            continue
+        found = _verdict_on(module, block, gate, owner, kept)
+        if inner is not None and not (found is not None and found.is_gate and found.whole and found.off):
+            continue
         if found is not None and found.is_gate >= verdict.is_gate:
             verdict = replace(found, block=block)
         # Else a router that is a module of its own: its experts stand further out.
         if verdict.is_gate and verdict.whole:
-            return verdict
+            if not kept:  # what such a module returns is as it was, and nothing further out gets new ids
+                return verdict
+            inner = module
     return verdict
+
+
+def _verdict_on(module: torch.nn.Module, block: int, gate: Gate, owner: Owner, kept: bool) -> Verdict | None:
+    """What trying one module around the router shows, once for all that compute the same."""
+    # What cannot be traced with dynamic-shape capture may be without, and the other way round.
+    called_with = dynamo.arguments_of(module)
+    capture = dynamo.captures_dynamic_shapes(), dynamo.makes_graphs_before_loops()
+    key = (block, _signature(gate), capture, kinds_of(called_with), kept)
+    if key not in _verdicts:
+        with dynamo.forgetting_new_codes():
+            _verdicts[key] = _try_block(gate, module, owner, called_with, kept)
+    return _verdicts[key]
+
+
+def _holds_more_of_experts(module: torch.nn.Module, inner: torch.nn.Module, num_experts: int) -> bool:
+    """Whether a module has parameters or buffers beside an inner one's that count experts, as of a bias that it adds."""
+    inside = {id(tensor) for tensor in itertools.chain(inner.parameters(), inner.buffers())}
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return any(id(tensor) not in inside and num_experts in tensor.shape for tensor in tensors)
 
 
 # By what a block computes, so that layers of one kind are tried once; None for a block that does not hold the gate.

@@ -455,6 +455,28 @@ def test_a_vector_of_each_expert_behind_a_break():
     compared(lambda: BiasBehind(adds=False), strict=True)
 
 
+class AroundIt(nn.Module):
+    """A block whose layer is a whole dispatch, and that adds vectors of its own experts behind a break."""
+
+    def __init__(self, adds=True):
+        super().__init__()
+        self.layer = BiasBehind(adds=False)
+        del self.layer.bias
+        self.offsets = nn.Embedding(EXPERTS, HIDDEN)
+        self.adds = adds
+
+    def forward(self, x):
+        y = self.layer(x)
+        torch._dynamo.graph_break()
+        return y + self.offsets(self.layer.ids if self.adds else self.layer.ids * 0).sum(1)
+
+
+def test_a_vector_of_each_expert_that_a_block_around_the_layer_adds():
+    """What is around a layer that is right is tried as well, where it has numbers of each expert."""
+    unchanged(AroundIt)
+    compared(lambda: AroundIt(adds=False), strict=True)
+
+
 class Twice(Keeps):
     """Behind a break the same experts run again, by what is kept."""
 
