@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .evidence.expert_evidence import runs_experts
 from .evidence.routing_weights import outer_consumers
 from .gate import Gate, Skip, SkipReason, UseKind
 from .graph import nodes
@@ -73,7 +74,7 @@ def find_exit(gate: Gate) -> Node | None:
     heapq.heapify(ahead)
     while ahead:
         node = heapq.heappop(ahead)
-        if not ahead and _one_row_per_token(node, gate.ids) and _runs_experts(node, gate):
+        if not ahead and _one_row_per_token(node, gate.ids) and runs_experts(node, (gate.weights, *gate.all_ids)):
             return node
         for follower in nodes.followers(node):
             if follower not in seen:
@@ -90,18 +91,6 @@ def _starts(gate: Gate) -> list[Node]:
 def _closure(starts: list[Node], last: Node) -> set[Node]:
     """Everything computed from `starts`, themselves included, up to `last`."""
     return set(walk(starts, lambda node: [user for user in nodes.followers(node) if not last < user]))
-
-
-def _runs_experts(node: Node, gate: Gate) -> bool:
-    """Whether graph inputs went into the node: a table of routing weights alone is no output."""
-
-    def behind(reader: Node) -> list[Node]:
-        sources = nodes.numbers_behind(reader)
-        sources += [w for source in sources for w in nodes.writers(source) if w < node]
-        return [source for source in sources if source is not gate.weights and source not in gate.all_ids]
-
-    inputs = (reader for reader in walk([node], behind) if reader.op in ("placeholder", "get_attr"))
-    return any(nodes.is_floating(found) and len(nodes.shape(found) or ()) >= 2 for found in inputs)
 
 
 def _one_row_per_token(node: Node, ids: Node) -> bool:

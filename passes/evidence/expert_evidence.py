@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -209,6 +209,23 @@ def _stacks_behind(table: Node, num_experts: int) -> list[Node]:
         found += [source for source in sources if _is_stacked(source, num_experts)]
         ahead = [source for source in sources if nodes.is_floating(source)]
     return found
+
+
+def runs_experts(node: Node, routing: Collection[Node | None]) -> bool:
+    """Whether a matrix that the graph takes went into a node: a table [T, E] of routing weights alone is no output.
+
+    Args:
+        node: may be a result of experts.
+        routing: ids and weights, of which tables are made.
+    """
+
+    def behind(reader: Node) -> list[Node]:
+        sources = nodes.numbers_behind(reader)
+        sources += [w for source in sources for w in nodes.writers(source) if w < node]
+        return [source for source in sources if source not in routing]
+
+    inputs = (reader for reader in walk([node], behind) if reader.op in ("placeholder", "get_attr"))
+    return any(nodes.is_floating(found) and len(nodes.shape(found) or ()) >= 2 for found in inputs)
 
 
 def tells_experts_apart(consumers: list[Node], num_experts: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ..evidence.expert_evidence import runs_experts
 from ..gate import Gate
 from ..graph import nodes
 from ..graph.state import computed_of_state
@@ -77,6 +78,7 @@ class _Search:
 
     def __init__(self, gate: Gate, projection: Node) -> None:
         self._gate, self._projection = gate, projection
+        self._routing = gate.weights, *gate.all_ids
         self._router = {gate.router_weight, *_same_attribute(gate.router_weight)}
         per_expert = {gate.num_experts, nodes.last_size(projection), gate.top_k}
         self._of_router = {1, *per_expert}  # how many numbers state has that shapes or scales the router's scores
@@ -94,7 +96,7 @@ class _Search:
             # All inputs: experts may be in a graph of their own, whose results come as a tuple.
             read = nodes.numbers_behind(node)
             carries = any(s in carrying or (s not in visited and self._is_weighed(s)) for s in read)
-            gathers = carries and _one_row_a_token(node, self._gate.ids) and _runs_experts(node, self._gate)
+            gathers = carries and _one_row_a_token(node, self._gate.ids) and runs_experts(node, self._routing)
             if gathers and not self._is_joined_later(node, ahead, starts, carrying):
                 return node, visited
             if carries and self._completes_memory(node, ahead, starts, carrying):
@@ -115,7 +117,7 @@ class _Search:
         memory = next((_root_of(written) for written in nodes.writes(node)), None)
         if memory is None or memory.op != "call_function" or max(nodes.writers(memory), default=node) is not node:
             return False
-        if not _one_row_a_token(memory, self._gate.ids) or not _runs_experts(node, self._gate):
+        if not _one_row_a_token(memory, self._gate.ids) or not runs_experts(node, self._routing):
             return False
         # What reads the memory from here on reads the exit.
         beside = [branch for branch in ahead if all(_root_of(s) is not memory for s in branch.all_input_nodes)]
@@ -185,22 +187,6 @@ def _looks_up_state(node: Node) -> bool:
     if nodes.kind(node) not in ("index", "embedding", "gather"):
         return False
     return any(nodes.is_floating(source) and computed_of_state(source) for source in nodes.operands(node))
-
-
-def _runs_experts(node: Node, gate: Gate) -> bool:
-    """Whether inputs of the graph went into the node: a [T, E] table of the routing weights alone is no output."""
-    seen, pending = {node, gate.weights, *gate.all_ids}, [node]
-    while pending:
-        reader = pending.pop()
-        is_input = reader.op in ("placeholder", "get_attr") and nodes.is_floating(reader)
-        if is_input and len(nodes.shape(reader) or ()) >= 2:
-            return True
-        sources = nodes.numbers_behind(reader)
-        sources += [w for source in sources for w in nodes.writers(source) if w < node]
-        fresh = [source for source in sources if source not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
 
 
 def _one_row_a_token(node: Node, ids: Node) -> bool:

@@ -13,7 +13,6 @@ from sere_compile.passes.extract_dispatch import (
     _is_size_of_input,
     _one_row_per_token,
     _role,
-    _runs_experts,
     _varies_by_token,
     find_exit,
 )
@@ -276,22 +275,6 @@ class TestByHand:
         assert not _one_row_per_token(w.input(torch.zeros(sizes).long()), read)
         assert not _one_row_per_token(w.graph.placeholder("unknown"), read)
         assert not _one_row_per_token(w.given(*sizes), w.graph.placeholder("unknown"))
-
-    def test_what_runs_experts(self):
-        """A matrix behind it, also by what was written to its sources; not the table of weights alone."""
-        w = Written()
-        x, ids, weights = w.given(4, 6), w.input(torch.zeros(4, 2).long()), w.given(4, 2)
-        gate = types.SimpleNamespace(weights=weights, all_ids=(ids,))
-        assert _runs_experts(w.mul(w.call(torch.exp, x), 2), gate)
-        assert not _runs_experts(w.call(torch.scatter, w.call(torch.zeros, 4, 8), 1, ids, weights), gate)
-        assert not _runs_experts(w.mul(weights, w.given(2)), gate)
-        assert not _runs_experts(w.mul(weights, w.input(torch.ones(4, 2).long())), gate)
-        assert not _runs_experts(w.call(torch.zeros_like, x), gate)
-        memory = w.call(torch.zeros, 4, 6)
-        early = w.call(torch.exp, memory)
-        w.call("add_", memory, x)
-        assert _runs_experts(w.call(torch.exp, memory), gate)
-        assert not _runs_experts(early, gate)
 
     def test_what_is_computed_up_to_a_node(self):
         w = Written()

@@ -13,6 +13,7 @@ from sere_compile.passes.evidence.expert_evidence import (
     limits_named,
     numbers_named,
     reaches_experts,
+    runs_experts,
     same_for_every_expert,
     scales_experts,
     tells_experts_apart,
@@ -629,3 +630,20 @@ def gathered(write):
 )
 def test_in_a_product(write, multiplied):
     assert is_multiplied(gathered(write)) is multiplied
+
+
+def test_what_runs_experts():
+    """A matrix behind it, also by what was written to its sources; not the table of weights alone."""
+    w = Written()
+    x, ids, weights = w.given(4, 6), w.input(torch.zeros(4, 2).long()), w.given(4, 2)
+    routing = weights, ids
+    assert runs_experts(w.mul(w.call(torch.exp, x), 2), routing)
+    assert not runs_experts(w.call(torch.scatter, w.call(torch.zeros, 4, 8), 1, ids, weights), routing)
+    assert not runs_experts(w.mul(weights, w.given(2)), routing)
+    assert not runs_experts(w.mul(weights, w.input(torch.ones(4, 2).long())), routing)
+    assert not runs_experts(w.call(torch.zeros_like, x), routing)
+    memory = w.call(torch.zeros, 4, 6)
+    early = w.call(torch.exp, memory)
+    w.call("add_", memory, x)
+    assert runs_experts(w.call(torch.exp, memory), routing)
+    assert not runs_experts(early, routing)

@@ -1,7 +1,5 @@
 """Where tokens come together, and what else reads what a rewrite changes."""
 
-import types
-
 import pytest
 import torch
 from torch import nn
@@ -15,7 +13,6 @@ from sere_compile.passes.proof.ends import (
     _looks_up_state,
     _one_row_a_token,
     _root_of,
-    _runs_experts,
     _same_attribute,
     _Search,
     find_ends,
@@ -305,22 +302,6 @@ class TestByHand:
         assert not _looks_up_state(w.mul(table, 2))
         whole = w.input(nn.Parameter(torch.zeros(EXPERTS, 2).long(), False))
         assert not _looks_up_state(w.pick(whole, ids))
-
-    def test_what_runs_experts(self):
-        """A floating-point input of more than one dimension behind it, also by what is written to its sources."""
-        w = Written()
-        x, ids, weights = w.given(4, 6), w.input(torch.zeros(4, 2).long()), w.given(4, 2)
-        gate = types.SimpleNamespace(weights=weights, all_ids=(ids,))
-        assert _runs_experts(w.mul(w.call(torch.exp, x), 2), gate)
-        assert not _runs_experts(w.call(torch.scatter, w.call(torch.zeros, 4, 8), 1, ids, weights), gate)
-        assert not _runs_experts(w.mul(weights, w.given(2)), gate)
-        assert not _runs_experts(w.mul(weights, w.input(torch.ones(4, 2).long())), gate)
-        assert not _runs_experts(w.call(torch.zeros_like, x), gate)
-        memory = w.call(torch.zeros, 4, 6)
-        early = w.call(torch.exp, memory)
-        w.call("add_", memory, x)
-        assert _runs_experts(w.call(torch.exp, memory), gate)
-        assert not _runs_experts(early, gate)
 
     @pytest.mark.parametrize(("steps", "weighed"), [(0, True), (12, True), (13, False)])
     def test_a_matrix_some_steps_back_weighs(self, steps, weighed):
