@@ -149,21 +149,30 @@ def prove_outside(gate: Gate, owner: Owner | None, *, kept: bool = False) -> Ver
         return Verdict(None, _SPREAD.format(spread))
     blocks = [(module, _number(module)) for module in owner.surroundings]
     _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
-    inner: torch.nn.Module | None = None
-    for module, block in blocks:
-        if inner is not None and not _holds_more_of_experts(module, inner, gate.num_experts):
-            continue
+    for place, (module, block) in enumerate(blocks):
         found = _verdict_on(module, block, gate, owner, kept)
-        if inner is not None and not (found is not None and found.is_gate and found.whole and found.off):
-            continue
         if found is not None and found.is_gate >= verdict.is_gate:
             verdict = replace(found, block=block)
         # Else a router that is a module of its own: its experts stand further out.
         if verdict.is_gate and verdict.whole:
-            if not kept:  # what such a module returns is as it was, and nothing further out gets new ids
-                return verdict
-            inner = module
+            return _with_what_is_around(verdict, blocks[place:], gate, owner) if kept else verdict
     return verdict
+
+
+def _with_what_is_around(
+    verdict: Verdict, blocks: Sequence[tuple[torch.nn.Module, int]], gate: Gate, owner: Owner
+) -> Verdict:
+    """The verdict on the modules around a block too, as far as they have numbers of each expert of their own.
+
+    They may add biases behind a break, by the ids that the block keeps or returns.
+    """
+    inner = blocks[0][0]
+    for module, block in blocks[1:]:
+        if _holds_more_of_experts(module, inner, gate.num_experts):
+            found = _verdict_on(module, block, gate, owner, kept=True)
+            if found is not None and found.is_gate and found.whole and found.off:
+                verdict = found
+    return replace(verdict, block=blocks[-1][1])
 
 
 def _verdict_on(module: torch.nn.Module, block: int, gate: Gate, owner: Owner, kept: bool) -> Verdict | None:
@@ -179,7 +188,9 @@ def _verdict_on(module: torch.nn.Module, block: int, gate: Gate, owner: Owner, k
 
 
 def _holds_more_of_experts(module: torch.nn.Module, inner: torch.nn.Module, num_experts: int) -> bool:
-    """Whether a module has parameters or buffers beside an inner one's that count experts, as of a bias that it adds."""
+    """Whether a module has parameters beside an inner one's that count experts, and no layer like it."""
+    if any(type(other) is type(inner) and other is not inner for other in module.modules()):
+        return False
     inside = {id(tensor) for tensor in itertools.chain(inner.parameters(), inner.buffers())}
     tensors = itertools.chain(module.parameters(), module.buffers())
     return any(id(tensor) not in inside and num_experts in tensor.shape for tensor in tensors)

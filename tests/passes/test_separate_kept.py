@@ -477,6 +477,17 @@ def test_a_vector_of_each_expert_that_a_block_around_the_layer_adds():
     compared(lambda: AroundIt(adds=False), strict=True)
 
 
+def test_each_block_is_asked_what_it_adds():
+    """Dynamo would serve the second by the graph of the first: what tells them apart is read behind the break."""
+    torch.manual_seed(1)
+    model = nn.Sequential(AroundIt(adds=False), AroundIt()).requires_grad_(False)
+    names = [f"{place}.layer.gate.weight" for place in (0, 1)]
+    sere_compile.attach(model, SimilarityProfile(dict.fromkeys(names, similarity())))
+    torch._dynamo.reset()
+    report = sere_compile.explain(model, rows(), config=sere_compile.SereConfig(select_top_k=1))
+    assert [row.status for row in report] == ["rewritten", "skipped"]
+
+
 class Twice(Keeps):
     """Behind a break the same experts run again, by what is kept."""
 
