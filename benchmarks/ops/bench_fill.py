@@ -82,7 +82,7 @@ def _by_triton(function):
     """The function with what `cluster.cu` would take left to Triton's kernels."""
 
     def call(x):
-        with mock.patch("sere_compile.ops.fill.cluster.takes", return_value=False):
+        with mock.patch("sere_compile.ops.cuda.cluster.takes", return_value=False):
             return function(x)
 
     return call

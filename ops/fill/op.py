@@ -97,18 +97,19 @@ def fill_cluster(
     choice: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`sere::fill` by `cluster.cu` on Hopper and later, by Triton where that cannot be had there after all."""
+    from ..cuda.cluster import Rows, Selection, launch_cluster
     from ..launching import device_guard
-    from .cluster import Rows, Selection, launch_cluster
+    from ..route.reference import Rerouting
 
-    keeping = Keeping(select_top_k, threshold, min_active, max_active)
+    numbers = select_top_k, threshold, min_active, max_active
     ids, weights = (t.reshape(-1, t.shape[-1]).contiguous() for t in (topk_ids, topk_weights))
     mask = None if token_mask is None else token_mask.reshape(-1)
     rows = Rows(_rows(scores), None if choice is None else _rows(choice), None, ids, weights, mask)
     outs = torch.empty_like(ids), torch.empty_like(weights)
     with device_guard(ids):
-        if launch_cluster(rows, keeping, Selection(), *outs):
+        if launch_cluster(rows, Rerouting(None, *numbers, fill=True), Selection(), *outs):
             return outs[0].view(topk_ids.shape), outs[1].view(topk_ids.shape)
-    return _launch(topk_ids, topk_weights, scores, keeping, token_mask, choice)
+    return _launch(topk_ids, topk_weights, scores, Keeping(*numbers), token_mask, choice)
 
 
 @fill_cluster.register_fake
@@ -131,7 +132,7 @@ def _fill(
     keeping = Keeping(int(select_top_k), float(threshold), int(min_active), int(max_active))
     check_arguments(topk_ids, topk_weights, scores, keeping, token_mask, choice)
     if kernel_supports(topk_ids, topk_weights, scores) and keeping.acts_on(topk_ids.shape[-1]):
-        from . import cluster
+        from ..cuda import cluster
 
         if cluster.takes(scores.shape, topk_ids.shape[-1], scores, topk_weights, choice):
             numbers = keeping.select_top_k, keeping.threshold, keeping.min_active

@@ -102,20 +102,34 @@ def _route(
     rerouting = Rerouting(similarity, *numbers, projection, bool(fill), ids_dtype, real_tokens, rerouted_tokens)
     check_arguments(logits, bias, settings, rerouting)
     if logits.is_cuda and settings.top_k <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
-        if rerouting.fill and rerouting.acts_on(settings.top_k) and not settings.is_grouped:
-            from ..fill.cluster import takes
-
-            if settings.dtype in FLOAT_NUMBERS and takes(logits.shape, settings.top_k, logits, bias):
-                return torch.ops.sere.route_cluster.default(
-                    logits, bias, settings.top_k, settings.scoring, settings.renormalize, settings.epsilon,
-                    settings.scale, settings.dtype, *numbers, rerouting.ids_dtype,
-                )  # fmt: skip
+        if _in_one_cluster(logits, bias, settings, rerouting):
+            return torch.ops.sere.route_cluster.default(
+                logits, bias, settings.top_k, settings.scoring, settings.renormalize, settings.epsilon,
+                settings.scale, settings.dtype, rerouting.similarity, *numbers, rerouting.projection, rerouting.fill,
+                rerouting.ids_dtype, rerouting.real_tokens, rerouting.rerouted_tokens,
+            )  # fmt: skip
         from ..launching import device_guard
         from .launch import launch_route
 
         with device_guard(logits):
             return launch_route(logits, bias, settings, rerouting)
     return route_reference(logits, bias, settings, rerouting)
+
+
+def _in_one_cluster(logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting) -> bool:
+    """Whether `cluster.cu` selects and fills or re-routes.
+
+    Where a compiler traces, re-routing is left to Triton: Inductor launches that itself, and an operator of Python's
+    would cost the host more than a launch costs the device.
+    """
+    if not rerouting.acts_on(scoring.top_k) or scoring.is_grouped or scoring.dtype not in FLOAT_NUMBERS:
+        return False
+    from ..cuda.cluster import MOST_REROUTED_TOKENS, MOST_TOKENS, takes
+
+    if rerouting.fill:
+        return takes(logits.shape, scoring.top_k, logits, bias, most=MOST_TOKENS)
+    floats = bias, rerouting.similarity
+    return type(logits) is Tensor and takes(logits.shape, scoring.top_k, logits, *floats, most=MOST_REROUTED_TOKENS)
 
 
 @torch.library.custom_op("sere::route_cluster", mutates_args=())
@@ -128,37 +142,44 @@ def route_cluster(
     epsilon: float,
     scale: float,
     dtype: torch.dtype,
+    similarity: Tensor | None,
     select_top_k: int,
     threshold: float,
     min_active: int,
     max_active: int,
+    projection: Tensor | None,
+    fill: bool,
     ids_dtype: torch.dtype,
+    real_tokens: Tensor | None,
+    rerouted_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`sere::route` with filling by `cluster.cu` on Hopper and later, by Triton where that cannot be had after all."""
-    from ..fill.cluster import Rows, Selection, launch_cluster
-    from ..fill.reference import Keeping
+    """`sere::route` that changes ids, by `cluster.cu` on Hopper and later; by Triton where that cannot be had."""
+    from ..cuda.cluster import Rows, Selection, launch_cluster
     from ..launching import device_guard
     from .launch import launch_route
 
     flat = logits.reshape(-1, logits.shape[-1])
-    rows = Rows(flat if flat.stride(1) == 1 else flat.contiguous(), bias=None if bias is None else bias.contiguous())
-    keeping = Keeping(select_top_k, threshold, min_active, max_active)
+    bias, similarity, projection = (None if t is None else t.contiguous() for t in (bias, similarity, projection))
+    rows = Rows(flat if flat.stride(1) == 1 else flat.contiguous(), bias=bias)
+    numbers = select_top_k, threshold, min_active, max_active
+    rerouting = Rerouting(similarity, *numbers, projection, fill, ids_dtype, real_tokens, rerouted_tokens)
     shape = (*logits.shape[:-1], top_k)
     ids = torch.empty(shape, dtype=ids_dtype, device=logits.device)
     weights = torch.empty(shape, dtype=dtype, device=logits.device)
     outs = ids.view(-1, top_k), weights.view(-1, top_k)
     with device_guard(logits):
-        if launch_cluster(rows, keeping, Selection(scoring, renormalize, epsilon, scale), *outs):
+        if launch_cluster(rows, rerouting, Selection(scoring, renormalize, epsilon, scale), *outs):
             return weights, ids
-        settings = Scoring(top_k, scoring, renormalize, epsilon, scale, dtype)
-        numbers = select_top_k, threshold, min_active, max_active
-        return launch_route(logits, bias, settings, Rerouting(None, *numbers, None, True, ids_dtype))
+        return launch_route(logits, bias, Scoring(top_k, scoring, renormalize, epsilon, scale, dtype), rerouting)
 
 
 @route_cluster.register_fake
-def _route_cluster_fake(logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, *rest):
+def _route_cluster_fake(
+    logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, similarity, select_top_k, threshold, min_active,
+    max_active, projection, fill, ids_dtype, *_
+):  # fmt: skip
     shape = (*logits.shape[:-1], top_k)
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=rest[-1])
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=ids_dtype)
 
 
 _route_op = register_triton_op("sere::route", _route)

@@ -8,11 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sere_compile.ops.cuda import nvrtc
+from sere_compile.ops.cuda import cluster, nvrtc
+from sere_compile.ops.cuda.cluster import Rows, Selection
 from sere_compile.ops.expert_mlp import stream
-from sere_compile.ops.fill import cluster
-from sere_compile.ops.fill.cluster import Rows, Selection
-from sere_compile.ops.fill.reference import Keeping
+from sere_compile.ops.route.reference import Rerouting
 
 Outs = tuple[Tensor, Tensor]
 
@@ -39,17 +38,19 @@ extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const 
 """
 
 
-FILL_LAUNCHER = """
+CLUSTER_LAUNCHER = """
 __align__(1024) u8 shared[8 * 128 * 1024];
 extern "C" const char* launch(const void* scores, const void* choice, const void* bias, const void* ids,
-    const void* weights, const u8* mask, void* out_ids, void* out_weights, int num_tokens, int stride,
-    int choice_stride, int mask_stride, float epsilon, float scale, float threshold, int least, int budget,
-    int blocks, int threads, int bytes) {
+    const void* weights, const u8* mask, const void* similarity, const float* projection, const long long* real,
+    const long long* rerouted, void* out_ids, void* out_weights, int num_tokens, int stride, int choice_stride,
+    int mask_stride, float epsilon, float scale, float threshold, int least, int budget, int blocks, int threads,
+    int bytes) {
   problem = nullptr;
   if (bytes < (int)sizeof(Board)) return "less shared memory than a board takes";
   run_grid(blocks, 1, threads, bytes, [=] {
-    fill_cluster(scores, choice, bias, ids, weights, mask, out_ids, out_weights, num_tokens, stride, choice_stride,
-                 mask_stride, epsilon, scale, threshold, least, budget, blocks); }, blocks);
+    route_cluster(scores, choice, bias, ids, weights, mask, similarity, projection, real, rerouted, out_ids,
+                  out_weights, num_tokens, stride, choice_stride, mask_stride, epsilon, scale, threshold, least, budget,
+                  blocks); }, blocks);
   return problem;
 }
 """
@@ -74,12 +75,12 @@ def files_of(module: ModuleType) -> list[Path]:
     return [Path(str(module.__file__)).parent / name for name in module.SOURCES]
 
 
-def run_cluster(rows: Rows, keeping: Keeping, selection: Selection, outs: Outs, cut: tuple[int, int], folder: Path):
+def run_cluster(rows: Rows, rerouting: Rerouting, selection: Selection, outs: Outs, cut: tuple[int, int], folder: Path):
     """What `launch_cluster` does, with blocks and threads of choice."""
-    one = cluster.cluster_of(rows, keeping, selection, *outs)
-    library = build(files_of(cluster), one.macros(), FILL_LAUNCHER, folder)
+    one = cluster.cluster_of(rows, rerouting, selection, *outs)
+    library = build(files_of(cluster), one.macros(), CLUSTER_LAUNCHER, folder)
     blocks, threads = cut
-    values = [nvrtc._value(a) for a in cluster.arguments(rows, keeping, selection, *outs, blocks)]
+    values = [nvrtc._value(a) for a in cluster.arguments(rows, rerouting, selection, *outs, blocks)]
     problem = library.launch(*values, threads, one.shared_bytes)
     assert problem is None, problem.decode()
 

@@ -1,6 +1,6 @@
-"""`cluster.cu`: filling in one launch equals the reference, with a CPU's instructions in the place of a GPU's.
+"""`cluster.cu`: routing in one launch equals the reference, with a CPU's instructions in the place of a GPU's.
 
-On a GPU the operators' own tests run it: test_fill.py, test_route_fill.py.
+On a GPU the operators' own tests run it: test_fill.py, test_route_fill.py, test_route_reroute.py.
 """
 
 import dataclasses
@@ -10,14 +10,13 @@ import shutil
 import pytest
 import torch
 
-from sere_compile.ops.fill import cluster
-from sere_compile.ops.fill.cluster import Rows, Selection
+from sere_compile.ops.cuda import cluster
+from sere_compile.ops.cuda.cluster import Rows, Selection
 from sere_compile.ops.fill.op import _rows
-from sere_compile.ops.fill.reference import Keeping
-from sere_compile.ops.route.reference import route_reference
+from sere_compile.ops.route.reference import Rerouting, route_reference
 
 from ..thinned import thinned
-from . import cuda_on_cpu
+from . import cuda_on_cpu, test_route_reroute
 from .test_fill import Structure, assert_is, draw_case
 from .test_route_fill import Case
 
@@ -44,6 +43,12 @@ SELECTED = [
     (Case(16, 4, 1, max_active=9, scoring="none"), 40),
     (Case(256, 16, 1, bias=True, scoring="none", weights=FP16), 5),
 ]
+# Without groups, and with rows of similarities that no lane can have all at once.
+REROUTED = [
+    *(case for case in test_route_reroute.CASES if case.groups[1] == case.groups[0]),
+    test_route_reroute.Case(256, 16, 1, min_active=40, projection=True),
+    test_route_reroute.Case(200, 9, 3, scoring="sigmoid", dtype=torch.float32, threshold=0.9),
+]
 
 
 def cuts(num_tokens, experts):
@@ -63,12 +68,12 @@ def test_given_experts(structure, tokens, tmp_path):
         ids, weights = (t.reshape(-1, structure.slots).contiguous() for t in (case.ids, case.weights))
         scores, choice = (None if t is None else _rows(t) for t in (case.scores, case.choice))
         mask = None if case.mask is None else case.mask.reshape(-1)
-        keeping = Keeping(structure.select, structure.threshold, structure.min_active, structure.max_active)
+        numbers = structure.select, structure.threshold, structure.min_active, structure.max_active
         outs = torch.full_like(ids, -77), torch.full_like(weights, torch.nan)
         rows = Rows(scores, choice, None, ids, weights, mask)
         folder = tmp_path / str(cut[0])
         folder.mkdir()
-        cuda_on_cpu.run_cluster(rows, keeping, Selection(), outs, cut, folder)
+        cuda_on_cpu.run_cluster(rows, Rerouting(None, *numbers, fill=True), Selection(), outs, cut, folder)
         assert_is((outs[0].view(case.ids.shape), outs[1].view(case.weights.shape)), case, rounding=2)
 
 
@@ -79,15 +84,38 @@ def test_selected_experts(case, tokens, tmp_path):
     for seed, cut in enumerate(cuts(tokens, case.experts)):
         logits, bias, scoring, filling = case.draw(tokens, seed, "cpu")
         want = route_reference(logits, bias, scoring, filling)
-        keeping = Keeping(case.select, case.threshold, case.min_active, case.max_active)
         outs = torch.full_like(want[1], -77), torch.full_like(want[0], torch.nan)
         folder = tmp_path / str(cut[0])
         folder.mkdir()
         selection = Selection(scoring.scoring, scoring.renormalize, scoring.epsilon, scoring.scale)
-        cuda_on_cpu.run_cluster(Rows(logits, bias=bias), keeping, selection, outs, cut, folder)
+        cuda_on_cpu.run_cluster(Rows(logits, bias=bias), filling, selection, outs, cut, folder)
         assert torch.equal(outs[0], want[1])
         close = {"rtol": 2e-5, "atol": 1e-6} if case.weights == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
         torch.testing.assert_close(outs[1], want[0], **close)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("place", "case"), thinned([*enumerate(REROUTED)], (1, 4, 8)), ids=str)
+def test_rerouted_experts(place, case, tmp_path):
+    """Logits and similarities, among them NaN and infinite ones: what `sere::route` gives, for those tokens alone."""
+    tokens = 13
+    for seed, cut in enumerate(cuts(tokens, case.experts)):
+        logits, bias, scoring, rerouting = case.draw(tokens, seed, "cpu")
+        similarity = rerouting.similarity.clone()
+        similarity.view(-1)[:: 5 + seed] = torch.tensor([torch.nan, -torch.inf, torch.inf])[seed]
+        real, rerouted = (torch.tensor([n]) if (place + seed) % 2 else None for n in (9, 7))
+        rerouting = dataclasses.replace(
+            rerouting, similarity=similarity.to((torch.float32, BF16, FP16)[place % 3]), real_tokens=real,
+            rerouted_tokens=rerouted, ids_dtype=I32 if seed else torch.int64,
+        )  # fmt: skip
+        want = route_reference(logits, bias, scoring, rerouting)
+        outs = torch.full_like(want[1], -77), torch.full_like(want[0], torch.nan)
+        folder = tmp_path / str(cut[0])
+        folder.mkdir()
+        selection = Selection(scoring.scoring, scoring.renormalize, scoring.epsilon, scoring.scale)
+        cuda_on_cpu.run_cluster(Rows(logits, bias=bias), rerouting, selection, outs, cut, folder)
+        assert torch.equal(outs[0], want[1])
+        torch.testing.assert_close(outs[1], want[0], rtol=2e-5, atol=1e-6)
 
 
 def test_cut():
@@ -120,5 +148,5 @@ def test_a_machine_without_hopper_takes_nothing():
 
 def test_shared_memory_fits_beside_another_block():
     """The most that is asked for: two blocks fit on a multiprocessor."""
-    one = cluster.Cluster(256, 16, 1, True, "scores", *[False] * 7, 0, 0, 0, 0)
+    one = cluster.Cluster(256, 16, 1, False, True, "scores", *[False] * 10, 0, 0, 0, 0, 0)
     assert dataclasses.replace(one, experts=8).shared_bytes < one.shared_bytes <= 112 * 1024

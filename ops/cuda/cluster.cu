@@ -1,12 +1,14 @@
-// `sere::fill`, and `sere::route` with filling, in one launch: one cluster of blocks, a warp for each token. Through each
-// other's shared memory the blocks exchange what their tokens say about each expert, where two launches would go through
-// memory. For few tokens, whose cost is launches and instructions that are fetched for the first time: little code.
+// `sere::fill`, and `sere::route` with filling or re-routing, in one launch: one cluster of blocks, a warp for each token.
+// Through each other's shared memory the blocks exchange what their tokens say about each expert, where two launches
+// would go through memory. For few tokens, whose cost is launches and instructions that are fetched for the first time:
+// little code.
 //
 // Compiled at first use (cluster.py), with these numbers as macros:
-//   EXPERTS, TOP_K, SELECT (S), GIVEN (ids, weights and scores are; else the kernel selects by logits), SCORING (0:
-//   scores, with GIVEN; 1: softmax, 2: sigmoid, 3: softmax_after, 4: none), RENORMALIZE, HAS_BIAS, HAS_CHOICE, HAS_MASK,
-//   HAS_MAX, HAS_THRESHOLD, IDS64, and types of floats (0: fp32, 1: bf16, 2: fp16): SCORES, CHOICES, BIAS, WEIGHTS
-// ops/cuda/common.cuh comes before this file. What is computed: ops/fill/reference.py, ops/route/reference.py.
+//   EXPERTS, TOP_K, SELECT (S), REROUTES (by similarity; else the kernel fills), GIVEN (ids, weights and scores are; else
+//   the kernel selects by logits), SCORING (0: scores, with GIVEN; 1: softmax, 2: sigmoid, 3: softmax_after, 4: none),
+//   RENORMALIZE, HAS_BIAS, HAS_CHOICE, HAS_MASK, HAS_MAX, HAS_THRESHOLD, HAS_PROJECTION, HAS_REAL, HAS_REROUTED, IDS64,
+//   and types of floats (0: fp32, 1: bf16, 2: fp16): SCORES, CHOICES, BIAS, WEIGHTS, SIMILARITY
+// common.cuh comes before this file. What is computed: reference.py of ops/fill, ops/route and ops/reroute.
 
 constexpr int MOST_BLOCKS = 8, MOST_WARPS = 32;
 constexpr int LANE = (EXPERTS + 31) / 32;  // experts of a lane: its number, that and 32, and so on
@@ -52,14 +54,19 @@ DEVICE void store_weight(void* to, int i, float x) {
 }
 
 // Numbers that sort like floats: 0.0 and -0.0 are equal, NaN is above everything, as in torch.topk. And back.
+DEVICE int order_of(float x) {
+  const int order = x == 0 ? 0 : __float_as_int(x);
+  return x != x ? 0x7fffffff : order ^ (order >> 31 & 0x7fffffff);
+}
+DEVICE float of_order(int order) { return __int_as_float(order ^ (order >> 31 & 0x7fffffff)); }
+// The same with an expert's number in the low bits, where there is room.
 DEVICE int key_of(float x, int expert) {
-  int key = x == 0 ? 0 : __float_as_int(x);
-  key = x != x ? 0x7fffffff : key ^ (key >> 31 & 0x7fffffff);
+  const int key = order_of(x);
   return PACKED ? (key & ~LOW) | (LOW - expert) : key;
 }
 DEVICE float of_key(int key) {
   if (PACKED) key = key < 0 ? key | LOW : key & ~LOW;
-  return __int_as_float(key ^ (key >> 31 & 0x7fffffff));
+  return of_order(key);
 }
 
 DEVICE float warp_sum(float x) {
@@ -360,10 +367,82 @@ DEVICE void fill(u32 kept, Token& token) {
   if (is_lost) token.id = expert;
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-fill_cluster(const void* scores, const void* choice, const void* bias, const void* ids, const void* weights,
-             const u8* mask, void* out_ids, void* out_weights, int num_tokens, int stride, int choice_stride,
-             int mask_stride, float epsilon, float scale, float threshold, int least, int budget, int blocks) {
+// Re-routing
+
+// Rows of similarities that a lane has its part of at once: they are asked for before other blocks are waited for.
+constexpr int AT_ONCE = TOP_K - SELECT < 32 / LANE ? TOP_K - SELECT : 32 / LANE;
+struct Rows {
+  float x[AT_ONCE][LANE];
+};
+// Of the experts of slots from this one on.
+DEVICE void read_rows(Rows& rows, const Token& token, int from, const void* similarity) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i) {
+    const int expert = __shfl_sync(ALL, token.expert, min(from + i, TOP_K - 1));
+#pragma unroll
+    for (int j = 0; j < LANE; ++j) {
+      const int e = j * 32 + lane;
+      rows.x[i][j] = expert >= 0 && e < EXPERTS ? number<SIMILARITY>(similarity, expert * EXPERTS + e) : NOTHING;
+    }
+  }
+}
+
+// The experts that no slot may leave: those of the first S slots, or of more.
+DEVICE u32 primary_experts(const Board& board, int least, int budget) {
+  Said all[LANE];
+#pragma unroll
+  for (int j = 0; j < LANE; ++j) all[j] = board.all[j * 32 + (threadIdx.x & 31)];
+  int width = SELECT;
+#pragma unroll 1
+  for (; width < TOP_K; ++width) {
+    const bool enough = least <= 0 || count(named_by(all, (1u << width) - 1)) >= least;
+    if (enough && !(HAS_MAX && count(named_by(all, (2u << width) - 1)) <= budget)) break;
+  }
+  return width < TOP_K ? named_by(all, (1u << width) - 1) : ALL;
+}
+
+// Of these experts the most similar, the lowest of equals; -1 where none is similar enough. NaN and -inf never are.
+DEVICE int most_similar(const float (&row)[LANE], u32 experts, float threshold) {
+  float mine = NOTHING;
+  int which = SPAN;
+#pragma unroll
+  for (int j = 0; j < LANE; ++j)
+    if ((experts >> j & 1) && row[j] > mine) mine = row[j], which = j * 32 + (threadIdx.x & 31);
+  const int order = order_of(mine), greatest = warp_max(order);
+  const int expert = warp_min(order == greatest ? which : SPAN);
+  return expert == SPAN || (HAS_THRESHOLD && of_order(greatest) < threshold) ? -1 : expert;
+}
+
+// Slots on other experts go to the most similar primary one: ids and weights of the token, in its slots' lanes.
+DEVICE void reroute(u32 primary, Token& token, Rows& rows, const void* similarity, const float* projection,
+                    float threshold) {
+  const int lane = threadIdx.x & 31;
+  const bool is_primary = has(primary, max(token.expert, 0));
+  const u32 leaves = __ballot_sync(ALL, token.expert >= 0 && !is_primary);
+  int to = -1;
+#pragma unroll 1
+  for (int from = SELECT; from < TOP_K; from += AT_ONCE) {
+    if (leaves >> from == 0) break;
+    if (from > SELECT) read_rows(rows, token, from, similarity);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      if (!(leaves >> (from + i) & 1)) continue;
+      const int expert = most_similar(rows.x[i], primary, threshold);
+      if (lane == from + i) to = expert;
+    }
+  }
+  if (to < 0) return;
+  if (HAS_PROJECTION) token.weight *= projection[token.expert * EXPERTS + to];
+  token.id = to;
+}
+
+extern "C" __global__ void __launch_bounds__(REROUTES ? 512 : 1024)
+route_cluster(const void* scores, const void* choice, const void* bias, const void* ids, const void* weights,
+              const u8* mask, const void* similarity, const float* projection, const long long* real,
+              const long long* rerouted, void* out_ids, void* out_weights, int num_tokens, int stride,
+              int choice_stride, int mask_stride, float epsilon, float scale, float threshold, int least, int budget,
+              int blocks) {
   Board& board = *(Board*)dynamic_memory();
   const int lane = threadIdx.x & 31, t = cluster_rank() * (blockDim.x / 32) + threadIdx.x / 32;
   const bool is_token = t < num_tokens;
@@ -373,14 +452,24 @@ fill_cluster(const void* scores, const void* choice, const void* bias, const voi
   let_next_kernel_start();
   Token token;
   token.expert = -1, token.id = -1, token.weight = 0, token.named = 0, token.greatest = 0;
-  if (is_token)
+  if (is_token && (!HAS_REAL || t < *real))
     read_token(token, scores, (long long)t * stride, choice, (long long)t * choice_stride, bias, ids, weights, t,
                epsilon, scale);
-  exchange(board, token, is_token && (!HAS_MASK || mask[(long long)t * mask_stride]), blocks);
-  const u32 kept = kept_experts(board, threshold, least, budget);
-  if (!is_token) return;
-  fill(kept, token);
-  if (lane >= TOP_K) return;
+  bool counts = is_token;
+  if (HAS_MASK) counts = counts && mask[(long long)t * mask_stride];
+  if (HAS_REROUTED) counts = counts && t < *rerouted;
+  if (REROUTES) {
+    Rows rows;
+    read_rows(rows, token, SELECT, similarity);
+    exchange(board, token, counts, blocks);
+    const u32 primary = primary_experts(board, least, budget);
+    if (counts) reroute(primary, token, rows, similarity, projection, threshold);
+  } else {
+    exchange(board, token, counts, blocks);
+    const u32 kept = kept_experts(board, threshold, least, budget);
+    if (is_token) fill(kept, token);
+  }
+  if (!is_token || lane >= TOP_K) return;
   const int slot = t * TOP_K + lane;
   if (IDS64) ((long long*)out_ids)[slot] = token.id;
   else ((int*)out_ids)[slot] = (int)token.id;
