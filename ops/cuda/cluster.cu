@@ -7,7 +7,9 @@
 //   EXPERTS, TOP_K, SELECT (S), REROUTES (by similarity; else the kernel fills), GIVEN (ids, weights and scores are; else
 //   the kernel selects by logits), SCORING (0: scores, with GIVEN; 1: softmax, 2: sigmoid, 3: softmax_after, 4: none),
 //   RENORMALIZE, HAS_BIAS, HAS_CHOICE, HAS_MASK, HAS_MAX, HAS_THRESHOLD, HAS_PROJECTION, HAS_REAL, HAS_REROUTED, IDS64,
-//   and types of floats (0: fp32, 1: bf16, 2: fp16): SCORES, CHOICES, BIAS, WEIGHTS, SIMILARITY
+//   HIDDEN (above 0 the logits are made of hidden states of this size by the router's weight), HALF (both are fp16),
+//   TILES (of 8 tokens, where there are hidden states), and types of floats (0: fp32, 1: bf16, 2: fp16): SCORES (logits
+//   too), CHOICES, BIAS, WEIGHTS, SIMILARITY
 // common.cuh comes before this file. What is computed: reference.py of ops/fill, ops/route and ops/reroute.
 
 constexpr int MOST_BLOCKS = 8, MOST_WARPS = 32;
@@ -29,13 +31,26 @@ struct __align__(8) Said {
   float mass;
   u32 slots;
 };
-struct Board {
+#if HIDDEN
+constexpr int PART = HIDDEN / MOST_BLOCKS;              // columns of a block
+constexpr int WARPS = SPAN / 16 > 8 ? SPAN / 16 : 8;  // of a block, and so many tokens at most
+#endif
+struct __align__(16) Board {
   u64 barrier;
-  Said token[MOST_WARPS][SPAN];
   Said received[MOST_BLOCKS][SPAN];
   Said all[SPAN];
   int key[SPAN];
   int place[SPAN];                         // of an expert: how many come before it
+#if HIDDEN
+  u64 projected;
+  float sums[MOST_BLOCKS][WARPS][SPAN];
+  union __align__(16) {
+    u16 hidden[TILES * 8][PART + 8];       // before sums have come
+    Said token[WARPS][SPAN];
+  };
+#else
+  Said token[MOST_WARPS][SPAN];
+#endif
 };
 
 template <int TYPE>
@@ -45,8 +60,9 @@ DEVICE float number(const void* from, long long i) {
   return TYPE == 1 ? bfloat_to_float(x) : half_to_float(x);
 }
 // As it is when it has been stored.
+template <int TYPE>
 DEVICE float rounded(float x) {
-  return WEIGHTS == 0 ? x : WEIGHTS == 1 ? bfloat_to_float(float_to_bfloat(x)) : half_to_float(float_to_half(x));
+  return TYPE == 0 ? x : TYPE == 1 ? bfloat_to_float(float_to_bfloat(x)) : half_to_float(float_to_half(x));
 }
 DEVICE void store_weight(void* to, int i, float x) {
   if (WEIGHTS == 0) ((float*)to)[i] = x;
@@ -159,12 +175,97 @@ DEVICE void select(Token& token, float epsilon, float scale) {
   if (SCORING == 1) weight = divided(weight, warp_sum(total));
   if (SCORING == 3) weight = divided(weight, slot_sum(weight));
   if (RENORMALIZE) weight = divided(weight, slot_sum(lane < TOP_K ? weight : 0) + epsilon);
-  token.weight = lane < TOP_K ? rounded(weight * scale) : 0;
+  token.weight = lane < TOP_K ? rounded<WEIGHTS>(weight * scale) : 0;
 }
 
+#if HIDDEN
+// Logits of hidden states [T, HIDDEN] and the router's weight [EXPERTS, HIDDEN]: each block multiplies its part of the
+// columns for all tokens, and sends a token's sums to the block that has the token.
+constexpr int STEPS = PART / 32;              // of 32 columns
+constexpr int AHEAD = STEPS < 8 ? STEPS : 8;  // steps whose weights are asked for at once
+struct __align__(16) Eight {
+  u32 pairs[4];
+};
+// A lane's part of 16 rows: two rows, 8 columns of each step.
+struct Weights {
+  Eight of[AHEAD][2];
+};
+DEVICE int first_row() { return threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4; }
+DEVICE int first_column(int step) { return step * 32 + (threadIdx.x & 3) * 8; }
+DEVICE void read_weights(Weights& weights, const u16* router, int step) {
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int e = first_row() + half * 8, column = (int)cluster_rank() * PART + first_column(step + i);
+      weights.of[i][half] = {};
+      if (e < EXPERTS && step + i < STEPS) weights.of[i][half] = *(const Eight*)(router + e * HIDDEN + column);
+    }
+  }
+}
+// The block's columns of all tokens, four loads of a thread at once.
+DEVICE void read_hidden(Board& board, const u16* hidden, long long stride, int num_tokens) {
+  constexpr int PIECES = TILES * PART, EACH = (PIECES + 32 * WARPS - 1) / (32 * WARPS), ONCE = EACH < 4 ? EACH : 4;
+#pragma unroll 1
+  for (int from = 0; from < EACH; from += ONCE) {
+    Eight found[ONCE];
+#pragma unroll
+    for (int i = 0; i < ONCE; ++i) {
+      const int piece = (from + i) * 32 * WARPS + threadIdx.x, t = piece / (PART / 8), column = piece % (PART / 8) * 8;
+      found[i] = {};
+      if (t < num_tokens) found[i] = *(const Eight*)(hidden + t * stride + (int)cluster_rank() * PART + column);
+    }
+#pragma unroll
+    for (int i = 0; i < ONCE; ++i) {
+      const int piece = (from + i) * 32 * WARPS + threadIdx.x;
+      if (piece < PIECES) *(Eight*)&board.hidden[piece / (PART / 8)][piece % (PART / 8) * 8] = found[i];
+    }
+  }
+  __syncthreads();
+}
+// In the products columns stand in the order in which lanes have them, which is the same for both.
+DEVICE void project(float (&sums)[TILES][4], Weights& weights, const Board& board, const u16* router) {
+#pragma unroll 1
+  for (int step = 0; step < STEPS; step += AHEAD) {
+    if (step > 0) read_weights(weights, router, step);
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      if (step + i >= STEPS) break;
+      const Eight &a = weights.of[i][0], &b = weights.of[i][1];
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) {
+        const Eight x = *(const Eight*)&board.hidden[n * 8 + (threadIdx.x & 31) / 4][first_column(step + i)];
+        multiply(sums[n], {a.pairs[0], b.pairs[0], a.pairs[1], b.pairs[1]}, x.pairs[0], x.pairs[1]);
+        multiply(sums[n], {a.pairs[2], b.pairs[2], a.pairs[3], b.pairs[3]}, x.pairs[2], x.pairs[3]);
+      }
+    }
+  }
+}
+// What a thread has are rows of experts, and two columns, of tokens, of each tile.
+DEVICE void send_sums(Board& board, const float (&sums)[TILES][4], int num_tokens) {
+  const int warps = blockDim.x / 32, mine = cluster_rank();
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int e = first_row() + i / 2 * 8, t = n * 8 + (threadIdx.x & 3) * 2 + i % 2;
+      if (e < EXPERTS && t < num_tokens)
+        store_and_tell(&board.sums[mine][t % warps][e], &board.projected, t / warps, sums[n][i]);
+    }
+  }
+}
+// Of this warp's token.
+DEVICE float logit(const Board& board, int e) {
+  float sum = 0;
+#pragma unroll
+  for (int block = 0; block < MOST_BLOCKS; ++block) sum += board.sums[block][threadIdx.x / 32][e];
+  return rounded<SCORES>(sum);
+}
+#endif
+
 // Reads a token of logits or scores, and selects its experts where they are not given.
-DEVICE void read_token(Token& token, const void* scores, long long row, const void* choice, long long choice_row,
-                       const void* bias, const void* ids, const void* weights, int t, float epsilon, float scale) {
+DEVICE void read_token(Token& token, const Board& board, const void* scores, long long row, const void* choice,
+                       long long choice_row, const void* bias, const void* ids, const void* weights, int t, float epsilon, float scale) {
   const int lane = threadIdx.x & 31;
   if (GIVEN && lane < TOP_K) {
     const int slot = t * TOP_K + lane;
@@ -175,7 +276,11 @@ DEVICE void read_token(Token& token, const void* scores, long long row, const vo
 #pragma unroll
   for (int j = 0; j < LANE; ++j) {
     const int e = j * 32 + lane;
+#if HIDDEN
+    token.x[j] = e < EXPERTS ? logit(board, e) : NOTHING;
+#else
     token.x[j] = e < EXPERTS ? number<SCORES>(scores, row + e) : NOTHING;
+#endif
     greatest = fmaxf(greatest, token.x[j]);
   }
   if (SCORING != 0 && SCORING != 2) token.greatest = of_key(warp_max(key_of(greatest, 0)));
@@ -236,7 +341,7 @@ DEVICE void exchange(Board& board, const Token& token, bool is_real, int blocks)
   const int e = threadIdx.x, warps = blockDim.x / 32;
   say(board.token[e / 32], token, is_real);
   __syncthreads();
-  wait_for_cluster();  // all of its blocks have started, and can be written to
+  if (!HIDDEN) wait_for_cluster();  // all of its blocks have started, and can be written to
   if (e < SPAN) {
     Said said = {0, 0};
 #pragma unroll 4
@@ -438,34 +543,50 @@ DEVICE void reroute(u32 primary, Token& token, Rows& rows, const void* similarit
 }
 
 extern "C" __global__ void __launch_bounds__(REROUTES ? 512 : 1024)
-route_cluster(const void* scores, const void* choice, const void* bias, const void* ids, const void* weights,
-              const u8* mask, const void* similarity, const float* projection, const long long* real,
-              const long long* rerouted, void* out_ids, void* out_weights, int num_tokens, int stride,
-              int choice_stride, int mask_stride, float epsilon, float scale, float threshold, int least, int budget,
-              int blocks) {
+route_cluster(const void* scores, const void* router, const void* choice, const void* bias, const void* ids,
+              const void* weights, const u8* mask, const void* similarity, const float* projection,
+              const long long* real, const long long* rerouted, void* out_ids, void* out_weights, int num_tokens,
+              int stride, int choice_stride, int mask_stride, float epsilon, float scale, float threshold, int least,
+              int budget, int blocks) {
   Board& board = *(Board*)dynamic_memory();
-  const int lane = threadIdx.x & 31, t = cluster_rank() * (blockDim.x / 32) + threadIdx.x / 32;
+  // Without hidden states blocks without tokens are few.
+  const int warps = blockDim.x / 32, owners = HIDDEN ? (num_tokens + warps - 1) / warps : blocks;
+  const int lane = threadIdx.x & 31, first = cluster_rank() * warps, t = first + threadIdx.x / 32;
   const bool is_token = t < num_tokens;
-  if (threadIdx.x == 0) expect_bytes(&board.barrier, blocks * (int)sizeof board.received[0]);
+  if (threadIdx.x == 0) expect_bytes(&board.barrier, owners * (int)sizeof board.received[0]);
+#if HIDDEN
+  if (threadIdx.x == 0)
+    expect_bytes(&board.projected, max(0, min(warps, num_tokens - first)) * EXPERTS * MOST_BLOCKS * 4);
+  Weights ahead;  // no kernel writes these
+  read_weights(ahead, (const u16*)router, 0);
+#endif
   arrive_at_cluster();
   wait_for_earlier_kernels();
   let_next_kernel_start();
+  const long long num_real = HAS_REAL ? *real : num_tokens, num_rerouted = HAS_REROUTED ? *rerouted : num_tokens;
+#if HIDDEN
+  float sums[TILES][4] = {};
+  read_hidden(board, (const u16*)scores, stride, num_tokens);
+  project(sums, ahead, board, (const u16*)router);
+  wait_for_cluster();  // all blocks have started, and can be written to
+  send_sums(board, sums, num_tokens);
+  if (cluster_rank() >= owners) return;
+  wait_for_bytes(&board.projected);
+#endif
   Token token;
   token.expert = -1, token.id = -1, token.weight = 0, token.named = 0, token.greatest = 0;
-  if (is_token && (!HAS_REAL || t < *real))
-    read_token(token, scores, (long long)t * stride, choice, (long long)t * choice_stride, bias, ids, weights, t,
+  if (is_token && t < num_real)
+    read_token(token, board, scores, (long long)t * stride, choice, (long long)t * choice_stride, bias, ids, weights, t,
                epsilon, scale);
-  bool counts = is_token;
-  if (HAS_MASK) counts = counts && mask[(long long)t * mask_stride];
-  if (HAS_REROUTED) counts = counts && t < *rerouted;
+  const bool counts = is_token && t < num_rerouted && (!HAS_MASK || mask[(long long)t * mask_stride]);
   if (REROUTES) {
     Rows rows;
     read_rows(rows, token, SELECT, similarity);
-    exchange(board, token, counts, blocks);
+    exchange(board, token, counts, owners);
     const u32 primary = primary_experts(board, least, budget);
     if (counts) reroute(primary, token, rows, similarity, projection, threshold);
   } else {
-    exchange(board, token, counts, blocks);
+    exchange(board, token, counts, owners);
     const u32 kept = kept_experts(board, threshold, least, budget);
     if (is_token) fill(kept, token);
   }

@@ -26,6 +26,8 @@ MOST_BLOCKS, MOST_TOKENS = 8, 256
 # Up to which re-routing takes one launch. Not timed: filling in one, which does more, is as fast as re-routing in two
 # launches at 128 tokens (docs/kernels.md).
 MOST_REROUTED_TOKENS = 64
+# Of a block of Hopper's.
+MOST_SHARED_BYTES = 227 * 1024
 MOST_EXPERTS, MOST_TOP_K = 256, 16
 SCORINGS = ("scores", "softmax", "sigmoid", "softmax_after", "none")
 
@@ -38,6 +40,9 @@ class Cluster:
         reroutes: by similarity; else it fills.
         given: ids, weights and scores are; else the kernel selects by logits.
         scoring: of `SCORINGS`; "scores" where they are given.
+        hidden: H, where logits are made of hidden states; 0 where they are given.
+        half: whether hidden states are fp16, not bf16.
+        tiles: of 8 tokens, where there are hidden states.
     """
 
     experts: int
@@ -61,6 +66,9 @@ class Cluster:
     bias: int
     weights: int
     similarity: int
+    hidden: int = 0
+    half: bool = False
+    tiles: int = 1
 
     def macros(self) -> list[tuple[str, int]]:
         """What `cluster.cu` is compiled with."""
@@ -72,14 +80,15 @@ class Cluster:
             ("HAS_THRESHOLD", int(self.has_threshold)), ("HAS_PROJECTION", int(self.has_projection)),
             ("HAS_REAL", int(self.has_real)), ("HAS_REROUTED", int(self.has_rerouted)), ("IDS64", int(self.ids64)),
             ("SCORES", self.scores), ("CHOICES", self.choices), ("BIAS", self.bias), ("WEIGHTS", self.weights),
-            ("SIMILARITY", self.similarity),
+            ("SIMILARITY", self.similarity), ("HIDDEN", self.hidden), ("HALF", int(self.half)), ("TILES", self.tiles),
         ]  # fmt: skip
 
     @property
     def shared_bytes(self) -> int:
         """Of one block: `Board`."""
-        span = -(-self.experts // 32) * 32
-        return 8 + 8 * span * (32 + MOST_BLOCKS + 1) + 8 * span
+        if self.hidden:
+            return _bytes_with_hidden(self.experts, self.hidden, self.tiles)
+        return _board_bytes(_span(self.experts)) + 8 * _span(self.experts) * 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +96,13 @@ class Rows:
     """The tensors of a call, flat: T tokens, the last stride 1.
 
     Attributes:
-        scores: [T, E], or logits.
+        scores: [T, E], or logits; or hidden states [T, H].
         choice: [T, E] or None.
         bias: [E] or None.
         ids: [T, K], contiguous; None where they are to be selected. So are weights.
         weights: likewise.
         mask: bool [T] or None.
+        router: [E, H], contiguous, where logits are to be made of hidden states by it; else None.
     """
 
     scores: Tensor
@@ -101,6 +111,12 @@ class Rows:
     ids: Tensor | None = None
     weights: Tensor | None = None
     mask: Tensor | None = None
+    router: Tensor | None = None
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return int((self.scores.T if self.router is None else self.router).shape[0])
 
 
 def takes(shape: Sequence[int], top_k: int, scores: Tensor, *floats: Tensor | None, most: int = MOST_TOKENS) -> bool:
@@ -125,12 +141,57 @@ def takes(shape: Sequence[int], top_k: int, scores: Tensor, *floats: Tensor | No
     )
 
 
-def cut(num_tokens: int, num_experts: int) -> tuple[int, int]:
+def takes_hidden(hidden: Tensor, router: Tensor, top_k: int, *floats: Tensor | None) -> bool:
+    """Whether the kernel makes the logits of a call too: hidden states [..., H] and the router's weight [E, H]."""
+    width = hidden.shape[-1]
+    return (
+        hidden.dtype in (torch.bfloat16, torch.float16)
+        and router.dtype is hidden.dtype
+        and hidden.is_contiguous()
+        and router.is_contiguous()
+        and isinstance(width, int)
+        and width % (32 * MOST_BLOCKS) == 0
+        and all(t.data_ptr() % 16 == 0 for t in (hidden, router))
+        and takes((*hidden.shape[:-1], router.shape[0]), top_k, hidden, *floats, most=MOST_REROUTED_TOKENS)
+        and _bytes_with_hidden(router.shape[0], width, _tiles(hidden.numel() // width)) <= MOST_SHARED_BYTES
+    )
+
+
+def _tiles(num_tokens: int) -> int:
+    """Tiles of 8 tokens: 1, 2, 4 or 8, each a kernel of its own."""
+    return 1 << (-(-num_tokens // 8) - 1).bit_length()
+
+
+def _warps_with_hidden(num_experts: int) -> int:
+    """Of a block: one for each 16 experts, and at least one for each of 8 tokens."""
+    return max(8, _span(num_experts) // 16)
+
+
+def _span(num_experts: int) -> int:
+    """Experts, to whole lanes of a warp."""
+    return -(-num_experts // 32) * 32
+
+
+def _bytes_with_hidden(num_experts: int, width: int, tiles: int) -> int:
+    """`Board` with hidden states."""
+    span, warps = _span(num_experts), _warps_with_hidden(num_experts)
+    columns = width // MOST_BLOCKS + 8
+    return _board_bytes(span) + 16 + 4 * span * MOST_BLOCKS * warps + max(2 * tiles * 8 * columns, 8 * span * warps)
+
+
+def _board_bytes(span: int) -> int:
+    """`Board` but for what tokens say, and hidden states."""
+    return 16 + 8 * span * (MOST_BLOCKS + 1) + 8 * span
+
+
+def cut(num_tokens: int, num_experts: int, has_hidden: bool = False) -> tuple[int, int]:
     """Blocks, and threads of each, as measured (docs/kernels.md): few warps of a multiprocessor wait for each other.
 
     A thread for each expert at least. Up to 8 tokens name few experts in their first slots, so that experts are ranked
-    more often than not, which more threads do faster.
+    more often than not, which more threads do faster. With hidden states a warp has 16 experts of the router.
     """
+    if has_hidden:
+        return MOST_BLOCKS, 32 * _warps_with_hidden(num_experts)
     if num_tokens <= 8:
         blocks, warps = (1, 4) if num_tokens <= 4 else (2, 8)
     else:
@@ -170,15 +231,18 @@ def cluster_of(rows: Rows, rerouting: Rerouting, selection: Selection, ids: Tens
     def number(tensor: Tensor | None) -> int:
         return 0 if tensor is None else FLOAT_NUMBERS[tensor.dtype]
 
+    has_hidden = rows.router is not None
     return Cluster(
-        experts=rows.scores.shape[1], top_k=ids.shape[1], select_top_k=rerouting.select_top_k,
+        experts=rows.experts, top_k=ids.shape[1], select_top_k=rerouting.select_top_k,
         reroutes=not rerouting.fill, given=rows.ids is not None, scoring=selection.scoring,
         renormalize=selection.renormalize, has_bias=rows.bias is not None, has_choice=rows.choice is not None,
         has_mask=rows.mask is not None, has_max=rerouting.max_active > 0, has_threshold=rerouting.threshold > 0,
         has_projection=rerouting.projection is not None, has_real=rerouting.real_tokens is not None,
         has_rerouted=rerouting.rerouted_tokens is not None, ids64=ids.dtype == torch.int64,
         scores=number(rows.scores), choices=number(rows.choice), bias=number(rows.bias), weights=number(weights),
-        similarity=number(rerouting.similarity),
+        similarity=number(rerouting.similarity), hidden=rows.scores.shape[1] if has_hidden else 0,
+        half=has_hidden and rows.scores.dtype == torch.float16,
+        tiles=_tiles(rows.scores.shape[0]) if has_hidden else 1,
     )  # fmt: skip
 
 
@@ -191,7 +255,7 @@ def arguments(
         least = max(least, ids.shape[1])
         budget = max(budget, least)
     return (
-        rows.scores, rows.choice, rows.bias, rows.ids, rows.weights, rows.mask, rerouting.similarity,
+        rows.scores, rows.router, rows.choice, rows.bias, rows.ids, rows.weights, rows.mask, rerouting.similarity,
         rerouting.projection, rerouting.real_tokens, rerouting.rerouted_tokens, ids, weights,
         rows.scores.shape[0], rows.scores.stride(0), 0 if rows.choice is None else rows.choice.stride(0),
         0 if rows.mask is None else rows.mask.stride(0), selection.epsilon, selection.scale, rerouting.threshold,
@@ -208,7 +272,7 @@ def launch_cluster(rows: Rows, rerouting: Rerouting, selection: Selection, ids: 
     kernel = function(kernel_of, rows.scores.device.index)
     if kernel is None:
         return False
-    blocks, threads = cut(*rows.scores.shape)
+    blocks, threads = cut(rows.scores.shape[0], rows.experts, rows.router is not None)
     values = arguments(rows, rerouting, selection, ids, weights, blocks)
     nvrtc.launch(kernel, (blocks, 1), threads, kernel_of.shared_bytes, values, early=True, cluster=blocks)
     return True

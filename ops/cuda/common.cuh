@@ -36,12 +36,18 @@ DEVICE void expect_bytes(u64* barrier, int bytes) {
                "{ .reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1; }" ::"r"(address), "r"(bytes)
                : "memory");
 }
-// Stores 8 bytes where another block has the same variable, and tells its barrier once they are there.
+// Stores 8 bytes, or a number, where another block has the same variable, and tells its barrier once that is there.
 DEVICE void store_and_tell(const void* mine, const u64* barrier, u32 rank, u32 low, u32 high) {
   const u32 to = (u32)__cvta_generic_to_shared(mine), tell = (u32)__cvta_generic_to_shared(barrier);
   asm volatile("{\n.reg .b32 there, bell;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 bell, %1, %2;\n"
                "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], {%3, %4}, [bell];\n}" ::"r"(to),
                "r"(tell), "r"(rank), "r"(low), "r"(high) : "memory");
+}
+DEVICE void store_and_tell(const float* mine, const u64* barrier, u32 rank, float x) {
+  const u32 to = (u32)__cvta_generic_to_shared(mine), tell = (u32)__cvta_generic_to_shared(barrier);
+  asm volatile("{\n.reg .b32 there, bell;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 bell, %1, %2;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [bell];\n}" ::"r"(to),
+               "r"(tell), "r"(rank), "r"(__float_as_uint(x)) : "memory");
 }
 DEVICE void wait_for_bytes(u64* barrier) {
   const u32 address = (u32)__cvta_generic_to_shared(barrier);
@@ -94,4 +100,17 @@ DEVICE u16 float_to_bfloat(float x) {
   u16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
+}
+
+// c += a [16 x 16] @ b [16 x 8], bf16 or, with HALF, fp16; of FP8 numbers a [16 x 32] @ b [32 x 8].
+DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if FP8_ROWS
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#elif HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -13,24 +13,42 @@ KERNEL_MAX_SLOTS = 32
 KERNEL_MAX_EXPERTS = 1024
 
 
-def check_arguments(logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting) -> None:
+def check_arguments(
+    logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting, router_weight: Tensor | None = None
+) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device, value), naming argument, expected and actual."""
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"logits: expected dtype float32, bfloat16 or float16, got {logits.dtype}")
     if not scoring.dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating point dtype, got {scoring.dtype}")
-    if logits.dim() == 0 or not 1 <= scoring.top_k <= logits.shape[-1]:
+    num_experts = _num_experts(logits, router_weight)
+    if logits.dim() == 0 or not 1 <= scoring.top_k <= num_experts:
         raise ValueError(f"top_k: expected 1 to E of logits {list(logits.shape)}, got {scoring.top_k}")
     if scoring.scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring.scoring!r}")
-    if bias is not None and bias.shape != logits.shape[-1:]:
-        raise ValueError(f"bias: expected shape {list(logits.shape[-1:])}, got {list(bias.shape)}")
+    if bias is not None and list(bias.shape) != [num_experts]:
+        raise ValueError(f"bias: expected shape [{num_experts}], got {list(bias.shape)}")
     if rerouting.ids_dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids_dtype: expected torch.int32 or torch.int64, got {rerouting.ids_dtype}")
-    check_same_device(logits, "logits", bias=bias, similarity=rerouting.similarity, projection=rerouting.projection)
+    matrices = {"similarity": rerouting.similarity, "projection": rerouting.projection}
+    check_same_device(logits, "logits", bias=bias, router_weight=router_weight, **matrices)
     _check_tokens(logits, rerouting)
-    _check_groups(int(logits.shape[-1]), scoring)
-    _check_rerouting(logits, rerouting)
+    _check_groups(num_experts, scoring)
+    _check_rerouting(num_experts, rerouting)
+
+
+def _num_experts(logits: Tensor, router_weight: Tensor | None) -> int:
+    """E, of logits [..., E], or of hidden states [..., H] and the router's weight [E, H] that makes them."""
+    if router_weight is None:
+        return int(logits.shape[-1]) if logits.dim() else 0
+    if router_weight.dtype is not logits.dtype:
+        raise TypeError(f"router_weight: expected dtype {logits.dtype} (of logits), got {router_weight.dtype}")
+    if logits.dim() == 0 or router_weight.dim() != 2 or router_weight.shape[1] != logits.shape[-1]:
+        raise ValueError(
+            f"router_weight: expected shape [E, H] with hidden states [..., H], got {list(router_weight.shape)} with "
+            f"{list(logits.shape)}"
+        )
+    return int(router_weight.shape[0])
 
 
 def _check_groups(num_experts: int, scoring: Scoring) -> None:
@@ -53,7 +71,7 @@ def _check_tokens(logits: Tensor, rerouting: Rerouting) -> None:
             raise ValueError(f"{name}: expected None with fill=True")
 
 
-def _check_rerouting(logits: Tensor, rerouting: Rerouting) -> None:
+def _check_rerouting(num_experts: int, rerouting: Rerouting) -> None:
     check_budget(rerouting.max_active)
     if rerouting.fill:
         check_min_active(rerouting.min_active)
@@ -63,8 +81,8 @@ def _check_rerouting(logits: Tensor, rerouting: Rerouting) -> None:
         raise ValueError("similarity: filling goes by the token's own scores, expected None with fill=True")
     check_similarity(rerouting.similarity, rerouting.min_active)
     for name, matrix in (("similarity", rerouting.similarity), ("projection", rerouting.projection)):
-        if matrix is not None and matrix.shape != (logits.shape[-1], logits.shape[-1]):
-            raise ValueError(f"{name}: expected shape {[int(logits.shape[-1])] * 2}, got {list(matrix.shape)}")
+        if matrix is not None and matrix.shape != (num_experts, num_experts):
+            raise ValueError(f"{name}: expected shape {[num_experts] * 2}, got {list(matrix.shape)}")
     if rerouting.projection is not None and rerouting.projection.dtype != torch.float32:
         raise TypeError(f"projection: expected dtype torch.float32, got {rerouting.projection.dtype}")
 
@@ -92,6 +110,7 @@ def _route(
     ids_dtype: torch.dtype = torch.int64,
     real_tokens: Tensor | None = None,
     rerouted_tokens: Tensor | None = None,
+    router_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     # Under torch.compile(dynamic=True) numbers can be symbolic; the generated code depends on their value.
     settings = Scoring(
@@ -100,14 +119,18 @@ def _route(
     )  # fmt: skip
     numbers = int(select_top_k), float(threshold), int(min_active), int(max_active)
     rerouting = Rerouting(similarity, *numbers, projection, bool(fill), ids_dtype, real_tokens, rerouted_tokens)
-    check_arguments(logits, bias, settings, rerouting)
+    check_arguments(logits, bias, settings, rerouting, router_weight)
+    in_one = _in_one_cluster(logits, bias, settings, rerouting, router_weight)
+    if router_weight is not None and not in_one:
+        logits, router_weight = torch.nn.functional.linear(logits, router_weight), None
+        in_one = _in_one_cluster(logits, bias, settings, rerouting, None)
+    if in_one:
+        return torch.ops.sere.route_cluster.default(
+            logits, bias, settings.top_k, settings.scoring, settings.renormalize, settings.epsilon, settings.scale,
+            settings.dtype, rerouting.similarity, *numbers, rerouting.projection, rerouting.fill, rerouting.ids_dtype,
+            rerouting.real_tokens, rerouting.rerouted_tokens, router_weight,
+        )  # fmt: skip
     if logits.is_cuda and settings.top_k <= KERNEL_MAX_SLOTS and logits.shape[-1] <= KERNEL_MAX_EXPERTS:
-        if _in_one_cluster(logits, bias, settings, rerouting):
-            return torch.ops.sere.route_cluster.default(
-                logits, bias, settings.top_k, settings.scoring, settings.renormalize, settings.epsilon,
-                settings.scale, settings.dtype, rerouting.similarity, *numbers, rerouting.projection, rerouting.fill,
-                rerouting.ids_dtype, rerouting.real_tokens, rerouting.rerouted_tokens,
-            )  # fmt: skip
         from ..launching import device_guard
         from .launch import launch_route
 
@@ -116,20 +139,24 @@ def _route(
     return route_reference(logits, bias, settings, rerouting)
 
 
-def _in_one_cluster(logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting) -> bool:
-    """Whether `cluster.cu` selects and fills or re-routes.
+def _in_one_cluster(
+    logits: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting, router_weight: Tensor | None
+) -> bool:
+    """Whether `cluster.cu` selects and fills or re-routes, and makes the logits where the router's weight is given.
 
     Where a compiler traces, re-routing is left to Triton: Inductor launches that itself, and an operator of Python's
     would cost the host more than a launch costs the device.
     """
     if not rerouting.acts_on(scoring.top_k) or scoring.is_grouped or scoring.dtype not in FLOAT_NUMBERS:
         return False
-    from ..cuda.cluster import MOST_REROUTED_TOKENS, MOST_TOKENS, takes
+    from ..cuda.cluster import MOST_REROUTED_TOKENS, MOST_TOKENS, takes, takes_hidden
 
+    floats, is_traced = (bias, rerouting.similarity), type(logits) is not Tensor
+    if router_weight is not None:
+        return not is_traced and takes_hidden(logits, router_weight, scoring.top_k, *floats)
     if rerouting.fill:
         return takes(logits.shape, scoring.top_k, logits, bias, most=MOST_TOKENS)
-    floats = bias, rerouting.similarity
-    return type(logits) is Tensor and takes(logits.shape, scoring.top_k, logits, *floats, most=MOST_REROUTED_TOKENS)
+    return not is_traced and takes(logits.shape, scoring.top_k, logits, *floats, most=MOST_REROUTED_TOKENS)
 
 
 @torch.library.custom_op("sere::route_cluster", mutates_args=())
@@ -152,6 +179,7 @@ def route_cluster(
     ids_dtype: torch.dtype,
     real_tokens: Tensor | None,
     rerouted_tokens: Tensor | None,
+    router_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`sere::route` that changes ids, by `cluster.cu` on Hopper and later; by Triton where that cannot be had."""
     from ..cuda.cluster import Rows, Selection, launch_cluster
@@ -160,7 +188,7 @@ def route_cluster(
 
     flat = logits.reshape(-1, logits.shape[-1])
     bias, similarity, projection = (None if t is None else t.contiguous() for t in (bias, similarity, projection))
-    rows = Rows(flat if flat.stride(1) == 1 else flat.contiguous(), bias=bias)
+    rows = Rows(flat if flat.stride(1) == 1 else flat.contiguous(), bias=bias, router=router_weight)
     numbers = select_top_k, threshold, min_active, max_active
     rerouting = Rerouting(similarity, *numbers, projection, fill, ids_dtype, real_tokens, rerouted_tokens)
     shape = (*logits.shape[:-1], top_k)
@@ -170,6 +198,7 @@ def route_cluster(
     with device_guard(logits):
         if launch_cluster(rows, rerouting, Selection(scoring, renormalize, epsilon, scale), *outs):
             return weights, ids
+        logits = logits if router_weight is None else torch.nn.functional.linear(logits, router_weight)
         return launch_route(logits, bias, Scoring(top_k, scoring, renormalize, epsilon, scale, dtype), rerouting)
 
 
@@ -190,13 +219,14 @@ def _route_fake(
     logits, bias, top_k, scoring, renormalize=False, epsilon=0.0, scale=1.0, dtype=torch.float32, num_groups=1,
     top_groups=1, group_score="max", outside_zero=True, similarity=None, select_top_k=0, threshold=0.0, min_active=0,
     max_active=0, projection=None, fill=False, ids_dtype=torch.int64, real_tokens=None, rerouted_tokens=None,
+    router_weight=None,
 ):  # fmt: skip
     settings = Scoring(
         top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score, outside_zero
     )
     numbers = select_top_k, threshold, min_active, max_active
     rerouting = Rerouting(similarity, *numbers, projection, fill, ids_dtype, real_tokens, rerouted_tokens)
-    check_arguments(logits, bias, settings, rerouting)
+    check_arguments(logits, bias, settings, rerouting, router_weight)
     shape = (*logits.shape[:-1], top_k)
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=ids_dtype)
 
@@ -224,6 +254,7 @@ def route(
     ids_dtype: torch.dtype = torch.int64,
     real_tokens: Tensor | None = None,
     rerouted_tokens: Tensor | None = None,
+    router_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score router logits, select the top K experts of each token, weigh and re-route them.
 
@@ -255,6 +286,8 @@ def route(
         real_tokens: int64 [1], how many of the tokens are real, the first ones; the others, padding, get the ids -1
             and the weights 0. None: all are. Not with fill.
         rerouted_tokens: int64 [1], the `real_tokens` of `sere::reroute`: 0 re-routes nothing. Not with fill.
+        router_weight: [E, H], of the dtype of `logits`, which are hidden states [..., H] then: logits are made of them
+            by this weight, as `torch.nn.functional.linear` makes them, up to the order of sums.
 
     Returns:
         (weights, ids), both new and contiguous [..., K], in descending order of score plus bias before
@@ -266,10 +299,11 @@ def route(
         ValueError: a shape, a device, a number, the name of the scoring or of the groups' score does not fit.
 
     On CUDA one launch; two with re-routing, except where one is faster (`one_launch` in launch.py), or with filling (up
-    to 256 tokens and experts on Hopper and later: one). No gradient.
+    to 256 tokens and experts on Hopper and later: one). On Hopper and later re-routing of up to 64 tokens is one launch
+    too where no compiler traces the call, and with `router_weight` the logits are made in it. No gradient.
     """
     return torch.ops.sere.route.default(
         logits, bias, top_k, scoring, renormalize, epsilon, scale, dtype, num_groups, top_groups, group_score,
         outside_zero, similarity, select_top_k, threshold, min_active, max_active, projection, fill, ids_dtype,
-        real_tokens, rerouted_tokens,
+        real_tokens, rerouted_tokens, router_weight,
     )  # fmt: skip

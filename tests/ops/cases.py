@@ -181,3 +181,11 @@ def poisoned_memory():
         yield
     for buffer in buffers:
         assert (buffer[-GUARD:] == POISON).all(), "a kernel wrote past the end of its output"
+
+
+def exact_product(num_tokens, num_experts, width, dtype, device="cpu"):
+    """Hidden states [T, H] and a router's weight [E, H] whose product is the same in any order of sums."""
+    generator = torch.Generator().manual_seed(width)
+    hidden = torch.randint(-2, 3, (num_tokens, width), generator=generator).to(device, dtype)
+    weight = torch.randint(-1, 2, (num_experts, width), generator=generator).to(device, dtype) / 16
+    return hidden, weight

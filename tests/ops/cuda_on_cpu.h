@@ -241,14 +241,21 @@ DEVICE void wait_for_cluster() {
 }
 // The bytes that are still to come.
 DEVICE void expect_bytes(u64* barrier, int bytes) { *barrier = bytes; }
-DEVICE void store_and_tell(const void* mine, const u64* barrier, u32 rank, u32 low, u32 high) {
+static void store_there(const void* mine, const u64* barrier, u32 rank, const void* from, int bytes) {
   if (cluster_meeting.generation == 0) stop("a store to a block that may not have started");
   if ((int)rank >= cluster_size()) stop("a store to a block that is not in the cluster");
+  if (fibers[rank * blockDim.x]->done) stop("a store to a block that has ended");
   const long long there = fibers[rank * blockDim.x]->memory - running->memory;
-  std::memcpy((u8*)mine + there, &low, 4);
-  std::memcpy((u8*)mine + there + 4, &high, 4);
-  *(u64*)((u8*)barrier + there) -= 8;
+  std::memcpy((u8*)mine + there, from, bytes);
+  *(u64*)((u8*)barrier + there) -= bytes;
   progress = true;
+}
+DEVICE void store_and_tell(const void* mine, const u64* barrier, u32 rank, u32 low, u32 high) {
+  const u32 both[2] = {low, high};
+  store_there(mine, barrier, rank, both, 8);
+}
+DEVICE void store_and_tell(const float* mine, const u64* barrier, u32 rank, float x) {
+  store_there(mine, barrier, rank, &x, 4);
 }
 DEVICE void wait_for_bytes(u64* barrier) {
   wait_until([&] { return *barrier == 0; });

@@ -39,16 +39,17 @@ extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const 
 
 
 CLUSTER_LAUNCHER = """
-__align__(1024) u8 shared[8 * 128 * 1024];
-extern "C" const char* launch(const void* scores, const void* choice, const void* bias, const void* ids,
-    const void* weights, const u8* mask, const void* similarity, const float* projection, const long long* real,
-    const long long* rerouted, void* out_ids, void* out_weights, int num_tokens, int stride, int choice_stride,
+__align__(1024) u8 shared[8 * 256 * 1024];
+extern "C" const char* launch(const void* scores, const void* router, const void* choice, const void* bias,
+    const void* ids, const void* weights, const u8* mask, const void* similarity, const float* projection,
+    const long long* real, const long long* rerouted, void* out_ids, void* out_weights, int num_tokens, int stride,
+    int choice_stride,
     int mask_stride, float epsilon, float scale, float threshold, int least, int budget, int blocks, int threads,
     int bytes) {
   problem = nullptr;
   if (bytes < (int)sizeof(Board)) return "less shared memory than a board takes";
   run_grid(blocks, 1, threads, bytes, [=] {
-    route_cluster(scores, choice, bias, ids, weights, mask, similarity, projection, real, rerouted, out_ids,
+    route_cluster(scores, router, choice, bias, ids, weights, mask, similarity, projection, real, rerouted, out_ids,
                   out_weights, num_tokens, stride, choice_stride, mask_stride, epsilon, scale, threshold, least, budget,
                   blocks); }, blocks);
   return problem;

@@ -17,6 +17,7 @@ from sere_compile.ops.route.reference import Rerouting, route_reference
 
 from ..thinned import thinned
 from . import cuda_on_cpu, test_route_reroute
+from .cases import exact_product
 from .test_fill import Structure, assert_is, draw_case
 from .test_route_fill import Case
 
@@ -118,6 +119,34 @@ def test_rerouted_experts(place, case, tmp_path):
         torch.testing.assert_close(outs[1], want[0], rtol=2e-5, atol=1e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("case", "dtype", "tokens", "width"),
+    thinned(
+        [
+            (test_route_reroute.CASES[0], BF16, 13, 512),
+            (test_route_reroute.CASES[2], FP16, 33, 256),
+            (test_route_reroute.CASES[4], BF16, 1, 2560),
+            (test_route_reroute.Case(256, 16, 1, min_active=40), FP16, 19, 256),
+            (Case(128, 8, 2), BF16, 64, 256),
+        ],
+        (0, 2),
+    ),
+    ids=str,
+)
+def test_logits_of_hidden_states(case, dtype, tokens, width, tmp_path):
+    """Hidden states and the router's weight: what routing gives by their product, whose numbers are exact here."""
+    _, bias, scoring, rerouting = case.draw(tokens, 0, "cpu")
+    hidden, router = exact_product(tokens, case.experts, width, dtype)
+    want = route_reference((hidden.float() @ router.float().T).to(dtype), bias, scoring, rerouting)
+    outs = torch.full_like(want[1], -77), torch.full_like(want[0], torch.nan)
+    selection = Selection(scoring.scoring, scoring.renormalize, scoring.epsilon, scoring.scale)
+    cut = cluster.cut(tokens, case.experts, has_hidden=True)
+    cuda_on_cpu.run_cluster(Rows(hidden, bias=bias, router=router), rerouting, selection, outs, cut, tmp_path)
+    assert torch.equal(outs[0], want[1])
+    torch.testing.assert_close(outs[1], want[0], rtol=2e-5, atol=1e-6)
+
+
 def test_cut():
     """A warp for each token, a thread for each expert, and no more than there can be."""
     for tokens, experts in itertools.product(range(1, cluster.MOST_TOKENS + 1), (8, 128, 200, cluster.MOST_EXPERTS)):
@@ -126,6 +155,11 @@ def test_cut():
         assert blocks * threads // 32 >= tokens
         assert experts <= threads <= 1024
         assert threads % 32 == 0
+        if tokens <= cluster.MOST_REROUTED_TOKENS:
+            assert threads <= 512  # `__launch_bounds__` of re-routing
+            blocks, threads = cluster.cut(tokens, experts, has_hidden=True)
+            assert tokens <= blocks * threads // 32
+            assert experts <= threads // 32 * 16 <= 256
 
 
 def test_what_is_taken(monkeypatch):
@@ -139,6 +173,21 @@ def test_what_is_taken(monkeypatch):
     for shape in ((0, 128), (257, 128), (16, 17, 128), (4, 257)):
         assert not cluster.takes(shape, 8, scores), shape
     assert cluster.takes((16, 16, 256), 16, scores)
+
+
+def test_which_hidden_states_are_taken(monkeypatch):
+    """16 bits, contiguous, aligned, whole steps of columns for each block, and what shared memory has room for."""
+    monkeypatch.setattr(cluster.nvrtc, "serves", lambda device: True)
+    hidden, router = torch.zeros(8, 2048, dtype=BF16), torch.zeros(128, 2048, dtype=BF16)
+    assert cluster.takes_hidden(hidden, router, 8, None, router)
+    assert cluster.takes_hidden(hidden.view(2, 4, -1).half(), router.half(), 8)
+    for other in (hidden.float(), hidden.half(), torch.zeros(2048, 8, dtype=BF16).T, torch.zeros(65, 2048, dtype=BF16)):
+        assert not cluster.takes_hidden(other, router, 8)
+    assert not cluster.takes_hidden(torch.zeros(8 * 2048 + 1, dtype=BF16)[1:].view(8, 2048), router, 8)
+    assert not cluster.takes_hidden(hidden[:, :2016].contiguous(), router[:, :2016].contiguous(), 8)
+    wide, of_many = torch.zeros(64, 7168, dtype=BF16), torch.zeros(256, 7168, dtype=BF16)
+    assert not cluster.takes_hidden(wide, of_many, 8)
+    assert cluster.takes_hidden(wide[:8], of_many, 8)
 
 
 def test_a_machine_without_hopper_takes_nothing():

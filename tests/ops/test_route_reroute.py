@@ -13,7 +13,7 @@ from sere_compile.ops.route.reference import Rerouting, Scoring
 
 from ..thinned import thinned
 from . import test_route
-from .cases import poisoned_memory
+from .cases import exact_product, poisoned_memory
 from .oracle import destination, union_of_first_slots
 
 
@@ -134,6 +134,33 @@ def test_operator_equals_oracle(case, device):
     for seed, tokens in enumerate((1, 3, 13)):
         arguments = case.draw(tokens, seed, device)
         check(operator(*arguments), oracle(*on_cpu(arguments)))
+
+
+@pytest.mark.parametrize("case", thinned([CASES[0], CASES[2], CASES[4], CASES[6], CASES[8]], (0, 4)), ids=str)
+def test_logits_of_hidden_states(case, device):
+    """With the router's weight: what routing gives by their product, whose numbers are exact here."""
+    for tokens, width in ((1, 256), (13, 1024), (40, 512), (70, 256), (5, 100)):
+        _, bias, scoring, rerouting = case.draw(tokens, 0, device)
+        hidden, weight = exact_product(tokens, case.experts, width, torch.bfloat16, device)
+        want = operator((hidden.float() @ weight.float().T).bfloat16(), bias, scoring, rerouting)
+        got = route(hidden, bias, *flat(scoring), *flat(rerouting), router_weight=weight)
+        assert torch.equal(got[1], want[1])
+        torch.testing.assert_close(got[0], want[0], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (torch.zeros(4, 9), ValueError, r"router_weight: expected shape \[E, H\] with hidden states"),
+        (torch.zeros(8), ValueError, r"router_weight: expected shape \[E, H\]"),
+        (torch.zeros(4, 8).half(), TypeError, "router_weight: expected dtype torch.float32"),
+        (torch.zeros(1, 8), ValueError, "top_k: expected 1 to E"),
+    ],
+)
+def test_router_weights_that_do_not_fit(weight, error, message):
+    for call in (route, torch.ops.sere.route.default):
+        with pytest.raises(error, match=message):
+            call(torch.zeros(3, 8), None, 2, "softmax", router_weight=weight)
 
 
 # By default one cut of each case, in turn.
