@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any] | None] = {
     "nothing-hook": {"select_top_k": 1, "min_active": 0, "threshold": 2.0, "experts": "vllm", "router": "vllm"},
     "s2": {"select_top_k": 2, "min_active": 0},
     "nothing-ours": {"select_top_k": 1, "min_active": 0, "threshold": 2.0},
+    "s1-gate": {"select_top_k": 1, "min_active": 0, "router": "gate"},
+    "s2-gate": {"select_top_k": 2, "min_active": 0, "router": "gate"},
     "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm", "router": "vllm"},
 }
 DEFAULT_CASES = "stock,s1,sK,nothing,s2"

@@ -2,13 +2,16 @@
 
 Each variant is one CUDA graph of 20 calls on inputs of their own, replayed in turn; printed is the median of a call
 in microseconds. Outputs are compared first. Two launches are `sere::route` and `sere::reroute` one after the other,
-one launch is `sere::route` with a similarity, with the tile that it chooses itself. `--tiles` times others.
+one launch is `sere::route` with a similarity, with the tile that it chooses itself. `--tiles` times others. `--hidden H`
+times routing from hidden states instead: the router's product and what follows it, by Triton's two launches, with
+re-routing in one launch, and with the product in that launch too.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -115,14 +118,44 @@ def bench(router: Router, tokens: int, tiles: list[tuple], with_stock: bool) -> 
     print(f"E={router.experts} K={router.top_k} T={tokens}: {row}; chooses {'one' if joined else 'two'}", flush=True)
 
 
+def bench_hidden(router: Router, tokens: int, width: int) -> None:
+    """One row of routing from hidden states [T, H], S = 1."""
+    torch.manual_seed(0)
+    bias = torch.randn(router.experts, device="cuda") * 0.1 if router.bias else None
+    similarity = torch.rand(router.experts, router.experts, device="cuda")
+    inputs = [torch.randn(tokens, width, device="cuda", dtype=router.dtype) for _ in range(CALLS)]
+    # As many weights as calls: each layer of a model reads its own, and what lies between them fills the L2.
+    weights = [torch.randn(router.experts, width, device="cuda", dtype=router.dtype) / width**0.5 for _ in inputs]
+    settings, rerouting = router.settings(), Rerouting(similarity, 1, 0.0, router.top_k)
+    numbers = (*dataclasses.astuple(settings), similarity, 1, 0.0, router.top_k)
+    linear = torch.nn.functional.linear
+    functions: dict[str, Callable] = {
+        "linear": lambda x: linear(*x),
+        "linear, two": lambda x: launch_route(linear(*x), bias, settings, rerouting),
+        "linear, one": lambda x: route(linear(*x), bias, *numbers),
+        "all in one": lambda x: route(x[0], bias, *numbers, router_weight=x[1]),
+    }
+    pairs = [*zip(inputs, weights, strict=True)]
+    want, got = (functions[name](pairs[0])[1] for name in ("linear, two", "all in one"))
+    same = float((want == got).all(1).float().mean())
+    times = time_all(functions, pairs)
+    row = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
+    print(f"E={router.experts} K={router.top_k} H={width} T={tokens}: {row}; {same:.0%} of tokens have the same ids")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", action="store_true", help="time every tile of the first router")
     parser.add_argument("--routers", type=int, default=len(ROUTERS), help="how many of the routers")
     parser.add_argument("--skip", type=int, default=0, help="how many to leave out first")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="T, several with commas")
+    parser.add_argument("--hidden", type=int, help="H: from hidden states")
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
+    if arguments.hidden:
+        for router, tokens in itertools.product(ROUTERS[:2], map(int, arguments.tokens.split(","))):
+            bench_hidden(router, tokens, arguments.hidden)
+        return
     for router in ROUTERS[arguments.skip : 1 if arguments.tiles else arguments.routers]:
         print(router)
         for tokens in map(int, arguments.tokens.split(",")):

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from ...errors import GateNotFoundError, SereError
+from ...errors import ConfigError, GateNotFoundError, SereError
 from ...gate_stats import GateStats
 from .engine import EngineMismatchError, check_internals, check_modes, kernels_that_ask_the_router
 from .experts import replace_experts
+from .gates import HeldGate, cannot_hold
+from .gates import differs as gate_differs
 from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options
 from .ranks import Meeting, part_of_rows, ranks_meet, sum_of_shares
@@ -29,6 +31,8 @@ log = logging.getLogger("vllm.sere_compile")
 # statistics.
 FORWARDS_BEFORE_WARNING = 8
 LOG_SECONDS = 10.0
+# Where `sere::route` is faster than the router and the hook.
+SELECTS_ON = ("cuda",)
 
 
 def register() -> None:
@@ -164,7 +168,8 @@ class WorkerHooks:
             plans, source = plan_layers(runners, options, config, device)
             self.hooks = {name: _hook(plan, self.state, options.routing_batch) for name, plan in plans.items()}
             replaced = replace_experts(runners, options, config, device)
-            routed = select_in_hooks(self.hooks, runners, device) if options.router == "auto" else 0
+            routed = select_in_hooks(self.hooks, runners, device) if options.router != "vllm" else 0
+            held = hold_gates(self.hooks, runners) if options.router == "gate" else 0
         for hook in self.hooks.values():
             hook.install()
         self._layers = config.compilation_config.static_forward_context
@@ -184,6 +189,12 @@ class WorkerHooks:
             log.info(
                 "SERE: sere::route selects experts and re-routes them in %d of %d MoE layers", routed, len(runners)
             )
+        if options.router == "gate":
+            log.info("SERE: sere::route makes the logits too in %d of %d MoE layers", held, len(runners))
+            if options.config.strict and held < len(self.hooks):
+                raise ConfigError(
+                    f'router="gate": {len(self.hooks) - held} of {len(self.hooks)} gates are left; see above'
+                )
         if not self.hooks:
             log.warning("SERE re-routes none of %d MoE layers: S = K in all of them.", len(runners))
             return
@@ -259,7 +270,7 @@ def whose_batch(routing_batch: str, meet: bool) -> str:
 
 def select_in_hooks(hooks: dict[str, RoutingHook], runners: Mapping[str, Any], device: torch.device) -> int:
     """Let `sere::route` select in the place of routers that are known, on CUDA. Returns in how many layers."""
-    if device.type != "cuda":
+    if device.type not in SELECTS_ON:
         return 0
     compared: dict[Any, str] = {}
     for name, hook in hooks.items():
@@ -274,6 +285,28 @@ def select_in_hooks(hooks: dict[str, RoutingHook], runners: Mapping[str, Any], d
                 log.info("SERE: vLLM's router selects experts, sere::route does not as it: %s", compared[known.kind])
         hook.known = None if compared[known.kind] else known
     return sum(hook.known is not None for hook in hooks.values())
+
+
+def hold_gates(hooks: dict[str, RoutingHook], runners: Mapping[str, Any]) -> int:
+    """Let `sere::route` make the logits, where it selects. Returns in how many layers."""
+    compared: dict[Any, str] = {}
+    for name, hook in hooks.items():
+        if hook.known is None or hook.matrix is None:
+            log.info("SERE: %s: vLLM's gate makes the logits: sere::route does not select there", name)
+            continue
+        runner = runners[name]
+        reason = cannot_hold(runner, hook.known)
+        if not reason:
+            kind = (*hook.known.kind, *runner.gate.weight.shape)
+            if kind not in compared:
+                compared[kind] = gate_differs(runner.gate, hook.known, hook.matrix, (*hook.options, hook.max_active))
+            reason = compared[kind]
+        if reason:
+            log.info("SERE: %s: vLLM's gate makes the logits: %s", name, reason)
+            continue
+        hook.gate = HeldGate(runner.gate)
+        hook.gate.install()
+    return sum(hook.gate is not None for hook in hooks.values())
 
 
 def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool) -> None:

@@ -57,12 +57,16 @@ class KnownRouter:
         ids_dtype: torch.dtype,
         real_tokens: Tensor | None,
         rerouted_tokens: Tensor | None,
+        router_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Weights fp32 [T, K], best first, and ids [T, K]; `numbers` are S, rho, `min_active` and `max_active`."""
+        """Weights fp32 [T, K], best first, and ids [T, K]; `numbers` are S, rho, `min_active` and `max_active`.
+
+        With the router's weight, `logits` are hidden states.
+        """
         return route(
             logits, self.bias, self.top_k, self.scoring, self.renormalize, 0.0, self.scale, torch.float32,
             self.num_groups, self.top_groups, self.group_score, False, similarity, *numbers, None, False, ids_dtype,
-            real_tokens, rerouted_tokens,
+            real_tokens, rerouted_tokens, router_weight,
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from ...ops.reroute.reference import leading_tokens
 from ...passes import COUNTED
 from ...passes.count_routing import add_counts
 from ...similarity.threshold import matrix_in_graph, threshold_in_graph
+from .gates import HeldGate
 from .ranks import Meeting
 from .routers import KnownRouter
 
@@ -152,6 +153,8 @@ class RoutingHook:
         self.ordered = _is_ordered(router, device)
         # What selects and re-routes in the place of the router; None: the router selects.
         self.known: KnownRouter | None = None
+        # What gives the hidden states that logits would be made of; None: logits come.
+        self.gate: HeldGate | None = None
 
     def install(self) -> None:
         """On the instance: whoever holds the router, or a bound `select_experts` of it, comes through here."""
@@ -166,8 +169,9 @@ class RoutingHook:
             self.traced_calls.add_(1)
         else:
             self.calls += 1
-        if self.known is not None and self.known.takes(router_logits):
-            return self._route(self.known, router_logits, indices_type)
+        held = None if self.gate is None else self.gate.take(router_logits)
+        if self.known is not None and (held is not None or self.known.takes(router_logits)):
+            return self._route(self.known, router_logits, indices_type, held)
         weights, ids = self.original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         # Kernels may ask for a type of ids, uint32, with which CUDA can do next to nothing.
         old = ids.view(torch.int32) if ids.dtype is torch.uint32 else ids
@@ -201,11 +205,17 @@ class RoutingHook:
         """Whether the tokens of all ranks are one routing batch."""
         return self.meeting is not None and self.meeting.agreed
 
-    def _route(self, known: KnownRouter, logits: Tensor, indices_type: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def _route(
+        self, known: KnownRouter, logits: Tensor, indices_type: torch.dtype | None, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.int64 if indices_type is torch.int64 else torch.int32
         numbers = (*self.options, self.max_active)
         real, rerouted = (self._own(tokens, logits) for tokens in (self.state.real_tokens, self.state.rerouted_tokens))
-        weights, ids = known.route(logits, self.matrix, numbers, wide, real, rerouted)
+        if hidden is not None:
+            assert self.gate is not None
+            weights, ids = known.route(hidden, self.matrix, numbers, wide, real, rerouted, self.gate.weight)
+        else:
+            weights, ids = known.route(logits, self.matrix, numbers, wide, real, rerouted)
         return weights, ids.view(torch.uint32) if indices_type is torch.uint32 else ids
 
     def _own(self, tokens: Tensor, rows: Tensor) -> Tensor:
