@@ -2,8 +2,8 @@
 
 Each variant is one CUDA graph of 20 calls on inputs of their own, replayed in turn; printed is the median of a call
 in microseconds. Outputs are compared first. Two launches are `sere::route` and `sere::reroute` one after the other,
-one launch is `sere::route` with a similarity, with the tile that it chooses itself. `--tiles` times others. `--hidden H`
-times routing from hidden states instead: the router's product and what follows it, by Triton's two launches, with
+one launch is `sere::route` with a similarity, with the tile that it chooses. `--tiles` times others. `--hidden H` times
+routing from hidden states instead: the router's product and what follows it, by Triton's two launches, with
 re-routing in one launch, and with the product in that launch too.
 """
 

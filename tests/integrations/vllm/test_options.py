@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from vllm import SamplingParams
 
 import sere_compile
+from sere_compile.integrations.vllm import plugin
+from sere_compile.integrations.vllm.routers import KnownRouter
 
 from . import models
 from .engine import TOKENS, engine, generate, hooks
@@ -57,6 +60,29 @@ def test_fill(name, select, tmp_path):
     # In transformers a profile switches the backend on; filling does not read it.
     assert tokens == in_transformers(model, ids, profile, **options)
     assert tokens != in_transformers(model, ids, profile, **{**options, "substitution": "reroute"})
+
+
+def test_gates_whose_product_is_routings(profile, monkeypatch):
+    """The same tokens where `sere::route` selects, and makes the logits of the hidden states that gates hand on."""
+
+    def known(router, dtype):  # on CPUs vLLM's router is a class of its own
+        return KnownRouter(None, router.top_k, "softmax", True, 1.0, 1, 1, "max", dtype)
+
+    def hold(hooks, runners, original=plugin.hold_gates):
+        for runner in runners.values():  # on CPUs their weights are packed, and gone
+            weight = runner.gate(torch.eye(runner.gate.input_size))[0].T.contiguous()
+            runner.gate.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return original(hooks, runners)
+
+    monkeypatch.setattr(plugin, "SELECTS_ON", ("cuda", "cpu"))
+    monkeypatch.setattr(plugin, "known_router", known)
+    monkeypatch.setattr(plugin, "hold_gates", hold)
+    _, ids = models.texts(MODEL)
+    options = {"select_top_k": 1, "min_active": 0}
+    with engine(MODEL, {**options, "profile": profile, "router": "gate", "strict": True}) as llm:
+        tokens = generate(llm, ids)
+        assert all(hook.gate is not None and hook.calls for hook in hooks(llm).hooks.values())
+    assert tokens == in_transformers(MODEL, ids, profile, **options)
 
 
 def test_projection_needs_coefficients(profile, tmp_path):
