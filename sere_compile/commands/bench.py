@@ -8,7 +8,7 @@ import click
 import torch
 
 from ..benchmark.geometries import GEOMETRIES
-from ..errors import MissingExtraError, SereError
+from ..errors import SereError
 from ..extras import require
 from .options import MODEL_HELP, Numbers, positive
 from .output_file import OutputFile, Picture
@@ -34,6 +34,7 @@ def _size_or_k(text: str) -> int:
     return 1_000_000 if text == "K" else _size(text)
 
 
+_STOCK = "grouped_mm,batched_mm"
 _SIZES = "positive whole numbers such as 8,32"
 
 
@@ -47,7 +48,7 @@ _SIZES = "positive whole numbers such as 8,32"
 @click.option(
     "--select-top-k", type=Numbers(_size_or_k, _SIZES), default="K,2,1", show_default=True, help="S; K: no re-routing."
 )
-@click.option("--stock", default="grouped_mm,batched_mm", show_default=True, help="Experts of transformers.")
+@click.option("--stock", help=f"Experts of transformers; {_STOCK}, and vllm where that is installed beside a GPU.")
 @click.option("--json", "json_path", type=OutputFile(), help="File for the results.")
 @click.option("--plot", "plot_path", type=Picture(), help="File for a plot: .png, .svg, .pdf.")
 def bench_command(
@@ -58,7 +59,7 @@ def bench_command(
     what: str,
     batch: list[int],
     select_top_k: list[int],
-    stock: str,
+    stock: str | None,
     json_path: str | None,
     plot_path: str | None,
 ) -> None:
@@ -72,6 +73,7 @@ def bench_command(
     sere bench --geometry qwen3-30b-a3b --what decode --batch 16,32 --json bench.json
     sere bench --model qwen3 --what layer,decode --batch 16
     """  # noqa: D301
+    from ..benchmark import vllm_experts
     from ..benchmark.run import KINDS, begin, run_bench
     from ..benchmark.subject import loaded_model, random_model
     from ..similarity.profile import SimilarityProfile
@@ -93,6 +95,11 @@ def bench_command(
             matrices = None if profile is None else SimilarityProfile.load(profile)
             subject = loaded_model(name, matrices)  # type: ignore[arg-type]
         results = begin(subject)
+        if vllm_experts.NAME in implementations and (reason := vllm_experts.cannot_run(subject.model)):
+            if stock is not None:
+                raise SereError(f"--stock vllm: {reason}")
+            implementations.remove(vllm_experts.NAME)
+            results.notes.append(f"without vLLM's kernel: {reason}")
     except SereError as error:
         raise click.ClickException(str(error)) from error
     try:
@@ -103,13 +110,19 @@ def bench_command(
         raise SystemExit(1)
 
 
-def _experts(stock: str) -> list[str]:
-    """Names of experts implementations, separated by commas, checked against those of transformers."""
+def _experts(stock: str | None) -> list[str]:
+    """Names of experts implementations, separated by commas, checked against those of transformers; or the default."""
+    from ..benchmark import vllm_experts
+
+    names = list(dict.fromkeys(name.strip() for name in (stock or _STOCK).split(",")))
+    if stock is None and vllm_experts.is_at_hand():
+        names.append(vllm_experts.NAME)
     try:
         (moe,) = require("hf", "transformers.integrations.moe", needed_for="sere bench needs")
-    except MissingExtraError as error:
+        if vllm_experts.NAME in names:
+            vllm_experts.register()
+    except SereError as error:
         raise click.ClickException(str(error)) from error
-    names = list(dict.fromkeys(name.strip() for name in stock.split(",")))
     known = ["eager", *moe.ALL_EXPERTS_FUNCTIONS.valid_keys()]
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"--stock: {unknown[0]!r} is none of {', '.join(known)}")

@@ -1,12 +1,13 @@
 """`sere bench` without a GPU: options, table, files, exit status."""
 
 import sys
+import types
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from sere_compile.benchmark import run, variant
+from sere_compile.benchmark import run, variant, vllm_experts
 from sere_compile.benchmark.result import Results
 from sere_compile.benchmark.timing import machine_name
 from sere_compile.cli import main
@@ -91,6 +92,32 @@ def test_without_transformers_the_command_says_so(monkeypatch):
     done = CliRunner().invoke(main, ["bench", "--geometry", "mixtral-8x7b"])
     assert done.exit_code == 1
     assert "pip install 'sere-compile[hf]'" in done.output
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_where_vllm_is_installed_its_kernel_is_compared_with(subject, monkeypatch, asked):
+    """By default where it computes the model's experts, with a note where it does not; an error if it was asked for."""
+    given, names = [], []
+    monkeypatch.setattr(vllm_experts, "is_at_hand", lambda: True)
+    monkeypatch.setattr(vllm_experts, "register", lambda: names.append("vllm"))
+    monkeypatch.setattr(
+        "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
+        types.SimpleNamespace(valid_keys=lambda: ["grouped_mm", "batched_mm", *names]),
+    )
+    monkeypatch.setattr(run, "begin", lambda _: results_of([results_row()]))
+    monkeypatch.setattr(run, "run_bench", lambda results, *rest: given.append((rest[4], results.notes)))
+    monkeypatch.setattr("sere_compile.benchmark.subject.random_model", lambda *_: subject)
+    options = ["bench", "--geometry", "mixtral-8x7b", *(["--stock", "vllm"] if asked else [])]
+    for reason in ("", "of another layout"):
+        monkeypatch.setattr(vllm_experts, "cannot_run", lambda _, reason=reason: reason)
+        done = CliRunner().invoke(main, options)
+        assert done.exit_code == (1 if asked and reason else 0), done.output
+        assert ("--stock vllm: of another layout" in done.output) == (asked and bool(reason))
+    if asked:
+        assert given == [(["vllm"], [])]
+    else:
+        stock = ["grouped_mm", "batched_mm"]
+        assert given == [([*stock, "vllm"], []), (stock, ["without vLLM's kernel: of another layout"])]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import fused_experts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -22,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPr
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from sere_compile import ConfigError, SereConfig
+from sere_compile.benchmark import vllm_experts
 from sere_compile.integrations.vllm import EngineMismatchError, experts
 from sere_compile.integrations.vllm.engine import kernels_that_ask_the_router
 from sere_compile.integrations.vllm.options import VllmOptions
@@ -234,3 +238,13 @@ def test_where_only_a_kernel_that_routes_by_itself_fits_the_error_says_so(monkey
 
     with pytest.raises(error, match=message):
         make_a_model()
+
+
+def test_the_kernel_that_benchmarks_compare_with_is_where_it_was():
+    """`sere bench` calls it on a GPU; here it is found, and takes what it is given."""
+    vllm_experts.register()
+    ALL_EXPERTS_FUNCTIONS._global_mapping.pop(vllm_experts.NAME)
+    given = inspect.signature(fused_experts).bind(*range(5), activation=MoEActivation("silu"))
+    assert [*given.arguments] == ["hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation"]
+    for name in vllm_experts._ACTIVATIONS.values():
+        assert MoEActivation(name).is_gated
