@@ -45,7 +45,8 @@ def register() -> None:
     """
     (moe,) = require("hf", "transformers.integrations.moe", needed_for="this needs")
     try:
-        from vllm.model_executor.layers.fused_moe import MoEActivation, fused_experts
+        from vllm.model_executor.layers.fused_moe import MoEActivation
+        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
     except ImportError as error:
         raise SereError(f'experts "{NAME}" are vLLM\'s `fused_experts`, which cannot be imported: {error}') from error
 
@@ -59,4 +60,4 @@ def register() -> None:
 
 
 def _activation(module: Any) -> str | None:
-    return _ACTIVATIONS.get(getattr(module.config, "hidden_act", None))
+    return _ACTIVATIONS.get(str(getattr(module.config, "hidden_act", "")))

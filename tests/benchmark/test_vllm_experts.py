@@ -36,11 +36,11 @@ def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, activation=None
 @pytest.fixture
 def installed(monkeypatch):
     """The two names, where vLLM has them."""
-    module = types.ModuleType("vllm.model_executor.layers.fused_moe")
-    module.MoEActivation, module.fused_experts = MoEActivation, fused_experts
-    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
+    package = "vllm.model_executor.layers.fused_moe"
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers", package, f"{package}.fused_moe"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    sys.modules[package].MoEActivation = MoEActivation
+    sys.modules[f"{package}.fused_moe"].fused_experts = fused_experts
     yield
     ALL_EXPERTS_FUNCTIONS._global_mapping.pop(vllm_experts.NAME, None)
 
