@@ -59,6 +59,8 @@ def find_ends(gate: Gate, readers: tuple[Node, ...], projection: Node) -> Ends |
         outside = [user for user in nodes.followers(node) if complete < user and nodes.reads_numbers(user, node)]
         if outside and (nodes.is_tensor(node) or _is_returned_number(node)) and _root_of(node) is not search.memory:
             sides.append(node)
+    # The exit's writes, too: an operator that is the whole dispatch may count as well.
+    for node in sorted(visited | {complete}):
         for target in map(_state_of, nodes.writes(node)):
             if target.op in ("placeholder", "get_attr") and target not in written:
                 written.append(target)

@@ -193,6 +193,41 @@ def test_a_buffer_that_is_written_by_what_a_write_of_it_gives():
     assert [written.op for written in ends.written] == ["placeholder"]
 
 
+@torch.library.custom_op("sere_tests::counted_experts", mutates_args=["count"])
+def counted_experts(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """A whole dispatch, and how often each expert was chosen."""
+    count += torch.bincount(ids.flatten(), minlength=len(count))
+    return (torch.tanh(x[:, None, None, :] @ experts[ids]).squeeze(2) * weights[..., None]).sum(1)
+
+
+@counted_experts.register_fake
+def _(x, ids, weights, experts, count):
+    return torch.empty_like(x)
+
+
+class Counting(Indexed):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(EXPERTS, dtype=torch.int64))
+
+    def dispatch(self, x, ids, weights):
+        return counted_experts(x, ids, weights, self.experts, self.count)
+
+
+@pytest.mark.parametrize("trace", [from_make_fx, from_dynamo])
+def test_what_the_exit_itself_writes_is_an_end(trace):
+    """One operator dispatches and counts: new ids would be counted."""
+    graph, ends = ends_of(Counting(), trace)
+    assert [ends.exit] == returned(graph)
+    [written] = ends.written
+    assert tuple(nodes.shape(written)) == (EXPERTS,)
+    assert ends.sides == (written,)
+    verdict = verify_rewrite(one_gate(graph), weights_of(graph), graph)
+    assert "is off by" in str(verdict)
+
+
 def test_without_experts_there_is_no_end():
     _, ends = ends_of(Leaving(), gate_of=lambda graph: find_gates(graph, lambda weight, experts: True).gates[0])
     assert ends is None
