@@ -58,13 +58,26 @@ class Remembered:
 class KeptAside:
     """The attributes of a block's modules, and the containers and objects that their code names as globals.
 
+    Modules that the block's refer to and that are no part of it, as a hook refers to the model that gathers its
+    statistics, are looked at too, with their buffers.
+
     Args:
-        block: a module; what other modules it refers to keep is their own.
+        block: a module.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self._modules = list(block.named_modules())
-        self._globals = _by_name(found for _, module in self._modules for found in _globals_of(module))
+        named = [found for _, module in self._modules for found in _globals_of(module)]
+        self._globals = _by_name((name, value) for name, value in named if not isinstance(value, nn.Module))
+        inside = {module for _, module in self._modules}
+        referred = [*named, *(found for _, module in self._modules for found in _modules_in(module))]
+        outside: dict[nn.Module, str] = {}
+        for name, module in referred:
+            if isinstance(module, nn.Module) and module not in outside:
+                parts = ((part, f"{name}.{path}".strip(".")) for path, part in module.named_modules())
+                outside |= {part: path for part, path in parts if part not in inside and part not in outside}
+        self._modules += [(path, module) for module, path in outside.items()]
+        self._buffers = [(f"{path}.buffers", module._buffers) for module, path in outside.items() if module._buffers]
 
     def content(self) -> dict[str, Content]:
         """What is kept, by names that a reader of the block's code knows."""
@@ -108,6 +121,7 @@ class KeptAside:
         for path, module in self._modules:
             for name, value in _attributes(module):
                 yield f"{path}.{name}".strip("."), value
+        yield from self._buffers
         yield from self._globals.items()
 
 
@@ -202,11 +216,24 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in list(vars(module).items()) if name not in _OWN)
 
 
+def _modules_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that attributes refer to, also in lists and dictionaries: `self.owner = [model]` registers none."""
+    for name, value in _attributes(module):
+        members = _members(value) if isinstance(value, (*_LISTS, dict)) else None
+        for held in [value] if members is None else [member for _, member in members]:
+            if isinstance(held, nn.Module):
+                yield name, held
+
+
 def _globals_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Containers and objects that a module's own code names, those that its class holds, and those of its helpers."""
-    code = [value for _, value in _attributes(module)] + [
-        hook for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks.values()
-    ]
+    """Containers, objects and modules that a module's own code names, and what its class and its helpers hold of them.
+
+    What hooks are bound to as well: `router.register_forward_hook(recorder.record)`.
+    """
+    hooks = [hook for held in (module._forward_hooks, module._forward_pre_hooks) for hook in held.values()]
+    code = [value for _, value in _attributes(module)] + hooks
+    for hook in hooks:
+        yield from ((type(held).__name__, held) for held in _bound_to(hook) if _is_kept_or_module(held))
     for kind in type(module).__mro__:
         if kind.__module__.split(".")[0] in ("torch", "builtins"):
             continue
@@ -226,9 +253,16 @@ def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(function))
         for name, value in _named(function):
-            if isinstance(value, _Variable) or _is_kept(value):
+            if isinstance(value, _Variable) or _is_kept_or_module(value):
                 yield name, value
             pending += [called for called in _functions(value) if _is_own(called)]
+
+
+def _bound_to(hook: Any) -> list[Any]:
+    """The objects that a call of a hook may change besides what it is called with."""
+    if isinstance(hook, functools.partial):
+        return [*hook.args, *hook.keywords.values(), *_bound_to(hook.func)]
+    return [hook.__self__] if isinstance(hook, types.MethodType) else [hook]
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
@@ -283,6 +317,10 @@ def _is_kept(value: Any) -> bool:
     if isinstance(value, (dict, list, set, collections.deque)):
         return True
     return _has_own_members(value) and type(value).__module__.split(".")[0] not in ("torch", "logging", "typing")
+
+
+def _is_kept_or_module(value: Any) -> bool:
+    return isinstance(value, nn.Module) or _is_kept(value)
 
 
 def _has_own_members(value: Any) -> bool:

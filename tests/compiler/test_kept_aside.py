@@ -1,6 +1,7 @@
 """What a block keeps in attributes and globals is told, compared and put back."""
 
 import collections
+import functools
 import sys
 import threading
 
@@ -182,6 +183,70 @@ def test_what_a_closure_keeps():
         assert {"calls", "counted"} <= set(changed())
     assert module.counted == []
     assert module.count(0) == 1
+
+
+class Recorder:
+    """Hooks of it gather what modules give."""
+
+    def __init__(self):
+        self.seen = []
+
+    def record(self, *given):
+        self.seen.append(given[-1])
+
+    def __call__(self, *given):
+        self.record(*given)
+
+
+class Owner(nn.Module):
+    """Keeps what others give, in attributes and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.log = nn.Identity(), []
+        self.part.last = None
+        self.register_buffer("count", torch.zeros(()))
+
+    def keep(self, x):
+        self.log.append(x)
+        self.count += 1
+        self.part.last = x
+
+
+def test_what_hooks_keep():
+    """Whatever they are bound to: an object, an object that is called, arguments, or a closure."""
+    module, recorders, stats = nn.Identity(), [Recorder() for _ in range(3)], {}
+    module.register_forward_hook(recorders[0].record)
+    module.register_forward_hook(recorders[1])
+    module.register_forward_pre_hook(functools.partial(Recorder.record, recorders[2]))
+    module.register_forward_hook(lambda *given: stats.update(last=given[-1]))
+    with KeptAside(module).restored() as changed:
+        module(torch.ones(2))
+        assert set(changed()) == {"Recorder", "Recorder (2)", "Recorder (3)", "stats"}
+    assert (stats, [recorder.seen for recorder in recorders]) == ({}, [[], [], []])
+
+
+def hook_of(owner):
+    return lambda module, given, result: owner.keep(result)
+
+
+@pytest.mark.parametrize("referring", ["by an attribute", "in a list", "in a closure", "by a hook"])
+def test_what_modules_outside_keep(referring):
+    """A layer may know the model that gathers its statistics, and be no part of it here."""
+    module, owner = nn.Identity(), Owner()
+    match referring:
+        case "by an attribute":
+            vars(module)["owner"] = owner
+        case "in a list":
+            module.owner = [owner]
+        case "in a closure":
+            module.register_forward_hook(hook_of(owner))
+        case _:
+            module.register_forward_pre_hook(functools.partial(Owner.keep, owner))
+    with KeptAside(module).restored() as changed:
+        owner.keep(torch.ones(2))
+        assert {name.split(".", 1)[1] for name in changed()} == {"log", "buffers", "part.last"}
+    assert (owner.log, owner.part.last, float(owner.count)) == ([], None, 0.0)
 
 
 def test_two_globals_of_one_name_are_told_apart():

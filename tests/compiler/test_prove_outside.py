@@ -333,16 +333,30 @@ class Counted(Classifier):
 SEEN = []
 
 
+class Owner(nn.Module):
+    """Keeps what its layers chose."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+
 class Keeping(Block):
     """The ids are kept beside what is returned, in one of several places, for whoever asks later."""
 
     def __init__(self, place):
         super().__init__(Experts())
         self.place, self.log = place, []
+        self.owner = [Owner()]
 
     def forward(self, x):
         weights, ids = self.gate(x.view(-1, HIDDEN)).softmax(-1).topk(TOP_K)
         out = self.experts(x.view(-1, HIDDEN), ids, weights).view(x.shape)
+        if self.place == "a module that is no part of it":
+            self.owner[0].log.append(ids)
+        if self.place == "a buffer of a module that is no part of it":
+            self.owner[0].count += ids.sum()
         if self.place == "an attribute":
             self.last = ids
         if self.place == "a list":
@@ -520,6 +534,8 @@ def test_weights_that_are_returned_stay_what_the_router_chose():
         ("an attribute", "leaves other things in last"),
         ("a list", "leaves other things in log"),
         ("a global", "leaves other things in SEEN"),
+        ("a module that is no part of it", "leaves other things in owner.log"),
+        ("a buffer of a module that is no part of it", "leaves other things in owner.buffers"),
         ("numbers", "returns other things"),
         ("an array", "returns other things"),
     ],
@@ -527,10 +543,12 @@ def test_weights_that_are_returned_stay_what_the_router_chose():
 def test_ids_that_are_kept_stay_what_the_router_chose(place, told):
     """What a block returns or keeps as no tensor is a result as well; the trial leaves a user's lists as they were."""
     SEEN.clear()
-    found = verdicts(Keeping(place), rows())
+    model = Keeping(place)
+    found = verdicts(model, rows())
     assert all(v.merged is None and v.is_gate for v in found)
     assert told in found[0].reason
     assert len(SEEN) == (1 if place == "a global" else 0)
+    assert len(model.owner[0].log) == (1 if place == "a module that is no part of it" else 0)
 
 
 def test_tokens_that_are_dropped_only_where_there_are_many():
