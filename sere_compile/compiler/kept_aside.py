@@ -11,8 +11,10 @@ import collections
 import contextlib
 import dis
 import functools
+import inspect
 import os
 import random
+import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +32,7 @@ _OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # what every modu
 _LIBRARIES = tuple({os.path.abspath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
 _LIBRARIES += (os.path.dirname(torch.__path__[0]),)
 _DEEP = 4  # lists in lists in objects ..
-_MANY = 2000  # members that are looked at of one holder
+_MANY = 2000  # members that are looked at of one holder: the last, where calls add to a long list
 _LARGE = 1 << 20  # numbers of a tensor that are copied at most
 
 _LARGE_ONE = "large tensor"  # stands for its numbers
@@ -138,11 +140,11 @@ def remember_generators() -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class _Variable:
-    """A number or the like that functions set: `global calls`, `nonlocal calls`.
+    """A number or the like that functions set: `global calls`, `nonlocal calls`, `Statistics.calls += 1`.
 
     Attributes:
-        holder: the globals of a module, or a cell of a closure.
-        name: in these globals.
+        holder: the globals of a module, a class, or a cell of a closure.
+        name: in these globals or this class.
     """
 
     holder: Any
@@ -150,16 +152,22 @@ class _Variable:
 
     def get(self) -> Any:
         """What it is now."""
-        if isinstance(self.holder, types.CellType):
-            return self.holder.cell_contents
+        match self.holder:
+            case types.CellType():
+                return self.holder.cell_contents
+            case type():
+                return vars(self.holder).get(self.name)
         return self.holder.get(self.name)
 
     def put(self, value: Any) -> None:
         """Make it what it was."""
-        if isinstance(self.holder, types.CellType):
-            self.holder.cell_contents = value
-        else:
-            self.holder[self.name] = value
+        match self.holder:
+            case types.CellType():
+                self.holder.cell_contents = value
+            case type():
+                setattr(self.holder, self.name, value)
+            case _:
+                self.holder[self.name] = value
 
 
 def _by_name(found: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -183,11 +191,13 @@ def content(value: Any, deep: int = _DEEP) -> Content:
     if isinstance(value, _PLAIN):
         return value
     if type(value).__module__ == "numpy":
-        return getattr(value, "tolist", lambda: id(value))()
+        small = getattr(value, "size", 0) <= _LARGE
+        return getattr(value, "tolist", lambda: id(value))() if small else [_LARGE_ONE, id(value)]
     members = _members(value) if deep else None
     if members is None:
         return ["object", id(value)] if not isinstance(value, _LISTS) else ["list", len(value)]
-    return [type(value).__name__, *([content(name, 1), content(member, deep - 1)] for name, member in members)]
+    inside = ([content(name, 1), content(member, deep - 1)] for name, member in members[-_MANY:])
+    return [type(value).__name__, len(members), *inside]
 
 
 def alike(left: Content, right: Content, tolerance: float = 1e-4) -> bool:
@@ -204,6 +214,15 @@ def alike(left: Content, right: Content, tolerance: float = 1e-4) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return left == right or abs(left - right) <= tolerance * abs(right) or (left != left and right != right)
     return type(left) is type(right) and not isinstance(left, torch.Tensor) and bool(left == right)
+
+
+def outline(found: Content) -> Content:
+    """What is left of a content without its numbers: types, sizes and names."""
+    if isinstance(found, torch.Tensor):
+        return [found.dtype, found.shape]
+    if isinstance(found, list):
+        return [outline(one) for one in found]
+    return found if isinstance(found, str) else type(found)
 
 
 def _holds_large(found: Content) -> bool:
@@ -235,19 +254,31 @@ def _globals_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for hook in hooks:
         yield from ((type(held).__name__, held) for held in _bound_to(hook) if _is_kept_or_module(held))
     for kind in type(module).__mro__:
-        if kind.__module__.split(".")[0] in ("torch", "builtins"):
-            continue
-        for name, value in list(vars(kind).items()):
-            if _is_kept(value) and not name.startswith("__"):
-                yield f"{kind.__name__}.{name}", value
-            code.append(value)
+        if kind.__module__.split(".")[0] not in ("torch", "builtins"):
+            yield from _held_by_class(kind)
+            code += vars(kind).values()
     yield from _used_by(code)
+
+
+def _held_by_class(kind: type) -> Iterator[tuple[str, _Variable]]:
+    """What a class holds for all of its objects: no code, and nothing that acts as an attribute of theirs."""
+    for name, value in list(vars(kind).items()):
+        if not name.startswith("__") and not isinstance(value, _CODE) and not hasattr(type(value), "__get__"):
+            yield f"{kind.__name__}.{name}", _Variable(kind, name)
 
 
 def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
     """Containers and objects that functions name or close over, and what functions of the user's that they call do."""
-    pending, seen = [function for value in code for function in _functions(value)], set[int]()
-    while pending and len(seen) < _MANY:
+    kinds, seen = set[type](), set[int]()
+    pending = [function for value in code for function in _functions(value, kinds)]
+    while (pending or kinds) and len(seen) < _MANY:
+        for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
+            if id(kind) not in seen:
+                seen.add(id(kind))
+                yield from _held_by_class(kind)
+        kinds.clear()
+        if not pending:
+            break
         function = pending.pop(0)
         if id(function) in seen:
             continue
@@ -255,7 +286,7 @@ def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
         for name, value in _named(function):
             if isinstance(value, _Variable) or _is_kept_or_module(value):
                 yield name, value
-            pending += [called for called in _functions(value) if _is_own(called)]
+            pending += [called for called in _functions(value, kinds) if _is_own(called)]
 
 
 def _bound_to(hook: Any) -> list[Any]:
@@ -265,8 +296,23 @@ def _bound_to(hook: Any) -> list[Any]:
     return [hook.__self__] if isinstance(hook, types.MethodType) else [hook]
 
 
-def _functions(value: Any) -> list[types.FunctionType]:
-    """The functions that a call of a value runs, as far as that can be seen."""
+def _functions(value: Any, kinds: set[type]) -> list[types.FunctionType]:
+    """The functions that a call of a value or its methods runs, as far as that can be seen.
+
+    The user's classes among what is met, whose methods these are, join `kinds`.
+    """
+    found: list[types.FunctionType] = []
+    kind = value if isinstance(value, type) else type(value)
+    if not isinstance(value, (nn.Module, *_PLAIN)) and _is_own_class(kind):
+        classes = [one for one in kind.__mro__ if _is_own_class(one)]
+        kinds.update(classes)
+        members = [member for one in classes for member in vars(one).values()]
+        found += [made for member in members if not _is_own_class(type(member)) for made in _called(member)]
+    return found + _called(value)
+
+
+def _called(value: Any) -> list[types.FunctionType]:
+    """The functions that a call of a function, method, partial or wrapper runs."""
     if isinstance(value, property):
         return [made for made in (value.fget, value.fset) if isinstance(made, types.FunctionType)]
     found: list[types.FunctionType] = []
@@ -299,6 +345,16 @@ def _named(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
             if name in stored:
                 yield name, _Variable(cell, name)
+    defaults = function.__defaults__ or ()
+    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+    yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
+    yield from (function.__kwdefaults__ or {}).items()
+    if function.__dict__:
+        yield function.__name__, function.__dict__
+
+
+def _is_own_class(kind: type) -> bool:
+    return kind.__module__ != "builtins" and _is_users(vars(sys.modules.get(kind.__module__, types)))
 
 
 def _is_own(function: types.FunctionType) -> bool:
@@ -313,8 +369,8 @@ def _is_users(known: dict[str, Any]) -> bool:
 
 
 def _is_kept(value: Any) -> bool:
-    """Whether a global or class attribute may be written to by a call: no code, constant, or thing of a library's."""
-    if isinstance(value, (dict, list, set, collections.deque)):
+    """Whether a global or the like may be written to by a call: no code, constant, or thing of a library's."""
+    if isinstance(value, (dict, list, set, collections.deque, torch.Tensor, numpy.ndarray)):
         return True
     return _has_own_members(value) and type(value).__module__.split(".")[0] not in ("torch", "logging", "typing")
 
@@ -324,9 +380,21 @@ def _is_kept_or_module(value: Any) -> bool:
 
 
 def _has_own_members(value: Any) -> bool:
-    return not isinstance(value, (*_PLAIN, *_LISTS, *_CODE, dict, torch.Tensor)) and isinstance(
-        getattr(value, "__dict__", None), dict
-    )
+    if isinstance(value, (*_PLAIN, *_LISTS, *_CODE, dict, torch.Tensor)):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict) or bool(_slots(value))
+
+
+def _slots(value: Any) -> list[str]:
+    """The names of what an object of a class with `__slots__` may hold."""
+    kinds = [kind for kind in type(value).__mro__ if "__slots__" in vars(kind)]
+    return [name for kind in kinds for name, found in vars(kind).items() if inspect.ismemberdescriptor(found)]
+
+
+def _own_members(value: Any) -> dict[str, Any]:
+    """What an object holds in attributes and slots."""
+    slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
+    return slots | getattr(value, "__dict__", {})
 
 
 def _members(value: Any) -> list[tuple[Any, Any]] | None:
@@ -336,15 +404,17 @@ def _members(value: Any) -> list[tuple[Any, Any]] | None:
         found = [(value.name, value.get())]
     elif isinstance(value, dict):
         found = list(value.items())
+    elif isinstance(value, (set, frozenset)) and len(value) > _MANY:
+        return None
     elif isinstance(value, (set, frozenset)):
         found = [(None, member) for member in sorted(value, key=str)]
     elif isinstance(value, _LISTS):
         found = list(enumerate(value))
     elif _has_own_members(value):
-        found = list(vars(value).items())
+        found = list(_own_members(value).items())
     else:
         return None
-    return found if len(found) <= _MANY else None
+    return found if len(found) <= _LARGE else None
 
 
 def _snapshot(value: Any, deep: int = _DEEP) -> Callable[[], None]:
@@ -359,10 +429,12 @@ def _snapshot(value: Any, deep: int = _DEEP) -> Callable[[], None]:
                 value.data.copy_(kept)
 
         return put_back
+    if isinstance(value, numpy.ndarray) and value.size <= _LARGE and value.flags.writeable:
+        return functools.partial(numpy.copyto, value, value.copy())
     members = _members(value) if deep else None
     if members is None:
         return lambda: None
-    inside = [_snapshot(member, deep - 1) for _, member in members]
+    inside = [_snapshot(member, deep - 1) for _, member in members[-_MANY:]]
 
     def restore() -> None:
         now = _members(value)
@@ -390,5 +462,8 @@ def _refill(value: Any, members: list[tuple[Any, Any]]) -> None:
         case tuple() | frozenset():
             pass
         case _:
-            vars(value).clear()
-            vars(value).update(members)
+            held = dict(members)
+            for name in [name for name in _own_members(value) if name not in held]:
+                object.__delattr__(value, name)
+            for name, member in members:
+                object.__setattr__(value, name, member)

@@ -50,7 +50,7 @@ from ..passes.proof.region import ends_of
 from ..passes.proof.ways import leads_to
 from . import dynamo
 from .expert_products import WatchProducts
-from .kept_aside import KeptAside, alike, content
+from .kept_aside import KeptAside, alike, content, outline
 from .other_calls import is_rows, kinds_of, of_few_tokens, other_calls, with_masks
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,8 @@ class _Trial:
         self.absent: int | None = None  # the expert that nobody chooses in the run that is under way
         self.chosen: Sequence[int] = ()  # experts that are to be chosen behind the first in the run that is under way
         self.kept: dict[str, Any] = {}  # what the last run left besides its results, see `KeptAside`, or returned
-        self._restless: set[str] = set()  # what is other in each run, as a time is
+        # What is other in each run, as a time is, and whether it is of other sizes, too.
+        self._restless: dict[str, bool] = {}
         self._others: list[Arguments] | None = None  # see `_other_calls`
         self._is_compiled = False  # whether there is a graph with the gate
         self._found: list[Gate] = []
@@ -363,13 +364,19 @@ class _Trial:
         self._run(several)
         return several
 
-    def _find_restless(self, inputs: Arguments) -> set[str]:
-        """What two runs of the same leave as different things."""
+    def _find_restless(self, inputs: Arguments) -> dict[str, bool]:
+        """What two runs of the same leave as different things, and whether of different sizes."""
         self._run(inputs)
         first = self.kept
         self._run(inputs)
-        names = first.keys() | self.kept.keys()
-        return {name for name in names if not alike(first.get(name), self.kept.get(name))}
+        pairs = {name: (first.get(name), self.kept.get(name)) for name in first.keys() | self.kept.keys()}
+        return {name: outline(a) != outline(b) for name, (a, b) in pairs.items() if not alike(a, b)}
+
+    def _is_left_alike(self, name: str, left: Any, right: Any) -> bool:
+        """Whether two runs have left the same, as far as it is the same in each run."""
+        if name in self._restless:
+            return self._restless[name] or outline(left) == outline(right)
+        return alike(left, right)
 
     def _run(
         self,
@@ -657,8 +664,8 @@ class _Trial:
         run = f"run with the code that receives its ids, {type(self._block.module).__name__}"
         if error is not None and error > _TOLERANCE:
             return f"{run} is off by {error:.2g} of its scale"
-        names = sorted((kept.keys() | self.kept.keys()) - self._restless)
-        other = next((name for name in names if not alike(kept.get(name), self.kept.get(name))), None)
+        names = sorted(kept.keys() | self.kept.keys())
+        other = next((n for n in names if not self._is_left_alike(n, kept.get(n), self.kept.get(n))), None)
         if error is None or other == _RETURNED:
             return f"{run} returns other things"
         return None if other is None else f"{run} leaves other things in {other}, where they may be read later"

@@ -20,6 +20,8 @@ from torch import nn
 
 # Numbers of a layer that say where it stands, not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
+_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # what every module has
+_DEEP = 4  # lists in lists in dictionaries ..
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -181,24 +183,29 @@ def _groups_shared() -> Iterator[None]:
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:
     """What a block's code depends on but for the numbers in its tensors: equal where blocks compute the same.
 
-    Objects that are neither numbers nor modules (a configuration, a function) count by their identity.
+    Objects that are neither numbers nor modules (a configuration, a function, a hook) count by their identity.
     """
     described = []
     for name, module in block.named_modules():
         plain = tuple(
             (key, _described(value))
             for key, value in sorted(vars(module).items())
-            if not key.startswith("_") and key not in _PLACES
+            if key not in _OWN and key not in _PLACES
         )
         shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in module.named_parameters(recurse=False))
-        described.append((name, type(module), module.training, plain, shapes))
+        hooks = tuple(map(id, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]))
+        described.append((name, type(module), module.training, plain, hooks, shapes))
     return tuple(described)
 
 
-def _described(value: Any) -> Any:
+def _described(value: Any, deep: int = _DEEP) -> Any:
     """A setting by its value where it is made of plain ones, else by its identity."""
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_described, value))
+    if deep and isinstance(value, (tuple, list)):
+        return tuple(_described(held, deep - 1) for held in value)
+    if deep and isinstance(value, dict):
+        return tuple((_described(key), _described(held, deep - 1)) for key, held in value.items())
+    if deep and isinstance(value, (set, frozenset)):
+        return frozenset(_described(held, deep - 1) for held in value)
     return value if isinstance(value, _PLAIN) else id(value)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import types
 
 import pytest
@@ -348,7 +349,7 @@ class Keeping(Block):
     def __init__(self, place):
         super().__init__(Experts())
         self.place, self.log = place, []
-        self.owner = [Owner()]
+        self.owner, self.numbers = [Owner()], itertools.count()
 
     def forward(self, x):
         weights, ids = self.gate(x.view(-1, HIDDEN)).softmax(-1).topk(TOP_K)
@@ -363,6 +364,8 @@ class Keeping(Block):
             self.log.append(ids)
         if self.place == "a global":
             SEEN.append(ids)
+        if self.place == "by numbers that go on":
+            self.log.extend(next(self.numbers) for _ in range(int(ids[:, -1].sum())))
         if self.place == "numbers":
             return out, ids.tolist()
         return (out, ids.numpy()) if self.place == "an array" else out
@@ -536,6 +539,7 @@ def test_weights_that_are_returned_stay_what_the_router_chose():
         ("a global", "leaves other things in SEEN"),
         ("a module that is no part of it", "leaves other things in owner.log"),
         ("a buffer of a module that is no part of it", "leaves other things in owner.buffers"),
+        ("by numbers that go on", "leaves other things in log"),
         ("numbers", "returns other things"),
         ("an array", "returns other things"),
     ],

@@ -129,3 +129,23 @@ def test_a_fingerprint_leaves_out_places_and_numbers_in_tensors():
     assert fingerprint(first) == fingerprint(second)
     second.scale = 2.0
     assert fingerprint(first) != fingerprint(second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "_scales", [1.0, 2.0]),
+        lambda block: block.offline.add(2),
+        lambda block: block.limits["by expert"].append(3),
+        lambda block: block.register_forward_hook(lambda *given: given[-1] * 2),
+        lambda block: block.register_forward_pre_hook(lambda *given: None),
+    ],
+    ids=["an attribute of its own", "a set", "a list in a dictionary", "a hook", "a hook ahead"],
+)
+def test_a_fingerprint_tells_what_code_may_depend_on(change):
+    first, second = Block(), Block()
+    for block in (first, second):
+        block.offline, block.limits, block._scales = {1}, {"by expert": [1, 2]}, [1.0, 1.0]
+    assert fingerprint(first) == fingerprint(second)
+    change(second)
+    assert fingerprint(first) != fingerprint(second)
