@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,6 +99,7 @@ class _Compiled:
         self._dynamic: bool | None = None if captured is not None else False  # None before the first call
         self._settled = False
         self._refusal: GateNotFoundError | None = None
+        self._routers: list[weakref.ref[torch.Tensor]] = []  # of the gates that the first call's graphs held
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._refusal is not None:
@@ -113,8 +115,23 @@ class _Compiled:
                 result = self._call_plain(args, kwargs)
         if not self._settled:
             self._settled = True
+            self._routers = [weakref.ref(weight) for weight in (*call.routers, *call.held)]
             self._settle(call, args, kwargs, no_graph=runs.graphs == before)
+        elif self._routers and call.nearest is not None and not call.routers:
+            self._tell_lost(call)
         return result
+
+    def _tell_lost(self, call: missing_gates.OneCall) -> None:
+        """Say once that what was compiled anew for a later call re-routes nothing; with strict=True this raises."""
+        lost = any(ref() is not None for ref in self._routers)
+        self._routers = []
+        if not lost:  # the weights were replaced
+            return
+        try:
+            missing_gates.tell(call.nearest, self._config)
+        except GateNotFoundError as refusal:
+            self._refusal = refusal
+            raise
 
     def _settle(
         self, call: missing_gates.OneCall, args: tuple[Any, ...], kwargs: dict[str, Any], *, no_graph: bool

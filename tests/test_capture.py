@@ -8,12 +8,13 @@ import warnings
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sere_compile
 from sere_compile import ConfigError, GateNotFoundError, SereConfig
 
 from .compiler.test_missing_gates import Stacked
-from .zoo.outside.loops import EXPERTS, HIDDEN, CountLoop, MaskLoop, SortedLoop, prepared
+from .zoo.outside.loops import EXPERTS, HIDDEN, TOP_K, CountLoop, MaskLoop, SortedLoop, prepared
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -33,6 +34,61 @@ def test_gate_in_a_skipped_frame_is_captured(seen_before):
     compiled = sere_compile.compile(model, select_top_k=1, inner="eager")
     for _ in range(2):
         close(compiled(x), expected)
+
+
+class ScaledLater(MaskLoop):
+    """Its experts give what scales say that may be changed, which no graph holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = [1.0] * EXPERTS
+
+    @torch.compiler.disable
+    def dispatch(self, rows, weights, ids):
+        y = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            y[token] += weights[token, slot, None] * F.silu(expert(rows[token])) * self.scales[number]
+        return y
+
+    def forward(self, x):
+        rows = x.view(-1, HIDDEN)
+        weights, ids = torch.topk(self.gate(rows).softmax(-1), TOP_K)
+        return self.dispatch(rows, weights, ids).view(x.shape)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_setting_of_code_outside_graphs_that_changes_later(strict, caplog):
+    """Re-routed experts would get the scale of others: the later call is not re-routed, and that is said once."""
+    model, matrix, x = prepared(ScaledLater)
+    compiled = sere_compile.compile(model, select_top_k=1, inner="eager", strict=strict)
+    close(compiled(x), model.expected(x, matrix, 1))
+    assert not caplog.records
+    model.scales[2:4] = [3.0, 0.0]
+    if strict:
+        with pytest.raises(Exception, match="was not proven"):
+            compiled(x)
+        return
+    for _ in range(2):
+        close(compiled(x), model(x))
+    assert sum("is not re-routed" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_later_call_without_a_gate(strict, caplog):
+    """Experts that give nothing show none: what is said of a first call is said of a later one, too."""
+    model, matrix, x = prepared(ScaledLater)
+    compiled = sere_compile.compile(model, select_top_k=1, inner="eager", strict=strict)
+    close(compiled(x), model.expected(x, matrix, 1))
+    model.scales[:] = [0.0] * EXPERTS
+    if strict:
+        for _ in range(2):
+            with pytest.raises(GateNotFoundError, match="reach no expert weights"):
+                compiled(x)
+        return
+    for _ in range(2):
+        close(compiled(x), model(x))
+    assert sum("reach no expert weights" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("capture", ["default", "auto"])

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ..experts.owner import Owner, Owners
 from ..experts.spread import spread_over_ranks
-from ..experts.trial_block import ExpertSlices, TrialBlock, fingerprint
+from ..experts.trial_block import ExpertSlices, Settings, TrialBlock, fingerprint
 from ..passes import (
     Gate,
     RoutingSettings,
@@ -91,6 +91,7 @@ class Verdict:
         whole: whether the block holds the gate as the model's graph does; else it may be a part of it.
         ids_alone: whether what is made of the ids in the graph keeps what the router chose, see `ids_alone`.
         off: of the rewrites that merge slots and those that do not, which gave other things when the block was run.
+        written: attributes of the block that its calls write; None where the block that was tried is another.
     """
 
     merged: bool | None
@@ -101,6 +102,7 @@ class Verdict:
     saves_nothing: str = ""
     ids_alone: bool = False
     off: frozenset[bool] = frozenset()
+    written: frozenset[str] | None = None
 
 
 def ids_alone(gate: Gate) -> Gate | None:
@@ -149,10 +151,13 @@ def prove_outside(gate: Gate, owner: Owner | None, *, kept: bool = False) -> Ver
         return Verdict(None, _SPREAD.format(spread))
     blocks = [(module, _number(module)) for module in owner.surroundings]
     _blocks_around[owner.weight] = frozenset(block for _, block in blocks)
+    _settings.pop(owner.weight, None)
     for place, (module, block) in enumerate(blocks):
         found = _verdict_on(module, block, gate, owner, kept)
         if found is not None and found.is_gate >= verdict.is_gate:
             verdict = replace(found, block=block)
+            if not kept:
+                _settings[owner.weight] = Settings(module, found.written)
         # Else a router that is a module of its own: its experts stand further out.
         if verdict.is_gate and verdict.whole:
             return _with_what_is_around(verdict, blocks[place:], gate, owner) if kept else verdict
@@ -172,7 +177,7 @@ def _with_what_is_around(
             found = _verdict_on(module, block, gate, owner, kept=True)
             if found is not None and found.is_gate and found.whole and found.off:
                 verdict = found
-    return replace(verdict, block=blocks[-1][1])
+    return replace(verdict, block=blocks[-1][1], written=None)
 
 
 def _verdict_on(module: torch.nn.Module, block: int, gate: Gate, owner: Owner, kept: bool) -> Verdict | None:
@@ -201,19 +206,26 @@ _verdicts: dict[Any, Verdict | None] = {}
 
 
 def computes_the_same(weight: object, verdict: Verdict) -> bool:
-    """Whether a verdict holds for another router weight too: one of the blocks around it computes the same.
+    """Whether a verdict holds for another router weight too, or still: one of the blocks around it computes the same.
 
-    Asked at every call, as a guard: the blocks around a weight are looked at once.
+    Asked at every call, as a guard: the blocks around a weight are looked at once, and again where settings change.
     """
     if not isinstance(weight, torch.Tensor):
         return False
-    if weight not in _blocks_around:
+    if weight in _settings and not _settings[weight].are_the_same():
+        del _settings[weight], _blocks_around[weight]
+    watched = verdict.written is not None and weight not in _settings
+    if weight not in _blocks_around or (watched and verdict.block in _blocks_around[weight]):
         owner = Owners().find(weight)
-        _blocks_around[weight] = frozenset() if owner is None else frozenset(map(_number, owner.surroundings))
+        blocks = {} if owner is None else {_number(module): module for module in owner.surroundings}
+        _blocks_around[weight] = frozenset(blocks)
+        if verdict.written is not None and verdict.block in blocks:
+            _settings[weight] = Settings(blocks[verdict.block], verdict.written)
     return verdict.block in _blocks_around[weight]
 
 
 _blocks_around = WeakTensorKeyDictionary()
+_settings = WeakTensorKeyDictionary()
 _numbers: dict[tuple[Any, ...], int] = {}
 
 
@@ -239,7 +251,11 @@ def _try_block(
     except _FAILURES as error:
         return Verdict(None, f"{type(module).__name__} cannot be copied to try it: {_short(error)}")
     candidates = block.candidates()
-    return _Trial(gate, block, called_with, kept).run_whole(candidates) if candidates else None
+    if not candidates:
+        return None
+    trial = _Trial(gate, block, called_with, kept)
+    verdict = trial.run_whole(candidates)
+    return verdict and replace(verdict, written=frozenset(trial.written))
 
 
 def _short(error: BaseException) -> str:
@@ -260,6 +276,7 @@ class _Trial:
         self.absent: int | None = None  # the expert that nobody chooses in the run that is under way
         self.chosen: Sequence[int] = ()  # experts that are to be chosen behind the first in the run that is under way
         self.kept: dict[str, Any] = {}  # what the last run left besides its results, see `KeptAside`, or returned
+        self.written: set[str] = set()  # names of what runs have left so far
         # What is other in each run, as a time is, and whether it is of other sizes, too.
         self._restless: dict[str, bool] = {}
         self._others: list[Arguments] | None = None  # see `_other_calls`
@@ -418,6 +435,7 @@ class _Trial:
             result = self._call(*args, **kwargs)
             returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             self.kept = {_RETURNED: content(result)} | changed()
+            self.written.update(self.kept)
             return returned + written()
 
     @contextlib.contextmanager

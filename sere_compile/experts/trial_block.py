@@ -11,6 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
+import dis
+import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,19 +186,89 @@ def _groups_shared() -> Iterator[None]:
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:
     """What a block's code depends on but for the numbers in its tensors: equal where blocks compute the same.
 
-    Objects that are neither numbers nor modules (a configuration, a function, a hook) count by their identity.
+    Objects that are neither numbers nor modules (a configuration, a function) count by their identity, except those
+    that each layer has of its own: in private attributes, and what hooks refer to.
     """
     described = []
     for name, module in block.named_modules():
         plain = tuple(
             (key, _described(value))
             for key, value in sorted(vars(module).items())
-            if key not in _OWN and key not in _PLACES
+            if key not in _OWN and key not in _PLACES and (not key.startswith("_") or _is_plain(value))
         )
         shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in module.named_parameters(recurse=False))
-        hooks = tuple(map(id, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]))
-        described.append((name, type(module), module.training, plain, hooks, shapes))
+        described.append((name, type(module), module.training, plain, _hooks_of(module), shapes))
     return tuple(described)
+
+
+class Settings:
+    """The attributes that a block's own code reads and no call of it writes, and its hooks, as they were.
+
+    Code outside graphs reads them anew in each call, and no guard of a graph knows of them.
+
+    Args:
+        block: is not kept alive.
+        written: attributes that its calls write, by their path.
+    """
+
+    def __init__(self, block: nn.Module, written: frozenset[str]) -> None:
+        own = [(path, module) for path, module in block.named_modules() if not _is_of_torch(type(module))]
+        read = {name for kind in {type(module) for _, module in own} for name in _names_in(kind)}
+        self._held = [
+            (weakref.ref(module), name, _described(value))
+            for path, module in own
+            for name, value in vars(module).items()
+            if name in read and name not in _OWN and f"{path}.{name}".strip(".") not in written
+        ]
+        self._hooks = [(weakref.ref(module), _hooks_of(module)) for module in block.modules()]
+
+    def are_the_same(self) -> bool:
+        """Whether all of them are what they were."""
+        gone = object()
+        for reference, name, described in self._held:
+            module = reference()
+            if module is None or _described(vars(module).get(name, gone)) != described:
+                return False
+        return all((module := ref()) is not None and _hooks_of(module) == hooks for ref, hooks in self._hooks)
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "torch"
+
+
+def _names_in(kind: type) -> Iterator[str]:
+    """The names of attributes that methods of a class read, also `getattr(self, "scales")`."""
+    for one in kind.__mro__:
+        members = {} if _is_of_torch(one) else {name: held for name, held in vars(one).items() if name != "__init__"}
+        functions = (getattr(member, "__wrapped__", member) for member in members.values())
+        pending = [found.__code__ for found in functions if isinstance(found, types.FunctionType)]
+        while pending:
+            code = pending.pop()
+            yield from (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD"))
+            yield from (constant for constant in code.co_consts if isinstance(constant, str))
+            pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(map(_hook, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]))
+
+
+def _hook(hook: Any) -> tuple[Any, ...]:
+    """What a hook does: its code, and the plain values that it closes over."""
+    function = getattr(hook, "__func__", hook)
+    if not isinstance(function, types.FunctionType):
+        return (type(hook),)
+    held = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
+    return (function.__code__, *(_described(value) for value in held if _is_plain(value)))
+
+
+def _is_plain(value: Any, deep: int = _DEEP) -> bool:
+    """Whether a setting is made of plain values alone."""
+    if deep and isinstance(value, dict):
+        return _is_plain([*value, *value.values()], deep - 1)
+    if deep and isinstance(value, (tuple, list, set, frozenset)):
+        return all(_is_plain(held, deep - 1) for held in value)
+    return isinstance(value, _PLAIN)
 
 
 def _described(value: Any, deep: int = _DEEP) -> Any:

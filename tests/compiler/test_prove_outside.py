@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import types
 
@@ -813,6 +814,25 @@ class TestWhoseBlock:
         assert not module.computes_the_same(layers[0][0].weight, module.Verdict(True, block=-1))
         assert not module.computes_the_same(torch.zeros(3, 2), verdict)
         assert not module.computes_the_same(None, verdict)
+
+    def test_a_verdict_holds_until_a_setting_changes(self):
+        """Code outside graphs reads it anew in each call."""
+        layer = Keeping("nowhere")
+        verdict = module.Verdict(True, block=module._number(layer), written=frozenset({"log"}))
+        holds = functools.partial(module.computes_the_same, layer.gate.weight)
+        assert holds(verdict)
+        layer.log.append(1)
+        assert holds(verdict)
+        layer.place = "an attribute"
+        assert not holds(verdict)
+        other = module.Verdict(True, block=module._number(layer), written=frozenset({"log"}))
+        assert (holds(verdict), holds(other)) == (False, True)
+
+
+def test_what_runs_write_is_told():
+    """So that it is no setting."""
+    [verdict] = verdicts(Keeping("a list"), rows())
+    assert "log" in verdict.written
 
 
 class Plain(nn.Module):

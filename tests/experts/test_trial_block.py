@@ -1,13 +1,14 @@
 """A private copy of the block around a router: what of it is the experts', and that the model is not touched."""
 
 import copy
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from sere_compile.experts.trial_block import TrialBlock, fingerprint
+from sere_compile.experts.trial_block import Settings, TrialBlock, fingerprint
 
 EXPERTS, HIDDEN = 4, 6
 
@@ -131,6 +132,49 @@ def test_a_fingerprint_leaves_out_places_and_numbers_in_tensors():
     assert fingerprint(first) != fingerprint(second)
 
 
+class Reading(nn.Module):
+    """Its code reads some attributes, one of them in a function of its own, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.scales, self.offline, self.calls, self.unread = [1.0, 1.0], set(), 0, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return [self.linear(x) * scale for scale in self.scales if (lambda: not self.offline)()]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda block: block.inner.scales.append(2.0), False),
+        (lambda block: block.inner.offline.add(1), False),
+        (lambda block: setattr(block.inner, "scales", (1.0, 2.0)), False),
+        (lambda block: delattr(block.inner, "offline"), False),
+        (lambda block: block.inner.linear.register_forward_hook(lambda *given: None), False),
+        (lambda block: setattr(block.inner, "scales", [1.0, 1.0]), True),
+        (lambda block: setattr(block.inner, "calls", 7), True),
+        (lambda block: setattr(block.inner, "unread", 7), True),
+        (lambda block: setattr(block.inner.linear, "in_features", 7), True),
+        (lambda block: block.inner.linear.weight.data.zero_(), True),
+    ],
+)
+def test_settings_are_what_code_reads_and_no_call_writes(change, same):
+    block = nn.Module()
+    block.inner = Reading()
+    settings = Settings(block, frozenset({"inner.calls"}))
+    assert settings.are_the_same()
+    change(block)
+    assert settings.are_the_same() is same
+
+
+def test_settings_keep_no_block_alive():
+    settings = Settings(Reading(), frozenset())
+    gc.collect()
+    assert not settings.are_the_same()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -149,3 +193,17 @@ def test_a_fingerprint_tells_what_code_may_depend_on(change):
     assert fingerprint(first) == fingerprint(second)
     change(second)
     assert fingerprint(first) != fingerprint(second)
+
+
+def scaling(factor, log):
+    return lambda module, given, result: log.append(result) or result * factor
+
+
+def test_what_each_layer_has_of_its_own_tells_none_apart():
+    """Objects in private attributes and of hooks, but no number there."""
+    layers = [Block() for _ in range(3)]
+    for layer, factor in zip(layers, (1.0, 1.0, 2.0), strict=True):
+        layer._cache = {"last": torch.zeros(2)}
+        layer.register_forward_hook(scaling(factor, [torch.zeros(2)]))
+        layer.register_forward_pre_hook(SimpleNamespace().__init__)
+    assert fingerprint(layers[0]) == fingerprint(layers[1]) != fingerprint(layers[2])
