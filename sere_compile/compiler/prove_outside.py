@@ -157,7 +157,7 @@ def prove_outside(gate: Gate, owner: Owner | None, *, kept: bool = False) -> Ver
         if found is not None and found.is_gate >= verdict.is_gate:
             verdict = replace(found, block=block)
             if not kept:
-                _settings[owner.weight] = Settings(module, found.written)
+                _settings[owner.weight] = Settings(module, found.written or frozenset())
         # Else a router that is a module of its own: its experts stand further out.
         if verdict.is_gate and verdict.whole:
             return _with_what_is_around(verdict, blocks[place:], gate, owner) if kept else verdict

@@ -258,7 +258,10 @@ def _hook(hook: Any) -> tuple[Any, ...]:
     function = getattr(hook, "__func__", hook)
     if not isinstance(function, types.FunctionType):
         return (type(hook),)
-    held = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
+    held = list(function.__defaults__ or ())
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            held.append(cell.cell_contents)
     return (function.__code__, *(_described(value) for value in held if _is_plain(value)))
 
 
