@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import dis
 import functools
 import inspect
@@ -143,7 +144,7 @@ class _Variable:
     """A number or the like that functions set: `global calls`, `nonlocal calls`, `Statistics.calls += 1`.
 
     Attributes:
-        holder: the globals of a module, a class, or a cell of a closure.
+        holder: the globals of a module, a class, a cell of a closure, or a context variable.
         name: in these globals or this class.
     """
 
@@ -157,6 +158,8 @@ class _Variable:
                 return self.holder.cell_contents
             case type():
                 return vars(self.holder).get(self.name)
+            case contextvars.ContextVar():
+                return self.holder.get() if self.holder in contextvars.copy_context() else None
         return self.holder.get(self.name)
 
     def put(self, value: Any) -> None:
@@ -166,6 +169,8 @@ class _Variable:
                 self.holder.cell_contents = value
             case type():
                 setattr(self.holder, self.name, value)
+            case contextvars.ContextVar():
+                self.holder.set(value)
             case _:
                 self.holder[self.name] = value
 
@@ -284,6 +289,8 @@ def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(function))
         for name, value in _named(function):
+            if isinstance(value, contextvars.ContextVar):
+                value = _Variable(value, name)
             if isinstance(value, _Variable) or _is_kept_or_module(value):
                 yield name, value
             pending += [called for called in _functions(value, kinds) if _is_own(called)]

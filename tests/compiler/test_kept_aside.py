@@ -1,6 +1,7 @@
 """What a block keeps in attributes and globals is told, compared and put back."""
 
 import collections
+import contextvars
 import functools
 import sys
 import threading
@@ -21,6 +22,9 @@ from sere_compile.compiler.kept_aside import (
     content,
 )
 
+COUNTS, LAST = (contextvars.ContextVar(name) for name in ("counts", "last"))
+COUNTS.set([])
+LAST.set(0)
 SEEN = []
 OF_HELPERS = []
 CALLS = 0
@@ -193,6 +197,12 @@ class Keeping(nn.Module):
     def by_a_method_of_an_object(self, x):
         self.dispatcher.note(x)
 
+    def in_a_context(self, x):
+        COUNTS.get().append(x)
+
+    def in_a_variable_of_a_context(self, x):
+        LAST.set(x)
+
     def in_defaults(self, x):
         noting(x)
 
@@ -220,6 +230,8 @@ PLACES = {
     "in_another_class": ("Statistics.calls", "Statistics.log"),
     "in_slots": ("SLOTTED",),
     "by_a_method_of_an_object": ("OF_METHODS",),
+    "in_a_context": ("COUNTS",),
+    "in_a_variable_of_a_context": ("LAST",),
     "in_defaults": ("heard", "known", "noting"),
 }
 
