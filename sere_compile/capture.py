@@ -326,11 +326,11 @@ def _versions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 
 def _can_be_put_back(model: Any, aside: Remembered | None) -> bool:
-    """Whether a call can be tried: buffers, and tensors that its code keeps aside, are few enough to be copied."""
+    """Whether a call can be tried: buffers, and what its code keeps aside, can be copied."""
     if not isinstance(model, nn.Module) or aside is None:
         return True
     size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    return size <= _MOST_BUFFER_BYTES and not aside.has_large
+    return size <= _MOST_BUFFER_BYTES and not aside.has_uncopied
 
 
 def _first_line(error: BaseException) -> str:

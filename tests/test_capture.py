@@ -569,3 +569,25 @@ class TestWhatTorchComputesWrongly:
         compiled = sere_compile.compile(model, select_top_k=1, inner="eager")
         compiled(x)
         assert compiled.forward._dynamic is True
+
+
+class Counts(MaskLoop):
+    """Takes a number of an iterator in each call, which nobody can put back."""
+
+    def __init__(self, rises):
+        super().__init__()
+        self.numbers, self.taken, self.rises = iter(range(100)), [], rises
+
+    def forward(self, x):
+        self.taken.append(next(self.numbers))
+        return super().forward(x) if self.rises else super().forward(x) + float(x.sum().item() > 1e9)
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_a_first_call_that_moves_an_iterator_is_made_once(rises):
+    """Whether capture brings a gate or is given up."""
+    model, _, x = prepared(lambda: Counts(rises))
+    compiled = sere_compile.compile(model, select_top_k=1, inner="eager")
+    for _ in range(2):
+        compiled(x)
+    assert model.taken == [0, 1]

@@ -8,6 +8,7 @@ among a module's globals are the user's own.
 from __future__ import annotations
 
 import collections
+import collections.abc
 import contextlib
 import contextvars
 import dis
@@ -36,7 +37,7 @@ _DEEP = 4  # lists in lists in objects ..
 _MANY = 2000  # members that are looked at of one holder: the last, where calls add to a long list
 _LARGE = 1 << 20  # numbers of a tensor that are copied at most
 
-_LARGE_ONE = "large tensor"  # stands for its numbers
+_NOT_COPIED = "not copied"  # stands for the numbers of a large tensor, and for what an iterator gives next
 
 Content = Any  # nested lists of plain values and tensors, which tell two states apart
 
@@ -48,14 +49,14 @@ class Remembered:
     Attributes:
         changed: what is other than it was, by names that a reader of the block's code knows.
         put_back: makes it what it was.
-        is_all_known: whether all that has changed can be put back; large tensors are not copied.
-        has_large: whether there are any.
+        is_all_known: whether all that has changed can be put back; large tensors and iterators are not copied.
+        has_uncopied: whether there are any.
     """
 
     changed: Callable[[], dict[str, Content]]
     put_back: Callable[[], None]
     is_all_known: Callable[[], bool]
-    has_large: bool
+    has_uncopied: bool
 
 
 class KeptAside:
@@ -116,9 +117,11 @@ class KeptAside:
                 restore()
 
         def is_all_known() -> bool:
-            return not any(_holds_large(found) or _holds_large(before.get(name)) for name, found in changed().items())
+            return not any(
+                _holds_uncopied(found) or _holds_uncopied(before.get(name)) for name, found in changed().items()
+            )
 
-        return Remembered(changed, put_back, is_all_known, any(map(_holds_large, before.values())))
+        return Remembered(changed, put_back, is_all_known, any(map(_holds_uncopied, before.values())))
 
     def _holders(self) -> Iterator[tuple[str, Any]]:
         for path, module in self._modules:
@@ -192,12 +195,14 @@ def content(value: Any, deep: int = _DEEP) -> Content:
     """A copy of a value in which two states of it can be told apart."""
     if isinstance(value, torch.Tensor):
         small = value.numel() <= _LARGE and type(value) in (torch.Tensor, nn.Parameter) and not value.is_meta
-        return value.detach().clone() if small else [_LARGE_ONE, id(value), value._version]
+        return value.detach().clone() if small else [_NOT_COPIED, id(value), value._version]
     if isinstance(value, _PLAIN):
         return value
     if type(value).__module__ == "numpy":
         small = getattr(value, "size", 0) <= _LARGE
-        return getattr(value, "tolist", lambda: id(value))() if small else [_LARGE_ONE, id(value)]
+        return getattr(value, "tolist", lambda: id(value))() if small else [_NOT_COPIED, id(value)]
+    if isinstance(value, collections.abc.Iterator):
+        return [_NOT_COPIED, object()]  # nobody can tell whether it has moved on
     members = _members(value) if deep else None
     if members is None:
         return ["object", id(value)] if not isinstance(value, _LISTS) else ["list", len(value)]
@@ -230,10 +235,10 @@ def outline(found: Content) -> Content:
     return found if isinstance(found, str) else type(found)
 
 
-def _holds_large(found: Content) -> bool:
+def _holds_uncopied(found: Content) -> bool:
     if isinstance(found, str):
-        return found is _LARGE_ONE
-    return isinstance(found, list) and any(map(_holds_large, found))
+        return found is _NOT_COPIED
+    return isinstance(found, list) and any(map(_holds_uncopied, found))
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -377,7 +382,7 @@ def _is_users(known: dict[str, Any]) -> bool:
 
 def _is_kept(value: Any) -> bool:
     """Whether a global or the like may be written to by a call: no code, constant, or thing of a library's."""
-    if isinstance(value, (dict, list, set, collections.deque, torch.Tensor, numpy.ndarray)):
+    if isinstance(value, (dict, list, set, collections.deque, torch.Tensor, numpy.ndarray, collections.abc.Iterator)):
         return True
     return _has_own_members(value) and type(value).__module__.split(".")[0] not in ("torch", "logging", "typing")
 
