@@ -72,7 +72,7 @@ def _moved(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Other numbers of the same order; infinities stay."""
     known = value[value.isfinite()]
     step = torch.rand(value.shape, generator=generator).to(value) * known.abs().mean().clamp(min=0.5).nan_to_num(0.5)
-    sign = 1.0 if not bool((known < 0).any()) else torch.where(value < 0, -1.0, 1.0).to(value)
+    sign = torch.where(value < 0, -1.0, 1.0).to(value)
     return value + step * sign
 
 

@@ -212,7 +212,7 @@ class _Cutter:
         pending = [self._projection, gate.selection, *gate.all_ids, *self._ends.sides, self._ends.exit]
         pending += [] if gate.weights is None else [gate.weights]
         pending += [use.read for use in gate.uses]
-        pending += [use.consumer for use in gate.dispatch_uses if use.consumer < last and use.consumer.op != "output"]
+        pending += [use.consumer for use in gate.dispatch_uses if use.consumer < last]
         needed: set[Node] = set()
         while pending:
             node = pending.pop()

@@ -8,6 +8,7 @@ from torch import nn
 
 import sere_compile
 from sere_compile.compiler import dynamo
+from sere_compile.compiler.capture_more import _watch_grad_mode
 
 
 class Factory(nn.Module):
@@ -216,6 +217,21 @@ def test_gradients_that_are_on_behind_a_factory(kind, grad, inner):
     with torch.set_grad_enabled(grad), dynamo.graphs_before_loops():
         wanted, got = model(rows()), torch.compile(model, backend=inner)(rows())
     assert all(torch.equal(a, b) and a.requires_grad == b.requires_grad for a, b in zip(got, wanted, strict=True))
+
+
+def test_a_dynamo_that_does_not_show_where_gradients_are_switched_on():
+    """There no factory may be traced as one that asks for none: nothing would end its graph."""
+
+    class Unknown:
+        def call(self, tx, values):
+            return values
+
+    class Known:
+        def _call_func(self, tx, values):
+            return values
+
+    assert [_watch_grad_mode(kind) for kind in (None, Unknown, Known)] == [False, False, True]
+    assert Known()._call_func(None, [True]) == [True]
 
 
 def test_results_ask_for_gradients_as_those_of_the_program():

@@ -277,6 +277,19 @@ class TestWhereACallIs:
         assert not dynamo.is_compile_wrapper(sys._getframe())
         assert dynamo.current_call() is None
 
+    def test_calls_of_compiled_modules(self):
+        """The wrapper, which holds what was compiled; a frame in the same file that calls it holds nothing of it."""
+        found = []
+
+        def run(*arguments):
+            found.append(dynamo.current_call())
+            return arguments
+
+        for module in (nn.Tanh(), nn.Tanh()):
+            torch.compile(module, backend=lambda graph, inputs: run)(torch.ones(2))
+        first, second = (frame.f_locals["fn"] for frame in found)
+        assert first is not second
+
     def test_frames_that_only_look_like_it(self):
         def _fn():
             return sys._getframe()

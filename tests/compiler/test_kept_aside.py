@@ -5,6 +5,7 @@ import contextvars
 import functools
 import sys
 import threading
+import types
 
 import numpy
 import pytest
@@ -30,6 +31,8 @@ SEEN = []
 OF_HELPERS = []
 CALLS = 0
 TRACKED = collections.defaultdict(list)
+ELSEWHERE = types.ModuleType("elsewhere")
+ELSEWHERE.names = []
 
 
 def helper(x):
@@ -342,6 +345,28 @@ def test_what_modules_outside_keep(referring):
         owner.keep(torch.ones(2))
         assert {name.split(".", 1)[1] for name in changed()} == {"log", "buffers", "part.last"}
     assert (owner.log, owner.part.last, float(owner.count)) == ([], None, 0.0)
+
+
+def test_what_only_a_closure_holds():
+    """No attribute, and no assignment in the function, names it as well."""
+    module, seen = nn.Identity(), [0]
+    module.remember = lambda x: seen.append(x)
+    with KeptAside(module).restored() as changed:
+        assert changed() == {}
+        module.remember(1)
+        assert set(changed()) == {"seen"}
+    assert seen == [0]
+
+
+def test_what_code_inside_a_function_or_another_module_of_the_users_holds():
+    module = nn.Identity()
+    module.inside = lambda x: [(lambda: SEEN.append(x))()]
+    module.elsewhere = lambda x: ELSEWHERE.names.append(x)
+    with KeptAside(module).restored() as changed:
+        module.inside(1)
+        module.elsewhere(1)
+        assert set(changed()) == {"SEEN", "names"}
+    assert SEEN == ELSEWHERE.names == []
 
 
 def test_two_globals_of_one_name_are_told_apart():

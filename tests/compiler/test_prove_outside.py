@@ -1100,6 +1100,26 @@ class TestTrialsWithoutCompiling:
         trial._gate.router_input = Written().graph.placeholder("unknown")
         assert trial._inputs()[0][0].shape[-1] == HIDDEN
 
+    @pytest.mark.parametrize(
+        ("sizes", "by_sequence", "dim"),
+        [
+            ((5,), False, 0),
+            ((1, 5), False, 1),
+            ((5, 1), False, 1),
+            ((5, 7), False, 0),
+            ((7, 5), False, 1),
+            ((1, 7), True, 0),
+            ((5, 2, 7), False, 2),
+            ((1, 2, 7), True, 2),
+            ((5,), True, 0),
+        ],
+    )
+    def test_what_counts_who_chooses(self, sizes, by_sequence, dim):
+        """Tokens; in [B, T, H] sequences, where there are as many choices, or one was seen to be made for all."""
+        trial = EagerTrial(Experts())  # five choose
+        trial._by_sequence = by_sequence
+        assert trial._counting_dim(torch.zeros(*sizes, HIDDEN)) == dim
+
     def test_runs_tell_what_is_returned_and_written(self):
         trial = EagerTrial(Experts())
         x = torch.randn(5, HIDDEN, requires_grad=True)

@@ -356,6 +356,14 @@ class TestByHand:
             is_on("magic")
 
 
+class Returned(Indexed):
+    """Its ids leave the graph that dispatches by them."""
+
+    def forward(self, x):
+        ids, weights = self.route(x)
+        return self.dispatch(x, ids, weights), ids
+
+
 class TestOutside:
     """What is concluded where the ids leave the graph."""
 
@@ -400,6 +408,57 @@ class TestOutside:
         assert node is gate.router_weight
         assert check("twin")
         assert not check("other")
+
+    @staticmethod
+    def beside(monkeypatch, verdict, block=Returned, shown=SHOWN, follow=True):
+        """What is concluded of a dispatch in the graph, where others may follow behind it, and the guards set."""
+        gate, guards = one_gate(from_dynamo(block(), rows())), []
+        graph, proof = Traced(gate), Proof(gate, True, None, frozenset(), shown)
+        graph.others_follow = follow
+
+        def outside(other, owner, *, kept):
+            assert (other, owner, kept) == (gate, "owner", True)
+            return verdict
+
+        monkeypatch.setattr(rewrite_gate, "prove_outside", outside)
+        monkeypatch.setattr(rewrite_gate, "verify_rewrite", lambda *_, weighing: proof)
+        monkeypatch.setattr(rewrite_gate, "computes_the_same", lambda other, known: (other, known) == ("twin", verdict))
+        monkeypatch.setattr(rewrite_gate.dynamo, "guard_input", lambda node, check, why: guards.append((node, check)))
+        owners = types.SimpleNamespace(find=lambda weight: "owner")
+        found = rewrite_gate._prove(types.SimpleNamespace(), gate, WEIGHT, graph, owners, weighing=False)
+        return found, proof, gate, guards
+
+    @pytest.mark.parametrize(
+        ("off", "refused"), [((), False), ((False,), False), ((True,), True), ((True, False), True)]
+    )
+    def test_others_that_follow(self, monkeypatch, off, refused):
+        """The proof stands unless the block gave other things with this very rewrite."""
+        verdict = Verdict(None, "because", off=frozenset(off))
+        found, proof, gate, guards = self.beside(monkeypatch, verdict)
+        assert guards == []
+        if refused:
+            assert (found.reason, found.node) == (SkipReason.UNVERIFIED, gate.selection)
+            assert (found.detail, found.evidence) == ("because", Evidence.EXPERTS)
+        else:
+            assert found is proof
+
+    @pytest.mark.parametrize("number", [0, 3])
+    def test_layers_that_others_follow_in_the_same_way(self, monkeypatch, number):
+        """Share the graph: a block that was run has a number for what it computes."""
+        _, _, gate, [(node, check)] = self.beside(monkeypatch, Verdict(True, block=number))
+        assert node is gate.router_weight
+        assert check("twin")
+        assert not check("other")
+
+    @pytest.mark.parametrize(
+        "not_asked",
+        [{"follow": False}, {"shown": "as counted"}, {"block": Indexed}],
+        ids=["nothing follows", "another proof", "no ids leave"],
+    )
+    def test_where_nothing_else_is_run(self, monkeypatch, not_asked):
+        found, proof, _, guards = self.beside(monkeypatch, Verdict(None, off=frozenset({True}), block=1), **not_asked)
+        assert found is proof
+        assert guards == []
 
     def test_other_weights(self, gate, monkeypatch):
         """They can be told only of a code that multiplies by them, which takes merged ones as well."""

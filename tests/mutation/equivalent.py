@@ -217,6 +217,18 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "torch.manual_seed(1)",
         "any seed will do, as long as it is the same in each run",
     ),
+    (
+        "ops/reroute_merged/reference.py",
+        "first_slots",
+        "first = same.int().argmax(1)",
+        "a slot names what another names if the other names what it does",
+    ),
+    (
+        "passes/proof/made_up.py",
+        "_moved",
+        "return value + step / sign",
+        "a sign is 1 or -1",
+    ),
 )
 
 _KNOWN = {(path, function, after) for path, function, after, _ in EQUIVALENT}

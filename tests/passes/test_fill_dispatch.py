@@ -52,13 +52,25 @@ class InPlace(moe_modules.Indexed):
         return super().scores(x).add_(0.01)
 
 
+class Sequences(moe_modules.Indexed):
+    """Its ids are [B, T, K], and so are the rows of its scores."""
+
+    def forward(self, x):
+        several = x.view(2, -1, x.shape[-1])
+        ids, weights = self.route(several)
+        y = torch.tanh(several[:, :, None, None, :] @ self.experts[ids]).squeeze(3)
+        return (y * weights[..., None]).sum(2).view(x.shape)
+
+
 KINDS = [
     moe_modules.Indexed, moe_modules.Grouped, moe_modules.ScatterCombine, moe_modules.OneHotMask,
     moe_modules.IndexPut, moe_modules.SlotTable,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*KINDS, moe_modules.BiasCorrected, InPlace], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [*KINDS, moe_modules.BiasCorrected, InPlace, Sequences], ids=lambda kind: kind.__name__
+)
 def test_blocks_equal_the_oracle(kind):
     """Every way of dispatching, also those that are wrong when a token names an expert twice; a biased selection."""
     torch.manual_seed(0)

@@ -307,6 +307,21 @@ class TestReasons:
         assert refused.reason is SkipReason.RESELECTED
         assert refused.detail.startswith("topk")
 
+    def test_steps(self):
+        """The first choice sends tokens before the second is made: what reads it is named, and experts were seen."""
+
+        def function(b, x):
+            scores = b.scores(x)
+            first = scores.argmax(-1, keepdim=True)
+            second = scores.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
+            ids = torch.cat([first, second], -1)
+            both = torch.tanh(x[:, None, None, :] @ b.experts[ids]) * scores.gather(-1, ids)[..., None, None]
+            return both.sum(1) + torch.tanh(x[:, None, None, :] @ b.experts[first]).sum(1)
+
+        skip, _ = one_skip(Function(function))
+        assert (skip.reason, nodes.kind(skip.node), skip.evidence) == (SkipReason.STEPS, "argmax", Evidence.EXPERTS)
+        assert skip.detail.endswith(" reads an incomplete choice")
+
     def test_fixed_sizes(self):
         """`counts.tolist()` under make_fx is what the counts were in the traced call; the split is named."""
 

@@ -12,6 +12,8 @@ from sere_compile.passes.evidence.expert_evidence import (
     is_multiplied,
     limits_named,
     numbers_named,
+    outputs_of_all,
+    picks_outputs,
     reaches_experts,
     runs_experts,
     same_for_every_expert,
@@ -647,3 +649,51 @@ def test_what_runs_experts():
     w.call("add_", memory, x)
     assert runs_experts(w.call(torch.exp, memory), routing)
     assert not runs_experts(early, routing)
+
+
+class TestOutputsOfAll:
+    """Experts that compute every token, and what the ids pick of it."""
+
+    def setup_method(self):
+        self.w = w = Written()
+        self.x, self.ids = w.given(TOKENS, WIDTH), w.input(torch.zeros(TOKENS, 2, dtype=torch.int64))
+        self.stack = w.weight(EXPERTS, WIDTH, WIDTH)
+        self.every = w.call(torch.tanh, w.call(torch.matmul, self.x, self.stack))  # [E, T, H]
+
+    def test_products_with_a_stack(self):
+        """Of these experts' own: neither another number of matrices, nor what the model's state alone makes."""
+        w = self.w
+        assert outputs_of_all(self.every, EXPERTS)
+        assert outputs_of_all(w.call("transpose", self.every, 0, 1), EXPERTS)
+        assert not outputs_of_all(w.call(torch.matmul, self.x, w.weight(EXPERTS + 1, WIDTH, WIDTH)), EXPERTS)
+        assert not outputs_of_all(w.call("expand", w.call(torch.exp, self.x), EXPERTS, TOKENS, WIDTH), EXPERTS)
+        assert not outputs_of_all(w.call(torch.tanh, self.stack), EXPERTS)
+
+    def test_products_with_a_layer_of_each(self):
+        w = self.w
+        each = [w.call(F.linear, self.x, w.weight(WIDTH, WIDTH)) for _ in range(EXPERTS)]
+        assert outputs_of_all(w.call(torch.stack, each), EXPERTS)
+        assert not outputs_of_all(w.call(torch.stack, [each[0]] * EXPERTS), EXPERTS)
+
+    def weighed(self, table):
+        """The product of a table [T, E] of the ids and the outputs."""
+        return self.w.call(torch.einsum, "te,eth->th", table, self.every)
+
+    def table(self):
+        return self.w.call("float", self.w.call(torch.sum, self.w.call(F.one_hot, self.ids, EXPERTS), 1))
+
+    def test_weighed_by_a_table_of_the_ids(self):
+        """Some steps behind them, and not in these alone."""
+        self.weighed(self.table())
+        assert picks_outputs([self.ids], EXPERTS) is self.every
+        assert picks_outputs([self.ids], EXPERTS + 1) is None
+        assert picks_outputs([self.w.given(TOKENS, 2)], EXPERTS) is None
+
+    def test_picked_by_the_ids(self):
+        self.w.call(torch.gather, self.every, 0, self.w.call("view", self.ids, 2, TOKENS, 1))
+        assert picks_outputs([self.ids], EXPERTS) is self.every
+
+    def test_behind_a_projection_of_all_tokens_nothing_is_picked(self):
+        """It is the next layer's."""
+        self.weighed(self.w.call(F.linear, self.table(), self.w.weight(EXPERTS, EXPERTS)))
+        assert picks_outputs([self.ids], EXPERTS) is None

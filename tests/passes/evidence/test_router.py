@@ -468,6 +468,20 @@ class TestComputedWeights:
         assert isinstance(skip, Skip)
         assert "stopped at linear" in skip.detail
 
+    def test_sizes_that_nobody_recorded(self):
+        """They tell none of two matrices apart; where there is but one, they need not."""
+
+        def write(w, x, factor):
+            made = w.call(F.linear, x, w.weight(EXPERTS, HIDDEN))
+            projection = w.graph.call_function(F.linear, (x, factor))
+            projection.meta.update(made.meta)
+            return projection
+
+        skip, _, _ = traced(lambda w, x, r: write(w, x, w.graph.call_function(torch.add, (r, w.weight(2, HIDDEN)))))
+        assert isinstance(skip, Skip)
+        found, _, weight = traced(lambda w, x, r: write(w, x, w.graph.call_function(torch.mul, (r, 2.0))))
+        assert found.weight is weight
+
     def test_within_some_steps(self):
         found, _, weight = traced(lambda w, x, r: w.call(F.linear, x, negated(w, r, 20)))
         assert found.weight is weight

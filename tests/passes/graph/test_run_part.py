@@ -1,10 +1,12 @@
 """`run_graph`: a graph on given values."""
 
 import collections
+import contextlib
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.fx import symbolic_trace
 
 from sere_compile.passes.graph.run_part import copied, plain_number, run_graph
@@ -25,6 +27,22 @@ def test_noise_is_the_same_and_generators_stay():
     first, second = (list(run_graph(graph.graph, graph, given).values())[-1] for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_of_every_gpu_is_the_same(monkeypatch):
+    """Each that holds a value, once, and no other. Without a GPU these are generators of the CPU."""
+    generators, forked = tuple(torch.Generator() for _ in range(3)), []
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices: forked.append(sorted(devices)) or contextlib.nullcontext()
+    )
+    graph = symbolic_trace(lambda a, b, c, d: a)
+    with FakeTensorMode():
+        values = [torch.empty(2, device=device) for device in ("cuda:0", "cuda:2", "cuda:2", "cpu")]
+    seeds = [generator.initial_seed() for generator in generators]
+    run_graph(graph.graph, graph, dict(zip(graph.graph.nodes, values, strict=False)))
+    assert forked == [[0, 2]]
+    assert [generator.initial_seed() for generator in generators] == [0, seeds[1], 0]
 
 
 def test_writes_go_to_copies():

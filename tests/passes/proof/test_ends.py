@@ -284,6 +284,35 @@ def test_memory_that_experts_add_to_is_an_exit():
     assert ends.last == max(nodes.writers(ends.exit))
 
 
+class InViews(ExpertLoop):
+    """Each expert adds to a view of its own of one memory; `around` makes the block's output of it."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.around = around
+
+    def dispatch(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            view = out.view(x.shape)
+            token, slot = torch.where(ids == number)
+            view[token] += weights[token, slot, None] * self.expert(number, x[token])
+        return self.around(x, out, view)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [lambda x, out, view: out + x, lambda x, out, view: view + x, lambda x, out, view: (torch.tanh(view), out * 2)],
+    ids=["itself", "a view", "both"],
+)
+def test_what_reads_memory_behind_its_last_write_reads_the_exit(around):
+    """Whatever view it is read by, it is no other end."""
+    _, ends = found_in(graph := captured(InViews(around)), one_gate(graph))
+    assert nodes.kind(ends.exit) == "zeros_like"
+    assert ends.complete == max(nodes.writers(ends.exit))
+    assert ends.sides == ends.written == ()
+
+
 def test_the_memory_of_the_layer_before_is_made_up():
     """The second layer starts from what the first left there, not from its experts' writes."""
     graph = captured(TwoLayers())
@@ -353,6 +382,16 @@ class TestByHand:
         assert search._is_weighed(behind(experts)) is weighed
         assert not any(search._is_weighed(behind(node)) for node in (router, buffer, search._projection))
         assert not search._is_weighed(behind(w.weight(EXPERTS)))
+
+    def test_whole_numbers_that_weigh(self):
+        """A packed matrix does; a row of numbers, such as an order, is none."""
+        w = Written()
+        search = _Search.__new__(_Search)
+        search._projection, search._router, search._of_router = w.given(4, EXPERTS), set(), {EXPERTS}
+        packed, order = (w.input(nn.Parameter(torch.zeros(sizes).long(), False)) for sizes in ((2, 6), (12,)))
+        assert search._is_weighed(packed)
+        assert not search._is_weighed(order)
+        assert search._is_weighed(w.weight(12))
 
     def test_attributes_that_are_read_twice(self):
         w = Written()

@@ -1,5 +1,6 @@
 """Values for the inputs of a region."""
 
+import math
 import types
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from sere_compile.passes.graph import nodes
 from sere_compile.passes.proof.made_up import (
     _choose,
+    _moved,
     activation_values,
     crowded,
     later_state,
@@ -188,6 +190,29 @@ def test_which_state_may_be_other_later():
     found = later_state(types.SimpleNamespace(leaves=leaves), state, 0)
     assert [leaves[node].source.name for node in found] == ["calls", "bias", "scale"]
     assert all(value.shape == state[node].shape for node, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "order"),
+    [
+        ([4.0, 8.0, 0.0], 4.0),
+        ([-4.0, -8.0, -6.0], 6.0),
+        ([-4.0, 0.0, 8.0], 4.0),
+        ([0.0, 0.0, 0.0], 0.5),
+        ([-4.0, math.inf, -math.inf], 4.0),
+    ],
+    ids=["not below 0", "below 0", "both", "zeros", "infinities"],
+)
+def test_numbers_move_away_from_zero(numbers, order):
+    """By some of their own order: what is below 0 and what is not stay so."""
+    before = torch.tensor(numbers)
+    after = _moved(before, torch.Generator().manual_seed(0))
+    finite = before.isfinite()
+    assert torch.equal(after < 0, before < 0)
+    assert torch.equal(after[~finite], before[~finite])
+    steps = (after.abs() - before.abs())[finite]
+    assert (steps > 0).all()
+    assert order / 4 < steps.max() < order
 
 
 def test_distances_are_not_negative():
