@@ -222,7 +222,7 @@ def _repeated(held: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     if list(held.shape) == sizes:
         return held.detach().clone()
     numbers, count = held.detach().reshape(-1), torch.Size(sizes).numel()
-    return numbers[torch.arange(count, device=numbers.device) % max(len(numbers), 1)].view(sizes)
+    return numbers[torch.arange(count, device=numbers.device) % len(numbers)].view(sizes)
 
 
 def _with_neighbours(numbers: set[float]) -> tuple[float, ...]:
