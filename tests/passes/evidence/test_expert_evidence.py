@@ -391,6 +391,22 @@ class TestOnTheWayToExperts:
 
         assert reaches_experts(used_by(parts), EXPERTS)
 
+    def test_what_only_checks_a_size_is_no_distance(self):
+        def checked(w, n, x):
+            for _ in range(250):
+                w.graph.call_function(torch.ops.aten._assert_scalar.default, (n, "size"))
+            meet_experts(w, w.call(torch.exp, w.call(torch.exp, n)))
+
+        assert reaches_experts(used_by(checked), EXPERTS)
+
+    def test_what_is_met_by_two_ways_is_looked_at_once(self):
+        def joined(w, n, x):
+            for _ in range(12):
+                n = w.call(torch.add, w.call(torch.sin, n), w.call(torch.cos, n))
+            meet_experts(w, n)
+
+        assert reaches_experts(used_by(joined), EXPERTS)
+
 
 def looked_up(write):
     """One number per expert at the ids [T, K], and what `write(written, numbers)` makes of it."""
