@@ -17,7 +17,7 @@ MODULES = (
 )
 COUNT, SEED = 40, 15
 # How many mutants of the sample their tests kill, at least. Raise it to what the lane prints, and never lower it.
-AT_LEAST = 39
+AT_LEAST = 40
 
 
 def main() -> int:
