@@ -32,7 +32,7 @@ struct __align__(8) Said {
   u32 slots;
 };
 #if HIDDEN
-constexpr int PART = HIDDEN / MOST_BLOCKS;              // columns of a block
+constexpr int PART = HIDDEN / MOST_BLOCKS;            // columns of a block
 constexpr int WARPS = SPAN / 16 > 8 ? SPAN / 16 : 8;  // of a block, and so many tokens at most
 #endif
 struct __align__(16) Board {
@@ -265,7 +265,8 @@ DEVICE float logit(const Board& board, int e) {
 
 // Reads a token of logits or scores, and selects its experts where they are not given.
 DEVICE void read_token(Token& token, const Board& board, const void* scores, long long row, const void* choice,
-                       long long choice_row, const void* bias, const void* ids, const void* weights, int t, float epsilon, float scale) {
+                       long long choice_row, const void* bias, const void* ids, const void* weights, int t,
+                       float epsilon, float scale) {
   const int lane = threadIdx.x & 31;
   if (GIVEN && lane < TOP_K) {
     const int slot = t * TOP_K + lane;

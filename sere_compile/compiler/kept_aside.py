@@ -27,10 +27,11 @@ import numpy
 import torch
 from torch import nn
 
+from ..experts.trial_block import OF_EVERY_MODULE
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _LISTS = (list, tuple, set, frozenset, collections.deque)
 _CODE = (types.ModuleType, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, nn.Module)
-_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # what every module has
 _LIBRARIES = tuple({os.path.abspath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
 _LIBRARIES += (os.path.dirname(torch.__path__[0]),)
 _DEEP = 4  # lists in lists in objects ..
@@ -242,7 +243,7 @@ def _holds_uncopied(found: Content) -> bool:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, value) for name, value in list(vars(module).items()) if name not in _OWN)
+    return ((name, value) for name, value in list(vars(module).items()) if name not in OF_EVERY_MODULE)
 
 
 def _modules_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

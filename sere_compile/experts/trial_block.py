@@ -23,7 +23,8 @@ from torch import nn
 
 # Numbers of a layer that say where it stands, not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
-_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # what every module has
+# Attributes that every module has.
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _DEEP = 4  # lists in lists in dictionaries ..
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
@@ -194,7 +195,7 @@ def fingerprint(block: nn.Module) -> tuple[Any, ...]:
         plain = tuple(
             (key, _described(value))
             for key, value in sorted(vars(module).items())
-            if key not in _OWN and key not in _PLACES and (not key.startswith("_") or _is_plain(value))
+            if key not in OF_EVERY_MODULE and key not in _PLACES and (not key.startswith("_") or _is_plain(value))
         )
         shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in module.named_parameters(recurse=False))
         described.append((name, type(module), module.training, plain, _hooks_of(module), shapes))
@@ -218,7 +219,7 @@ class Settings:
             (weakref.ref(module), name, _described(value))
             for path, module in own
             for name, value in vars(module).items()
-            if name in read and name not in _OWN and f"{path}.{name}".strip(".") not in written
+            if name in read and name not in OF_EVERY_MODULE and f"{path}.{name}".strip(".") not in written
         ]
         self._hooks = [(weakref.ref(module), _hooks_of(module)) for module in block.modules()]
 

@@ -58,8 +58,6 @@ def test_other_inputs_are_not_held():
     assert torch.equal(
         torch.compile(gate, backend="eager")(torch.ones(2, HIDDEN))[0], torch.ones(2, HIDDEN) @ gate.weight.T
     )
-    held.remove()
-    assert torch.equal(gate(torch.ones(2, HIDDEN))[0], torch.ones(2, HIDDEN) @ gate.weight.T)
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,6 @@ class HeldGate:
         """On the instance, which the layer holds."""
         self._gate.forward = self.forward
 
-    def remove(self) -> None:
-        """The gate makes its logits again."""
-        self._gate.forward = self._original
-
     def forward(self, hidden: Tensor) -> Any:
         """The gate's own result, or for few tokens memory for logits that `take` knows again."""
         if torch.compiler.is_compiling() or not 0 < hidden.shape[0] <= MOST_REROUTED_TOKENS or hidden.dim() != 2:
