@@ -2,7 +2,8 @@
 
 Each variant is one CUDA graph of 20 calls on inputs of their own, replayed in turn; printed is the median of a call
 in microseconds. Outputs are compared first. Two launches are `sere::route` and `sere::reroute` one after the other,
-one launch is `sere::route` with a similarity, with the tile that it chooses. `--tiles` times others. `--hidden H` times
+one launch is Triton's with a similarity, with the tile that it chooses; a cluster is `sere::route` itself on Hopper
+and later, up to 64 tokens. `--tiles` times others. `--hidden H` times
 routing from hidden states instead: the router's product and what follows it, by Triton's two launches, with
 re-routing in one launch, and with the product in that launch too.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 from sere_compile.benchmark.timing import capture, time_in_turn
+from sere_compile.ops.cuda.cluster import MOST_REROUTED_TOKENS, takes
 from sere_compile.ops.reroute import reroute
 from sere_compile.ops.route import route
 from sere_compile.ops.route.launch import Tile, is_narrow, launch_route, one_launch, tile_for
@@ -104,6 +106,8 @@ def bench(router: Router, tokens: int, tiles: list[tuple], with_stock: bool) -> 
         options = {f"one, S={s}": chosen} if not tiles else {f"{t}, S={s}": Tile(*t) for t in tiles}
         for name, tile in options.items():
             functions[name] = lambda x, tile=tile, r=rerouting: launch_route(x, bias, settings, r, tile)
+        if takes(inputs[0].shape, router.top_k, inputs[0], bias, most=MOST_REROUTED_TOKENS):
+            functions[f"cluster, S={s}"] = lambda x, s=s: route(x, bias, *numbers, similarity, s, 0.0, router.top_k)
     for s in selects:
         want = functions[f"two, S={s}"](inputs[0])
         for name, function in functions.items():

@@ -421,7 +421,7 @@ DEVICE u32 best_experts(Board& board, const Said (&all)[LANE], float threshold, 
   return found;
 }
 
-// The experts that the batch keeps. All threads.
+// The experts that the batch keeps: all that there are, where it loses none that it uses. All threads.
 DEVICE u32 kept_experts(Board& board, float threshold, int least, int budget) {
   Said all[LANE];
 #pragma unroll
@@ -434,9 +434,10 @@ DEVICE u32 kept_experts(Board& board, float threshold, int least, int budget) {
 #pragma unroll 1
     while (number < least && width < TOP_K) number = count(named_by(all, (1u << ++width) - 1));
   }
-  if (number >= count(used)) return used;
+  if (number >= count(used)) return ALL;
   if (!HAS_THRESHOLD && number == count(first)) return first;
-  return best_experts(board, all, threshold, number);
+  const u32 kept = best_experts(board, all, threshold, number);
+  return HAS_THRESHOLD && count(kept) == count(used) ? ALL : kept;
 }
 
 // Lost slots go to kept experts that the token does not name: ids and weights of its slots, in their lanes.

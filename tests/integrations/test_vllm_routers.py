@@ -112,6 +112,13 @@ def test_kinds_differ_by_everything_but_the_values_of_a_bias():
     assert routers.known_router(one, torch.float32).kind != routers.known_router(other, torch.float32).kind
 
 
+def on_device(router, device):
+    """As an engine has it: the bias is a parameter."""
+    if router.e_score_correction_bias is not None:
+        router.e_score_correction_bias = router.e_score_correction_bias.to(device)
+    return router
+
+
 def hook(router, device, **options):
     generator = torch.Generator().manual_seed(0)
     half = torch.rand(EXPERTS, EXPERTS, generator=generator)
@@ -132,7 +139,7 @@ def in_order(weights, ids):
 @pytest.mark.parametrize("indices_type", [None, torch.int64, torch.uint32], ids=str)
 def test_the_hook_selects_as_the_router_and_reroutes_as_before(kind, indices_type, device):
     """Decode, prefill and padding; the router is not asked, but for logits of another type."""
-    router, plain = kind(), kind()
+    router, plain = (on_device(kind(), device) for _ in range(2))
     made, before = hook(router, device), hook(plain, device)
     made.known = known(router, device)
     assert made.selects

@@ -79,6 +79,21 @@ def test_given_experts(structure, tokens, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize(("threshold", "min_active"), [(0.0, 8), (0.01, 0)])
+def test_where_the_batch_loses_nothing_masked_tokens_do_not_either(threshold, min_active, tmp_path):
+    """The last token says nothing, and its experts are no other token's."""
+    ids = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    scores = torch.arange(24.0).view(3, 8)
+    weights, mask = torch.full((3, 2), 0.5), torch.tensor([True, True, False])
+    outs = torch.full_like(ids, -77), torch.full_like(weights, torch.nan)
+    rows = Rows(scores, ids=ids, weights=weights, mask=mask)
+    filling = Rerouting(None, 1, threshold, min_active, fill=True)
+    cuda_on_cpu.run_cluster(rows, filling, Selection(), outs, (1, 128), tmp_path)
+    assert torch.equal(outs[0], ids)
+    assert torch.equal(outs[1], weights)
+
+
+@needs_compiler
 @pytest.mark.parametrize(("case", "tokens"), thinned(SELECTED, (0, 3)), ids=str)
 def test_selected_experts(case, tokens, tmp_path):
     """Logits: what `sere::route` gives."""
