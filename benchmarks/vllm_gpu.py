@@ -39,8 +39,8 @@ CASES: dict[str, dict[str, Any] | None] = {
     "nothing-hook": {"select_top_k": 1, "min_active": 0, "threshold": 2.0, "experts": "vllm", "router": "vllm"},
     "s2": {"select_top_k": 2, "min_active": 0},
     "nothing-ours": {"select_top_k": 1, "min_active": 0, "threshold": 2.0},
-    "s1-gate": {"select_top_k": 1, "min_active": 0, "router": "gate"},
-    "s2-gate": {"select_top_k": 2, "min_active": 0, "router": "gate"},
+    "s1-sere": {"select_top_k": 1, "min_active": 0, "router": "sere"},
+    "s2-sere": {"select_top_k": 2, "min_active": 0, "router": "sere"},
     "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm", "router": "vllm"},
 }
 DEFAULT_CASES = "stock,s1,sK,nothing,s2"
@@ -219,13 +219,13 @@ def check_all(seconds: float, log: Path, eager: bool) -> bool:
             # experts that are nearly tied may change places.
             rest = {key: value for key, value in sere.items() if key != "collect_stats"}
             rest["experts"] = "vllm" if eager else "sere"
-            for router, what in (("auto", "selected by sere::route"), ("gate", "with logits of sere::route")):
+            for router, what in (("sere", "selected by sere::route"), ("gate", "with logits of sere::route")):
                 routed = engine(f"S = 1, {what}", sere={**rest, "router": router, "strict": not eager}, profile=profile)
                 say(log)
                 if routed:
                     same = sum(a == b for a, b in zip(routed["tokens"], got["tokens"], strict=True))
                     judge(f"S = 1 {what}: tokens of the hook: {agreement(routed['tokens'], got['tokens'])}",
-                          same >= len(prompts) - (1 if router == "auto" else 3))  # fmt: skip
+                          same >= len(prompts) - (1 if router == "sere" else 3))  # fmt: skip
         got = engine("S = 1, float32", sere=sere, profile=profile, engine=exact_engine)
         if got:
             judge(f"S = 1 in float32: tokens of transformers with the backend: {agreement(got['tokens'], expected)}",

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 INSTRUCTIONS, SOURCES = ("common.cuh",), ("cluster.cu",)
 # A warp for each token: 8 blocks of 32 warps, of 16 to re-route, which takes more registers.
 MOST_BLOCKS, MOST_TOKENS = 8, 256
-# Up to which re-routing takes one launch. Not timed: filling in one, which does more, is as fast as re-routing in two
-# launches at 128 tokens (docs/kernels.md).
-MOST_REROUTED_TOKENS = 64
+# Up to which re-routing takes one launch, and up to which that launch multiplies by the router's weight as well: above,
+# Triton's two launches, or cuBLAS and what follows it, are as fast (docs/kernels.md).
+MOST_REROUTED_TOKENS, MOST_HIDDEN_TOKENS = 64, 32
 # Of a block of Hopper's.
 MOST_SHARED_BYTES = 227 * 1024
 MOST_EXPERTS, MOST_TOP_K = 256, 16
@@ -152,13 +152,13 @@ def takes_hidden(hidden: Tensor, router: Tensor, top_k: int, *floats: Tensor | N
         and isinstance(width, int)
         and width % (32 * MOST_BLOCKS) == 0
         and all(t.data_ptr() % 16 == 0 for t in (hidden, router))
-        and takes((*hidden.shape[:-1], router.shape[0]), top_k, hidden, *floats, most=MOST_REROUTED_TOKENS)
+        and takes((*hidden.shape[:-1], router.shape[0]), top_k, hidden, *floats, most=MOST_HIDDEN_TOKENS)
         and _bytes_with_hidden(router.shape[0], width, _tiles(hidden.numel() // width)) <= MOST_SHARED_BYTES
     )
 
 
 def _tiles(num_tokens: int) -> int:
-    """Tiles of 8 tokens: 1, 2, 4 or 8, each a kernel of its own."""
+    """Tiles of 8 tokens: 1, 2 or 4, each a kernel of its own."""
     return 1 << (-(-num_tokens // 8) - 1).bit_length()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sere_compile.integrations.vllm import gates, plugin
+from sere_compile.integrations.vllm.engine import EngineMismatchError
 from sere_compile.integrations.vllm.gates import HeldGate, cannot_hold
 
 from ..ops.cases import exact_product
@@ -41,7 +42,11 @@ def test_few_tokens_are_held_once():
     assert (logits.shape, logits.dtype, rest, gate.products) == ((3, EXPERTS), torch.float32, None, 0)
     assert held.take(logits) is hidden
     assert held.take(logits) is None
-    assert held.take(gate(hidden)[0].clone()) is None
+    other = gate(hidden)[0].float().clone()
+    with pytest.raises(EngineMismatchError, match='"router": "sere"'):
+        held.take(other)
+    gate.weight = nn.Parameter(gate.weight * 2)
+    assert held.weight is gate.weight
 
 
 def test_other_inputs_are_not_held():
@@ -49,7 +54,7 @@ def test_other_inputs_are_not_held():
     gate = Gate()
     held = HeldGate(gate)
     held.install()
-    for shape in ((65, HIDDEN), (0, HIDDEN), (2, 3, HIDDEN)):
+    for shape in ((33, HIDDEN), (0, HIDDEN), (2, 3, HIDDEN)):
         hidden = torch.randn(shape)
         logits = gate(hidden)[0]
         assert torch.equal(logits, hidden @ gate.weight.T)
@@ -65,6 +70,7 @@ def test_other_inputs_are_not_held():
     [
         ({}, ""),
         ({"gate": None}, "outside of it"),
+        ({"gate": SimpleNamespace(base_layer=Gate(), weight=Gate().weight)}, "LoRA"),
         ({"_fse_fuse_gate": True}, "the shared expert's"),
         ({"gate": SimpleNamespace(weight=None)}, "quantised"),
         ({"gate": nn.Linear(HIDDEN, EXPERTS)}, "has a bias"),
@@ -95,7 +101,7 @@ def test_the_hook_routes_hidden_states_as_it_routes_their_logits(kind, device):
         assert torch.equal(ids, wanted[1])
         torch.testing.assert_close(weights, wanted[0])
     assert (gate.products, router.asked) == (0, 0)
-    many = torch.randn(65, HIDDEN, device=device)
+    many = torch.randn(33, HIDDEN, device=device)
     assert torch.equal(
         router._compute_routing(many, gate(many)[0])[1], before.router._compute_routing(many, many @ gate.weight.T)[1]
     )
@@ -135,3 +141,15 @@ def test_weights_that_differ_are_told():
     matrix = torch.eye(EXPERTS)
     assert gates.differs(gate, right, matrix, (1, 0.0, 0, 0)) == ""
     assert "apart" in gates.differs(gate, Scaled(), matrix, (1, 0.0, 0, 0))
+
+
+def test_where_gates_are_held_by_default(monkeypatch):
+    """Where the kernel is, and no rank's experts are another's; "gate" asks for it anywhere."""
+    cpu, alone = torch.device("cpu"), {"a": SimpleNamespace(meeting=None)}
+    assert plugin.gates_are_held("gate", alone, cpu)
+    assert not plugin.gates_are_held("auto", alone, cpu)
+    monkeypatch.setattr(plugin.nvrtc, "serves", lambda device: True)
+    assert plugin.gates_are_held("auto", alone, cpu)
+    assert not plugin.gates_are_held("auto", {**alone, "b": SimpleNamespace(meeting=object())}, cpu)
+    assert not plugin.gates_are_held("sere", alone, cpu)
+    assert not plugin.gates_are_held("vllm", alone, cpu)

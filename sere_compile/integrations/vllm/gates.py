@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.cuda.cluster import MOST_REROUTED_TOKENS
+from ...ops.cuda.cluster import MOST_HIDDEN_TOKENS
+from .engine import EngineMismatchError
 from .routers import KnownRouter
 
 # Rows of random hidden states that have to get the same experts: sums in another order round some logits otherwise.
@@ -28,10 +29,15 @@ class HeldGate:
     """
 
     def __init__(self, gate: Any) -> None:
-        self.weight: Tensor = gate.weight
         self._gate = gate
         self._original: Callable[[Tensor], Any] = gate.forward
         self._held: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """[E, H], as it is now: an engine may load other weights."""
+        weight: Tensor = self._gate.weight
+        return weight
 
     def install(self) -> None:
         """On the instance, which the layer holds."""
@@ -39,16 +45,27 @@ class HeldGate:
 
     def forward(self, hidden: Tensor) -> Any:
         """The gate's own result, or for few tokens memory for logits that `take` knows again."""
-        if torch.compiler.is_compiling() or not 0 < hidden.shape[0] <= MOST_REROUTED_TOKENS or hidden.dim() != 2:
+        if torch.compiler.is_compiling() or not 0 < hidden.shape[0] <= MOST_HIDDEN_TOKENS or hidden.dim() != 2:
             return self._original(hidden)
         logits = hidden.new_empty(hidden.shape[0], self.weight.shape[0])
         self._held = hidden, logits
         return logits, None
 
     def take(self, logits: Tensor) -> Tensor | None:
-        """The hidden states that are to become these logits; None where they are logits already."""
+        """The hidden states that are to become these logits; None where they are logits already.
+
+        Raises:
+            EngineMismatchError: what the gate handed out became something else on its way, which holds no logits.
+        """
         held, self._held = self._held, None
-        return held[0] if held is not None and held[1] is logits else None
+        if held is None:
+            return None
+        if held[1] is not logits:
+            raise EngineMismatchError(
+                "vLLM does something with a gate's logits before it asks the router, so that sere::route cannot make "
+                'them: add "router": "sere" to the options of sere'
+            )
+        return held[0]
 
 
 def cannot_hold(runner: Any, known: KnownRouter) -> str:
@@ -56,6 +73,8 @@ def cannot_hold(runner: Any, known: KnownRouter) -> str:
     gate = getattr(runner, "gate", None)
     if gate is None:
         return "its gate is computed outside of it"
+    if hasattr(gate, "base_layer"):
+        return "its gate can be adapted (LoRA)"
     if getattr(runner, "_fse_fuse_gate", False):
         return "its gate is one product with the shared expert's"
     weight = getattr(gate, "weight", None)
@@ -68,7 +87,11 @@ def cannot_hold(runner: Any, known: KnownRouter) -> str:
 
 
 def differs(
-    gate: Any, known: KnownRouter, matrix: Tensor, numbers: tuple[int, float, int, int], tokens: int = 64
+    gate: Any,
+    known: KnownRouter,
+    matrix: Tensor,
+    numbers: tuple[int, float, int, int],
+    tokens: int = MOST_HIDDEN_TOKENS,
 ) -> str:
     """What routing from hidden states does otherwise than from a gate's logits; empty where nothing is.
 

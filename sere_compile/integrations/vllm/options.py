@@ -19,7 +19,7 @@ ROUTING = (
 )  # fmt: skip
 PHASES = ("decode", "all")
 EXPERTS = ("auto", "sere", "vllm")
-ROUTERS = ("auto", "gate", "vllm")
+ROUTERS = ("auto", "gate", "sere", "vllm")
 ROUTING_BATCHES = ("rank", "all_ranks")
 # How the reference implementation is switched on: `hf_overrides={"select_top_k": 1, "threshold":
 # 0.1}`.
@@ -40,9 +40,10 @@ class VllmOptions:
             batch.
         experts: who computes the experts of a small batch. "auto": `sere::expert_mlp` where it was
             measured to be faster; "sere": wherever it can; "vllm": vLLM's kernels always.
-        router: who selects experts in a small batch. "auto": `sere::route`, which re-routes as well,
-            where it was seen to select as vLLM's router does; "gate": the same, and it makes the logits of up to 64
-            tokens too, in the same launch, instead of vLLM's gate; "vllm": vLLM's router always.
+        router: who selects experts in a small batch. "sere": `sere::route`, which re-routes as well,
+            where it was seen to select as vLLM's router does; "gate": the same, and it makes the logits of up to 32
+            tokens too, in the same launch, instead of vLLM's gate; "auto": "gate" where that was measured to be
+            faster, else "sere"; "vllm": vLLM's router always.
         routing_batch: whose tokens decide together which experts are primary, where tokens of several ranks are
             computed by the same experts (data parallelism). "rank": each rank's own; "all_ranks": those of all
             ranks, at the price of an all-reduce per layer.

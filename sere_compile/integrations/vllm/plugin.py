@@ -15,6 +15,7 @@ import torch
 
 from ...errors import ConfigError, GateNotFoundError, SereError
 from ...gate_stats import GateStats
+from ...ops.cuda import nvrtc
 from .engine import EngineMismatchError, check_internals, check_modes, kernels_that_ask_the_router
 from .experts import replace_experts
 from .gates import HeldGate, cannot_hold
@@ -169,7 +170,8 @@ class WorkerHooks:
             self.hooks = {name: _hook(plan, self.state, options.routing_batch) for name, plan in plans.items()}
             replaced = replace_experts(runners, options, config, device)
             routed = select_in_hooks(self.hooks, runners, device) if options.router != "vllm" else 0
-            held = hold_gates(self.hooks, runners) if options.router == "gate" else 0
+            holds = gates_are_held(options.router, self.hooks, device)
+            held = hold_gates(self.hooks, runners) if holds else 0
         for hook in self.hooks.values():
             hook.install()
         self._layers = config.compilation_config.static_forward_context
@@ -189,12 +191,10 @@ class WorkerHooks:
             log.info(
                 "SERE: sere::route selects experts and re-routes them in %d of %d MoE layers", routed, len(runners)
             )
-        if options.router == "gate":
+        if holds:
             log.info("SERE: sere::route makes the logits too in %d of %d MoE layers", held, len(runners))
-            if options.config.strict and held < len(self.hooks):
-                raise ConfigError(
-                    f'router="gate": {len(self.hooks) - held} of {len(self.hooks)} gates are left; see above'
-                )
+        if options.router == "gate" and options.config.strict and held < len(self.hooks):
+            raise ConfigError(f'router="gate": {len(self.hooks) - held} of {len(self.hooks)} gates are left; see above')
         if not self.hooks:
             log.warning("SERE re-routes none of %d MoE layers: S = K in all of them.", len(runners))
             return
@@ -285,6 +285,16 @@ def select_in_hooks(hooks: dict[str, RoutingHook], runners: Mapping[str, Any], d
                 log.info("SERE: vLLM's router selects experts, sere::route does not as it: %s", compared[known.kind])
         hook.known = None if compared[known.kind] else known
     return sum(hook.known is not None for hook in hooks.values())
+
+
+def gates_are_held(router: str, hooks: Mapping[str, RoutingHook], device: torch.device) -> bool:
+    """Whether gates are to hand on hidden states: by default where one launch multiplies, selects and re-routes.
+
+    By default not where ranks share experts either: which of them has logits on their way is the engine's affair.
+    """
+    if router == "gate":
+        return True
+    return router == "auto" and nvrtc.serves(device) and all(hook.meeting is None for hook in hooks.values())
 
 
 def hold_gates(hooks: dict[str, RoutingHook], runners: Mapping[str, Any]) -> int:
