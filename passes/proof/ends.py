@@ -117,7 +117,7 @@ class _Search:
     def _completes_memory(self, node: Node, ahead: list[Node], starts: set[Node], carrying: set[Node]) -> bool:
         """Whether a node is the last to add what experts give to memory with one row per token, which is then read."""
         memory = next((_root_of(written) for written in nodes.writes(node)), None)
-        if memory is None or memory.op != "call_function" or max(nodes.writers(memory), default=node) is not node:
+        if memory is None or memory.op != "call_function" or max(nodes.writers(memory)) is not node:
             return False
         if not _one_row_a_token(memory, self._gate.ids) or not runs_experts(node, self._routing):
             return False
@@ -134,14 +134,14 @@ class _Search:
             return True
         if any(branch in starts and _looks_up_state(branch) for branch in ahead):
             return True
-        return bool(ahead) and self._meet_experts(ahead, node)
+        return self._meet_experts(ahead, node)
 
     def _meet_experts(self, branches: list[Node], exit_node: Node) -> bool:
         """Whether a branch beside the exit meets parameters of the model before it meets what comes of the exit."""
         behind, ahead, seen = {exit_node}, [exit_node, *branches], {exit_node, *branches}
         heapq.heapify(ahead)
         for _ in range(_FAR):
-            if not ahead or all(node in behind for node in ahead):
+            if all(node in behind for node in ahead):
                 return False
             node = heapq.heappop(ahead)
             if node not in behind:
