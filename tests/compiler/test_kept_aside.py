@@ -2,7 +2,11 @@
 
 import collections
 import contextvars
+import dataclasses
 import functools
+import json
+import logging
+import random
 import sys
 import threading
 import types
@@ -15,12 +19,21 @@ from torch import nn
 from sere_compile.compiler.kept_aside import (
     KeptAside,
     _by_name,
+    _called,
+    _functions,
     _globals_of,
     _is_kept,
+    _is_own_class,
+    _is_users,
     _members,
+    _modules_in,
+    _named,
     _snapshot,
+    _Variable,
     alike,
     content,
+    outline,
+    remember_generators,
 )
 
 COUNTS, LAST = (contextvars.ContextVar(name) for name in ("counts", "last"))
@@ -589,3 +602,325 @@ class TestByHand:
         lists[0][0][0][0] = 1
         restore()
         assert lists == [[[[0]]]]
+
+    def test_further_down_only_a_size_is_looked_at(self):
+        assert content([[[[[1]]]]]) == [
+            "list",
+            1,
+            [0, ["list", 1, [0, ["list", 1, [0, ["list", 1, [0, ["list", 1]]]]]]]],
+        ]
+        five = [[[[[0]]]]]
+        restore = _snapshot(five)
+        five[0][0][0][0][0] = 1
+        restore()
+        assert five == [[[[[1]]]]]
+
+    def test_arrays_and_numbers_of_numpy(self):
+        """Large ones, and what is no array of numbers, are known by who they are."""
+        assert content(numpy.float32(0.5)) == 0.5
+        assert content(numpy.arange(3)) == [0, 1, 2]
+        assert content(numpy.add) == id(numpy.add)
+        large = numpy.broadcast_to(numpy.int8(0), ((1 << 20) + 1,))
+        assert content(large) == ["not copied", id(large)]
+        assert content(numpy.broadcast_to(numpy.int8(0), (1 << 20,))) == [0] * (1 << 20)
+
+    def test_nobody_knows_where_an_iterator_is(self):
+        one = iter([1])
+        assert not alike(content(one), content(one))
+        assert list(one) == [1]
+
+    def test_an_outline_is_without_numbers(self):
+        """Types, sizes and names, which two runs with other numbers share."""
+        first, other = ({"a": [torch.tensor([x]), x, x > 1]} for x in (1.0, 2.0))
+        assert outline(content(first)) == outline(content(other))
+        assert outline(torch.zeros(2)) == [torch.float32, (2,)]
+        assert outline(["a", 1, [2.5, None]]) == ["a", int, [float, type(None)]]
+        assert outline(content([1])) != outline(content([1.0]))
+        assert outline(torch.zeros(2)) != outline(torch.zeros(3))
+        assert outline(torch.zeros(2)) != outline(torch.zeros(2).double())
+
+    def test_a_set_that_has_grown_long_is_put_back(self):
+        numbers = {1, 2}
+        restore = _snapshot(numbers)
+        numbers.update(range(3000))
+        restore()
+        assert numbers == {1, 2}
+        assert len(_members(set(range(2000)))) == 2000
+
+    def test_names_and_places_are_put_back(self):
+        """Though the members are the same objects."""
+        one, other = [1], [2]
+        for value, change in (
+            ({"a": one}, lambda held: held.update(b=held.pop("a"))),
+            ([one, other], list.reverse),
+            (collections.deque([one, other]), collections.deque.reverse),
+        ):
+            before, restore = content(value), _snapshot(value)
+            change(value)
+            assert not alike(content(value), before)
+            restore()
+            assert alike(content(value), before)
+
+    def test_what_is_put_back_of_objects(self):
+        """Frozen ones too, which code may change all the same; attributes and slots that were not there go."""
+        frozen, slotted = Frozen(1), Slotted()
+        log = slotted.log
+        restore, of_slots = _snapshot(frozen), _snapshot(slotted)
+        object.__setattr__(frozen, "value", 2)
+        slotted.note(1)
+        slotted.log = None
+        restore()
+        of_slots()
+        assert frozen.value == 1
+        assert slotted.log is log
+        assert (log, hasattr(slotted, "last")) == ([], False)
+
+    def test_both_slots_and_attributes(self):
+        value = MoreThanSlots()
+        value.more, value.last = 1, 2
+        assert dict(_members(value)) == {"log": [], "last": 2, "more": 1}
+
+    def test_tensors_that_are_not_put_back(self):
+        """Large ones and those of other classes: nobody has copied them."""
+        for value in (torch.zeros((1 << 20) + 1, dtype=torch.int8), Subclass([1.0, 2.0])):
+            restore = _snapshot(value)
+            value += 1
+            changed = value.clone()
+            restore()
+            assert torch.equal(value, changed)
+        whole = torch.zeros(1 << 20, dtype=torch.int8)
+        restore = _snapshot(whole)
+        whole += 1
+        restore()
+        assert not whole.any()
+
+    def test_arrays_that_nobody_may_write_to(self):
+        fixed = numpy.zeros(2)
+        fixed.flags.writeable = False
+        _snapshot([fixed])()
+        assert fixed.tolist() == [0, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Says that nobody changes it."""
+
+    value: int
+
+
+class MoreThanSlots(Slotted):
+    """Has a dictionary of attributes besides."""
+
+
+OUTSIDE = Owner()
+OUTSIDE_HOOKED = Owner()
+
+
+def using_outside(x):
+    OUTSIDE.keep(x)
+
+
+class TestWhatIsLookedAt:
+    """Of modules, code and classes: each by a name that a reader of the code knows, and once."""
+
+    @staticmethod
+    def names(module):
+        return list(KeptAside(module).content())
+
+    def test_a_module_outside_is_looked_at_once(self):
+        """By the first name that is met; what it refers to of the block itself has its own."""
+        module, owner = nn.Sequential(nn.Identity()), Owner()
+        module.first, module.second = [owner], {"by name": owner}
+        owner.inside = module
+        module[0].mark = 0
+        assert self.names(module) == [
+            *("first", "second", "0.mark", "first.log", "first.part.last", "first.buffers"),
+        ]
+
+    def test_a_part_of_two_modules_outside(self):
+        first, second, module = Owner(), Owner(), nn.Identity()
+        second.part = first.part
+        module.owners = [first, second]
+        found = self.names(module)
+        assert found.count("owners.part.last") == 1
+        assert sum(name.startswith("owners.buffers") for name in found) == 1
+        aside = KeptAside(module)
+        assert [path for path, _ in aside._modules] == ["", "owners", "owners.part", "owners"]
+
+    def test_a_module_that_code_names_is_no_global_of_its_own(self):
+        module = nn.Identity()
+        module.helper = using_outside
+        assert self.names(module) == ["helper", "OUTSIDE.log", "OUTSIDE.part.last", "OUTSIDE.buffers"]
+
+    def test_a_module_without_buffers_has_none_to_look_at(self):
+        module = nn.Identity()
+        vars(module)["owner"] = nn.Identity()
+        assert self.names(module) == ["owner"]
+
+    def test_modules_that_attributes_refer_to(self):
+        module, inner = nn.Identity(), [nn.Identity() for _ in range(4)]
+        vars(module)["one"] = inner[0]
+        module.listed, module.named, module.number = (inner[1], 7), {"a": inner[2], "b": [inner[3]]}, 3
+        assert list(_modules_in(module)) == [("one", inner[0]), ("listed", inner[1]), ("named", inner[2])]
+
+    def test_what_is_gone_or_new_and_was_not_copied_cannot_be_put_back(self):
+        large = torch.zeros(1, dtype=torch.int8).expand((1 << 20) + 1)
+        for before, now in ((large, None), (None, large)):
+            module = nn.Identity()
+            module.load, module.other = before, 0
+            remembered = KeptAside(module).remember()
+            module.other = 1
+            assert (remembered.is_all_known(), remembered.has_uncopied) == (True, before is large)
+            module.load = now
+            assert not remembered.is_all_known()
+
+    def test_random_numbers_of_python_and_numpy(self):
+        """A trial leaves them where they were."""
+        for remember in (remember_generators, lambda: KeptAside(nn.Identity()).remember().put_back):
+            put_back = remember()
+            drawn = random.random(), numpy.random.rand()
+            put_back()
+            assert (random.random(), numpy.random.rand()) == drawn
+
+    def test_what_a_class_holds_for_all(self):
+        """No code, nothing that acts as an attribute, nothing that Python put there; that of its bases, too."""
+        found = dict(_globals_of(Derived()))
+        assert list(found) == ["Derived.own", "Based.log", "Based.number"]
+        assert found["Based.log"].get() is Based.log
+
+    def test_whose_code_a_module_of_python_is(self):
+        assert _is_users({"__name__": "__main__", "__file__": "/program/main.py"})
+        assert _is_users({"__name__": "torching"})
+        for known in (
+            {},
+            {"__name__": "torch.nn"},
+            {"__name__": "sere_compile.backend"},
+            {"__name__": "anything", "__file__": torch.__file__},
+            {"__name__": "json", "__file__": json.__file__},
+            vars(numpy),
+        ):
+            assert not _is_users(known)
+
+    def test_whose_class_it_is(self):
+        assert _is_own_class(Tracker)
+        gone = type("Gone", (), {"__module__": "a module that is gone"})
+        for kind in (int, nn.Linear, collections.OrderedDict, gone):
+            assert not _is_own_class(kind)
+
+    def test_functions_that_a_call_runs(self):
+        """Behind partials, methods, wrappers and properties."""
+        wrapper = functools.wraps(helper)(lambda x: helper(x))
+        assert _called(helper) == [helper]
+        assert _called(Statistics.note) == [vars(Statistics)["note"].__func__]
+        assert _called(wrapper) == [wrapper, helper]
+        assert _called(functools.partial(wrapper, 1)) == [wrapper, helper]
+        assert _called(Recorder().record) == [Recorder.record]
+        assert _called(property(helper)) == [helper]
+        assert _called(property(helper, another_helper)) == [helper, another_helper]
+        for value in (None, 3, len, Tracker, Tracker()):
+            assert _called(value) == []
+
+    def test_endless_wrappers_end(self):
+        def one(x):
+            return x
+
+        one.__wrapped__ = one
+        assert _called(one) == [one] * 4
+
+    def test_functions_of_classes(self):
+        """The methods of the user's own, with those of its bases; a module's are looked at as a module's."""
+        kinds = set()
+        assert _functions(Derived, kinds) == [Based.seen.fget, Based.helper]
+        assert kinds == {Derived, Based}
+        kinds.clear()
+        found = _functions(Sub(), kinds)
+        assert set(found) == {Sub.more, Recorder.__init__, Recorder.record, Recorder.__call__}
+        assert kinds == {Sub, Recorder}
+        for value in (nn.Identity(), Keeping(), 3, "a", [], collections.OrderedDict()):
+            kinds = set()
+            assert (_functions(value, kinds), kinds) == ([], set())
+        assert _functions(helper, kinds) == [helper]
+
+    def test_names_in_a_function(self):
+        """Of its module, of another one of the user's, and of none that was installed."""
+
+        def reading(x, given=ARRAY, *, by_name=TENSOR):
+            return [SEEN, json.loads, ELSEWHERE.names, never_defined, (lambda: TRACKED)()]  # noqa: F821
+
+        found = list(_named(reading))
+        assert [name for name, _ in found] == [
+            *("SEEN", "json", "ELSEWHERE", "names", "TRACKED", "given", "by_name"),
+        ]
+        values = dict(found)
+        assert values["names"] is ELSEWHERE.names
+        assert (values["given"] is ARRAY, values["by_name"] is TENSOR) == (True, True)
+
+    def test_names_that_a_function_sets(self):
+        """It is the place that is put back, of a module or of a closure that is filled."""
+        found = list(_named(Keeping.in_a_variable))
+        assert [name for name, _ in found] == ["CALLS", "CALLS"]
+        assert found[0][1] == _Variable(globals(), "CALLS")
+        count, _ = counting()
+        assert [name for name, value in _named(count) if isinstance(value, _Variable)] == ["calls"]
+
+        def unfilled():
+            return later
+
+        assert list(_named(unfilled)) == []
+        later = 1
+        assert list(_named(unfilled)) == [("later", later)]
+
+    def test_what_functions_hold_of_their_own(self):
+        assert ("noting", noting.__dict__) in list(_named(noting))
+        assert list(_named(helper)) == [("another_helper", another_helper)]
+
+    def test_variables(self):
+        """A context variable that nobody has set is None, and so is what a class or a module does not hold."""
+        unset = contextvars.ContextVar("unset")
+        assert [_Variable(holder, "missing").get() for holder in (unset, Derived, {})] == [None] * 3
+        number = contextvars.ContextVar("number")
+        own = {"number": 1}
+        cell = (lambda held: lambda: held)(1).__closure__[0]
+
+        def check():
+            number.set(1)
+            holder = type("Holder", (), {"number": 1})
+            for variable in (_Variable(holder, "number") for holder in (holder, own, cell, number)):
+                assert variable.get() == 1
+                variable.put(2)
+                assert variable.get() == 2
+            assert (holder.number, own["number"], cell.cell_contents, number.get()) == (2, 2, 2, 2)
+
+        contextvars.copy_context().run(check)
+
+    def test_what_libraries_hold_is_not_kept(self):
+        for value in (logging.getLogger("any"), torch.nn.init, torch.Generator(), json.JSONDecoder, collections):
+            assert not _is_kept(value)
+        for value in (iter([]), numpy.zeros(1), random.Random(), Slotted()):
+            assert _is_kept(value)
+
+
+class Based(nn.Module):
+    """What it holds is its subclasses' as well."""
+
+    log: list = []  # noqa: RUF012 - as programs have it
+    number = 0
+    inner = Tracker
+    library = json
+
+    @property
+    def seen(self):
+        return 1
+
+    @staticmethod
+    def helper(x):
+        return x
+
+
+class Derived(Based):
+    own = 1
+
+
+class Sub(Recorder):
+    def more(self):
+        return self.record
