@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.other_calls import kinds_of, of_few_tokens, other_calls, with_masks
+from sere_compile.compiler.other_calls import is_rows, kinds_of, of_few_tokens, other_calls, with_masks
 
 X = torch.randn(5, 8)
 
@@ -136,3 +136,178 @@ def test_other_masks_have_no_own_places(sizes):
     """[B, T] and [B, T, 1]: the first and last of a row may be masked, too."""
     masked = torch.stack([~mask for mask in others(torch.ones(sizes, dtype=torch.bool))]).any(0)
     assert bool(masked.diagonal(0, -2, -1).any())
+
+
+class Holding(nn.Module):
+    """Holds these whole numbers, a flag, and another number."""
+
+    def __init__(self, *held):
+        super().__init__()
+        for place, number in enumerate(held):
+            setattr(self, f"number{place}", number)
+        self.flag, self.scale, self.inner = True, 2.5, nn.Identity()
+
+
+class Naming(Holding):
+    """Its code names 7 in a function inside."""
+
+    def forward(self, x):
+        return [(lambda part: part == 7)(part) for part in x]
+
+
+class Inheriting(Naming):
+    """Runs what its base does, in a module of it, too."""
+
+
+def made(given, block, hidden=X):
+    """What stands in place of a second argument in each call: as there is no other, each choice once, in order."""
+    return [args[1] for args, _ in other_calls(((hidden, given), {}), block)]
+
+
+def marks(given, block):
+    """Which numbers each of these calls has that the argument did not have."""
+    return [set(one.flatten().tolist()) - set(given.flatten().tolist()) for one in made(given, block)]
+
+
+class TestNumbersInPlaceOfOthers:
+    """What is likelier to tell tokens apart comes first, and only so many are tried."""
+
+    def test_of_a_length(self):
+        """Half of the tokens, half of it, all of them, one, all but one, none; then those that the code names."""
+        assert made(5, Holding(9)) == [2, 1, 4, 0, 9]
+        assert made(20, Holding(9), torch.randn(2, 3, 8)) == [3, 10, 6, 1, 5, 0]
+        assert made(9, Holding(2, 11, 12, 13), torch.randn(1, 8)) == [0, 4, 1, 2, 11, 12]
+        assert made(0, Holding(-1), torch.randn(2, 1)) == [1, 2]
+        assert made(4, Holding(), X[0]) == [0, 2, 1]
+
+    def test_of_words(self):
+        """Nothing, any word that occurs, and each number that is named, but for nothing again."""
+        words = torch.arange(12) + 200
+        assert marks(words, Holding(100, 0, 101)) == [{0}, marks(words, Holding())[1], {100}, {101}]
+        assert marks(words, Inheriting(100)) == [{0}, marks(words, Holding())[1], {100}, {7}]
+        assert len(made(words, nn.Linear(3, 4))) == 4
+        assert len(made(words, Holding(*range(100, 130)))) == 2 + 24
+        inside = Holding(100)
+        inside.inner = Holding(101)
+        assert marks(words, inside)[2:] == [{100}, {101}]
+
+    def test_any_word_that_occurs(self):
+        """Not above the largest, which a table holds; of nothing and two there are more than two kinds."""
+        words = torch.tensor([0, 2] * 20)
+        other = made(words, Holding())[1]
+        assert set(other.tolist()) == {0, 1, 2}
+        assert other.dtype == words.dtype
+        assert 5 < int((other != words).sum()) < 30
+
+    def test_of_a_length_in_a_tensor(self):
+        assert [int(one) for one in made(torch.tensor([6]), Holding(9))][2:] == [3, 9]
+        assert len(made(torch.tensor([6, 6]), Holding(9))) == 3
+
+    def test_masks_of_numbers(self):
+        """None, all, and the contrary of some."""
+        for given in (torch.tensor([0, 1] * 20), torch.tensor([0.0, 1.0] * 20)):
+            none, every, contrary = made(given, Holding(9))
+            for one, number in ((none, 0), (every, 1)):
+                assert 0 < int((one != given).sum()) < 20
+                assert set(one[one != given].tolist()) == {number}
+            changed = contrary != given
+            assert 5 < int(changed.sum()) < 30
+            assert torch.equal(contrary[changed], 1 - given[changed])
+
+    def test_masks_of_truths(self):
+        given = torch.tensor([False, True] * 20)
+        none, every, contrary = made(given, Holding(9))
+        assert not none[none != given].any()
+        assert every[every != given].all()
+        for one in (none, every, contrary):
+            assert 0 < int((one != given).sum()) < 30
+        assert (contrary & ~given).any()
+        assert (~contrary & given).any()
+
+    def test_what_is_added_to_scores_is_far_below_nothing(self):
+        """From -1e4 on; nothing at all may be such a mask as well, and a half is none."""
+        low = torch.finfo(torch.float32).min
+        for given in (torch.tensor([0.0] * 20 + [-1e4]), torch.zeros(21), torch.tensor([1.0] * 20 + [-1e9])):
+            nothing, masked = made(given, Holding())
+            assert set(nothing.tolist()) <= {0.0, *given.tolist()}
+            assert (masked == low).any()
+            assert (masked != low).any()
+        for given in (torch.tensor([0.0, -9999.0]), torch.tensor([0.0, 0.5]), torch.tensor([2.0, -1e4])):
+            assert made(given, Holding()) == []
+        [_, half] = made(torch.zeros(21, dtype=torch.float16), Holding())
+        assert half.min() == torch.finfo(torch.float16).min
+        assert half.dtype == torch.float16
+
+    def test_what_has_no_other(self):
+        for given in (torch.zeros(0), torch.zeros(3, dtype=torch.complex64), "word", None, 2.5):
+            assert made(given, Holding(9)) == []
+        assert made(False, Holding(9)) == [True]
+        assert type(made(False, Holding(9))[0]) is bool
+
+
+class TestHowManyCalls:
+    def test_of_several_arguments(self):
+        """Each choice of each once, and some together: twice as many as the longest has, and eight at most."""
+        mask = torch.ones(5, dtype=torch.bool)
+        assert len(list(other_calls(((X, mask), {}), Holding()))) == 3
+        assert len(list(other_calls(((X, mask, mask), {}), Holding()))) == 6
+        assert len(list(other_calls(((X, True, False), {}), Holding()))) == 2
+        assert len(list(other_calls(((X, 20, True), {}), Holding(9)))) == 8
+        assert len(list(other_calls(((X, torch.arange(5) + 200, True), {}), Holding(*range(100, 110))))) == 12
+        numbers = [args[1] for args, _ in other_calls(((X, 20, True), {}), Holding(9))]
+        assert numbers[:6] == [2, 10, 5, 1, 4, 0]
+        assert set(numbers[6:]) <= set(numbers[:6])
+
+    def test_each_call_is_the_same_again(self):
+        mask = torch.ones(5, dtype=torch.bool)
+        first, second = ([args[1:] for args, _ in other_calls(((X, mask, mask), {}), Holding())] for _ in range(2))
+        for one, other in zip(first, second, strict=True):
+            assert all(map(torch.equal, one, other))
+
+    def test_no_argument_of_the_model_is_changed(self):
+        given = [torch.ones(5, dtype=torch.bool), torch.ones(5, requires_grad=True), torch.arange(5)]
+        before = [one.detach().clone() for one in given]
+        assert list(other_calls(((X, *given), {}), Holding(9)))
+        assert all(map(torch.equal, given, before))
+
+    def test_at_most_three_arguments_are_given_a_mask(self):
+        class Many(nn.Module):
+            def forward(self, x, a=None, b=None, c=None, d=None):
+                return x
+
+        calls = list(with_masks(((X,), {}), Many(), X.shape[:-1], X.device))
+        assert [list(kwargs) for _, kwargs in calls] == [["a"], ["b"], ["c"]]
+        calls = list(with_masks(((X, None), {"c": 1}), Many(), X.shape[:-1], X.device))
+        assert [(len(args), [*kwargs]) for args, kwargs in calls] == [(2, ["c"]), (2, ["c", "b"]), (2, ["c", "d"])]
+        assert calls[0][0][1].shape == (5,)
+
+    def test_a_block_that_tells_no_arguments(self):
+        class Odd(nn.Module):
+            forward = 3
+
+        assert list(with_masks(((X,), {}), Odd(), X.shape[:-1], X.device)) == []
+
+
+def test_rows_are_floats_with_a_width():
+    assert is_rows(torch.zeros(2, 3))
+    assert is_rows(torch.zeros(1, 2, 3))
+    for value in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64), [[0.0]], None):
+        assert not is_rows(value)
+
+
+@pytest.mark.parametrize(("sizes", "own"), [((2, 4, 3), -1), ((6, 1, 4), 3), ((4, 8), 4)])
+def test_fewer_keys_than_queries_are_no_attention(sizes, own):
+    """Nor is one query, nor [B, T]: what would be a token's own place may be masked as well."""
+    masked = torch.stack([~mask for mask in others(torch.ones(sizes, dtype=torch.bool))]).any(0)
+    assert bool(masked.diagonal(own, -2, -1).any())
+
+
+def test_a_square_mask_lets_tokens_see_themselves():
+    for sizes in ((1, 2, 2), (3, 2, 2)):
+        assert all(bool(mask.diagonal(0, -2, -1).all()) for mask in others(torch.ones(sizes, dtype=torch.bool)))
+
+
+def test_few_tokens_are_cut_from_each_size_that_counts_them():
+    (table, other, word), _ = of_few_tokens(((torch.arange(16).view(4, 4), torch.zeros(5, 4, 2), "a"), {}), 4, 2)
+    assert table.tolist() == [[0, 1], [4, 5]]
+    assert (other.shape, word) == ((5, 2, 2), "a")
