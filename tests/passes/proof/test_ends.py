@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sere_compile.compiler import dynamo
-from sere_compile.passes import Gate, Proof, Use, UseKind, find_gates, verify_rewrite
+from sere_compile.passes import Proof, find_gates, verify_rewrite
 from sere_compile.passes.evidence.router import trace_router
 from sere_compile.passes.evidence.routing_weights import outer_consumers
 from sere_compile.passes.graph import nodes
@@ -36,6 +36,7 @@ from ..moe_modules import (
     rows,
 )
 from ..test_verify_rewrite import Leaving, weights_of
+from .regions import Dispatch
 
 
 def ends_of(module, trace=from_make_fx, gate_of=one_gate, *more):
@@ -409,34 +410,10 @@ class TestByHand:
         assert _root_of(made) is made
 
 
-class Dispatch(Written):
-    """Six features, eight experts of which each of four tokens chooses two, and a gate over them by hand."""
-
-    def __init__(self, columns=8):
-        super().__init__()
-        self.x, self.router = self.given(4, 6), self.weight(columns, 6)
-        self.projection = self.call(nn.functional.linear, self.x, self.router)
-        self.weights, self.ids = self.top_k(self.call(torch.softmax, self.projection, -1), 2)
-        self.experts = self.weight(columns, 6, 6)
-
-    def slots(self):
-        """What the chosen experts give, [4, 2, 6]."""
-        chosen = self.pick(self.experts, self.ids)
-        return self.call("view", self.call(torch.matmul, self.call("view", self.x, 4, 1, 1, 6), chosen), 4, 2, 6)
-
-    def total(self):
-        """Their weighed sum."""
-        return self.call(torch.sum, self.mul(self.slots(), self.column(self.weights)), 1)
-
-    def ends(self, *results):
-        """Where the gate ends once the graph gives these."""
-        self.give(*results)
-        uses = tuple(Use(user, self.ids, UseKind.EXPERT_INDEX) for user in self.ids.users)
-        gate = Gate(
-            self.ids.args[0], self.ids, self.weights, self.router, self.x, 8, 2, "softmax", True, uses,
-            weights=self.weights, all_ids=(self.ids,),
-        )  # fmt: skip
-        return find_ends(gate, tuple(self.weights.users), self.projection)
+def ends_by_hand(dispatch, *results):
+    """Where its gate ends once the graph gives these."""
+    gate = dispatch.gate(*results)
+    return find_ends(gate, tuple(gate.weights.users), dispatch.projection)
 
 
 class TestEndsByHand:
@@ -445,7 +422,7 @@ class TestEndsByHand:
         w = Dispatch()
         total = w.total()
         late = w.call(torch.exp, total)
-        ends = w.ends(late, w.ids, w.weights)
+        ends = ends_by_hand(w, late, w.ids, w.weights)
         assert (ends.exit, ends.complete, ends.last, ends.sides, ends.written) == (total, total, total, (), ())
         assert total not in ends.inside
         assert late not in ends.inside
@@ -458,7 +435,7 @@ class TestEndsByHand:
         described = w.call(torch.exp, w.ids)
         w.call(torch.neg, w.call(torch.cos, w.ids))
         total = w.total()
-        ends = w.ends(total, w.call(torch.add, count, 1), w.call(torch.zeros_like, described))
+        ends = ends_by_hand(w, total, w.call(torch.add, count, 1), w.call(torch.zeros_like, described))
         assert ends.exit is total
         assert ends.sides == (count,)
 
@@ -467,7 +444,7 @@ class TestEndsByHand:
         w = Dispatch()
         total = w.total()
         count = w.call(torch.bincount, w.call("view", w.ids, -1))
-        ends = w.ends(total, count)
+        ends = ends_by_hand(w, total, count)
         assert (ends.exit, ends.complete, ends.last, ends.sides) == (total, total, total, ())
 
     @pytest.mark.parametrize(("returned", "seen"), [(True, True), (False, False)])
@@ -476,7 +453,7 @@ class TestEndsByHand:
         w = Dispatch()
         number = w.call("item", w.call(torch.sum, w.ids))
         total = w.total()
-        ends = w.ends(total, number if returned else w.call(torch.mul, total, number))
+        ends = ends_by_hand(w, total, number if returned else w.call(torch.mul, total, number))
         assert (number in ends.sides) is seen
 
     @pytest.mark.parametrize(
@@ -488,14 +465,14 @@ class TestEndsByHand:
         total = w.total()
         best = w.call(torch.amax, w.weights, -1, True)
         scaled = w.mul(best, w.weight(numbers))
-        ends = w.ends(total, scaled)
+        ends = ends_by_hand(w, total, scaled)
         assert (ends is not None and ends.exit is total) is not experts
 
     def test_the_router_s_product_joins_nothing(self):
         w = Dispatch()
         total = w.total()
         again = w.call(torch.matmul, w.call("t", w.weights), w.projection)
-        assert w.ends(total, again).exit is total
+        assert ends_by_hand(w, total, again).exit is total
 
     def test_what_reads_the_exit_first_is_behind_it(self):
         """A matrix that is met together with the exit, or later, is the next layer's."""
@@ -503,7 +480,7 @@ class TestEndsByHand:
         total = w.total()
         beside = w.call(torch.sum, w.weights)
         both = w.mul(total, beside)
-        ends = w.ends(w.call(torch.matmul, both, w.weight(6, 6)))
+        ends = ends_by_hand(w, w.call(torch.matmul, both, w.weight(6, 6)))
         assert ends.exit is total
 
     def test_a_bias_that_is_not_yet_looked_up(self):
@@ -514,7 +491,7 @@ class TestEndsByHand:
             total = w.total()
             bias = w.call(torch.sum, w.mul(w.pick(held, w.ids), w.weights), 1)
             last = w.call(torch.add, total, w.column(bias))
-            assert w.ends(last).exit is (last if joins else total)
+            assert ends_by_hand(w, last).exit is (last if joins else total)
 
     def adding(self, memory_of=lambda w: w.call(torch.zeros, 4, 6), between=lambda w, memory: None):
         """Two experts, each of which adds to memory what it gives."""
@@ -530,7 +507,7 @@ class TestEndsByHand:
     def test_memory(self):
         """Complete with the last write to it; what reads it then reads the exit, what reads it before is an end."""
         w, memory, early, last = self.adding(between=lambda w, memory: w.call(torch.exp, memory))
-        ends = w.ends(w.call(torch.neg, memory), early)
+        ends = ends_by_hand(w, w.call(torch.neg, memory), early)
         assert (ends.exit, ends.complete, ends.last, ends.written) == (memory, last, last, ())
         assert early in ends.sides
         assert memory not in ends.sides
@@ -539,14 +516,14 @@ class TestEndsByHand:
 
     def test_memory_by_a_view_of_it(self):
         w, memory, _, last = self.adding(lambda w: w.call("view", w.call(torch.zeros, 4, 6), 4, 6))
-        ends = w.ends(w.call(torch.exp, memory))
+        ends = ends_by_hand(w, w.call(torch.exp, memory))
         assert nodes.kind(ends.exit) == "zeros"
         assert ends.complete is last
 
     def test_memory_of_the_caller(self):
         """An input that experts add to is no exit, but is left changed."""
         w, memory, _, _ = self.adding(lambda w: w.given(4, 6))
-        ends = w.ends(read := w.call(torch.exp, memory))
+        ends = ends_by_hand(w, read := w.call(torch.exp, memory))
         assert (ends.exit, ends.complete) == (read, read)
         assert ends.written == (memory,)
         assert ends.sides == (memory,)
@@ -556,25 +533,25 @@ class TestEndsByHand:
         w, memory, _, _ = self.adding()
         bias = w.call(torch.sum, w.mul(w.pick(w.weight(8), w.ids), w.weights), 1)
         total = w.call(torch.add, memory, w.column(bias))
-        ends = w.ends(total)
+        ends = ends_by_hand(w, total)
         assert (ends.exit, ends.complete) == (total, total)
 
     def test_memory_of_other_rows_is_no_exit(self):
         w, memory, _, _ = self.adding(lambda w: w.call(torch.zeros, 2, 4, 6))
         total = w.call(torch.sum, memory, 0)
-        assert w.ends(total).exit is total
+        assert ends_by_hand(w, total).exit is total
 
     def test_memory_without_experts_is_no_exit(self):
         """A vector weighs no hidden states."""
         w = Dispatch()
         memory = w.call(torch.zeros, 4, 6)
         w.call("add_", memory, w.mul(w.column(w.call(torch.sum, w.weights, -1)), w.weight(6)))
-        assert w.ends(w.call(torch.exp, memory)) is None
+        assert ends_by_hand(w, w.call(torch.exp, memory)) is None
 
     def test_a_vector_is_no_expert(self):
         w = Dispatch()
         scaled = w.mul(w.column(w.call(torch.sum, w.weights, -1)), w.weight(6))
-        assert w.ends(scaled) is None
+        assert ends_by_hand(w, scaled) is None
 
     def test_what_is_copied_from_the_exit_is_behind_it(self):
         w = Dispatch()
@@ -582,7 +559,7 @@ class TestEndsByHand:
         total = w.total()
         beside = w.call(torch.sum, w.weights)
         w.call("copy_", memory, total)
-        ends = w.ends(w.call(torch.matmul, w.mul(memory, beside), w.weight(6, 6)))
+        ends = ends_by_hand(w, w.call(torch.matmul, w.mul(memory, beside), w.weight(6, 6)))
         assert ends.exit is total
 
     def test_numbers_that_a_matrix_yields_are_none_of_it(self):
@@ -591,7 +568,7 @@ class TestEndsByHand:
         total = w.total()
         beside = w.call(torch.sum, w.weights)
         places = w.call(torch.argmax, w.experts, -1)
-        ends = w.ends(total, w.mul(beside, places))
+        ends = ends_by_hand(w, total, w.mul(beside, places))
         assert ends.exit is total
 
     @pytest.mark.parametrize(("nodes_between", "joined"), [(397, True), (399, False)])
@@ -601,7 +578,7 @@ class TestEndsByHand:
         beside = w.weights
         for _ in range(nodes_between):
             beside = w.call(torch.neg, beside)
-        ends = w.ends(total, w.call(torch.matmul, beside, w.weight(2, 6)))
+        ends = ends_by_hand(w, total, w.call(torch.matmul, beside, w.weight(2, 6)))
         assert (ends is None or ends.exit is not total) is joined
 
 

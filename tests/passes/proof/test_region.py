@@ -1,5 +1,7 @@
 """The part of a graph that a proof runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -37,7 +39,7 @@ from ..moe_modules import (
     rows,
 )
 from ..test_verify_rewrite import Leaving, weights_of
-from .regions import kinds_of, leaves_of, region_of
+from .regions import Dispatch, kinds_of, leaves_of, region_of
 
 
 class Normed(Indexed):
@@ -352,6 +354,7 @@ class TestByHand:
             (lambda w, mask: w.call(torch.where, mask, 0.0, -1e9), True),
             (lambda w, mask: w.mul(w.call("float", mask), w.weight(1)), True),
             (lambda w, mask: w.mul(w.call("float", mask), w.weight(4)), False),
+            (lambda w, mask: w.mul(w.call("float", mask), w.given(1)), False),
             (lambda w, mask: w.mul(w.call("float", mask), w.given(4)), False),
             (lambda w, mask: w.mul(w.given(4), 2), False),
             (lambda w, mask: w.weight(1), False),
@@ -364,7 +367,8 @@ class TestByHand:
             (lambda w, mask: [y := w.call("float", mask), *(y := w.call(torch.neg, y) for _ in range(16))][-1], False),
         ],
         ids=[
-            "cast", "inverted", "chosen", "times a number", "times a vector", "times an input", "an input doubled",
+            "cast", "inverted", "chosen", "times a number", "times a vector", "times an input's number", "times an input",
+            "an input doubled",
             "a number", "a number doubled", "an input", "picked", "looked up", "its sizes", "near", "far",
         ],
     )  # fmt: skip
@@ -393,3 +397,139 @@ class TestByHand:
         made = write(w, x)
         assert hidden_root(made) is (x if to_x else made)
         assert hidden_root(w.call(torch.neg, made)) is (x if to_x else made)
+
+    def test_writes_between_the_projection_and_what_it_is_made_of(self):
+        """Hidden states are complete where the first thing reads them that the projection is made of."""
+        w = Written()
+        x = w.given(4, 6)
+        memory = w.call(torch.zeros, 4, 6)
+        w.call("add_", memory, x)
+        w.call(torch.exp, memory)
+        w.call("add_", memory, x)
+        read = w.call(torch.neg, memory)
+        late = w.call("mul_", memory, 2)
+        projection = w.call(torch.matmul, w.call(torch.exp, read), w.weight(6, 8))
+        assert _readers_of(memory, projection) == [read, late]
+
+
+def held(node):
+    return node.meta["example_value"] if nodes.is_model_state(node) else None
+
+
+def cut(dispatch, *results, **changes):
+    return cut_region(replace(dispatch.gate(*results), **changes), held)
+
+
+def written_in(region):
+    """The operations of a region that write, by what they do."""
+    return [nodes.raw_name(node) for node in region.graph.nodes if nodes.writes(node)]
+
+
+class TestCut:
+    def test_an_ordinary_dispatch(self):
+        w = Dispatch()
+        region = cut(w, w.total())
+        assert leaves_of(region, "logits") == {region.gate.router_weight: (4, 8)}
+        assert list(leaves_of(region, "hidden").values()) == [(4, 6)]
+        assert list(leaves_of(region, "state").values()) == [(8, 6, 6)]
+        assert region.gate.router_input is region.gate.router_weight
+        assert region.originals[region.gate.values] is w.weights
+        assert region.originals[region.gate.weights] is w.weights
+        assert [region.originals[node] for node in region.gate.all_ids] == [w.ids]
+        assert [region.originals[use.consumer] for use in region.gate.uses] == list(w.ids.users)[:1]
+        assert [region.originals[reader] for reader in region.readers] == list(w.weights.users)[:1]
+
+    def test_without_values_or_weights(self):
+        """None are given, or nothing of the region needs them."""
+        for changes in ({"values": None, "weights": None}, {"weights": None}):
+            w = Dispatch()
+            region = cut(w, w.call(torch.sum, w.slots(), 1), **changes)
+            assert (region.gate.values, region.gate.weights, region.readers) == (None, None, ())
+
+    def test_inputs_where_they_are_first_read(self):
+        """Equal layers have equal regions, in whatever order the caller gives their state."""
+        orders = []
+        for early in (False, True):
+            w = Dispatch()
+            vector = w.weight(6) if early else None
+            slots = w.slots()
+            vector = vector or w.weight(6)
+            region = cut(w, w.call(torch.sum, w.mul(slots, vector), 1))
+            orders.append([nodes.shape(node) for node in region.leaves])
+        assert orders[0] == orders[1]
+        assert orders[0][-1] == (6,)
+
+    def test_an_attribute_is_no_input_of_its_name(self):
+        """Attributes that are read anew are one leaf; an input of the same name is another."""
+        w = Dispatch()
+        values = []
+        for _ in range(2):
+            values.append(w.graph.get_attr("scale"))
+            values[-1].meta["example_value"] = nn.Parameter(torch.rand(6))
+        slots = w.slots()
+        for value in values:
+            slots = w.mul(slots, value)
+        given = w.graph.placeholder("scale")
+        given.meta["example_value"] = torch.rand(4, 1, 6)
+        slots = w.mul(slots, given)
+        region = cut_region(w.gate(w.call(torch.sum, slots, 1)), lambda node: None)
+        assert sorted(leaves_of(region, "state").values()) == [(6,), (8, 6, 6)]
+        assert list(leaves_of(region, "activation").values()) == [(4, 1, 6)]
+
+    def test_a_write_to_state_behind_the_exit(self):
+        """It is none of the region; one in front of it is, and so is the last that completes the exit."""
+        w = Dispatch()
+        scale = w.weight(6)
+        w.call("mul_", scale, 2)
+        total = w.call(torch.sum, w.mul(w.slots(), scale), 1)
+        w.call("add_", scale, 1)
+        assert written_in(cut(w, total)) == ["mul_"]
+
+    def test_memory_that_is_complete_with_the_last_write(self):
+        w = Dispatch()
+        memory = w.call(torch.zeros, 4, 6)
+        for number in range(2):
+            scale = w.column(w.call(torch.sum, w.mul(w.weights, w.call(torch.eq, w.ids, number)), -1))
+            w.call("add_", memory, w.mul(w.call(torch.matmul, w.x, w.pick(w.experts, number)), scale))
+        region = cut(w, w.call(torch.exp, memory))
+        assert written_in(region) == ["add_", "add_"]
+        assert nodes.kind(region.ends[0]) == "zeros"
+
+    def test_what_is_made_of_other_inputs_is_made_up(self):
+        """Where it is met; masks, views and what the model's state alone makes are computed."""
+        w = Dispatch()
+        other = w.given(4, 6)
+        bent = w.call(torch.exp, w.call(torch.sin, other))
+        turned = w.call("view", bent, 4, 1, 6)
+        own = w.call(torch.exp, w.weight(6))
+        mask = w.call("float", w.input(torch.ones(4, 1, 1) > 0))
+        total = w.call(torch.sum, w.mul(w.mul(w.mul(w.slots(), turned), own), mask), 1)
+        region = cut(w, total)
+        made_up = leaves_of(region, "activation")
+        assert sorted(made_up.values()) == [(4, 1, 1), (4, 6)]
+        assert sorted(leaf.source.name for leaf in region.leaves.values() if leaf.kind == "activation") == sorted(
+            [bent.name, nodes.operand(mask).name]
+        )
+        assert (6,) in leaves_of(region, "state").values()
+        assert other.name not in {leaf.source.name for leaf in region.leaves.values()}
+
+    def test_numbers(self):
+        w = Dispatch()
+        number = w.input(3)
+        region = cut_region(w.gate(w.call(torch.sum, w.mul(w.slots(), number), 1)), lambda node: 5)
+        [leaf] = [leaf for leaf in region.leaves.values() if leaf.kind == "number"]
+        assert (leaf.source, leaf.held) == (number, 5)
+
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_a_part_of_vmap_cannot_be_run(self, inside):
+        """Behind the exit it is none of the region."""
+        w = Dispatch()
+        slots = w.slots()
+        node = w.graph.call_function(torch._C._functorch._add_batch_dim, (slots if inside else w.total(), 0, 1))
+        node.meta["example_value"] = slots.meta["example_value"]
+        refusal = cut(w, w.call(torch.sum, w.mul(node, w.column(w.weights)), 1))
+        assert isinstance(refusal, Skip) is inside
+        if inside:
+            detail = "_add_batch_dim: a part of what torch.func.vmap does cannot be run by itself"
+            assert (refusal.reason, refusal.detail, refusal.node) == (SkipReason.UNVERIFIED, detail, w.ids.args[0])
+            assert refusal.is_refused_gate
