@@ -295,7 +295,7 @@ def test_rows_are_floats_with_a_width():
         assert not is_rows(value)
 
 
-@pytest.mark.parametrize(("sizes", "own"), [((2, 4, 3), -1), ((6, 1, 4), 3), ((4, 8), 4)])
+@pytest.mark.parametrize(("sizes", "own"), [((2, 4, 3), -1), ((6, 1, 4), 3), ((8, 16), 8)])
 def test_fewer_keys_than_queries_are_no_attention(sizes, own):
     """Nor is one query, nor [B, T]: what would be a token's own place may be masked as well."""
     masked = torch.stack([~mask for mask in others(torch.ones(sizes, dtype=torch.bool))]).any(0)
