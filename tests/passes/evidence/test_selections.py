@@ -481,6 +481,7 @@ class TestTopK:
             found = only(lambda w, s, more=more: write(w, s, more=more))
             assert found.top_k == 2
             assert [nodes.kind(node) for node in found.unnarrowed] == ["item"]
+        assert only(lambda w, s: write(w, s, ((0, 1),))).top_k == 1
         twice = only(lambda w, s: write(w, s, ((0, 2), (0, 2))))
         assert (twice.top_k, len(twice.ids)) == (2, 2)
         for ranges, more in ((((0, 2),), ("read",)), (((0, 2), (0, 1)), ()), (((1, 3),), ()), (((0, 3),), ())):
@@ -538,10 +539,11 @@ class TestSorts:
         found = only(self.cut(0, 3, negate=True))
         assert (found.smallest, nodes.kind(found.scores)) == (False, "neg")
 
+    @pytest.mark.parametrize("start", [1, 5, 7])
     @pytest.mark.parametrize("sort", [torch.argsort, torch.sort])
-    def test_last_columns_of_an_ascending_sort(self, sort):
+    def test_last_columns_of_an_ascending_sort(self, sort, start):
         """Best last: told as what it is."""
-        skip = only(self.cut(5, 8, descending=False, sort=sort))
+        skip = only(self.cut(start, 8, descending=False, sort=sort))
         assert (skip.reason, skip.evidence) == (SkipReason.ASCENDING, Evidence.ROUTER)
         assert nodes.kind(skip.node) in ("sort", "argsort")
 
@@ -785,6 +787,36 @@ class TestSteps:
         assert only(write).form == "steps"
 
 
+# Masks that are computed each in its own way: of (written, what is real).
+OTHERWISE = {
+    "by another operation": (lambda w, real: w.call("lt", real, 1), lambda w, real: w.call("le", real, 1)),
+    "by a function": (lambda w, real: w.call("neg", w.one), lambda w, real: w.call(torch.neg, w.one)),
+    "with another number": (lambda w, real: w.call("lt", real, 1), lambda w, real: w.call("lt", real, 0)),
+    "with a number of another type": (
+        lambda w, real: w.call("lt", real, 1),
+        lambda w, real: w.call("lt", real, 1.0),
+    ),
+    "of another input": (
+        lambda w, real: w.call("lt", w.given(4, 1), 1),
+        lambda w, real: w.call("lt", w.given(4, 1), 1),
+    ),
+    "of a number": (lambda w, real: w.call("lt", w.one, w.one), lambda w, real: w.call("lt", w.one, 1)),
+    "with more arguments": (lambda w, real: w.call("any", real), lambda w, real: w.call("any", real, 1, True)),
+    "with other names": (
+        lambda w, real: w.call("any", real),
+        lambda w, real: w.call("any", real, dim=1, keepdim=True),
+    ),
+    "with another option": (
+        lambda w, real: w.call("any", real, dim=0, keepdim=True),
+        lambda w, real: w.call("any", real, dim=1, keepdim=True),
+    ),
+    "and changed": (
+        lambda w, real: w.call("lt", real, 1),
+        lambda w, real: w.call("logical_not_", w.call("lt", real, 1)).args[0],
+    ),
+}
+
+
 class TestMarkedPadding:
     """`with_marked_padding`: the ids that the dispatch reads, once padding has a number of no expert."""
 
@@ -902,3 +934,36 @@ class TestMarkedPadding:
             return w.call(torch.where, real, w.call("masked_fill", ids, real, number), 1)
 
         assert nodes.kind(self.marked(mark)[1].ids[0]) == last
+
+    @pytest.mark.parametrize(("steps", "equal"), [(11, True), (12, False)])
+    def test_masks_are_compared_within_some_steps(self, steps, equal):
+        """What is behind these is not looked at."""
+
+        def mark(w, ids, real):
+            for _ in range(steps):
+                real = w.call("logical_not", real)
+            return w.call("masked_fill", ids, real, -1)
+
+        assert (self.marked_twice(mark, mark)[0] is not None) is equal
+
+    @pytest.mark.parametrize("name", OTHERWISE)
+    def test_masks_that_are_computed_otherwise(self, name):
+        def marking(make):
+            def mark(w, ids, real):
+                w.one = w.one if hasattr(w, "one") else w.input(torch.ones(4, 1))
+                return w.call("masked_fill", ids, w.call("logical_not", make(w, real)), -1)
+
+            return mark
+
+        first, second = map(marking, OTHERWISE[name])
+        assert self.marked_twice(first, second)[0] is None
+        assert self.marked_twice(second, first)[0] is None
+        assert (self.marked_twice(first, first)[0] is None) is (name == "of another input")
+
+    def test_attributes_that_are_read_anew_are_equal(self):
+        def mark(w, ids, real):
+            held = w.graph.get_attr("padding")
+            held.meta["example_value"] = torch.ones(4, 1) > 0
+            return w.call("masked_fill", ids, held, -1)
+
+        assert self.marked_twice(mark, mark)[0] is not None

@@ -367,9 +367,9 @@ class TestByHand:
             (lambda w, mask: [y := w.call("float", mask), *(y := w.call(torch.neg, y) for _ in range(16))][-1], False),
         ],
         ids=[
-            "cast", "inverted", "chosen", "times a number", "times a vector", "times an input's number", "times an input",
-            "an input doubled",
-            "a number", "a number doubled", "an input", "picked", "looked up", "its sizes", "near", "far",
+            "cast", "inverted", "chosen", "times a number", "times a vector", "times an input's number",
+            "times an input", "an input doubled",
+                       "a number", "a number doubled", "an input", "picked", "looked up", "its sizes", "near", "far",
         ],
     )  # fmt: skip
     def test_what_is_computed_of_masks_alone(self, write, alone):
