@@ -369,7 +369,7 @@ class TestByHand:
         ids=[
             "cast", "inverted", "chosen", "times a number", "times a vector", "times an input's number",
             "times an input", "an input doubled",
-                       "a number", "a number doubled", "an input", "picked", "looked up", "its sizes", "near", "far",
+            "a number", "a number doubled", "an input", "picked", "looked up", "its sizes", "near", "far",
         ],
     )  # fmt: skip
     def test_what_is_computed_of_masks_alone(self, write, alone):
