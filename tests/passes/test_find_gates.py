@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from sere_compile.passes import Evidence, RoutingSettings, SkipReason, find_gates, reroute_dispatch
+from sere_compile.passes import Evidence, RoutingSettings, SkipReason, UseKind, find_gates, reroute_dispatch
 from sere_compile.passes.graph import nodes
 
 from .graph.written import Written
@@ -194,6 +194,7 @@ class TestGates:
         assert found.gates == ()
         assert [(skip.reason, skip.node) for skip in found.skips] == [(SkipReason.REWRITTEN, done.gate.selection)]
         assert found.skips[0].detail == f"by {done.new_ids.name}"
+        assert found.skips[0].evidence is Evidence.REWRITING
 
     def test_finding_twice_with_merged_slots(self):
         """The same where ids and weights were changed together."""
@@ -462,3 +463,221 @@ def test_the_largest_number_of_experts_that_fits():
     w.give(*weighed)
     found = find_gates(torch.fx.GraphModule(torch.nn.Module(), w.graph))
     assert [gate.num_experts for gate in found.gates] == [8], found.skips
+
+
+class Model(Written):
+    """Six features of four tokens, and what a router and experts make of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.x = self.given(4, 6)
+
+    def scores(self, columns=8, of=None):
+        return self.call(torch.softmax, self.call(F.linear, of or self.x, self.weight(columns, 6)), -1)
+
+    def outputs(self, ids, experts=8):
+        """What chosen experts give, [4, K, 6]."""
+        rows = self.call("view", self.x, 4, 1, 1, 6)
+        return self.call("squeeze", self.call(torch.matmul, rows, self.pick(self.weight(experts, 6, 6), ids)), 2)
+
+    def layer(self, columns=8):
+        """An ordinary layer: its values, its ids and what it gives."""
+        values, ids = self.top_k(self.scores(columns), 2)
+        return values, ids, self.call(torch.sum, self.mul(self.outputs(ids, columns), self.column(values)), 1)
+
+    def find(self, *results, outside=lambda weight, experts: 0, **modules):
+        """What is found once the graph gives these results."""
+        self.give(*results)
+        root = nn.Module()
+        for name, module in modules.items():
+            root.add_module(name, module)
+        return find_gates(GraphModule(root, self.graph), outside)
+
+
+def reasons(found):
+    return [skip.reason for skip in found.skips]
+
+
+class TestByHand:
+    def test_an_ordinary_gate(self):
+        w = Model()
+        values, ids, y = w.layer()
+        found = w.find(y)
+        [gate] = found.gates
+        assert found.skips == ()
+        assert (gate.ids, gate.all_ids, gate.values, gate.weights) == (ids, (ids,), values, values)
+        assert (gate.num_experts, gate.top_k, gate.form, gate.scoring) == (8, 2, "top-k", "softmax")
+        assert (gate.router_input, nodes.shape(gate.router_weight), gate.is_sorted) == (w.x, (8, 6), True)
+        assert [use.kind for use in gate.uses] == [UseKind.EXPERT_INDEX]
+        assert gate.weights_skip is None
+        assert gate.selection is ids.args[0]
+
+    def test_values_that_nobody_reads_are_none(self):
+        w = Model()
+        scores = w.scores()
+        _, ids = w.top_k(scores, 2)
+        weights = w.call(torch.gather, scores, 1, ids)
+        [gate] = w.find(w.call(torch.sum, w.mul(w.outputs(ids), w.column(weights)), 1)).gates
+        assert gate.values is None
+        assert gate.weights is weights
+
+    @pytest.mark.parametrize("dispatched", [True, False])
+    def test_product_keys(self, dispatched):
+        """Both halves and their product say so, also a half that by itself were a gate; no other selection does."""
+        w = Model()
+        _, _, other = w.layer()
+        unread = w.pick(w.call(torch.topk, w.scores(), 2), 0)
+        (left, ids), (right, _) = w.top_k(w.scores(), 2), w.top_k(w.scores(), 2)
+        sums = w.call(torch.add, w.column(left), w.call(torch.unsqueeze, right, -2))
+        best = w.top_k(w.call("view", sums, 4, 4), 2)[1]
+        half = w.call(torch.sum, w.mul(w.outputs(ids), w.column(left)), 1) if dispatched else ids
+        found = w.find(other, unread, half, best)
+        assert len(found.gates) == 1
+        assert sorted(reasons(found), key=str) == [SkipReason.NO_IDS] + [SkipReason.PRODUCT_KEYS] * 3
+        keys = [skip for skip in found.skips if skip.reason is SkipReason.PRODUCT_KEYS]
+        assert {left.args[0], right.args[0]} < {skip.node for skip in keys}
+        assert {skip.detail for skip in keys if skip.node is left.args[0]} == {left.args[0].name}
+        assert found.gates[0].selection is not left.args[0]
+
+    def test_maxima(self):
+        """One of what no weight projected is no selection; one whose choice sends nothing anywhere is told."""
+        w = Model()
+        plain = w.call(torch.argmax, w.call(torch.exp, w.x), -1)
+        chosen = w.call(torch.argmax, w.scores(), -1)
+        found = w.find(w.call(torch.neg, plain), w.call(torch.neg, chosen))
+        assert [(skip.node, skip.reason) for skip in found.skips] == [(chosen, SkipReason.NO_DISPATCH)]
+        w = Model()
+        best = w.pick(w.call(torch.topk, w.call(torch.exp, w.x), 2), 1)
+        assert reasons(w.find(w.call(torch.neg, best))) == [SkipReason.NO_ROUTER]
+
+    @pytest.mark.parametrize("k", [1, 2])
+    def test_what_no_score_weighs(self, k):
+        """Several experts are fetched then, and not weighed; the only expert need not be."""
+        w = Model()
+        _, ids = w.top_k(w.scores(), k)
+        found = w.find(w.call(torch.sum, w.outputs(ids), 1))
+        assert len(found.gates) == (k == 1)
+        assert [(skip.reason, skip.evidence) for skip in found.skips] == (
+            [(SkipReason.NOTHING_WEIGHED, Evidence.DISPATCH)] if k == 2 else []
+        )
+
+    def test_the_smallest_distances_are_a_gate(self):
+        for project, found_one in ((lambda w: w.call(torch.cdist, w.x, w.weight(8, 6)), True), (Model.scores, False)):
+            w = Model()
+            best = w.call(torch.topk, project(w), 2, -1, False)
+            values, ids = w.pick(best, 0), w.pick(best, 1)
+            found = w.find(w.call(torch.sum, w.mul(w.outputs(ids), w.column(values)), 1))
+            assert len(found.gates) == found_one
+            assert reasons(found) == ([] if found_one else [SkipReason.SMALLEST])
+
+    @pytest.mark.parametrize(("limit", "experts"), [(7, 7), (2, 2), (8, None), (1, None), (9, None)])
+    def test_more_columns_than_experts(self, limit, experts):
+        """A number that the ids are compared with, between one and as many as there are columns."""
+        w = Model()
+        values, ids = w.top_k(w.scores(8), 2)
+        real = w.call(torch.lt, ids, limit)
+        outputs = w.outputs(w.call(torch.clamp, ids, 0, limit - 1), limit)
+        found = w.find(w.call(torch.sum, w.mul(w.mul(outputs, w.column(values)), w.column(real)), 1))
+        if limit == 8:
+            experts = 8
+        assert [gate.num_experts for gate in found.gates] == ([] if experts is None else [experts])
+
+    @pytest.mark.parametrize(("told", "experts"), [(True, 8), (5, 5), (0, None), (False, None)])
+    def test_experts_outside_the_graph(self, told, experts):
+        w = Model()
+        values, ids = w.top_k(w.scores(), 2)
+        found = w.find(values, ids, outside=lambda weight, columns: told)
+        assert [gate.num_experts for gate in found.gates] == ([] if experts is None else [experts])
+        assert reasons(found) == ([SkipReason.NO_DISPATCH] if experts is None else [])
+        if experts is None:
+            assert (found.skips[0].detail, found.skips[0].evidence) == (
+                "ids are used by output: leaves the graph",
+                Evidence.IDS,
+            )
+
+    def test_ids_that_stay_need_experts_inside(self):
+        """What is outside is not asked then."""
+        w = Model()
+        values, ids = w.top_k(w.scores(), 2)
+        held = w.call(torch.sum, w.mul(w.pick(w.weight(8), ids), values), 1)
+        found = w.find(held, outside=lambda weight, columns: pytest.fail("asked"))
+        assert reasons(found) == [SkipReason.NO_DISPATCH]
+
+    def test_experts_that_compute_everything(self):
+        w = Model()
+        _, ids = w.top_k(w.scores(), 2)
+        every = w.call(torch.matmul, w.x, w.weight(8, 6, 6))
+        table = w.call("float", w.call(torch.sum, w.call(F.one_hot, ids, 8), 1))
+        [skip] = w.find(w.call(torch.einsum, "te,eth->th", table, every)).skips
+        assert (skip.reason, skip.node, skip.evidence) == (SkipReason.DENSE, ids.args[0], Evidence.EXPERTS)
+        assert skip.detail == every.name
+
+    @pytest.mark.parametrize("experts", [True, False])
+    def test_dropped_tokens(self, experts):
+        """Whether experts were seen is part of the refusal."""
+        w = Model()
+        values, ids = w.top_k(w.scores(), 2)
+        mask = w.call(F.one_hot, ids, 8)
+        kept = w.mul(mask, w.call(torch.le, w.call(torch.cumsum, mask, 0), 2))
+        table = w.call("float", w.call(torch.sum, kept, 1))
+        results = [w.call(torch.sum, w.mul(w.outputs(ids), w.column(values)), 1)] if experts else []
+        found = w.find(table, *results)
+        evidence = Evidence.EXPERTS if experts else Evidence.DISPATCH
+        assert [(skip.reason, skip.evidence) for skip in found.skips] == [(SkipReason.CAPACITY, evidence)]
+
+    @pytest.mark.parametrize(
+        ("look_up", "named"),
+        [
+            (lambda w, table, words: w.pick(table(5, 2), words), True),
+            (lambda w, table, words: w.call(F.embedding, words, table(5, 2)), True),
+            (lambda w, table, words: w.pick(w.call("view", table(10), 5, 2), words), True),
+            (lambda w, table, words: w.call("long", w.pick(w.weight(5, 2), words)), False),
+            (lambda w, table, words: w.pick(table(5), words), False),
+            (lambda w, table, words: w.pick(w.call(torch.abs, table(5, 2)), words), False),
+            (lambda w, table, words: w.pick(w.input(torch.ones(5, 2).long()), words), False),
+            (lambda w, table, words: w.mul(table(4, 2), 1), False),
+            (lambda w, table, words: w.call(torch.gather, table(5, 2), 0, w.call("view", words, 2, 2)), False),
+        ],
+        ids=["index", "embedding", "a view", "scores", "a row", "made", "an input", "times one", "gathered"],
+    )
+    def test_hash_routing(self, look_up, named):
+        """Whole numbers of a table of the model's that a token's word looks up."""
+        w = Model()
+        words = w.input(torch.zeros(4, dtype=torch.int64))
+
+        def table(*sizes):
+            return w.input(nn.Parameter(torch.ones(sizes, dtype=torch.int64), requires_grad=False))
+
+        ids = look_up(w, table, words)
+        found = w.find(w.call(torch.matmul, w.x, w.pick(w.weight(8, 6, 6), ids)))
+        assert [(skip.reason, skip.node, skip.evidence) for skip in found.skips] == (
+            [(SkipReason.HASH, ids, Evidence.DISPATCH)] if named else []
+        )
+
+    def test_a_table_s_numbers_have_to_choose_experts(self):
+        """A gather is no choice of an expert, and two dimensions are no stack."""
+        for write in (
+            lambda w, ids: w.call(torch.gather, w.weight(8, 6, 6), 0, ids),
+            lambda w, ids: w.pick(w.weight(8, 6), ids),
+        ):
+            w = Model()
+            table = w.input(nn.Parameter(torch.ones((5, 2), dtype=torch.int64), requires_grad=False))
+            ids = w.pick(table, w.input(torch.zeros((4, 1), dtype=torch.int64)))
+            assert w.find(write(w, ids)).skips == ()
+
+    def test_nested_graphs(self):
+        """A gate there is refused, with who calls it; the others keep their reasons."""
+        inner = Model()
+        best = inner.pick(inner.call(torch.topk, inner.scores(), 2), 0)
+        _, ids, y = inner.layer()
+        inner.give(best, y)
+        module = GraphModule(nn.Module(), inner.graph)
+        for name, called in (("inner", True), ("inner", False)):
+            w = Model()
+            body = w.graph.get_attr(name)
+            node = w.graph.call_function(torch.utils.checkpoint.checkpoint, (body, w.x)) if called else w.x
+            found = w.find(node, **{name: module})
+            assert reasons(found) == [SkipReason.NESTED, SkipReason.NO_IDS]
+            nested = found.skips[0]
+            assert (nested.node, nested.evidence) == (ids.args[0], Evidence.EXPERTS)
+            assert nested.detail == f"called by {node.name if called else body.name}"
