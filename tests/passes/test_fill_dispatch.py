@@ -22,6 +22,7 @@ from .. import tiny_models
 from ..ops import fill_oracle
 from . import moe_modules
 from .graph.written import Written
+from .test_find_gates import Model
 
 FILL = {"select_top_k": 1, "substitution": "fill", "inner": "eager"}
 
@@ -250,3 +251,128 @@ def test_a_share_of_similarities_is_no_threshold_here():
     """The message says what to give instead."""
     with pytest.raises(ConfigError, match='substitution="fill" has none'):
         SereConfig(substitution="fill", threshold="q0.2")
+
+
+def written_gate(choose, half=False):
+    """A gate written by hand, in a graph; `choose(w, logits)` gives what is selected from, ids, and weights."""
+    w = Model()
+    if half:
+        w.x = w.call("half", w.x)
+    logits = w.call(nn.functional.linear, w.x, w.input(nn.Parameter(torch.rand(8, 6).to(w.x.meta["example_value"]))))
+    choice, ids, weights = choose(w, logits)
+    rows = w.call("view", w.x, 4, 1, 1, 6)
+    experts = w.input(nn.Parameter(torch.rand(8, 6, 6).to(w.x.meta["example_value"])))
+    y = w.call("squeeze", w.call(torch.matmul, rows, w.pick(experts, ids)), 2)
+    found = w.find(w.call(torch.sum, w.mul(y, w.column(weights)), 1))
+    assert len(found.gates) == 1, found.skips
+    return w, found.gates[0], choice, logits
+
+
+def of_softmax(w, logits):
+    scores = w.call(torch.softmax, logits, -1)
+    values, ids = w.top_k(scores, 2)
+    return scores, ids, values
+
+
+def of_logits(w, logits):
+    values, ids = w.top_k(logits, 2)
+    return logits, ids, w.call(torch.softmax, values, -1)
+
+
+def biased(w, logits):
+    scores = w.call(torch.sigmoid, logits)
+    choice = w.call(torch.add, scores, w.weight(8))
+    _, ids = w.top_k(choice, 2)
+    return choice, ids, w.call(torch.gather, scores, 1, ids)
+
+
+def in_groups(number):
+    def choose(w, logits):
+        scores = w.call(torch.softmax, logits, -1)
+        choice = w.call("masked_fill", scores, w.input(torch.arange(32).view(4, 8) % 3 == 0), number)
+        values, ids = w.top_k(choice, 2)
+        return choice, ids, values
+
+    return choose
+
+
+def filled_by(choose, settings=None, **how):
+    """The only operator that fills, what it was given, and the gate."""
+    w, gate, choice, logits = written_gate(choose, **how)
+    done = fill_dispatch(gate, settings or RoutingSettings(1))
+    assert not isinstance(done, Skip), done
+    [node] = [n for n in w.graph.nodes if nodes.kind(n) == "sere.fill"]
+    w.graph.lint()
+    return node, gate, choice, logits, done
+
+
+class TestByHand:
+    def test_probabilities_rank_and_weigh(self):
+        node, gate, choice, _, done = filled_by(of_softmax, RoutingSettings(1, 0.25, 3))
+        assert node.args == (gate.ids, gate.weights, choice, 1, 0.25, 3)
+        assert node.kwargs == {}
+        assert (done.gate, done.merged, done.filled) == (gate, False, True)
+        assert done.new_ids.args == (node, 0)
+        ids, weights = nodes.value(node)
+        assert (ids.shape, weights.shape) == ((4, 2), (4, 2))
+        assert nodes.value(done.new_ids).dtype == torch.int64
+        [new_weights] = [user for user in node.users if user.args[1] == 1]
+        assert nodes.value(new_weights).dtype == torch.float32
+
+    def test_a_budget_is_an_option(self):
+        assert filled_by(of_softmax, RoutingSettings(1, max_active=5))[0].kwargs == {"max_active": 5}
+
+    def test_the_dispatch_reads_what_was_filled(self):
+        node, gate, _, _, done = filled_by(of_softmax)
+        [weights] = [user for user in node.users if user.args[1] == 1]
+        assert [nodes.kind(user) for user in done.new_ids.users] == ["index"]
+        assert [nodes.kind(user) for user in weights.users] == ["unsqueeze"]
+        assert list(gate.ids.users) == list(gate.weights.users) == [node]
+
+    @pytest.mark.parametrize("half", [False, True])
+    def test_logits_are_worth_their_softmax(self, half):
+        node, _, choice, logits, _ = filled_by(of_logits, half=half)
+        assert choice is logits
+        worth = node.args[2]
+        assert (worth.target, worth.args) == (torch.ops.aten.softmax.int, (logits, -1, torch.float32))
+        assert nodes.value(worth).dtype == torch.float32
+        assert nodes.shape(worth) == (4, 8)
+        assert node.kwargs == {"choice": logits}
+
+    def test_a_bias_ranks_alone(self):
+        node, _, choice, _, _ = filled_by(biased)
+        assert nodes.kind(node.args[2]) == "sigmoid"
+        assert node.kwargs == {"choice": choice}
+
+    def test_zeros_outside_of_groups_are_closed(self):
+        node, _, choice, _, _ = filled_by(in_groups(0.0))
+        ranking = node.kwargs["choice"]
+        assert ranking.target is torch.ops.aten.masked_fill.Scalar
+        assert (ranking.args[0], ranking.args[2]) == (choice, float("-inf"))
+        closed = ranking.args[1]
+        assert (closed.target, closed.args) == (torch.ops.aten.eq.Scalar, (choice, 0))
+        assert nodes.value(closed).dtype == torch.bool
+        assert nodes.value(ranking).dtype == torch.float32
+        assert node.args[2] is choice
+        assert filled_by(in_groups(float("-inf")))[0].kwargs == {}
+
+    def test_scores_that_are_overwritten_later(self):
+        """What overwrites them first is named; a write in front of the selection is what they are."""
+
+        def overwritten(w, logits):
+            scores = w.call(torch.softmax, logits, -1)
+            scores = w.call("add_", scores, 0.1)
+            values, ids = w.top_k(scores, 2)
+            w.call("mul_", w.call("view", scores, -1), 2)
+            w.call("zero_", scores)
+            return scores, ids, values
+
+        _, gate, _, _ = written_gate(overwritten)
+        skip = fill_dispatch(gate, RoutingSettings(1))
+        assert (skip.reason, skip.detail, skip.node.name) == (SkipReason.NO_SCORES, "mul_ overwrites them", "mul_")
+
+    def test_only_some_readers_of_the_weights(self):
+        w, gate, _, _ = written_gate(of_softmax)
+        fill_dispatch(gate, RoutingSettings(1), readers=())
+        [node] = [n for n in w.graph.nodes if nodes.kind(n) == "sere.fill"]
+        assert [nodes.kind(user) for user in gate.weights.users if user is not node] == ["unsqueeze"]
