@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import types
@@ -17,7 +18,7 @@ from sere_compile.compiler.dynamo_graph import DynamoGraph
 from sere_compile.compiler.gate_plan import experts_are_live
 from sere_compile.compiler.prove_outside import made_up_order, prove_outside
 from sere_compile.experts.owner import Owners
-from sere_compile.passes import SkipReason, find_gates
+from sere_compile.passes import Gate, Skip, SkipReason, Use, UseKind, find_gates
 
 from ..passes.graph.written import Written
 from ..thinned import thinned
@@ -1304,3 +1305,1024 @@ def test_padding_that_takes_the_choice_of_another_token():
     [verdict] = verdicts(block, rows()[0], torch.ones(5, dtype=torch.bool))
     assert verdict.merged is None
     assert "mark their ids with -1 before the graph ends" in verdict.reason
+
+
+VERSIONS = [f"{name}{way}" for way in ("", ", ids alone", ", ids kept") for name in ("plain", "merged")]
+
+
+def gate_of(ids, *uses, **changes):
+    """A gate whose ids are used so; what else it has does not matter."""
+    own = {"selection": ids, "values": None, "router_weight": ids, "router_input": ids, "scoring": "softmax"}
+    own |= {"num_experts": EXPERTS, "top_k": TOP_K, "is_sorted": True, "all_ids": (ids,)}
+    return Gate(ids=ids, uses=tuple(Use(consumer, ids, kind) for consumer, kind in uses), **own | changes)
+
+
+class TestWhichIdsAreNew:
+    """Of a gate some of whose ids leave the graph, as they are or in what is made of them."""
+
+    def written(self):
+        w = Written()
+        ids = w.input(torch.zeros(5, TOP_K, dtype=torch.int64))
+        inside, made = w.call(torch.add, ids, 1), w.call(torch.mul, ids, 2)
+        last = w.call(torch.neg, inside)
+        w.give(ids, made, last)
+        return ids, inside, made, last, w.graph.output_node()
+
+    def test_what_is_made_of_ids_is_of_the_routers_where_they_leave_themselves(self):
+        ids, inside, made, _, output = self.written()
+        gate = gate_of(ids, (output, UseKind.LEAVES), (made, UseKind.UNKNOWN), (inside, UseKind.LOOK_UP))
+        found = module.ids_alone(gate)
+        assert [use.kind for use in found.uses] == [UseKind.LEAVES, UseKind.STATISTIC, UseKind.LOOK_UP]
+        assert [use.consumer for use in found.uses] == [output, made, inside]
+
+    def test_where_all_of_it_leaves_in_one_way(self):
+        """As it is, or in what is made of it: what keeps the router's ids anyway does not count."""
+        ids, inside, made, _, output = self.written()
+        assert module.ids_alone(gate_of(ids, (output, UseKind.LEAVES), (inside, UseKind.STATISTIC))) is None
+        assert module.ids_alone(gate_of(ids, (made, UseKind.LEAVES), (output, UseKind.STATISTIC))) is None
+
+    def test_only_the_dispatch_in_the_graph_gets_new_ids(self, monkeypatch):
+        ids, inside, made, last, output = self.written()
+        monkeypatch.setattr(module, "ends_of", lambda gate: types.SimpleNamespace(complete=last))
+        uses = [(inside, UseKind.GROUPED), (made, UseKind.LEAVES), (output, UseKind.LEAVES), (made, UseKind.LOOK_UP)]
+        kinds = [use.kind for use in module._ids_kept(gate_of(ids, *uses)).uses]
+        assert kinds == [UseKind.GROUPED, UseKind.STATISTIC, UseKind.STATISTIC, UseKind.LOOK_UP]
+        assert module._ids_kept(gate_of(ids, *uses[1:])) is None
+        skip = Skip(SkipReason.NO_IDS, ids)
+        monkeypatch.setattr(module, "ends_of", lambda gate: skip)
+        assert module._ids_kept(gate_of(ids, *uses)) is None
+
+    def test_what_tells_gates_of_a_block_apart(self):
+        ids, inside, made, _, output = self.written()
+        uses = (output, UseKind.LEAVES), (inside, UseKind.GROUPED)
+        gate = gate_of(ids, *uses)
+        assert module._signature(gate) == module._signature(gate_of(made, *reversed(uses), is_sorted=False))
+        others = [{"form": "sort"}, {"num_experts": 9}, {"top_k": 2}, {"scoring": "sigmoid"}, {"weights": ids}]
+        others = [gate_of(ids, *uses, **changes) for changes in others]
+        others += [gate_of(ids, *uses[:1]), gate_of(ids, *uses, (made, UseKind.LOOK_UP)), gate_of(ids, *uses[1:])]
+        assert len({module._signature(one) for one in [gate, *others]}) == 1 + len(others)
+
+    def test_names_of_versions(self):
+        assert module._version(True, ", ids kept") == "merged, ids kept"
+        assert module._version(False, "") == "plain"
+
+
+class TestWhichModulesAreTried:
+    """Those around the router's weight, from the inside out, until one holds the gate as the model does."""
+
+    @pytest.fixture
+    def tried(self, monkeypatch):
+        """Sets what is found of each module, and tells of which it was asked."""
+        asked = []
+
+        def prove(*found, kept=False, modules=None, spread=()):
+            modules = modules or [nn.Linear(2, 3 + place) for place in range(len(found))]
+            self.modules, self.numbers = modules, [module._number(one) for one in modules]
+            self.weight = nn.Parameter(torch.zeros(3, 2))
+            of_modules = dict(zip(modules, found, strict=True))
+            asked.clear()
+
+            def verdict_on(one, block, gate, owner, kept):
+                assert block == module._number(one)
+                asked.append((modules.index(one), kept))
+                return of_modules[one]
+
+            monkeypatch.setattr(module, "_verdict_on", verdict_on)
+            monkeypatch.setattr(module, "spread_over_ranks", lambda one: dict(spread).get(modules.index(one), ""))
+            owner = types.SimpleNamespace(surroundings=tuple(modules), weight=self.weight)
+            return prove_outside(types.SimpleNamespace(num_experts=EXPERTS), owner, kept=kept)
+
+        prove.asked = asked
+        return prove
+
+    def test_none_could_be_run(self, tried):
+        verdict = tried(None, None)
+        assert (verdict.merged, verdict.is_gate, verdict.block, verdict.written) == (None, False, -1, None)
+        assert verdict.reason == "no module around its router could be run"
+        assert tried.asked == [(0, False), (1, False)]
+        assert module._blocks_around[self.weight] == frozenset(self.numbers)
+        assert self.weight not in module._settings
+
+    def test_of_what_ranks_exchange_nothing_is_run(self, tried):
+        verdict = tried(module.Verdict(True), None, spread={1: "w is spread over ranks"})
+        assert (verdict.merged, verdict.is_gate, tried.asked) == (None, True, [])
+        assert verdict.reason.startswith("w is spread over ranks, and a trial of the code outside the graph would wait")
+
+    def test_the_first_that_holds_the_gate_is_the_last_tried(self, tried):
+        verdict = tried(None, module.Verdict(False, written=frozenset("a")), module.Verdict(True))
+        assert (verdict.merged, verdict.block, verdict.written) == (False, self.numbers[1], frozenset("a"))
+        assert tried.asked == [(0, False), (1, False)]
+
+    def test_a_part_of_the_gate_is_looked_at_further_out(self, tried):
+        part, none = module.Verdict(None, "part", whole=False), module.Verdict(None, "none", is_gate=False)
+        verdict = tried(part, module.Verdict(True))
+        assert (verdict.merged, verdict.block) == (True, self.numbers[1])
+        for outer in (none, None):
+            verdict = tried(part, outer)
+            assert (verdict.reason, verdict.block, len(tried.asked)) == ("part", self.numbers[0], 2)
+
+    def test_the_outermost_of_those_without_experts_tells_why(self, tried):
+        first, second = (module.Verdict(None, reason, is_gate=False) for reason in ("first", "second"))
+        verdict = tried(first, second)
+        assert (verdict.reason, verdict.block) == ("second", self.numbers[1])
+        assert tried(first, None).reason == "first"
+
+    def test_the_settings_of_what_was_tried_are_watched(self, tried):
+        layer = nn.Sequential(nn.Identity())
+        tried(module.Verdict(True, written=frozenset()), modules=[layer])
+        assert module._settings[self.weight].are_the_same()
+        layer.register_forward_hook(print)
+        assert not module._settings[self.weight].are_the_same()
+        tried(None, modules=[layer])
+        assert self.weight not in module._settings
+
+    def test_what_is_around_is_tried_where_ids_are_kept(self, tried, monkeypatch):
+        """It says more only where it is such a gate, and a rewrite gives something else there."""
+        monkeypatch.setattr(module, "_holds_more_of_experts", lambda one, inner, experts: experts == EXPERTS)
+        inner = module.Verdict(None, "inner", written=frozenset("a"), off=frozenset({False}))
+        off = {"off": frozenset({True})}
+
+        def kept(*found):
+            verdict = tried(*found, kept=True)
+            assert (verdict.block, verdict.written) == (self.numbers[-1], None)
+            assert self.weight not in module._settings
+            return verdict.reason
+
+        assert kept(inner, module.Verdict(None, "outer", **off)) == "outer"
+        assert tried.asked == [(0, True), (1, True)]
+        others = [None, module.Verdict(None, "outer", is_gate=False, **off), module.Verdict(None, "outer")]
+        for outer in (*others, module.Verdict(None, "outer", whole=False, **off)):
+            assert kept(inner, outer) == "inner"
+        assert kept(None, inner, module.Verdict(None, "outer", **off)) == "outer"
+        monkeypatch.setattr(module, "_holds_more_of_experts", lambda one, inner, experts: False)
+        assert kept(inner, module.Verdict(None, "outer", **off)) == "inner"
+        assert tried.asked == [(0, True)]
+
+    def test_what_counts_experts_beside_a_block(self):
+        """A parameter or buffer of its own, and not where other blocks of the kind stand in it."""
+        inner = nn.Linear(EXPERTS, 3)
+        outer = nn.Sequential(inner, nn.LayerNorm(3))
+        holds = functools.partial(module._holds_more_of_experts, outer, inner, EXPERTS)
+        assert not holds()
+        outer.scale = nn.Parameter(torch.zeros(2, EXPERTS))
+        assert holds()
+        del outer.scale
+        outer.register_buffer("load", torch.zeros(EXPERTS, 2))
+        assert holds()
+        outer.append(nn.Linear(3, 3))
+        assert not holds()
+
+    def test_one_trial_for_all_that_compute_the_same(self, monkeypatch):
+        """For each kind of call, each way of tracing, and each question."""
+        asked, one = [], nn.Linear(2, 3)
+        monkeypatch.setattr(module, "_verdicts", {})
+        monkeypatch.setattr(module, "_try_block", lambda *given: asked.append(given))
+        gate = gate_of(Written().input(torch.zeros(5, TOP_K, dtype=torch.int64)))
+        other = dataclasses.replace(gate, top_k=1)
+        owner, calls = object(), []
+        monkeypatch.setattr(dynamo, "arguments_of", lambda one: calls[-1])
+        for called in ((), (torch.zeros(2),)):
+            calls.append((called, {}))
+            for block, of, kept in ((7, gate, False), (7, gate, True), (7, other, False), (8, gate, False)):
+                for _ in range(2):
+                    assert module._verdict_on(one, block, of, owner, kept) is None
+                assert asked[-1] == (of, one, owner, calls[-1], kept)
+        assert len(asked) == 8
+        for traced in ("captures_dynamic_shapes", "makes_graphs_before_loops"):
+            monkeypatch.setattr(dynamo, traced, lambda: True)
+            module._verdict_on(one, 7, gate, owner, False)
+        assert len(asked) == 10
+
+    def test_a_weight_that_nobody_owns(self):
+        verdict = module.Verdict(True, block=module._number(nn.Linear(2, 3)), written=frozenset())
+        weight = nn.Parameter(torch.zeros(3, 2))
+        assert not module.computes_the_same(weight, verdict)
+        assert module._blocks_around[weight] == frozenset()
+
+    def test_settings_are_watched_from_the_first_verdict_that_tells_what_calls_write(self):
+        layer = Keeping("nowhere")
+        holds = functools.partial(module.computes_the_same, layer.gate.weight)
+        other = module.Verdict(True, block=-2, written=frozenset())
+        silent = module.Verdict(True, block=module._number(layer))
+        assert (holds(other), holds(silent)) == (False, True)
+        assert layer.gate.weight not in module._settings
+        assert holds(module.Verdict(True, block=silent.block, written=frozenset({"log"})))
+        layer.log.append(1)
+        assert holds(silent)
+        assert module._settings[layer.gate.weight].are_the_same()
+        layer.place = "a list"
+        assert not holds(silent)
+        assert layer.gate.weight not in module._settings
+
+    @pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError, NotImplementedError])
+    def test_a_block_that_cannot_be_copied(self, error, monkeypatch):
+        def refuse(*_):
+            raise error("why\nand where")
+
+        monkeypatch.setattr(module, "TrialBlock", refuse)
+        ids = Written().input(torch.zeros(5, TOP_K, dtype=torch.int64))
+        owner = types.SimpleNamespace(weight=None, root=None)
+        verdict = module._try_block(gate_of(ids), nn.Linear(2, 3), owner, None, False)
+        assert (verdict.merged, verdict.is_gate, verdict.whole, verdict.written) == (None, True, True, None)
+        assert verdict.reason == f"Linear cannot be copied to try it: {error.__name__}: why"
+
+    def test_what_a_block_is_tried_with(self, monkeypatch):
+        """Its columns are those of the scores, some of which may be no experts'."""
+        made, w = [], Written()
+        scores = w.given(5, EXPERTS + 2)
+        block = types.SimpleNamespace(candidates=lambda: made[-1][-1:] if len(made) < 3 else [])
+        trial = types.SimpleNamespace(written={"log"}, run_whole=lambda found: module.Verdict(True, str(found)))
+        monkeypatch.setattr(module, "TrialBlock", lambda *given: made.append(given) or block)
+        monkeypatch.setattr(module, "_Trial", lambda *given: made.append(given) or trial)
+        owner, call = types.SimpleNamespace(weight="w", root="r"), ((), {})
+        gate = gate_of(w.top_k(scores, TOP_K)[1])
+        gate = dataclasses.replace(gate, selection=gate.ids.args[0])
+        verdict = module._try_block(gate, "the block", owner, call, True)
+        assert verdict == module.Verdict(True, f"({EXPERTS + 2},)", written=frozenset({"log"}))
+        assert made == [("the block", "w", "r", EXPERTS, EXPERTS + 2), (gate, block, call, True)]
+        trial.run_whole = lambda found: None
+        made.clear()
+        assert module._try_block(gate, "the block", owner, call, True) is None
+        assert len(made) == 2
+        alone = dataclasses.replace(gate, selection=scores)
+        assert module._try_block(alone, "the block", owner, call, True) is None
+        assert made[2:] == [("the block", "w", "r", EXPERTS, EXPERTS)]
+
+
+def trial_of(**methods):
+    """A trial of which these methods do something else."""
+    trial = EagerTrial(Experts())
+    for name, does in methods.items():
+        setattr(trial, name, does)
+    return trial
+
+
+def returning(value):
+    return lambda *_, **__: value
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+class TestWhatATrialConcludes:
+    """From the answers to each of its questions, in order."""
+
+    RIGHT = module.Verdict(True, ids_alone=True)
+
+    def conclude(self, **answers):
+        asked = []
+        own = {"_experts": ["one"], "_compare": self.RIGHT, "_find_restless": {"last": True}}
+        own |= {"_weighs_nothing": False, "_sends_elsewhere": False, "_computes_all": False}
+        methods = {name: answer if callable(answer) else returning(answer) for name, answer in (own | answers).items()}
+        trial = trial_of()
+        trial._found, trial._inputs = [trial._gate], lambda: ((), {})
+        for name, does in methods.items():
+            setattr(trial, name, lambda *given, name=name, does=does: asked.append(name) or does(*given))
+        return trial, asked, trial.run_whole(["candidate"])
+
+    def test_all_that_is_asked(self):
+        trial, asked, verdict = self.conclude()
+        assert verdict is self.RIGHT
+        assert (trial._restless, trial._is_compiled) == ({"last": True}, True)
+        assert asked == [
+            *("_find_restless", "_experts", "_compare", "_weighs_nothing", "_sends_elsewhere", "_computes_all"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("answers", "reason", "is_gate"),
+        [
+            ({"_experts": "no experts"}, "no experts", False),
+            ({"_weighs_nothing": True}, SkipReason.NOTHING_WEIGHED.value, True),
+            ({"_sends_elsewhere": True}, module._SENT_ELSEWHERE, True),
+            ({"_find_restless": raising(KeyError("a"))}, "could not be run on made-up choices: KeyError: 'a'", False),
+            ({"_experts": raising(ValueError("a"))}, "could not be run on made-up choices: ValueError: a", False),
+            ({"_compare": raising(IndexError("a"))}, "could not be run on made-up choices: IndexError: a", True),
+            ({"_computes_all": raising(TypeError("a"))}, "could not be run on made-up choices: TypeError: a", True),
+        ],
+    )
+    def test_why_nothing_is_proven(self, answers, reason, is_gate):
+        _, asked, verdict = self.conclude(**answers)
+        assert (verdict.merged, verdict.is_gate, verdict.whole, verdict.saves_nothing) == (None, is_gate, True, "")
+        assert verdict.reason.removeprefix("Plain ") == reason
+        assert asked[-1] == next(iter(answers))
+
+    def test_where_no_rewrite_is_right_nothing_more_is_asked(self):
+        refused = module.Verdict(None, "off", off=frozenset({True}))
+        _, asked, verdict = self.conclude(_compare=refused)
+        assert (verdict is refused, asked[-1]) == (True, "_compare")
+
+    def test_experts_that_all_compute(self):
+        _, _, verdict = self.conclude(_computes_all=True)
+        told = f"{SkipReason.DENSE.value} (seen in a run of Plain)"
+        assert verdict == dataclasses.replace(self.RIGHT, saves_nothing=told)
+
+    def test_several_gates_of_one_router(self):
+        trial = trial_of(_inputs=lambda: ((), {}))
+        trial._found = [trial._gate] * 2
+        verdict = trial.run_whole([])
+        assert (verdict.merged, verdict.is_gate, verdict.whole) == (None, True, False)
+
+    def test_programming_errors_are_not_hidden(self):
+        with pytest.raises(ZeroDivisionError):
+            self.conclude(_compare=raising(ZeroDivisionError()))
+
+
+class TestRunsOfATrial:
+    X = ((torch.randn(5, HIDDEN),), {})
+
+    def test_what_differs_between_two_runs_is_restless(self):
+        """Also what only one has left; True where it is of other sizes, too."""
+        left = [
+            {"": 1, "time": 0.5, "log": [1], "same": 1.0, "gone": 1},
+            {"": 1, "time": 0.7, "log": [1, 2], "same": 1.0, "new": 1},
+        ]
+        trial = trial_of()
+        runs = iter(left)
+        trial._run = lambda inputs: setattr(trial, "kept", next(runs))
+        assert trial._find_restless(self.X) == {"time": False, "log": True, "gone": True, "new": True}
+
+    def test_what_is_left_alike(self):
+        trial = trial_of()
+        trial._restless = {"time": False, "log": True}
+        alike = trial._is_left_alike
+        assert alike("log", [1], None)
+        assert alike("time", 0.5, 0.7)
+        assert not alike("time", 0.5, None)
+        assert alike("last", 0.5, 0.5)
+        assert not alike("last", 0.5, 0.7)
+
+    @pytest.mark.parametrize(
+        ("results", "ids", "serves"),
+        [
+            ([torch.ones(2), torch.ones(2, dtype=torch.int64)], [0], True),
+            ([], [0], True),
+            ([torch.ones(2)], [], False),
+            ([torch.ones(2), torch.tensor([1.0, float("nan")])], [0], False),
+            ([torch.tensor([float("inf")])], [0], False),
+        ],
+    )
+    def test_a_call_that_is_served(self, results, ids, serves):
+        """The gate runs, and all that comes out is finite."""
+        trial = trial_of(_run=returning(results), _ids=ids)
+        assert trial._serves(self.X) is serves
+
+    def test_a_call_that_is_not_taken(self):
+        for error in (RuntimeError, KeyError, AttributeError):
+            assert trial_of(_run=raising(error()), _ids=[0])._serves(self.X) is False
+
+    def test_other_calls_are_made_up_once(self, monkeypatch):
+        """Of the inputs, and of those with a mask that they do not have, where the block takes it."""
+        made = []
+        monkeypatch.setattr(module, "other_calls", lambda given, block: [(given, number) for number in range(2)])
+
+        def with_masks(given, block, leading, device):
+            made.append((given, leading, device))
+            return ["taken", "refused"]
+
+        monkeypatch.setattr(module, "with_masks", with_masks)
+        trial = trial_of(_serves=lambda given: given not in ("refused", ("taken", 1), (self.X, 0)))
+        assert trial._other_calls(self.X) == [(self.X, 1), ("taken", 0)]
+        assert made == [(self.X, (5,), torch.device("cpu"))]
+        assert trial._other_calls(None) == [(self.X, 1), ("taken", 0)]
+        assert len(made) == 1
+        without = ((torch.arange(5),), {})
+        assert list(trial_of(_serves=returning(True))._made_up_calls(without)) == [(without, 0), (without, 1)]
+        assert len(made) == 1
+
+    @pytest.mark.parametrize(
+        ("sizes", "choices", "several"),
+        [((1, 4), TOP_K, True), ((1, 4), TOP_K + 1, False), ((4,), TOP_K, False), ((1, 4), 1, True)],
+    )
+    def test_several_sequences_where_one_choice_is_made_for_one(self, sizes, choices, several):
+        ran, given = [], ((torch.randn(*sizes, HIDDEN),), {})
+        trial = trial_of(_run=ran.append, _ids=[torch.zeros(choices)], _found=["before"])
+        found = trial._of_many(given)
+        assert trial._by_sequence is several
+        if several:
+            assert (found[0][0].shape, ran, trial._found) == ((12, 4, HIDDEN), [found], [])
+        else:
+            assert (found is given, ran, trial._found) == (True, [], ["before"])
+
+    def test_what_a_run_is_told(self):
+        trial = trial_of(_run_once=returning(["result"]))
+        state = lambda: (trial._version, trial.seed, trial.scores, trial.absent, trial.chosen)  # noqa: E731
+        assert trial._run(self.X) == ["result"]
+        assert state() == ("original", 0, "own", None, ())
+        assert trial.seed_of_scores == 0
+        trial._run(self.X, "merged", 3, scores="others", absent=2, chosen=[1])
+        assert state() == ("merged", 3, "others", 2, [1])
+        assert trial.seed_of_scores == 1003
+        trial._run(self.X, seed=3, scores="equal")
+        assert trial.seed_of_scores == 3
+
+    def test_code_behind_the_graph_is_not_compiled_anew(self, monkeypatch):
+        """But the graph is, where no graph serves the call."""
+        ran, inside = [], []
+
+        @contextlib.contextmanager
+        def nothing_more():
+            inside.append(True)
+            yield
+            inside.pop()
+
+        monkeypatch.setattr(dynamo, "compiling_nothing_more", nothing_more)
+        trial = trial_of(_ids=[0])
+        trial._run_once = lambda inputs: ran.append(bool(inside)) or len(ran)
+        assert (trial._run(self.X), ran) == (1, [False])
+        trial._is_compiled = True
+        assert (trial._run(self.X), ran) == (2, [False, True])
+        trial._ids = []
+        assert (trial._run(self.X), ran) == (4, [False, True, True, False])
+
+    def test_a_run_leaves_its_inputs_and_its_block_as_they_were(self):
+        class Writing(Experts):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("load", torch.zeros(2))
+                self.last = None
+
+            def forward(self, x, ids, weights):
+                out = super().forward(x, ids, weights)
+                self.load += 1
+                self.last = x.mul_(2)
+                return out, "word"
+
+        trial, given = EagerTrial(Writing()), ((torch.ones(5, HIDDEN),), {})
+        experts = trial._block.module.experts
+        before = experts.load.clone()
+        for _ in range(2):
+            out, load = trial._run(given)
+            assert torch.equal(load, before + 1)
+        assert (given[0][0].sum(), experts.last) == (5 * HIDDEN, None)
+        assert torch.equal(experts.load, before)
+        assert set(trial.kept) == {"", "experts.last"}
+        assert trial.written >= {"", "experts.last"}
+        assert trial.kept["experts.last"].sum() == 2 * 5 * HIDDEN
+        assert torch.equal(trial.kept[""][2][1], out)
+        trial._block.module.experts = Experts()
+        trial._run(given)
+        assert trial.written >= {"", "experts.last"}
+
+    def test_hidden_states_may_vary_in_number(self, monkeypatch):
+        told = []
+        monkeypatch.setattr(dynamo, "let_vary", lambda tensor, dim: told.append((tensor.shape, dim)))
+        trial = trial_of()
+        trial._run(((torch.randn(1, 7, HIDDEN),), {}))
+        trial._run(((torch.randn(7, HIDDEN),), {}))
+        trial._block.module.forward = lambda x, mask: x
+        trial._run(((torch.randn(7, HIDDEN), torch.ones(7)), {}))
+        assert told == [((1, 7, HIDDEN), 1), ((7, HIDDEN), 0)]
+
+
+class TestWhoseParametersTheyAre:
+    """What is concluded from the outputs of runs with others in their place."""
+
+    X = ((torch.randn(5, HIDDEN),), {})
+
+    @staticmethod
+    def of(trial, *names):
+        found = {one.name: one for one in trial._block.candidates() if one.dim in (0, None)}
+        return [found[name] for name in names]
+
+    def test_a_number_that_may_scale_weights(self):
+        """Not what is no number, nor what is all that there is; else its effect has to show without the others."""
+        trial = EagerTrial(OneOutput())
+        [w, bias] = self.of(trial, "experts.w", "experts.bias")
+        trial._changes_with = returning([True])
+        trial._adds_alone = returning(False)
+        scales = trial._scales_weights
+        assert scales(bias, [w, bias], self.X) is True
+        assert scales(bias, [bias], self.X) is False
+        assert scales(w, [w, bias], self.X) is False
+        trial._adds_alone = returning(True)
+        assert scales(bias, [w, bias], self.X) is False
+        for changes in ([False, True], [True, False]):  # of all else, and of the number alone
+            found = iter([[changes[0], True], [changes[1], False]])
+            trial._changes_with = lambda *_, found=found: next(found)
+            assert scales(bias, [w, bias], self.X) is True
+
+    def test_what_is_exchanged_to_tell_a_scale(self):
+        """First the others; then the number, where the others are zero."""
+        trial = EagerTrial(OneOutput())
+        [w, bias] = self.of(trial, "experts.w", "experts.bias")
+        asked = []
+
+        def changes(exchanged, inputs):
+            asked.append((exchanged, bool(w.tensors[0].any()), bool(bias.tensors[0].any())))
+            return [True]
+
+        trial._changes_with = changes
+        trial._adds_alone = lambda *given: asked.append(given)
+        assert trial._scales_weights(bias, [w, bias], self.X) is True
+        assert asked == [([w], True, True), ([bias], False, True), (bias, [w], self.X)]
+
+    def test_what_adds_the_same_whatever_a_number_is(self):
+        trial = EagerTrial(OneOutput())
+        [w, bias] = self.of(trial, "experts.w", "experts.bias")
+        words, runs = torch.tensor([1]), {}
+        kept = bias.tensors[0].clone()
+
+        def exchange(experts, inputs):
+            return runs[torch.equal(bias.tensors[0], kept)]
+
+        trial._with_exchange = exchange
+        one, two = torch.tensor([1.0]), torch.tensor([2.0])
+        runs[True] = [one, words], [two, words + 1]
+        for before, after, alone in ((two, two + 1, True), (two, two + 1.5, False), (two, two, False)):
+            runs[False] = [before, words], [after, words]
+            assert trial._adds_alone(bias, [w], self.X) is alone
+        assert torch.equal(bias.tensors[0], kept)
+
+    def test_which_outputs_change(self):
+        trial = trial_of(_with_exchange=returning(([torch.ones(2), torch.ones(2)], [torch.ones(2), torch.zeros(2)])))
+        assert trial._changes_with([], self.X) == [False, True]
+
+    def test_an_exchange(self):
+        """Of all experts, at the same choice and scores."""
+        trial, ran = EagerTrial(Experts()), []
+        [w] = self.of(trial, "experts.w")
+        kept = w.tensors[0].clone()
+        trial._run = lambda *given, **options: ran.append((given, options, w.tensors[0].clone())) or len(ran)
+        assert trial._with_exchange([w], self.X, seed=3, scores="equal") == (1, 2)
+        assert [(given, options) for given, options, _ in ran] == [((self.X,), {"seed": 3, "scores": "equal"})] * 2
+        assert torch.equal(ran[0][2], kept)
+        assert torch.equal(ran[1][2], kept.roll(-1, 0))
+        assert torch.equal(w.tensors[0], kept)
+
+    @pytest.mark.parametrize(("second", "same"), [((3.0, 5.0), True), ((3.0, 6.0), False), ((0.0, -2.0), False)])
+    def test_the_same_effect(self, second, same):
+        """Whole numbers do not count."""
+        words = torch.arange(2)
+        runs = {"own": (1.0, 3.0), "others": second}
+        asked = []
+
+        def exchange(experts, inputs, *, scores):
+            asked.append((experts, inputs, scores))
+            before, after = runs[scores]
+            return [torch.tensor([before]), words], [torch.tensor([after]), words + int(after)]
+
+        trial = trial_of(_with_exchange=exchange)
+        assert trial._is_same_effect(["e"], ("a", "own"), ("b", "others")) is same
+        assert asked == [(["e"], "a", "own"), (["e"], "b", "others")]
+
+    def test_what_is_asked_of_an_effect(self):
+        """Other scores, and other hidden states at equal ones."""
+        asked = []
+        for same in (True, False):
+            trial = trial_of(_is_same_effect=lambda *given, same=same: asked.append(given) or same)
+            assert trial._weighs_nothing(["e"], self.X) is same
+            assert trial._acts_on_hidden(["e"], self.X) is not same
+        assert asked[0] == (["e"], (self.X, "own"), (self.X, "others"))
+        experts, (inputs, scores), (turned, scores_of_turned) = asked[1]
+        assert (experts, inputs is self.X, scores, scores_of_turned) == (["e"], True, "equal", "equal")
+        assert torch.equal(turned[0][0], module._turned(self.X[0][0]))
+
+    @pytest.mark.parametrize(
+        ("changed", "weights", "belongs"),
+        [
+            ([0, 1], 0.0, True),
+            ([1], 0.0, True),
+            ([], 0.0, False),
+            ([0, 1, 3], 0.0, False),
+            ([0, 1], 1.0, False),
+            (None, 0.0, False),
+            (RuntimeError("no such place"), 0.0, False),
+        ],
+    )
+    def test_only_tokens_that_name_an_expert_change(self, changed, weights, belongs):
+        """At the same weights; expert 2 is named by tokens 0 and 1, expert 4 by 0 and 3."""
+        trial = trial_of()
+        [one] = self.of(trial, "experts.w")
+        kept, disturbed = one.tensors[0].clone(), []
+        ids = torch.tensor([[-1, 2, 4], [5, 2, 6], [EXPERTS, 1, 0], [4, 3, 1]])
+        base = torch.zeros(4, HIDDEN)
+
+        def run(inputs):
+            [expert] = [n for n in range(EXPERTS) if not torch.equal(one.tensors[0][n], kept[n])]
+            disturbed.append(expert)
+            trial._weights = [torch.ones(4, TOP_K) + weights]
+            if isinstance(changed, Exception):
+                raise changed
+            if changed is None:
+                return [torch.zeros(3)]
+            result = base.clone()
+            result[{2: changed, 4: [0, 3]}[expert]] = 1
+            return [result]
+
+        trial._run = run
+        given = [torch.zeros(3)] if changed is None else [base]
+        assert trial._belongs_to_experts(one, self.X, given, ids, [torch.ones(4, TOP_K)]) is belongs
+        assert disturbed == ([2, 4] if belongs else [2])
+        assert torch.equal(one.tensors[0], kept)
+
+    @pytest.mark.parametrize("of_first", [True, False])
+    def test_both_experts_are_asked(self, of_first):
+        """What is right for one may be chance."""
+        trial, runs = trial_of(), []
+        [one] = self.of(trial, "experts.w")
+        ids = torch.tensor([[2, 3, 4], [5, 6, 7]])
+
+        def run(inputs):
+            runs.append(1)
+            result = torch.zeros(2, HIDDEN)
+            result[0 if (len(runs) == 1) is of_first else 1] = 1
+            return [result]
+
+        trial._run = run
+        assert trial._belongs_to_experts(one, self.X, [torch.zeros(2, HIDDEN)], ids, []) is False
+        assert len(runs) == (2 if of_first else 1)
+
+    def test_why_there_are_none(self):
+        trial = EagerTrial(BiasBeside())
+        bias, w = self.of(trial, "experts.bias", "experts.w")
+        trial._scales_weights, trial._acts_on_hidden = returning(False), returning(True)
+        belonging = {"experts.bias": True, "experts.w": True}
+        trial._belongs_to_experts = lambda one, *_: belonging[one.name]
+        find = functools.partial(trial._experts, [bias, w], trial._inputs())
+        assert find() == [bias, w]
+        belonging["experts.w"] = False
+        assert find().startswith("what its indices fetch are vectors")
+        belonging.update({"experts.w": True, "experts.bias": False})
+        assert find() == [w]
+        trial._acts_on_hidden = returning(False)
+        assert find().startswith("what its indices fetch is added up whatever the hidden states are")
+        trial._scales_weights = returning(True)
+        assert find() == "no parameter around its router acts on the tokens of one expert alone"
+
+
+class TestWhoIsServed:
+    """Tokens that the code outside sends to other experts than they chose, or to none."""
+
+    X = ((torch.randn(4, HIDDEN),), {})
+
+    @pytest.mark.parametrize("where", ["_adds_tokens", "_misses_tokens"])
+    def test_every_call_is_asked(self, where):
+        asked, own = [], ((torch.randn(4, HIDDEN), torch.ones(4, dtype=torch.bool)), {})
+        trial = trial_of(_other_calls=returning(["other"]), _run=lambda inputs: None, _ids=[torch.zeros(4, TOP_K)])
+        trial._adds_tokens = trial._misses_tokens = lambda experts, given: asked.append(given) or False
+        assert trial._sends_elsewhere([], own) is False
+        assert [asked[place] is own for place in (0, 1)] == [True, True]
+        assert [given[0][1].tolist() for given in asked[2:4]] == [[True, True, False, False]] * 2
+        assert asked[4:] == ["other"] * 2
+        asked.clear()
+        assert trial._sends_elsewhere([], self.X) is False
+        assert asked == [self.X, self.X, "other", "other"]
+        setattr(trial, where, lambda experts, given: given == "other")
+        assert trial._sends_elsewhere([], self.X) is True
+
+    @pytest.mark.parametrize("outer", [0, EXPERTS - 1, None])
+    def test_experts_that_nobody_chose(self, outer):
+        """The first and the last are disturbed in all of their parameters."""
+        trial = EagerTrial(BiasBeside())
+        experts = TestWhoseParametersTheyAre.of(trial, "experts.w", "experts.bias")
+        kept = [one.tensors[0].clone() for one in experts]
+        ran = []
+
+        def run(inputs, *, seed, absent):
+            now = [one.tensors[0] for one in experts]
+            at = [{n for n in range(EXPERTS) if not torch.equal(a[n], b[n])} for a, b in zip(now, kept, strict=True)]
+            ran.append((seed, absent, *at))
+            return [torch.ones(2), torch.full((2,), float(at[0] == {outer}))]
+
+        trial._run = run
+        assert trial._adds_tokens(experts, self.X) is (outer is not None)
+        both = [(1, n, *at) for n in (0, EXPERTS - 1) for at in ((set(), set()), ({n}, {n}))]
+        assert ran == both[: 2 if outer == 0 else 4]
+        assert all(torch.equal(one.tensors[0], before) for one, before in zip(experts, kept, strict=True))
+
+    @pytest.mark.parametrize(
+        ("changed", "ids", "misses"),
+        [
+            ([[0, 1, 2, 3]] * 3, None, False),
+            ([[0, 1], [2], [3]], None, False),
+            ([[0, 1], [2], [2]], None, True),
+            ([[], [], []], None, False),
+            ([[0, 1], [2], [2]], -1, False),
+            ([[0, 1], [2], [2]], EXPERTS, False),
+            ([[0, 1], [2], [2]], EXPERTS - 1, True),
+            ([[0, 1], [2], [2]], 0, True),
+        ],
+    )
+    def test_tokens_that_are_the_same_in_each_draw(self, changed, ids, misses):
+        """One that chose nobody is not missed; where no expert does anything, a flag switches them off."""
+        trial, seeds = trial_of(_takes_others=returning(False)), []
+        chosen = torch.ones(4, TOP_K, dtype=torch.int64)
+        if ids is not None:
+            chosen[3] = ids
+        trial._ids = [chosen.view(1, 4, TOP_K)]
+
+        def exchange(experts, inputs, *, seed):
+            seeds.append(seed)
+            after = torch.zeros(4, HIDDEN)
+            after[changed[seed]] = 1
+            return [torch.zeros(4, HIDDEN)], [after]
+
+        trial._with_exchange = exchange
+        assert trial._misses_tokens([], self.X) is misses
+        assert seeds == [0, 1, 2]
+
+    def test_what_has_no_row_for_each_token_tells_nothing(self):
+        trial = trial_of(_takes_others=returning(True), _with_exchange=returning(([torch.ones(1)], [torch.ones(1)])))
+        trial._ids = [torch.ones(4, TOP_K, dtype=torch.int64)]
+        assert trial._misses_tokens([], self.X) is False
+
+    def test_tokens_that_take_others(self):
+        trial = trial_of(_ids=[torch.ones(4, TOP_K, dtype=torch.int64)])
+        before, asked = [torch.zeros(4, HIDDEN)], []
+        trial._with_exchange = returning((before, [torch.ones(4, HIDDEN)]))
+        trial._takes_others = lambda *given: asked.append(given) or len(asked) == 2
+        assert trial._misses_tokens(["e"], self.X) is True
+        assert [given[:4] for given in asked] == [(["e"], self.X, seed, before) for seed in (0, 1)]
+        assert asked[0][4].shape == (4, TOP_K)
+
+    def test_who_takes_others(self):
+        """Half of the experts are disturbed: no token changes that names none of them."""
+        trial = EagerTrial(BiasBeside())
+        experts = TestWhoseParametersTheyAre.of(trial, "experts.w", "experts.bias")
+        kept = [one.tensors[0].clone() for one in experts]
+        before, seen, changed = [torch.zeros(EXPERTS, HIDDEN)], [], []
+        ids = torch.arange(EXPERTS)[:, None].expand(EXPERTS, TOP_K)
+
+        def run(inputs, *, seed):
+            now = [one.tensors[0] for one in experts]
+            at = [[n for n in range(EXPERTS) if not torch.equal(a[n], b[n])] for a, b in zip(now, kept, strict=True)]
+            assert at[0] == at[1]
+            seen.append((seed, at[0]))
+            after = torch.zeros(EXPERTS, HIDDEN)
+            after[[*at[0], *changed]] = 1
+            return [after]
+
+        trial._run = run
+        takes = functools.partial(trial._takes_others, experts, self.X)
+        assert takes(0, before, ids) is False
+        assert takes(1, before, ids) is False
+        assert [(seed, len(some)) for seed, some in seen] == [(0, EXPERTS // 2), (1, EXPERTS // 2)]
+        assert seen[0][1] != seen[1][1]
+        changed += [next(n for n in range(EXPERTS) if n not in seen[0][1])]
+        assert takes(0, before, ids) is True
+        trial._run = returning([torch.zeros(3)])
+        assert takes(0, [torch.zeros(3)], ids) is False
+
+
+class TestWhichRewriteIsRight:
+    X = ((torch.randn(5, HIDDEN),), {})
+
+    def compare(self, *right, needs_merge=True, kept=False, alone=True, known=None, fails=(), monkeypatch):
+        """The verdict where these versions are right, and the versions that were asked for."""
+        asked = []
+        trial = EagerTrial(Experts(), needs_merge=needs_merge)
+        trial._found, trial._ids_are_kept = ["found"], kept
+        monkeypatch.setattr(module, "ids_alone", lambda gate: "another" if alone and gate == "found" else None)
+
+        def problem(version, experts, inputs):
+            asked.append(version)
+            if version in fails:
+                raise ValueError(version)
+            return None if version in right else f"not {version}"
+
+        trial._problem_with = problem
+        trial._versions = dict.fromkeys(known if known is not None else (*VERSIONS, "original"))
+        return trial._compare([], self.X), asked
+
+    def test_the_first_that_is_right(self, monkeypatch):
+        compare = functools.partial(self.compare, monkeypatch=monkeypatch)
+        for needs_merge, first in ((True, True), (False, False)):
+            names = ["merged", "plain"] if first else ["plain", "merged"]
+            order = [*names, *(f"{name}, ids alone" for name in names)]
+            for place, version in enumerate(order):
+                verdict, asked = compare(version, needs_merge=needs_merge)
+                alone = place > 1
+                assert verdict == module.Verdict(version.startswith("merged"), ids_alone=alone)
+                assert asked == order[: place + 1]
+            verdict, asked = compare(needs_merge=needs_merge)
+            assert verdict == module.Verdict(None, f"not {order[0]}", off=frozenset({True, False}))
+            assert asked == order
+            assert compare(needs_merge=needs_merge, alone=False)[1] == names
+
+    def test_where_ids_are_kept(self, monkeypatch):
+        compare = functools.partial(self.compare, kept=True, monkeypatch=monkeypatch)
+        verdict, asked = compare("plain, ids kept")
+        assert (verdict, asked) == (module.Verdict(False), ["merged, ids kept", "plain, ids kept"])
+        verdict, _ = compare(known=["plain, ids kept"])
+        assert verdict.off == {False}
+
+    def test_a_run_that_fails_is_not_off(self, monkeypatch):
+        """An expert named twice may not fit: that is a reason, and shows no other numbers."""
+        verdict, _ = self.compare(alone=False, fails=("merged",), monkeypatch=monkeypatch)
+        assert verdict.reason == "Plain could not be run on made-up choices: ValueError: merged"
+        assert verdict.off == {False}
+        assert self.compare("plain", fails=("merged",), monkeypatch=monkeypatch)[0] == module.Verdict(False)
+
+    def test_how_a_version_differs(self):
+        problems, asked = {}, []
+        trial = trial_of(_other_calls=returning(["other"]), _problem_with_more=returning("more"))
+        trial._versions, trial._refused = {"plain": None}, {"merged": "refused"}
+
+        def in_draws(version, experts, given):
+            asked.append(given)
+            return problems.get("own" if given is self.X else given)
+
+        trial._problem_in_draws = in_draws
+        problem = functools.partial(trial._problem_with, experts=[], inputs=self.X)
+        assert problem("merged") == "refused"
+        assert problem("unknown") == "it cannot be rewritten"
+        assert asked == []
+        assert problem("plain") == "more"
+        assert asked == [self.X, "other"]
+        problems["other"] = "off"
+        assert problem("plain") == f"off under another mask: {module._SENT_ELSEWHERE}"
+        problems["own"] = "own"
+        assert problem("plain") == "own"
+
+    def test_draws_until_each_expert_was_re_routed(self):
+        """Three at least; the others are chosen then, with even seeds."""
+        maps, asked = [], []
+        trial = trial_of(_problem_in_draw=lambda *given: asked.append(given[3:]), _expert_map=lambda: maps.pop(0))
+        draws = functools.partial(trial._problem_in_draws, "plain", [], self.X)
+        maps += [dict.fromkeys(range(1, 6), 0), {0: 1, 6: 6}, {}, {6: 0}, {7: 0}]
+        assert draws() is None
+        assert asked == [(0, ()), (1, ()), (2, ()), (6, [6, 7]), (8, [7])]
+        maps += [{n: (n + 1) % EXPERTS for n in range(EXPERTS)}] * 3
+        asked.clear()
+        assert draws() is None
+        assert asked == [(0, ()), (1, ()), (2, ())]
+        asked.clear()
+        maps += [{}] * 30
+        assert draws() is None
+        assert [seed for seed, _ in asked] == [0, 1, 2, *range(6, 48, 2)]
+        trial._problem_in_draw = lambda *given: "off" if given[3] == 6 else None
+        assert draws() == "off"
+
+    @pytest.mark.parametrize(
+        ("got", "wanted", "left", "told"),
+        [
+            (1.0, 1.0, ({}, {}), None),
+            (1.00009, 1.0, ({}, {}), None),
+            (1.0002, 1.0, ({}, {}), "is off by 0.0002 of its scale"),
+            (None, 1.0, ({}, {}), "returns other things"),
+            (1.0, 1.0, ({"": 1}, {"": 2}), "returns other things"),
+            (1.0, 1.0, ({"log": 1, "last": 1}, {"log": 1, "last": 2}), "leaves other things in last, where"),
+            (1.0, 1.0, ({"last": 1}, {}), "leaves other things in last, where"),
+            (1.0, 1.0, ({}, {"last": 1}), "leaves other things in last, where"),
+            (1.0, 1.0, ({"time": 1, "b": 1, "a": 1}, {"time": 2, "b": 2, "a": 2}), "leaves other things in a, where"),
+            (1.0, 1.0, ({"time": 1}, {"time": 2}), None),
+            (1.5, 1.0, ({"last": 1}, {"last": 2}), "is off by 0.5 of its scale"),
+        ],
+    )
+    def test_what_a_draw_shows(self, got, wanted, left, told):
+        """The version's run against that of the traced one where experts have others' parameters."""
+        trial, ran = trial_of(_expert_map=returning({0: 1})), []
+        trial._restless = {"time": True}
+        [w] = TestWhoseParametersTheyAre.of(trial, "experts.w")
+        kept = w.tensors[0].clone()
+
+        def run(inputs, version, seed, *, chosen):
+            trial.kept = left[len(ran)]
+            ran.append((version, seed, chosen, torch.equal(w.tensors[0], kept)))
+            assert torch.equal(w.tensors[0][0], kept[0 if version == "plain" else 1])
+            found = got if version == "plain" else wanted
+            return [] if found is None else [torch.tensor([found], dtype=torch.float64)]
+
+        trial._run = run
+        problem = trial._problem_in_draw("plain", [w], self.X, 4, [3])
+        assert ran == [("plain", 4, [3], True), ("original", 4, [3], False)]
+        assert (problem is None) is (told is None)
+        assert told is None or f"run with the code that receives its ids, Plain {told}" in problem
+        assert torch.equal(w.tensors[0], kept)
+
+    @pytest.mark.parametrize(("sizes", "by_tokens"), [((5,), True), ((1, 5), False)])
+    def test_many_tokens(self, sizes, by_tokens, monkeypatch):
+        """Where the block takes them, and its graph serves them."""
+        inside, ran = [], []
+
+        @contextlib.contextmanager
+        def nothing_more():
+            inside.append(True)
+            yield
+            inside.pop()
+
+        monkeypatch.setattr(dynamo, "compiling_nothing_more", nothing_more)
+        trial = trial_of(_ids=[0], _run=lambda given: ran.append((given[0][0].shape, bool(inside))))
+        trial._counting_dim = returning(0)
+        asked = []
+        trial._problem_in_draw = lambda *given: asked.append((given[0], given[3], bool(inside))) or "off"
+        given = ((torch.randn(*sizes, HIDDEN),), {})
+        more = functools.partial(trial._problem_with_more, "plain", [])
+        assert more(given) == "off where there are 256 tokens"
+        assert ran == [((256, *sizes[1:], HIDDEN), by_tokens)]
+        assert asked == [("plain", 0, by_tokens)]
+        trial._problem_in_draw = returning(None)
+        assert more(given) is None
+        trial._problem_in_draw = returning("off")
+        trial._ids = []
+        assert more(given) is None
+        trial._ids, trial._run = [0], raising(ValueError())
+        assert more(given) is None
+        ran.clear()
+        assert more(((torch.arange(5),), {})) is None
+        assert ran == []
+
+
+class TestGraphsOfATrial:
+    """The graph with the gate, in each of its versions, on choices that are made up."""
+
+    class Written:
+        """A graph that ends behind the router: `more` gives what else leaves it, of `w, ids, weights`."""
+
+        def __init__(self, more=lambda w, ids, weights: [], top_k=TOP_K, form="top-k"):
+            plain, w = Plain(Experts()), Written()
+            self.block = module.TrialBlock(plain, plain.gate.weight, plain, EXPERTS, EXPERTS)
+            x, weight = w.given(5, HIDDEN), w.input(self.block.weight)
+            self.logits = w.call(F.linear, x, weight)
+            scores = w.call(torch.softmax, self.logits, -1)
+            if form == "max":
+                best = w.call(torch.max, scores, -1)
+                weights, ids = w.pick(best, 0), w.pick(best, 1)
+            else:
+                weights, ids = w.top_k(scores, top_k)
+            w.give(weights, ids, *more(w, ids, weights))
+            self.graph = torch.fx.GraphModule(nn.Module(), w.graph)
+            self.inputs = [node.meta["example_value"] for node in (x, weight)]
+            [gate] = module._gates_of(dynamo.copy_graph(self.graph), self.inputs, self.block)
+            self.trial = module._Trial(gate, self.block, None)
+            self.run = self.trial._backend(self.graph, self.inputs)
+
+        def __call__(self, version, seed=4):
+            """What leaves in a version."""
+            self.trial._version, self.trial._seed = version, seed
+            self.trial._ids.clear()
+            self.trial._weights.clear()
+            return self.run(*self.inputs)
+
+    def test_versions(self):
+        """Each is told what was chosen, and gives what re-routing makes of it."""
+        one = self.Written()
+        assert set(one.trial._versions) == {"original", "plain", "merged"}
+        assert set(one.trial._refused) == set(VERSIONS) - {"plain", "merged"}
+        assert all("all of it leaves in one way" in why for why in one.trial._refused.values())
+        assert len(one.trial._found) == 1
+        order = made_up_order((5,), EXPERTS, 4)[:, :TOP_K]
+        weights, ids = one("original")
+        assert torch.equal(ids, order)
+        plain = one("plain")
+        assert torch.equal(plain[1], torch.ops.sere.reroute(ids, one.trial._matrix, 1))
+        assert torch.equal(plain[0], weights)
+        merged = one("merged")
+        new_ids, new_weights = torch.ops.sere.reroute_merged(ids, weights, one.trial._matrix, 1)
+        assert torch.equal(merged[1], new_ids)
+        torch.testing.assert_close(merged[0], new_weights)
+        for version in ("original", "plain", "merged"):
+            one(version)
+            assert (len(one.trial._ids), len(one.trial._weights)) == (1, 1)
+            assert torch.equal(one.trial._ids[0], order)
+            assert torch.equal(one.trial._weights[0], weights)
+        assert not torch.equal(one("original", 6)[1], order)
+
+    def test_the_graph_itself_stays_as_it_is(self):
+        one = self.Written()
+        before = [node.format_node() for node in one.graph.graph.nodes]
+        self.Written()
+        assert [node.format_node() for node in one.graph.graph.nodes] == before
+        assert not any(name.startswith("sere") for name, _ in one.graph.named_buffers())
+
+    def test_what_is_made_of_ids_and_leaves_beside_them(self):
+        """With ids alone it is of the router's own, else of new ones; a graph without a dispatch keeps none."""
+        one = self.Written(lambda w, ids, weights: [w.call(torch.mul, ids, 2)])
+        assert {"plain, ids alone", "merged, ids alone"} <= set(one.trial._versions)
+        assert set(one.trial._refused) == {"plain, ids kept", "merged, ids kept"}
+        _, own, doubled = one("original")
+        _, ids, of_own = one("plain, ids alone")
+        assert torch.equal(doubled, 2 * own)
+        assert torch.equal(of_own, doubled)
+        assert torch.equal(ids, torch.ops.sere.reroute(own, one.trial._matrix, 1))
+        _, ids, of_new = one("plain")
+        assert torch.equal(of_new, 2 * ids)
+
+    def test_one_choice_without_its_dimension(self):
+        one = self.Written(form="max")
+        _, ids = one("original", 1)
+        assert torch.equal(ids, made_up_order((5,), EXPERTS, 1)[:, 0])
+
+    def test_scores_are_put_in_behind_the_router(self):
+        """Where they are asked for: what is read of them besides the choice shows it."""
+        one = self.Written(lambda w, ids, weights: [w.call(torch.gather, list(w.graph.nodes)[3], 1, ids)])
+        own = one("original")[2]
+        one.trial.scores = "equal"
+        torch.testing.assert_close(one("original")[2], torch.full((5, TOP_K), 1 / EXPERTS))
+        assert not torch.allclose(own, torch.full((5, TOP_K), 1 / EXPERTS))
+
+    def test_a_graph_without_the_router(self):
+        """Runs as it is, also where it has another gate."""
+        one = self.Written()
+        inputs = [one.inputs[0], nn.Parameter(torch.randn(EXPERTS, HIDDEN))]
+        one.trial._found.clear()
+        run = one.trial._backend(one.graph, inputs)
+        assert one.trial._found == []
+        weights, ids = run(*inputs)
+        want = F.linear(*inputs).softmax(-1).topk(TOP_K)
+        assert torch.equal(ids, want.indices)
+        torch.testing.assert_close(weights, want.values)
