@@ -320,6 +320,7 @@ WAYS_TO_EXPERTS = {
     "a scale of other rows": (lambda w, n, e: w.call(torch.mul, e.batches, n), False),
     "a scale of all": (lambda w, n, e: w.call(torch.mul, e.x, w.call(torch.sum, n)), False),
     "a division of all": (lambda w, n, e: w.call(torch.div, e.x, w.call(torch.sum, n)), False),
+    "a scale by a plain number": (lambda w, n, e: w.call(torch.mul, e.x, w.call("item", w.call(torch.sum, n))), False),
     "added to hidden states": (lambda w, n, e: w.call(torch.add, e.x, n), False),
     "taken from hidden states": (lambda w, n, e: w.call(torch.sub, e.x, n), False),
     "joined with hidden states": (lambda w, n, e: w.call(torch.cat, [e.x, n], 1), False),
@@ -398,6 +399,16 @@ class TestOnTheWayToExperts:
             meet_experts(w, w.call(torch.exp, w.call(torch.exp, n)))
 
         assert reaches_experts(used_by(checked), EXPERTS)
+
+    def test_the_nearest_are_looked_at_first(self):
+        """A long way beside a short one does not hide it."""
+
+        def beside(w, n, x):
+            meet_experts(w, w.call(torch.exp, n))
+            for _ in range(250):
+                n = w.call(torch.sin, n)
+
+        assert reaches_experts(used_by(beside), EXPERTS)
 
     def test_what_is_met_by_two_ways_is_looked_at_once(self):
         def joined(w, n, x):
@@ -684,6 +695,9 @@ class TestOutputsOfAll:
         assert not outputs_of_all(w.call(torch.matmul, self.x, w.weight(EXPERTS + 1, WIDTH, WIDTH)), EXPERTS)
         assert not outputs_of_all(w.call("expand", w.call(torch.exp, self.x), EXPERTS, TOKENS, WIDTH), EXPERTS)
         assert not outputs_of_all(w.call(torch.tanh, self.stack), EXPERTS)
+        assert not outputs_of_all(w.call(torch.sum, self.every, -1), EXPERTS)
+        assert not outputs_of_all(w.call("long", self.every), EXPERTS)
+        assert not outputs_of_all(w.call("transpose", self.every, 0, 2), EXPERTS)
 
     def test_products_with_a_layer_of_each(self):
         w = self.w

@@ -269,11 +269,19 @@ def test_rows_are_no_columns():
     [
         (lambda w, x, r: w.given(TOKENS, EXPERTS), "a placeholder"),
         (lambda w, x, r: w.call(torch.add, w.given(TOKENS, HIDDEN), w.call(torch.cumsum, x, 1)), "stopped at cumsum"),
+        (lambda w, x, r: w.call(torch.add, w.call(torch.cumsum, x, 1), w.given(TOKENS, HIDDEN)), "stopped at cumsum"),
         (lambda w, x, r: w.call(torch.neg, w.call(torch.cumsum, x, 1)), "stopped at cumsum, a cumsum"),
         (lambda w, x, r: w.call(torch.matmul, x, w.call(torch.cumsum, w.weight(6, 6, 1), 0)), "stopped at matmul"),
         (lambda w, x, r: w.call(torch.t, w.call(F.linear, x, r)), "linear|t"),
     ],
-    ids=["an input", "computed before inputs", "no projection", "a weight of another size", "turned"],
+    ids=[
+        "an input",
+        "computed before inputs",
+        "inputs before computed",
+        "no projection",
+        "a weight of another size",
+        "turned",
+    ],
 )
 def test_where_the_search_stopped(write, detail):
     skip, _, _ = traced(write, HIDDEN)
@@ -398,6 +406,7 @@ class TestDistributed:
         lambda w, x, r: w.call(torch.mean, w.call(torch.mul, w.call("unsqueeze", x, -2), r), -1),
         lambda w, x, r: w.call(torch.sum, w.call(torch.mul, w.call("unsqueeze", x, -2), w.given(8, 6)), -1),
         lambda w, x, r: w.call(torch.sum, w.call(torch.mul, w.call("unsqueeze", x, -2), w.weight(4, 8, 6)), -1),
+        lambda w, x, r: w.call(torch.sum, w.mul(w.call("unsqueeze", x, -2), w.call(torch.exp, w.given(8, 6))), -1),
         lambda w, x, r: w.call(torch.sum, w.call(torch.mul, r, 2.0), -1),
         lambda w, x, r: w.call(torch.t, w.call(torch.matmul, w.given(8, 6), w.call(torch.t, x))),
         lambda w, x, r: w.call(torch.t, w.call(torch.matmul, r, w.given(6, 4))),
@@ -406,6 +415,7 @@ class TestDistributed:
     ],
     ids=[
         "a column stays", "another dimension", "two dimensions", "a sum", "a mean", "no parameter", "weights by token",
+        "a computed factor",
         "by a number", "no parameter first", "what is not turned", "an addition turned", "one dimension",
     ],
 )  # fmt: skip

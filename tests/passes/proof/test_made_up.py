@@ -113,6 +113,9 @@ def test_experts_that_are_to_be_chosen():
     behind = logits.topk(TOP_K).indices[:, 1:]
     assert {5, 6, 7} <= set(behind.flatten().tolist())
     assert logits.argmax(-1).unique().numel() == 2
+    others = activation_values(region, 0, single=True)[node]
+    assert int((logits != others).sum(-1).max()) == TOP_K - 1
+    assert torch.equal(activation_values(region, 1, single=True, chosen=[5, 6, 7])[node], logits_of(region, 1))
 
 
 def test_places_of_the_experts_that_are_to_be_chosen():
@@ -168,6 +171,7 @@ def test_state_of_another_time(trace):
         assert bool(((value >= 0) == (state[node] >= 0)).all())
     [calls] = [node for node, value in first.items() if value.dim() == 0]
     assert (int(first[calls]), int(second[calls])) == (1_000_000, 0)
+    assert [int(later_state(region, state, draw)[calls]) for draw in (2, 3)] == [1_000_000, 0]
 
 
 def test_which_state_may_be_other_later():
@@ -391,6 +395,9 @@ def test_a_router_that_is_sure_by_turns():
         first, second = values[logits].softmax(-1).topk(2).values.T
         assert (second / first).max() > 0.6
         assert (second / first).min() < 0.01
+        degree = values[logits] / drawn[logits]
+        torch.testing.assert_close(degree.amin(-1), degree.amax(-1))
+        assert 1 / 4 <= degree.min() < 1 / 2 < 8 < degree.max() <= 16
     assert not torch.equal(changed[0][logits], changed[1][logits])
 
 

@@ -7,6 +7,7 @@ in for it. What the module returns besides its tokens has to be what it was.
 import copy
 import dataclasses
 import importlib
+import types
 from typing import ClassVar
 
 import pytest
@@ -25,9 +26,10 @@ from sere_compile.passes import (
     reroute_dispatch,
     verify_rewrite,
 )
-from sere_compile.passes.graph import run_part
+from sere_compile.passes.graph import nodes, run_part
 from sere_compile.passes.proof.expert_parameters import ExpertParameters, Told
 from sere_compile.passes.proof.made_up import state_values
+from sere_compile.passes.proof.masks import Masks
 from sere_compile.passes.proof.prover import Prover, Verdict, _in_turn
 from sere_compile.passes.proof.region import cut_region
 from sere_compile.passes.proof.sources import trace_sources
@@ -1165,3 +1167,231 @@ class TestFurtherChecks:
         assert _in_turn({1, 4, 6}, 1) == [6, 1, 4]
         assert _in_turn({1, 4, 6}, 3) == [4, 6, 1]
         assert _in_turn(set(), 3) == []
+
+    @pytest.mark.parametrize(
+        ("merging", "hint", "weights", "order"),
+        [
+            (False, False, True, ["plain", "merged", "merged -0", "merged -1", "table"]),
+            (False, True, True, ["merged", "merged -0", "merged -1", "plain", "table"]),
+            (False, False, False, ["plain", "table"]),
+            (True, False, True, ["merged", "merged -0", "merged -1"]),
+            (True, True, False, []),
+        ],
+        ids=["plain first", "merged first", "no weights", "merged alone", "merged alone without weights"],
+    )
+    def test_ways_in_their_order(self, merging, hint, weights, order, monkeypatch):
+        """The likeliest first; with merged slots also without one reader of the weights; readers elsewhere never."""
+        prover, way, _ = self.prover()
+        prover._merging = merging
+        inside, beside = list(prover._region.graph.nodes)[-3:-1], list(prover._region.graph.nodes)[-4]
+        kind = UseKind.LEAVES if hint else UseKind.EXPERT_INDEX
+        uses = tuple(dataclasses.replace(use, kind=kind) for use in way.gate.uses)
+        gate = dataclasses.replace(way.gate, uses=uses, weights=way.gate.weights if weights else None)
+        prover._region = dataclasses.replace(prover._region, gate=gate, readers=(inside[0], beside, inside[1]))
+        module = "sere_compile.passes.proof.prover"
+        proven = dataclasses.replace(gate, scoring="as proven")
+        monkeypatch.setattr(f"{module}.with_proven_kinds", lambda region, experts: proven)
+        monkeypatch.setattr(f"{module}.leads_to", lambda reader, end: reader in inside)
+        monkeypatch.setattr(f"{module}.picked_tables", lambda *_: ((inside[0], beside),))
+        expected = {
+            "plain": Way(proven, False, tuple(inside)),
+            "merged": Way(proven, True, tuple(inside)),
+            "merged -0": Way(proven, True, (inside[1],)),
+            "merged -1": Way(proven, True, (inside[0],)),
+            "table": Way(proven, False, (), ((inside[0], beside),)),
+        }
+        assert list(prover._ways(set(), None)) == [expected[name] for name in order]
+        prover._region = dataclasses.replace(prover._region, readers=tuple(inside[:1]))
+        assert list(prover._ways(set(), None)) == [
+            dataclasses.replace(expected[name], readers=() if name == "table" else (inside[0],))
+            for name in order
+            if "-" not in name
+        ]
+        idle = tuple(dataclasses.replace(use, kind=UseKind.STATISTIC) for use in uses)
+        monkeypatch.setattr(f"{module}.with_proven_kinds", lambda region, experts: dataclasses.replace(gate, uses=idle))
+        assert list(prover._ways(set(), None)) == []
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_of_several_uses_one_may_keep_the_ids(self, count, monkeypatch):
+        """Where the weights that a table holds are made of it; the only use may not."""
+        prover, way, _ = self.prover()
+        [use] = way.gate.uses
+        counted = dataclasses.replace(use, consumer=use.read, kind=UseKind.STATISTIC)
+        other = dataclasses.replace(use, consumer=prover._region.ends[0], kind=UseKind.GROUPED)
+        gate = dataclasses.replace(way.gate, uses=(use, counted, other)[: 1 + count])
+        seen = []
+
+        def picked(region, gate, sources):
+            seen.append(tuple(use.kind for use in gate.uses))
+            return ((use.read, use.read),) if len(seen) != 2 else ()
+
+        monkeypatch.setattr("sere_compile.passes.proof.prover.picked_tables", picked)
+        ways = list(prover._ways_with_tables(gate, None))
+        own = (UseKind.EXPERT_INDEX, UseKind.STATISTIC, UseKind.GROUPED)
+        kept = [(UseKind.LOOK_UP, *own[1:]), (*own[:2], UseKind.LOOK_UP)]
+        assert seen == [own[: 1 + count], *(kept if count == 2 else [])]
+        assert [tuple(use.kind for use in found.gate.uses) for found in ways] == [seen[0], *seen[2:]]
+        assert all((found.merged, found.readers) == (False, ()) for found in ways)
+
+    def test_what_is_told_serves_equal_regions(self):
+        """Nodes are told by their places."""
+        prover, way, experts = self.prover()
+        region = prover._region
+        every = list(region.graph.nodes)
+        prover._region = dataclasses.replace(region, readers=(every[3], every[5], *region.readers))
+        way = dataclasses.replace(way, merged=True, readers=(every[5],), tables=((every[7], every[2]),))
+        verdict = prover._verdict(way, experts)
+        assert (verdict.merged, verdict.readers, verdict.tables) == (True, (1,), ((7, 2),))
+        assert [list(region.leaves)[place] for place in verdict.experts] == list(experts.tensors)
+        assert verdict.kinds == tuple(use.kind for use in way.gate.uses)
+
+    def test_what_is_wrong_with_a_way(self, monkeypatch):
+        """It is said whether slots were merged; a way that cannot be written is refused as it is."""
+        prover, way, experts = self.prover()
+        for wrong, merged, told in (
+            ("x is off", False, "with new ids x is off"), ("x is off", True, "with merged ids x is off"),
+            (None, True, None),
+        ):  # fmt: skip
+            monkeypatch.setattr(prover, "_check_draws", lambda *_, wrong=wrong: wrong)
+            assert prover._check(dataclasses.replace(way, merged=merged), experts) == told
+        skip = Skip(SkipReason.NO_WEIGHTS, way.gate.ids)
+        monkeypatch.setattr("sere_compile.passes.proof.prover.rewrite_region", lambda region, way: skip)
+        assert prover._check(way, experts) is skip
+
+    @pytest.mark.parametrize(
+        ("joined", "shares", "patterns"),
+        [
+            (True, [0.0, 0.0, 1.0, 0.25, 0.5, 0.75, 1.0], [0, 2, 3, 5]),
+            (True, [0.5, 0.75, 0.625, 0.25], [0, 1]),
+            (True, [None, 0.5, None, 0.75], [1, 3]),
+            (True, [0.5, 0.5], [0, 1]),
+            (False, [0.5, 0.5, 0.5], [0, 1, 2]),
+        ],
+        ids=["one of a kind", "more than half", "not taken", "two", "several tensors"],
+    )
+    def test_patterns_that_tell_something(self, joined, shares, patterns, monkeypatch):
+        """None, all, a part, most: one of a kind where all masks act through one tensor."""
+        prover, *_ = self.prover()
+        node = prover._region.ends[0] if joined else None
+        prover._masks = types.SimpleNamespace(joined=node, patterns=len(shares))
+        monkeypatch.setattr(prover, "_drawn", lambda number, *, pattern: (number, pattern))
+
+        def marked(drawn):
+            number, pattern = drawn
+            assert number == 2 * pattern
+            if shares[pattern] is None:
+                raise ValueError("not taken")
+            return {node: torch.arange(8) < 8 * shares[pattern]}
+
+        monkeypatch.setattr(prover, "_run", marked)
+        assert prover._telling_patterns() == patterns
+        monkeypatch.setattr(prover, "_run", lambda drawn: {node: torch.zeros(0)})
+        assert prover._telling_patterns() == ([0] if joined and len(shares) > 2 else list(range(len(shares))))
+        prover._masks = Masks(prover._region)
+        assert not prover._masks
+        assert prover._telling_patterns() == []
+
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_calls_with_other_numbers(self, masked, monkeypatch):
+        """Each in another pattern of the masks, where there are some."""
+        prover, *_ = self.prover()
+        if masked:
+            prover._masks = types.SimpleNamespace(joined=None, patterns=2)
+        monkeypatch.setattr(prover, "_telling_patterns", lambda: [])
+        numbers = [{"s": 5}, {"s": 6}, {"t": 7}]
+        monkeypatch.setattr("sere_compile.passes.proof.prover.other_numbers", lambda region: numbers)
+        asked = []
+
+        def throughout(rewritten, experts, pattern, sizes, step):
+            asked.append((pattern, sizes, step))
+            return "it is off" if sizes == wrong else None
+
+        monkeypatch.setattr(prover, "_wrong_throughout", throughout)
+        wrong = {}
+        assert prover._wrong_in_other_calls(None, None) is None
+        assert asked == [(number % 2 if masked else None, sizes, 1) for number, sizes in enumerate(numbers)]
+        wrong = {"s": 6}
+        told = "it is off in a call with 6 in place of another whole number"
+        assert prover._wrong_in_other_calls(None, None) == told
+
+    def test_masks_that_the_program_does_not_take(self, monkeypatch):
+        """Other numbers than those of the call are given up then; where none are told so, nothing is run."""
+        prover, *_ = self.prover()
+        drawn = []
+        monkeypatch.setattr(prover, "_drawn", drawn.append)
+        prover._masks = types.SimpleNamespace(are_told=False)
+        assert prover._masks_that_run() is prover._masks
+        assert drawn == []
+        prover._masks = types.SimpleNamespace(are_told=True, as_called=lambda: "as called")
+        monkeypatch.setattr(prover, "_run", lambda values: None)
+        assert prover._masks_that_run() is prover._masks
+        assert drawn == [2]
+
+        def fail(values):
+            raise IndexError("no such word")
+
+        monkeypatch.setattr(prover, "_run", fail)
+        assert prover._masks_that_run() == "as called"
+
+    def test_at_which_end_runs_are_apart(self):
+        """The first of them, by its name in the traced graph."""
+        prover, *_ = self.prover()
+        region = prover._region
+        first, second = region.ends[0], nodes.operand(region.ends[0])
+        prover._region = types.SimpleNamespace(ends=(first, second), originals=region.originals)
+        values = {first: torch.ones(4), second: torch.ones(4)}
+        assert prover._differs(values, Got([torch.ones(4), torch.ones(4)], None, 4), exact=True) is None
+        wrong = prover._differs(values, Got([torch.ones(4), torch.zeros(4)], None, 4), exact=True)
+        assert wrong.startswith(f"{region.originals[second].name} is off by ")
+        near = torch.ones(4) + 1e-7
+        assert prover._differs(values, Got([near, torch.ones(4)], None, 4), exact=False) is None
+        wrong = prover._differs(values, Got([near, torch.zeros(4)], None, 4), exact=True)
+        assert wrong.startswith(f"{region.originals[first].name} is off by ")
+        prover._region = types.SimpleNamespace(ends=(first, second), originals={})
+        wrong = prover._differs(values, Got([torch.ones(4), torch.zeros(4)], None, 4), exact=True)
+        assert wrong.startswith(f"{second.name} is off by ")
+
+    @pytest.mark.parametrize(
+        ("kind", "moves", "told", "draws"),
+        [
+            (UseKind.EXPERT_INDEX, 8, True, 4), (UseKind.EXPERT_INDEX, 1, True, 4),
+            (UseKind.EXPERT_INDEX, 8, False, 12), (UseKind.GROUPED, 8, True, 4),
+            (UseKind.GROUPED, 1, True, 40), (UseKind.GROUPED, 7, True, 40),
+        ],
+    )  # fmt: skip
+    def test_how_often_is_drawn(self, kind, moves, told, draws, monkeypatch):
+        """Until something was told; where an expert may be told by its number, until each was re-routed once."""
+        prover, way, experts = self.prover()
+        uses = tuple(dataclasses.replace(use, kind=kind) for use in way.gate.uses)
+        way = dataclasses.replace(way, gate=dataclasses.replace(way.gate, uses=uses))
+        rewritten = rewrite_region(prover._region, way)
+        mapping = torch.arange(EXPERTS)
+        mapping[:moves] = (mapping[:moves] + 1) % EXPERTS
+        asked, drawn, own = [], [], prover._drawn
+
+        def compare(rewritten, experts, values, number):
+            asked.append(number)
+            end = torch.ones(TOKENS, HIDDEN)
+            return None, Got([end if told else original[0], *original[1:]], mapping, TOKENS)
+
+        def draw(number, **options):
+            drawn.append((number, options["later"], list(options["chosen"])))
+            return own(number, **options)
+
+        original = [prover._run(own(0))[prover._region.ends[0]]]
+        monkeypatch.setattr(prover, "_run", lambda values: {prover._region.ends[0]: original[0]})
+        monkeypatch.setattr(prover, "_differs", lambda *_, exact: None)
+        monkeypatch.setattr(prover, "_compare", compare)
+        monkeypatch.setattr(prover, "_drawn", draw)
+        for name in self.CHECKS:
+            monkeypatch.setattr(prover, name, lambda *_: None)
+        wrong = prover._check_draws(way, rewritten, experts)
+        assert wrong == (
+            None if told else "no token changed: its dispatch reads none of the choices that re-routing changes"
+        )
+        assert asked == list(range(draws))
+        stays = list(range(moves, EXPERTS))
+        for place, (number, later, chosen) in enumerate(drawn):
+            assert later is (place > 0)
+            assert sorted(chosen) == (stays if place >= 4 else [])
+            assert number == (2 * place if chosen else place)
