@@ -282,7 +282,7 @@ def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
     """Containers and objects that functions name or close over, and what functions of the user's that they call do."""
     kinds, seen = set[type](), set[int]()
     pending = [function for value in code for function in _functions(value, kinds)]
-    while (pending or kinds) and len(seen) < _MANY:
+    while len(seen) < _MANY:
         for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
             if id(kind) not in seen:
                 seen.add(id(kind))
@@ -297,7 +297,7 @@ def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
         for name, value in _named(function):
             if isinstance(value, contextvars.ContextVar):
                 value = _Variable(value, name)
-            if isinstance(value, _Variable) or _is_kept_or_module(value):
+            if _is_kept_or_module(value):
                 yield name, value
             pending += [called for called in _functions(value, kinds) if _is_own(called)]
 

@@ -40,6 +40,7 @@ COUNTS, LAST = (contextvars.ContextVar(name) for name in ("counts", "last"))
 COUNTS.set([])
 LAST.set(0)
 NUMBERS = iter(range(100))
+LOADS = json.loads
 SEEN = []
 OF_HELPERS = []
 CALLS = 0
@@ -512,6 +513,9 @@ class TestByHand:
         assert len(_members([0] * 2001)) == 2001
         assert _members([0] * ((1 << 20) + 1)) is None
         assert _members(set(range(2001))) is None
+        assert len(_members([0] * (1 << 20))) == 1 << 20
+        assert _members({"a", 1}) == [(None, 1), (None, "a")]
+        assert _members(functools.partial(helper, 1)) == []  # what C holds nobody can set
 
     def test_names_that_are_tuples(self):
         """By layer and kind, as statistics are kept."""
@@ -558,6 +562,11 @@ class TestByHand:
         assert not alike(1.0, float("nan"))
         assert alike([[100.9]], [[100.0]], tolerance=0.01)
         assert alike(0.0, 0.0)
+        assert not alike(1.0, 1)
+        assert not alike(1, 1.0)
+        assert not alike([1], 1)
+        assert not alike([1, 2], [1])
+        assert not alike(torch.zeros(1), [0.0])
 
     def test_what_is_put_back(self):
         """Each container itself, with its own members; of a tensor its numbers, where its sizes are the same."""
@@ -817,7 +826,8 @@ class TestWhatIsLookedAt:
         assert _called(Recorder().record) == [Recorder.record]
         assert _called(property(helper)) == [helper]
         assert _called(property(helper, another_helper)) == [helper, another_helper]
-        for value in (None, 3, len, Tracker, Tracker()):
+        wrapping = type("Wrapping", (), {"__wrapped__": helper})
+        for value in (None, 3, len, Tracker, Tracker(), wrapping):
             assert _called(value) == []
 
     def test_endless_wrappers_end(self):
@@ -893,11 +903,35 @@ class TestWhatIsLookedAt:
 
         contextvars.copy_context().run(check)
 
+    def test_a_class_is_looked_at_once(self):
+        """Though two functions use it, and also where it has none."""
+        module = nn.Identity()
+        module.first, module.second = (lambda x: Statistics.note(x)), (lambda x: Statistics.note(-x))
+        module.third = lambda x: Methodless.number + x
+        names = [name for name, _ in _globals_of(module)]
+        assert sorted(names) == ["Methodless.number", "Statistics.calls", "Statistics.log"]
+
+    def test_functions_of_libraries_are_not_followed(self):
+        module = nn.Identity()
+        module.helper = lambda x: LOADS(x)
+        assert list(_globals_of(module)) == []
+
+    def test_numbers_that_a_hook_is_called_with_are_no_globals(self):
+        module, recorder = nn.Identity(), Recorder()
+        module.register_forward_hook(functools.partial(recorder.record, 3, "a", named=recorder, other=4))
+        module.register_forward_hook(functools.partial(functools.partial(Recorder.record, recorder), 5))
+        assert self.names(module) == ["Recorder"]
+
     def test_what_libraries_hold_is_not_kept(self):
-        for value in (logging.getLogger("any"), torch.nn.init, torch.Generator(), json.JSONDecoder, collections):
+        normal = torch.distributions.Normal(0.0, 1.0)
+        for value in (logging.getLogger("any"), torch.nn.init, torch.Generator(), json.JSONDecoder, json, normal):
             assert not _is_kept(value)
         for value in (iter([]), numpy.zeros(1), random.Random(), Slotted()):
             assert _is_kept(value)
+
+
+class Methodless:
+    number = 1
 
 
 class Based(nn.Module):
