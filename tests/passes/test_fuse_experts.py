@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 
 import pytest
@@ -9,10 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sere_compile.passes import DispatchRegion, Gate, SkipReason, extract_dispatch, find_gates, fuse_experts
+from sere_compile.ops.expert_mlp.reference import expert_mlp_reference
+from sere_compile.passes import (
+    DispatchRegion,
+    Gate,
+    SkipReason,
+    Use,
+    UseKind,
+    extract_dispatch,
+    find_gates,
+    fuse_experts,
+)
 from sere_compile.passes.fuse_experts import (
+    ExpertLayer,
     _activations,
     _candidates,
+    _confirmed,
     _exposed,
     _fp8_candidates,
     _hidden,
@@ -563,3 +576,175 @@ class TestExposed:
         assert _exposed(region, region.hidden) is written
         region.inside.append(written.args[0])
         assert _exposed(region, region.hidden) is None
+
+
+def layer_of(region, activation="relu", **options):
+    """A layer of the region's two matrices."""
+    return ExpertLayer(*region.inputs[:2], None, None, activation, False, False, **options)
+
+
+class TestConfirmed:
+    """Which candidate gives the region's numbers on made-up ones."""
+
+    CPU = torch.device("cpu")
+
+    @staticmethod
+    def region(compute=None, hidden=None, inputs=()):
+        """A region that computes relu experts, unless something else is said; what it was run with is kept."""
+        region = Region(UP, DOWN)
+        if hidden is not None:
+            region.hidden = region.input(hidden)
+            region.activations = (region.hidden,)
+        region.does(RELU)
+        region.inputs += tuple(region.input(value) for value in inputs)
+        region.runs = []
+
+        def module(ids, weights, up, down, *more):
+            region.runs.append((ids, weights, up, down, *more))
+            y = expert_mlp_reference(more[-1], ids, weights, **layer_of(region).arguments(
+                {region.inputs[0]: up, region.inputs[1]: down}.__getitem__
+            ))  # fmt: skip
+            return y if compute is None else compute(y, ids)
+
+        region.module = module
+        return region
+
+    def test_the_first_that_is_right(self):
+        region = self.region()
+        right = [layer_of(region), layer_of(region)]
+        candidates = [layer_of(region, "silu"), *right]
+        assert _confirmed(region, candidates, (), {}, self.CPU) is right[0]
+        [(ids, weights, up, down, hidden)] = region.runs
+        assert (ids.shape, ids.dtype, weights.shape) == ((T, K), torch.int64, (T, K))
+        assert 0 <= ids.min() < 2 < E - 3 < ids.max() < E
+        assert 0 <= weights.min() < 0.2 < 0.8 < weights.max() <= 1
+        assert (up.shape, down.shape, hidden.shape) == (UP, DOWN, (T, H))
+        assert hidden.std().item() == pytest.approx(4, rel=0.2)
+
+    def test_none_is_right(self):
+        """The nearest is told."""
+        region = self.region()
+        skip = _confirmed(region, [layer_of(region, "silu"), layer_of(region, "gelu")], (), {}, self.CPU)
+        assert (skip.reason, skip.node) == (SkipReason.OTHER_EXPERTS, region.output)
+        told = re.fullmatch(r"nearest: (\S+) off, allowed (\S+)", skip.detail)
+        assert float(told[1]) > float(told[2]) > 0
+
+    @pytest.mark.parametrize(("factor", "right"), [(1.0015, True), (1.003, False)])
+    def test_how_far_numbers_may_be_apart(self, factor, right):
+        region = self.region(lambda y, ids: y * factor)
+        assert (_confirmed(region, [layer := layer_of(region)], (), {}, self.CPU) is layer) is right
+
+    def test_ids_of_no_expert_are_tried(self):
+        """Where the region gives something for them, and the operator 0."""
+        region = self.region(lambda y, ids: y + (ids == E).any(-1, keepdim=True))
+        layer = layer_of(region)
+        assert _confirmed(region, [layer], (), {}, self.CPU) is layer
+        assert _confirmed(region, [layer], (E,), {}, self.CPU).reason is SkipReason.OTHER_EXPERTS
+        region = self.region()
+        layer = layer_of(region)
+        assert _confirmed(region, [layer], (-1, E), {}, self.CPU) is layer
+        assert len(region.runs) == 2
+
+    def test_further_inputs(self):
+        """Numbers are what the call has, biases are made up."""
+        region = self.region(inputs=(None, torch.zeros(E, H)))
+        layer = layer_of(region)
+        assert _confirmed(region, [layer], (), {region.inputs[2]: 7}, self.CPU) is layer
+        [(*_, number, bias, _)] = region.runs
+        assert number == 7
+        assert 0.8 < bias.std() < 1.2
+
+    @pytest.mark.parametrize(
+        ("message", "told"), [("no memory" * 20 + "\nmore", ("no memory" * 20)[:120]), ("", "none is left")]
+    )
+    def test_no_memory(self, message, told):
+        def fail(y, ids):
+            raise torch.OutOfMemoryError(message)
+
+        region = self.region(fail)
+        skip = _confirmed(region, [layer_of(region)], (), {}, self.CPU)
+        assert (skip.reason, skip.node, skip.detail) == (SkipReason.NO_MEMORY, region.output, told)
+
+    def test_arguments(self):
+        """Of FP8 weights there are more, and more is allowed."""
+        region = Region(UP, DOWN)
+        up, down = region.inputs
+        names = {"gate_up", "down", "gate_up_bias", "down_bias", "activation", "interleaved", "transposed"}
+        layer = layer_of(region)
+        assert set(layer.arguments()) == names
+        assert layer.arguments(lambda node: node.name)["gate_up"] == up.name
+        assert layer.arguments()["down"] is down
+        assert layer.arguments()["activation"] == "relu"
+        assert layer.tolerance == 2e-3
+        layer = layer_of(region, gate_up_scale=up, down_scale=down, fp8_activations=True)
+        assert set(layer.arguments()) == names | {"gate_up_scale", "down_scale", "fp8_activations"}
+        assert layer.tolerance == 2e-2
+
+
+class TestAsAWhole:
+    """`fuse_experts` of a region by hand."""
+
+    @staticmethod
+    def gated(region):
+        """A gate whose ids the region and something else read, and the graph's output."""
+        selection = region.call(torch.topk, region.given(T, E), K)
+        beside = region.call(torch.abs, region.ids)
+        with region.graph.inserting_before(region.inside[0]):
+            inside = region.call(torch.neg, region.ids)
+        region.inside.insert(0, inside)
+        region.give(region.call(torch.exp, region.output), beside)
+        uses = Use(inside, region.ids, UseKind.GROUPED), Use(beside, region.ids, UseKind.STATISTIC)
+        return Gate(
+            selection, region.ids, None, region.weights, region.hidden, E, K, "softmax", True, uses, region.weights
+        )
+
+    def test_one_operator_instead(self):
+        region = TestConfirmed.region()
+        gate = self.gated(region)
+        region.output.meta["note"] = "kept"
+        done = fuse_experts(gate, region, {}, torch.device("cpu"))
+        [call] = [node for node in region.graph.nodes if kind(node) == "sere.expert_mlp"]
+        assert call.args == (region.hidden, region.ids, region.weights)
+        assert call.kwargs == layer_of(region).arguments()
+        assert call.meta["note"] == "kept"
+        assert shape(call) == (T, H)
+        assert [use.kind for use in done.uses] == [UseKind.STATISTIC, UseKind.EXPERT_INDEX]
+        assert (done.uses[1].consumer, done.uses[1].read) == (call, region.ids)
+        assert [kind(user) for user in call.users] == ["exp"]
+        assert not {"bmm", "relu", "neg", "to"} & {kind(node) for node in region.graph.nodes}
+        region.graph.lint()
+
+    def test_what_is_read_elsewhere_stays(self):
+        region = TestConfirmed.region()
+        region.call(torch.cos, region.inside[0])
+        gate = self.gated(region)
+        fuse_experts(gate, region, {}, torch.device("cpu"))
+        kinds = [kind(node) for node in region.graph.nodes]
+        assert "bmm" in kinds
+        assert "relu" not in kinds
+
+    def test_refusals(self):
+        """Each leaves the graph as it is."""
+
+        def changed(change, **how):
+            region = TestConfirmed.region(**how)
+            change(region)
+            gate = self.gated(region)
+            before = str(region.graph)
+            skip = fuse_experts(gate, region, {}, torch.device("cpu"))
+            assert str(region.graph) == before
+            return skip, region
+
+        skip, region = changed(lambda region: setattr(region, "activations", ()))
+        assert skip.reason is SkipReason.READS_OTHERS
+        skip, region = changed(lambda region: region.inside.append(region.call(torch.erf, region.hidden)))
+        assert (skip.reason, skip.node) == (SkipReason.NO_EXPERT_LAYER, region.output)
+        skip, region = changed(lambda region: None, compute=lambda y, ids: y * 2)
+        assert skip.reason is SkipReason.OTHER_EXPERTS
+
+        def write(region):
+            with region.graph.inserting_before(region.output):
+                region.call("mul_", region.hidden, 2)
+
+        skip, region = changed(write)
+        assert (skip.reason, skip.node.name, skip.detail) == (SkipReason.SHARED_MEMORY, "mul_", "at mul_")
