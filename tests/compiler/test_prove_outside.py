@@ -1436,6 +1436,18 @@ class TestWhichModulesAreTried:
         tried(None, modules=[layer])
         assert self.weight not in module._settings
 
+    @pytest.mark.parametrize("written", [None, frozenset(), frozenset({"log"})])
+    def test_what_calls_write_is_no_setting(self, tried, written):
+        layer = Keeping("nowhere")
+        layer.forward_log = layer.log
+        tried(module.Verdict(True, written=written), modules=[layer])
+        layer.log.append(1)
+        assert module._settings[self.weight].are_the_same() is (written == {"log"})
+        layer.log.clear()
+        assert module._settings[self.weight].are_the_same()
+        layer.place = "a list"
+        assert not module._settings[self.weight].are_the_same()
+
     def test_what_is_around_is_tried_where_ids_are_kept(self, tried, monkeypatch):
         """It says more only where it is such a gate, and a rewrite gives something else there."""
         monkeypatch.setattr(module, "_holds_more_of_experts", lambda one, inner, experts: experts == EXPERTS)
@@ -1633,6 +1645,42 @@ class TestWhatATrialConcludes:
 
 class TestRunsOfATrial:
     X = ((torch.randn(5, HIDDEN),), {})
+
+    @pytest.mark.parametrize(
+        ("tokens", "masked", "order"),
+        [
+            (64, False, ["called", "made up", "one batch"]),
+            (64, True, ["called", "made up", "one batch"]),
+            (65, False, ["made up", "one batch", "called"]),
+            (65, True, ["few", "made up", "one batch", "called"]),
+        ],
+    )
+    def test_what_is_tried_as_input_in_order(self, tokens, masked, order):
+        """The first for which a graph with the gate is made; what was found of those before does not count."""
+        trial, hidden = trial_of(_of_many=lambda given: given), torch.randn(tokens, HIDDEN).double()
+        mask = (torch.ones(tokens, dtype=torch.bool),) if masked else ()
+        trial._called_with = ((hidden, *mask), {})
+        trial._gate.ids = Written().input(torch.zeros(tokens, TOP_K, dtype=torch.int64))
+        kinds = {(tokens, HIDDEN): "called", (12, HIDDEN): "few" if masked else "one batch", (1, 12, HIDDEN): "made up"}
+        for last in (*order, None):
+            seen = []
+
+            def run(given, seen=seen, last=last):
+                assert given[0][0].dtype == torch.float32
+                few = len(given[0]) > 1 and len(given[0][1]) == 12
+                of = kinds[given[0][0].shape] if few or given[0][0].shape != (12, HIDDEN) else "one batch"
+                seen.append(of)
+                assert trial._found == []
+                if of == last:
+                    trial._found.append("gate")
+                elif len(seen) % 2:
+                    trial._found.append("of a call that fails")
+                    raise ValueError(of)
+
+            trial._run = run
+            found = trial._inputs()
+            assert seen == order[: order.index(last) + 1 if last else None]
+            assert (found is None) is (last is None)
 
     def test_what_differs_between_two_runs_is_restless(self):
         """Also what only one has left; True where it is of other sizes, too."""
