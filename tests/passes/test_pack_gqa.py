@@ -449,5 +449,83 @@ class TestAttention:
         assert not _leads_to(copy, keys)
 
 
+class TestAsAWhole:
+    """`pack_gqa` of a graph by hand."""
+
+    @staticmethod
+    def graph(mask=(BATCH, 1, 1, LENGTH), queries=(BATCH, HEADS, 1, WIDTH), copies=(COPIES, COPIES), **options):
+        w = written.Written()
+        w.query, w.keys = w.given(*queries), w.given(BATCH, HEADS // copies[0], LENGTH, WIDTH)
+        w.values = w.given(BATCH, HEADS // copies[1], LENGTH, WIDTH)
+        w.mask = None if mask is None else w.given(*mask)
+        w.copies = [copies_of(w, kept, times) for kept, times in zip((w.keys, w.values), copies, strict=True)]
+        w.out = w.call(attention, w.query, *w.copies, w.mask, **options)
+        w.give(w.call(torch.neg, w.out))
+        return w
+
+    def test_rows_in_the_place_of_heads(self):
+        w = self.graph(scale=0.3)
+        value = w.out.meta["example_value"]
+        done = pack_gqa(w.graph)
+        [out] = done.packed
+        assert done.refused == {}
+        names = ["squeeze", "unflatten", "scaled_dot_product_attention", "flatten", "unsqueeze", "neg"]
+        calls = [node for node in w.graph.nodes if node.op == "call_function"]
+        assert [node.target.__name__ for node in calls] == names
+        squeezed, rows, called, flat, last, _ = calls
+        assert (squeezed.args, rows.args) == ((w.query, 2), (squeezed, 1, (GROUPS, COPIES)))
+        assert called.args == (rows, w.keys, w.values)
+        assert called.kwargs == {"attn_mask": w.mask, "scale": 0.3}
+        assert (flat.args, last.args, out) == ((called, 1, 2), (flat, 2), last)
+        assert out.meta["example_value"] is value
+        assert not [node for node in w.graph.nodes if node.op == "call_method"]
+        module = torch.fx.GraphModule(nn.Module(), w.graph)
+        inputs = [node.meta["example_value"] for node in w.graph.find_nodes(op="placeholder")]
+        torch.testing.assert_close(module(*inputs)[0], -value)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"queries": (BATCH, HEADS, 2, WIDTH)}, {"copies": (COPIES, COPIES // 2)}, {"copies": (1, 1)}],
+        ids=["two tokens", "other copies of values", "no copies"],
+    )
+    def test_what_is_not_talked_of(self, options):
+        w = self.graph(mask=None, **options)
+        before = str(w.graph)
+        assert pack_gqa(w.graph) == PackedAttention((), {})
+        assert str(w.graph) == before
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_number_of_copies_that_only_a_call_knows(self, which):
+        """Of keys or of values."""
+        w = written.Written()
+        query, kept = w.given(BATCH, HEADS, 1, WIDTH), w.given(BATCH, GROUPS, LENGTH, WIDTH)
+        number = w.input(COPIES)
+        copies = [w.call("repeat_interleave", kept, number if place == which else COPIES, 1) for place in range(2)]
+        out = w.call(attention, query, *copies)
+        done = pack_gqa(w.graph)
+        assert list(done.refused) == [out.name]
+        assert "is a symbol of the graph" in done.refused[out.name]
+        assert done.packed == ()
+
+    def test_what_is_refused(self):
+        """By the name of its node, beside others that are packed."""
+        w = self.graph(mask=(BATCH, HEADS, 1, LENGTH))
+        with w.graph.inserting_after(w.out):
+            w.graph.call_function(attention, (w.query, *w.copies)).meta = dict(w.out.meta)
+        done = pack_gqa(w.graph)
+        assert list(done.refused) == [w.out.name]
+        assert len(done.packed) == 1
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_copy_that_is_read_elsewhere_stays(self, which):
+        """With all that it is made of; the other one goes."""
+        w = self.graph()
+        with w.graph.inserting_after(w.out):
+            w.graph.call_function(torch.exp, (w.copies[which],))
+        assert len(pack_gqa(w.graph).packed) == 1
+        assert [kind(node) for node in w.graph.nodes].count("expand") == 1
+        assert [len(kept.users) for kept in (w.keys, w.values)] == [1 + (which == place) for place in range(2)]
+
+
 def opaque(x):
     return x * 1

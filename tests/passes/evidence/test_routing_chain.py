@@ -380,3 +380,71 @@ class TestChains:
         w.pick(best, 1)
         w.select(w.logits)
         assert _groups(types.SimpleNamespace(selection=w.best, num_experts=E), (best, w.best, w.ids)) == []
+
+    @pytest.mark.parametrize(
+        ("write", "node", "detail"),
+        [
+            (lambda w: w.select(w.given(T, E)), "topk", "topk"),
+            (lambda w: w.select(w.call(torch.clamp, w.logits, 0)), "topk", "clamp"),
+            (
+                lambda w: w.select(w.call("view", w.logits, 2, T // 2, E)),
+                "linear",
+                "its logits have other tokens than its ids",
+            ),
+            (
+                lambda w: w.call("view", w.select(w.logits), 2, T // 2, K),
+                "view",
+                "its weights have another shape than its ids",
+            ),
+            (lambda w: w.select(w.call("mul_", w.logits, 2)), "mul_", "mul_ writes to what others read"),
+            (
+                lambda w: [s := w.call(torch.softmax, w.logits, -1), w.select(s), w.call(torch.cos, s)][1],
+                "cos",
+                "cos reads its softmax as well",
+            ),
+            (
+                lambda w: [v := w.select(w.logits), w.call("add_", w.logits, 1), w.mul(v, 2)][2],
+                "add_",
+                "add_ changes its logits or bias",
+            ),
+        ],
+        ids=["no logits", "clamp", "tokens", "weights", "in place", "read elsewhere", "meanwhile"],
+    )
+    def test_what_refusals_point_at(self, write, node, detail):
+        w = Chain()
+        skip = w.found(write(w))
+        assert (skip.node.name, skip.detail) == (node, detail)
+
+    def test_two_projections_are_both_named(self):
+        w = Chain()
+        again = w.call(torch.nn.functional.linear, w.x, w.router)
+        skip = w.found(w.select(w.call(torch.add, w.logits, again)))
+        assert sorted(skip.detail.split(", ")) == ["linear", "linear_1"]
+        assert skip.node.name == skip.detail.split(", ")[1]
+
+    def test_weights_that_nobody_knows(self):
+        """The refusal has why."""
+        why = Skip(SkipReason.BENT_WEIGHTS, None, "for once")
+        w = Chain()
+        w.select(w.logits, values=False)
+        found = w.found(None, weights_skip=why)
+        assert (found.reason, found.node, found.detail) == (SkipReason.WEIGHTS_UNKNOWN, w.ids, str(why))
+
+    def test_a_projection_by_another_weight_is_looked_through(self):
+        """It is none of the router's: an operation of the chain's own."""
+        w = Chain()
+        bent = w.call(torch.matmul, w.logits, w.weight(E, E))
+        found = w.found(w.select(bent))
+        assert (found.reason, found.detail) == (SkipReason.OWN_OPERATIONS, "matmul")
+
+    def test_another_weight_s_vector_is_the_bias(self):
+        """Of one number an expert, and the only one."""
+        for sizes, bias in (((E,), True), ((1,), False), ((T, E), False)):
+            w = Chain()
+            vector = w.weight(*sizes)
+            chain = w.found(w.select(w.call(torch.add, w.logits, vector)))
+            found = list(possible_routings(w.gate, chain))
+            assert {routing.bias for routing in found} == ({vector} if bias else set())
+        w = Chain()
+        chain = w.found(w.select(w.call(torch.add, w.call(torch.add, w.logits, w.weight(E)), w.weight(E))))
+        assert list(possible_routings(w.gate, chain)) == []

@@ -356,6 +356,17 @@ class TestConsumers:
         w.mul(total, w.given(TOKENS, HIDDEN))
         assert outer_consumers(w.values, w.ids) == [total]
 
+    def test_what_is_stacked_has_no_further_columns(self):
+        w = Layer()
+        both = w.call(torch.stack, [w.values, w.given(TOKENS, TOP_K)], -1)
+        w.pick(w.call(torch.exp, both), (Ellipsis, 0))
+        assert outer_consumers(w.values, w.ids) == [both]
+
+    def test_ids_of_unknown_size_have_no_form(self):
+        w = Layer()
+        scaled = w.mul(w.values, 2)
+        assert outer_consumers(w.values, w.graph.placeholder("unknown")) in ([scaled], [])
+
     def test_whole_numbers_consume(self):
         w = Layer()
         chosen = w.call(torch.gt, w.values, 0.5)
