@@ -1,6 +1,7 @@
 """What is proven of real models before they are re-routed, and what is refused."""
 
 import dataclasses
+import functools
 import types
 
 import pytest
@@ -467,3 +468,82 @@ class TestOutside:
         assert skip.detail.startswith("the code that receives its weights does more than multiply")
         proof, _ = self.proven(gate, monkeypatch, Verdict(True), weighing=True)
         assert isinstance(proof, Proof)
+
+    def test_what_is_new_alone(self, gate, monkeypatch):
+        """The rewrite leaves what the graph makes of ids the router's own, where the code outside takes it so."""
+        alone = dataclasses.replace(gate, top_k=1)
+        monkeypatch.setattr(rewrite_gate, "ids_alone", lambda of: alone if of is gate else None)
+        for ids_alone, shown in ((True, alone), (False, gate)):
+            proof, _ = self.proven(gate, monkeypatch, Verdict(True, ids_alone=ids_alone))
+            assert proof.gate is shown
+        monkeypatch.setattr(rewrite_gate, "ids_alone", lambda of: None)
+        assert self.proven(gate, monkeypatch, Verdict(True, ids_alone=True))[0].gate is gate
+
+    def test_what_a_run_outside_says_of_savings(self, gate, monkeypatch):
+        plan = types.SimpleNamespace(saves_nothing="before")
+        monkeypatch.setattr(rewrite_gate, "prove_outside", lambda *_: Verdict(True, saves_nothing="dense"))
+        monkeypatch.setattr(rewrite_gate, "verify_rewrite", lambda of, _, run_outside, weighing: run_outside(of))
+        monkeypatch.setattr(rewrite_gate.dynamo, "guard_input", lambda *_: True)
+        owners = types.SimpleNamespace(find=lambda weight: None)
+        assert isinstance(rewrite_gate._prove(plan, gate, WEIGHT, Traced(gate), owners, weighing=False), Proof)
+        assert plan.saves_nothing == "dense"
+
+    def test_whether_ids_leave_ahead_of_what_their_dispatch_gives(self, monkeypatch):
+        """What the dispatch gives leaves as well: that is no other way out."""
+        for block, beside in ((Returned, True), (Indexed, False)):
+            found = one_gate(from_dynamo(block(), rows()))
+            assert rewrite_gate._leaves_beside(found) is beside
+        monkeypatch.setattr(rewrite_gate, "ends_of", lambda of: Skip(SkipReason.NO_IDS, of.ids))
+        assert rewrite_gate._leaves_beside(one_gate(from_dynamo(Returned(), rows()))) is False
+
+
+class TestWhatIsSaved:
+    """No fewer weights are read where all experts compute, unless an operator that runs the chosen ones may come."""
+
+    @staticmethod
+    def said(gate, monkeypatch, *, found=None, region=None, kernels=True, **options):
+        plan, graph = plan_of(gate, **options), Traced(gate)
+        graph.takes_kernels = kernels
+        if region is not None:
+            plan.region = region
+        proof, asked = Proof(gate, True, None, frozenset({1}), ""), []
+        monkeypatch.setattr(rewrite_gate, "check_savings", lambda *given: asked.append(given) or found)
+        said = rewrite_gate._saves_nothing(plan, graph, proof, WEIGHT.device)
+        assert asked in ([], [(gate, frozenset({1}))])
+        return said, bool(asked)
+
+    def test_why_nothing_is_saved(self, gate, monkeypatch):
+        dense = Skip(SkipReason.DENSE, gate.ids, "a table")
+        said = functools.partial(self.said, gate, monkeypatch)
+        assert said() == ("", True)
+        assert said(found=dense) == (f"{SkipReason.DENSE.value} (a table)", True)
+        fused = {"found": dense, "region": "a region", "lower_experts": "always"}
+        assert said(**fused) == ("", False)
+        for other in ({"region": None}, {"kernels": False}, {"lower_experts": False}):
+            assert said(**fused | other) == (f"{SkipReason.DENSE.value} (a table)", True)
+
+    @pytest.mark.parametrize("known", ["", "of a run outside"])
+    @pytest.mark.parametrize("proven", [True, False])
+    def test_it_is_asked_once_a_gate_is_proven(self, gate, monkeypatch, known, proven):
+        """Unless a run of the code outside said so already."""
+        proof = Proof(gate, True, None, frozenset(), "") if proven else Skip(SkipReason.UNVERIFIED, gate.ids)
+        monkeypatch.setattr(rewrite_gate, "_prove", lambda *_, weighing: proof)
+        monkeypatch.setattr(rewrite_gate, "_saves_nothing", lambda *given: "nothing is saved")
+        plan = plan_of(gate)
+        plan.saves_nothing = known
+        run = rewrite_gate._run(plan, Traced(gate), MATRICES, WEIGHT, None, lambda: None)
+        assert run.prove(gate, False) is proof
+        assert plan.saves_nothing == ((known or "nothing is saved") if proven else known)
+
+    @pytest.mark.parametrize(("rewritten", "saves_nothing"), [(True, "dense"), (False, "dense"), (True, "")])
+    def test_it_is_told_of_what_is_re_routed(self, gate, monkeypatch, caplog, rewritten, saves_nothing):
+        plan = plan_of(gate)
+        plan.saves_nothing = saves_nothing
+
+        def passes(run, is_on):
+            run.rewrite = types.SimpleNamespace(merged=True, filled=False) if rewritten else None
+
+        monkeypatch.setattr(rewrite_gate, "run_pipeline", passes)
+        rewrite_gate.rewrite_gate(plan, Traced(gate), MATRICES, WEIGHT, None, lambda: None)
+        told = rewritten and bool(saves_nothing)
+        assert [record.message for record in caplog.records] == ["router is re-routed, but dense"] * told
