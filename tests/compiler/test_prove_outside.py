@@ -1450,7 +1450,13 @@ class TestWhichModulesAreTried:
 
     def test_what_is_around_is_tried_where_ids_are_kept(self, tried, monkeypatch):
         """It says more only where it is such a gate, and a rewrite gives something else there."""
-        monkeypatch.setattr(module, "_holds_more_of_experts", lambda one, inner, experts: experts == EXPERTS)
+        around = []
+
+        def holds_more(one, inner, experts):
+            around.append((self.modules.index(one), self.modules.index(inner)))
+            return experts == EXPERTS
+
+        monkeypatch.setattr(module, "_holds_more_of_experts", holds_more)
         inner = module.Verdict(None, "inner", written=frozenset("a"), off=frozenset({False}))
         off = {"off": frozenset({True})}
 
@@ -1465,7 +1471,11 @@ class TestWhichModulesAreTried:
         others = [None, module.Verdict(None, "outer", is_gate=False, **off), module.Verdict(None, "outer")]
         for outer in (*others, module.Verdict(None, "outer", whole=False, **off)):
             assert kept(inner, outer) == "inner"
+        around.clear()
         assert kept(None, inner, module.Verdict(None, "outer", **off)) == "outer"
+        assert around == [(2, 1)]
+        assert kept(inner, None, module.Verdict(None, "outer", **off)) == "outer"
+        assert around[1:] == [(1, 0), (2, 0)]
         monkeypatch.setattr(module, "_holds_more_of_experts", lambda one, inner, experts: False)
         assert kept(inner, module.Verdict(None, "outer", **off)) == "inner"
         assert tried.asked == [(0, True)]
@@ -1754,6 +1764,8 @@ class TestRunsOfATrial:
             assert (found[0][0].shape, ran, trial._found) == ((12, 4, HIDDEN), [found], [])
         else:
             assert (found is given, ran, trial._found) == (True, [], ["before"])
+        without = ((torch.arange(5),), {})
+        assert trial._of_many(without) is without
 
     def test_what_a_run_is_told(self):
         trial = trial_of(_run_once=returning(["result"]))
@@ -2374,3 +2386,133 @@ class TestGraphsOfATrial:
         want = F.linear(*inputs).softmax(-1).topk(TOP_K)
         assert torch.equal(ids, want.indices)
         torch.testing.assert_close(weights, want.values)
+
+
+class Dense(Experts):
+    """All experts compute every token, and a table picks; a buffer counts the calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x, ids, weights):
+        self.calls += 1
+        outputs = torch.stack([torch.tanh(x @ w) for w in self.w], 1)
+        x.zero_()
+        return torch.einsum("te,teh->th", x.new_zeros(len(x), EXPERTS).scatter(1, ids, weights), outputs)
+
+
+class TestArgumentsOfATrial:
+    X = torch.randn(5, HIDDEN)
+
+    def test_hidden_states_are_all_the_tensors_there_are(self):
+        """Floats, of two tokens or more."""
+        x = self.X
+        for hidden in (x, x[None], torch.zeros(3, 2, 4), torch.zeros(2, 1)):
+            assert module._hidden_of(((hidden, "word", 2.5), {"flag": None})) is hidden
+            assert module._hidden_of(((), {"x": [hidden]})) is hidden
+        for hidden in (x[0], x[:1], x[:, None], x[None, None], x.long(), x > 0, "word"):
+            assert module._hidden_of(((hidden,), {})) is None
+        assert module._hidden_of(((x, torch.ones(5)), {})) is None
+        assert module._hidden_of(((), {})) is None
+
+    def test_more_rows(self):
+        """The same each time; what else is given stays."""
+        for dim, sizes in ((0, (7, 5, HIDDEN)), (1, (3, 7, HIDDEN))):
+            x, word = torch.ones(3, 5, HIDDEN).double(), "word"
+            (made, same), kwargs = module._with_rows(((x, word), {"flag": 1}), dim, 7)
+            assert (made.shape, made.dtype, same, kwargs) == (sizes, torch.float64, word, {"flag": 1})
+            assert torch.equal(made, module._with_rows(((x, word), {}), dim, 7)[0][0])
+            assert made.std() > 0.5
+            assert (x == 1).all()
+
+    def test_rows_of_an_output(self):
+        for sizes in ((6, 4), (2, 3, 4), (6, 1), (1, 6, 4), (6, 2, 2), (1, 2, 3, 1)):
+            assert module._counts_rows(torch.Size(sizes), 6)
+        for sizes in ((6,), (4, 6), (2, 2, 3), (5, 4), ()):
+            assert not module._counts_rows(torch.Size(sizes), 6)
+
+    def test_finite_numbers(self):
+        assert module._is_finite(torch.arange(3))
+        assert module._is_finite(torch.ones(2))
+        assert not module._is_finite(torch.tensor([1.0, float("-inf")]))
+        assert module._is_finite(torch.zeros(0))
+
+    def test_every_expert_that_computes_every_token(self):
+        """Nothing is left of the run in which that is seen."""
+        for experts, every in ((Dense(), True), (Experts(), False)):
+            trial = EagerTrial(experts)
+            inputs = ((self.X.clone(),), {})
+            trial._run(inputs)
+            [w] = TestWhoseParametersTheyAre.of(trial, "experts.w")
+            before = {name: value.clone() for name, value in trial._block.module.state_dict().items()}
+            assert trial._computes_all([w], inputs) is every
+            assert torch.equal(inputs[0][0], self.X)
+            assert all(torch.equal(value, before[name]) for name, value in trial._block.module.state_dict().items())
+
+    def test_weights_of_every_order(self):
+        """In one draw of three, so that what is left out for weighing little shows."""
+        choose, like = TestCallsInGraphs().choose, (torch.zeros(400, 6), torch.zeros(400, 6, dtype=torch.int64))
+        for seed in range(6):
+            values = choose(leading=(400,), seed=seed)(like).values
+            assert (values.diff(dim=-1) <= 0).all()
+            low, high = (1e-4, 1.0) if seed % 3 == 2 else (0.1, 1.1)
+            assert low <= values.min() <= low * 1.5
+            assert high * 0.9 <= values.max() <= high
+
+    def test_the_only_choice_of_a_token_may_be_given(self):
+        w = Written()
+        gate = types.SimpleNamespace(form="top-k", ids=w.input(torch.zeros(4, 1, dtype=torch.int64)), top_k=1)
+        choose = module._Choose(TestCallsInGraphs.trial(chosen=[5, 3]), w.given(4, 6), gate)
+        assert choose(torch.zeros(4, 1, dtype=torch.int64)).flatten().tolist() == [5, 3, 5, 3]
+
+    def test_places_behind_the_first_choice(self):
+        order = made_up_order((4,), 6, 1, chosen=[5, 3], places=2)
+        assert [sorted(row) for row in order[:, :2].tolist()] == [[3, 5]] * 4
+        assert order[:, 2:].unique().tolist() == [0, 1, 2, 4]
+        order = made_up_order((2, 2), 6, 1, last=5, chosen=[5, 3, 4], places=1)
+        assert order[..., -1].flatten().tolist()[0] == 5
+        assert order[..., 0].flatten().tolist()[1:3] == [3, 4]
+
+
+class TestGatesOfARouter:
+    def graph(self, *, attribute=False, columns=EXPERTS):
+        """A graph with the block's router, and a gate of another whose experts it holds itself."""
+        plain, w = Plain(Experts()), Written()
+        block = module.TrialBlock(plain, plain.gate.weight, plain, EXPERTS, EXPERTS)
+        x = w.given(5, HIDDEN)
+        if attribute:
+            weight = w.graph.get_attr("router")
+            weight.meta["example_value"] = block.weight
+        else:
+            weight = w.input(block.weight)
+        other, experts = w.weight(EXPERTS, HIDDEN), w.weight(EXPERTS, HIDDEN, HIDDEN)
+        found = []
+        for router in (other, weight):
+            scores = w.call(torch.softmax, w.call(F.linear, x, router), -1)
+            found.append(w.top_k(scores, TOP_K))
+        weights, ids = found[0]
+        rows = w.call(torch.reshape, x, (5, 1, 1, HIDDEN))
+        made = w.call(torch.squeeze, w.call(torch.matmul, rows, w.pick(experts, ids)), 2)
+        summed = w.call(torch.sum, w.mul(made, w.column(weights)), 1)
+        w.give(summed, *found[1])
+        root = nn.Module()
+        root.router = block.weight
+        inputs = [node.meta["example_value"] for node in w.graph.find_nodes(op="placeholder")]
+        return torch.fx.GraphModule(root, w.graph), inputs, block, found[1][1]
+
+    @pytest.mark.parametrize("attribute", [False, True])
+    def test_those_of_others_are_left_alone(self, attribute):
+        graph, inputs, block, ids = self.graph(attribute=attribute)
+        both = find_gates(dynamo.copy_graph(graph), lambda node, columns: EXPERTS).gates
+        assert len(both) == 2
+        [gate] = module._gates_of(dynamo.copy_graph(graph), inputs, block)
+        assert (gate.ids.name, gate.num_experts) == (ids.name, EXPERTS)
+
+    def test_experts_may_be_fewer_than_columns(self):
+        """As where the last column is no expert's."""
+        graph, inputs, block, _ = self.graph()
+        for experts, found in ((EXPERTS - 1, EXPERTS - 1), (EXPERTS + 1, EXPERTS)):
+            block.num_experts = experts
+            [gate] = module._gates_of(dynamo.copy_graph(graph), inputs, block)
+            assert gate.num_experts == found
