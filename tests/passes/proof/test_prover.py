@@ -1090,6 +1090,12 @@ class TestFurtherChecks:
         monkeypatch.setattr(prover, "_compare", fail)
         assert prover._wrong_when_crowded(None, None) == "with all slots at one expert " + "y" * 120
 
+        def fail_without_a_word(*_):
+            raise IndexError
+
+        monkeypatch.setattr(prover, "_compare", fail_without_a_word)
+        assert prover._wrong_when_crowded(None, None) == "with all slots at one expert "
+
     def test_without_masks_none_is_made_up(self, monkeypatch):
         prover, *_ = self.prover()
         asked = self.answering(prover, monkeypatch, "it is off")
@@ -1119,6 +1125,24 @@ class TestFurtherChecks:
         monkeypatch.setattr(prover, "_acts_unnamed", lambda expert, experts, pattern, sizes: pattern == 1)
         told = "expert 0 acts on tokens that do not name it where a mask marks some"
         assert prover._wrong_in_other_calls(None, None) == told
+
+    def test_three_draws_in_a_row_may_move_no_further_expert(self, monkeypatch):
+        """An expert that was moved before is no further one; one that is begins the count anew."""
+        prover, *_ = self.prover()
+        moves, asked = iter([[], [], [0], [0], [], [1, 2], [], [0], [2]]), []
+
+        def compare(rewritten, experts, values, number):
+            asked.append(number)
+            mapping = torch.arange(EXPERTS)
+            mapping[next(moves)] += 1
+            return None, Got([], mapping, 10)
+
+        monkeypatch.setattr(prover, "_compare", compare)
+        unnamed = []
+        monkeypatch.setattr(prover, "_acts_unnamed", lambda expert, *_: unnamed.append(expert))
+        assert prover._wrong_throughout(None, None, None, {}, 2) is None
+        assert asked == list(range(0, 18, 2))
+        assert unnamed == list(range(3, EXPERTS))
 
     def test_numbers_that_the_program_does_not_take_mask_nothing(self, monkeypatch):
         """Where it takes them, the rewrite has to as well."""
@@ -1150,6 +1174,16 @@ class TestFurtherChecks:
         prover, _, experts = self.prover(module, from_dynamo, words)
         assert experts
         assert any(prover._acts_unnamed(2, experts, pattern, {}) for pattern in range(prover._masks.patterns)) is acts
+
+    @pytest.mark.parametrize("expert", [0, EXPERTS - 1])
+    def test_the_first_and_the_last_expert_act_unnamed_as_well(self, expert):
+        """Another one stands in for each."""
+        words = torch.arange(TOKENS)[:, None] % 5
+        module = Masking(lambda ids, w, given: (torch.where(given != 7, ids, torch.zeros_like(ids) + expert), w))
+        prover, _, experts = self.prover(module, from_dynamo, words)
+        patterns = range(prover._masks.patterns)
+        assert any(prover._acts_unnamed(expert, experts, pattern, {}) for pattern in patterns)
+        assert not any(prover._acts_unnamed(3, experts, pattern, {}) for pattern in patterns)
 
     @pytest.mark.parametrize(("top_k", "nothing"), [(1, False), (2, True), (3, True)])
     def test_scores_that_weigh_nothing(self, top_k, nothing):
@@ -1352,19 +1386,23 @@ class TestFurtherChecks:
         assert wrong.startswith(f"{second.name} is off by ")
 
     @pytest.mark.parametrize(
-        ("kind", "moves", "told", "draws"),
+        ("kind", "moves", "told", "merged", "tokens", "draws"),
         [
-            (UseKind.EXPERT_INDEX, 8, True, 4), (UseKind.EXPERT_INDEX, 1, True, 4),
-            (UseKind.EXPERT_INDEX, 8, False, 12), (UseKind.GROUPED, 8, True, 4),
-            (UseKind.GROUPED, 1, True, 40), (UseKind.GROUPED, 7, True, 40),
+            (UseKind.EXPERT_INDEX, 8, True, False, 10, 4), (UseKind.EXPERT_INDEX, 1, True, False, 10, 4),
+            (UseKind.EXPERT_INDEX, 8, False, False, 10, 12), (UseKind.GROUPED, 8, True, False, 10, 4),
+            (UseKind.GROUPED, 1, True, False, 10, 40), (UseKind.GROUPED, 7, True, False, 10, 40),
+            (UseKind.EXPERT_INDEX, 8, True, False, 4, 4), (UseKind.EXPERT_INDEX, 8, True, False, 3, 6),
+            (UseKind.EXPERT_INDEX, 8, True, False, 1, 12), (UseKind.EXPERT_INDEX, 8, True, True, 8, 4),
+            (UseKind.EXPERT_INDEX, 8, True, True, 4, 8), (UseKind.EXPERT_INDEX, 8, True, True, 3, 11),
         ],
     )  # fmt: skip
-    def test_how_often_is_drawn(self, kind, moves, told, draws, monkeypatch):
+    def test_how_often_is_drawn(self, kind, moves, told, merged, tokens, draws, monkeypatch):
         """Until something was told; where an expert may be told by its number, until each was re-routed once."""
         prover, way, experts = self.prover()
         uses = tuple(dataclasses.replace(use, kind=kind) for use in way.gate.uses)
         way = dataclasses.replace(way, gate=dataclasses.replace(way.gate, uses=uses))
         rewritten = rewrite_region(prover._region, way)
+        way = dataclasses.replace(way, merged=merged)
         mapping = torch.arange(EXPERTS)
         mapping[:moves] = (mapping[:moves] + 1) % EXPERTS
         asked, drawn, own = [], [], prover._drawn
@@ -1372,7 +1410,7 @@ class TestFurtherChecks:
         def compare(rewritten, experts, values, number):
             asked.append(number)
             end = torch.ones(TOKENS, HIDDEN)
-            return None, Got([end if told else original[0], *original[1:]], mapping, TOKENS)
+            return None, Got([end if told else original[0]], mapping, tokens)
 
         def draw(number, **options):
             drawn.append((number, options["later"], list(options["chosen"])))
