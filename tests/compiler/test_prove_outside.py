@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 import types
 
 import pytest
@@ -2293,23 +2294,44 @@ class TestGraphsOfATrial:
     class Written:
         """A graph that ends behind the router: `more` gives what else leaves it, of `w, ids, weights`."""
 
-        def __init__(self, more=lambda w, ids, weights: [], top_k=TOP_K, form="top-k"):
+        def __init__(self, more=lambda w, ids, weights: [], top_k=TOP_K, form="top_k"):
             plain, w = Plain(Experts()), Written()
             self.block = module.TrialBlock(plain, plain.gate.weight, plain, EXPERTS, EXPERTS)
             x, weight = w.given(5, HIDDEN), w.input(self.block.weight)
             self.logits = w.call(F.linear, x, weight)
             scores = w.call(torch.softmax, self.logits, -1)
-            if form == "max":
-                best = w.call(torch.max, scores, -1)
-                weights, ids = w.pick(best, 0), w.pick(best, 1)
-            else:
-                weights, ids = w.top_k(scores, top_k)
+            weights, ids = getattr(self, form)(w, scores, top_k)
             w.give(weights, ids, *more(w, ids, weights))
             self.graph = torch.fx.GraphModule(nn.Module(), w.graph)
             self.inputs = [node.meta["example_value"] for node in (x, weight)]
             [gate] = module._gates_of(dynamo.copy_graph(self.graph), self.inputs, self.block)
             self.trial = module._Trial(gate, self.block, None)
             self.run = self.trial._backend(self.graph, self.inputs)
+
+        @staticmethod
+        def top_k(w, scores, k):
+            return w.top_k(scores, k)
+
+        @staticmethod
+        def max(w, scores, k):
+            best = w.call(torch.max, scores, -1)
+            return w.pick(best, 0), w.pick(best, 1)
+
+        @staticmethod
+        def sort(w, scores, k):
+            best = w.call(torch.sort, scores, -1, descending=True)
+            return tuple(w.pick(w.pick(best, place), (slice(None), slice(None, k))) for place in (0, 1))
+
+        @staticmethod
+        def steps(w, scores, k):
+            """Each takes the best that is left."""
+            rest, ids = scores, []
+            for _ in range(k):
+                ids.append(w.call(torch.argmax, rest, -1))
+                taken = w.call("bool", w.call(F.one_hot, ids[-1], EXPERTS))
+                rest = w.call("masked_fill", rest, taken, -math.inf)
+            ids = w.call(torch.stack, ids, -1)
+            return w.call(torch.gather, scores, -1, ids), ids
 
         def __call__(self, version, seed=4):
             """What leaves in a version."""
@@ -2361,6 +2383,31 @@ class TestGraphsOfATrial:
         assert torch.equal(ids, torch.ops.sere.reroute(own, one.trial._matrix, 1))
         _, ids, of_new = one("plain")
         assert torch.equal(of_new, 2 * ids)
+
+    @pytest.mark.parametrize("form", ["sort", "steps", "top_k"])
+    def test_ways_to_select(self, form):
+        """Each gives the choice that is made up, and what re-routing makes of it."""
+        one = self.Written(form=form)
+        assert set(one.trial._versions) >= {"original", "plain", "merged"}
+        assert one.trial._found[0].form == {"top_k": "top-k"}.get(form, form)
+        for seed in (3, 4):
+            order = made_up_order((5,), EXPERTS, seed)[:, :TOP_K]
+            weights, ids = one("original", seed)
+            assert torch.equal(ids, order)
+            assert (weights.diff(dim=-1) < 0).all()
+            assert torch.equal(one("plain", seed)[1], torch.ops.sere.reroute(order, one.trial._matrix, 1))
+            assert torch.equal(one.trial._ids[0], order)
+
+    def test_weights_that_are_not_known(self):
+        """Nothing is told of them."""
+        one = self.Written()
+        one.graph.graph.output_node().args = ((list(one.graph.graph.nodes)[-2],),)
+        one.graph.graph.eliminate_dead_code()
+        one.trial._found.clear()
+        one.run = one.trial._backend(one.graph, one.inputs)
+        assert one.trial._found[0].weights is None
+        assert torch.equal(one("plain")[0], torch.ops.sere.reroute(one.trial._ids[0], one.trial._matrix, 1))
+        assert one.trial._weights == []
 
     def test_one_choice_without_its_dimension(self):
         one = self.Written(form="max")
