@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import sere_compile
 from sere_compile import ConfigError, SereConfig
 from sere_compile.lowering.standard_operators import decompose, sere_nodes
-from sere_compile.passes import Evidence, RoutingSettings, Skip, SkipReason
+from sere_compile.passes import Evidence, Gate, RoutingSettings, Skip, SkipReason, Use, UseKind
 from sere_compile.passes.evidence.gate_scores import gate_scores
 from sere_compile.passes.fill_dispatch import _closes_with_zero, fill_dispatch
 from sere_compile.passes.graph import nodes
@@ -376,3 +376,35 @@ class TestByHand:
         fill_dispatch(gate, RoutingSettings(1), readers=())
         [node] = [n for n in w.graph.nodes if nodes.kind(n) == "sere.fill"]
         assert [nodes.kind(user) for user in gate.weights.users if user is not node] == ["unsqueeze"]
+
+    def test_behind_a_fused_router_it_routes_once_more(self):
+        """Others read the ids as they were: its own operator stays as it is."""
+        w = Model()
+        logits = w.call(nn.functional.linear, w.x, w.weight(8, 6))
+        route = w.call(torch.ops.sere.route.default, logits, None, 2, "softmax", True)
+        weights, ids = w.pick(route, 0), w.pick(route, 1)
+        y = w.mul(w.outputs(ids), w.column(weights))
+        w.give(y, beside := w.call(torch.neg, ids))
+        [fetched] = [user for user in ids.users if user is not beside]
+        uses = Use(fetched, ids, UseKind.EXPERT_INDEX), Use(beside, ids, UseKind.STATISTIC)
+        gate = Gate(
+            route, ids, weights, w.x, w.x, 8, 2, "softmax", True, uses, weights=weights, form="top-k", all_ids=(ids,)
+        )
+        before = route.args, dict(route.kwargs)
+        done = fill_dispatch(gate, RoutingSettings(1, 0.5, 2, 3))
+        [other] = [node for node in w.graph.nodes if nodes.kind(node) == "sere.route" and node is not route]
+        assert (route.args, dict(route.kwargs)) == before
+        schema = [argument.name for argument in route.target._schema.arguments]
+        told = {**dict(zip(schema, other.args, strict=False)), **other.kwargs}
+        assert told == {
+            "logits": logits, "bias": None, "top_k": 2, "scoring": "softmax", "renormalize": True, "fill": True,
+            "select_top_k": 1, "threshold": 0.5, "min_active": 2, "max_active": 3,
+        }  # fmt: skip
+        assert done.new_ids.args == (other, 1)
+        assert nodes.value(done.new_ids) is nodes.value(ids)
+        assert list(done.new_ids.users) == [fetched]
+        [new_weights] = [user for user in other.users if user is not done.new_ids]
+        assert new_weights.args == (other, 0)
+        assert [nodes.kind(user) for user in new_weights.users] == ["unsqueeze"]
+        assert nodes.operand(beside) is ids
+        assert done.filled

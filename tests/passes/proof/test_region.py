@@ -398,6 +398,20 @@ class TestByHand:
         assert hidden_root(made) is (x if to_x else made)
         assert hidden_root(w.call(torch.neg, made)) is (x if to_x else made)
 
+    @pytest.mark.parametrize(("steps", "near"), [(47, True), (48, False)])
+    def test_how_far_hidden_states_are_looked_for(self, steps, near):
+        w = Written()
+        x = made = w.given(4, 6)
+        chain = [made := w.call(torch.neg, made) for _ in range(steps)]
+        assert hidden_root(made) is (x if near else chain[0])
+
+    def test_hidden_states_that_are_a_part_of_something(self):
+        """The search ends there: what gives several tensors is none itself."""
+        w = Written()
+        x = w.given(4, 12)
+        part = w.pick(w.call(torch.chunk, x, 2, -1), 1)
+        assert hidden_root(w.call(torch.neg, part)) is part
+
     def test_writes_between_the_projection_and_what_it_is_made_of(self):
         """Hidden states are complete where the first thing reads them that the projection is made of."""
         w = Written()
