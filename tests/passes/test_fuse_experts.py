@@ -748,3 +748,20 @@ class TestAsAWhole:
 
         skip, region = changed(write)
         assert (skip.reason, skip.node.name, skip.detail) == (SkipReason.SHARED_MEMORY, "mul_", "at mul_")
+
+    def test_fp8_weights_are_taken_where_that_is_asked_for(self):
+        """No kernel of ours was compared with stock ones: else the graph stays, whatever its tensors are."""
+        with torch.library._scoped_library("_finegrained_fp8_c0ffee5", "DEF") as library:
+            library.define("w8a8_block_dynamic_fp8_matmul_batched(Tensor A, Tensor B, Tensor Bs) -> Tensor")
+            library.impl("w8a8_block_dynamic_fp8_matmul_batched", lambda a, *_: a.clone(), "CompositeExplicitAutograd")
+            product = torch.ops._finegrained_fp8_c0ffee5.w8a8_block_dynamic_fp8_matmul_batched.default
+            reasons = []
+            for fp8 in (False, True):
+                region = TestConfirmed.region()
+                with region.graph.inserting_before(region.output):
+                    region.inside.insert(1, region.call(product, region.hidden, *region.inputs))
+                gate = self.gated(region)
+                skip = fuse_experts(gate, region, {}, torch.device("cpu"), fp8=fp8)
+                reasons.append(skip.reason if not isinstance(skip, Gate) else None)
+        assert reasons[0] is SkipReason.NOT_MEASURED
+        assert reasons[1] is not SkipReason.NOT_MEASURED
