@@ -81,6 +81,28 @@ def test_selections_that_are_none(select):
     assert watched(Chosen(select), rows()) == []
 
 
+def test_each_weight_is_found_once():
+    """By its first selection, also where others have been found before."""
+    first, second = (
+        Chosen(lambda scores: (scores.topk(TOP_K), scores.topk(1))),
+        Chosen(lambda scores: scores.argmax(-1)),
+    )
+    found = watched(lambda x: (first(x), second(x), first(x)), rows())
+    assert [selection.top_k for selection in found] == [TOP_K, 1]
+    assert found[0].weight is first.gate.weight
+    assert found[1].weight is second.gate.weight
+
+
+def test_what_is_watched_gives_what_it_gives():
+    """Whatever it is told by name."""
+    with torch.no_grad(), WatchSelections():
+        made = torch.zeros_like(torch.ones(2), dtype=torch.float64)
+        best = torch.tensor([3.0, 1.0, 2.0]).sort(descending=True)
+        cast = torch.ones(2).to(dtype=torch.int64)
+    assert (made.dtype, cast.dtype, best.values.tolist()) == (torch.float64, torch.int64, [3, 2, 1])
+    assert torch.equal(best.indices, torch.tensor([0, 2, 1]))
+
+
 class Classifier(nn.Module):
     """A selection over classes with no experts beside it."""
 
@@ -189,6 +211,7 @@ class TestFollowed:
             lambda x, w: F.linear(x, w) > 0,
             lambda x, w: x @ torch.randn(HIDDEN, EXPERTS),
             lambda x, w: x @ (w[:3]).T,
+            lambda x, w: F.linear(x[:, :EXPERTS], w[:, :EXPERTS]),
             lambda x, w: F.linear(x, w) @ torch.ones(EXPERTS, EXPERTS),
         ],
     )
@@ -201,6 +224,7 @@ class TestFollowed:
     [
         ("topk", ("x", 2), -1), ("topk", ("x", 2, 1), 1), ("topk", ("x", 2, 0, True), 0), ("argmax", ("x",), None),
         ("argmax", ("x", 1), 1), ("argmax", ("x", None), None), ("max", ("x",), None), ("max", ("x", 0, True), 0),
+        ("topk", ("x", 2, None), -1), ("sort", ("x", None), -1), ("max", ("x", "y"), None),
         ("sort", ("x",), -1), ("sort", ("x", 0, True), 0), ("sort", ("x", True), -1), ("argsort", ("x", 1), 1),
     ],
 )  # fmt: skip
