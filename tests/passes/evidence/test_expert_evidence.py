@@ -477,6 +477,11 @@ NUMBERS = {
     "with a weight of the model": (lambda w, n: times_outputs(w, w.call(torch.mul, n, w.weight(3))), False),
     "routing weights alone": (lambda w, n: w.call(torch.mul, n, w.given(TOKENS, 3)), False),
     "summed": (lambda w, n: w.call(torch.sum, n, -1), False),
+    "their mean": (lambda w, n: w.call(torch.mean, n), False),
+    "their norm": (lambda w, n: w.call("norm", n), False),
+    "joined": (lambda w, n: w.call(torch.cat, [n, n], 1), False),
+    "stacked": (lambda w, n: w.call(torch.stack, [n, n]), False),
+    "put": (lambda w, n: w.call(torch.index_add, w.given(9, 3), 0, w.input(torch.arange(TOKENS)), n), False),
     "the best of them": (lambda w, n: w.call(torch.amax, n, -1), False),
     "scattered": (lambda w, n: w.call(torch.scatter, w.given(TOKENS, EXPERTS), 1, slots(w), n), False),
     "compared": (lambda w, n: w.call(torch.gt, column(w, n), w.given(2, 1, 1, 1)), False),
@@ -488,6 +493,18 @@ NUMBERS = {
 def test_whose_number_it_is(name):
     write, scales = NUMBERS[name]
     assert scales_experts(looked_up(write)) is scales
+
+
+@pytest.mark.parametrize(
+    ("target", "scales"), [(torch.sub, True), (torch.add, True), (torch.mul, True), (torch.bitwise_and, False)]
+)
+def test_whole_numbers_shift_packed_weights(target, scales):
+    """As zero points do; what only masks their bits does not."""
+    w = Written()
+    table = w.input(torch.nn.Parameter(torch.ones(EXPERTS, dtype=torch.int64), requires_grad=False))
+    numbers = w.pick(table, slots(w))
+    w.call(target, w.input(torch.ones(TOKENS, 3, 2, dtype=torch.int64)), column(w, numbers))
+    assert scales_experts(numbers) is scales
 
 
 def loop(write, experts=EXPERTS, compared=None):
