@@ -469,6 +469,14 @@ class TestOutside:
         proof, _ = self.proven(gate, monkeypatch, Verdict(True), weighing=True)
         assert isinstance(proof, Proof)
 
+    def test_what_is_refused_in_the_graph_is_not_run_outside(self, monkeypatch):
+        gate = one_gate(from_dynamo(Returned(), rows()))
+        skip, graph = Skip(SkipReason.UNVERIFIED, gate.ids), Traced(gate)
+        graph.others_follow = True
+        monkeypatch.setattr(rewrite_gate, "verify_rewrite", lambda *_, weighing: skip)
+        monkeypatch.setattr(rewrite_gate, "prove_outside", None)
+        assert rewrite_gate._prove(None, gate, WEIGHT, graph, None, weighing=False) is skip
+
     def test_what_is_new_alone(self, gate, monkeypatch):
         """The rewrite leaves what the graph makes of ids the router's own, where the code outside takes it so."""
         alone = dataclasses.replace(gate, top_k=1)
