@@ -468,3 +468,54 @@ class TestCallsOfDynamo:
             frames(model)
             assert missing_gates._note(WARNING, None, []) is True
             assert said in caplog.text
+
+
+class TestRoutersOutside:
+    """By what Dynamo skipped, and what graphs held."""
+
+    class Skipped(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Traced(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x
+
+    @pytest.fixture
+    def outside(self, monkeypatch):
+        """Names of the routers outside, of which each is given with the modules around it; some were seen."""
+
+        def found(*seen, codes=(self.Skipped.forward.__code__, nn.Linear.forward.__code__), **around):
+            routers = [
+                types.SimpleNamespace(name=name, weight=torch.zeros(1), modules=modules)
+                for name, modules in around.items()
+            ]
+            model = nn.Identity()
+            monkeypatch.setattr(missing_gates, "routers_in", lambda one: routers if one is model else [])
+            monkeypatch.setattr(missing_gates.dynamo, "skipped_codes", lambda: set(codes))
+            return routers_outside(model, [router.weight for router in routers if router.name in seen])
+
+        return found
+
+    def test_code_that_dynamo_skipped(self, outside):
+        """Of any of the modules around a router that are no torch's."""
+        skipped, traced, linear = self.Skipped(), self.Traced(), nn.Linear(1, 1)
+        assert outside(a=(linear, skipped), b=(linear, traced), c=(skipped, traced), d=(linear,)) == ["a", "c"]
+        assert outside(a=(linear, skipped), codes=()) == []
+
+    def test_what_graphs_held(self, outside):
+        """Nor another layer of the same code, which did not run; the outermost module says which code that is."""
+        skipped = self.Skipped
+        assert outside("a", a=(skipped(),), b=(skipped(),)) == []
+        assert outside("a", a=(skipped(), self.Layer()), b=(skipped(), self.Layer())) == []
+        assert outside("a", a=(skipped(), self.Layer()), b=(skipped(), self.Traced())) == ["b"]
+        assert outside("a", a=(skipped(), self.Layer()), b=(skipped(), skipped(), self.Traced())) == ["b"]
+        around = {"a": (skipped(), skipped(), self.Layer()), "b": (self.Traced(), skipped(), self.Layer())}
+        assert outside("a", **around) == []
+        assert outside("b", **around) == []
+        around = {"a": (skipped(), self.Traced(), self.Layer()), "b": (skipped(), self.Traced(), skipped())}
+        assert outside("a", **around) == ["b"]
