@@ -192,8 +192,8 @@ def _looks_up_state(node: Node) -> bool:
 
 
 def _one_row_a_token(node: Node, ids: Node) -> bool:
-    rows, tokens = nodes.shape(node), nodes.shape(ids)
-    if rows is None or tokens is None or not nodes.is_floating(node) or len(rows) < 2:
+    rows, tokens = nodes.shape(node) or (), nodes.shape(ids)
+    if tokens is None or not nodes.is_floating(node) or len(rows) < 2:
         return False
     if len(rows) == len(tokens) and all(str(a) == str(b) for a, b in zip(rows[:-1], tokens[:-1], strict=True)):
         return True

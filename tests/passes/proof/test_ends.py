@@ -334,6 +334,8 @@ class TestByHand:
             ((4, 6), (4, 3), True),
             ((4, 1), (4, 3), True),
             ((4,), (4, 3), False),
+            ((4,), (4,), False),
+            ((6,), (1, 3), False),
             ((5, 6), (4, 3), False),
             ((6, 4), (4, 6), False),
             ((2, 2, 6), (4, 3), True),
@@ -580,6 +582,15 @@ class TestEndsByHand:
             beside = w.call(torch.neg, beside)
         ends = ends_by_hand(w, total, w.call(torch.matmul, beside, w.weight(2, 6)))
         assert (ends is None or ends.exit is not total) is joined
+
+    def test_what_is_met_by_two_ways_is_looked_at_once(self):
+        w = Dispatch()
+        total = w.total()
+        beside = w.weights
+        for _ in range(12):
+            beside = w.call(torch.add, w.call(torch.sin, beside), w.call(torch.cos, beside))
+        ends = ends_by_hand(w, total, w.call(torch.matmul, beside, w.weight(2, 6)))
+        assert ends is None or ends.exit is not total
 
 
 class Parts(nn.Module):
