@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import types
+import warnings
 
 import pytest
 import torch
@@ -1827,6 +1828,34 @@ class TestRunsOfATrial:
         trial._block.module.experts = Experts()
         trial._run(given)
         assert trial.written >= {"", "experts.last"}
+
+    def test_what_a_trial_is_made_of(self, monkeypatch):
+        """A block that is compiled by a backend of its own, for one size; a similarity of experts as any other."""
+        asked = []
+        monkeypatch.setattr(torch, "compile", lambda block, **options: asked.append((block, options)))
+        first, second = trial_of(), trial_of()
+        block, options = asked[0]
+        assert block is first._block.module
+        assert list(options) == ["backend", "dynamic"]
+        assert isinstance(options["backend"], dynamo.OwnBackend)
+        assert options["dynamic"] is False
+        assert torch.equal(first._matrix, second._matrix)
+        assert first._matrix.shape == (EXPERTS, EXPERTS)
+        assert len(first._matrix.unique()) == EXPERTS**2
+
+    def test_what_is_around_a_run(self, recwarn):
+        """No gradients, no inference mode, the same random numbers in each; its warnings are not the program's."""
+        trial, drawn = trial_of(), []
+        state = torch.get_rng_state()
+        for outer in (torch.inference_mode, torch.enable_grad):
+            with outer(), trial._aside_of_model():
+                assert not torch.is_inference_mode_enabled()
+                assert not torch.is_grad_enabled()
+                drawn.append(float(torch.rand(1)))
+                warnings.warn("of a trial", stacklevel=1)
+        assert drawn[0] == drawn[1]
+        assert torch.equal(torch.get_rng_state(), state)
+        assert len(recwarn) == 0
 
     def test_hidden_states_may_vary_in_number(self, monkeypatch):
         told = []
