@@ -2536,11 +2536,14 @@ class TestArgumentsOfATrial:
             assert low <= values.min() <= low * 1.5
             assert high * 0.9 <= values.max() <= high
 
-    def test_the_only_choice_of_a_token_may_be_given(self):
-        w = Written()
-        gate = types.SimpleNamespace(form="top-k", ids=w.input(torch.zeros(4, 1, dtype=torch.int64)), top_k=1)
+    @pytest.mark.parametrize(("top_k", "places"), [(1, 1), (2, 1), (3, 2), (4, 3)])
+    def test_experts_that_are_chosen_leave_a_token_its_first_choice(self, top_k, places):
+        """But where it has only one."""
+        w, like = Written(), torch.zeros(4, top_k, dtype=torch.int64)
+        gate = types.SimpleNamespace(form="top-k", ids=w.input(like), top_k=top_k)
         choose = module._Choose(TestCallsInGraphs.trial(chosen=[5, 3]), w.given(4, 6), gate)
-        assert choose(torch.zeros(4, 1, dtype=torch.int64)).flatten().tolist() == [5, 3, 5, 3]
+        order = made_up_order((4,), 6, 1, chosen=[5, 3], places=places)
+        assert torch.equal(choose(like), order[:, :top_k])
 
     def test_places_behind_the_first_choice(self):
         order = made_up_order((4,), 6, 1, chosen=[5, 3], places=2)
