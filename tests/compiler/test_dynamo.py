@@ -206,6 +206,33 @@ class TestSettings:
         assert graphs() == []
         assert not dynamo.makes_graphs_before_loops()
 
+    def test_dynamo_is_changed_once(self):
+        changed = []
+        for _ in range(2):
+            with dynamo.graphs_before_loops():
+                changed.append(InstructionTranslatorBase.raise_loop_graph_break)
+        assert changed[0] is changed[1]
+
+    def test_a_size_that_may_vary(self):
+        """One graph serves all of it, and none of another dimension."""
+        graphs, x = [], torch.ones(3, 2)
+        run = compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph), dynamic=False)
+        dynamo.let_vary(x, 0)
+        for given, count in ((x, 1), (torch.ones(5, 2), 1), (torch.ones(5, 4), 2)):
+            assert torch.equal(run(given), given + 1)
+            assert len(graphs) == count
+
+    def test_nothing_more_is_compiled(self):
+        graphs = []
+        run = compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph), dynamic=False)
+        run(torch.ones(2))
+        with dynamo.compiling_nothing_more():
+            assert run(torch.ones(3)).tolist() == [2, 2, 2]
+            assert run(torch.ones(2)).tolist() == [2, 2]
+            assert len(graphs) == 1
+        run(torch.ones(3))
+        assert len(graphs) == 2
+
     def test_a_torch_that_decides_elsewhere(self, monkeypatch):
         monkeypatch.delattr(InstructionTranslatorBase, "raise_loop_graph_break")
         with dynamo.graphs_before_loops():
