@@ -32,6 +32,7 @@ from ..experts.trial_block import OF_EVERY_MODULE
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _LISTS = (list, tuple, set, frozenset, collections.deque)
 _CODE = (types.ModuleType, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, nn.Module)
+_BOUND = (types.MethodType, functools.partial)
 _LIBRARIES = tuple({os.path.abspath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
 _LIBRARIES += (os.path.dirname(torch.__path__[0]),)
 _DEEP = 4  # lists in lists in objects ..
@@ -258,12 +259,13 @@ def _modules_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _globals_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Containers, objects and modules that a module's own code names, and what its class and its helpers hold of them.
 
-    What hooks are bound to as well: `router.register_forward_hook(recorder.record)`.
+    What hooks and attributes are bound to as well: `router.register_forward_hook(recorder.record)`.
     """
     hooks = [hook for held in (module._forward_hooks, module._forward_pre_hooks) for hook in held.values()]
-    code = [value for _, value in _attributes(module)] + hooks
-    for hook in hooks:
-        yield from ((type(held).__name__, held) for held in _bound_to(hook) if _is_kept_or_module(held))
+    code = [value for _, value in _attributes(module)]
+    for call in hooks + [value for value in code if isinstance(value, _BOUND)]:
+        yield from ((type(held).__name__, held) for held in _bound_to(call) if _is_kept_or_module(held))
+    code += hooks
     for kind in type(module).__mro__:
         if kind.__module__.split(".")[0] not in ("torch", "builtins"):
             yield from _held_by_class(kind)
@@ -297,16 +299,16 @@ def _used_by(code: list[Any]) -> Iterator[tuple[str, Any]]:
         for name, value in _named(function):
             if isinstance(value, contextvars.ContextVar):
                 value = _Variable(value, name)
-            if _is_kept_or_module(value):
-                yield name, value
+            held = _bound_to(value) if isinstance(value, _BOUND) else [value]
+            yield from ((name, one) for one in held if _is_kept_or_module(one))
             pending += [called for called in _functions(value, kinds) if _is_own(called)]
 
 
-def _bound_to(hook: Any) -> list[Any]:
-    """The objects that a call of a hook may change besides what it is called with."""
-    if isinstance(hook, functools.partial):
-        return [*hook.args, *hook.keywords.values(), *_bound_to(hook.func)]
-    return [hook.__self__] if isinstance(hook, types.MethodType) else [hook]
+def _bound_to(call: Any) -> list[Any]:
+    """The objects that a call of a hook, method or partial may change besides what it is called with."""
+    if isinstance(call, functools.partial):
+        return [*call.args, *call.keywords.values(), *_bound_to(call.func)]
+    return [call.__self__] if isinstance(call, types.MethodType) else [call]
 
 
 def _functions(value: Any, kinds: set[type]) -> list[types.FunctionType]:
@@ -330,7 +332,8 @@ def _called(value: Any) -> list[types.FunctionType]:
         return [made for made in (value.fget, value.fset) if isinstance(made, types.FunctionType)]
     found: list[types.FunctionType] = []
     while value is not None and len(found) < _DEEP:
-        value = getattr(value, "func" if isinstance(value, functools.partial) else "__func__", value)
+        for _ in range(_DEEP):  # a partial of a method, too
+            value = getattr(value, "func" if isinstance(value, functools.partial) else "__func__", value)
         if isinstance(value, types.FunctionType):
             found.append(value)
         value = getattr(value, "__wrapped__", None) if callable(value) and not isinstance(value, type) else None

@@ -338,6 +338,33 @@ def test_what_hooks_keep():
     assert (stats, [recorder.seen for recorder in recorders]) == ({}, [[], [], []])
 
 
+RECORDER = Recorder()
+NOTE = functools.partial(RECORDER.record, "noted")
+
+
+class Noting(nn.Module):
+    """Records by what its attributes are bound to, and by a global that is."""
+
+    def __init__(self, recorders):
+        super().__init__()
+        self.record, self.record_twice = recorders[0].record, functools.partial(recorders[1].record, 1)
+
+    def forward(self, x):
+        for call in (self.record, self.record_twice, NOTE):
+            call(x)
+        return x
+
+
+def test_what_attributes_and_globals_are_bound_to():
+    """A method of an object, or a partial of it: the object's list is kept aside."""
+    recorders = [Recorder(), Recorder()]
+    module = Noting(recorders)
+    with KeptAside(module).restored() as changed:
+        module(torch.ones(2))
+        assert set(changed()) == {"Recorder", "Recorder (2)", "NOTE"}
+    assert [recorder.seen for recorder in (*recorders, RECORDER)] == [[], [], []]
+
+
 def hook_of(owner):
     return lambda module, given, result: owner.keep(result)
 
@@ -823,6 +850,7 @@ class TestWhatIsLookedAt:
         assert _called(Statistics.note) == [vars(Statistics)["note"].__func__]
         assert _called(wrapper) == [wrapper, helper]
         assert _called(functools.partial(wrapper, 1)) == [wrapper, helper]
+        assert _called(functools.partial(Recorder().record)) == [Recorder.record]
         assert _called(Recorder().record) == [Recorder.record]
         assert _called(property(helper)) == [helper]
         assert _called(property(helper, another_helper)) == [helper, another_helper]
