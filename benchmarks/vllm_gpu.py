@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any] | None] = {
     "nothing-ours": {"select_top_k": 1, "min_active": 0, "threshold": 2.0},
     "s1-sere": {"select_top_k": 1, "min_active": 0, "router": "sere"},
     "s2-sere": {"select_top_k": 2, "min_active": 0, "router": "sere"},
+    "fill1": {"select_top_k": 1, "min_active": 0, "substitution": "fill"},
+    "fill1-hook": {"select_top_k": 1, "min_active": 0, "substitution": "fill", "router": "vllm"},
     "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm", "router": "vllm"},
 }
 DEFAULT_CASES = "stock,s1,sK,nothing,s2"

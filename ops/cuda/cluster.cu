@@ -590,7 +590,7 @@ route_cluster(const void* scores, const void* router, const void* choice, const 
   } else {
     exchange(board, token, counts, owners);
     const u32 kept = kept_experts(board, threshold, least, budget);
-    if (is_token) fill(kept, token);
+    if (is_token && t < num_rerouted) fill(kept, token);
   }
   if (!is_token || lane >= TOP_K) return;
   const int slot = t * TOP_K + lane;

@@ -67,8 +67,6 @@ def _check_tokens(logits: Tensor, rerouting: Rerouting) -> None:
         tokens = getattr(rerouting, name)
         check_real_tokens(tokens, name)
         check_same_device(logits, "logits", **{name: tokens})
-        if tokens is not None and rerouting.fill:
-            raise ValueError(f"{name}: expected None with fill=True")
 
 
 def _check_rerouting(num_experts: int, rerouting: Rerouting) -> None:
@@ -284,8 +282,9 @@ def route(
             the bias weigh (softmax for "softmax_after" and "none"), and what is selected by ranks.
         ids_dtype: of the ids, int64 or int32.
         real_tokens: int64 [1], how many of the tokens are real, the first ones; the others, padding, get the ids -1
-            and the weights 0. None: all are. Not with fill.
-        rerouted_tokens: int64 [1], the `real_tokens` of `sere::reroute`: 0 re-routes nothing. Not with fill.
+            and the weights 0. None: all are.
+        rerouted_tokens: int64 [1], how many of the tokens take part in re-routing or filling, the first ones; the
+            others count for nothing and keep their experts. 0 changes nothing. None: all do.
         router_weight: [E, H], of the dtype of `logits`, which are hidden states [..., H] then: logits are made of them
             by this weight, as `torch.nn.functional.linear` makes them, up to the order of sums.
 

@@ -86,13 +86,29 @@ def route_reference(
         return weights, ids
     if rerouting.fill:
         worth = scores if scoring.scoring in ("softmax", "sigmoid") else scores.softmax(-1)
-        numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, rerouting.max_active)
-        new_ids, weights = fill_reference(ids, weights, worth, *numbers, closed)
-        return weights, new_ids
+        taking_part = _taking_part(ids, rerouting.rerouted_tokens)
+        numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, taking_part, rerouting.max_active)
+        new_ids, new = fill_reference(ids, weights, worth, *numbers, closed)
+        return of_these(taking_part, (new, new_ids), (weights, ids))
     assert rerouting.similarity is not None
     numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, None, rerouting.max_active)
     new_ids = reroute_reference(ids, rerouting.similarity, *numbers, rerouting.rerouted_tokens)
     return projected(weights, ids, new_ids, rerouting.projection), new_ids
+
+
+def _taking_part(ids: Tensor, tokens: Tensor | None) -> Tensor | None:
+    """The first `tokens` tokens of ids [..., K], bool [...]; None for all."""
+    return None if tokens is None else leading_tokens(ids[..., 0].numel(), tokens).view(ids.shape[:-1])
+
+
+def of_these(
+    taking_part: Tensor | None, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """New (weights, ids) [..., K] of the tokens that take part, bool [...] or None for all; of the others the old."""
+    if taking_part is None:
+        return new
+    rows = taking_part[..., None]
+    return torch.where(rows, new[0], old[0]), torch.where(rows, new[1], old[1])
 
 
 def projected(weights: Tensor, ids: Tensor, new_ids: Tensor, projection: Tensor | None) -> Tensor:

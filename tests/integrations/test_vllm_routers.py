@@ -124,7 +124,8 @@ def hook(router, device, **options):
     half = torch.rand(EXPERTS, EXPERTS, generator=generator)
     config = SereConfig(**{"select_top_k": 1, "min_active": 0, **options})
     state = BatchState(torch.device(device), "decode", None, 1)
-    made = RoutingHook(router, ((half + half.T) / 2).fill_diagonal_(1.0), config, state)
+    similarity = None if config.substitution == "fill" else ((half + half.T) / 2).fill_diagonal_(1.0)
+    made = RoutingHook(router, similarity, config, state, num_experts=EXPERTS)
     made.install()
     return made
 
@@ -135,12 +136,14 @@ def in_order(weights, ids):
     return [sorted((i, round(w, 5)) for w, i in zip(*row, strict=True)) for row in rows]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "substitution"), [*((kind, "reroute") for kind in KINDS), *((kind, "fill") for kind in KINDS[:2])]
+)
 @pytest.mark.parametrize("indices_type", [None, torch.int64, torch.uint32], ids=str)
-def test_the_hook_selects_as_the_router_and_reroutes_as_before(kind, indices_type, device):
-    """Decode, prefill and padding; the router is not asked, but for logits of another type."""
+def test_the_hook_selects_as_the_router_and_reroutes_as_before(kind, substitution, indices_type, device):
+    """Decode, prefill and padding; the router is not asked, but for logits of another type. Filling likewise."""
     router, plain = (on_device(kind(), device) for _ in range(2))
-    made, before = hook(router, device), hook(plain, device)
+    made, before = (hook(one, device, substitution=substitution) for one in (router, plain))
     made.known = known(router, device)
     assert made.selects
     logits = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(1)).to(device)

@@ -96,9 +96,12 @@ def test_where_the_batch_loses_nothing_masked_tokens_do_not_either(threshold, mi
 @needs_compiler
 @pytest.mark.parametrize(("case", "tokens"), thinned(SELECTED, (0, 3)), ids=str)
 def test_selected_experts(case, tokens, tmp_path):
-    """Logits: what `sere::route` gives."""
+    """Logits: what `sere::route` gives, also where some tokens are padding and some take no part."""
     for seed, cut in enumerate(cuts(tokens, case.experts)):
         logits, bias, scoring, filling = case.draw(tokens, seed, "cpu")
+        if seed:
+            real, taking_part = (torch.tensor([tokens - n]) for n in (2, 4))
+            filling = dataclasses.replace(filling, real_tokens=real, rerouted_tokens=taking_part)
         want = route_reference(logits, bias, scoring, filling)
         outs = torch.full_like(want[1], -77), torch.full_like(want[0], torch.nan)
         folder = tmp_path / str(cut[0])

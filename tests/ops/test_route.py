@@ -263,7 +263,6 @@ def test_padding_gets_no_expert_and_a_batch_can_be_left_alone(run, ids_dtype, re
     ({"ids_dtype": torch.int16}, TypeError, "ids_dtype: expected torch.int32 or torch.int64, got torch.int16"),
     ({"real_tokens": torch.ones(1)}, TypeError, "real_tokens: expected dtype torch.int64, got torch.float32"),
     ({"rerouted_tokens": torch.ones(2).long()}, ValueError, r"rerouted_tokens: expected shape \[1\], got \[2\]"),
-    ({"real_tokens": torch.ones(1).long(), "fill": True}, ValueError, "real_tokens: expected None with fill=True"),
 ])  # fmt: skip
 def test_wrong_numbers_of_tokens_are_named(changes, error, message):
     with pytest.raises(error, match=message):

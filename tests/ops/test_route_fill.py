@@ -124,6 +124,48 @@ def test_kernels_equal_oracle(case, kernel_device):
         check(kernel, case, tokens, seed, kernel_device)
 
 
+REAL, TAKING_PART = 5, 3  # of seven tokens
+
+
+def some(run, logits, bias, scoring, filling):
+    """The weights and ids of a call of which two tokens are padding, and two more take no part."""
+    numbers = {
+        name: torch.tensor([n], device=logits.device) for name, n in (("real", REAL), ("rerouted", TAKING_PART))
+    }
+    filling = dataclasses.replace(filling, real_tokens=numbers["real"], rerouted_tokens=numbers["rerouted"])
+    return [t.cpu() for t in run(logits, bias, scoring, filling)]
+
+
+def check_some(run, case, device):
+    logits, bias, scoring, filling = case.draw(7, 0, device)
+    weights, ids = some(run, logits, bias, scoring, filling)
+    filled = [t.cpu() for t in run(logits[:TAKING_PART], bias, scoring, filling)]
+    before = [t.cpu() for t in selected(logits, bias, scoring)]
+    close = {"rtol": 2e-5, "atol": 1e-7}
+    assert torch.equal(ids[:TAKING_PART], filled[1])
+    torch.testing.assert_close(weights[:TAKING_PART], filled[0], **close)
+    assert torch.equal(ids[TAKING_PART:REAL], before[1][TAKING_PART:REAL])
+    torch.testing.assert_close(weights[TAKING_PART:REAL], before[0][TAKING_PART:REAL], **close)
+    assert (ids[REAL:] == -1).all()
+    assert (weights[REAL:] == 0).all()
+    none = dataclasses.replace(filling, rerouted_tokens=torch.zeros(1, dtype=torch.int64, device=device))
+    weights, ids = (t.cpu() for t in run(logits, bias, scoring, none))
+    assert torch.equal(ids, before[1])
+    torch.testing.assert_close(weights, before[0], **close)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_that_take_no_part_keep_their_experts(case, device):
+    """And say nothing about those of the others; padding has none."""
+    check_some(operator, case, device)
+
+
+@pytest.mark.parametrize("case", thinned(CASES, (3,)), ids=str)
+def test_they_do_in_the_kernels(case, kernel_device):
+    """With two launches of Triton's and a choice."""
+    check_some(kernel, case, kernel_device)
+
+
 @pytest.mark.slow
 def test_many_tokens_take_the_statistics_of_ids(kernel_device):
     """Beyond what the first launch sums, a launch of its own does."""

@@ -89,7 +89,7 @@ def cannot_hold(runner: Any, known: KnownRouter) -> str:
 def differs(
     gate: Any,
     known: KnownRouter,
-    matrix: Tensor,
+    matrix: Tensor | None,
     numbers: tuple[int, float, int, int],
     tokens: int = MOST_HIDDEN_TOKENS,
 ) -> str:
@@ -98,7 +98,7 @@ def differs(
     Args:
         gate: vLLM's, as it is.
         known: how its router is called.
-        matrix: similarities [E, E].
+        matrix: similarities [E, E]; None to fill.
         numbers: S, rho, `min_active` and `max_active`.
         tokens: rows of random hidden states.
     """

@@ -301,7 +301,7 @@ def hold_gates(hooks: dict[str, RoutingHook], runners: Mapping[str, Any]) -> int
     """Let `sere::route` make the logits, where it selects. Returns in how many layers."""
     compared: dict[Any, str] = {}
     for name, hook in hooks.items():
-        if hook.known is None or hook.matrix is None:
+        if hook.known is None:
             log.info("SERE: %s: vLLM's gate makes the logits: sere::route does not select there", name)
             continue
         runner = runners[name]

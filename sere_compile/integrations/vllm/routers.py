@@ -61,12 +61,12 @@ class KnownRouter:
     ) -> tuple[Tensor, Tensor]:
         """Weights fp32 [T, K], best first, and ids [T, K]; `numbers` are S, rho, `min_active` and `max_active`.
 
-        With the router's weight, `logits` are hidden states.
+        Without similarities lost slots are filled. With the router's weight, `logits` are hidden states.
         """
         return route(
             logits, self.bias, self.top_k, self.scoring, self.renormalize, 0.0, self.scale, torch.float32,
-            self.num_groups, self.top_groups, self.group_score, False, similarity, *numbers, None, False, ids_dtype,
-            real_tokens, rerouted_tokens, router_weight,
+            self.num_groups, self.top_groups, self.group_score, False, similarity, *numbers, None,
+            similarity is None, ids_dtype, real_tokens, rerouted_tokens, router_weight,
         )  # fmt: skip
 
 

@@ -197,8 +197,8 @@ class RoutingHook:
 
     @property
     def selects(self) -> bool:
-        """Whether selection and re-routing can be one operator: nothing else needs the ids between them."""
-        return self.matrix is not None and self.projection is None and self.counts is None and not self.agreed
+        """Whether selection and re-routing or filling can be one operator: nothing else needs the ids between them."""
+        return self.projection is None and self.counts is None and not self.agreed
 
     @property
     def agreed(self) -> bool:

@@ -62,7 +62,8 @@ def test_fill(name, select, tmp_path):
     assert tokens != in_transformers(model, ids, profile, **{**options, "substitution": "reroute"})
 
 
-def test_gates_whose_product_is_routings(profile, monkeypatch):
+@pytest.mark.parametrize("substitution", ["reroute", "fill"])
+def test_gates_whose_product_is_routings(substitution, profile, monkeypatch):
     """The same tokens where `sere::route` selects, and makes the logits of the hidden states that gates hand on."""
 
     def known(router, dtype):  # on CPUs vLLM's router is a class of its own
@@ -78,7 +79,7 @@ def test_gates_whose_product_is_routings(profile, monkeypatch):
     monkeypatch.setattr(plugin, "known_router", known)
     monkeypatch.setattr(plugin, "hold_gates", hold)
     _, ids = models.texts(MODEL)
-    options = {"select_top_k": 1, "min_active": 0}
+    options = {"select_top_k": 1, "min_active": 0, "substitution": substitution}
     with engine(MODEL, {**options, "profile": profile, "router": "gate", "strict": True}) as llm:
         tokens = generate(llm, ids)
         assert all(hook.gate is not None and hook.calls for hook in hooks(llm).hooks.values())
