@@ -129,9 +129,7 @@ REAL, TAKING_PART = 5, 3  # of seven tokens
 
 def some(run, logits, bias, scoring, filling):
     """The weights and ids of a call of which two tokens are padding, and two more take no part."""
-    numbers = {
-        name: torch.tensor([n], device=logits.device) for name, n in (("real", REAL), ("rerouted", TAKING_PART))
-    }
+    numbers = {name: torch.tensor([n], device=logits.device) for name, n in (("real", REAL), ("rerouted", TAKING_PART))}
     filling = dataclasses.replace(filling, real_tokens=numbers["real"], rerouted_tokens=numbers["rerouted"])
     return [t.cpu() for t in run(logits, bias, scoring, filling)]
 
