@@ -325,7 +325,7 @@ def _closure(starts: set[Node], last: Node) -> set[Node]:
 
 
 def _held(value: Any) -> Any:
-    return None if value is None or isinstance(value, torch._subclasses.FakeTensor) else value
+    return None if isinstance(value, torch._subclasses.FakeTensor) else value
 
 
 def _described(node: Node, leaf: Leaf) -> dict[str, Any]:

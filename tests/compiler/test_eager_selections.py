@@ -1,6 +1,7 @@
 """Gates that ran outside every graph: found in an eager run, named, with what to do."""
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -238,3 +239,5 @@ def test_the_line_of_the_user():
 
     assert line() == f"test_eager_selections.py:{line.__code__.co_firstlineno + 1}"
     assert eager_selections._users_line(None) == ""
+    own = eval("lambda: sys._getframe()", {"sys": sys, "__name__": eager_selections.__name__})()
+    assert eager_selections._users_line(own) == f"test_eager_selections.py:{inspect.currentframe().f_lineno}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.same_numbers import buffers_restored, copy_of, eager_results, is_same
+from sere_compile.compiler.same_numbers import buffers_restored, copy_of, eager_results, is_same, shows_wrong
 
 X = torch.randn(4, 8)
 
@@ -19,6 +19,13 @@ def test_rounding_is_no_difference():
 @pytest.mark.parametrize("got", [X[:2], (X, X), ()])
 def test_other_things(got):
     assert not is_same(got, X)
+
+
+def test_what_shows_that_a_result_is_wrong():
+    """A model that gives others each time shows nothing, and one that gives this shows that it is right."""
+    assert shows_wrong(X * 2, lambda: X)
+    assert not shows_wrong(X * 1.001, lambda: X)
+    assert not shows_wrong(X * 2, iter([X, X * 3]).__next__)
 
 
 def test_whole_numbers_count_where_there_is_nothing_else():

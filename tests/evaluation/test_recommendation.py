@@ -8,6 +8,7 @@ from math import ceil, nan
 import pytest
 
 from sere_compile.evaluation.recommendation import least_losing, recommend, say_least_losing, undecided
+from sere_compile.evaluation.sweep import SLACK
 
 from .rows import row
 
@@ -63,6 +64,8 @@ def test_rules_are_compared_at_equal_settings_and_experts_only():
     found = least_losing([reroute, many, fill, *two, rule_row("fill", 0.1, 0.2, threshold="q0.2")])
     assert found == {16: [("S = 1", [fill]), ("S = 2", [two[0]])]}
     assert say_least_losing(found[16]) == "S = 1 and S = 2: fill"
+    limit = replace(fill, active_after=5.0 * (1 + SLACK))
+    assert least_losing([reroute, limit]) == {16: [("S = 1", [limit])]}
     assert least_losing([rule_row("fill", 1.0), rule_row("reroute", 2.0)]) == {16: []}
 
 

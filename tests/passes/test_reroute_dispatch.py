@@ -362,12 +362,14 @@ class TestRefusals:
         assert found.detail == (told if known else nodes.place(gate.ids))
         assert str(graph.graph) == before
 
-    @pytest.mark.parametrize(("budget", "merged"), [(5, True), (5, False), (0, True)])
+    @pytest.mark.parametrize(("budget", "merged"), [(5, True), (5, False), (0, True), (0, False)])
     def test_merged_slots_have_no_budget(self, budget, merged):
         graph = from_export(Indexed(), rows())
         gate, matrix = one_gate(graph), add_matrix(graph, similarity())
         found = reroute_dispatch(gate, matrix, RoutingSettings(1, max_active=budget), merged=merged)
         assert isinstance(found, Skip) is (merged and budget > 0)
+        budgets = [dict(node.kwargs) for node in graph.graph.nodes if node.target is torch.ops.sere.reroute.default]
+        assert budgets == ([] if merged else [{"max_active": budget} if budget else {}])
         if isinstance(found, Skip):
             assert (found.reason, found.evidence) == (SkipReason.BUDGET, Evidence.EXPERTS)
             assert found.detail == "max_active is 5"

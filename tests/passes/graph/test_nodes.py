@@ -54,6 +54,16 @@ class TestTensors:
         assert {nodes.kind(user) for node in nodes.picked(selection, 1) for user in node.users} == {"add"}
 
 
+def test_a_second_argument_is_no_result():
+    """Another reader of what top-k gives takes a number, too."""
+    written = Written()
+    best = written.call(torch.topk, written.given(3, 6), 2)
+    values, ids = written.pick(best, 0), written.pick(best, -1)
+    other = written.graph.call_function(torch.utils._pytree.tree_map, (best, 1))
+    assert (nodes.picked(best, 0), nodes.picked(best, 1)) == ([values], [ids])
+    assert other in best.users
+
+
 class TestReadsNumbers:
     @pytest.mark.parametrize("tracer", TRACERS)
     def test_sizes_and_types_are_not_numbers(self, tracer):
