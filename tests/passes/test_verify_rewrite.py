@@ -213,6 +213,8 @@ class Unweighted(Indexed):
 def test_without_weights_the_refusal_says_why_there_are_none():
     """And what the trial showed."""
     gate = one_gate(from_make_fx(Unweighted(), rows()))
+    with_weights = dataclasses.replace(gate, weights=gate.ids, weights_skip=None)
+    assert verified(gate.selection.graph.owning_module, with_weights).evidence is Evidence.EXPERTS
     refusal = verified(gate.selection.graph.owning_module, gate)
     assert refusal.reason is gate.weights_skip.reason
     assert refusal.evidence is Evidence.EXPERTS

@@ -312,6 +312,12 @@ class TestChains:
         assert {scoring.epsilon for scoring in found} == {1e-4, 0.0}
         assert {scoring.scale for scoring in found} == {1.0, 0.5, 1e-4, float(K)}
 
+    def test_no_scale_is_the_inverse_of_nothing(self):
+        w = Chain()
+        chain = w.found(w.call(torch.div, w.select(w.call(torch.softmax, w.logits, -1)), 0.0))
+        w.gate.weights = chain.inside[-1]
+        assert {routing.scoring.scale for routing in possible_routings(w.gate, chain)} == {1.0, float(K)}
+
     def test_a_write_behind_the_chain_is_none_in_it(self):
         w = Chain()
         values = w.select(w.logits)
