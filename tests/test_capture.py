@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 
 import sere_compile
 from sere_compile import ConfigError, GateNotFoundError, SereConfig
@@ -17,6 +18,8 @@ from .compiler.test_missing_gates import Stacked
 from .zoo.outside.loops import EXPERTS, HIDDEN, TOP_K, CountLoop, MaskLoop, SortedLoop, prepared
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+# `number in ids[t].tolist()`: earlier versions take it for false under dynamic-shape capture, and compute on.
+BRANCHES_ON_LISTS = TorchVersion(torch.__version__) >= "2.15"
 
 
 def close(left, right):
@@ -191,7 +194,8 @@ class TestNoGraphAtAll:
             compiled(torch.randn(2, 4, HIDDEN))
         [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
         assert "Dynamo made no graph of Loop" in record.message
-        assert "Compile with sere_compile.compile(model, ...), which captures expert loops" in record.message
+        helps = "compiles what is ahead of such a loop" if BRANCHES_ON_LISTS else "captures expert loops"
+        assert f"ompile with sere_compile.compile(model, ...), which {helps}" in record.message
 
     @pytest.mark.parametrize("capture", ["auto", "default"])
     def test_strict_raises_at_every_call(self, capture):
@@ -535,6 +539,7 @@ class OfChance(MaskLoop):
 class TestWhatTorchComputesWrongly:
     """Another gate of the model would keep the capture, and with it what torch makes of the loop."""
 
+    @pytest.mark.skipif(BRANCHES_ON_LISTS, reason="torch 2.15 computes it as it is")
     @pytest.mark.parametrize("seen", [None, 1.0])
     def test_it_goes_back(self, seen, caplog):
         model, x = Both(seen).eval().requires_grad_(False), torch.randn(2, 4, HIDDEN)
@@ -552,6 +557,7 @@ class TestWhatTorchComputesWrongly:
         assert "gives other numbers than the model" in caplog.text
         assert model.calls == 4
 
+    @pytest.mark.skipif(BRANCHES_ON_LISTS, reason="torch 2.15 computes it as it is")
     def test_explain_says_so(self):
         model, x = Both().eval().requires_grad_(False), torch.randn(2, 4, HIDDEN)
         report = sere_compile.explain(model, x, config=SereConfig(capture="auto"))
