@@ -32,6 +32,8 @@ def pytest_collection_modifyitems(items):
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, set | frozenset) and len(value) > 1 and str(value) in item.name for value in values):
             raise pytest.UsageError(f"{item.nodeid}: a set prints in any order; use a list, or an id")
+        if " at 0x" in item.name:
+            raise pytest.UsageError(f"{item.nodeid}: an address is another one in each process; use an id")
     if torch.cuda.is_available():
         return
     for item in items:

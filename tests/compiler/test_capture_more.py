@@ -330,7 +330,7 @@ class TestCallsThatAreTracedOtherwise:
             {"at_start": True},
             {"at_start": None},
         ],
-        ids=str,
+        ids=["not asked", "asked not to", "not known", "another function", "at start", "perhaps at start"],
     )
     def test_other_calls_of_functions(self, other):
         with torch.no_grad():
