@@ -11,9 +11,8 @@ from ..fill.launch import ROWS, Ranking, launch_fill, launch_filling
 from ..fill.reference import Keeping
 from ..launching import launchable
 from ..reroute.kernel import launch_reroute
-from ..reroute.reference import leading_tokens
 from .kernel import route_kernel, route_reroute_kernel
-from .reference import Rerouting, Scoring, of_these, projected
+from .reference import Rerouting, Scoring, first_tokens, of_these, projected
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,9 @@ def launch_route(
     if not rerouting.acts_on(scoring.top_k):
         _launch_selection(arguments, rows.shape[0], e_block, tile.tokens if tile else 1, real=real)
         return weights, ids
-    everything = real is None and rerouting.rerouted_tokens is None
     if rerouting.fill:
-        fill = _launch_filled if everything else _launch_filled_some
-        return fill(arguments, rows, bias, scoring, rerouting)
+        return _launch_filled(arguments, rows, bias, scoring, rerouting)
+    everything = real is None and rerouting.rerouted_tokens is None
     if everything and (tile is not None or one_launch(rows.shape[0], num_experts, narrow, rerouting)):
         tile = tile or tile_for(rows.shape[0], e_block, narrow)
         launchable(route_reroute_kernel)[(triton.cdiv(rows.shape[0], tile.tokens),)](
@@ -120,12 +118,18 @@ def _launch_filled(
     """Selection and filling; the first launch sums the statistics as well where few tokens a row are enough."""
     weights, ids, e_block = arguments["weights_ptr"], arguments["ids_ptr"], arguments["E_BLOCK"]
     flat_ids, flat_weights = ids.view(-1, scoring.top_k), weights.view(-1, scoring.top_k)
-    ranking, keeping = _ranking(rows, bias, scoring), _keeping(rerouting)
-    # Few classes: with a symbolic T each is one more compiled graph.
-    tokens = next((n for n in FILL_TOKENS if guard_or_false(rows.shape[0] <= n * ROWS)), None)
+    groups = scoring.num_groups, scoring.top_groups, scoring.group_score
+    ranking = Ranking(rows, scoring.scoring, None, bias, *groups)
+    keeping = Keeping(rerouting.select_top_k, rerouting.threshold, rerouting.min_active, rerouting.max_active)
+    real, rerouted = rerouting.real_tokens, rerouting.rerouted_tokens
+    # Few classes: with a symbolic T each is one more compiled graph. Statistics of the first launch are of all tokens.
+    fits = (n for n in FILL_TOKENS if guard_or_false(rows.shape[0] <= n * ROWS))
+    tokens = next(fits, None) if real is None and rerouted is None else None
     if tokens is None:
-        _launch_selection(arguments, rows.shape[0], e_block, 1)
-        new_ids, new_weights = launch_fill(flat_ids, flat_weights, ranking, keeping, None)
+        _launch_selection(arguments, rows.shape[0], e_block, 1, real=real)
+        taking_part = None if rerouted is None else first_tokens(flat_ids, rerouted)
+        new_ids, new_weights = launch_fill(flat_ids, flat_weights, ranking, keeping, taking_part)
+        new_weights, new_ids = of_these(taking_part, (new_weights, new_ids), (flat_weights, flat_ids))
     else:
         shape = (ROWS, int(rows.shape[1]))
         mass = torch.empty(shape, dtype=torch.float32, device=rows.device)
@@ -133,29 +137,6 @@ def _launch_filled(
         _launch_selection(arguments, rows.shape[0], e_block, tokens, (mass, slots))
         new_ids, new_weights = launch_filling(flat_ids, flat_weights, ranking, keeping, (mass, slots))
     return new_weights.view(weights.shape), new_ids.view(ids.shape)
-
-
-def _launch_filled_some(
-    arguments: dict, rows: Tensor, bias: Tensor | None, scoring: Scoring, rerouting: Rerouting
-) -> tuple[Tensor, Tensor]:
-    """The same where some tokens are not real, or take no part in filling."""
-    weights, ids = arguments["weights_ptr"], arguments["ids_ptr"]
-    _launch_selection(arguments, rows.shape[0], arguments["E_BLOCK"], 1, real=rerouting.real_tokens)
-    tokens = rerouting.rerouted_tokens
-    taking_part = None if tokens is None else leading_tokens(rows.shape[0], tokens)
-    flat_ids, flat_weights = ids.view(-1, scoring.top_k), weights.view(-1, scoring.top_k)
-    new_ids, new = launch_fill(flat_ids, flat_weights, _ranking(rows, bias, scoring), _keeping(rerouting), taking_part)
-    new, new_ids = of_these(taking_part, (new, new_ids), (flat_weights, flat_ids))
-    return new.view(weights.shape), new_ids.view(ids.shape)
-
-
-def _ranking(rows: Tensor, bias: Tensor | None, scoring: Scoring) -> Ranking:
-    groups = scoring.num_groups, scoring.top_groups, scoring.group_score
-    return Ranking(rows, scoring.scoring, None, bias, *groups)
-
-
-def _keeping(rerouting: Rerouting) -> Keeping:
-    return Keeping(rerouting.select_top_k, rerouting.threshold, rerouting.min_active, rerouting.max_active)
 
 
 def _arguments(

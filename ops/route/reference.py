@@ -80,13 +80,14 @@ def route_reference(
         weights = weights / (weights.sum(-1, keepdim=True) + scoring.epsilon)
     weights, ids = (weights * scoring.scale).to(scoring.dtype), ids.to(rerouting.ids_dtype)
     if rerouting.real_tokens is not None:
-        real = leading_tokens(ids[..., 0].numel(), rerouting.real_tokens).view(ids[..., :1].shape)
+        real = first_tokens(ids, rerouting.real_tokens)[..., None]
         weights, ids = torch.where(real, weights, 0.0), torch.where(real, ids, -1)
     if not rerouting.acts_on(scoring.top_k):
         return weights, ids
     if rerouting.fill:
         worth = scores if scoring.scoring in ("softmax", "sigmoid") else scores.softmax(-1)
-        taking_part = _taking_part(ids, rerouting.rerouted_tokens)
+        tokens = rerouting.rerouted_tokens
+        taking_part = None if tokens is None else first_tokens(ids, tokens)
         numbers = (rerouting.select_top_k, rerouting.threshold, rerouting.min_active, taking_part, rerouting.max_active)
         new_ids, new = fill_reference(ids, weights, worth, *numbers, closed)
         return of_these(taking_part, (new, new_ids), (weights, ids))
@@ -96,9 +97,9 @@ def route_reference(
     return projected(weights, ids, new_ids, rerouting.projection), new_ids
 
 
-def _taking_part(ids: Tensor, tokens: Tensor | None) -> Tensor | None:
-    """The first `tokens` tokens of ids [..., K], bool [...]; None for all."""
-    return None if tokens is None else leading_tokens(ids[..., 0].numel(), tokens).view(ids.shape[:-1])
+def first_tokens(ids: Tensor, tokens: Tensor) -> Tensor:
+    """Which tokens of ids [..., K] are the first `tokens`, int64 [1]: bool [...]."""
+    return leading_tokens(ids[..., 0].numel(), tokens).view(ids.shape[:-1])
 
 
 def of_these(

@@ -221,19 +221,14 @@ class Settings:
             for name, value in vars(module).items()
             if name in read and name not in OF_EVERY_MODULE and f"{path}.{name}".strip(".") not in written
         ]
-        self._hooks = [(weakref.ref(module), _hooks_of(module)) for module in block.modules() if _has_hooks(module)]
-        self._without_hooks = [weakref.ref(module) for module in block.modules() if not _has_hooks(module)]
+        self._hooks = [(weakref.ref(module), _hooks_of(module)) for module in block.modules()]
 
     def are_the_same(self) -> bool:
-        """Whether all of them are what they were. Asked in every call: of hundreds of modules, most have no hook."""
+        """Whether all of them are what they were."""
         gone = object()
         for reference, name, described in self._held:
             module = reference()
             if module is None or _described(vars(module).get(name, gone)) != described:
-                return False
-        for reference in self._without_hooks:
-            module = reference()
-            if module is None or module._forward_hooks or module._forward_pre_hooks:
                 return False
         return all((module := ref()) is not None and _hooks_of(module) == hooks for ref, hooks in self._hooks)
 
@@ -255,11 +250,9 @@ def _names_in(kind: type) -> Iterator[str]:
             pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return ()  # a guard asks hundreds of modules in each call, of which most have none
     return tuple(map(_hook, [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]))
 
 

@@ -1573,6 +1573,20 @@ class TestWhichModulesAreTried:
         assert made[2:] == [("the block", "w", "r", EXPERTS, EXPERTS)]
 
 
+def watched_compiling(monkeypatch):
+    """A list that is empty but while nothing more is to be compiled."""
+    inside = []
+
+    @contextlib.contextmanager
+    def nothing_more():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(dynamo, "compiling_nothing_more", nothing_more)
+    return inside
+
+
 def trial_of(**methods):
     """A trial of which these methods do something else."""
     trial = EagerTrial(Experts())
@@ -1783,15 +1797,7 @@ class TestRunsOfATrial:
 
     def test_code_behind_the_graph_is_not_compiled_anew(self, monkeypatch):
         """But the graph is, where no graph serves the call."""
-        ran, inside = [], []
-
-        @contextlib.contextmanager
-        def nothing_more():
-            inside.append(True)
-            yield
-            inside.pop()
-
-        monkeypatch.setattr(dynamo, "compiling_nothing_more", nothing_more)
+        ran, inside = [], watched_compiling(monkeypatch)
         trial = trial_of(_ids=[0])
         trial._run_once = lambda inputs: ran.append(bool(inside)) or len(ran)
         assert (trial._run(self.X), ran) == (1, [False])
@@ -2287,15 +2293,7 @@ class TestWhichRewriteIsRight:
     @pytest.mark.parametrize(("sizes", "by_tokens"), [((5,), True), ((1, 5), False)])
     def test_many_tokens(self, sizes, by_tokens, monkeypatch):
         """Where the block takes them, and its graph serves them."""
-        inside, ran = [], []
-
-        @contextlib.contextmanager
-        def nothing_more():
-            inside.append(True)
-            yield
-            inside.pop()
-
-        monkeypatch.setattr(dynamo, "compiling_nothing_more", nothing_more)
+        inside, ran = watched_compiling(monkeypatch), []
         trial = trial_of(_ids=[0], _run=lambda given: ran.append((given[0][0].shape, bool(inside))))
         trial._counting_dim = returning(0)
         asked = []
