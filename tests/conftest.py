@@ -58,6 +58,18 @@ def pytest_collection_finish(session):
         gc.set_threshold(20_000, 20, 100)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a file leaves behind, most of it what torch remembers, is no model that a later file looks for.
+
+    No fixture that holds a model may live longer than its file.
+    """
+    yield
+    if nextitem is not None and nextitem.path != item.path and len(gc.get_objects()) > 300_000:
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_sessionfinish():
     """Libraries clean up what they hold at exit."""
     gc.unfreeze()

@@ -540,7 +540,7 @@ class TestWhatTorchComputesWrongly:
     """Another gate of the model would keep the capture, and with it what torch makes of the loop."""
 
     @pytest.mark.skipif(BRANCHES_ON_LISTS, reason="torch 2.15 computes it as it is")
-    @pytest.mark.parametrize("seen", [None, 1.0])
+    @pytest.mark.parametrize("seen", [pytest.param(None, marks=pytest.mark.slow), 1.0])
     def test_it_goes_back(self, seen, caplog):
         model, x = Both(seen).eval().requires_grad_(False), torch.randn(2, 4, HIDDEN)
         half = torch.rand(EXPERTS, EXPERTS)

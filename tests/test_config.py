@@ -10,6 +10,7 @@ import sere_compile
 from sere_compile import ConfigError, SereConfig, sere_backend
 
 from .compiled import CountingInner, logits, oracle_logits
+from .thinned import thinned
 from .tiny_models import build, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -43,9 +44,7 @@ class TestOptions:
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="takes no mode"):
             logits(compiled, ids)
 
-    @pytest.mark.parametrize(
-        "inner", ["eager", "aot_eager", "cudagraphs", pytest.param("inductor", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("inner", thinned(["eager", "aot_eager", "cudagraphs", "inductor"], (1,)))
     def test_inner_backends(self, inner):
         """Any registered backend can compile the rewritten graph."""
         model, ids = build("mixtral"), tokens()

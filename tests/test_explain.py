@@ -43,6 +43,7 @@ class TestExplain:
         expected = oracle_logits(model, profile, ids, 1)
         torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     def test_works_on_a_model_compiled_in_place(self):
         """`model.compile()` does not hide the model from `explain`, and stays in force afterwards."""
         model, ids = build("mixtral"), tokens()

@@ -35,7 +35,11 @@ def test_what_can_act():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"select_top_k": 9}, "select_top_k=9 is more than K = 4: every expert of a token stays"),
+        pytest.param(
+            {"select_top_k": 9},
+            "select_top_k=9 is more than K = 4: every expert of a token stays",
+            marks=pytest.mark.slow,
+        ),
         ({"select_top_k": 1, "threshold": 2.0}, "threshold=2 is above every similarity, at most"),
     ],
 )

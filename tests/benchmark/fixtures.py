@@ -11,12 +11,12 @@ from sere_compile.benchmark.timing import Timing
 from .made import TINY, UNSORTED, results_of, tiny
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def subject():
     return tiny(TINY)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def unsorted():
     return tiny(UNSORTED)
 

@@ -12,6 +12,6 @@ def every_test_compiles_anew(fresh_dynamo):
     """Graphs of one test's model do not serve another's."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def qwen():
     return build("qwen3_moe")

@@ -12,6 +12,7 @@ from sere_compile.integrations.generate import generate_config
 from sere_compile.integrations.transformers import SHIPPED
 
 
+@pytest.mark.slow
 def test_demo_decodes_with_fewer_active_experts():
     """Every gate of the trained model is re-routed, and at S = 1 a decode batch activates fewer experts."""
     result = CliRunner().invoke(main, ["demo", "--new-tokens", "4"])

@@ -51,9 +51,9 @@ def routed_logits(model, ids, rule, real=None):
 @pytest.mark.parametrize(
     ("name", "select", "threshold"),
     [
-        ("qwen3_moe", 2, 0.6),
+        pytest.param("qwen3_moe", 2, 0.6, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", 1, 0.0, marks=pytest.mark.slow),
-        pytest.param("mixtral", 1, 0.0, marks=pytest.mark.slow),
+        ("mixtral", 1, 0.0),
     ],
 )
 def test_one_forward_equals_a_lockstep_decode(name, select, threshold):

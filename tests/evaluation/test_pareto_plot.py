@@ -142,7 +142,7 @@ def test_large_losses_leave_room_for_small_ones(drawn):
     assert drawn([row(4, 5.0, 0.1), *rows[1:]]).axes[0].get_yscale() == "linear"
 
 
-@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("timed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_collides(drawn, timed):
     """Words overlap neither each other nor leave the picture: 3 panels, 12 rules, long names, a second axis."""
     rules = [

@@ -69,6 +69,7 @@ def shapes(path):
     ]
 
 
+@pytest.mark.slow
 def test_names_in_a_file(tmp_path):
     lowering = pytest.importorskip("sere_compile.lowering.onnx")
     done = lowering.export(

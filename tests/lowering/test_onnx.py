@@ -107,7 +107,9 @@ def test_decode_step_beyond_the_window():
 
 
 @pytest.mark.parametrize("as_function", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("leaks", [False, True], ids=["reroute", "reroute_merged"])
+@pytest.mark.parametrize(
+    "leaks", [pytest.param(False, marks=pytest.mark.slow), True], ids=["reroute", "reroute_merged"]
+)
 def test_settings(tmp_path, as_function, leaks):
     """With threshold and min_active, both operators, plain or as a function: the same numbers as the operator."""
     model = SmallMoE(leaks).eval()

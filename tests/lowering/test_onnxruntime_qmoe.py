@@ -146,7 +146,7 @@ class Wide(Stacked):
 
 
 @pytest.mark.parametrize(("width", "inner", "block"), [(64, 96, 32), (64, 48, 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_blocks_of_four_bits(tmp_path, width, inner, block, dtype):
     """Weights of a block share a scale, in the type of the weights."""
     model = Wide(width, inner).eval().to(dtype)

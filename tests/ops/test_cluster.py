@@ -114,7 +114,7 @@ def test_selected_experts(case, tokens, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("place", "case"), thinned([*enumerate(REROUTED)], (1, 4, 8)), ids=str)
+@pytest.mark.parametrize(("place", "case"), thinned([*enumerate(REROUTED)], (4, 8)), ids=str)
 def test_rerouted_experts(place, case, tmp_path):
     """Logits and similarities, among them NaN and infinite ones: what `sere::route` gives, for those tokens alone."""
     tokens = 13

@@ -505,9 +505,7 @@ OPCHECKED = (
 
 
 # By default some structures with tokens, and one without.
-@pytest.mark.parametrize(
-    ("num_tokens", "structure"), thinned(itertools.product((6, 0, 1), OPCHECKED), (0, 3, 5, 6)), ids=str
-)
+@pytest.mark.parametrize(("num_tokens", "structure"), thinned(itertools.product((6, 0, 1), OPCHECKED), (0, 5)), ids=str)
 def test_opcheck(structure, num_tokens, device):
     """Schema, fake kernel, autograd registration and AOT dispatch with symbolic shapes are consistent."""
     for seed in range(2):

@@ -13,6 +13,7 @@ from sere_compile.passes import Proof, find_gates, find_separate_gates, separate
 from sere_compile.passes.graph import nodes
 from sere_compile.testing import reroute_oracle
 
+from ..thinned import thinned
 from .moe_modules import from_dynamo
 
 EXPERTS, HIDDEN, TOP_K, TOKENS = 6, 8, 3, 7
@@ -338,7 +339,7 @@ def test_inductor_tells_both_apart(kind):
     compared(kind, inner="inductor", strict=True)
 
 
-@pytest.mark.parametrize("kind", [Keeps, NextCall, Sibling, ByProperty, Hooked, Loss])
+@pytest.mark.parametrize("kind", thinned([Keeps, NextCall, Sibling, ByProperty, Hooked, Loss], (0, 4, 5)))
 def test_across_a_break_one_attribute_serves_both_and_nothing_is_re_routed(kind, monkeypatch):
     """The experts read the attributes outside the graph of the router, where those can hold one choice only."""
     own = Keeps.experts
@@ -425,7 +426,7 @@ class Maps(Keeps):
         return torch.zeros_like(x).index_add(0, self.rows, made * self.weights[:, None])
 
 
-@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("breaks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_second_matrix_of_each_expert_that_goes_by_what_is_kept(breaks):
     """New ids for the one and the router's own for the other would be half of an expert."""
     unchanged(lambda: Maps(breaks))
@@ -471,6 +472,7 @@ class AroundIt(nn.Module):
         return y + self.offsets(self.layer.ids if self.adds else self.layer.ids * 0).sum(1)
 
 
+@pytest.mark.slow
 def test_a_vector_of_each_expert_that_a_block_around_the_layer_adds():
     """What is around a layer that is right is tried as well, where it has numbers of each expert."""
     unchanged(AroundIt)

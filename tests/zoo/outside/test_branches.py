@@ -36,7 +36,19 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 REROUTED = (AnyLoop, NamedLoop, EmptyLoop, ItemLoop, ListLoop, TokenLoop, SequenceLoop, RouterLoop, TruthLoop)
 REFUSED = (IdleLoop, MeanLoop, FewLoop, BusyLoop, LossLoop, FirstLoop, SmallLoop, FullSequences)
-SLOW = (ItemLoop, ListLoop, TokenLoop, NamedLoop, MeanLoop, FewLoop, FirstLoop)
+SLOW = (
+    RouterLoop,
+    TruthLoop,
+    IdleLoop,
+    BusyLoop,
+    ItemLoop,
+    ListLoop,
+    TokenLoop,
+    NamedLoop,
+    MeanLoop,
+    FewLoop,
+    FirstLoop,
+)
 
 
 def cases(kinds):
@@ -114,6 +126,7 @@ class Layers(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop():
     """Each layer has a graph of its own, and one proof."""
     _, matrix, x = prepared(AnyLoop)
