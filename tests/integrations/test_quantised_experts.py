@@ -82,7 +82,7 @@ def test_fp8_experts_of_the_hub_are_re_routed(experts, monkeypatch):
 @pytest.mark.parametrize(
     ("experts", "kernels"),
     [
-        ("batched_mm", KERNELS),
+        pytest.param("batched_mm", KERNELS, marks=pytest.mark.slow),
         ("grouped_mm", KERNELS),
         ("batched_mm", UNROUNDED),  # the name of a kernel is no proof of what it computes
     ],
