@@ -26,8 +26,9 @@ CASES = "1:8,2:8,4:8,8:8,8:1,16:1,32:8,32:2,32:1,64:8,64:1"
 
 
 def wgmma_configs(num_slots):
-    """By name: mma.sync as before, and wgmma with other starts, slots per pass, warps that round, blocks."""
+    """By name: mma.sync as before, what is in use, wgmma with other starts, slots per pass, warps, blocks, kernels."""
     rows = 8 if num_slots <= 8 else 16
+    joined = {"rounds_ahead": True, "blocks": 1, "joined": True}
     one = StreamConfig(rows, trigger=8, wgmma=True, row_warps=4)
     changes = {
         "wgmma": {}, "start -1": {"trigger": -1}, "start 4": {"trigger": 4}, "start 16": {"trigger": 16},
@@ -35,9 +36,12 @@ def wgmma_configs(num_slots):
         "ahead": {"rounds_ahead": True}, "ahead, 2 warps": {"rounds_ahead": True, "row_warps": 2},
         "ahead, 2 warps, start -1": {"rounds_ahead": True, "row_warps": 2, "trigger": -1},
         "ahead, 32 rows": {"rounds_ahead": True, "rows": 32}, "ahead, 1 block": {"rounds_ahead": True, "blocks": 1},
+        "joined": joined, "joined, 2 warps": joined | {"row_warps": 2}, "joined, 32 rows": joined | {"rows": 32},
+        "joined, start -1": joined | {"trigger": -1},
     }  # fmt: skip
     chosen = {name: dataclasses.replace(one, **change) for name, change in changes.items()}
-    return {"mma.sync": stream_config(num_slots, True, True)} | chosen
+    used = stream_config(num_slots, True, True, True)
+    return {"mma.sync": stream_config(num_slots, True, True), "in use": used} | chosen
 
 
 def configs(num_slots, fp8, fp8_activations):
