@@ -24,7 +24,7 @@ from . import moe_modules as blocks
 from .evidence.test_selections import argmax_steps
 from .moe_modules import Block, add_matrix, from_dynamo, from_export, from_make_fx, run, weighted_sum
 
-SEEDS, CHUNK = 200, 10
+SEEDS, CHUNK = 200, 20
 
 SCORING = {
     "raw": lambda s: s,
