@@ -116,6 +116,7 @@ class TestExportedProgram:
 
 
 class TestProgram:
+    @pytest.mark.slow
     def test_before_decompositions(self):
         """A rewritten program can be decomposed."""
         model, program = exported("mixtral", "grouped_mm")

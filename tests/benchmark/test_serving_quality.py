@@ -27,6 +27,7 @@ def case(folder, **changes):
     return {**given, **changes}
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_a_sweep(checkpoint, tmp_path, monkeypatch):
     """Through files, as the process that is started does it."""
     (tmp_path / "case.json").write_text(json.dumps(case(checkpoint)))

@@ -12,6 +12,7 @@ from sere_compile.cli import main
 from .checkpoint import measured, sere
 
 
+@pytest.mark.slow
 def test_a_page_of_a_checkpoint(checkpoint, tmp_path):
     """Every substitution at every S and batch, with the profile's name."""
     pytest.importorskip("plotly")

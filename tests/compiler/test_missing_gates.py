@@ -149,6 +149,7 @@ class TestOutsideEveryGraph:
         with pytest.raises(GateNotFoundError, match=r"second\.gate\.weight"):
             model(x)
 
+    @pytest.mark.slow
     def test_captured_loops_are_no_reason(self, caplog):
         """Capture brings both into a graph."""
         model = Both(MaskLoop())

@@ -201,6 +201,7 @@ def test_evaluate_takes_the_backends_options_and_the_attached_profile(qwen):
         sere_compile.evaluate(model, tokens(), select_topk=1)
 
 
+@pytest.mark.slow
 def test_progress(qwen, capsys):
     """A bar of forwards, the original's and each rule's, if it is asked for."""
     model, _ = qwen

@@ -450,6 +450,7 @@ class BiasBehind(Keeps):
         return y + behind.sum(1)
 
 
+@pytest.mark.slow
 def test_a_vector_of_each_expert_behind_a_break():
     """The graph holds a whole dispatch, and is re-routed where the rest makes nothing of experts by the ids."""
     unchanged(BiasBehind)
@@ -479,6 +480,7 @@ def test_a_vector_of_each_expert_that_a_block_around_the_layer_adds():
     compared(lambda: AroundIt(adds=False), strict=True)
 
 
+@pytest.mark.slow
 def test_each_block_is_asked_what_it_adds():
     """Dynamo would serve the second by the graph of the first: what tells them apart is read behind the break."""
     torch.manual_seed(1)

@@ -43,8 +43,8 @@ def known(name):
     return [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
 
 
-# Representatives in every run but for those that take long to trace, the others in the lane of the zoo.
-QUICK = [name for name in REPRESENTATIVES if name not in ("dbrx", "jetmoe")]
+# Some representatives in every run, the others in the lane of the zoo.
+QUICK = [name for name in REPRESENTATIVES if name not in ("dbrx", "jetmoe", "glm4_moe", "olmoe", "phimoe")]
 OTHERS = sorted(set(ENTRIES) - set(QUICK))
 EVERYONE = cases(QUICK) + cases(OTHERS, [pytest.mark.zoo])
 # Experts that transformers runs in several ways; `test_dynamo` runs the first.
