@@ -580,27 +580,35 @@ DEVICE void multiply_all(Plan& plan, u32 stages, Ring& ring, const u16* bias, vo
   });
 }
 
+// What this warp does in a projection.
+template <bool FIRST>
+DEVICE void take_part(Plan& plan, u32 stages, Ring& ring, const u8* x, const u8* weight, const float* scale,
+                      const u16* bias, void* out, Rounded rounded, const HandOver& over) {
+  const int warp = threadIdx.x >> 5;
+  if (warp < MULTIPLIERS) multiply_all<FIRST>(plan, stages, ring, bias, out, over);
+  else if (warp < MULTIPLIERS + LOADERS) load_weights<FIRST>(plan, stages, ring, weight, scale);
+#if WGMMA && !ROUNDS_AHEAD
+  else round_rows<FIRST>(plan, stages, ring, x);
+#else
+  else load_rows<FIRST>(plan, stages, ring, ROUNDS_AHEAD ? rounded.numbers : x, rounded.factors, over);
+#endif
+}
+
+DEVICE Plan& plan_of_block() { return *(Plan*)(dynamic_memory() + STAGES * STAGE_BYTES); }
+
 template <bool FIRST>
 DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* out,
                     Rounded rounded, int num_slots) {
-  Plan& plan = *(Plan*)(dynamic_memory() + STAGES * STAGE_BYTES);
-  const u32 stages = shared_address(dynamic_memory());
+  Plan& plan = plan_of_block();
   Ring ring;
   // Blocks of the second projection start when the first has got here, so that ids are complete for them as well. So
   // they are where activations are rounded ahead: that kernel starts when all earlier ones are done.
   if (FIRST && !ROUNDS_AHEAD) wait_for_earlier_kernels();
   if (!FIRST || TRIGGER < 0) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
-  const int warp = threadIdx.x >> 5;
-  const bool multiplies = warp < MULTIPLIERS, loads_rows = warp >= MULTIPLIERS + LOADERS;
+  const bool loads_rows = threadIdx.x >> 5 >= MULTIPLIERS + LOADERS;
   if ((!FIRST || ROUNDS_AHEAD) && loads_rows) wait_for_earlier_kernels();
-  if (multiplies) multiply_all<FIRST>(plan, stages, ring, bias, out, {});
-#if WGMMA && !ROUNDS_AHEAD
-  else if (loads_rows) round_rows<FIRST>(plan, stages, ring, x);
-#else
-  else if (loads_rows) load_rows<FIRST>(plan, stages, ring, ROUNDS_AHEAD ? rounded.numbers : x, rounded.factors, {});
-#endif
-  else load_weights<FIRST>(plan, stages, ring, weight, scale);
+  take_part<FIRST>(plan, shared_address(dynamic_memory()), ring, x, weight, scale, bias, out, rounded, {});
 }
 
 #define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? BLOCKS : 1)
@@ -625,26 +633,18 @@ round_ahead(const u8* x, u8* numbers, float* factors, u32* counts, int items, in
 PROJECTION joined(const u8* gate_up, const float* gate_up_scale, const u16* gate_up_bias, const u8* down,
                   const float* down_scale, const u16* down_bias, const void* ids, void* act, void* rows, u8* x_numbers,
                   float* x_factors, u8* act_numbers, float* act_factors, u32* counts, int num_slots) {
-  Plan& plan = *(Plan*)(dynamic_memory() + STAGES * STAGE_BYTES);
+  Plan& plan = plan_of_block();
   const u32 stages = shared_address(dynamic_memory());
   const HandOver over{counts, counts + EXPERTS * TIMES_128, (const u8*)act, {act_numbers, act_factors}};
   Ring ring;
   // The kernel before this one, which it waits for, started when all earlier ones were done: ids are complete.
   make_plan(plan, ids, num_slots);
   const int warp = threadIdx.x >> 5;
-  const bool multiplies = warp < MULTIPLIERS, loads_rows = warp >= MULTIPLIERS + LOADERS;
-  if (multiplies || loads_rows) wait_for_earlier_kernels();
-  if (multiplies) {
-    multiply_all<true>(plan, stages, ring, gate_up_bias, act, over);
-    multiply_all<false>(plan, stages, ring, down_bias, rows, over);
-  } else if (loads_rows) {
-    load_rows<true>(plan, stages, ring, x_numbers, x_factors, over);
-    let_next_kernel_start();
-    load_rows<false>(plan, stages, ring, act_numbers, act_factors, over);
-  } else {
-    load_weights<true>(plan, stages, ring, gate_up, gate_up_scale);
-    load_weights<false>(plan, stages, ring, down, down_scale);
-  }
+  const bool loads_weights = warp >= MULTIPLIERS && warp < MULTIPLIERS + LOADERS;
+  if (!loads_weights) wait_for_earlier_kernels();
+  take_part<true>(plan, stages, ring, nullptr, gate_up, gate_up_scale, gate_up_bias, act, {x_numbers, x_factors}, over);
+  if (!loads_weights) let_next_kernel_start();
+  take_part<false>(plan, stages, ring, nullptr, down, down_scale, down_bias, rows, over.to, over);
 }
 #else
 // act [T * K, INNER] in the dtype of x. numbers, factors: room for x rounded, or x rounded ahead, where it is.

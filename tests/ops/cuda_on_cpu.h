@@ -35,11 +35,11 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 static Index gridDim, blockDim;
-extern u8 shared[];
 
 // Fibers
 
 constexpr int BLOCKS_AT_ONCE = 8, WARPS_AT_ONCE = 64;
+__align__(1024) static u8 shared[BLOCKS_AT_ONCE * 256 * 1024];
 
 struct Copy {
   u32 to;

