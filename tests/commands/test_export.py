@@ -94,8 +94,8 @@ def test_what_is_printed_loads_the_file(checkpoint, tmp_path, target, options):
                                          (2, 8, tiny_models.VOCABULARY))  # fmt: skip
 
 
-@pytest.mark.parametrize("experts", [pytest.param("conditional", marks=pytest.mark.slow), "onnxruntime_moe"])
 @pytest.mark.slow
+@pytest.mark.parametrize("experts", ["conditional", "onnxruntime_moe"])
 def test_experts_and_nothing_to_reroute(checkpoint, tmp_path, experts):
     """S = K: the file computes the model itself, and is not re-routed by the defaults when it is written."""
     _, folder, _, profile = checkpoint
@@ -110,7 +110,8 @@ def test_experts_and_nothing_to_reroute(checkpoint, tmp_path, experts):
     assert f"--experts {experts} is for --to onnx" in result.output
 
 
-@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_experts(checkpoint, tmp_path, bits):
     """--check says by how much they differ and of how many bits they are, and does not take that for a fault."""
     _, folder, _, profile = checkpoint

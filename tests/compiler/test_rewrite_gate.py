@@ -39,7 +39,7 @@ class TestVerification:
             results.append(logits(torch.compile(model, backend=backend), ids))
         assert torch.equal(*results)
 
-    @pytest.mark.parametrize("experts", EAGER_SLOW[1:])
+    @pytest.mark.parametrize("experts", [pytest.param("grouped_mm", marks=pytest.mark.slow), *EAGER_SLOW[1:]])
     def test_report_says_what_was_proven(self, experts):
         """Inside a graph the definition; of a loop outside it too, by running that."""
         config = SereConfig(select_top_k=1)

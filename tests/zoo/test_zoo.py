@@ -23,7 +23,6 @@ from sere_compile.passes.verify_rewrite import SHOWN
 
 from .discover import moe_architectures
 from .registry import ENTRIES, implementations
-from .test_registry import REPRESENTATIVES
 
 # What is shown of an experts' loop outside the graph: what leaves it, and the experts run for themselves.
 PROVEN = (
@@ -43,8 +42,8 @@ def known(name):
     return [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
 
 
-# Some representatives in every run, the others in the lane of the zoo.
-QUICK = [name for name in REPRESENTATIVES if name not in ("dbrx", "jetmoe", "glm4_moe", "olmoe", "phimoe")]
+# In every run; the others in the lane of the zoo.
+QUICK = ("deepseek_v3", "gpt_oss", "llama4")
 OTHERS = sorted(set(ENTRIES) - set(QUICK))
 EVERYONE = cases(QUICK) + cases(OTHERS, [pytest.mark.zoo])
 # Experts that transformers runs in several ways; `test_dynamo` runs the first.
