@@ -10,6 +10,7 @@ far a variant's result is from the first one's.
 import argparse
 import dataclasses
 import itertools
+import re
 import statistics
 
 import torch
@@ -26,9 +27,8 @@ CASES = "1:8,2:8,4:8,8:8,8:1,16:1,32:8,32:2,32:1,64:8,64:1"
 
 
 def wgmma_configs(num_slots):
-    """By name: mma.sync as before, what is in use, wgmma with other starts, slots per pass, warps, blocks, kernels."""
+    """By name: mma.sync as before, what is in use, wgmma with other starts, slots per pass, warps, blocks."""
     rows = 8 if num_slots <= 8 else 16
-    joined = {"rounds_ahead": True, "blocks": 1, "joined": True}
     one = StreamConfig(rows, trigger=8, wgmma=True, row_warps=4)
     changes = {
         "wgmma": {}, "start -1": {"trigger": -1}, "start 4": {"trigger": 4}, "start 16": {"trigger": 16},
@@ -36,8 +36,6 @@ def wgmma_configs(num_slots):
         "ahead": {"rounds_ahead": True}, "ahead, 2 warps": {"rounds_ahead": True, "row_warps": 2},
         "ahead, 2 warps, start -1": {"rounds_ahead": True, "row_warps": 2, "trigger": -1},
         "ahead, 32 rows": {"rounds_ahead": True, "rows": 32}, "ahead, 1 block": {"rounds_ahead": True, "blocks": 1},
-        "joined": joined, "joined, 2 warps": joined | {"row_warps": 2}, "joined, 32 rows": joined | {"rows": 32},
-        "joined, start -1": joined | {"trigger": -1},
     }  # fmt: skip
     chosen = {name: dataclasses.replace(one, **change) for name, change in changes.items()}
     used = stream_config(num_slots, True, True, True)
@@ -62,7 +60,7 @@ def as_fp8(weight):
     return (weight.float() * 1000).clamp(-400, 400).to(torch.float8_e4m3fn), scale
 
 
-def variants(layer, num_slots, fp8, fp8_activations, wgmma):
+def variants(layer, num_slots, fp8, fp8_activations, wgmma, wanted):
     """Functions of (hidden, ids, weights) by name; `wgmma`: ways to use it, without Triton's kernels."""
     gate_up, down, gate_up_bias, down_bias, activation, interleaved, transposed = layer
     fp8, scales = fp8 or fp8_activations, (None, None, False)
@@ -78,10 +76,11 @@ def variants(layer, num_slots, fp8, fp8_activations, wgmma):
         return lambda *x: launch_stream(Call(*x, *weights, *scales), activation, interleaved, config)
 
     if wgmma:
-        chosen = wgmma_configs(num_slots)
-        return {name: stream(config) for name, config in chosen.items()}
-    chosen = configs(num_slots, fp8, fp8_activations)
-    return {"triton": triton} | {name: stream(config) for name, config in chosen.items()}
+        found = {name: stream(config) for name, config in wgmma_configs(num_slots).items()}
+    else:
+        chosen = configs(num_slots, fp8, fp8_activations)
+        found = {"triton": triton} | {name: stream(config) for name, config in chosen.items()}
+    return {name: function for name, function in found.items() if wanted.search(name)}
 
 
 def distances(functions, x):
@@ -103,6 +102,7 @@ def main():
         "--wgmma", action="store_true", help="ways to use wgmma, against mma.sync; with --fp8-activations"
     )
     parser.add_argument("--cases", default=CASES)
+    parser.add_argument("--variants", type=re.compile, default="", help="those whose names have this (a pattern)")
     arguments = parser.parse_args()
     fp8 = arguments.fp8 or arguments.fp8_activations
     if arguments.wgmma and not arguments.fp8_activations:
@@ -118,7 +118,7 @@ def main():
             active = statistics.mean(len(i[1].unique()) for i in inputs)
             size = 1 if fp8 else 2
             floor = active * geometry.expert_elements * size / bandwidth * 1e6
-            kind = (arguments.fp8, arguments.fp8_activations, arguments.wgmma)
+            kind = (arguments.fp8, arguments.fp8_activations, arguments.wgmma, arguments.variants)
             functions = variants(layer, inputs[0][1].numel(), *kind)
             far = distances(functions, inputs[0])
             graphs = {name: capture(lambda x, f=f: f(*x), inputs) for name, f in functions.items()}

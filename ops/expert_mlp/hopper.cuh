@@ -79,19 +79,6 @@ DEVICE void store8(void* to, u32 low, u32 high) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(low), "r"(high) : "memory");
 }
 
-// Adds to a number in memory, and gives what it was: whoever finds the sum, here or below, sees what all threads of this
-// warp wrote before. One thread, behind __syncwarp().
-DEVICE u32 add_and_show(u32* p, u32 n) {
-  u32 before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(n) : "memory");
-  return before;
-}
-DEVICE void wait_until_at_least(const u32* p, u32 n) {
-  u32 now;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
-  while (now < n);
-}
-
 #if WGMMA
 // What this thread wrote to shared memory, or saw written, is there for the tensor cores' own reads as well.
 DEVICE void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

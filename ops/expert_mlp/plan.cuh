@@ -15,7 +15,6 @@ constexpr int WEIGHT_SCALE_BYTES = FP8 ? 128 : 0;
 constexpr int SCALE_BYTES = WEIGHT_SCALE_BYTES + (FP8_ROWS ? ROWS * 4 : 0);
 constexpr int TILE_BYTES = WEIGHT_BYTES + ROWS * ROW_BYTES;
 constexpr int STAGE_BYTES = TILE_BYTES + SCALE_BYTES;
-static_assert(!JOINED || (WGMMA && ROUNDS_AHEAD && BLOCKS == 1), "one kernel for both projections with these alone");
 static_assert(!WGMMA || (FP8_ROWS && !HALF && GROUPS == 1 && ROWS <= 32 && TILE_BYTES % 1024 == 0), "not with wgmma");
 // Of the threads that copy or round activations, those that tell a stage's barrier.
 constexpr int ROW_ARRIVALS = WGMMA && !ROUNDS_AHEAD ? ROW_LOADERS : ROW_LOADERS * 32;
@@ -31,6 +30,8 @@ struct __align__(16) Plan {
   u16 place[MAX_SLOTS];                                     // of a slot among its expert's
   int num_active;
 };
+
+extern __shared__ __align__(1024) u8 shared[];
 
 // After the plan: the sums that groups exchange, and what a last tile of 8 rows reads beyond the last stage.
 static_assert(sizeof(Plan) + (GROUPS == 2 ? 512 * ROWS : WGMMA ? 0 : 7 * ROW_BYTES) <= PLAN_BYTES, "more than was asked for");

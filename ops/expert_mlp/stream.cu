@@ -3,14 +3,13 @@
 // Every block owns an equal share of all rows of active weights and streams them through a ring in shared memory:
 // two warps copy weights, two copy activations, the others multiply. The ring never drains between tiles. The second
 // projection's blocks start while the first still runs (programmatic dependent launch), find their experts, fill their
-// ring with weights, and wait only for the activations. The third kernel sums a token's slots. With JOINED one kernel has
-// both projections, and a block loads weights of the second as soon as the ring has room.
+// ring with weights, and wait only for the activations. The third kernel sums a token's slots.
 //
 // Compiled at first use (stream.py), with these numbers as macros:
 //   EXPERTS, TOP_K, HIDDEN, INNER, ROWS (slots of one pass), STAGES (of the ring), PLAN_BYTES, MAX_SLOTS, IDS64,
 //   GATED, INTERLEAVED, ACTIVATION, GATE_UP_BIAS, DOWN_BIAS, HALF (fp16 instead of bf16), FP8,
 //   FP8_ROWS (activations are rounded to FP8 as well), WEIGHTS (0: fp32, 1: bf16, 2: fp16), TRIGGER, GROUPS, WGMMA,
-//   ROW_WARPS, BLOCKS (StreamConfig's), ROUNDS_AHEAD (by a kernel of its own), JOINED
+//   ROW_WARPS, BLOCKS (StreamConfig's), ROUNDS_AHEAD (by a kernel of its own)
 // hopper.cuh and plan.cuh come before this file.
 
 // Where 16-byte piece p of a 128-byte row lies: no bank conflicts for 8 rows of one piece, nor for 2 rows of 4 pieces.
@@ -59,7 +58,7 @@ DEVICE float combine(float gate, float up) {
 }
 
 template <bool FIRST>
-DEVICE void load_weights(Plan& plan, u32 stages, Ring& ring, const u8* weight, const float* scale) {
+DEVICE void load_weights(Plan& plan, u32 stages, const u8* weight, const float* scale) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER, WIDTH = FIRST ? COLUMNS : HIDDEN;
   constexpr long long ROW = (long long)DEPTH * (FP8 ? 1 : 2);
   constexpr int SCALE_ROWS = (WIDTH + BLOCK - 1) / BLOCK, SCALE_COLUMNS = (DEPTH + BLOCK - 1) / BLOCK;
@@ -67,6 +66,7 @@ DEVICE void load_weights(Plan& plan, u32 stages, Ring& ring, const u8* weight, c
   const int thread = threadIdx.x - MULTIPLIERS * 32, r = thread >> 3;
   const u32 to = r * CHUNK_BYTES + swizzled(r, thread & 7);
   const long long step = weight_row<FIRST>(1, 0) * ROW, to_other = weight_row<FIRST>(0, 8) * ROW;
+  Ring ring;
   for_passes<FIRST>(plan, [&](const Pass& pass) {
     auto piece_of = [&](int rank, int granule) {
       const long long row = (long long)plan.active[rank] * WIDTH + weight_row<FIRST>(granule, r);
@@ -149,11 +149,12 @@ DEVICE void store_rounded(const u32 (&x)[8], u32 tile, u32 factors, int row, int
 // Rounds activations on their way into the stages: 8 lanes take 128 columns of a row. With few rows the warps take
 // stages in turn, with many each of them has several rows of a stage. Loads of some stages are under way together.
 template <bool FIRST>
-DEVICE void round_rows(Plan& plan, u32 stages, Ring& ring, const u8* x) {
+DEVICE void round_rows(Plan& plan, u32 stages, const u8* x) {
   constexpr int STEPS = (FIRST ? HIDDEN : INNER) / CHUNK, AT_ONCE = ROW_LOADERS * 4, AHEAD = 4;
   constexpr int TIMES = (ROWS + AT_ONCE - 1) / AT_ONCE;  // rows of a stage for one thread
   static_assert(AHEAD % TIMES == 0, "too few warps for so many rows");
   const int thread = threadIdx.x - (MULTIPLIERS + LOADERS) * 32, warp = thread / 32, lane = thread % 32;
+  Ring ring;
   for_passes<FIRST>(plan, [&](const Pass& pass) {
     int together = 1;  // warps for one stage
     while (together < ROW_LOADERS && together * 4 < pass.rows) together *= 2;
@@ -209,55 +210,14 @@ DEVICE void round_ahead_of(const u8* x, u8* numbers, float* factors, int item, i
 }
 #endif
 
-// How the projections of one kernel hand experts over. All of it is 0 at the start.
-struct HandOver {
-  u32* written;             // of each 128 columns of an active expert's activations: rows of all granules that are there
-  u32* rounded;             // of each active expert: how many times 128 columns are rounded
-  const u8* activations;
-  Rounded to;
-};
-
-#if JOINED
-constexpr int TIMES_128 = INNER / BLOCK, GRANULES_OF_128 = GRANULES<true> / TIMES_128;
-
-// Told by the warp that has written them: a granule's columns of some slots. The warp that brings the last of 128 columns
-// rounds them for all slots of the expert.
-DEVICE void hand_over(const Plan& plan, int rank, int granule, int rows, const HandOver& over) {
-  const int lane = threadIdx.x & 31, columns = granule / GRANULES_OF_128;
-  const int first = plan.first[rank], slots = plan.first[rank + 1] - first;
-  int written = 0;
-  __syncwarp();
-  if (lane == 0) written = rows + add_and_show(&over.written[rank * TIMES_128 + columns], rows);
-  if (__shfl_sync(~0u, written, 0) < slots * GRANULES_OF_128) return;
-  for (int row = 0; row < slots; row += 4) {
-    const int slot = plan.list[first + min(row + lane / 8, slots - 1)];
-    round_ahead_of(over.activations, over.to.numbers, over.to.factors, slot * TIMES_128 + columns, lane % 8);
-  }
-  __syncwarp();
-  if (lane == 0) add_and_show(&over.rounded[rank], 1);
-}
-
-// Until the experts of a pass of the second projection are handed over. Whole warps.
-DEVICE void wait_for_experts(const Pass& pass, const HandOver& over) {
-  if ((threadIdx.x & 31) == 0) {
-    wait_until_at_least(&over.rounded[pass.rank], TIMES_128);
-    if (pass.split < pass.size) wait_until_at_least(&over.rounded[pass.rank + 1], TIMES_128);
-  }
-  __syncwarp();
-}
-#else
-DEVICE void hand_over(const Plan&, int, int, int, const HandOver&) {}
-DEVICE void wait_for_experts(const Pass&, const HandOver&) {}
-#endif
-
 #if !WGMMA || ROUNDS_AHEAD
 template <bool FIRST>
-DEVICE void load_rows(Plan& plan, u32 stages, Ring& ring, const u8* x, const float* factors, const HandOver& over) {
+DEVICE void load_rows(Plan& plan, u32 stages, const u8* x, const float* factors) {
   constexpr int DEPTH = FIRST ? HIDDEN : INNER;
   constexpr int PIECES = ROW_BYTES / 16, AT_ONCE = ROW_LOADERS * 32 / PIECES;
   const int thread = threadIdx.x - (MULTIPLIERS + LOADERS) * 32, piece = thread % PIECES;
+  Ring ring;
   for_passes<FIRST>(plan, [&](const Pass& pass) {
-    if (!FIRST) wait_for_experts(pass, over);
     for (int k = 0; k < DEPTH; k += CHUNK) {
       barrier_wait(&plan.empty[ring.stage], ring.phase ^ 1);
       const u32 stage = tile_of(stages, ring) + WEIGHT_BYTES;
@@ -407,7 +367,7 @@ DEVICE void multiply_stage(float (&c)[SUMS<NT>][NT][4], u32 w, u32 x, int row, u
 // What one warp does in a pass: granule `granule` of an expert, for `rows` slots from list[first], which are the rows
 // from `row` of the stages.
 struct Share {
-  int rank, granule, first, row, rows;
+  int expert, granule, first, row, rows;
 };
 
 #if WGMMA
@@ -483,8 +443,7 @@ DEVICE void sum_stages(float (&c)[NT][4], Plan& plan, u32 stages, Ring& ring, in
 #endif
 
 template <bool FIRST, int NT>
-DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias, void* out,
-                          const HandOver& over) {
+DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine, const u16* bias, void* out) {
   constexpr int WIDTH = FIRST ? COLUMNS : HIDDEN;
   const int warp = (threadIdx.x >> 5) % CONSUMERS, group = (threadIdx.x >> 5) / CONSUMERS;
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -497,7 +456,7 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
   sum_stages<FIRST, NT>(c, plan, stages, ring, mine.row);
 #endif
   if (GROUPS == 2) {
-    float* other = (float*)(dynamic_memory() + STAGES * STAGE_BYTES + sizeof(Plan)) + (warp * (ROWS / 8) * 4) * 32 + lane;
+    float* other = (float*)(shared + STAGES * STAGE_BYTES + sizeof(Plan)) + (warp * (ROWS / 8) * 4) * 32 + lane;
     if (group == 1)
 #pragma unroll
       for (int i = 0; i < NT * 4; ++i) other[i * 32] = c[i / 4][i % 4];
@@ -511,7 +470,7 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
   float b[2] = {0.0f, 0.0f};
   if (FIRST ? GATE_UP_BIAS : DOWN_BIAS)
     for (int h = 0; h < 2; ++h)
-      b[h] = to_float(bias[(long long)plan.active[mine.rank] * WIDTH + weight_row<FIRST>(mine.granule, g + 8 * h)]);
+      b[h] = to_float(bias[(long long)mine.expert * WIDTH + weight_row<FIRST>(mine.granule, g + 8 * h)]);
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -532,7 +491,6 @@ DEVICE void multiply_pass(Plan& plan, u32 stages, Ring& ring, const Share& mine,
         to[8] = from_float(activate(upper));
       }
     }
-  if (FIRST) hand_over(plan, mine.rank, mine.granule, mine.rows, over);
 }
 
 // A warp that has no granule of a pass: it only says that it is done with the stages.
@@ -550,13 +508,14 @@ DEVICE void skip_pass(Plan& plan, Ring& ring) {
 }
 
 template <bool FIRST>
-DEVICE void multiply_all(Plan& plan, u32 stages, Ring& ring, const u16* bias, void* out, const HandOver& over) {
+DEVICE void multiply_all(Plan& plan, u32 stages, const u16* bias, void* out) {
   const int warp = (threadIdx.x >> 5) % CONSUMERS;
+  Ring ring;
   for_passes<FIRST>(plan, [&](const Pass& pass) {
     const bool next = warp >= pass.split;
     const int row = next ? pass.split_rows : 0;
     const Share mine{
-        pass.rank + (warp < pass.size && next),
+        plan.active[pass.rank + (warp < pass.size && next)],
         next ? warp - pass.split : pass.granule + warp,
         pass.row + row,
         row,
@@ -565,61 +524,50 @@ DEVICE void multiply_all(Plan& plan, u32 stages, Ring& ring, const u16* bias, vo
 #if WGMMA
     // What four warps do together they do alike.
     if (warp / 4 * 4 >= pass.size) skip_pass<FIRST>(plan, ring);
-    else if (ROWS == 8 || pass.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out, over);
-    else if (ROWS == 16 || pass.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out, over);
-    else if (pass.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out, over);
-    else multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out, over);
+    else if (ROWS == 8 || pass.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
+    else if (ROWS == 16 || pass.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
+    else if (pass.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
+    else multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);
 #else
     if (mine.rows == 0) skip_pass<FIRST>(plan, ring);
-    else if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out, over);
-    else if (ROWS == 16 || mine.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out, over);
-    else if (mine.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out, over);
-    else if (ROWS == 32 || mine.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out, over);
-    else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, out, over);
+    else if (ROWS == 8 || mine.rows <= 8) multiply_pass<FIRST, 1>(plan, stages, ring, mine, bias, out);
+    else if (ROWS == 16 || mine.rows <= 16) multiply_pass<FIRST, 2>(plan, stages, ring, mine, bias, out);
+    else if (mine.rows <= 24) multiply_pass<FIRST, 3>(plan, stages, ring, mine, bias, out);
+    else if (ROWS == 32 || mine.rows <= 32) multiply_pass<FIRST, 4>(plan, stages, ring, mine, bias, out);
+    else multiply_pass<FIRST, 8>(plan, stages, ring, mine, bias, out);
 #endif
   });
 }
 
-// What this warp does in a projection.
-template <bool FIRST>
-DEVICE void take_part(Plan& plan, u32 stages, Ring& ring, const u8* x, const u8* weight, const float* scale,
-                      const u16* bias, void* out, Rounded rounded, const HandOver& over) {
-  const int warp = threadIdx.x >> 5;
-  if (warp < MULTIPLIERS) multiply_all<FIRST>(plan, stages, ring, bias, out, over);
-  else if (warp < MULTIPLIERS + LOADERS) load_weights<FIRST>(plan, stages, ring, weight, scale);
-#if WGMMA && !ROUNDS_AHEAD
-  else round_rows<FIRST>(plan, stages, ring, x);
-#else
-  else load_rows<FIRST>(plan, stages, ring, ROUNDS_AHEAD ? rounded.numbers : x, rounded.factors, over);
-#endif
-}
-
-DEVICE Plan& plan_of_block() { return *(Plan*)(dynamic_memory() + STAGES * STAGE_BYTES); }
-
 template <bool FIRST>
 DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* out,
                     Rounded rounded, int num_slots) {
-  Plan& plan = plan_of_block();
-  Ring ring;
+  Plan& plan = *(Plan*)(shared + STAGES * STAGE_BYTES);
+  const u32 stages = shared_address(shared);
   // Blocks of the second projection start when the first has got here, so that ids are complete for them as well. So
   // they are where activations are rounded ahead: that kernel starts when all earlier ones are done.
   if (FIRST && !ROUNDS_AHEAD) wait_for_earlier_kernels();
   if (!FIRST || TRIGGER < 0) let_next_kernel_start();
   make_plan(plan, ids, num_slots);
-  const bool loads_rows = threadIdx.x >> 5 >= MULTIPLIERS + LOADERS;
+  const int warp = threadIdx.x >> 5;
+  const bool multiplies = warp < MULTIPLIERS, loads_rows = warp >= MULTIPLIERS + LOADERS;
   if ((!FIRST || ROUNDS_AHEAD) && loads_rows) wait_for_earlier_kernels();
-  take_part<FIRST>(plan, shared_address(dynamic_memory()), ring, x, weight, scale, bias, out, rounded, {});
+  if (multiplies) multiply_all<FIRST>(plan, stages, bias, out);
+#if WGMMA && !ROUNDS_AHEAD
+  else if (loads_rows) round_rows<FIRST>(plan, stages, x);
+#else
+  else if (loads_rows) load_rows<FIRST>(plan, stages, ROUNDS_AHEAD ? rounded.numbers : x, rounded.factors);
+#endif
+  else load_weights<FIRST>(plan, stages, weight, scale);
 }
 
 #define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? BLOCKS : 1)
 
 #if ROUNDS_AHEAD
-// Rounds `items` times 128 numbers, for all blocks of the projection that follows; and clears what that counts with.
-extern "C" __global__ void __launch_bounds__(128)
-round_ahead(const u8* x, u8* numbers, float* factors, u32* counts, int items, int num_counts) {
+// Rounds `items` times 128 numbers, for all blocks of the projection that follows.
+extern "C" __global__ void __launch_bounds__(128) round_ahead(const u8* x, u8* numbers, float* factors, int items) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  for (int i = blockIdx.x * 128 + threadIdx.x; i < num_counts; i += gridDim.x * 128) counts[i] = 0;
   const int item = blockIdx.x * 16 + threadIdx.x / 8;
   // All lanes of a warp or none: they find the largest number together.
   if (blockIdx.x * 16 + threadIdx.x / 32 * 4 < items)
@@ -627,26 +575,6 @@ round_ahead(const u8* x, u8* numbers, float* factors, u32* counts, int items, in
 }
 #endif
 
-#if JOINED
-// Both projections. act [T * K, INNER] in bf16; x and act rounded to `x_to` and `act_to`; counts: `HandOver`'s, cleared.
-// Every block is there at the same time: there are no more than multiprocessors.
-PROJECTION joined(const u8* gate_up, const float* gate_up_scale, const u16* gate_up_bias, const u8* down,
-                  const float* down_scale, const u16* down_bias, const void* ids, void* act, void* rows, u8* x_numbers,
-                  float* x_factors, u8* act_numbers, float* act_factors, u32* counts, int num_slots) {
-  Plan& plan = plan_of_block();
-  const u32 stages = shared_address(dynamic_memory());
-  const HandOver over{counts, counts + EXPERTS * TIMES_128, (const u8*)act, {act_numbers, act_factors}};
-  Ring ring;
-  // The kernel before this one, which it waits for, started when all earlier ones were done: ids are complete.
-  make_plan(plan, ids, num_slots);
-  const int warp = threadIdx.x >> 5;
-  const bool loads_weights = warp >= MULTIPLIERS && warp < MULTIPLIERS + LOADERS;
-  if (!loads_weights) wait_for_earlier_kernels();
-  take_part<true>(plan, stages, ring, nullptr, gate_up, gate_up_scale, gate_up_bias, act, {x_numbers, x_factors}, over);
-  if (!loads_weights) let_next_kernel_start();
-  take_part<false>(plan, stages, ring, nullptr, down, down_scale, down_bias, rows, over.to, over);
-}
-#else
 // act [T * K, INNER] in the dtype of x. numbers, factors: room for x rounded, or x rounded ahead, where it is.
 PROJECTION gate_up(const u8* x, const u8* weight, const float* scale, const u16* bias, const void* ids, void* act,
                    u8* numbers, float* factors, int num_slots) {
@@ -658,7 +586,6 @@ PROJECTION down(const u8* act, const u8* weight, const float* scale, const u16* 
                 u8* numbers, float* factors, int num_slots) {
   project<false>(act, weight, scale, bias, ids, rows, {numbers, factors}, num_slots);
 }
-#endif
 
 // out [T, HIDDEN]: the sum of a token's rows times routing weights, in slot order. 4 columns a thread.
 extern "C" __global__ void __launch_bounds__(128)

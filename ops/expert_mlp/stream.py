@@ -47,8 +47,6 @@ class StreamConfig:
     blocks: of a multiprocessor at a time: 2, one of each projection, or 1 with all the shared memory.
     rounds_ahead: activations are rounded by a kernel of their own ahead of each projection, not on their way into the
         ring. Without wgmma always, where they are rounded.
-    joined: both projections are one kernel, in which blocks hand experts over to each other as soon as they are
-        computed and rounded. With wgmma, rounds_ahead and one block alone.
     """
 
     rows: int
@@ -58,7 +56,6 @@ class StreamConfig:
     row_warps: int = 2
     blocks: int = 2
     rounds_ahead: bool = False
-    joined: bool = False
 
 
 def stream_config(
@@ -135,17 +132,6 @@ class Stream:
         return self.stages * self.stage_bytes + self.plan_bytes
 
     @property
-    def counts(self) -> int:
-        """Numbers that blocks of joined projections count with: of each expert and 128 columns, and of each expert."""
-        return self.experts * (self.inner // SCALE_BLOCK + 1) if self.config.joined else 0
-
-    @property
-    def kernels(self) -> list[str]:
-        """Their names, in the order of their launches; `round_ahead` again ahead of `down`."""
-        projections = ["joined"] if self.config.joined else ["gate_up", "down"]
-        return ["round_ahead"] * self.rounds_ahead + projections + ["sum_slots"]
-
-    @property
     def threads(self) -> int:
         """Of one block."""
         return (GRANULES * self.config.groups + WEIGHT_WARPS + self.config.row_warps) * 32
@@ -162,7 +148,7 @@ class Stream:
             ("FP8", int(self.fp8)), ("FP8_ROWS", int(self.fp8_rows)), ("WEIGHTS", self.weights),
             ("TRIGGER", self.config.trigger), ("GROUPS", self.config.groups), ("WGMMA", int(self.config.wgmma)),
             ("ROW_WARPS", self.config.row_warps), ("BLOCKS", self.config.blocks),
-            ("ROUNDS_AHEAD", int(self.rounds_ahead)), ("JOINED", int(self.config.joined)),
+            ("ROUNDS_AHEAD", int(self.rounds_ahead)),
         ]  # fmt: skip
 
 
@@ -211,12 +197,13 @@ def source() -> str:
 
 
 @functools.cache
-def functions(stream: Stream, device: int) -> dict[str, ctypes.c_void_p] | None:
-    """The kernels on a device by name, compiled; None, after a warning, where that fails."""
+def functions(stream: Stream, device: int) -> list | None:
+    """The three kernels on a device, compiled; None, after a warning, where that fails."""
     try:
         capability = torch.cuda.get_device_capability(device)
         code = nvrtc.compile_source(source(), stream.macros(), capability, stream.config.wgmma)
-        return dict(zip(stream.kernels, nvrtc.load_functions(code, stream.kernels, stream.shared_bytes), strict=True))
+        names = ("gate_up", "down", "sum_slots", *["round_ahead"] * stream.rounds_ahead)
+        return nvrtc.load_functions(code, names, stream.shared_bytes)
     except RuntimeError as error:
         logger.warning("sere::expert_mlp: stream.cu cannot be used, Triton's kernels are instead: %s", error)
         return None
@@ -256,38 +243,28 @@ def launch_stream(
     act = torch.empty((num_slots, stream.inner), dtype=hidden.dtype, device=hidden.device)
     rows = torch.empty((num_slots, stream.hidden), dtype=torch.float32, device=hidden.device)
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if out is None else out
-    gate_up = (call.gate_up, _contiguous(call.gate_up_scale), _contiguous(call.gate_up_bias))
-    down = (call.down, _contiguous(call.down_scale), _contiguous(call.down_bias))
-    of_hidden, of_act = room_for_rounded(stream, hidden), room_for_rounded(stream, act)
+    gate_up_scale, down_scale, gate_up_bias, down_bias = map(
+        _contiguous, (call.gate_up_scale, call.down_scale, call.gate_up_bias, call.down_bias)
+    )
     grid = (torch.cuda.get_device_properties(hidden.device).multi_processor_count, 1)
-    shape = (grid, stream.threads, stream.shared_bytes)
-    ahead, counts = stream.rounds_ahead, room_for_counts(stream, hidden.device)
+    of_hidden, of_act = room_for_rounded(stream, hidden), room_for_rounded(stream, act)
+    first = (hidden, call.gate_up, gate_up_scale, gate_up_bias, ids, act, *of_hidden, num_slots)
+    second = (act, call.down, down_scale, down_bias, ids, rows, *of_act, num_slots)
+    ahead = stream.rounds_ahead
     if ahead:
-        _launch_rounding(kernels["round_ahead"], hidden, of_hidden, counts, early=False)
-    if config.joined:
-        arguments = (*gate_up, *down, ids, act, rows, *of_hidden, *of_act, counts, num_slots)
-        nvrtc.launch(kernels["joined"], *shape, arguments, early=True)
-    else:
-        nvrtc.launch(kernels["gate_up"], *shape, (hidden, *gate_up, ids, act, *of_hidden, num_slots), early=ahead)
-        if ahead:
-            _launch_rounding(kernels["round_ahead"], act, of_act, None, early=True)
-        nvrtc.launch(kernels["down"], *shape, (act, *down, ids, rows, *of_act, num_slots), early=True)
+        _launch_rounding(kernels[3], hidden, of_hidden, early=False)
+    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=ahead)
+    if ahead:
+        _launch_rounding(kernels[3], act, of_act, early=True)
+    nvrtc.launch(kernels[1], grid, stream.threads, stream.shared_bytes, second, early=True)
     sum_grid = (-(-stream.hidden // 512), num_tokens)
-    nvrtc.launch(kernels["sum_slots"], sum_grid, 128, 0, (rows, ids, weights, out), early=True)
+    nvrtc.launch(kernels[2], sum_grid, 128, 0, (rows, ids, weights, out), early=True)
     return out
 
 
-def _launch_rounding(
-    kernel: ctypes.c_void_p, rows: Tensor, to: tuple[Tensor | None, Tensor | None], counts: Tensor | None, early: bool
-) -> None:
+def _launch_rounding(kernel: ctypes.c_void_p, rows: Tensor, to: tuple[Tensor | None, Tensor | None], early: bool):
     items = rows.numel() // SCALE_BLOCK
-    cleared = 0 if counts is None else counts.numel()
-    nvrtc.launch(kernel, (-(-items // 16), 1), 128, 0, (rows, *to, counts, items, cleared), early)
-
-
-def room_for_counts(stream: Stream, device: torch.device) -> Tensor | None:
-    """What joined projections count with; the kernel ahead of them clears it."""
-    return torch.empty(stream.counts, dtype=torch.int32, device=device) if stream.config.joined else None
+    nvrtc.launch(kernel, (-(-items // 16), 1), 128, 0, (rows, *to, items), early)
 
 
 def room_for_rounded(stream: Stream, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -310,16 +310,6 @@ DEVICE void copy16(u32 to, const void* from) {
 }
 DEVICE void copy16_and_fetch(u32 to, const void* from) { copy16(to, from); }
 DEVICE void copy4(u32 to, const void* from) { running->copies.push_back({to, from, 4}); }
-DEVICE u32 add_and_show(u32* p, u32 n) {
-  yield();  // others may come first
-  const u32 before = *p;
-  *p += n;
-  progress = true;
-  return before;
-}
-DEVICE void wait_until_at_least(const u32* p, u32 n) {
-  wait_until([=] { return *(const volatile u32*)p >= n; });
-}
 DEVICE void wait_for_earlier_kernels() {}
 DEVICE void let_next_kernel_start() {}
 

@@ -20,25 +20,18 @@ BLOCKS = 5
 LAUNCHER = """
 extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const u16* b1, const u8* w2, const float* s2,
                        const u16* b2, const void* ids, const void* weights, void* act, float* rows, u16* out,
-                       u8* x8, float* f8, u8* act8, float* g8, u32* counts, int tokens, int num_counts,
-                       int blocks, int bytes) {
+                       u8* x8, float* f8, u8* act8, float* g8, int tokens, int blocks, int bytes) {
   const int slots = tokens * TOP_K;
   problem = nullptr;
 #if ROUNDS_AHEAD
   const int items = tokens * HIDDEN / 128, act_items = slots * INNER / 128;
-  run_grid((items + 15) / 16, 1, 128, 0, [=] { round_ahead(x, x8, f8, counts, items, num_counts); });
+  run_grid((items + 15) / 16, 1, 128, 0, [=] { round_ahead(x, x8, f8, items); });
 #endif
-#if JOINED
-  // All blocks at once: they wait for each other.
-  run_grid(blocks, 1, THREADS, bytes, [=] {
-    joined(w1, s1, b1, w2, s2, b2, ids, act, rows, x8, f8, act8, g8, counts, slots); }, blocks);
-#else
   run_grid(blocks, 1, THREADS, bytes, [=] { gate_up(x, w1, s1, b1, ids, act, x8, f8, slots); });
 #if ROUNDS_AHEAD
-  run_grid((act_items + 15) / 16, 1, 128, 0, [=] { round_ahead((const u8*)act, act8, g8, nullptr, act_items, 0); });
+  run_grid((act_items + 15) / 16, 1, 128, 0, [=] { round_ahead((const u8*)act, act8, g8, act_items); });
 #endif
   run_grid(blocks, 1, THREADS, bytes, [=] { down((const u8*)act, w2, s2, b2, ids, rows, act8, g8, slots); });
-#endif
   run_grid((HIDDEN + 511) / 512, tokens, 128, bytes, [=] { sum_slots(rows, ids, weights, out); });
   return problem;
 }
@@ -104,9 +97,8 @@ def run(call: stream.Call, activation: str, interleaved: bool, config: stream.St
     out = torch.full_like(call.hidden, torch.nan)
     tensors = (call.hidden, call.gate_up, call.gate_up_scale, call.gate_up_bias, call.down, call.down_scale,
                call.down_bias, call.topk_ids, call.topk_weights, act, rows, out,
-               *stream.room_for_rounded(one, call.hidden), *stream.room_for_rounded(one, act),
-               stream.room_for_counts(one, call.hidden.device))  # fmt: skip
+               *stream.room_for_rounded(one, call.hidden), *stream.room_for_rounded(one, act))  # fmt: skip
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    problem = library.launch(*pointers, tokens, one.counts, BLOCKS, one.shared_bytes)
+    problem = library.launch(*pointers, tokens, BLOCKS, one.shared_bytes)
     assert problem is None, problem.decode()
     return out

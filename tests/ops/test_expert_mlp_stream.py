@@ -193,8 +193,7 @@ def streams():
         used = stream.stream_config(slots, fp8, rows)
         wgmma = dataclasses.replace(used, rows=min(used.rows, 16), groups=1, wgmma=True, row_warps=4)
         ahead = dataclasses.replace(wgmma, rounds_ahead=True)
-        joined = dataclasses.replace(ahead, blocks=1, joined=True)
-        for config in (used, wgmma, ahead, dataclasses.replace(wgmma, blocks=1), joined) if rows else (used,):
+        for config in (used, wgmma, ahead, dataclasses.replace(wgmma, blocks=1)) if rows else (used,):
             yield Stream(
                 experts, top_k, hidden, inner, max_slots=512 if slots <= 512 else 4096, down_bias=False, fp8=fp8,
                 weights=1, fp8_rows=rows, config=config, **plain,
@@ -261,7 +260,6 @@ def test_kernels_on_a_cpu_equal_oracle(layer, config, tmp_path):
 
 WGMMA_8, WGMMA_32 = StreamConfig(8, wgmma=True), StreamConfig(32, wgmma=True, row_warps=4)
 AHEAD = StreamConfig(16, wgmma=True, rounds_ahead=True)
-JOINED = StreamConfig(16, wgmma=True, rounds_ahead=True, blocks=1, joined=True)
 
 
 @pytest.mark.parametrize(
@@ -291,9 +289,6 @@ def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
             (Layer(dtype=BF16, tokens=30, experts=3, activation="relu2", **WIDE), WGMMA_32),
             (Layer(dtype=BF16, tokens=11, experts=3, bias=True, **WIDE), StreamConfig(16, wgmma=True, row_warps=4)),
             (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), AHEAD),
-            (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), JOINED),
-            (Layer(dtype=BF16, tokens=30, experts=3, activation="relu2", **WIDE), JOINED),
-            (Layer(dtype=BF16, tokens=5, slots=1, experts=40, bias=True, **WIDE), JOINED),
         ],
         (0, 6),
     ),
@@ -302,13 +297,6 @@ def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
 def test_fp8_activations_on_a_cpu_equal_oracle(layer, config, tmp_path):
     scaled, exact = with_fp8(layer.draw())
     assert_close_with_fp8_activations(run_on_cpu((*scaled, True), config, tmp_path), exact)
-
-
-def test_joined_projections_change_no_bit(tmp_path):
-    """Blocks that run at the same time, and wait for what others compute and round."""
-    scaled, _ = with_fp8(Layer(dtype=BF16, tokens=9, slots=2, experts=6, hidden=128, inner=256).draw())
-    apart, joined = (run_on_cpu((*scaled, True), config, tmp_path) for config in (AHEAD, JOINED))
-    assert torch.equal(apart, joined)
 
 
 # The kernels, on a GPU
@@ -341,8 +329,6 @@ WGMMA = [
     StreamConfig(8, wgmma=True, rounds_ahead=True),
     StreamConfig(16, wgmma=True, rounds_ahead=True, trigger=8),
     StreamConfig(32, wgmma=True, rounds_ahead=True, row_warps=4, trigger=0),
-    StreamConfig(8, wgmma=True, rounds_ahead=True, blocks=1, joined=True),
-    StreamConfig(32, wgmma=True, rounds_ahead=True, row_warps=4, blocks=1, joined=True),
 ]
 CONFIGS = [StreamConfig(8), StreamConfig(16), StreamConfig(32), StreamConfig(64), StreamConfig(32, groups=2)]
 
