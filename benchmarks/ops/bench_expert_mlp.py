@@ -86,7 +86,8 @@ def gate_up_launch(geometry, tensors, config):
     kwargs = dict(
         K=g.top_k, E=g.experts, HIDDEN=g.hidden, INNER=g.inner, ACTIVATION=g.activation.removesuffix("_glu"),
         GATED=True, INTERLEAVED=g.interleaved, HAS_BIAS=g.bias,
-        SCALE=0, ALIGN=config.step, **K.chunk_of(tensors["num_slots"], g.experts, 4096), **config.arguments(),
+        SCALE=0, ALIGN=config.step, PLANNED=False, **K.chunk_of(tensors["num_slots"], g.experts, 4096),
+        **config.arguments(),
     )  # fmt: skip
     return K.gate_up_kernel, (config.per_sm * SMS,), (*args, *strides), kwargs
 
@@ -132,7 +133,9 @@ def candidates(geometry, which):
 def compile_alone(name, which, configs, tokens_of):
     """In a process of its own: fill Triton's cache."""
     geometry = GEOMETRIES[name]
-    dtypes = dict.fromkeys(("hidden", "gate_up", "gate_up_bias", "act", "down", "down_bias", "weights"), torch.bfloat16)
+    dtypes = dict.fromkeys(
+        ("hidden", "gate_up", "gate_up_bias", "scale", "act", "down", "down_bias", "weights"), torch.bfloat16
+    )
     dtypes |= dict.fromkeys(("order", "active", "first"), torch.int32) | {"out": torch.float32, "ids": torch.int64}
     for config, tokens in itertools.product(configs, tokens_of if which == "gate_up" else tokens_of[:1]):
         slots = tokens * geometry.top_k

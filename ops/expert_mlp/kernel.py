@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..launching import launchable
 from .reference import SCALE_BLOCK, gate_width, round_to_fp8
-from .tiles import MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
+from .tiles import MANY_SLOTS, MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
 
 # A kernel loads ids itself: torch's analysis of what a kernel writes takes every pointer that a function is given for
 # the origin of its result, and ids that "are written" through an address made of them would be copied before each call.
@@ -289,15 +289,50 @@ def gate_up_tile(
 
 
 @triton.jit(do_not_specialize=["num_slots"])
+def plan_kernel(
+    ids_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_t, stride_k,
+    K: tl.constexpr, E: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write what rows are, as `gate_up_kernel` says it: a program per expert, and one for slots that name none."""
+    lane = tl.arange(0, CHUNK)
+    expert = tl.program_id(0)
+    words = tl.zeros([WORDS, CHUNK], tl.int32)
+    before = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, num_slots, CHUNK):
+        inside = start + lane < num_slots
+        ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+        group = group_of(ids, inside, E)
+        words |= used_words(group, E, WORDS)
+        before += (group < expert).to(tl.int32)
+    rank, num_active = ranks(words, WORDS)
+    first = tl.sum(before)
+    last = first
+    for start in range(0, num_slots, CHUNK):
+        inside = start + lane < num_slots
+        ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+        mine = (group_of(ids, inside, E) == expert).to(tl.int32)
+        tl.store(order_ptr + last + tl.cumsum(mine, axis=0) - 1, start + lane, mask=mine != 0)
+        last += tl.sum(mine)
+    which = tl.sum(tl.where(tl.arange(0, WORDS * 32) == expert, rank, 0))
+    if expert == E:
+        tl.store(active_ptr + E, num_active)
+        tl.store(first_ptr + num_active, first)
+    elif last > first:
+        tl.store(active_ptr + which, expert)
+        tl.store(first_ptr + which, first)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
 def gate_up_kernel(
     x_ptr, w_ptr, b_ptr, s_ptr, ids_ptr, act_ptr, order_ptr, active_ptr, first_ptr, num_slots, stride_t, stride_k,
     stride_e, stride_n, stride_d,
     K: tl.constexpr, E: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
     SMALL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    SCALE: tl.constexpr, ALIGN: tl.constexpr,
+    SCALE: tl.constexpr, ALIGN: tl.constexpr, PLANNED: tl.constexpr,
 ):  # fmt: skip
-    """Write act [T * K, INNER], rows grouped by expert: some columns of one expert at a time. And what rows are:
+    """Write act [T * K, INNER], rows grouped by expert: some columns of one expert at a time. And, unless they are
+    PLANNED, what rows are:
 
     order [T * K]: the slots grouped by expert, then those that name none. active [E + 1]: the active experts,
     ascending; their number A is at [E]. first [E + 1]: where the group of each active expert begins in order; at [A]
@@ -305,37 +340,45 @@ def gate_up_kernel(
     """
     COLUMNS: tl.constexpr = 2 * INNER if GATED else INNER
     lane = tl.arange(0, CHUNK)
-    words = tl.zeros([WORDS, CHUNK], tl.int32)
-    for start in range(0, num_slots, CHUNK):
-        inside = start + lane < num_slots
-        ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
-        words |= used_words(group_of(ids, inside, E), E, WORDS)
-    rank, num_active = ranks(words, WORDS)
+    if PLANNED:
+        num_active = tl.load(active_ptr + E)
+    else:
+        words = tl.zeros([WORDS, CHUNK], tl.int32)
+        for start in range(0, num_slots, CHUNK):
+            inside = start + lane < num_slots
+            ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+            words |= used_words(group_of(ids, inside, E), E, WORDS)
+        rank, num_active = ranks(words, WORDS)
     tiles, width = cut(num_active, tl.num_programs(0), INNER, BLOCK_N, ALIGN)
-    # The last item is the group of slots that name no expert.
-    for item in range(tl.program_id(0), num_active * tiles + 1, tl.num_programs(0)):
+    # Without a plan the last item is the group of slots that name no expert.
+    for item in range(tl.program_id(0), num_active * tiles + (0 if PLANNED else 1), tl.num_programs(0)):
         which = item // tiles
         column = item % tiles * width
-        expert = tl.sum(tl.where(rank == which, tl.arange(0, WORDS * 32), 0))
-        expert = tl.where(which < num_active, expert, E)
-        before = tl.zeros([CHUNK], tl.int32)
-        for start in range(0, num_slots, CHUNK):
-            inside = start + lane < num_slots
-            ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
-            before += (group_of(ids, inside, E) < expert).to(tl.int32)
-        first = tl.sum(before)
-        last = first
-        for start in range(0, num_slots, CHUNK):
-            inside = start + lane < num_slots
-            ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
-            mine = (group_of(ids, inside, E) == expert).to(tl.int32)
-            # All programs of an expert write the same; each waits for its own.
-            tl.store(order_ptr + last + tl.cumsum(mine, axis=0) - 1, start + lane, mask=mine != 0)
-            last += tl.sum(mine)
-        tl.debug_barrier()
-        if column == 0:
-            tl.store(active_ptr + which, expert)
-            tl.store(first_ptr + which, first)
+        if PLANNED:
+            expert = tl.load(active_ptr + which)
+            first = tl.load(first_ptr + which)
+            last = tl.load(first_ptr + which + 1)
+        else:
+            expert = tl.sum(tl.where(rank == which, tl.arange(0, WORDS * 32), 0))
+            expert = tl.where(which < num_active, expert, E)
+            before = tl.zeros([CHUNK], tl.int32)
+            for start in range(0, num_slots, CHUNK):
+                inside = start + lane < num_slots
+                ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+                before += (group_of(ids, inside, E) < expert).to(tl.int32)
+            first = tl.sum(before)
+            last = first
+            for start in range(0, num_slots, CHUNK):
+                inside = start + lane < num_slots
+                ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
+                mine = (group_of(ids, inside, E) == expert).to(tl.int32)
+                # All programs of an expert write the same; each waits for its own.
+                tl.store(order_ptr + last + tl.cumsum(mine, axis=0) - 1, start + lane, mask=mine != 0)
+                last += tl.sum(mine)
+            tl.debug_barrier()
+            if column == 0:
+                tl.store(active_ptr + which, expert)
+                tl.store(first_ptr + which, first)
         w = w_ptr + expert.to(tl.int64) * stride_e
         b = b_ptr + expert * COLUMNS
         s = scales_of(s_ptr, expert, COLUMNS, HIDDEN, SCALE)
@@ -458,6 +501,12 @@ def launch_gate_up(
     act = torch.empty((num_slots, inner), dtype=hidden.dtype, device=hidden.device)
     order = torch.empty(num_slots, dtype=torch.int32, device=hidden.device)
     active, first = (torch.empty(num_experts + 1, dtype=torch.int32, device=hidden.device) for _ in range(2))
+    chunks = chunk_of(num_slots, num_experts, config.chunk)
+    if config.planned:
+        launchable(plan_kernel)[(num_experts + 1,)](
+            topk_ids, order, active, first, num_slots, topk_ids.stride(0), topk_ids.stride(1),
+            K=top_k, E=num_experts, **chunks, num_warps=4,
+        )  # fmt: skip
     # Where a bias is missing its pointer is not read; any tensor will do.
     launchable(gate_up_kernel)[(config.gate_up.programs(hidden.device),)](
         hidden.contiguous(), gate_up, hidden if gate_up_bias is None else gate_up_bias.contiguous(),
@@ -466,7 +515,7 @@ def launch_gate_up(
         K=top_k, E=num_experts, HIDDEN=width, INNER=inner, ACTIVATION=activation.removesuffix("_glu"),
         GATED=gate_width(activation) == 2, INTERLEAVED=interleaved, HAS_BIAS=gate_up_bias is not None,
         SCALE=0 if scale is None else SCALE_BLOCK, ALIGN=config.gate_up.step,
-        **chunk_of(num_slots, num_experts, config.chunk), **config.gate_up.arguments(),
+        PLANNED=config.planned, **chunks, **config.gate_up.arguments(),
     )  # fmt: skip
     return act, order, active, first
 
@@ -502,8 +551,10 @@ def launch_expert_mlp(
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         zeros = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         return zeros if into is None else into.zero_()
-    many_slots = guard_or_false(num_tokens * num_slots > MANY_SLOTS_PER_EXPERT * num_experts)
-    config = config or launch_config(hidden.dtype, transposed, many_slots)
+    many = guard_or_false(num_tokens * num_slots > MANY_SLOTS_PER_EXPERT * num_experts)
+    # No guard for it: it would halve the sizes that a graph of any size is for.
+    planned = isinstance(num_tokens, int) and num_tokens * num_slots >= MANY_SLOTS
+    config = config or launch_config(hidden.dtype, transposed, many, planned)
     rounded = round_to_fp8(hidden).to(hidden.dtype) if fp8_activations else hidden
     act, *plan = launch_gate_up(
         rounded, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config, gate_up_scale

@@ -8,6 +8,8 @@ import torch
 ROWS = 16
 # Where tiles of 32 rows would read the weights of many experts twice.
 MANY_SLOTS_PER_EXPERT = 24
+# Where looking at all slots for each tile costs more than a launch that does so once.
+MANY_SLOTS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +49,38 @@ class TileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
-    """Meta-parameters of a call. `chunk` bounds the words that a program looks at together: 4096 fit its registers."""
+    """Meta-parameters of a call.
+
+    `chunk` bounds the words that a program looks at together: 4096 fit its registers. `planned`: a launch ahead of
+    the projections finds out which slots are whose, where each program of the first would do so for each tile.
+    """
 
     gate_up: TileConfig
     down: TileConfig
     chunk: int = 4096
+    planned: bool = False
 
 
-def launch_config(dtype: torch.dtype, transposed: bool, many_slots: bool = False) -> LaunchConfig:
-    """The tiles for one layer's weights; `many_slots`: for more than `MANY_SLOTS_PER_EXPERT`, T * K / E.
+def launch_config(
+    dtype: torch.dtype, transposed: bool, many_per_expert: bool = False, planned: bool = False
+) -> LaunchConfig:
+    """The tiles for one layer's weights.
+
+    `many_per_expert`: more than `MANY_SLOTS_PER_EXPERT` slots, T * K / E; `planned`: `MANY_SLOTS` in all or more.
 
     An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; a larger one for the rest
     takes shared memory from the copies under way.
     """
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)
-        return LaunchConfig(tile, tile)
+        return LaunchConfig(tile, tile, planned=planned)
     if transposed:
         # Only as wgmma's operand are tiles copied to shared memory in the background in this layout.
-        return LaunchConfig(TileConfig(64, 64, 4, 4, 2, swap=True), TileConfig(64, 64, 4, 4, 3, swap=True))
-    if many_slots:
-        gate_up = TileConfig(64, 64, 4, 4, 2, swap=True, align=4, block_m=64)
-        return LaunchConfig(gate_up, TileConfig(64, 64, 4, 5, 2, swap=True, block_m=64))
-    return LaunchConfig(TileConfig(64, 64, 4, 5, 2, swap=True, align=4), TileConfig(64, 64, 4, 5, 3))
+        tile = TileConfig(64, 64, 4, 4, 2, swap=True)
+        return LaunchConfig(tile, dataclasses.replace(tile, per_sm=3), planned=planned)
+    gate_up = TileConfig(64, 64, 4, 5, 2, swap=True, align=4)
+    if planned or many_per_expert:
+        # Re-routing sends many slots to few experts.
+        gate_up = dataclasses.replace(gate_up, num_stages=4, block_m=64)
+    down = TileConfig(64, 64, 4, 5, 2, swap=True, block_m=64) if many_per_expert else TileConfig(64, 64, 4, 5, 3)
+    return LaunchConfig(gate_up, down, planned=planned)

@@ -435,6 +435,14 @@ def test_narrower_tiles_change_no_bit(kernel_device):
     assert torch.equal(launch(arguments, small_tiles(align=4)), launch(arguments, small_tiles()))
 
 
+@pytest.mark.parametrize(("experts", "tokens"), [(6, 1), (6, 9), (32, 5), (33, 5)])
+def test_a_plan_ahead_changes_no_bit(experts, tokens, kernel_device):
+    """Slots of no expert among them, and experts of none."""
+    arguments = drawn_for_kernel(Layer(tokens=tokens, slots=3, experts=experts, bias=True), kernel_device)
+    plain = small_tiles(align=4)
+    assert torch.equal(launch(arguments, dataclasses.replace(plain, planned=True)), launch(arguments, plain))
+
+
 @triton.jit
 def cut_kernel(out_ptr, active, programs, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr):
     """Store (tiles, width) of `cut`."""
@@ -491,6 +499,20 @@ def test_kernels_with_their_tiles_for_many_slots(tokens, kernel_device):
     ids[0, 0] = 1
     arguments = drawn_for_kernel(layer, kernel_device, ids)
     assert_close_to_oracle(launch(arguments), arguments)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(127, ["gate_up_kernel", "down_kernel"]),
+                                                  (128, ["plan_kernel", "gate_up_kernel", "down_kernel"])])  # fmt: skip
+def test_many_slots_are_looked_at_once(tokens, expected, monkeypatch, kernel_device):
+    """From 1024 on, by a launch of its own."""
+    from sere_compile.ops.expert_mlp import kernel
+
+    launched, launchable = [], kernel.launchable
+    monkeypatch.setattr(kernel, "launchable", lambda fn: launched.append(fn.fn.__name__) or launchable(fn))
+    layer = Layer(tokens=tokens, slots=8, experts=3, hidden=32, inner=16, dtype=torch.bfloat16)
+    arguments = drawn_for_kernel(layer, kernel_device)
+    assert_close_to_oracle(launch(arguments), arguments)
+    assert launched == expected
 
 
 def plan_of(ids, experts, chunk):

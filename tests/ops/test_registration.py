@@ -316,7 +316,7 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from sere_compile.ops.expert_mlp.kernel import chunk_of, down_kernel, gate_up_kernel
+        from sere_compile.ops.expert_mlp.kernel import chunk_of, down_kernel, gate_up_kernel, plan_kernel
         from sere_compile.ops.expert_mlp.tiles import launch_config
 
         capability, shared = int(os.environ["CAPABILITY"]), int(os.environ["SHARED"])
@@ -343,17 +343,20 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
             ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True)),
             ("fp32", torch.float32, False, dict(K=2, E=8, HIDDEN=100, INNER=200), ("relu2", False, False, True)),
         ]
-        for (element, dtype, transposed, shape, flags), many_slots in itertools.product(LAYERS, (False, True)):
+        for (element, dtype, transposed, shape, flags), slots in itertools.product(LAYERS, (256, 4096)):
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
-            config = launch_config(dtype, transposed, many_slots)
-            shape |= {"SCALE": 0, "ALIGN": config.gate_up.step, **chunk_of(256, shape["E"], config.chunk)}
+            config = launch_config(dtype, transposed, slots > 24 * shape["E"], slots >= 1024)
+            shape |= {"SCALE": 0, "ALIGN": config.gate_up.step, "PLANNED": config.planned}
+            shape |= chunk_of(slots, shape["E"], config.chunk)
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
             for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
                 compiled = compile_alone(kernel, element, ones, {**shape, **tile.arguments()})
                 assert compiled.metadata.shared <= shared * 1024
                 assert element == "fp32" or "cp.async.cg.shared.global" in compiled.asm["ptx"]
-                if element == "bf16" and not transposed and not many_slots:
+                if element == "bf16" and not transposed and slots == 256:
                     compile_alone(kernel, element, ones, {**shape, **tile.arguments(), "SCALE": 128}, w_ptr="*fp8e4nv")
+            if config.planned:
+                compile_alone(plan_kernel, element, ("stride_k",), {**shape, "num_warps": 4})
         """,
         TRITON_CACHE_DIR=str(tmp_path),
         CAPABILITY=str(capability),
