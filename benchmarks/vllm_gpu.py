@@ -12,11 +12,13 @@ are over is left out, and said to be. In the environment of vLLM; nothing is dow
 
 from __future__ import annotations
 
+import functools
 import json
-import os
+import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,15 @@ from typing import Any
 import click
 import torch
 
-from sere_compile.benchmark.serving_engine import additional, time_engine
-from sere_compile.integrations.vllm.processes import run_processes, said
+from sere_compile.benchmark.serving_engine import additional, count_engine, time_engine
 
-SHAPE, LAYERS = "qwen3-30b-a3b", 48
+from .engines import Run, run, run_together
+
+SHAPE = "qwen3-30b-a3b"
+# The models' own but Mixtral's, 32 of which are 93 GB.
+LAYERS = {
+    SHAPE: 48, "qwen1.5-moe-a2.7b": 24, "mixtral-8x7b": 8, "deepseek-v2-lite": 27, "gpt-oss-20b": 24,
+}  # fmt: skip
 # Tokens: milliseconds are those of 73 less those of 9, over 64.
 PROMPT, OUTPUT = 128, 73
 # By name: the options of SERE, or none. "nothing" does all of re-routing's work, and no expert is similar enough.
@@ -46,15 +53,47 @@ CASES: dict[str, dict[str, Any] | None] = {
     "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm", "router": "vllm"},
 }
 DEFAULT_CASES = "stock,s1,sK,nothing,s2"
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_LOGGING_LEVEL": "INFO",
-}
 
 
-def save_model(folder: Path, layers: int, shape: str = SHAPE) -> tuple[Path, Path]:
+# As `quantization_config` of published checkpoints says it, or for vLLM to do at start (a name).
+_INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 128, "strategy": "group", "dynamic": False}
+_NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": 16, "strategy": "tensor_group"}
+
+
+def _compressed(layout: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"], "quantization_status": "compressed", "kv_cache_scheme": None,
+    }  # fmt: skip
+
+
+WEIGHTS: dict[str, dict[str, Any] | str] = {
+    "bfloat16": {},
+    "FP8 per tensor online": "fp8",
+    "FP8 in blocks online": "fp8_per_block",
+    "FP8 in blocks": {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3",
+        "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    },
+    "int4 GPTQ": {
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False,
+        "dynamic": {r"-:.*mlp\.gate$": {}},
+    },
+    "int4 AWQ": {
+        "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm",
+        "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    },
+    "int4 compressed-tensors": _compressed("pack-quantized", {**_INT4, "actorder": None}, None),
+    "NVFP4 compressed-tensors": _compressed(
+        "nvfp4-pack-quantized", {**_NVFP4, "dynamic": False}, {**_NVFP4, "dynamic": "local"}
+    ),
+}  # fmt: skip
+
+
+def save_model(
+    folder: Path, layers: int, shape: str = SHAPE, quantization_config: dict[str, Any] | None = None
+) -> tuple[Path, Path]:
     """The configuration of a published model with some layers, and a profile of random similarities for it."""
     from transformers import AutoModelForCausalLM
 
@@ -68,7 +107,9 @@ def save_model(folder: Path, layers: int, shape: str = SHAPE) -> tuple[Path, Pat
     config.architectures = [type(model).__name__]
     if shape.startswith("gpt-oss"):  # as it is published
         kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-        config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+        quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    if quantization_config:
+        config.quantization_config = quantization_config
     config.save_pretrained(folder / "model")
     profile = folder / "profile.safetensors"
     random_profile(tuple(find_blocks(model))).save(profile)
@@ -106,37 +147,6 @@ def tokens_of_engine(case: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run(case: dict[str, Any], seconds: float, log: Path) -> dict[str, Any] | None:
-    """The result of one engine in a process of its own; None where it failed or was not done in time."""
-    results = run_ranks(case, [{}], seconds, log)
-    return results[0] if results else None
-
-
-def run_ranks(
-    case: dict[str, Any], ranks: list[dict[str, str]], seconds: float, log: Path, module: str = "benchmarks.vllm_gpu"
-) -> list[dict[str, Any]] | None:
-    """The results of engines that work together, each in a process with variables of its own; None where one failed."""
-    common = {key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()}
-    ptxas = Path("/usr/local/cuda/bin/ptxas")
-    if ptxas.exists() and "TRITON_PTXAS_PATH" not in os.environ:
-        common["TRITON_PTXAS_PATH"] = str(ptxas)
-    ended = run_processes(module, case, seconds, log, [{**common, **own} for own in ranks], ["one"])
-    if ended.status == 0:
-        return [result or {} for result in ended.results]
-    # What went wrong is said last by the worker, before its engine says that it ended.
-    lines = [line[:300] for line in ended.lines if "Error" in line or "SERE" in line][-6:] + [
-        line[:300] for line in ended.lines[-25:]
-    ]
-    click.echo(f"{case['name']}: FAILED ({ended.status})\n    " + "\n    ".join(lines))
-    return None
-
-
-def say(log: Path) -> None:
-    """What SERE wrote into the log of the last engine."""
-    for line in said(log):
-        click.echo("    " + line[:200])
-
-
 # What is compared
 
 
@@ -167,6 +177,11 @@ def agreement(a: list[list[int]], b: list[list[int]]) -> str:
     return f"{same} of {len(a)} requests, {before} of {sum(map(len, a))} tokens before the first other one"
 
 
+def agree(others: list[list[int]] | None, most: int, one: dict[str, Any]) -> bool:
+    """Whether at most so many requests have other tokens than those."""
+    return others is not None and sum(x != y for x, y in zip(one["tokens"], others, strict=True)) <= most
+
+
 def execution(eager: bool, compiled: bool) -> dict[str, Any]:
     """Arguments of an engine: eager, with CUDA graphs, or with these of a compiled model.
 
@@ -178,70 +193,85 @@ def execution(eager: bool, compiled: bool) -> dict[str, Any]:
     return {"compilation_config": graphs if compiled else {**graphs, "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
-def check_all(seconds: float, log: Path, eager: bool, compiled: bool) -> bool:
-    """The shipped trained model and a dummy one in the engine. Prints what was found; whether all of it is right."""
+def checked(model: str, prompts: list[list[int]], profile: str, eager: bool, compiled: bool) -> dict[str, Any]:
+    """By name: the engines of `check`."""
+    known = {"model": model, "kind": "tokens", "prompts": prompts, "tokens": 8}
+    engine = {"dtype": "bfloat16", **execution(eager, compiled)}
+    one = {"select_top_k": 1, "min_active": 0}
+    # Without counting, sere::route selects.
+    routed = {**one, "experts": "vllm" if eager else "sere"}
+    own: dict[str, dict[str, Any]] = {
+        "stock": {"sere": None, "score": True},
+        "S = K, vLLM's kernels": {"sere": {"select_top_k": 99, "experts": "vllm"}, "score": True},
+        "S = K, our kernels": {"sere": {"select_top_k": 99, "experts": "sere", "strict": True}, "score": True},
+        "S = 1": {"sere": {**routed, "collect_stats": True}, "profile": profile},
+        "S = 1, selected by sere::route": {"sere": {**routed, "router": "sere", "strict": not eager}},
+        "S = 1, with logits of sere::route": {"sere": {**routed, "router": "gate", "strict": not eager}},
+        "S = 1, float32": {"sere": {**one, "collect_stats": True}, "engine": {**engine, "dtype": "float32"}},
+    }
+    return {
+        name: {**known, "name": name, "engine": engine, "profile": profile if "S = 1" in name else None, **case}
+        for name, case in own.items()
+    }  # fmt: skip
+
+
+def check_all(seconds: float, log: Path, eager: bool, compiled: bool, together: int) -> bool:
+    """The shipped trained model in engines. Prints what was found; whether all of it is right."""
     from tests.integrations.vllm import models
     from tests.integrations.vllm.lockstep import in_transformers
 
-    ends, ok = time.monotonic() + seconds, True
+    ends = time.monotonic() + seconds
+    runs: dict[str, Run] = {}
     model = str(models.SHIPPED / "qwen3")
     prompts = models.texts(Path(model))[1]
-    base = {
-        "model": model,
-        "kind": "tokens",
-        "prompts": prompts,
-        "tokens": 8,
-        "engine": {"dtype": "bfloat16", **execution(eager, compiled)},
-    }
-
-    def engine(name: str, **changes: Any) -> dict[str, Any]:
-        case = {**base, "name": name, **changes}
-        return run(case, max(1.0, ends - time.monotonic()), log) or {}
-
-    def judge(text: str, good: bool) -> None:
-        nonlocal ok
-        ok &= good
-        click.echo(f"{'ok    ' if good else 'WRONG '} {text}")
-
     with tempfile.TemporaryDirectory() as folder:
         profile = models.calibrated(Path(model), Path(folder))
-        stock = engine("stock", sere=None, score=True)
-        identity = engine("S = K, vLLM's kernels", sere={"select_top_k": 99, "experts": "vllm"}, score=True)
-        judge("S = K with vLLM's kernels: vLLM's tokens", bool(stock) and identity.get("tokens") == stock["tokens"])
-        ours = engine("S = K, our kernels", sere={"select_top_k": 99, "experts": "sere", "strict": True}, score=True)
-        say(log)
-        if stock and ours:
-            exact = reference_logprobs(model, prompts)
-            errors = [error(one["logprobs"], exact) for one in (stock, ours)]
-            judge(f"S = K with ours: error of log-probabilities {errors[1]:.2e}, vLLM's {errors[0]:.2e}",
-                  errors[1] <= 1.25 * errors[0])  # fmt: skip
-            click.echo(f"       tokens of both: {agreement(ours['tokens'], stock['tokens'])}")
-        sere = {"select_top_k": 1, "min_active": 0, "collect_stats": True}
-        exact_engine = {**base["engine"], "dtype": "float32"}
+        cases = checked(model, prompts, profile, eager, compiled)
+        for group in parts(list(cases), together):
+            found = run_together([cases[name] for name in group], max(1.0, ends - time.monotonic()), log)
+            runs.update(zip(group, found, strict=True))
         expected = in_transformers(Path(model), prompts, profile, select_top_k=1, min_active=0)
-        got = engine("S = 1", sere={**sere, "experts": "vllm" if eager else "sere"}, profile=profile)
-        judge(
-            f"S = 1: every step but the prompts' counted, {got.get('calls')} calls, active experts {got.get('active')}",
-            bool(got) and set(got["calls"]) == {7},
-        )
-        if got:
-            click.echo(f"       bf16, tokens of transformers in fp32: {agreement(got['tokens'], expected)}")
-            # Without counting, sere::route selects; its weights may differ in the last bit, and with its own logits two
-            # experts that are nearly tied may change places.
-            rest = {key: value for key, value in sere.items() if key != "collect_stats"}
-            rest["experts"] = "vllm" if eager else "sere"
-            for router, what in (("sere", "selected by sere::route"), ("gate", "with logits of sere::route")):
-                routed = engine(f"S = 1, {what}", sere={**rest, "router": router, "strict": not eager}, profile=profile)
-                say(log)
-                if routed:
-                    same = sum(a == b for a, b in zip(routed["tokens"], got["tokens"], strict=True))
-                    judge(f"S = 1 {what}: tokens of the hook: {agreement(routed['tokens'], got['tokens'])}",
-                          same >= len(prompts) - (1 if router == "sere" else 3))  # fmt: skip
-        got = engine("S = 1, float32", sere=sere, profile=profile, engine=exact_engine)
-        if got:
-            judge(f"S = 1 in float32: tokens of transformers with the backend: {agreement(got['tokens'], expected)}",
-                  got["tokens"] == expected)  # fmt: skip
-    return ok
+    for name, one in runs.items():
+        one.say(name)
+    return judge({name: one.result for name, one in runs.items()}, reference_logprobs(model, prompts), expected)
+
+
+def judge(found: dict[str, Any], exact: list[list[float]], expected: list[list[int]]) -> bool:
+    """Print what was found by name; whether all of it is right.
+
+    Args:
+        found: of each of `checked`; None: it failed.
+        exact: log-probabilities of the prompts' tokens in fp32.
+        expected: tokens of transformers with the backend, S = 1, in fp32.
+    """
+    verdicts = []
+    stock, ours, hooked = found["stock"], found["S = K, our kernels"], found["S = 1"]
+    own = stock and stock["tokens"]
+    errors = [error(one["logprobs"], exact) if one else math.nan for one in (stock, ours)]
+
+    def say(name: str, text: str, right: Callable[[Any], bool]) -> None:
+        good = bool(found[name]) and right(found[name])
+        verdicts.append(good)
+        click.echo(f"{'ok    ' if good else 'WRONG '} {name}: {text}")
+
+    def same(name: str, others: list[list[int]] | None) -> str:
+        one = found[name]
+        return agreement(one["tokens"], others) if one and others else "nothing to compare"
+
+    say("S = K, vLLM's kernels", "vLLM's tokens", lambda one: one["tokens"] == own)
+    name = "S = K, our kernels"
+    say(name, f"error of log-probabilities {errors[1]:.2e}, vLLM's {errors[0]:.2e}; tokens of both: {same(name, own)}",
+        lambda _: errors[1] <= 1.25 * errors[0])  # fmt: skip
+    counted = f"{hooked['calls']} calls, active experts {hooked['active']}" if hooked else "no result"
+    say("S = 1", f"every step but the prompts' counted, {counted}; in bf16, tokens of transformers in fp32: "
+        f"{same('S = 1', expected)}", lambda one: set(one["calls"]) == {7})  # fmt: skip
+    # Weights may differ in the last bit; with logits of its own, two experts that are nearly tied may change places.
+    for name, most in (("S = 1, selected by sere::route", 1), ("S = 1, with logits of sere::route", 3)):
+        others = hooked["tokens"] if hooked else None
+        say(name, f"tokens of the hook: {same(name, others)}", functools.partial(agree, others, most))
+    name = "S = 1, float32"
+    say(name, f"tokens of transformers with the backend: {same(name, expected)}", lambda one: one["tokens"] == expected)
+    return all(verdicts)
 
 
 @click.group(help=__doc__)
@@ -255,8 +285,9 @@ def main() -> None:
 def one(case: Path, out: Path) -> None:
     """One engine; what the other commands start."""
     told = json.loads(case.read_text())
-    result = time_engine(told) if told["kind"] == "time" else tokens_of_engine(told)
-    out.write_text(json.dumps(result))
+    kinds: dict[str, Callable[[Any], Any]]
+    kinds = {"time": time_engine, "count": count_engine, "tokens": tokens_of_engine}
+    out.write_text(json.dumps(kinds[told["kind"]](told)))
 
 
 @main.command()
@@ -264,50 +295,139 @@ def one(case: Path, out: Path) -> None:
 @click.option("--log", type=Path, default=Path("vllm_gpu.log"), show_default=True)
 @click.option("--eager", is_flag=True, help="Without graphs: also where there is no GPU.")
 @click.option("--compiled", is_flag=True, help="With vLLM's compilation too, which makes engines start later.")
-def check(minutes: float, log: Path, eager: bool, compiled: bool) -> None:
+@click.option("--together", default=7, show_default=True, help="Engines side by side.")
+def check(minutes: float, log: Path, eager: bool, compiled: bool, together: int) -> None:
     """Tokens, log-probabilities and counts of a small trained model."""
-    raise SystemExit(0 if check_all(60 * minutes, log, eager, compiled) else 1)
+    raise SystemExit(0 if check_all(60 * minutes, log, eager, compiled, together) else 1)
 
 
 @main.command("time")
 @click.option("--cases", default=DEFAULT_CASES, show_default=True, help=f"Of {', '.join(CASES)}.")
 @click.option("--batches", default="1,8,16,32,64", show_default=True)
 @click.option("--shape", default=SHAPE, show_default=True, help="Of a published model, as `sere bench --geometry`.")
-@click.option("--layers", default=LAYERS, show_default=True)
+@click.option("--layers", default=LAYERS[SHAPE], show_default=True)
 @click.option("--quantization", default=None, help="As vLLM's: fp8 quantises the dummy weights.")
 @click.option("--profile", "profiled", default="", help="Cases of which the kernels of a decode step are shown.")
-@click.option("--profile-batch", default=32, show_default=True)
+@click.option("--profile-batches", default="32", show_default=True)
+@click.option(
+    "--together", default=1, show_default=True, help="Engines side by side, timed in turn; memory has to hold them."
+)
 @click.option("--minutes", default=8.0, show_default=True)
 @click.option("--log", type=Path, default=Path("vllm_gpu.log"), show_default=True)
 @click.option("--json", "to", type=Path, default=None, help="Where to write all results.")
 def time_all(
-    cases: str, batches: str, shape: str, layers: int, quantization: str | None, profiled: str, profile_batch: int,
-    minutes: float, log: Path, to: Path | None,
+    cases: str, batches: str, shape: str, layers: int, quantization: str | None, profiled: str, profile_batches: str,
+    together: int, minutes: float, log: Path, to: Path | None,
 ) -> None:  # fmt: skip
-    """Milliseconds per output token, and over the first case."""
-    ends, results = time.monotonic() + 60 * minutes, {}
+    """Milliseconds per output token, and over the first case, which is in every group of engines that are together."""
+    ends, groups = time.monotonic() + 60 * minutes, []
     sizes = [int(batch) for batch in batches.split(",")]
+    complete = True
     with tempfile.TemporaryDirectory() as folder:
         model, profile = save_model(Path(folder), layers, shape)
-        for name in cases.split(","):
-            case = timed(model, profile, sizes, layers, quantization)
-            case |= {"name": name, "sere": CASES[name]}
-            case["profile_batch"] = profile_batch if name in profiled.split(",") else 0
-            left = ends - time.monotonic()
-            begun = time.monotonic()
+        for names in grouped(cases.split(","), together):
+            told = []
+            for name in names:
+                case = timed(model, profile, sizes, layers, quantization) | {"name": name, "sere": CASES[name]}
+                shown = profile_batches if name in profiled.split(",") else ""
+                told.append(case | {"profile_batches": [int(batch) for batch in shown.split(",") if batch]})
+            left, begun = ends - time.monotonic(), time.monotonic()
             if left < 30:
-                click.echo(f"{name}: left out, no time")
+                click.echo(f"{', '.join(names)}: left out, no time")
+                complete = False
                 continue
-            result = run(case, left, log)
-            if result is None:
-                continue
-            results[name] = result
-            click.echo(f"{name}: started in {result['start_s']} s, {time.monotonic() - begun:.0f} s in all")
-            say(log)
-            show(results, sizes, layers, name)
+            runs = run_together(told, left, log) if together > 1 else [run(told[0], left, log)]
+            click.echo(f"{', '.join(names)}: {time.monotonic() - begun:.0f} s in all")
+            results = {name: one.result for name, one in zip(names, runs, strict=True) if one.result}
+            groups.append(results)
+            for name, one in zip(names, runs, strict=True):
+                one.say(name)
+            complete &= len(results) == len(names)
+            base = results if together > 1 else groups[0]
+            for name in results:
+                show({**base, **results}, sizes, layers, name)
             if to is not None:
-                to.write_text(json.dumps(results))
-    raise SystemExit(0 if len(results) == len(cases.split(",")) else 1)
+                to.write_text(json.dumps(groups))
+    raise SystemExit(0 if complete else 1)
+
+
+def grouped(names: list[str], together: int) -> list[list[str]]:
+    """The first one in each group of as many, or all of them alone."""
+    if together < 2:
+        return [[name] for name in names]
+    return [[names[0], *rest] for rest in parts(names[1:], together - 1)] or [names]
+
+
+def parts(names: list[str], size: int) -> list[list[str]]:
+    """Of at most `size` each."""
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+@main.command()
+@click.option("--of", default=",".join(f"{SHAPE}/{name}" for name in WEIGHTS), show_default=True,
+              help="SHAPE or SHAPE/WEIGHTS; with @N of so many layers instead of the model's own.")  # fmt: skip
+@click.option("--batches", default="32", show_default=True)
+@click.option("--together", default=1, show_default=True, help="Models side by side, four engines each.")
+@click.option("--minutes", default=8.0, show_default=True)
+@click.option("--log", type=Path, default=Path("vllm_gpu.log"), show_default=True)
+def models(of: str, batches: str, together: int, minutes: float, log: Path) -> None:
+    """Shapes and kinds of weights: whether they are served, active experts, milliseconds per token.
+
+    Four engines each, of which one counts; all of a group take turns. With few layers the host is what takes the time.
+    """
+    ends, complete = time.monotonic() + 60 * minutes, True
+    sizes = [int(batch) for batch in batches.split(",")]
+    click.echo(MODELS_HEAD)
+    for group in parts(of.split(","), together):
+        with tempfile.TemporaryDirectory() as folder:
+            cases = [
+                case
+                for name in group
+                for case in of_model(Path(folder) / name.translate(str.maketrans("/@ .", "----")), name, sizes)
+            ]
+            runs = run_together(cases, max(1.0, ends - time.monotonic()), log)
+        for index, name in enumerate(group):
+            mine = runs[4 * index : 4 * index + 4]
+            complete &= all(one.result for one in mine)
+            backends = " / ".join(dict.fromkeys(one.backend for one in mine if one.backend))
+            for size in sizes:
+                click.echo(model_row(name, size, backends, [one.result for one in mine]))
+            for one, case in zip(mine, cases[4 * index :], strict=False):
+                if one.result is None:
+                    one.say(case["name"])
+    raise SystemExit(0 if complete else 1)
+
+
+def of_model(folder: Path, name: str, batches: list[int]) -> list[dict[str, Any]]:
+    """Four engines on a model: vLLM alone, S = 2, S = 1, and one that counts."""
+    folder.mkdir(parents=True)
+    name, _, given = name.partition("@")
+    shape, _, kind = name.partition("/")
+    weights = WEIGHTS[kind or "bfloat16"]
+    layers = int(given or LAYERS[shape])
+    model, profile = save_model(folder, layers, shape, weights if isinstance(weights, dict) else None)
+    case = timed(model, profile, batches, layers, weights if isinstance(weights, str) else None)
+    rules = {"vLLM": (None, "time"), "S = 2": ("s2", "time"), "S = 1": ("s1", "time"), "counted": ("s1", "count")}
+    return [
+        {**case, "name": f"{name}, {what}", "sere": CASES[sere] if sere else None, "kind": kind}
+        for what, (sere, kind) in rules.items()
+    ]
+
+
+MODELS_HEAD = (
+    "| model | batch | experts | active, S = 1 | vLLM | S = 2 | S = 1 |\n| --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def model_row(name: str, batch: int, backends: str, results: list[dict[str, Any] | None]) -> str:
+    """Of the table: "-" for what an engine that failed would have said."""
+    *timed_ones, counted = results
+    times = [result["ms"][str(batch)][1] if result else math.nan for result in timed_ones]
+    active = counted["active"][str(batch)] if counted else None
+    cells = ["-" if math.isnan(ms) else f"{ms:.2f}" + (f" ({times[0] / ms:.2f}x)" if i else "")
+             for i, ms in enumerate(times)]  # fmt: skip
+    text = f"{active[0]:.1f} -> {active[1]:.1f}" if active else "-"
+    return f"| {' | '.join([name, str(batch), backends, text, *cells])} |"
 
 
 def timed(
@@ -333,8 +453,10 @@ def show(results: dict[str, Any], sizes: list[int], layers: int, name: str) -> N
         added = (middle - first[size][1]) * 1e3 / layers
         cells.append(f"{middle:.2f} [{low:.2f} .. {high:.2f}] {first[size][1] / middle:.2f}x {added:+.1f} us/layer")
     click.echo(f"| {name} | " + " | ".join(cells) + " |")
-    for us, launches, kernel in results[name].get("kernels", [])[:24]:
-        click.echo(f"    {us:8.2f} us {launches:6.2f} x  {kernel}")
+    for batch, profile in results[name].get("profile", {}).items():
+        click.echo(f"    batch {batch}, per layer: {profile['busy_us']:.2f} us the device is busy")
+        for us, launches, kernel in profile["kernels"][:24]:
+            click.echo(f"    {us:8.2f} us {launches:6.2f} x  {kernel}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import click
 
 from sere_compile.benchmark.serving_engine import additional, time_engine
 
-from . import vllm_gpu
+from . import engines, vllm_gpu
 
 LAYERS, BATCH, RANKS = 12, 32, 2
 # Of the last three requests: with data parallelism, all of the second rank, which then has no tokens for some steps.
@@ -184,12 +184,13 @@ class Setting:
         if "probed" in rule:
             told["profile"] = None
         begun = time.monotonic()
-        found = vllm_gpu.run_ranks(told, self.variables(ranks), left, self.log, __spec__.name if __spec__ else __name__)
-        self.cut_off = found is None and time.monotonic() - begun >= left
-        if found is not None:
-            click.echo(f"{name}: started in {found[0]['start_s']} s, {time.monotonic() - begun:.0f} s in all")
-            vllm_gpu.say(self.log)
-        return found
+        module = __spec__.name if __spec__ else __name__
+        run = engines.run(told, left, self.log, self.variables(ranks), module)
+        self.cut_off = run.ranks is None and time.monotonic() - begun >= left
+        if run.ranks is not None:
+            click.echo(f"{name}: started in {run.ranks[0]['start_s']} s, {time.monotonic() - begun:.0f} s in all")
+        run.say(name)
+        return run.ranks
 
     def variables(self, ranks: int) -> list[dict[str, str]]:
         """What each process of an engine finds in its environment."""

@@ -74,7 +74,8 @@ GEOMETRIES: Mapping[str, Geometry] = {
         {
             "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64,
             "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
-            "routed_scaling_factor": 1.0, "norm_topk_prob": False, "num_attention_heads": 16,
+            "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
+            "num_attention_heads": 16,
             "num_key_value_heads": 16, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128,
             "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400,
         },

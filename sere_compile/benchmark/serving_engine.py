@@ -8,18 +8,20 @@ size is done, so that an engine that fails at the next one has not run for nothi
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import ConfigError
 from ..whole_file import write_whole
+from .turns import Place, Turns
 
 # Tokens of the run that is taken off: prompts and the first tokens, in which graphs are looked up and batches fill.
 SHORT = 9
@@ -42,7 +44,8 @@ class Case(TypedDict):
         prompts: token ids, at least as many as the largest batch; random ones without.
         engine: keyword arguments of `vllm.LLM`.
         options: the same as on the command line of `vllm serve`.
-        profile_batch: a batch size whose kernels are listed, by `layers`.
+        profile_batches: batch sizes whose kernels are listed, by `layers`.
+        turns: this engine's place among those that are timed in turn, on the same device at the same time.
     """
 
     name: str
@@ -56,11 +59,14 @@ class Case(TypedDict):
     prompts: NotRequired[list[list[int]] | None]
     engine: NotRequired[dict[str, Any]]
     options: NotRequired[list[str]]
-    profile_batch: NotRequired[int]
+    profile_batches: NotRequired[list[int]]
     layers: NotRequired[int]
+    turns: NotRequired[Place | None]
 
 
 Keep = Callable[[dict[str, Any]], None]
+# A kernel's name, start and end.
+Interval = tuple[str, float, float]
 
 
 def additional(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +164,8 @@ def time_engine(case: Case, keep: Keep = lambda result: None) -> dict[str, Any]:
         "start_s": round(time.perf_counter() - started, 1), **about(llm), "ms": {}, "tokens_per_s": {}
     }  # fmt: skip
     rng = random.Random(int(os.environ.get("VLLM_DP_RANK", 0)))
+    turn = Turns(case.get("turns"))
+    turn.ready()
 
     def seconds(batch: int, tokens: int) -> float:
         params = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True, detokenize=False)
@@ -169,15 +177,21 @@ def time_engine(case: Case, keep: Keep = lambda result: None) -> dict[str, Any]:
         return took
 
     for batch in case["batches"]:
-        seconds(batch, SHORT - 1)
-        pairs = [(seconds(batch, long), seconds(batch, SHORT)) for _ in range(RUNS)]
+        with turn():
+            seconds(batch, SHORT - 1)
+        pairs = []
+        for _ in range(RUNS):
+            with turn():
+                pairs.append((seconds(batch, long), seconds(batch, SHORT)))
         times = sorted((all_of_it - less) / (long - SHORT) * 1e3 for all_of_it, less in pairs)
         result["ms"][batch] = [round(t, 3) for t in times]
         result["tokens_per_s"][batch] = round(batch * long / statistics.median(whole for whole, _ in pairs), 1)
         print("MS", case["name"], batch, result["ms"][batch], flush=True)
         keep(result)
-    if batch := case.get("profile_batch", 0):
-        result["kernels"] = kernels_of_a_step(lambda tokens: seconds(batch, tokens), case["layers"])
+    for batch in case.get("profile_batches", []):
+        with turn():
+            profiled = profile_of_a_step(functools.partial(seconds, batch), case["layers"])
+        result.setdefault("profile", {})[batch] = profiled
     return result
 
 
@@ -233,20 +247,45 @@ def mean_active(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[flo
     return [round(statistics.fmean(column), 2) for column in zip(*means, strict=True)] if means else None
 
 
-def kernels_of_a_step(run: Callable[[int], object], layers: int) -> list[list[Any]]:
-    """(us per layer, launches per layer, name) of each kernel of a decode step: 33 tokens less 9."""
+def profile_of_a_step(run: Callable[[int], object], layers: int) -> dict[str, Any]:
+    """What the device does in a decode step, per layer: 33 tokens less 9.
+
+    Returns:
+        "busy_us": while a kernel runs, which the host and the graph's gaps are no part of; "kernels": us, launches and
+        name of each. Kernels that begin while the one before still runs count twice among these.
+    """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    sums: dict[str, list[float]] = {}
-    for tokens, sign in ((9, -1), (33, 1)):
+    def ran(tokens: int) -> list[Interval]:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run(tokens)
-        for event in profiler.key_averages():
-            entry = sums.setdefault(event.key, [0.0, 0.0])
-            entry[0] += sign * event.self_device_time_total
-            entry[1] += sign * event.count
-    rows = [(round(us / 24 / layers, 2), round(n / 24 / layers, 2), name[:100]) for name, (us, n) in sums.items()]
-    return [list(row) for row in sorted((row for row in rows if row[0] >= 0.05), reverse=True)]
+        events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
+        return [(event.name, event.time_range.start, event.time_range.end) for event in events]
+
+    return of_a_step(ran(33), ran(9), share=1 / 24 / layers)
+
+
+def of_a_step(long: Sequence[Interval], short: Sequence[Interval], share: float) -> dict[str, Any]:
+    """`profile_of_a_step` of what ran in both, as (name, start, end) in us; `share` of the difference."""
+    sums: dict[str, list[float]] = {}
+    for intervals, sign in ((long, share), (short, -share)):
+        for name, start, end in intervals:
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += sign * (end - start)
+            entry[1] += sign
+    rows = [(round(us, 2), round(launches, 2), name[:100]) for name, (us, launches) in sums.items()]
+    kernels = [list(row) for row in sorted((row for row in rows if row[0] >= 0.05), reverse=True)]
+    return {"busy_us": round(share * (covered(long) - covered(short)), 2), "kernels": kernels}
+
+
+def covered(intervals: Sequence[Interval]) -> float:
+    """How long at least one of them lasts."""
+    total, until = 0.0, float("-inf")
+    for _, start, end in sorted(intervals, key=lambda interval: interval[1]):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def main() -> None:

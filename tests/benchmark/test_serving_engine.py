@@ -96,3 +96,20 @@ def test_options_of_sere_and_the_profile_are_one_argument():
         "additional_config": {"sere": {"select_top_k": 1, "profile": "p"}}
     }
     assert timing.additional({"sere": None, "profile": "p"}) == {}
+
+
+def test_the_device_is_busy_while_any_kernel_runs():
+    """Per step and layer; what both runs have cancels."""
+    prompt = [("prefill", 0.0, 1000.0)]
+    step = [("gate_up", 0.0, 10.0), ("down", 8.0, 15.0), ("sum", 20.0, 22.0), ("sum", 21.0, 21.5)]
+    steps = [(name, start + 100 * n, end + 100 * n) for n in range(20, 44) for name, start, end in step]
+    profile = timing.of_a_step(prompt + steps, prompt, share=1 / 24 / 2)
+    assert profile["busy_us"] == pytest.approx(17.0 / 2)
+    assert profile["kernels"] == [[5.0, 0.5, "gate_up"], [3.5, 0.5, "down"], [1.25, 1.0, "sum"]]
+
+
+def test_batches_are_profiled_after_all_were_timed(engine, monkeypatch):
+    monkeypatch.setattr(timing, "profile_of_a_step", lambda run, layers: (run(33), {"busy_us": layers})[1])
+    result = timing.time_engine({**CASE, "profile_batches": [4], "layers": 48})
+    assert result["profile"] == {4: {"busy_us": 48}}
+    assert engine.asked[-1] == (4, 33)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import vllm_gpu
 from sere_compile.benchmark import serving_engine as timing
-from sere_compile.integrations.vllm import processes, read_options
+from sere_compile.integrations.vllm import read_options
 
 
 def test_error_is_the_root_of_the_mean_square():
@@ -32,11 +32,12 @@ def test_cases_are_options_that_the_engine_takes(name):
 def test_a_row_says_how_much_faster_and_what_is_added_to_a_layer(capsys):
     results = {
         "stock": {"ms": {"8": [9.0, 9.0, 9.1]}},
-        "s1": {"ms": {"8": [4.4, 4.5, 4.6]}, "kernels": [[12.5, 2.0, "gate_up"]]},
+        "s1": {"ms": {"8": [4.4, 4.5, 4.6]}, "profile": {"8": {"busy_us": 71.5, "kernels": [[12.5, 2.0, "gate_up"]]}}},
     }
     vllm_gpu.show(results, [8], 48, "s1")
     out = capsys.readouterr().out
     assert "| s1 | 4.50 [4.40 .. 4.60] 2.00x -93.8 us/layer |" in out
+    assert "batch 8, per layer: 71.50 us the device is busy" in out
     assert "12.50 us   2.00 x  gate_up" in out
 
 
@@ -55,18 +56,90 @@ def test_times_are_those_of_docs_vllm(tmp_path):
     assert case["engine"] == {
         "load_format": "dummy", "max_model_len": 512, "gpu_memory_utilization": 0.9, "quantization": "fp8"
     }  # fmt: skip
-    assert set(case) | {"name", "sere", "profile_batch"} <= set(timing.Case.__annotations__)
+    assert set(case) | {"name", "sere", "profile_batches"} <= set(timing.Case.__annotations__)
 
 
-def test_an_engine_that_fails_or_takes_too_long_is_left_out(tmp_path, capsys, monkeypatch):
-    """With what it printed last; the others go on."""
-    log = tmp_path / "log"
-    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
-    assert vllm_gpu.run({"name": "broken"}, 5, log) is None
-    assert "broken: FAILED (1)" in capsys.readouterr().out
-    slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\nexec sleep 5\n")
-    slow.chmod(0o755)
-    monkeypatch.setattr(processes.sys, "executable", str(slow))
-    assert vllm_gpu.run({"name": "slow"}, 0.2, log) is None
-    assert "slow: FAILED (out of time)" in capsys.readouterr().out
+def test_the_first_engine_is_in_every_group():
+    """So that each of the others is timed in turn with it."""
+    assert vllm_gpu.grouped(["stock", "s1", "s2", "sK"], 3) == [["stock", "s1", "s2"], ["stock", "sK"]]
+    assert vllm_gpu.grouped(["stock", "s1"], 1) == [["stock"], ["s1"]]
+    assert vllm_gpu.grouped(["stock"], 2) == [["stock"]]
+
+
+EXACT, TOKENS = [[-1.0, -2.0], [-3.0, -4.0]], [[1, 2], [3, 4], [5, 6], [7, 8]]
+
+
+def found(**changes):
+    """Of every engine of `check` what is right, but for what `changes` say: by the end of a name."""
+    logprobs = [[-1.01, -2.0], [-3.0, -4.01]]
+    results = {name: {"tokens": TOKENS} for name in vllm_gpu.checked("m", [], "p", False, False)}
+    for name in ("stock", "S = K, vLLM's kernels", "S = K, our kernels"):
+        results[name]["logprobs"] = logprobs
+    for name in ("S = 1", "S = 1, float32"):
+        results[name] |= {"calls": [7, 7], "active": [9.0, 3.0]}
+    for name, change in changes.items():
+        results[name] = change and {**results[name], **change}
+    return results
+
+
+def test_a_check_is_right_where_everything_is(capsys):
+    assert vllm_gpu.judge(found(), EXACT, TOKENS)
+    assert "WRONG" not in capsys.readouterr().out
+
+
+OTHER = [[1, 2], [3, 4], [5, 6], [7, 9]]
+WRONG = {
+    "S = K, vLLM's kernels": {"tokens": OTHER}, "S = K, our kernels": {"logprobs": [[-1.02, -2.0], [-3.0, -4.02]]},
+    "S = 1": {"calls": [7, 6]}, "S = 1, selected by sere::route": {"tokens": [[0, 0], [0, 0], [5, 6], [7, 8]]},
+    "S = 1, with logits of sere::route": {"tokens": [[0, 0]] * 4}, "S = 1, float32": {"tokens": OTHER},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_is_not_right_is_named(name, failed, capsys):
+    """Also an engine that failed; the others are judged as they were."""
+    assert not vllm_gpu.judge(found(**{name: None if failed else WRONG[name]}), EXACT, TOKENS)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    # Without the hook's tokens there is nothing to compare the others of S = 1 with.
+    others = 2 if failed and name == "S = 1" else 0
+    assert len(lines) == 1 + others
+    assert lines[0].startswith(f"WRONG  {name}: ")
+
+
+def test_without_vllm_alone_nothing_shows_that_ours_is_as_good(capsys):
+    assert not vllm_gpu.judge(found(stock=None), EXACT, TOKENS)
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert [line.partition(":")[0] for line in wrong] == ["WRONG  S = K, vLLM's kernels", "WRONG  S = K, our kernels"]
+
+
+@pytest.mark.parametrize(("name", "quantised", "at_start", "layers"), [
+    ("qwen3-30b-a3b/int4 AWQ", '"quant_method": "awq"', None, 48),
+    ("qwen3-30b-a3b/FP8 in blocks online@1", "", "fp8_per_block", 1),
+    ("gpt-oss-20b@3", '"quant_method": "mxfp4"', None, 3), ("mixtral-8x7b", "", None, 8),
+])  # fmt: skip
+def test_weights_are_those_of_a_checkpoint_or_made_at_start(name, quantised, at_start, layers, tmp_path):
+    """Four engines each, of which the last counts."""
+    cases = vllm_gpu.of_model(tmp_path / "m", name, [1, 32])
+    config = (tmp_path / "m" / "model" / "config.json").read_text()
+    assert quantised in config
+    assert ("quantization_config" in config) == bool(quantised)
+    assert f'"num_hidden_layers": {layers}' in config
+    assert {case["engine"].get("quantization") for case in cases} == {at_start}
+    assert [case["sere"] and case["sere"]["select_top_k"] for case in cases] == [None, 2, 1, 1]
+    assert [case["kind"] for case in cases] == ["time"] * 3 + ["count"]
+    assert len({case["name"] for case in cases}) == 4
+
+
+def test_a_row_of_a_model_has_what_ran():
+    timed = [{"ms": {"32": [ms - 0.1, ms, ms + 0.1]}} for ms in (2.0, 1.6, 1.0)]
+    counted = {"active": {"32": [110.0, 28.04]}}
+    row = vllm_gpu.model_row("m", 32, "MARLIN", [*timed, counted])
+    assert row == "| m | 32 | MARLIN | 110.0 -> 28.0 | 2.00 | 1.60 (1.25x) | 1.00 (2.00x) |"
+    assert (
+        vllm_gpu.model_row("m", 32, "", [timed[0], None, timed[2], None])
+        == "| m | 32 |  | - | 2.00 | - | 1.00 (2.00x) |"
+    )
+    assert (
+        vllm_gpu.model_row("m", 32, "", [None, *timed[1:], None]) == "| m | 32 |  | - | - | 1.60 (nanx) | 1.00 (nanx) |"
+    )
