@@ -31,7 +31,6 @@ ELSEWHERE = {
     "sere_compile/gate_stats.py": "tests/test_statistics.py",
     "sere_compile/integrations/vllm/engine.py": "tests/integrations/vllm/test_serving.py, with a real engine",
     "sere_compile/integrations/vllm/layers.py": "tests/integrations/vllm/test_serving.py, with a real engine",
-    "sere_compile/integrations/vllm/plugin.py": "tests/integrations/vllm/test_serving.py, with a real engine",
     "sere_compile/lowering/archive_file.py": "tests/commands/test_output_file.py",
     "sere_compile/lowering/decode_step.py": "tests/lowering/test_onnx.py",
     "sere_compile/lowering/export.py": "tests/lowering/test_options.py",

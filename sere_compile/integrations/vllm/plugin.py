@@ -341,6 +341,8 @@ def warn_if_idle(hooks: dict[str, RoutingHook], state: BatchState, strict: bool)
 
 def summary(stats: dict[str, GateStats], state: BatchState) -> str:
     """One line for the log: means over layers."""
+    if not state.active_forwards:
+        return f"SERE: none of {state.forwards} batches was re-routed so far"
     before = sum(s.mean_active_before for s in stats.values()) / max(1, len(stats))
     after = sum(s.mean_active_after for s in stats.values()) / max(1, len(stats))
     return (
