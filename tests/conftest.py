@@ -13,7 +13,7 @@ import resource
 import pytest
 import torch
 
-from . import interpreter
+from . import heap, interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -60,14 +60,10 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
-    """What a file leaves behind, most of it what torch remembers, is no model that a later file looks for.
-
-    No fixture that holds a model may live longer than its file.
-    """
+    """Between two files: no fixture that holds a model may live longer than its file."""
     yield
-    if nextitem is not None and nextitem.path != item.path and len(gc.get_objects()) > 300_000:
-        gc.collect()
-        gc.freeze()
+    if nextitem is not None and nextitem.path != item.path:
+        heap.set_aside()
 
 
 def pytest_sessionfinish():

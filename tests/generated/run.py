@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .. import heap
 from .draws import chosen, drawn, judged, plain
 from .failures import describe, sort_failures
 from .program import GATE, LOOK_ALIKE
@@ -33,7 +34,9 @@ def quiet() -> None:
 
 def _verdict(named: tuple[str, int]) -> tuple[str, int, Verdict]:
     kind, seed = named
-    return kind, seed, judged(drawn(kind, seed))
+    verdict = judged(drawn(kind, seed))
+    heap.set_aside()
+    return kind, seed, verdict
 
 
 def judge_many(named: list[tuple[str, int]], jobs: int) -> Iterator[Judged]:

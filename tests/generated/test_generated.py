@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 
+from .. import heap
 from .conftest import FRESH
 from .draws import drawn, judged, plain
 from .failures import describe, sort_failures
@@ -45,14 +46,16 @@ def economical():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    gc.unfreeze()
     logger.setLevel(level)
     torch.set_num_threads(threads)
 
 
 def judged_right(programs):
     """The verdicts on programs of which none fails."""
-    results = [Judged(program, judged(program)) for program in programs]
+    results = []
+    for program in programs:
+        results.append(Judged(program, judged(program)))
+        heap.set_aside()
     failed = [result for result in results if result.verdict.failed]
     if failed:
         forms, _ = sort_failures(failed[:1], judged, most=1, tell=lambda text: None)

@@ -4,6 +4,8 @@ import gc
 
 import pytest
 
+from .. import heap
+
 
 @pytest.fixture(autouse=True, scope="session")
 def imports_are_not_scanned():
@@ -12,5 +14,10 @@ def imports_are_not_scanned():
 
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def other_tests_are_not_scanned():
+    """Every test has a model of its own."""
     yield
-    gc.unfreeze()
+    heap.set_aside()
