@@ -267,7 +267,7 @@ def check(minutes: float, log: Path, eager: bool, compiled: bool, together: int)
 @click.option("--shape", default=SHAPE, show_default=True, help="Of a published model, as `sere bench --geometry`.")
 @click.option("--layers", default=LAYERS, show_default=True)
 @click.option("--quantization", default=None, help="As vLLM's: fp8 quantises the dummy weights.")
-@click.option("--profile", "profiled", default="", help="Cases of which the kernels of a decode step are shown.")
+@click.option("--profile", "profiled", default="", help="Cases of which a decode step's kernels are shown; or all.")
 @click.option("--profile-batches", default="32", show_default=True)
 @click.option(
     "--together", default=1, show_default=True, help="Engines side by side, timed in turn; memory has to hold them."
@@ -289,7 +289,7 @@ def time_all(
             told = []
             for name in names:
                 case = timed(model, profile, sizes, layers, quantization) | {"name": name, "sere": CASES[name]}
-                shown = profile_batches if name in profiled.split(",") else ""
+                shown = profile_batches if profiled == "all" or name in profiled.split(",") else ""
                 told.append(case | {"profile_batches": [int(batch) for batch in shown.split(",") if batch]})
             left, begun = ends - time.monotonic(), time.monotonic()
             if left < 30:

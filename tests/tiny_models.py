@@ -65,9 +65,9 @@ def qwen3_moe() -> Qwen3MoeForCausalLM:
 MODELS: dict[str, Callable[[], nn.Module]] = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe}
 # Tracing the eager loops takes ten seconds: where a test is not about them, in the lane `slow`.
 EAGER_SLOW = ("grouped_mm", "batched_mm", pytest.param("eager", marks=pytest.mark.slow))
-# In the default suite each model has its turn; every other pair is in the lane `slow`, one with eager loops (the lane
+# In the default suite two models have a turn; every other pair is in the lane `slow`, one with eager loops (the lane
 # `zoo` has those of every architecture).
-_DEFAULT = (("mixtral", "grouped_mm"), ("qwen2_moe", "batched_mm"), ("qwen3_moe", "grouped_mm"))
+_DEFAULT = (("mixtral", "grouped_mm"), ("qwen2_moe", "batched_mm"))
 PAIRS = [
     pytest.param(name, experts, marks=() if (name, experts) in _DEFAULT else pytest.mark.slow)
     for name in MODELS

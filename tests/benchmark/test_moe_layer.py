@@ -5,7 +5,9 @@ import pytest
 from sere_compile.benchmark import gating, moe_layer
 
 
-@pytest.mark.parametrize("bench", [gating.bench_gating, moe_layer.bench_moe_layer])
+@pytest.mark.parametrize(
+    "bench", [gating.bench_gating, pytest.param(moe_layer.bench_moe_layer, marks=pytest.mark.slow)]
+)
 def test_an_unsorted_router(unsorted, without_gpu, bench):
     """The reference ranks by score where the router does not; shared experts are read in every call."""
     rows = bench(unsorted, 5, [4, 2, 1], ["grouped_mm"], 1e12)

@@ -25,7 +25,7 @@ from .plain import METRICS, expert_outputs, outputs_of, pairs, plain_frobenius, 
 
 
 class TestNumbers:
-    @pytest.mark.parametrize(("method", "kernel"), thinned(METRICS, (0, 1, 3)))
+    @pytest.mark.parametrize(("method", "kernel"), thinned(METRICS, (0, 3)))
     def test_equals_the_plain_computation(self, qwen, method, kernel):
         """Every metric, to 1e-5; several batches and chunks, but for CKA, whose chunk is its minibatch."""
         batches = [tokens(3, 5)] if method == "cka" else [tokens(3, 5, seed) for seed in range(2)]
@@ -44,7 +44,9 @@ class TestNumbers:
         for gate, outputs in expert_outputs(model, batches).items():
             torch.testing.assert_close(got[gate], plain_frobenius(outputs).float(), rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("block", [*SUMS_DUPLICATES, *DUPLICATE_UNSAFE], ids=lambda block: block.__name__)
+    @pytest.mark.parametrize(
+        "block", thinned([*SUMS_DUPLICATES, *DUPLICATE_UNSAFE], (0, 3, 6)), ids=lambda block: block.__name__
+    )
     def test_experts_of_any_code(self, block):
         """Without a module of a known signature the traced dispatch runs; batches of several sizes."""
         if block.__name__ == "IndexPut":

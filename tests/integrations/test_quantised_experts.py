@@ -69,7 +69,7 @@ def test_fp8_experts_are_re_routed():
     assert not torch.allclose(found, logits(model))
 
 
-@pytest.mark.parametrize("experts", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("experts", [pytest.param("batched_mm", marks=pytest.mark.slow), "grouped_mm"])
 def test_fp8_experts_of_the_hub_are_re_routed(experts, monkeypatch):
     """As a checkpoint is loaded: the oracle's logits bit for bit."""
     monkeypatch.setattr(finegrained_fp8, "_FINEGRAINED_FP8", KERNELS)

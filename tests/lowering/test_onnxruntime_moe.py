@@ -23,7 +23,7 @@ from .test_conditional_experts import (
 MOE = "onnxruntime_moe"
 
 
-@pytest.mark.parametrize("select_top_k", [1, 3])
+@pytest.mark.parametrize("select_top_k", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_layer(tmp_path, select_top_k):
     """Within rounding for any number of tokens, with S = K too: tokens name one to K experts."""
     model = Stacked().eval()

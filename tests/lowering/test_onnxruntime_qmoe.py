@@ -103,7 +103,7 @@ def test_the_file_has_codes_alone(tmp_path, bits):
     ("activation", "biased", "layout"),
     [
         ("gpt_oss", True, {"interleaved": True, "transposed": True}),
-        ("silu_glu", True, {}),
+        pytest.param("silu_glu", True, {}, marks=pytest.mark.slow),
     ],
 )
 def test_activations_and_layouts(tmp_path, bits, activation, biased, layout):

@@ -375,7 +375,7 @@ def small_tiles(**changes):
 
 @pytest.mark.parametrize(
     "tile",
-    thinned([{}, {"swap": True}, {"swap": True, "align": 4}], (0, 2)),
+    thinned([{}, {"swap": True}, {"swap": True, "align": 4}], (2,)),
     ids=["rows", "swapped", "swapped-narrow"],
 )
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

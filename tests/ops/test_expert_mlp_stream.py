@@ -251,7 +251,7 @@ CPU_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layer", "config"), thinned(CPU_CASES, (2, 5)), ids=str)
+@pytest.mark.parametrize(("layer", "config"), thinned(CPU_CASES, (2,)), ids=str)
 def test_kernels_on_a_cpu_equal_oracle(layer, config, tmp_path):
     """Ring, plan, tiles of one and two experts, layouts: all but the instructions themselves."""
     arguments = layer.draw()
@@ -290,7 +290,7 @@ def test_fp8_kernels_on_a_cpu_equal_oracle(activation, config, tmp_path):
             (Layer(dtype=BF16, tokens=11, experts=3, bias=True, **WIDE), StreamConfig(16, wgmma=True, row_warps=4)),
             (Layer(dtype=BF16, tokens=19, slots=3, experts=9, hidden=128, inner=384), AHEAD),
         ],
-        (0, 6),
+        (6,),
     ),
     ids=str,
 )

@@ -82,7 +82,7 @@ def test_reference_without_a_scatter_equals_oracle(structure, device):
 KERNEL_STRUCTURES = [s for s in STRUCTURES if 0 < s.select < s.slots and s.slots <= 8][::2] + TYPICAL
 
 
-@pytest.mark.parametrize("structure", thinned(KERNEL_STRUCTURES, range(0, len(KERNEL_STRUCTURES), 2)), ids=str)
+@pytest.mark.parametrize("structure", thinned(KERNEL_STRUCTURES, range(0, len(KERNEL_STRUCTURES), 4)), ids=str)
 def test_kernel_equals_oracle(structure, kernel_device):
     """The kernel merges, frees and fills exactly as the oracle, and writes every slot and nothing else."""
     for seed in range(100, 108):
@@ -234,10 +234,10 @@ def test_bad_arguments_shared_with_reroute_are_named():
 OPCHECKED = (*TYPICAL, Structure(8, 4, 4))
 
 
-# By default two structures with tokens, and one without.
+# By default one with tokens.
 @pytest.mark.parametrize(
     ("requires_grad", "num_tokens", "structure"),
-    thinned(itertools.product((False, True), (6, 0), OPCHECKED), (0, len(OPCHECKED))),
+    thinned(itertools.product((False, True), (6, 0), OPCHECKED), (0,)),
     ids=str,
 )
 def test_opcheck(structure, num_tokens, requires_grad, device):

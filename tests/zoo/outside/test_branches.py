@@ -37,6 +37,10 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 REROUTED = (AnyLoop, NamedLoop, EmptyLoop, ItemLoop, ListLoop, TokenLoop, SequenceLoop, RouterLoop, TruthLoop)
 REFUSED = (IdleLoop, MeanLoop, FewLoop, BusyLoop, LossLoop, FirstLoop, SmallLoop, FullSequences)
 SLOW = (
+    AnyLoop,
+    EmptyLoop,
+    MeanLoop,
+    LossLoop,
     RouterLoop,
     TruthLoop,
     IdleLoop,

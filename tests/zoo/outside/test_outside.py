@@ -35,7 +35,7 @@ def test_s_equal_k_changes_no_bit(kind):
     assert torch.equal(same, seeded(model, x))
 
 
-@pytest.mark.parametrize("kind", REROUTED)
+@pytest.mark.parametrize("kind", thinned(REROUTED, range(1, len(REROUTED), 2)))
 def test_s_below_k_equals_the_oracle(kind):
     """The sum over slots of w_k * expert_{new id_k}(x), whatever the dispatch does to duplicates."""
     model, matrix, x = prepared(kind)
