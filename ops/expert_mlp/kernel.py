@@ -349,6 +349,7 @@ def gate_up_kernel(
             ids = tl.load(ids_ptr + place_of(start + lane, stride_t, stride_k, K), mask=inside, other=-1)
             words |= used_words(group_of(ids, inside, E), E, WORDS)
         rank, num_active = ranks(words, WORDS)
+        tl.store(active_ptr + E, num_active)  # all programs write the same
     tiles, width = cut(num_active, tl.num_programs(0), INNER, BLOCK_N, ALIGN)
     # Without a plan the last item is the group of slots that name no expert.
     for item in range(tl.program_id(0), num_active * tiles + (0 if PLANNED else 1), tl.num_programs(0)):
@@ -379,20 +380,18 @@ def gate_up_kernel(
             if column == 0:
                 tl.store(active_ptr + which, expert)
                 tl.store(first_ptr + which, first)
-        w = w_ptr + expert.to(tl.int64) * stride_e
-        b = b_ptr + expert * COLUMNS
+        w, b = w_ptr + expert.to(tl.int64) * stride_e, b_ptr + expert * COLUMNS
         s = scales_of(s_ptr, expert, COLUMNS, HIDDEN, SCALE)
-        if which == num_active:
-            tl.store(active_ptr + E, num_active)
-        elif last - first <= SMALL:
-            gate_up_tile(x_ptr, w, b, s, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d, K, HIDDEN,
-                         INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP, SCALE,
-                         ALIGN)  # fmt: skip
-        else:
-            for m in range(first, last, BLOCK_M):
-                gate_up_tile(x_ptr, w, b, s, act_ptr, order_ptr, m, last, column, width, stride_n, stride_d, K, HIDDEN,
-                             INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, SCALE,
-                             ALIGN)  # fmt: skip
+        if which < num_active:
+            if last - first <= SMALL:
+                gate_up_tile(x_ptr, w, b, s, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d, K,
+                             HIDDEN, INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, SMALL, BLOCK_N, BLOCK_K, SWAP,
+                             SCALE, ALIGN)  # fmt: skip
+            else:
+                for m in range(first, last, BLOCK_M):
+                    gate_up_tile(x_ptr, w, b, s, act_ptr, order_ptr, m, last, column, width, stride_n, stride_d, K,
+                                 HIDDEN, INNER, ACTIVATION, GATED, INTERLEAVED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
+                                 SWAP, SCALE, ALIGN)  # fmt: skip
 
 
 @triton.jit

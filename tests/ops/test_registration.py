@@ -280,21 +280,25 @@ def test_only_results_are_written_to(tmp_path):
 
         triton.runtime.driver.set_active(Hopper())
         with FakeTensorMode():
-            ids = torch.empty(32, 8, dtype=torch.int64, device="cuda")
-            weights, hidden, gate_up, down, logits = (
-                torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-                for shape in ((32, 8), (32, 64), (16, 96, 64), (16, 64, 48), (32, 8))
-            )
+            def drawn(*shape, dtype=torch.bfloat16):
+                return torch.empty(shape, dtype=dtype, device="cuda")
+
+            ids, logits = drawn(32, 8, dtype=torch.int64), drawn(32, 8)
+            gate_up, down = drawn(16, 96, 64), drawn(16, 64, 48)
+            few, many = ((drawn(n, 64), drawn(n, 8, dtype=torch.int64), drawn(n, 8)) for n in (32, 128))
             similarity, small = (torch.empty(n, n, device="cuda") for n in (16, 8))
 
         def written(call, *tensors):
             graph = make_fx(torch.func.functionalize(call), tracing_mode="fake")(*tensors).graph
             return [set(n.kwargs["tensors_to_clone"]) for n in graph.nodes if n.target is functional]
 
-        experts = written(
-            lambda *t: launch_expert_mlp(*t, None, None, "silu_glu", False, False), hidden, ids, weights, gate_up, down
-        )
-        assert experts == [{"act_ptr", "order_ptr", "active_ptr", "first_ptr"}, {"out_ptr"}], experts
+        def experts(*tensors):
+            return launch_expert_mlp(*tensors, None, None, "silu_glu", False, False)
+
+        plan = {"order_ptr", "active_ptr", "first_ptr"}
+        assert written(experts, *few, gate_up, down) == [{"act_ptr", *plan}, {"out_ptr"}]
+        found = written(experts, *many, gate_up, down)
+        assert found == [plan, {"act_ptr"}, {"out_ptr"}], found
         assert written(lambda i, s: launch_reroute(i, s, 2, 0.3, 8, None), ids, similarity) == [{"out_ptr"}]
         for rerouting in (lambda s: Rerouting(), lambda s: Rerouting(s, 1, 0.0, 2)):
             call = lambda x, s: launch_route(x, None, Scoring(2, "softmax"), rerouting(s))
