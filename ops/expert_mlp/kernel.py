@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..launching import launchable
+from .mxfp4 import MX_BLOCK
+from .projection import MX, project, project_pair, scale_rows, scales_of, stored_column
 from .reference import SCALE_BLOCK, gate_width, round_to_fp8
 from .tiles import MANY_SLOTS, MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
 
@@ -78,54 +80,6 @@ def cut(num_active, num_programs, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, 
 
 
 @triton.jit
-def load_tile(ptrs, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
-    """A tile with 0 outside: rows [R, 1] and columns [1, C] say what is inside."""
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(ptrs, mask=rows & columns, other=0.0)
-    elif MASK_ROWS:
-        return tl.load(ptrs, mask=rows, other=0.0)
-    elif MASK_COLUMNS:
-        return tl.load(ptrs, mask=columns, other=0.0)
-    else:
-        return tl.load(ptrs)
-
-
-@triton.jit
-def dot_rows(x, w, acc, SWAP: tl.constexpr):
-    """Return acc + x [M, D] @ w [N, D].T, kept as [N, M] with SWAP: 64 weight rows feed a whole warp group's wgmma."""
-    if SWAP:
-        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    else:
-        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-
-
-@triton.jit
-def dot_weights(x, w, acc, s_ptrs, k, SWAP: tl.constexpr, SCALE: tl.constexpr):
-    """`dot_rows`; with SCALE of FP8 weights, each row's part times the scale of its block at depth k."""
-    if SCALE:
-        scale = tl.load(s_ptrs + k // SCALE)
-        part = dot_rows(x, w.to(x.dtype), tl.zeros_like(acc), SWAP)
-        return acc + part * (scale[:, None] if SWAP else scale[None, :])
-    else:
-        return dot_rows(x, w, acc, SWAP)
-
-
-@triton.jit
-def scale_rows(s_ptr, n, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the scales of rows n at depth 0."""
-    return s_ptr + n // BLOCK * ((DEPTH + BLOCK - 1) // BLOCK)
-
-
-@triton.jit
-def scales_of(s_ptr, expert, ROWS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Where an expert's scales begin, of a weight [ROWS, DEPTH]."""
-    if BLOCK:
-        BLOCKS: tl.constexpr = ((ROWS + BLOCK - 1) // BLOCK) * ((DEPTH + BLOCK - 1) // BLOCK)
-        s_ptr += expert.to(tl.int64) * BLOCKS
-    return s_ptr
-
-
-@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return 1 / (1 + tl.exp(-x))
@@ -160,80 +114,6 @@ def combine(gate, up, NAME: tl.constexpr):
 
 
 @triton.jit
-def project(
-    x_ptrs,
-    w_ptrs,
-    s_ptrs,
-    x_rows,
-    w_rows,
-    step_x,
-    step_w,
-    DEPTH: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MASK_N: tl.constexpr,
-    SWAP: tl.constexpr,
-    SCALE: tl.constexpr,
-):
-    """Return x [M, DEPTH] @ w [N, DEPTH].T in fp32 [M, N], from pointers to the first BLOCK_K columns of each.
-
-    With SCALE every SCALE columns of a weight row have a factor, the first at s_ptrs [N].
-    """
-    MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
-    column = tl.arange(0, BLOCK_K)[None, :]
-    acc = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
-        inside = column < DEPTH - k
-        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
-        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
-        acc = dot_weights(x, w, acc, s_ptrs, k, SWAP, SCALE)
-        x_ptrs += step_x
-        w_ptrs += step_w
-    if SWAP:
-        acc = tl.trans(acc)
-    return acc
-
-
-@triton.jit
-def project_pair(
-    x_ptrs,
-    w_ptrs,
-    s_ptrs,
-    s_up_ptrs,
-    x_rows,
-    w_rows,
-    step_x,
-    step_w,
-    to_up,
-    DEPTH: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MASK_N: tl.constexpr,
-    SWAP: tl.constexpr,
-    SCALE: tl.constexpr,
-):
-    """`project` for gate and up at once; the pointers to up are to_up elements further."""
-    MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
-    column = tl.arange(0, BLOCK_K)[None, :]
-    gate = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
-    up = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
-        inside = column < DEPTH - k
-        x = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
-        w = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
-        v = load_tile(w_ptrs + to_up, w_rows, inside, MASK_N, MASK_K)
-        gate = dot_weights(x, w, gate, s_ptrs, k, SWAP, SCALE)
-        up = dot_weights(x, v, up, s_up_ptrs, k, SWAP, SCALE)
-        x_ptrs += step_x
-        w_ptrs += step_w
-    if SWAP:
-        gate, up = tl.trans(gate), tl.trans(up)
-    return gate, up
-
-
-@triton.jit
 def gate_up_tile(
     x_ptr, w_ptr, b_ptr, s_ptr, act_ptr, order_ptr, first, last, column, width, stride_n, stride_d,
     K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
@@ -248,7 +128,8 @@ def gate_up_tile(
     row = first + tl.arange(0, M)
     inside = row < last
     token = tl.load(order_ptr + row, mask=inside, other=0) // K
-    d = tl.arange(0, BLOCK_K)
+    STEP: tl.constexpr = BLOCK_K // 2 if SCALE == MX else BLOCK_K
+    d = tl.arange(0, STEP)
     x_ptrs = x_ptr + token[:, None] * HIDDEN + d[None, :]
     n = column + tl.arange(0, N)
     is_mine = (n < column + width) & (n < INNER)
@@ -257,7 +138,7 @@ def gate_up_tile(
     s_ptrs = scale_rows(s_ptr, safe, HIDDEN, SCALE) if SCALE else s_ptr
     if not GATED:
         w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
-        x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], is_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
+        x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], is_mine[:, None], STEP, STEP * stride_d,
                     HIDDEN, M, N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
         if HAS_BIAS:
             x += tl.load(b_ptr + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
@@ -269,7 +150,7 @@ def gate_up_tile(
             both_mine = (p < 2 * (column + width)) & (p < 2 * INNER)
             w_ptrs = w_ptr + p[:, None] * stride_n + d[None, :] * stride_d
             s_both = scale_rows(s_ptr, tl.minimum(p, 2 * INNER - 1), HIDDEN, SCALE) if SCALE else s_ptr
-            both = project(x_ptrs, w_ptrs, s_both, inside[:, None], both_mine[:, None], BLOCK_K, BLOCK_K * stride_d,
+            both = project(x_ptrs, w_ptrs, s_both, inside[:, None], both_mine[:, None], STEP, STEP * stride_d,
                            HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
             if HAS_BIAS:
                 both += tl.load(b_ptr + p, mask=both_mine, other=0.0).to(tl.float32)[None, :]
@@ -277,14 +158,14 @@ def gate_up_tile(
         else:
             w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
             s_up_ptrs = scale_rows(s_ptr, INNER + safe, HIDDEN, SCALE) if SCALE else s_ptr
-            gate, up = project_pair(x_ptrs, w_ptrs, s_ptrs, s_up_ptrs, inside[:, None], is_mine[:, None], BLOCK_K,
-                                    BLOCK_K * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N,
+            gate, up = project_pair(x_ptrs, w_ptrs, s_ptrs, s_up_ptrs, inside[:, None], is_mine[:, None], STEP,
+                                    STEP * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N,
                                     SWAP, SCALE)  # fmt: skip
             if HAS_BIAS:
                 gate += tl.load(b_ptr + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
                 up += tl.load(b_ptr + INNER + n, mask=is_mine, other=0.0).to(tl.float32)[None, :]
         act = combine(gate, up, ACTIVATION)
-    out_ptrs = act_ptr + row[:, None] * INNER + n[None, :]
+    out_ptrs = act_ptr + row[:, None] * INNER + stored_column(n, INNER, SCALE)[None, :]
     tl.store(out_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside[:, None] & is_mine[None, :])
 
 
@@ -406,12 +287,13 @@ def down_tile(
     row = first + tl.arange(0, M)
     inside = row < last
     slot = tl.load(order_ptr + row, mask=inside, other=0)
-    d = tl.arange(0, BLOCK_K)
+    STEP: tl.constexpr = BLOCK_K // 2 if SCALE == MX else BLOCK_K
+    d = tl.arange(0, STEP)
     n = column + tl.arange(0, N)
     x_ptrs = act_ptr + row[:, None] * INNER + d[None, :]
     w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
     s_ptrs = scale_rows(s_ptr, tl.minimum(n, HIDDEN - 1), INNER, SCALE) if SCALE else s_ptr
-    x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], (n < HIDDEN)[:, None], BLOCK_K, BLOCK_K * stride_d,
+    x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], (n < HIDDEN)[:, None], STEP, STEP * stride_d,
                 INNER, M, N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
     if HAS_BIAS:
         x += tl.load(b_ptr + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[None, :]
@@ -482,6 +364,13 @@ def chunk_of(num_slots: int | torch.SymInt, num_experts: int, most: int) -> dict
     return {"WORDS": words, "CHUNK": max(16, min(chunk, most // words))}
 
 
+def scale_columns(scale: Tensor | None) -> int:
+    """How many columns of a weight row share one of these scales, 0 without any: `SCALE` of the kernels."""
+    if scale is None:
+        return 0
+    return MX_BLOCK if scale.dtype == torch.uint8 else SCALE_BLOCK
+
+
 def launch_gate_up(
     hidden: Tensor,
     topk_ids: Tensor,
@@ -496,6 +385,9 @@ def launch_gate_up(
     """(act [T * K, I], order, active, first) of `gate_up_kernel`; T * K >= 1."""
     num_slots, top_k = topk_ids.shape[0] * topk_ids.shape[1], int(topk_ids.shape[1])
     num_experts, width = int(gate_up.shape[0]), int(hidden.shape[1])
+    block = scale_columns(scale)
+    if block == MX_BLOCK:  # see `stored_column`
+        hidden = hidden.unflatten(1, (-1, 2)).transpose(1, 2)
     inner = int(gate_up.shape[2 if transposed else 1]) // gate_width(activation)
     act = torch.empty((num_slots, inner), dtype=hidden.dtype, device=hidden.device)
     order = torch.empty(num_slots, dtype=torch.int32, device=hidden.device)
@@ -513,7 +405,7 @@ def launch_gate_up(
         topk_ids.stride(0), topk_ids.stride(1), *_strides(gate_up, transposed),
         K=top_k, E=num_experts, HIDDEN=width, INNER=inner, ACTIVATION=activation.removesuffix("_glu"),
         GATED=gate_width(activation) == 2, INTERLEAVED=interleaved, HAS_BIAS=gate_up_bias is not None,
-        SCALE=0 if scale is None else SCALE_BLOCK, ALIGN=config.gate_up.step,
+        SCALE=block, ALIGN=config.gate_up.step,
         PLANNED=config.planned, **chunks, **config.gate_up.arguments(),
     )  # fmt: skip
     return act, order, active, first
@@ -546,14 +438,15 @@ def launch_expert_mlp(
     """
     num_tokens, num_slots = topk_ids.shape[0], int(topk_ids.shape[1])
     num_experts, width = int(down.shape[0]), int(hidden.shape[1])
-    inner = int(down.shape[1 if transposed else 2])
+    block = scale_columns(down_scale)
+    inner = int(down.shape[1 if transposed else 2]) * (2 if block == MX_BLOCK else 1)
     if guard_or_false(num_tokens == 0) or num_slots == 0:
         zeros = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         return zeros if into is None else into.zero_()
     many = guard_or_false(num_tokens * num_slots > MANY_SLOTS_PER_EXPERT * num_experts)
     # No guard for it: it would halve the sizes that a graph of any size is for.
     planned = isinstance(num_tokens, int) and num_tokens * num_slots >= MANY_SLOTS
-    config = config or launch_config(hidden.dtype, transposed, many, planned)
+    config = config or launch_config(hidden.dtype, transposed, many, planned, mxfp4=block == MX_BLOCK)
     rounded = round_to_fp8(hidden).to(hidden.dtype) if fp8_activations else hidden
     act, *plan = launch_gate_up(
         rounded, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config, gate_up_scale
@@ -565,7 +458,7 @@ def launch_expert_mlp(
         act if down_scale is None else down_scale.contiguous(), topk_weights, out, *plan,
         num_tokens * num_slots, *_strides(down, transposed), topk_weights.stride(0), topk_weights.stride(1),
         K=num_slots, E=num_experts, HIDDEN=width, INNER=inner, HAS_BIAS=down_bias is not None,
-        SCALE=0 if down_scale is None else SCALE_BLOCK, **config.down.arguments(),
+        SCALE=block, **config.down.arguments(),
     )  # fmt: skip
     if into is None:
         return out.view(num_tokens, num_slots, width).sum(1).to(hidden.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_ids
 from ..registration import register_triton_op
 from . import cpu
+from .mxfp4 import MX_BLOCK, mxfp4_sizes
 from .reference import ACTIVATIONS, Call, expert_mlp_reference, gate_width, scale_sizes
 
 # Up to here the weights are read once or nearly so; beyond, a matmul that sorts the tokens is better.
@@ -66,14 +67,15 @@ def check_arguments(
     if down.dim() != 3 or down.shape[0] == 0:
         layout = "[E, I, H]" if transposed else "[E, H, I]"
         raise ValueError(f"down: expected shape {layout} with E >= 1, got {list(down.shape)}")
-    experts, inner = down.shape[0], down.shape[1 if transposed else 2]
+    packed = 2 if down_scale is not None and down.dtype == torch.uint8 else 1  # numbers in an element
+    experts, inner = down.shape[0], down.shape[1 if transposed else 2] * packed
     width = hidden.shape[1]
     columns = gate_width(activation) * inner
     expected = {
         "topk_ids": (topk_ids, [hidden.shape[0], topk_ids.shape[1]]),
         "topk_weights": (topk_weights, list(topk_ids.shape)),
-        "gate_up": (gate_up, [experts, width, columns] if transposed else [experts, columns, width]),
-        "down": (down, [experts, inner, width] if transposed else [experts, width, inner]),
+        "gate_up": (gate_up, [experts, width, columns] if transposed else [experts, columns, width // packed]),
+        "down": (down, [experts, inner, width] if transposed else [experts, width, inner // packed]),
         "gate_up_bias": (gate_up_bias, [experts, columns]),
         "down_bias": (down_bias, [experts, width]),
     }
@@ -85,35 +87,48 @@ def check_arguments(
         if argument.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} (of hidden), got {argument.device}")
     check_weight_dtypes(hidden, {"gate_up": (gate_up, gate_up_scale), "down": (down, down_scale)}, transposed)
-    if fp8_activations and gate_up_scale is None:
-        raise ValueError("fp8_activations: expected False without scales, got True")
+    if fp8_activations and gate_up.dtype != torch.float8_e4m3fn:
+        raise ValueError("fp8_activations: expected False without FP8 weights, got True")
 
 
 def check_weight_dtypes(hidden: Tensor, weights: dict[str, tuple[Tensor, Tensor | None]], transposed: bool) -> None:
-    """Raise unless both weights have the dtype of hidden, or both are FP8 and have scales."""
+    """Raise unless both weights have the dtype of hidden, or both are FP8 or both MXFP4 and have scales."""
     if any(scale is not None for _, scale in weights.values()):
-        return check_scaled_weights(weights, transposed)
+        return check_scaled_weights(hidden, weights, transposed)
     for name, (weight, _) in weights.items():
         if weight.dtype != hidden.dtype:
             raise TypeError(f"{name}: expected dtype {hidden.dtype} (of hidden), got {weight.dtype}")
 
 
-def check_scaled_weights(weights: dict[str, tuple[Tensor, Tensor | None]], transposed: bool) -> None:
-    """Raise TypeError or ValueError unless each weight is FP8 and has a scale for each of its blocks."""
+def check_scaled_weights(hidden: Tensor, weights: dict[str, tuple[Tensor, Tensor | None]], transposed: bool) -> None:
+    """Raise TypeError or ValueError unless both weights are FP8 or MXFP4 and have a scale for each of their blocks."""
     if transposed:
         raise ValueError("transposed: expected False with scales, got True")
+    dtype = torch.uint8 if any(weight.dtype == torch.uint8 for weight, _ in weights.values()) else torch.float8_e4m3fn
+    if dtype == torch.uint8 and hidden.dtype == torch.float16:
+        raise TypeError("hidden: expected dtype torch.bfloat16 or torch.float32 with MXFP4 weights, got torch.float16")
     for name, (weight, scale) in weights.items():
-        if weight.dtype != torch.float8_e4m3fn:
-            raise TypeError(f"{name}: expected dtype torch.float8_e4m3fn with scales, got {weight.dtype}")
-        blocks = list(scale_sizes(weight.shape))
+        if weight.dtype != dtype:
+            raise TypeError(f"{name}: expected dtype {dtype} with scales, got {weight.dtype}")
+        blocks = list(_scale_sizes(name, weight))
         if scale is None:
             raise ValueError(f"{name}_scale: expected shape {blocks}, as the other weight has scales, got None")
         if list(scale.shape) != blocks:
             raise ValueError(f"{name}_scale: expected shape {blocks}, got {list(scale.shape)}")
-        if scale.dtype != torch.float32:
-            raise TypeError(f"{name}_scale: expected dtype torch.float32, got {scale.dtype}")
+        kind = torch.uint8 if dtype == torch.uint8 else torch.float32
+        if scale.dtype != kind:
+            raise TypeError(f"{name}_scale: expected dtype {kind}, got {scale.dtype}")
         if scale.device != weight.device:
             raise ValueError(f"{name}_scale: expected device {weight.device} (of {name}), got {scale.device}")
+
+
+def _scale_sizes(name: str, weight: Tensor) -> tuple[int, ...]:
+    if weight.dtype != torch.uint8:
+        return scale_sizes(weight.shape)
+    numbers = 2 * weight.shape[-1]
+    if numbers % MX_BLOCK:
+        raise ValueError(f"{name}: expected rows of a multiple of {MX_BLOCK} MXFP4 numbers, got {numbers}")
+    return mxfp4_sizes((*weight.shape[:-1], numbers))[1]
 
 
 def _expert_mlp(
@@ -137,12 +152,13 @@ def _expert_mlp(
     if hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation):
         from .stream import takes
 
-        if takes(Call(*tensors, *fp8), transposed):
+        call = Call(*tensors, *fp8)
+        if takes(call, transposed):
             return torch.ops.sere.expert_mlp_stream.default(*tensors, *fp8, activation, interleaved)
         from ..launching import device_guard
         from .kernel import launch_expert_mlp, multiplies_fp8
 
-        if gate_up_scale is None or multiplies_fp8(hidden.device):
+        if not call.fp8 or multiplies_fp8(hidden.device):
             with device_guard(hidden):
                 return launch_expert_mlp(*tensors, activation, interleaved, transposed, None, *fp8)
     if cpu.takes(hidden, gate_up_scale is not None):
@@ -242,8 +258,9 @@ def expert_mlp(
             expert parallelism, contributes nothing. A token may name one expert twice.
         topk_weights: [T, K] in any floating point dtype, multiplied with the expert's output in fp32.
         gate_up: [E, G * I, H], or [E, H, G * I] with transposed; G = `gate_width(activation)`; dtype of hidden, or
-            float8_e4m3fn with scales.
-        down: [E, H, I], or [E, I, H] with transposed; dtype of hidden, or float8_e4m3fn with scales.
+            float8_e4m3fn with scales; or MXFP4 in uint8 [E, G * I, H / 2] with scales.
+        down: [E, H, I], or [E, I, H] with transposed; dtype of hidden, or float8_e4m3fn with scales; or MXFP4 in uint8
+            [E, H, I / 2] with scales.
         gate_up_bias: [E, G * I] or None.
         down_bias: [E, H] or None; added before the multiplication with the slot's weight.
         activation: one of `ACTIVATIONS`. "silu": f(x); "silu_glu": f(gate) * up; "gpt_oss": gpt-oss's clamped
@@ -251,10 +268,11 @@ def expert_mlp(
         interleaved: gate and up alternate along G * I (gate first); otherwise the first I are the gate.
         transposed: how both weights are laid out.
         gate_up_scale: fp32 [E, ceil(G * I / 128), ceil(H / 128)], what each block of 128 x 128 of gate_up is to be
-            multiplied with, as in DeepSeek-V3's and Qwen3's FP8 checkpoints; or None.
-        down_scale: fp32 [E, ceil(H / 128), ceil(I / 128)]; given where gate_up_scale is.
-        fp8_activations: with scales, round what each weight is multiplied with to FP8 as well, 128 numbers of a row
-            with one factor, their largest over 448, as these checkpoints' `activation_scheme: "dynamic"` asks.
+            multiplied with, as in DeepSeek-V3's and Qwen3's FP8 checkpoints; of MXFP4 weights uint8 [E, G * I, H / 32],
+            as in gpt-oss's (see `mxfp4.py`); or None.
+        down_scale: fp32 [E, ceil(H / 128), ceil(I / 128)], or uint8 [E, H, I / 32]; given where gate_up_scale is.
+        fp8_activations: with FP8 weights, round what each weight is multiplied with to FP8 as well, 128 numbers of a
+            row with one factor, their largest over 448, as these checkpoints' `activation_scheme: "dynamic"` asks.
 
     Returns:
         A new contiguous tensor [T, H] in the dtype of hidden.
@@ -264,11 +282,12 @@ def expert_mlp(
         ValueError: a shape, a device or the name of the activation does not fit.
 
     On CUDA up to 256 tokens, and on CPUs, the weights of active experts are read from memory once, those of others not
-    at all. On CPUs a token that names an expert twice is computed once, with the sum of its weights; FP8 weights run as
-    the slow reference does.
+    at all. On CPUs a token that names an expert twice is computed once, with the sum of its weights; FP8 and MXFP4
+    weights run as the slow reference does.
     The first projection is rounded to the dtype of hidden after the activation only; everything else is in fp32.
     FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden (or FP8), and each block's
-    part of a sum with its scale. GPUs older than compute capability 8.9 run them as the slow reference does.
+    part of a sum with its scale. GPUs older than compute capability 8.9 run them as the slow reference does. MXFP4
+    weights are multiplied as the numbers that they stand for, with hidden states in bf16 or fp32.
     Deterministic. No gradient.
     """
     return torch.ops.sere.expert_mlp.default(

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .mxfp4 import unpack_mxfp4
+
 # alpha and limit of gpt-oss's clamped SwiGLU; the kernel has the same numbers.
 GPT_OSS_ALPHA = 1.702
 GPT_OSS_LIMIT = 7.0
@@ -46,9 +48,14 @@ class Call:
     fp8_activations: bool = False
 
     @property
+    def mxfp4(self) -> bool:
+        """Whether weights are MXFP4, two numbers to a byte."""
+        return self.gate_up_scale is not None and self.gate_up.dtype == torch.uint8
+
+    @property
     def fp8(self) -> bool:
         """Whether weights are FP8 with scales."""
-        return self.gate_up_scale is not None
+        return self.gate_up_scale is not None and not self.mxfp4
 
 
 def activation_number(activation: str) -> int:
@@ -124,7 +131,9 @@ def round_to_fp8(x: Tensor) -> Tensor:
 def _linear(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """Each row of x [T, N] through the weight [N, M] of its own expert: fp32 [T, M]."""
     chosen = weight[experts]
-    if scale is not None:
+    if scale is not None and weight.dtype == torch.uint8:
+        x, chosen = x.float(), unpack_mxfp4(chosen.transpose(1, 2), scale[experts]).transpose(1, 2)
+    elif scale is not None:
         # Of weights as they are stored, [M, N].
         rows, columns = weight.shape[2], weight.shape[1]
         wide = scale[experts].repeat_interleave(SCALE_BLOCK, 1).repeat_interleave(SCALE_BLOCK, 2)

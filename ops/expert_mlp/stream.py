@@ -166,7 +166,8 @@ def _can_run(call: Call) -> bool:
     half, step = call.hidden.dtype, 128 if call.fp8 else 64
     biases = [b for b in (call.gate_up_bias, call.down_bias) if b is not None]
     return (
-        (half == torch.bfloat16 or (half == torch.float16 and not call.fp8))
+        not call.mxfp4
+        and (half == torch.bfloat16 or (half == torch.float16 and not call.fp8))
         and all(b.dtype == half for b in biases)
         and call.topk_weights.dtype in FLOAT_NUMBERS
         and call.down.shape[0] <= MOST_EXPERTS

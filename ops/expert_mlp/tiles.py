@@ -62,15 +62,20 @@ class LaunchConfig:
 
 
 def launch_config(
-    dtype: torch.dtype, transposed: bool, many_per_expert: bool = False, planned: bool = False
+    dtype: torch.dtype, transposed: bool, many_per_expert: bool = False, planned: bool = False, mxfp4: bool = False
 ) -> LaunchConfig:
     """The tiles for one layer's weights.
 
-    `many_per_expert`: more than `MANY_SLOTS_PER_EXPERT` slots, T * K / E; `planned`: `MANY_SLOTS` in all or more.
+    `many_per_expert`: more than `MANY_SLOTS_PER_EXPERT` slots, T * K / E; `planned`: `MANY_SLOTS` in all or more;
+    `mxfp4`: weights of 4 bits.
 
     An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; a larger one for the rest
     takes shared memory from the copies under way.
     """
+    if mxfp4:
+        # A quarter of the bytes per column: as many of these in flight as of 16 bits by deeper tiles. Not timed.
+        tile = TileConfig(64, 128, 4, 5, 2, swap=True) if dtype.itemsize == 2 else TileConfig(32, 64, 4, 3, 2)
+        return LaunchConfig(tile, tile, planned=planned)
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)
         return LaunchConfig(tile, tile, planned=planned)

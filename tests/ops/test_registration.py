@@ -330,7 +330,7 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
 
         def compile_alone(kernel, element, ones, constants, **pointers):
             pointers |= dict(order_ptr="*i32", active_ptr="*i32", first_ptr="*i32")
-            pointers |= dict(out_ptr="*fp32", ids_ptr="*i64", s_ptr="*fp32")
+            pointers = dict(s_ptr="*fp32") | pointers | dict(out_ptr="*fp32", ids_ptr="*i64")
             scalars = dict.fromkeys(("num_slots", "stride_e", "stride_n", "stride_d", "stride_t", "stride_k"), "i32")
             types = {n: pointers.get(n, f"*{element}") for n in kernel.arg_names if n.endswith("_ptr")}
             types |= {n: type for n, type in scalars.items() if n not in ones}
@@ -343,21 +343,24 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
             return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
         LAYERS = [
-            ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False)),
-            ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True)),
-            ("fp32", torch.float32, False, dict(K=2, E=8, HIDDEN=100, INNER=200), ("relu2", False, False, True)),
+            ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False), 0),
+            ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True), 0),
+            ("bf16", torch.bfloat16, False, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", *[True] * 3), 32),
+            ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False), 32),
+            ("fp32", torch.float32, False, dict(K=2, E=8, HIDDEN=100, INNER=200), ("relu2", False, False, True), 0),
         ]
-        for (element, dtype, transposed, shape, flags), slots in itertools.product(LAYERS, (256, 4096)):
+        for (element, dtype, transposed, shape, flags, scale), slots in itertools.product(LAYERS, (256, 4096)):
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
-            config = launch_config(dtype, transposed, slots > 24 * shape["E"], slots >= 1024)
-            shape |= {"SCALE": 0, "ALIGN": config.gate_up.step, "PLANNED": config.planned}
+            config = launch_config(dtype, transposed, slots > 24 * shape["E"], slots >= 1024, mxfp4=scale == 32)
+            shape |= {"SCALE": scale, "ALIGN": config.gate_up.step, "PLANNED": config.planned}
             shape |= chunk_of(slots, shape["E"], config.chunk)
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
+            packed = {"w_ptr": "*u8", "s_ptr": "*u8"} if scale == 32 else {}
             for kernel, tile in ((gate_up_kernel, config.gate_up), (down_kernel, config.down)):
-                compiled = compile_alone(kernel, element, ones, {**shape, **tile.arguments()})
+                compiled = compile_alone(kernel, element, ones, {**shape, **tile.arguments()}, **packed)
                 assert compiled.metadata.shared <= shared * 1024
                 assert element == "fp32" or "cp.async.cg.shared.global" in compiled.asm["ptx"]
-                if element == "bf16" and not transposed and slots == 256:
+                if element == "bf16" and not transposed and not scale and slots == 256:
                     compile_alone(kernel, element, ones, {**shape, **tile.arguments(), "SCALE": 128}, w_ptr="*fp8e4nv")
             if config.planned:
                 compile_alone(plan_kernel, element, ("stride_k",), {**shape, "num_warps": 4})
