@@ -224,6 +224,8 @@ def _computing(region: DispatchRegion) -> list[Node]:
 
 def _why_no_candidate(region: DispatchRegion) -> Skip:
     kinds = {nodes.kind(node) for node in _computing(region)}
+    if nodes.OUR_EXPERTS in kinds:
+        return Skip(SkipReason.OURS_ALREADY, region.output)
     if not kinds & MATMULS:
         return Skip(SkipReason.NOT_BATCHED, region.output, f"operations ({', '.join(sorted(kinds))})")
     other = sorted(kinds - _ROUTINE)

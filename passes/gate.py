@@ -115,6 +115,7 @@ class SkipReason(enum.Enum):
     SHARED_MEMORY = "its memory is shared with the rest of the graph"
     READ_ELSEWHERE = "more than its dispatch reads its results"
     NO_MEMORY = "there is no memory to compare it with ours"
+    OURS_ALREADY = "its experts are sere.expert_mlp already"
     NOT_BATCHED = "its experts do not run as batched or grouped matmuls"
     NO_EXPERT_LAYER = "no expert layer of ours has its tensors and operations"
     OTHER_EXPERTS = "no expert layer of ours gives its numbers"

@@ -24,6 +24,7 @@ from .evaluation import Evaluation, evaluate
 from .explain import explain
 from .integrations.experts import register_experts
 from .integrations.generate import generate_config
+from .integrations.packed_experts import pack_experts
 from .report import GateReport, GateRow
 from .rewrite import rewrite
 from .similarity.attach import attach, detach
@@ -60,6 +61,7 @@ __all__ = [
     "evaluate",
     "explain",
     "generate_config",
+    "pack_experts",
     "register_experts",
     "reset_stats",
     "rewrite",

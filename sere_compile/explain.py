@@ -182,5 +182,6 @@ def _hidden_selection(model: Any) -> str:
         return "Is the model an MoE, and does Dynamo trace it (TORCH_LOGS=graph_breaks)?"
     return (
         f"The model has what looks like routers ({some(routers)}), and no top-k of PyTorch selects experts by them. "
-        "Where a kernel does (use_kernels=True, MXFP4), there is nothing to re-route: load the model without it."
+        "Where a kernel does (use_kernels=True, MXFP4), there is nothing to re-route: load the model without it, "
+        "gpt-oss with Mxfp4Config(dequantize=True), whose experts sere_compile.pack_experts packs again."
     )

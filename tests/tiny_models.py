@@ -126,18 +126,18 @@ def tokens(batch: int = 4, length: int = 6, seed: int = 0, device: str = "cpu") 
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def gate_names(layers: int = LAYERS) -> list[str]:
-    """Router weights of all three models, in order."""
-    return [f"model.layers.{i}.mlp.gate.weight" for i in range(layers)]
+def gate_names(router: str = "gate") -> list[str]:
+    """Router weights of all three models, in order; gpt-oss calls its routers "router"."""
+    return [f"model.layers.{i}.mlp.{router}.weight" for i in range(LAYERS)]
 
 
-def random_profile(model: nn.Module, seed: int = 0):
-    """A `SimilarityProfile` with a random symmetric matrix for every gate."""
+def random_profile(model: nn.Module, seed: int = 0, router: str = "gate"):
+    """A `SimilarityProfile` with a random symmetric matrix for every gate; `router` as in `gate_names`."""
     from sere_compile import SimilarityProfile
 
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
-    for name in gate_names():
+    for name in gate_names(router):
         experts = model.get_parameter(name).shape[0]
         half = torch.rand(experts, experts, generator=generator)
         matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..native import FLOAT_NUMBERS, compiled_ahead
+from .mxfp4 import unpack_mxfp4
 from .reference import Call, activate, activation_number, gate_width
 
 logger = logging.getLogger(__name__)
@@ -39,16 +40,16 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def takes(hidden: Tensor, has_scales: bool) -> bool:
+def takes(call: Call) -> bool:
     """Whether a call, real or fake, is one for `sere::expert_mlp_cpu`.
 
     Not while AOTInductor traces: its packages run without Python.
     """
-    return hidden.device.type == "cpu" and not has_scales and not compiled_ahead()
+    return call.hidden.device.type == "cpu" and not call.fp8 and not compiled_ahead()
 
 
 def launch_cpu(call: Call, activation: str, interleaved: bool, transposed: bool) -> Tensor:
-    """`sere::expert_mlp` without scales, on checked arguments."""
+    """`sere::expert_mlp` on checked arguments, whose weights are not FP8."""
     if transposed:
         call = dataclasses.replace(call, gate_up=call.gate_up.transpose(1, 2), down=call.down.transpose(1, 2))
     kernel = library() if _can_run(call) else None
@@ -59,6 +60,8 @@ def launch_cpu(call: Call, activation: str, interleaved: bool, transposed: bool)
 
 def _can_run(call: Call) -> bool:
     """Whether cpu.cpp reads these tensors where they are."""
+    if call.mxfp4:
+        return False
     sizes_of_one = all(1 in (weight.stride(1), weight.stride(2)) for weight in (call.gate_up, call.down))
     return sizes_of_one and all(b is None or b.dtype == call.hidden.dtype for b in (call.gate_up_bias, call.down_bias))
 
@@ -122,13 +125,17 @@ def by_expert(call: Call, activation: str, interleaved: bool) -> Tensor:
         named = call.topk_ids == expert
         tokens = named.any(1).nonzero()[:, 0]
         weights = torch.where(named, call.topk_weights.float(), 0.0).sum(1)[tokens, None]
-        x = _linear(hidden[tokens], call.gate_up[expert], call.gate_up_bias, expert)
-        x = _linear(activate(x, activation, interleaved).to(hidden.dtype), call.down[expert], call.down_bias, expert)
+        x = _linear(hidden[tokens], call.gate_up, call.gate_up_scale, call.gate_up_bias, expert)
+        x = activate(x, activation, interleaved).to(hidden.dtype)
+        x = _linear(x, call.down, call.down_scale, call.down_bias, expert)
         total.index_add_(0, tokens, x * weights)
     return total.to(hidden.dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    """Rows [R, M] through the weight [N, M] of an expert: fp32 [R, N]."""
-    out = torch.mm(x, weight.t()).float()
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, expert: int) -> Tensor:
+    """Rows [R, M] through the weight [N, M] of an expert, MXFP4 with a scale: fp32 [R, N]."""
+    if scale is None:
+        out = torch.mm(x, weight[expert].t()).float()
+    else:
+        out = torch.mm(x.float(), unpack_mxfp4(weight[expert], scale[expert]).t())
     return out if bias is None else out + bias[expert].float()

@@ -149,10 +149,10 @@ def _expert_mlp(
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
     fp8 = (gate_up_scale, down_scale, fp8_activations)
     check_arguments(*tensors, activation, interleaved, transposed, *fp8)
+    call = Call(*tensors, *fp8)
     if hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation):
         from .stream import takes
 
-        call = Call(*tensors, *fp8)
         if takes(call, transposed):
             return torch.ops.sere.expert_mlp_stream.default(*tensors, *fp8, activation, interleaved)
         from ..launching import device_guard
@@ -161,8 +161,9 @@ def _expert_mlp(
         if not call.fp8 or multiplies_fp8(hidden.device):
             with device_guard(hidden):
                 return launch_expert_mlp(*tensors, activation, interleaved, transposed, None, *fp8)
-    if cpu.takes(hidden, gate_up_scale is not None):
-        return torch.ops.sere.expert_mlp_cpu.default(*tensors, activation, interleaved, transposed)
+    if cpu.takes(call):
+        scales = gate_up_scale, down_scale
+        return torch.ops.sere.expert_mlp_cpu.default(*tensors, *scales, activation, interleaved, transposed)
     return expert_mlp_reference(*tensors, activation, interleaved, transposed, *fp8)
 
 
@@ -175,12 +176,14 @@ def expert_mlp_cpu(
     down: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
     activation: str,
     interleaved: bool,
     transposed: bool,
 ) -> Tensor:
-    """`sere::expert_mlp` on a CPU, without scales."""
-    tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
+    """`sere::expert_mlp` on a CPU, whose weights are not FP8."""
+    tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale)
     return cpu.launch_cpu(Call(*tensors), activation, interleaved, transposed)
 
 
@@ -282,8 +285,8 @@ def expert_mlp(
         ValueError: a shape, a device or the name of the activation does not fit.
 
     On CUDA up to 256 tokens, and on CPUs, the weights of active experts are read from memory once, those of others not
-    at all. On CPUs a token that names an expert twice is computed once, with the sum of its weights; FP8 and MXFP4
-    weights run as the slow reference does.
+    at all. On CPUs a token that names an expert twice is computed once, with the sum of its weights; FP8 weights
+    run as the slow reference does, MXFP4 weights are unpacked one active expert after the other.
     The first projection is rounded to the dtype of hidden after the activation only; everything else is in fp32.
     FP8 weights are multiplied as they are, exactly, with activations in the dtype of hidden (or FP8), and each block's
     part of a sum with its scale. GPUs older than compute capability 8.9 run them as the slow reference does. MXFP4
@@ -326,7 +329,7 @@ def expert_mlp_into(
         raise ValueError("out: expected memory of its own, got that of hidden")
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
     if not (hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation)):
-        if cpu.takes(hidden, has_scales=False):
+        if cpu.takes(Call(*tensors)):
             out.copy_(cpu.launch_cpu(Call(*tensors), activation, interleaved, False))
         else:
             out.copy_(expert_mlp_reference(*tensors, activation, interleaved))

@@ -221,9 +221,9 @@ def _classify(
     if name == "embedding":
         table = max(nodes.operands(consumer), key=lambda n: nodes.is_floating(n))
         return _classify_index(consumer, read, table, num_experts)
-    if name in nodes.PRODUCTS_BY_ID and read is nodes.argument(consumer, 3, "expert_ids"):
-        sizes = nodes.shape(nodes.argument(consumer, 1, "B")) or ()
-        return Use(consumer, read, UseKind.EXPERT_INDEX), sizes[:1] == (num_experts,)
+    weights = _taken_by_id(consumer, read)
+    if weights is not None:
+        return Use(consumer, read, UseKind.EXPERT_INDEX), (nodes.shape(weights) or ())[:1] == (num_experts,)
     reaches = reaches_experts(consumer, num_experts)
     if name in ("sort", "argsort") and slots_stay_apart(consumer, num_experts):
         return Use(consumer, read, UseKind.GROUPED), reaches
@@ -232,6 +232,16 @@ def _classify(
     if not reaches and leaves(consumer):
         return Use(consumer, read, UseKind.LEAVES), False
     return Use(consumer, read, UseKind.UNKNOWN), reaches
+
+
+def _taken_by_id(consumer: Node, read: Node) -> Node | None:
+    """Stacked weights of which an operator takes those that the ids name."""
+    name = nodes.kind(consumer)
+    if name in nodes.PRODUCTS_BY_ID and read is nodes.argument(consumer, 3, "expert_ids"):
+        return nodes.argument(consumer, 1, "B")
+    if name == nodes.OUR_EXPERTS and read is nodes.argument(consumer, 1, "topk_ids"):
+        return nodes.argument(consumer, 4, "down")
+    return None
 
 
 def _classify_index(consumer: Node, read: Node, source: Node | None, num_experts: int) -> tuple[Use, bool]:

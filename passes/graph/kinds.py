@@ -90,6 +90,8 @@ _FROM_HUB = ("finegrained_fp8",)
 # are sorted by expert. Arguments: rows, weights, scales, then ids, or offsets and counts.
 FP8_BLOCKS_BY_ID = "finegrained_fp8.w8a8_block_dynamic_fp8_matmul_batched"
 FP8_BLOCKS_SORTED = "finegrained_fp8.w8a8_block_dynamic_fp8_matmul_grouped"
+# All of an expert layer, by the ids that it is given.
+OUR_EXPERTS = "sere.expert_mlp"
 PRODUCTS_BY_ID = frozenset(
     {FP8_BLOCKS_BY_ID}
     | {f"finegrained_fp8.{name}_matmul_batched" for name in ("w8a8_tensor_dynamic_fp8", "mxfp_dynamic")}

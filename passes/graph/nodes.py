@@ -15,7 +15,16 @@ import torch
 from torch.fx import Node
 
 from .arguments import argument, operand
-from .kinds import ALIASING, FP8_BLOCKS_BY_ID, FP8_BLOCKS_SORTED, PRODUCTS_BY_ID, VALUE_PRESERVING, kind, raw_name
+from .kinds import (
+    ALIASING,
+    FP8_BLOCKS_BY_ID,
+    FP8_BLOCKS_SORTED,
+    OUR_EXPERTS,
+    PRODUCTS_BY_ID,
+    VALUE_PRESERVING,
+    kind,
+    raw_name,
+)
 from .memory import bases, followers, viewed, writers, writes
 from .values import (
     count,
@@ -39,6 +48,7 @@ __all__ = [
     "CLAMPS",
     "FP8_BLOCKS_BY_ID",
     "FP8_BLOCKS_SORTED",
+    "OUR_EXPERTS",
     "PRODUCTS_BY_ID",
     "VALUE_PRESERVING",
     "argument",

@@ -139,13 +139,13 @@ def routers_in(root: nn.Module) -> list[RouterModule]:
     """Every weight of a model that has a row or column for each of the experts around it, whether it runs or not.
 
     Of several such weights around the same experts the nearest are taken: a head of the model is
-    farther than a router. A table of words is none, however few there are.
+    farther than a router. Several inside the module of the experts are their biases, if there are
+    others around it. A table of words is none, however few there are.
     """
     modules = dict(root.named_modules())
     counts = {len(m) for m in modules.values() if isinstance(m, (nn.ModuleList, nn.ModuleDict))}
     counts = {count for count in counts | {p.shape[0] for p in root.parameters() if p.dim() >= 3} if count > 1}
     found: list[tuple[RouterModule, nn.Module, int]] = []
-    nearest: dict[nn.Module, int] = {}
     for path, holder in modules.items():
         if isinstance(holder, nn.Embedding):
             continue
@@ -160,10 +160,22 @@ def routers_in(root: nn.Module) -> list[RouterModule]:
                 place = _nearest_experts(owner, size)
                 if place is not None:
                     experts, distance = place
-                    depth = len(chain) - distance
-                    nearest[experts] = max(depth, nearest.get(experts, 0))
-                    found.append((RouterModule(owner.name, weight, chain[: distance + 1]), experts, depth))
-    return [router for router, experts, depth in found if depth == nearest[experts]]
+                    router = RouterModule(owner.name, weight, chain[: distance + 1])
+                    found.append((router, experts, len(chain) - distance))
+    return _without_farther_ones(found)
+
+
+def _without_farther_ones(found: list[tuple[RouterModule, nn.Module, int]]) -> list[RouterModule]:
+    """Of routers, each with experts near it and the depth at which both are in the model, those nearest to experts."""
+    kept = []
+    for experts in dict.fromkeys(experts for _, experts, _ in found):
+        near = [(router, depth) for router, other, depth in found if other is experts]
+        around = [(router, depth) for router, depth in near if router.modules[0] is not experts]
+        if around and len(near) - len(around) > 1:
+            near = around
+        nearest = max(depth for _, depth in near)
+        kept += [id(router) for router, depth in near if depth == nearest]
+    return [router for router, _, _ in found if id(router) in kept]
 
 
 def _nearest_experts(owner: Owner, num_experts: int) -> tuple[nn.Module, int] | None:

@@ -109,6 +109,28 @@ def test_routers_are_known_by_what_stands_around_them():
     ]
 
 
+class WithBiases(nn.Module):
+    """Stacked experts with `biases` vectors for each, in one module with their weights, as gpt-oss has them."""
+
+    def __init__(self, biases):
+        super().__init__()
+        self.stack = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, HIDDEN))
+        for number in range(biases):
+            self.register_parameter(f"bias{number}", nn.Parameter(torch.zeros(EXPERTS, HIDDEN)))
+
+
+@pytest.mark.parametrize(("biases", "gate", "names"), [
+    (2, True, ["gate.weight"]),
+    (1, True, ["experts.bias0"]),  # by its looks the router of a block that is one module, and the other a head
+    (2, False, ["experts.bias0", "experts.bias1"]),
+])  # fmt: skip
+def test_biases_of_experts_are_no_routers(biases, gate, names):
+    """Where there are several, and a router beside them."""
+    model = nn.Module()
+    model.gate, model.experts = nn.Linear(HIDDEN, EXPERTS if gate else 3), WithBiases(biases)
+    assert [router.name for router in routers_in(model)] == names
+
+
 def test_a_table_of_words_is_no_router():
     """Also where a model has as many words as layers."""
     model = nn.Module()

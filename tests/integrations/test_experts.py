@@ -13,7 +13,7 @@ from sere_compile.idle import tell_once
 from sere_compile.testing import oracle_routing
 
 from ..compiled import logits
-from ..tiny_models import build, random_profile, tokens
+from ..tiny_models import build, gpt_oss, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -35,6 +35,17 @@ def test_an_eager_model_is_re_routed(name):
     sere_compile.attach(model, profile)
     torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, original, atol=1e-3)
+
+
+def test_a_router_beside_experts_with_biases():
+    """gpt-oss: the biases of its experts have a row for each expert too."""
+    model, ids = gpt_oss(), tokens(6, 1)
+    profile = random_profile(model, router="router")
+    with oracle_routing(model, profile, 1):
+        expected = logits(model, ids)
+    model.set_experts_implementation("sere")
+    sere_compile.attach(model, profile)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

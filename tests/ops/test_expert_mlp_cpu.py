@@ -9,7 +9,7 @@ import torch
 
 from sere_compile.ops import expert_mlp
 from sere_compile.ops.expert_mlp import ACTIVATIONS, cpu
-from sere_compile.ops.expert_mlp.reference import expert_mlp_reference
+from sere_compile.ops.expert_mlp.reference import Call, expert_mlp_reference
 
 from .test_expert_mlp import LAYERS, Layer, assert_close_to_oracle, far_out
 
@@ -171,7 +171,8 @@ def test_no_tokens_and_no_slots(form):
 
 @pytest.mark.parametrize("layer", [Layer(), Layer(transposed=True, bias=True, dtype=torch.bfloat16)], ids=str)
 def test_opcheck(layer):
-    torch.library.opcheck(OP, layer.draw())
+    arguments = layer.draw()
+    torch.library.opcheck(OP, (*arguments[:7], None, None, *arguments[7:]))
 
 
 def test_inductor_calls_it():
@@ -183,16 +184,20 @@ def test_inductor_calls_it():
     torch.testing.assert_close(result, expert_mlp(*arguments).relu(), rtol=0, atol=0)
 
 
-def test_ahead_of_time_and_with_scales_it_is_the_reference():
+def test_ahead_of_time_and_with_weights_of_8_bits_it_is_the_reference():
     """Packages run without Python; FP8 has no kernel."""
     from torch._inductor.virtualized import V
 
-    hidden = torch.zeros(1, 1)
-    assert cpu.takes(hidden, has_scales=False)
-    assert not cpu.takes(hidden, has_scales=True)
-    assert not cpu.takes(hidden.to("meta"), has_scales=False)
+    def call(scale=None, dtype=torch.float32, device="cpu"):
+        weight = torch.zeros(1, 1, 1, dtype=dtype)
+        return Call(torch.zeros(1, 1, device=device), None, None, weight, weight, None, None, scale, scale)
+
+    assert cpu.takes(call())
+    assert not cpu.takes(call(torch.ones(1, 1, 1), torch.float8_e4m3fn))
+    assert cpu.takes(call(torch.ones(1, 1, 1, dtype=torch.uint8), torch.uint8))
+    assert not cpu.takes(call(device="meta"))
     with V.set_aot_compilation(True):
-        assert not cpu.takes(hidden, has_scales=False)
+        assert not cpu.takes(call())
 
 
 def test_without_a_compiler_it_says_so_once(monkeypatch, caplog):

@@ -414,6 +414,12 @@ class TestCandidates:
         region.inside = region.inside[1:]
         assert _why_no_candidate(region).reason is SkipReason.NOT_BATCHED
 
+    def test_what_is_ours_already(self):
+        region = Region(GATED, DOWN)
+        region.inside += [region.call(torch.ops.sere.expert_mlp.default, region.hidden, region.ids, region.weights,
+                                      *region.inputs)]  # fmt: skip
+        assert str(_why_no_candidate(region)) == "its experts are sere.expert_mlp already"
+
 
 class TestHidden:
     """The node that the operator reads for the hidden states [T, H]."""

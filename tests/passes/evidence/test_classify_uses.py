@@ -593,6 +593,17 @@ def test_a_product_by_ids(stored, reach):
         assert bool(found.reach) is reach
 
 
+@pytest.mark.parametrize(("stored", "reach"), [(EXPERTS, True), (EXPERTS + 1, False)])
+def test_our_own_experts(stored, reach):
+    w = Classified(experts=False)
+    stacks = w.weight(stored, 2 * WIDTH, WIDTH), w.weight(stored, WIDTH, WIDTH)
+    weights = w.input(torch.zeros(8, TOP_K))
+    made = w.call(torch.ops.sere.expert_mlp.default, w.x, w.ids, weights, *stacks)
+    found = w.uses(made)
+    assert [use.kind for use in found.all] == [UseKind.EXPERT_INDEX]
+    assert bool(found.reach) is reach
+
+
 class TestBeforeIdsAreComplete:
     """Readers of whole ids where a dispatch reads their first columns."""
 
