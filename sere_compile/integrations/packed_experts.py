@@ -80,7 +80,7 @@ def _packed_class() -> type[nn.Module]:
         def __init__(self, name: str, experts: Any) -> None:
             nn.Module.__init__(self)
             _check(name, experts)
-            vars(self).update({key: value for key, value in vars(experts).items() if key not in vars(self)})
+            self.__dict__.update({key: value for key, value in vars(experts).items() if key not in vars(self)})
             self.training = experts.training
             for which in ("gate_up_proj", "down_proj"):
                 self.register_parameter(f"{which}_bias", getattr(experts, f"{which}_bias"))
