@@ -16,6 +16,7 @@ import torch
 
 from sere_compile.ops import expert_mlp
 from tests.ops.test_expert_mlp import Layer, assert_close_to_oracle
+from tests.ops.test_expert_mlp_mxfp4 import LAYERS as MXFP4_LAYERS
 from tests.ops.test_expert_mlp_stream import with_fp8
 
 LAYERS = [
@@ -29,6 +30,7 @@ LAYERS = [
     Layer(tokens=1, slots=8, experts=16, hidden=192, inner=64, bias=True, dtype=torch.bfloat16),
     Layer(tokens=16, slots=4, experts=16, hidden=128, inner=128, dtype=torch.bfloat16),
 ]
+PACKED = [dataclasses.replace(layer, dtype=torch.bfloat16) for layer in MXFP4_LAYERS]
 
 
 def main() -> None:
@@ -41,6 +43,10 @@ def main() -> None:
     scaled, exact = with_fp8(LAYERS[-1].draw(device="cuda"))
     assert_close_to_oracle(expert_mlp(*scaled), exact)
     print("ran the last with FP8 weights", flush=True)
+    for layer in PACKED:
+        packed, exact = layer.draw_both("cuda")
+        assert_close_to_oracle(expert_mlp(*packed), exact)
+        print("ran", dataclasses.astuple(layer), "with MXFP4 weights", flush=True)
 
 
 if __name__ == "__main__":
