@@ -24,7 +24,7 @@ from .backend import sere_backend
 from .compiler import dynamo, missing_gates
 from .compiler.kept_aside import KeptAside, Remembered, remember_generators
 from .compiler.missing_gates import runs
-from .compiler.same_numbers import buffers_restored, copy_of, eager_results, shows_wrong
+from .compiler.same_numbers import HeldBuffers, buffers_restored, copy_of, eager_results, shows_wrong
 from .config import SereConfig
 from .errors import GateNotFoundError
 
@@ -168,7 +168,7 @@ class _Compiled:
         dynamo.forget_codes(self._model)
         # What its code keeps in attributes, lists and objects, and may read in the next call.
         aside = KeptAside(self._model).remember() if isinstance(self._model, nn.Module) else None
-        untouched: list[int] | None = None
+        untouched: _Untouched | None = None
         random_state = _RandomState(self._model, args, kwargs)
         call.trying = True
         is_tried = _versions(self._model, args, kwargs) is not None and _can_be_put_back(self._model, aside)
@@ -176,7 +176,7 @@ class _Compiled:
             is_right = not is_tried or self._captures_right(args, kwargs, random_state, aside)
             if is_right:
                 made_again()
-                is_tried, untouched, before = False, _versions(self._model, args, kwargs), runs.rewritten
+                is_tried, untouched, before = False, _Untouched(self._model, args, kwargs), runs.rewritten
                 result = self._call_captured(args, kwargs)
         except Exception as error:  # what capture raises has no common class; it is logged or raised
             self._give_up(f"it raises {type(error).__name__}: {_first_line(error)}")
@@ -253,10 +253,10 @@ class _Compiled:
         return self._call_plain(args, kwargs)
 
     def _can_be_made_again(
-        self, untouched: list[int] | None, aside: Remembered | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, untouched: _Untouched | None, aside: Remembered | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Whether a call has left all as it was; what it has kept aside is put back for that."""
-        if untouched is None or untouched != _versions(self._model, args, kwargs):
+        if untouched is None or not untouched.is_shown(args, kwargs):
             return False
         if aside is not None:
             if not aside.is_all_known():
@@ -313,6 +313,25 @@ class _RandomState:
             torch.cuda.set_rng_state(state, device)
 
 
+class _Untouched:
+    """What shows that a call has changed neither its arguments nor the parameters and buffers of the model."""
+
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model, self._versions = model, _versions(model, args, kwargs)
+        self._buffers = HeldBuffers(model) if _buffer_bytes(model) <= _MOST_BUFFER_BYTES else None
+
+    def is_shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is shown after a call with these arguments."""
+        if self._versions is None or self._versions != _versions(self._model, args, kwargs):
+            return False
+        return self._buffers is not None and self._buffers.are_same()
+
+
+def _buffer_bytes(model: Any) -> int:
+    buffers = model.buffers() if isinstance(model, nn.Module) else ()
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+
 def _versions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
     """Counters of in-place changes of everything a call could change, None where that cannot be told (a cache)."""
     leaves = tree_leaves((args, kwargs))
@@ -329,8 +348,7 @@ def _can_be_put_back(model: Any, aside: Remembered | None) -> bool:
     """Whether a call can be tried: buffers, and what its code keeps aside, can be copied."""
     if not isinstance(model, nn.Module) or aside is None:
         return True
-    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    return size <= _MOST_BUFFER_BYTES and not aside.has_uncopied
+    return _buffer_bytes(model) <= _MOST_BUFFER_BYTES and not aside.has_uncopied
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,9 +13,10 @@ from torch import nn
 from .backend import SereBackend
 from .compiler import dynamo
 from .compiler.eager_selections import WatchSelections
+from .compiler.kept_aside import KeptAside
 from .compiler.observed_graph import observer, on_lines, on_whole_call
 from .compiler.obstacle import diagnose
-from .compiler.same_numbers import eager_results, shows_wrong
+from .compiler.same_numbers import buffers_restored, eager_results, shows_wrong
 from .config import SereConfig
 from .experts.owner import routers_in
 from .report import REWRITTEN, SKIPPED, GateReport, GateRow
@@ -30,6 +31,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     The model runs once, unchanged, without gradients and without probing. Where Dynamo breaks it
     into several graphs or skips a frame, it runs a second time, in eager mode and on copies of the
     arguments, to find gates that no graph shows; arguments that cannot be copied leave that out.
+    What runs leave in the model, in its buffers and attributes, is put back.
 
     Args:
         model: an nn.Module or function, compiled or not.
@@ -40,7 +42,13 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     Returns:
         A report whose `str()` is a table.
     """
-    config = config or SereConfig()
+    original = getattr(model, "_orig_mod", model)
+    aside = KeptAside(original).restored() if isinstance(original, nn.Module) else contextlib.nullcontext()
+    with aside, buffers_restored(original):
+        return _explain(model, args, kwargs, config or SereConfig())
+
+
+def _explain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: SereConfig) -> GateReport:
     if config.capture == "default":
         return GateReport(rows := _rows(model, args, kwargs, config), _hint(rows, model, args, kwargs))
     again = _copied((args, kwargs))

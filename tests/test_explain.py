@@ -1,16 +1,34 @@
 """`explain` on models, compiled or not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import sere_compile
-from sere_compile import SereConfig, sere_backend
+from sere_compile import SereConfig, SimilarityProfile, sere_backend
 
 from .compiled import Dense, logits, oracle_logits
 from .tiny_models import build, gate_names, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Normalised(nn.Module):
+    """Counts its calls, and has a norm ahead of the router."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate = nn.BatchNorm1d(8), nn.Linear(8, 4, bias=False)
+        self.stack = nn.Parameter(torch.randn(4, 8, 8))
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        x = self.norm(x)
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        return (torch.einsum("th,tkhf->tkf", x, self.stack[ids]) * weights[..., None]).sum(1)
 
 
 class TestExplain:
@@ -21,6 +39,16 @@ class TestExplain:
         sere_compile.explain(model, ids, use_cache=False)
         assert sere_compile.similarity.binding.lookup(model.get_parameter(gate_names()[0])).matrix is None
         assert torch.equal(logits(model, ids), before)
+
+    @pytest.mark.parametrize("capture", ["default", "auto"])
+    def test_leaves_nothing_in_the_model(self, capture):
+        """Neither statistics of a norm in training mode, nor a count in a list."""
+        model = Normalised().train()
+        report = sere_compile.explain(model, torch.randn(6, 8) + 1, config=SereConfig(capture=capture))
+        assert [row.status for row in report] == ["rewritten"]
+        assert not model.norm.running_mean.any()
+        assert torch.equal(model.norm.running_var, torch.ones(8))
+        assert (int(model.norm.num_batches_tracked), model.calls) == (0, [])
 
     def test_identity_and_skips_have_reasons(self):
         """S = K is reported as identity; a selection that is no gate as skipped, with its line."""
@@ -58,6 +86,31 @@ class TestExplain:
         compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
         logits(compiled, ids)
         assert len(sere_compile.explain(compiled, ids, use_cache=False).rewritten) == 2
+
+
+@pytest.mark.parametrize("select", [1, 2])
+@pytest.mark.parametrize("how", ["torch.compile", "sere_compile.compile", "rewrite"])
+def test_statistics_are_those_of_one_call(how, select):
+    """Whatever is tried and proven on the way."""
+    torch.manual_seed(0)
+    model, x = Normalised().train(), torch.randn(6, 8) + 1
+    other = copy.deepcopy(model)
+    matrix = torch.rand(4, 4)
+    profile = SimilarityProfile({"gate.weight": (matrix + matrix.T) / 2})
+    sere_compile.attach(model, profile)
+    options = {"select_top_k": select, "min_active": 0}
+    if how == "rewrite":
+        program = torch.export.export(model, (x,))
+        sere_compile.rewrite(program, profile=profile, config=SereConfig(**options))
+    else:
+        compiled = (
+            torch.compile(model, backend=sere_backend.with_options(inner="eager", **options))
+            if how == "torch.compile"
+            else sere_compile.compile(model, inner="eager", **options)
+        )
+        compiled(x), other(x)
+    after, wanted = dict(model.named_buffers()), dict(other.named_buffers())
+    assert all(torch.equal(after[name], wanted[name]) for name in wanted)
 
 
 class Wrapped(nn.Module):

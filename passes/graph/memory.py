@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,17 @@ from .kinds import ALIASING, kind, marks_in_place, spelling
 
 # Views of all parts of a tensor, of which `item` picks one.
 _SPLITTING = frozenset({"chunk", "split", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind"})
+
+
+# Statistics that these change where a flag says so, of which no schema tells.
+_UPDATES = {
+    "batch_norm": "training",
+    "native_batch_norm": "training",
+    "cudnn_batch_norm": "training",
+    "miopen_batch_norm": "training",
+    "instance_norm": "use_input_stats",
+}
+_STATISTICS = ("running_mean", "running_var")
 
 
 def viewed(node: Node) -> Node | None:
@@ -39,13 +51,38 @@ def writes(node: Node) -> list[Node]:
     if schema is not None:
         arguments = schema.arguments
         bound = [(a, node.args[i] if i < len(node.args) else node.kwargs.get(a.name)) for i, a in enumerate(arguments)]
-        return [n for a, v in bound if a.alias_info is not None and a.alias_info.is_write for n in _nodes_in(v)]
+        marked = [n for a, v in bound if a.alias_info is not None and a.alias_info.is_write for n in _nodes_in(v)]
+        return marked + _unmarked(node)
     name = spelling(node)
     written = _nodes_in(node.kwargs.get("out"))
     in_place = marks_in_place(name) or node.kwargs.get("inplace") is True
     if in_place and node.args:
         written += _nodes_in(node.args[0])
-    return written
+    return written + _unmarked(node)
+
+
+def _unmarked(node: Node) -> list[Node]:
+    """What an operation changes by what it does, though neither its name nor its schema says so."""
+    name = kind(node)
+    if name in _UPDATES:
+        given = _by_name(node, (*("input", "weight", "bias"), *_STATISTICS, _UPDATES[name]))
+        return [] if given.get(_UPDATES[name]) is False else _nodes_in([given.get(name) for name in _STATISTICS])
+    if name in ("embedding", "embedding_bag"):
+        given = _by_name(node, ())
+        return [] if given.get("max_norm") is None else _nodes_in(given.get("weight"))
+    return []
+
+
+def _by_name(node: Node, of_builtin: tuple[str, ...]) -> Mapping[str, Any]:
+    """A call's arguments by their names, with defaults; of a function without a signature the first ones' are given."""
+    schema = _schema(node)
+    if schema is not None:
+        defaults = {a.name: a.default_value for a in schema.arguments}
+    elif inspect.isfunction(node.target):
+        defaults = {name: p.default for name, p in inspect.signature(node.target).parameters.items()}
+    else:
+        defaults = dict.fromkeys(of_builtin)
+    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
 
 
 def _schema(node: Node) -> torch.FunctionSchema | None:

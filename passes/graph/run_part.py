@@ -47,7 +47,8 @@ def _compute(node: Node, module: GraphModule | None, values: dict[Node, Any], si
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         assert module is not None
-        return getattr(module.get_submodule(owner), name)
+        held = getattr(module.get_submodule(owner), name)
+        return copied(held) if nodes.writers(node) else held
     arguments, keywords = map_arg((node.args, node.kwargs), values.__getitem__)
     if nodes.kind(node) == "dropout" and isinstance(arguments[0], torch.Tensor):
         return arguments[0]  # which numbers are dropped depends on how many each expert gets
@@ -58,7 +59,9 @@ def _compute(node: Node, module: GraphModule | None, values: dict[Node, Any], si
         return getattr(arguments[0], name)(*arguments[1:], **keywords)
     if node.op == "call_module":
         assert module is not None
-        return module.get_submodule(str(node.target))(*arguments, **keywords)
+        called = module.get_submodule(str(node.target))
+        buffers = {name: buffer.clone() for name, buffer in called.named_buffers()}  # which it may write to
+        return torch.func.functional_call(called, buffers, arguments, keywords)
     return node.target(*arguments, **keywords)  # type: ignore[operator]
 
 

@@ -179,7 +179,8 @@ def _state(node: Node, leaf: Leaf, generator: torch.Generator, single: bool) -> 
     is_matrix = len(like.shape) >= 2 and dtype.is_floating_point and dtype.itemsize > 1
     sizes = [plain_number(size) for size in like.shape]
     if isinstance(held, torch.Tensor) and (not is_matrix or held.numel() > _LARGE):
-        return held.detach().to(dtype)
+        # Of the model's own numbers those that a call may count in are copied, whoever writes to them.
+        return held.detach().to(dtype, copy=held.dim() < 2)
     device = held.device if isinstance(held, torch.Tensor) else nodes.device(node)
     if is_matrix:
         made = torch.randn(sizes, generator=generator)

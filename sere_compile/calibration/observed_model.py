@@ -22,6 +22,7 @@ from ..compiler import dynamo
 from ..compiler.dynamo_graph import DynamoGraph
 from ..compiler.gate_plan import GatePlan, experts_are_live, plan_gates
 from ..compiler.obstacle import diagnose, no_gate_ran
+from ..compiler.same_numbers import buffers_restored
 from ..config import SereConfig
 from ..errors import CalibrationError
 from ..experts.counterfactual import CounterfactualExperts, agree, of_module, of_region
@@ -84,12 +85,17 @@ class ObservedModel:
         self._modules: dict[int, Experts | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Run the model, without gradients.
+        """Run the model, without gradients; its buffers are what they were afterwards.
 
         Raises:
             CalibrationError: no gate ran in a graph, or the experts of one cannot be run.
         """
-        with dynamo.unlimited_recompiles(), torch.no_grad(), dynamo.without_own_compile(self.model):
+        with (
+            dynamo.unlimited_recompiles(),
+            torch.no_grad(),
+            dynamo.without_own_compile(self.model),
+            buffers_restored(self.model),
+        ):
             if self._captures is None:
                 self._captures = self._first_call(args, kwargs)
             elif self._captures:

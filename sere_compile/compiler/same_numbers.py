@@ -28,18 +28,57 @@ def copy_of(call: Any) -> Any:
     return tree_map(copied, call)
 
 
+class HeldBuffers:
+    """The buffers of a model as they are now. By their numbers: `running_mean` changes and no version counter tells.
+
+    Args:
+        model: anything but a module has none.
+    """
+
+    def __init__(self, model: Any) -> None:
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._dictionaries = [(module._buffers, dict(module._buffers)) for module in modules]
+        buffers = {id(b): b for _, held in self._dictionaries for b in held.values() if b is not None}.values()
+        self._kept = [
+            (buffer, buffer._version, buffer.detach().clone()) for buffer in buffers if _is_written_to(buffer)
+        ]
+
+    def are_same(self) -> bool:
+        """Whether they are what they were."""
+        return next(self._changed(), None) is None and all(
+            now.keys() == held.keys() and all(now[name] is held[name] for name in held)
+            for now, held in self._dictionaries
+        )
+
+    def put_back(self) -> None:
+        """Make them what they were, also those that others took the place of."""
+        with torch.no_grad():
+            for buffer, before in list(self._changed()):
+                buffer.copy_(before)
+        self._kept = [(buffer, buffer._version, before) for buffer, _, before in self._kept]
+        for now, held in self._dictionaries:
+            now.clear()
+            now.update(held)
+
+    def _changed(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for buffer, version, before in self._kept:
+            if buffer._version != version or not torch.equal(buffer, before):
+                yield buffer, before
+
+
+def _is_written_to(buffer: torch.Tensor) -> bool:
+    """Whether a call may write to it and its numbers can be read."""
+    return not (buffer.is_inference() or buffer.is_meta)
+
+
 @contextlib.contextmanager
 def buffers_restored(model: Any) -> Iterator[None]:
-    """Meanwhile a call may write to the model's buffers."""
-    held = list(model.buffers()) if isinstance(model, nn.Module) else []
-    kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in held if not buffer.is_inference()]
+    """Meanwhile a call may write to the model's buffers, or put others in their place."""
+    held = HeldBuffers(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, before in kept:
-                if buffer._version != version:
-                    buffer.copy_(before)
+        held.put_back()
 
 
 def eager_results(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

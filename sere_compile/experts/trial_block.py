@@ -116,9 +116,8 @@ class TrialBlock:
         }
 
         def written() -> list[torch.Tensor]:
-            for (module, name), (buffer, _, version) in kept.items():
-                now = module._buffers[name]
-                if now is not buffer or buffer._version != version:
+            for (module, name), (buffer, before, version) in kept.items():
+                if module._buffers[name] is not buffer or _is_changed(buffer, before, version):
                     self._written[module, name] = None
             found = (module._buffers[name] for module, name in self._written)
             return [buffer.detach().clone() for buffer in found if buffer is not None]
@@ -127,7 +126,7 @@ class TrialBlock:
             yield written
         finally:
             for (module, name), (buffer, before, version) in kept.items():
-                if module._buffers[name] is not buffer or buffer._version != version:
+                if module._buffers[name] is not buffer or _is_changed(buffer, before, version):
                     module._buffers[name] = buffer.copy_(before)
 
     @contextlib.contextmanager
@@ -157,6 +156,11 @@ class TrialBlock:
         with _restored([part]):
             part.copy_(part * -1.5 + 0.25 if part.is_floating_point() else ~part)
             yield
+
+
+def _is_changed(buffer: torch.Tensor, before: torch.Tensor, version: int) -> bool:
+    """Whether numbers are others than before; `running_mean` changes and no version counter tells."""
+    return buffer._version != version or not torch.equal(buffer, before)
 
 
 @contextlib.contextmanager

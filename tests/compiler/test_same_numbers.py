@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.same_numbers import buffers_restored, copy_of, eager_results, is_same, shows_wrong
+from sere_compile.compiler.same_numbers import (
+    HeldBuffers,
+    buffers_restored,
+    copy_of,
+    eager_results,
+    is_same,
+    shows_wrong,
+)
 
 X = torch.randn(4, 8)
 
@@ -68,6 +75,54 @@ def test_nothing_is_left_changed():
     with buffers_restored(model):
         model(x)
     assert model.calls == 0
+
+
+class Stateful(nn.Module):
+    """Buffers that a call changes in each way, two of which no version counter shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        for name in ("data", "replaced", "same"):
+            self.register_buffer(name, torch.zeros(2))
+        self.register_buffer("none", None)
+
+    def forward(self, x, way):
+        if way == "norm":
+            self.norm(x)
+        elif way == "data":
+            self.data.data.add_(1)
+        elif way == "replaced":
+            self.replaced = self.replaced + 1
+        elif way == "none":
+            self.none = torch.zeros(2)
+
+
+@pytest.mark.parametrize("way", ["norm", "data", "replaced", "none", ""])
+def test_every_way_to_change_a_buffer(way):
+    model = Stateful().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    held = HeldBuffers(model)
+    model(X + 1, way)
+    assert held.are_same() is (way == "")
+    held.put_back()
+    assert held.are_same()
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_what_nobody_wrote_to_is_not_written_back():
+    """It may be saved for a backward pass."""
+    model = Stateful()
+    version = model.same._version
+    with buffers_restored(model):
+        model(X, "data")
+    assert model.same._version == version
+
+
+def test_what_is_no_module_has_no_buffers():
+    assert HeldBuffers(print).are_same()
 
 
 def test_a_compiled_part_runs_in_eager_mode():

@@ -77,6 +77,26 @@ def test_candidates_are_told_by_their_sizes():
     }
 
 
+@pytest.mark.parametrize("way", ["add_", "data", "norm", "replaced"])
+def test_buffers_come_back_and_tell_that_they_were_written(way):
+    """Also where no version counter does."""
+    block = nn.BatchNorm1d(4)
+    block.weight = nn.Parameter(torch.ones(4))
+    trial = TrialBlock(block, block.weight, block, 4, 4)
+    before = {name: buffer.clone() for name, buffer in trial.module.named_buffers()}
+    changes = {
+        "add_": lambda module: module.running_var.add_(1),
+        "data": lambda module: module.running_var.data.add_(1),
+        "norm": lambda module: module(torch.randn(3, 4)),
+        "replaced": lambda module: module.register_buffer("running_var", torch.zeros(4)),
+    }
+    with torch.no_grad(), trial.state_restored() as written:
+        assert written() == []
+        changes[way](trial.module)
+        assert len(written()) == (3 if way == "norm" else 1)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in trial.module.named_buffers())
+
+
 def test_exchanged_parameters_come_back():
     block = trial(Model())
     slices = block.candidates()

@@ -51,6 +51,30 @@ class TestWrites:
         scaled = graph.call_function(torch.ops.sere_tests.doubled, (x,))
         assert nodes.writes(scaled) == [x]
 
+    @pytest.mark.parametrize("tracer", ["dynamo", "export"])
+    @pytest.mark.parametrize(
+        ("function", "written"),
+        [
+            (lambda x, mean, var: F.batch_norm(x, mean, var, training=True), 2),
+            (lambda x, mean, var: F.batch_norm(x, mean, var), 0),
+            (lambda x, mean, var: torch.batch_norm(x, None, None, mean, var, True, 0.1, 1e-5, False), 2),
+            (lambda x, mean, var: torch.batch_norm(x, None, None, mean, var, False, 0.1, 1e-5, False), 0),
+            (lambda x, mean, var: F.instance_norm(x.T[None], mean, var), 2),
+            (lambda x, mean, var: F.instance_norm(x.T[None], mean, var, use_input_stats=False), 0),
+        ],
+    )
+    def test_statistics(self, function, written, tracer):
+        """Of a norm in training mode, which no schema marks."""
+        graph = graph_of(lambda m, x, ids: function(x, m.weight[0, :4] + 1, m.weight[1, :4] + 1), TRACERS[tracer])
+        norms = [node for node in calls(graph) if "norm" in nodes.kind(node)]
+        found = [source for node in norms for source in nodes.writes(node)]
+        assert [nodes.kind(source) for source in found] == ["add"] * written
+
+    @pytest.mark.parametrize(("options", "written"), [({"max_norm": 1.0}, 1), ({}, 0)])
+    def test_rows_that_are_normalised_as_they_are_read(self, options, written):
+        graph = graph_of(lambda m, x, ids: F.embedding(ids, m.weight + 1, **options), from_dynamo)
+        assert [nodes.kind(n) for node in calls(graph) for n in nodes.writes(node)] == ["add"] * written
+
     @pytest.mark.parametrize(
         "view",
         [lambda x: x.data, lambda x: x.hsplit(2)[1], lambda x: x.adjoint(), lambda x: x.moveaxis(0, 1)],

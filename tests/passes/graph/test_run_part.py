@@ -56,6 +56,28 @@ def last_of(graph, value, **options):
     return list(run_graph(graph.graph, graph, {next(iter(graph.graph.nodes)): value}, **options).values())[-1]
 
 
+class Normalising(nn.Module):
+    """Statistics of a module that stays one, and of an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.BatchNorm1d(3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        return torch.batch_norm(self.inside(x), None, None, self.mean, self.inside.running_var, True, 0.1, 1e-5, False)
+
+
+def test_statistics_that_the_module_holds_stay():
+    model = Normalising()
+    graph = symbolic_trace(model)
+    run_graph(graph.graph, graph, {next(iter(graph.graph.nodes)): torch.randn(5, 3) + 1})
+    assert not model.mean.any()
+    assert torch.equal(model.inside.running_var, torch.ones(3))
+    assert not model.inside.running_mean.any()
+    assert model.inside.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize(
     "cast",
     [
