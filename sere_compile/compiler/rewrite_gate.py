@@ -29,7 +29,8 @@ from ..passes.verify_rewrite import SHOWN
 from ..report import REWRITTEN, SKIPPED
 from . import dynamo
 from .gate_plan import GatePlan
-from .prove_outside import computes_the_same, ids_alone, prove_outside
+from .outside.prove_outside import computes_the_same, prove_outside
+from .outside.ways import ids_alone
 from .traced_graph import TracedGraph
 
 log = logging.getLogger(__name__)

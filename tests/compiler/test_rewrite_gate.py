@@ -11,7 +11,7 @@ import sere_compile
 from sere_compile import SereConfig, sere_backend
 from sere_compile.compiler import rewrite_gate
 from sere_compile.compiler.gate_plan import GatePlan
-from sere_compile.compiler.prove_outside import Verdict
+from sere_compile.compiler.outside.compare_versions import Verdict
 from sere_compile.passes import COUNTED, Evidence, Proof, Skip, SkipReason
 from sere_compile.passes.verify_rewrite import SHOWN
 from sere_compile.report import REWRITTEN, SKIPPED

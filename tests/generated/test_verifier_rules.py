@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sere_compile.compiler import prove_outside
+from sere_compile.compiler.outside import prove_outside
 
 from .draws import drawn, judged
 from .test_generated import economical  # noqa: F401  (a fixture)

@@ -15,7 +15,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from sere_compile.compiler import prove_outside
+from sere_compile.compiler.outside import try_block, which_experts
+from sere_compile.compiler.outside.compare_versions import Verdict
 from sere_compile.passes.proof import ends, expert_parameters, made_up, masks, prover
 
 from .program import GATE, LOOK_ALIKE
@@ -74,9 +75,9 @@ def other_merging(self, way, experts):
 _verdict = prover.Prover._verdict
 
 
-def never_compared(self, experts, inputs):
+def never_compared(trial, experts, inputs, kept):
     """A comparison outside that is never made."""
-    return prove_outside.Verdict(self._gate.needs_merge)
+    return Verdict(trial.gate.needs_merge)
 
 
 def by_few_sizes(region, module):
@@ -115,16 +116,15 @@ DRAWS = "tests/passes/proof/test_draws.py"
 MASKS = f"{PROVER}::TestMaskInput"
 BORDERS = f"{DRAWS}::test_an_expert_that_a_mask_sends_tokens_to"
 NUMBERS = "tests/passes/proof/test_other_numbers.py"
-OUTSIDE = "tests/compiler/test_prove_outside.py"
-TRIAL = prove_outside._Trial
+OUTSIDE = "tests/compiler/outside/test_which_experts.py"
 RULES = {
     "experts are contracted with hidden states": Rule(prover, "experts_meet_hidden", always(True), (LOOK_ALIKE,)),
     "S < K is as with exchanged experts": Rule(prover.Prover, "_differs", exactly_or_not_at_all, (GATE,)),
     "slots are merged as shown": Rule(prover.Prover, "_verdict", other_merging, (GATE,)),
     "equal regions alone share a proof": Rule(VERIFY, "region_key", by_few_sizes, (GATE,)),
     "the exit has all experts' outputs": Rule(ends._Search, "_is_joined_later", always(False), (GATE,)),
-    "outside: as with exchanged experts": Rule(TRIAL, "_compare", never_compared, (GATE,)),
-    "outside: tokens stay with their experts": Rule(TRIAL, "_sends_elsewhere", always(False), (GATE,)),
+    "outside: as with exchanged experts": Rule(try_block, "compare_versions", never_compared, (GATE,)),
+    "outside: tokens stay with their experts": Rule(try_block, "sends_elsewhere", always(False), (GATE,)),
     # Of 200 programs of each kind none needs these.
     "exchanged parts change their own tokens alone": Rule(
         expert_parameters.Told, "_changes_only", always(True), tests=("tests/passes/proof/test_expert_parameters.py",)),
@@ -156,14 +156,14 @@ RULES = {
     "experts read the ids that re-routing saw": Rule(prover, "changed_id", always(None), tests=(MASKS,)),
     "inside vmap there is no batch": Rule(VERIFY, "_inside_vmap", always(False), tests=(PROVER,)),
     "outside: parameters act on one expert's tokens": Rule(
-        TRIAL, "_belongs_to_experts", always(True), tests=(OUTSIDE,)),
+        which_experts, "_belongs_to_experts", always(True), tests=(OUTSIDE,)),
     "outside: experts act on hidden states": Rule(
-        TRIAL, "_acts_on_hidden", always(True), tests=(f"{OUTSIDE}::test_a_table_of_values_is_no_gate",)),
+        which_experts, "_acts_on_hidden", always(True), tests=(f"{OUTSIDE}::test_a_table_of_values_is_no_gate",)),
     "outside: scores weigh what experts give": Rule(
-        TRIAL, "_weighs_nothing", always(False),
+        try_block, "weighs_nothing", always(False),
         tests=(f"{OUTSIDE}::test_prompts_that_are_attended_to_are_no_experts",)),
     "outside: a number per expert may be the router's": Rule(
-        TRIAL, "_scales_weights", always(False),
+        which_experts, "_scales_weights", always(False),
         tests=(f"{OUTSIDE}::test_a_scale_that_a_loss_of_the_weights_reads_is_no_experts_either",)),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from .equivalent import is_equivalent
 POPULATION = (
     "passes/**/*.py",
     "ops/*/reference.py",
-    "sere_compile/compiler/*.py",
+    "sere_compile/compiler/**/*.py",
     "sere_compile/similarity/binding.py",
     "sere_compile/evaluation/*.py",
 )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ...experts.trial_block import ExpertSlices
+from .arguments import Arguments, detached
+from .trial import Trial
 
 # By operation, which of its arguments are multiplied.
 _aten = torch.ops.aten
@@ -21,6 +26,16 @@ _PRODUCTS = {
 }
 _COPIES = frozenset({_aten.clone.default, _aten._to_copy.default})
 _FETCHES = frozenset({_aten.index.Tensor, _aten.index_select.default, _aten.gather.default, _aten.embedding.default})
+
+
+def computes_all(trial: Trial, experts: list[ExpertSlices], inputs: Arguments) -> bool:
+    """Whether every expert computes every token, into a table of which the choice picks or weighs."""
+    parameters = [tensor for one in experts for tensor in one.tensors]
+    tokens = trial.graphs.ids[0].numel() // trial.gate.top_k
+    with trial.aside_of_model(), WatchProducts(parameters, tokens, trial.block.num_experts) as watch:
+        args, kwargs = copy.deepcopy(tree_map(detached, inputs))
+        trial.block.module(*args, **kwargs)
+    return watch.makes_all
 
 
 class WatchProducts(TorchDispatchMode):

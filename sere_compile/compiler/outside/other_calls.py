@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..passes.proof.masks import some_elements
+from ...passes.proof.masks import some_elements
+from .arguments import Arguments
 
 _MASKED = 0.4  # of a tensor's elements
 _MOST = 8  # other calls that are made up
@@ -24,7 +25,6 @@ _MOST_ABSENT = 3  # arguments that are not given, and are tried with a mask
 _MOST_NUMBERS = 24  # that the code of a block names
 _MOST_OF_A_NUMBER = 6  # others in place of a number that is no tensor
 _FAR_BELOW = -1e4  # what is added to scores of padding, at least
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Choice = list[float | None]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.compiler.other_calls import is_rows, kinds_of, of_few_tokens, other_calls, with_masks
+from sere_compile.compiler.outside.other_calls import is_rows, kinds_of, of_few_tokens, other_calls, with_masks
 
 X = torch.randn(5, 8)
 
