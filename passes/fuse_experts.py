@@ -223,9 +223,10 @@ def _computing(region: DispatchRegion) -> list[Node]:
 
 
 def _why_no_candidate(region: DispatchRegion) -> Skip:
+    ours = next((node for node in region.inside if nodes.kind(node) == nodes.OUR_EXPERTS), None)
+    if ours is not None:
+        return Skip(SkipReason.OURS_ALREADY, ours, ours.name)
     kinds = {nodes.kind(node) for node in _computing(region)}
-    if nodes.OUR_EXPERTS in kinds:
-        return Skip(SkipReason.OURS_ALREADY, region.output)
     if not kinds & MATMULS:
         return Skip(SkipReason.NOT_BATCHED, region.output, f"operations ({', '.join(sorted(kinds))})")
     other = sorted(kinds - _ROUTINE)

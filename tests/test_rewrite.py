@@ -545,3 +545,42 @@ def test_a_router_of_two_sets_of_experts_is_refused(dispatch):
     )
     with pytest.raises(Exception, match="also selects from other experts"):
         strict(rows())
+
+
+class Balanced(nn.Module):
+    """As many experts as tokens in the call that is traced, and a loss of the load beside the output."""
+
+    def __init__(self, experts=8):
+        super().__init__()
+        self.gate = nn.Linear(16, experts, bias=False)
+        self.stack = nn.Parameter(torch.randn(experts, 16, 16) / 4)
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        load = nn.functional.one_hot(ids, len(self.stack)).to(x.dtype).sum(1).mean(0)
+        return torch.einsum("th,tkhf,tk->tf", x, self.stack[ids], weights), (load * load).sum()
+
+
+class TestAsManyTokensAsExperts:
+    """What is free stays free, though the traced call could be taken for a matrix for each expert."""
+
+    @pytest.mark.parametrize("select", [1, 2])
+    def test_exported(self, select):
+        model = Balanced().requires_grad_(False)
+        free = ({0: torch.export.Dim("tokens", min=1, max=64)},)
+        program = torch.export.export(model, (torch.randn(8, 16),), dynamic_shapes=free)
+        profile = SimilarityProfile({"gate.weight": symmetric(8)})
+        rewritten = sere_compile.rewrite(program, profile=profile, config=SereConfig(select_top_k=select, min_active=0))
+        x = torch.randn(20, 16)
+        got = rewritten.module()(x)[0]
+        assert got.shape == (20, 16)
+        if select == 2:
+            assert torch.equal(got, program.module()(x)[0])
+
+    def test_compiled(self):
+        model = Balanced().requires_grad_(False)
+        sere_compile.attach(model, SimilarityProfile({"gate.weight": symmetric(8)}))
+        x = torch.randn(8, 16)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
+        assert compiled(x)[0].shape == (8, 16)

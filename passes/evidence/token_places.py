@@ -22,6 +22,19 @@ _REORDERS = nodes.VALUE_PRESERVING | {"transpose", "permute", "select", "slice",
 _COUNTING = frozenset({"cumsum", "histc", "bincount", "searchsorted", "one_hot", "bucketize"})
 _COUNTED_WITHIN = 12
 _KEEPS_MASK = nodes.VALUE_PRESERVING | {"transpose", "permute", "mul", "add", "sub", "slice", "select", "cat", "pad"}
+# A slot's own place may be picked from those in every expert.
+_KEEPS_NUMBERS = _KEEPS_MASK | {
+    "sum",
+    "max",
+    "amax",
+    "gather",
+    "take_along_dim",
+    "index",
+    "where",
+    "masked_fill",
+    "item",
+}
+_COMPARES = frozenset({"lt", "le", "gt", "ge"})
 
 
 def drops_tokens(consumer: Node) -> bool:
@@ -38,7 +51,7 @@ def drops_tokens(consumer: Node) -> bool:
             continue
         seen.add((node, held))
         name = nodes.kind(node)
-        if held == "numbers" and name in ("lt", "le", "gt", "ge"):
+        if held == "numbers" and _is_limited(node):
             return True
         if held == "sorted":
             if name in ("index", "gather") and is_counted(nodes.operand(node)):
@@ -51,10 +64,19 @@ def drops_tokens(consumer: Node) -> bool:
             held = "mask" if name in MASKING else "sorted" if name == "sort" else held
         elif name == "cumsum":
             held = "numbers"
-        elif name not in _KEEPS_MASK:
+        elif name not in (_KEEPS_NUMBERS if held == "numbers" else _KEEPS_MASK):
             continue
         pending.extend((user, held) for user in nodes.followers(node))
     return False
+
+
+def _is_limited(places: Node) -> bool:
+    """Whether places are compared with a number above 0, or cut off at one."""
+    name = nodes.kind(places)
+    if name in ("clamp", "clip"):
+        return nodes.argument(places, 2, "max") is not None
+    limits = [argument for argument in places.args if isinstance(argument, (int, float))]
+    return name in _COMPARES | {"minimum", "clamp_max"} and not any(limit <= 0 for limit in limits)
 
 
 def is_counted(table: Node | None) -> bool:

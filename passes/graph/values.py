@@ -27,9 +27,19 @@ def is_tensor(node: Node) -> bool:
 
 
 def shape(node: Node) -> tuple[Any, ...] | None:
-    """Sizes (int or SymInt), or None where the tracer recorded no tensor."""
+    """Sizes, or None where the tracer recorded no tensor: numbers, and expressions for what a graph is free in.
+
+    A SymInt that is compared makes a graph one for the answer; an expression is equal to itself alone.
+    """
     found = value(node)
-    return tuple(found.shape) if hasattr(found, "shape") else None
+    return tuple(map(_without_guards, found.shape)) if hasattr(found, "shape") else None
+
+
+def _without_guards(size: Any) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else expression
 
 
 def device(node: Node) -> torch.device:
@@ -62,16 +72,12 @@ def same_shape(left: Node, right: Node) -> bool:
 
 def leading_count(node: Node) -> Any:
     """Product of all sizes but the last: a number, or an expression that compares without guards."""
-    return _product((shape(node) or ())[:-1])
+    return math.prod((shape(node) or ())[:-1])
 
 
 def count(node: Node) -> Any:
     """How many numbers a tensor holds, in the same form."""
-    return _product(shape(node) or ())
-
-
-def _product(sizes: tuple[Any, ...]) -> Any:
-    return math.prod(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+    return math.prod(shape(node) or ())
 
 
 def shape_in_call(node: Node, sizes: Mapping[Node, int]) -> tuple[int, ...]:
@@ -82,7 +88,7 @@ def shape_in_call(node: Node, sizes: Mapping[Node, int]) -> tuple[int, ...]:
         sizes: numbers for the graph inputs that are symbolic sizes. Others are as in the call that was traced.
     """
     symbols = {value(given).node.expr: size for given, size in sizes.items() if isinstance(value(given), torch.SymInt)}
-    return tuple(_in_call(size, symbols) for size in shape(node) or ())
+    return tuple(_in_call(size, symbols) for size in value(node).shape)
 
 
 def size_in_call(node: Node, sizes: Mapping[Node, int]) -> int:

@@ -11,11 +11,11 @@ from torch.fx import GraphModule, Node
 from ..graph import nodes
 from .region import Region
 
-_SMALL = 4096  # whole numbers of the model's state that are told apart by what they are
+_SMALL = 4096  # whole numbers of the model's state that are told apart by what they are; of others, a single one
 
 
 def region_key(region: Region, module: GraphModule | None) -> str:
-    """A hash of operations, constants, sizes, types, devices, and of tables of whole numbers that the model holds."""
+    """A hash of operations, constants, sizes, types, devices, and of single and whole numbers that the model holds."""
     gate = region.gate
     place = {node: number for number, node in enumerate(region.graph.nodes)}
     digest = hashlib.sha256()
@@ -69,6 +69,6 @@ def _kind_of(value: Any) -> Any:
 
 def _content(held: Any) -> Any:
     if isinstance(held, torch.Tensor):
-        whole = not held.dtype.is_floating_point and held.numel() <= _SMALL
-        return held.reshape(-1).tolist() if whole else None
+        few = held.numel() <= (1 if held.dtype.is_floating_point else _SMALL)
+        return held.reshape(-1).tolist() if few else None
     return str(held)

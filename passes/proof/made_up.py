@@ -20,6 +20,7 @@ _APART = 0.5  # by how much a first choice is ahead of the next
 _SHARPNESS = (1.0, 1.0, 4.0, 0.25)
 _LEAST_SURE, _MOST_SURE = -2, 4  # powers of two that scale logits
 _MANY_CALLS = 1_000_000  # that a counter may have counted
+_LIMIT, _LOW = 256, 2  # a number from which on it may be a limit that nothing reached, and what it may become
 # Numbers that the program itself holds, and no call or training changes.
 _CONSTANTS = ("_tensor_constant", "lifted_tensor", "c_")
 Sizes = Mapping[Any, int]  # numbers by symbol, in place of those of the traced call
@@ -42,17 +43,19 @@ def state_values(region: Region, *, single: bool) -> dict[Node, Any]:
     return values
 
 
-def later_state(region: Region, state: Mapping[Node, Any], draw: int) -> dict[Node, Any]:
+def later_state(region: Region, state: Mapping[Node, Any], draw: int, *, lowers_limits: bool = True) -> dict[Node, Any]:
     """Small state as it may be in another layer, or after training or many calls.
 
-    A scale that is 1 at first and a gain of 0 hide what is multiplied by them, and a counter what begins late. Numbers
-    that are not below 0 stay so.
+    A scale that is 1 at first and a gain of 0 hide what is multiplied by them, a counter what begins late, and a limit
+    what it does once it is lower. Numbers that are not below 0 stay so.
 
     Args:
         region: see `cut_region`.
         state: of `state_values`.
-        draw: is the seed, and tells what counters are at.
+        draw: is the seed, and tells what counters are at, and whether limits are low.
+        lowers_limits: whether they may be, where the program takes that.
     """
+    low = lowers_limits and draw % 2 == 1
     generator = torch.Generator().manual_seed(307 + draw)
     values: dict[Node, Any] = {}
     for node, leaf in region.leaves.items():
@@ -61,7 +64,9 @@ def later_state(region: Region, state: Mapping[Node, Any], draw: int) -> dict[No
             continue
         if str(leaf.source.target).startswith(_CONSTANTS):
             continue
-        if value.dtype.is_floating_point and value.dim() < 2 and value.element_size() > 1:
+        if low and value.numel() == 1 and not nodes.writers(leaf.source) and bool(value >= _LIMIT):
+            values[node] = torch.full_like(value, _LOW)
+        elif value.dtype.is_floating_point and value.dim() < 2 and value.element_size() > 1:
             values[node] = _moved(value, generator)
         elif value.dtype in (torch.int32, torch.int64) and value.numel() == 1 and nodes.writers(leaf.source):
             values[node] = torch.full_like(value, (_MANY_CALLS, 0)[draw % 2])

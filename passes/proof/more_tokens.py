@@ -42,7 +42,7 @@ def more_tokens(region: Region) -> dict[Any, int]:
 def symbolic(node: Node) -> Iterator[torch.SymInt]:
     """The symbolic sizes of a tensor, or the symbolic number, that a node yields."""
     found = nodes.value(node)
-    for size in nodes.shape(node) or (found,):
+    for size in getattr(found, "shape", ()) or (found,):
         if isinstance(size, torch.SymInt):
             yield size
 
@@ -64,4 +64,4 @@ def _largest(region: Region, sizes: dict[Any, int]) -> int:
 
 def count(node: Node, sizes: dict[Any, int]) -> int:
     """How many numbers a tensor has, with other numbers for some symbols."""
-    return math.prod(int(plain_number(size, sizes) or 0) for size in nodes.shape(node) or ())
+    return math.prod(int(plain_number(size, sizes) or 0) for size in getattr(nodes.value(node), "shape", ()))

@@ -60,6 +60,7 @@ class Prover:
         self._region, self._module, self._merging = region, module, merging
         self._single = True
         self._masks = Masks(region)
+        self._lowers_limits = True
 
     def prove(self) -> Verdict:
         """The first way that is right, or why none is."""
@@ -77,6 +78,7 @@ class Prover:
         region = self._region
         self._state = state_values(region, single=self._single)
         self._masks = self._masks_that_run()
+        self._lowers_limits = self._takes(self._drawn(1, later=True))
         draws = [self._drawn(number) for number in range(2)]
         experts, sources = Told(region, self._run, draws, lambda n, chosen: self._drawn(2 * n, chosen=chosen)).find()
         if not experts:
@@ -142,7 +144,9 @@ class Prover:
             pattern=pattern,
         )
         values = self._state | made
-        return values | later_state(self._region, self._state, number) if later else values
+        if not later:
+            return values
+        return values | later_state(self._region, self._state, number, lowers_limits=self._lowers_limits)
 
     def _run(self, values: Values) -> Values:
         return self._run_graph(self._region.graph, values)

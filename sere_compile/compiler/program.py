@@ -80,7 +80,7 @@ class Program:
         """
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # here, because it imports sympy
 
-        above = math.prod((nodes.shape(gate.ids) or ())[:-1]) > limit
+        above = math.prod(nodes.value(gate.ids).shape[:-1]) > limit
         if statically_known_true(above):
             return True
         if statically_known_true(torch.sym_not(above)):

@@ -25,6 +25,7 @@ from torch import nn
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
 # Attributes that every module has.
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+_LEAST = 0.1  # of a buffer whose numbers are not below 0
 _DEEP = 4  # lists in lists in dictionaries ..
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
@@ -42,6 +43,11 @@ class ExpertSlices:
     name: str
     tensors: tuple[torch.Tensor, ...]
     dim: int | None
+
+    @property
+    def is_of_modules(self) -> bool:
+        """Whether each expert is a module that holds its part, and not a list of parameters."""
+        return self.dim is None and not self.name.endswith("*")
 
     def parts(self, num_experts: int) -> list[torch.Tensor]:
         """The part of each expert: views, so that writing to one changes the parameter."""
@@ -77,10 +83,13 @@ class TrialBlock:
         # Buffers that a call has written to or replaced.
         self._written: dict[tuple[nn.Module, str], None] = {}
         generator = torch.Generator().manual_seed(0)
+        buffers = {id(buffer) for buffer in self.module.buffers()}
         for tensor in _tensors(self.module).values():
             if tensor.is_floating_point():
                 drawn = torch.randn(tensor.shape, generator=generator) / max(tensor.shape[-1:], default=1) ** 0.5
-                tensor.data = drawn.to(tensor.device)
+                # A variance that is below 0 would make all of it NaN.
+                below = id(tensor) not in buffers or bool((tensor < 0).any())
+                tensor.data = (drawn if below else drawn.abs() + _LEAST).to(tensor.device)
 
     def candidates(self) -> list[ExpertSlices]:
         """Every parameter and buffer that could hold one part per expert, by its sizes alone."""
@@ -191,8 +200,9 @@ def _groups_shared() -> Iterator[None]:
 def fingerprint(block: nn.Module) -> tuple[Any, ...]:
     """What a block's code depends on but for the numbers in its tensors: equal where blocks compute the same.
 
-    Objects that are neither numbers nor modules (a configuration, a function) count by their identity, except those
-    that each layer has of its own: in private attributes, and what hooks refer to.
+    Objects that are neither numbers nor modules (a configuration, a function) count by their identity, and by the plain
+    attributes that the block's code names, except those that each layer has of its own: in private attributes, and what
+    hooks refer to. So do globals that it names.
     """
     described = []
     for name, module in block.named_modules():
@@ -203,13 +213,15 @@ def fingerprint(block: nn.Module) -> tuple[Any, ...]:
         )
         shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in module.named_parameters(recurse=False))
         described.append((name, type(module), module.training, plain, _hooks_of(module), shapes))
-    return tuple(described)
+    elsewhere = tuple((name, _described(values[name])) for values, name in _read_elsewhere(block) if name in values)
+    return (*described, elsewhere)
 
 
 class Settings:
     """The attributes that a block's own code reads and no call of it writes, and its hooks, as they were.
 
-    Code outside graphs reads them anew in each call, and no guard of a graph knows of them.
+    Code outside graphs reads them anew in each call, and no guard of a graph knows of them. So it does numbers and
+    texts that it does not write in globals, and in objects that the block holds, as a configuration.
 
     Args:
         block: is not kept alive.
@@ -218,7 +230,7 @@ class Settings:
 
     def __init__(self, block: nn.Module, written: frozenset[str]) -> None:
         own = [(path, module) for path, module in block.named_modules() if not _is_of_torch(type(module))]
-        read = {name for kind in {type(module) for _, module in own} for name in _names_in(kind)}
+        read = _names_read(block)
         self._held = [
             (weakref.ref(module), name, _described(value))
             for path, module in own
@@ -226,6 +238,7 @@ class Settings:
             if name in read and name not in OF_EVERY_MODULE and f"{path}.{name}".strip(".") not in written
         ]
         self._hooks = [(weakref.ref(module), _hooks_of(module)) for module in block.modules()]
+        self._elsewhere = [(values, name, _described(values.get(name))) for values, name in _read_elsewhere(block)]
 
     def are_the_same(self) -> bool:
         """Whether all of them are what they were."""
@@ -234,24 +247,79 @@ class Settings:
             module = reference()
             if module is None or _described(vars(module).get(name, gone)) != described:
                 return False
+        if any(_described(values.get(name, gone)) != described for values, name, described in self._elsewhere):
+            return False
         return all((module := ref()) is not None and _hooks_of(module) == hooks for ref, hooks in self._hooks)
+
+
+def _names_read(block: nn.Module) -> set[str]:
+    """The names of attributes that the code of a block's own modules reads."""
+    return {name for kind in _own_kinds(block) for name in _names_in(kind)}
+
+
+def _own_kinds(block: nn.Module) -> set[type]:
+    return {kind for kind in map(type, block.modules()) if not _is_of_torch(kind)}
+
+
+def _read_elsewhere(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Numbers and texts that a block's code reads and does not write, outside its modules: whose, and their names."""
+    functions = [function for kind in _own_kinds(block) for function in _functions_of(kind)]
+    read = _names_read(block) - {name for function in functions for name in _names_written(function.__code__)}
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+
+    def add(values: dict[str, Any], name: str) -> None:
+        if name not in values:
+            return
+        value = values[name]
+        if isinstance(value, _PLAIN) and name in read:
+            found[id(values), name] = (values, name)
+        elif _is_plain_object(value):
+            for key in [key for key in vars(value).keys() & read if isinstance(vars(value)[key], _PLAIN)]:
+                found[id(vars(value)), key] = (vars(value), key)
+
+    for module in block.modules():
+        for name in vars(module).keys() & read:
+            if not _is_plain(vars(module)[name]):
+                add(vars(module), name)
+    for function in functions:
+        for name in function.__code__.co_names:
+            add(function.__globals__, name)
+    return list(found.values())
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether an object holds settings, as a configuration does: not code, a tensor, a module, or what may hold one."""
+    kinds = (nn.Module, torch.Tensor, type, types.ModuleType)
+    if isinstance(value, kinds) or callable(value) or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    return not any(isinstance(held, nn.Module) for held in vars(value).values())
 
 
 def _is_of_torch(kind: type) -> bool:
     return kind.__module__.split(".")[0] == "torch"
 
 
-def _names_in(kind: type) -> Iterator[str]:
-    """The names of attributes that methods of a class read, also `getattr(self, "scales")`."""
+def _functions_of(kind: type) -> Iterator[types.FunctionType]:
+    """The methods of a class and of those that it is made of, but for torch's own and what makes an object."""
     for one in kind.__mro__:
         members = {} if _is_of_torch(one) else {name: held for name, held in vars(one).items() if name != "__init__"}
         functions = (getattr(member, "__wrapped__", member) for member in members.values())
-        pending = [found.__code__ for found in functions if isinstance(found, types.FunctionType)]
-        while pending:
-            code = pending.pop()
-            yield from (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_ATTR", "LOAD_METHOD"))
-            yield from (constant for constant in code.co_consts if isinstance(constant, str))
-            pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        yield from (found for found in functions if isinstance(found, types.FunctionType))
+
+
+def _names_in(kind: type) -> Iterator[str]:
+    """The names of attributes that methods of a class read, also `getattr(self, "scales")`."""
+    pending = [function.__code__ for function in _functions_of(kind)]
+    while pending:
+        code = pending.pop()
+        reading = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL")
+        yield from (i.argval for i in dis.get_instructions(code) if i.opname in reading)
+        yield from (constant for constant in code.co_consts if isinstance(constant, str))
+        pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+
+
+def _names_written(code: types.CodeType) -> Iterator[str]:
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_ATTR", "STORE_GLOBAL"))
 
 
 def _hooks_of(module: nn.Module) -> tuple[Any, ...]:

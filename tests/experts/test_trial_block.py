@@ -189,6 +189,61 @@ def test_settings_are_what_code_reads_and_no_call_writes(change, same):
     assert settings.are_the_same() is same
 
 
+LIMIT, COUNT = 3, 0
+
+
+class Config:
+    """As transformers' models have one."""
+
+    def __init__(self):
+        self.capacity, self.unread, self.nested = 7, 7, [7]
+
+
+class ReadingElsewhere(nn.Module):
+    """Its code reads an object that it holds, and globals, one of which it counts in."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x):
+        global COUNT
+        COUNT += 1
+        return x[: min(self.config.capacity, LIMIT)], COUNT, self.config.nested
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda patch, config: patch.setattr(config, "capacity", 1), False),
+        (lambda patch, config: patch.delattr(config, "capacity"), False),
+        (lambda patch, config: patch.setitem(globals(), "LIMIT", 1), False),
+        (lambda patch, config: patch.setitem(globals(), "COUNT", 9), True),
+        (lambda patch, config: patch.setattr(config, "unread", 1), True),
+        (lambda patch, config: config.nested.append(1), True),
+    ],
+    ids=["an attribute", "one that is gone", "a global", "a count", "what nobody reads", "a list that calls may write"],
+)
+def test_settings_elsewhere(change, same, monkeypatch):
+    config = Config()
+    block = nn.Sequential(ReadingElsewhere(config))
+    settings, before = Settings(block, frozenset()), fingerprint(block)
+    assert settings.are_the_same()
+    change(monkeypatch, config)
+    assert settings.are_the_same() is same
+    assert (fingerprint(block) == before) is same
+
+
+def test_an_object_that_holds_the_block_is_none_of_settings():
+    """It would be kept alive by them."""
+    config = Config()
+    block = ReadingElsewhere(config)
+    config.owner = block
+    settings = Settings(block, frozenset())
+    config.capacity = 1
+    assert settings.are_the_same()
+
+
 def test_settings_keep_no_block_alive():
     settings = Settings(Reading(), frozenset())
     gc.collect()

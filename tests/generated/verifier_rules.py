@@ -124,7 +124,6 @@ RULES = {
     "equal regions alone share a proof": Rule(VERIFY, "region_key", by_few_sizes, (GATE,)),
     "the exit has all experts' outputs": Rule(ends._Search, "_is_joined_later", always(False), (GATE,)),
     "outside: as with exchanged experts": Rule(try_block, "compare_versions", never_compared, (GATE,)),
-    "outside: tokens stay with their experts": Rule(try_block, "sends_elsewhere", always(False), (GATE,)),
     # Of 200 programs of each kind none needs these.
     "exchanged parts change their own tokens alone": Rule(
         expert_parameters.Told, "_changes_only", always(True), tests=("tests/passes/proof/test_expert_parameters.py",)),
@@ -155,6 +154,9 @@ RULES = {
         tests=(f"{DRAWS}::test_an_expert_that_no_draw_re_routes_under_a_mask",)),
     "experts read the ids that re-routing saw": Rule(prover, "changed_id", always(None), tests=(MASKS,)),
     "inside vmap there is no batch": Rule(VERIFY, "_inside_vmap", always(False), tests=(PROVER,)),
+    "outside: tokens stay with their experts": Rule(
+        try_block, "sends_elsewhere", always(False),
+        tests=("tests/compiler/outside/test_where_tokens_go.py::test_padding_that_is_marked_outside_is_refused",)),
     "outside: parameters act on one expert's tokens": Rule(
         which_experts, "_belongs_to_experts", always(True), tests=(OUTSIDE,)),
     "outside: experts act on hidden states": Rule(

@@ -321,7 +321,7 @@ class TestByHand:
         """Read off an input that is no weight."""
         graph = from_dynamo(Numbered(), rows(), dynamic=True).graph
         inputs = [node for node in graph.find_nodes(op="placeholder") if nodes.is_tensor(node)]
-        [x] = [node for node in inputs if isinstance(nodes.shape(node)[0], torch.SymInt)]
+        [x] = [node for node in inputs if isinstance(nodes.value(node).shape[0], torch.SymInt)]
         with graph.inserting_before(graph.output_node()):
             read, fixed = (graph.call_method("size", (x, dim)) for dim in (0, 1))
             behind = graph.call_method("size", (graph.call_function(torch.exp, (x,)), 0))

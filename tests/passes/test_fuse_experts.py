@@ -418,7 +418,7 @@ class TestCandidates:
         region = Region(GATED, DOWN)
         region.inside += [region.call(torch.ops.sere.expert_mlp.default, region.hidden, region.ids, region.weights,
                                       *region.inputs)]  # fmt: skip
-        assert str(_why_no_candidate(region)) == "its experts are sere.expert_mlp already"
+        assert str(_why_no_candidate(region)) == f"its experts are sere.expert_mlp already ({region.inside[-1].name})"
 
 
 class TestHidden:

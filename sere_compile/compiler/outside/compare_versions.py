@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ import torch
 
 from ... import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ...experts.trial_block import ExpertSlices
+from ...passes import Gate
+from ...passes.graph import nodes
+from ...passes.graph.run_part import plain_number
 from .. import dynamo
 from .arguments import Arguments, hidden_of, with_rows
 from .failures import FAILURES, short
@@ -22,7 +26,9 @@ from .where_tokens_go import SENT_ELSEWHERE
 
 log = logging.getLogger(__name__)
 
-_MANY_ROWS = 256
+# Tokens that a rewrite is tried on at last: as many as the call has, and where a block is small some thousands.
+_LEAST_ROWS, _MOST_ROWS = 256, 4096
+_WORK = 1 << 31  # rows times parameters
 _MOST_DRAWS = 24  # until each expert was re-routed once
 
 
@@ -129,7 +135,8 @@ def _problem_with_more(trial: Trial, version: str, experts: list[ExpertSlices], 
     if hidden is None:
         return None
     dim = trial.counting_dim(hidden)
-    more = with_rows(inputs, dim, _MANY_ROWS)
+    rows = many_rows(trial)
+    more = with_rows(inputs, dim, rows)
     # A number of sequences is often a constant of the graph, which is made anew then.
     by_tokens = dim == hidden.dim() - 2
     with dynamo.compiling_nothing_more() if by_tokens else contextlib.nullcontext():
@@ -141,7 +148,19 @@ def _problem_with_more(trial: Trial, version: str, experts: list[ExpertSlices], 
         if not trial.graphs.ids:  # the gate's graph serves no more than it was made for
             return None
         problem = _problem_in_draw(trial, version, experts, more, 0)
-    return None if problem is None else f"{problem} where there are {_MANY_ROWS} tokens"
+    return None if problem is None else f"{problem} where there are {rows} tokens"
+
+
+def many_rows(trial: Trial) -> int:
+    """How many tokens a rewrite is tried on at last: code outside the graph may drop those beyond a number."""
+    size = sum(parameter.numel() for parameter in trial.block.module.parameters())
+    return max(least_rows(trial.gate), min(_MOST_ROWS, _WORK // max(size, 1)))
+
+
+def least_rows(gate: Gate) -> int:
+    """How many they are at least: as many as the call has that a gate was traced in, to a power of two."""
+    count = math.prod(map(plain_number, nodes.value(gate.ids).shape)) // gate.top_k
+    return max(_LEAST_ROWS, 1 << max(count - 1, 0).bit_length())
 
 
 def _expert_map(trial: Trial) -> dict[int, int]:

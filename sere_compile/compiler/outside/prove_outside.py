@@ -24,7 +24,7 @@ from ...experts.spread import spread_over_ranks
 from ...experts.trial_block import Settings, fingerprint
 from ...passes import Gate
 from .. import dynamo
-from .compare_versions import Verdict
+from .compare_versions import Verdict, least_rows
 from .other_calls import kinds_of
 from .try_block import signature, try_block
 
@@ -84,7 +84,7 @@ def _verdict_on(module: torch.nn.Module, block: int, gate: Gate, owner: Owner, k
     # What cannot be traced with dynamic-shape capture may be without, and the other way round.
     called_with = dynamo.arguments_of(module)
     capture = dynamo.captures_dynamic_shapes(), dynamo.makes_graphs_before_loops()
-    key = (block, signature(gate), capture, kinds_of(called_with), kept)
+    key = (block, signature(gate), capture, kinds_of(called_with), kept, least_rows(gate))
     if key not in _verdicts:
         with dynamo.forgetting_new_codes():
             _verdicts[key] = try_block(gate, module, owner, called_with, kept)

@@ -206,7 +206,7 @@ class Trial:
 
     def counting_dim(self, hidden: torch.Tensor) -> int:
         """The dimension of hidden states [.., T, H] that counts who chooses: tokens, or sequences in [B, T, H]."""
-        choosing = math.prod(map(plain_number, nodes.shape(self.gate.ids) or ())) // self.gate.top_k
+        choosing = math.prod(map(plain_number, nodes.value(self.gate.ids).shape)) // self.gate.top_k
         of_sequences = choosing == hidden.shape[0] != hidden.shape[:-1].numel()
         return 0 if hidden.dim() == 3 and (of_sequences or self._by_sequence) else hidden.dim() - 2
 

@@ -74,10 +74,11 @@ def _scales_weights(trial: Trial, one: ExpertSlices, taken: list[ExpertSlices], 
     """Whether a number per expert may scale routing weights, and be the router's.
 
     A bias of the experts shows where all else that they have is zero, and adds the same whatever that is. So does
-    no scale of weights, also where these are read elsewhere, `y + (1 - weights[:, :1]) * x`.
+    no scale of weights, also where these are read elsewhere, `y + (1 - weights[:, :1]) * x`. What a module of its own
+    holds is that expert's.
     """
     others = [other for other in taken if other is not one]
-    if one.parts(trial.block.num_experts)[0].numel() > 1 or not others:
+    if one.parts(trial.block.num_experts)[0].numel() > 1 or not others or one.is_of_modules:
         return False
     # Weights that are returned change with it, whatever the experts give.
     made_by_experts = _changes_with(trial, others, inputs)

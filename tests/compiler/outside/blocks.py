@@ -166,6 +166,26 @@ class TwoLayers(Listed):
         return torch.tanh(self.mlps[number](x)) * 2
 
 
+class ScaledModule(nn.Module):
+    """An expert with a number of its own, as a scale that it is dequantised by, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN)
+        self.scale = nn.Parameter(torch.rand(()))
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) * self.scale
+
+
+class ScaledModules(Listed):
+    """A list of them, in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(ScaledModule() for _ in range(EXPERTS)).eval()
+
+
 class Padding(Experts):
     """Half of the tokens, or what a mask marks, are sent to the expert `target`; -1 is none."""
 

@@ -1,6 +1,7 @@
 """A rewrite is right where the block gives what it gives, as traced, with exchanged experts."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sere_compile.compiler.outside import compare_versions as module
 from sere_compile.compiler.outside.compare_versions import Verdict, compare_versions
 from sere_compile.compiler.outside.where_tokens_go import SENT_ELSEWHERE
 
+from ...passes.graph.written import Written
 from ...thinned import thinned
 from .blocks import EXPERTS, HIDDEN, SEEN, TOP_K, Block, Chained, Counting, Experts, Keeping, Split, Unweighted, rows
 from .trials import VERSIONS, EagerTrial, parameters, raising, returning, trial_of, verdicts, watched_compiling
@@ -115,7 +117,7 @@ def test_ids_that_are_kept_stay_what_the_router_chose(place, told):
 def test_tokens_that_are_dropped_only_where_there_are_many():
     found = verdicts(Block(Capped()), rows())
     assert all(v.merged is None for v in found)
-    assert "where there are 256 tokens" in found[0].reason
+    assert "where there are 4096 tokens" in found[0].reason
 
 
 def test_one_of_many_experts_that_is_told_by_its_number():
@@ -273,6 +275,18 @@ class TestWhichRewriteIsRight:
         assert told is None or f"run with the code that receives its ids, Plain {told}" in problem
         assert torch.equal(w.tensors[0], kept)
 
+    @pytest.mark.parametrize(("tokens", "least"), [(1, 256), (5, 256), (256, 256), (257, 512), (5000, 8192)])
+    @pytest.mark.parametrize(("parameters", "most"), [(1 << 10, 4096), (1 << 20, 2048), (1 << 28, 8)])
+    def test_how_many_tokens(self, tokens, least, parameters, most):
+        """As many as the call has; some thousands where a block is small."""
+        ids = Written().input(torch.zeros(tokens, TOP_K, dtype=torch.int64))
+        gate = types.SimpleNamespace(ids=ids, top_k=TOP_K)
+        assert module.least_rows(gate) == least
+        held = nn.Module()
+        held.weight = nn.Parameter(torch.empty(parameters, device="meta"))
+        trial = types.SimpleNamespace(gate=gate, block=types.SimpleNamespace(module=held))
+        assert module.many_rows(trial) == max(least, most)
+
     @pytest.mark.parametrize(("sizes", "by_tokens"), [((5,), True), ((1, 5), False)])
     def test_many_tokens(self, sizes, by_tokens, monkeypatch):
         """Where the block takes them, and its graph serves them."""
@@ -284,8 +298,8 @@ class TestWhichRewriteIsRight:
         monkeypatch.setattr(module, "_problem_in_draw", in_draw)
         given = ((torch.randn(*sizes, HIDDEN),), {})
         more = functools.partial(module._problem_with_more, trial, "plain", [])
-        assert more(given) == "off where there are 256 tokens"
-        assert ran == [((256, *sizes[1:], HIDDEN), by_tokens)]
+        assert more(given) == "off where there are 4096 tokens"
+        assert ran == [((4096, *sizes[1:], HIDDEN), by_tokens)]
         assert asked == [("plain", 0, by_tokens)]
         monkeypatch.setattr(module, "_problem_in_draw", returning(None))
         assert more(given) is None

@@ -20,6 +20,7 @@ from .blocks import (
     OneOutput,
     Prompts,
     Scaled,
+    ScaledModules,
     ScalingValues,
     TwoLayers,
     Values,
@@ -160,6 +161,14 @@ class TestTrialsWithoutCompiling:
             (Scaled(), ["experts.w"]),
             (Scaled((EXPERTS, 1)), ["experts.w"]),
             (TwoLayers(), ["experts.mlps.*.bias", "experts.mlps.*.weight"]),
+            (
+                ScaledModules(),
+                [
+                    *(f"experts.mlps.*.linear.{name}" for name in ("bias", "weight")),
+                    *(f"experts.mlps.*.norm.{name}" for name in ("bias", "running_mean", "running_var", "weight")),
+                    "experts.mlps.*.scale",
+                ],
+            ),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
     )

@@ -151,6 +151,9 @@ class Ids(Written):
     def mask(self):
         return self.call(torch.nn.functional.one_hot, self.ids, 8)
 
+    def column(self):
+        return self.call("unsqueeze", self.ids, -1)
+
     def places(self, mask=None):
         return self.call(torch.cumsum, self.mask() if mask is None else mask, 0)
 
@@ -168,6 +171,18 @@ PLACES = {
     ),
     "through what does not": (lambda w: w.call(torch.lt, w.places(w.call(torch.sum, w.mask(), 1)), 2), False),
     "numbers that are moved": (lambda w: w.call(torch.lt, w.call(torch.sub, w.places(), 1), 2), True),
+    "a slot's own number": (lambda w: w.call(torch.lt, w.call(torch.sum, w.mul(w.places(), w.mask()), -1), 2), True),
+    "picked by the ids": (lambda w: w.call(torch.lt, w.call(torch.gather, w.places(), -1, w.column()), 2), True),
+    "the largest": (lambda w: w.call(torch.lt, w.call(torch.amax, w.places(), -1), 2), True),
+    "where it is chosen": (
+        lambda w: w.call(torch.ge, w.call(torch.where, w.call(torch.gt, w.mask(), 0), w.places(), 0), 2),
+        True,
+    ),
+    "cut off": (lambda w: w.call(torch.clamp, w.places(), 0, 2), True),
+    "cut off below": (lambda w: w.call(torch.clamp, w.places(), 0), False),
+    "the less": (lambda w: w.call(torch.clamp_max, w.places(), 2), True),
+    "whether there are any": (lambda w: w.call(torch.gt, w.places(), 0), False),
+    "whether it is marked": (lambda w: w.call(torch.ge, w.call(torch.sub, w.places(), 1), 0), False),
     "ids in another order": (
         lambda w: w.call(torch.lt, w.places(w.call(torch.eq, w.call(torch.t, w.ids), 3)), 2),
         True,

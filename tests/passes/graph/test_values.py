@@ -47,7 +47,20 @@ class TestValues:
         symbol = next(node for node in graph.graph.nodes if isinstance(nodes.value(node), torch.SymInt))
         assert nodes.shape_in_call(product, {symbol: 5}) == (10, 6)
         assert nodes.shape_in_call(product, {symbol: 7}) == (14, 6)
-        assert isinstance(nodes.shape(product)[0], torch.SymInt)
+        assert isinstance(nodes.value(product).shape[0], torch.SymInt)
+
+    def test_sizes_compare_without_a_guard(self):
+        """Three rows were traced; the graph serves others too."""
+        graph = graph_of(lambda m, x, ids: torch.cat([x, x]) @ m.weight, from_dynamo, dynamic=True)
+        product = find(graph, "matmul")
+        free = nodes.value(product).shape[0]
+        guards = len(free.node.shape_env.guards)
+        assert nodes.shape(product) != (6, 6)
+        assert 6 not in nodes.shape(product)[:1]
+        assert nodes.shape(product)[0] == free.node.expr
+        assert nodes.shape(product)[1] == 6
+        assert nodes.count(product) != 36
+        assert len(free.node.shape_env.guards) == guards
 
 
 class TestSourceLine:

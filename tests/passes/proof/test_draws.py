@@ -27,6 +27,7 @@ class Table(Block):
         self.bend = bend
         self.gain = nn.Parameter(torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("limit", torch.tensor(1_000_000))
 
     def route(self, x):
         values, ids = torch.topk(self.scores(x), self.top_k, dim=-1)
@@ -49,6 +50,9 @@ BENDS = {
     "only near one": lambda block, table: table.clamp(max=0.9),
     "by a gain that is 0 at first": lambda block, table: table + block.gain * table**2,
     "after a hundred calls": counted,
+    "beyond a limit that is far at first": lambda block, table: torch.where(
+        (table > 0).sum() > block.limit, table.sqrt(), table
+    ),
 }
 
 

@@ -97,7 +97,9 @@ def test_what_a_value_is():
 
 
 def test_what_is_held():
-    """Whole numbers, unless they are too many; no floating-point ones."""
+    """Whole numbers, unless they are too many; of others a single one, which may be a limit."""
+    assert _content(torch.tensor(1e6)) == [1e6]
+    assert _content(torch.tensor([0.5])) == [0.5]
     assert _content(torch.arange(4).view(2, 2)) == [0, 1, 2, 3]
     assert _content(torch.rand(3)) is None
     assert _content(torch.zeros(4096, dtype=torch.int64)) == [0] * 4096

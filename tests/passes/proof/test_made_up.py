@@ -133,7 +133,7 @@ def test_places_of_the_experts_that_are_to_be_chosen():
 def test_more_tokens_than_were_traced():
     """Every activation has as many rows as the number that takes the symbol's place."""
     region = region_of(ScatterCombine(), lambda module, x: from_dynamo(module, x, dynamic=True))
-    symbol = next(iter(nodes.shape(region.gate.ids)[0].node.expr.free_symbols))
+    symbol = next(iter(nodes.shape(region.gate.ids)[0].free_symbols))
     values = activation_values(region, 0, single=True, sizes={symbol: 40})
     kinds = {region.leaves[node].kind: value for node, value in values.items()}
     assert kinds["number"] == 40
@@ -194,6 +194,24 @@ def test_which_state_may_be_other_later():
     found = later_state(types.SimpleNamespace(leaves=leaves), state, 0)
     assert [leaves[node].source.name for node in found] == ["calls", "bias", "scale"]
     assert all(value.shape == state[node].shape for node, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("value", "draw", "lowers", "wanted"),
+    [
+        (torch.tensor(1000), 1, True, 2), (torch.tensor(1000), 3, True, 2), (torch.tensor([256.0]), 1, True, 2),
+        (torch.tensor(1000), 0, True, None), (torch.tensor(1000), 1, False, None),
+        (torch.tensor(255), 1, True, None), (torch.tensor([1000, 1000]), 1, True, None),
+    ],
+)  # fmt: skip
+def test_limits_may_become_low(value, draw, lowers, wanted):
+    """Single numbers that nobody writes, and that may be more than anything reaches."""
+    w = Written()
+    node, source = w.input(value), w.graph.placeholder("limit")
+    region = types.SimpleNamespace(leaves={node: Leaf("state", source, value)})
+    found = later_state(region, {node: value}, draw, lowers_limits=lowers)
+    low = [float(other) for other in found.values() if float(other.reshape(-1)[0]) == 2]
+    assert low == ([] if wanted is None else [wanted])
 
 
 @pytest.mark.parametrize(
