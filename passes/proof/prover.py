@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..gate import Gate, Skip, SkipReason, UseKind
 from ..graph import nodes
+from ..graph.nested import why_nested
 from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
 from .changed_ids import changed_id
@@ -84,8 +85,10 @@ class Prover:
             return Verdict(refusal=refusal, without_experts=True)
         if not experts_meet_hidden(region, sources, experts.tensors):
             # What is left of an attribute that is no tensor is a graph: its products are not seen.
-            nested = any(node.op == "get_attr" for node in region.graph.nodes)
-            return Verdict(reason=SkipReason.NESTED if nested else SkipReason.FETCHED)
+            nested = next((node for node in region.graph.nodes if node.op == "get_attr"), None)
+            if nested is not None:
+                return Verdict(refusal=why_nested(nested), reason=SkipReason.NESTED_EXPERTS)
+            return Verdict(reason=SkipReason.FETCHED)
         if self._weighs_nothing(experts.tensors, sources):
             return Verdict(reason=SkipReason.NOTHING_WEIGHED)
         refusals: list[str] = []
