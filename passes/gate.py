@@ -70,6 +70,7 @@ class SkipReason(enum.Enum):
         "it takes the best scores in ascending order, and re-routing ranks them best first: write topk, or "
         "sort(descending=True)"
     )
+    NOT_ALIKE = "its experts are not alike, so that none can stand in another's place"
     UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"
     ONE_TOKEN = (
         "it is inside torch.func.vmap, where its batch is one example, and re-routing takes the tokens of a batch "
