@@ -27,6 +27,7 @@ from .evidence.selections import Selection, find_selections, with_marked_padding
 from .evidence.token_places import drops_tokens, split_at_fixed_places
 from .gate import Evidence, Gate, Skip, SkipReason, UseKind
 from .graph import nodes
+from .graph.nested import nested_in, why_nested
 
 _REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
 
@@ -209,13 +210,11 @@ def _nested(module: GraphModule) -> list[Skip]:
     """Selections in nested graphs: gates there are refused, the others keep their reasons."""
     found = []
     for node in module.graph.find_nodes(op="get_attr"):
-        inner = getattr(module, str(node.target), None) if "." not in str(node.target) else None
-        if isinstance(inner, GraphModule):
-            caller = next(iter(node.users), node)
+        inner = nested_in(node, module)
+        if inner is not None:
             inside = find_gates(inner)
             found += [
-                Skip(SkipReason.NESTED, g.selection, f"called by {caller.name}", evidence=Evidence.EXPERTS)
-                for g in inside.gates
+                Skip(SkipReason.NESTED, g.selection, why_nested(node), evidence=Evidence.EXPERTS) for g in inside.gates
             ]
             found += inside.skips
     return found

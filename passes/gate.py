@@ -59,10 +59,8 @@ class SkipReason(enum.Enum):
     )
     PRODUCT_KEYS = "product keys: its candidates are pairs of other selections"
     HASH = "hash routing: its experts come from a table, not from scores"
-    NESTED = (
-        "it is inside a nested graph, as activation checkpointing makes, which is not rewritten: switch checkpointing "
-        "off (model.gradient_checkpointing_disable(), or call the layer without torch.utils.checkpoint)"
-    )
+    NESTED = "it is inside a nested graph, which is not rewritten"  # the detail says whose it is, and what to do
+    NESTED_EXPERTS = "its experts are inside a nested graph, which is not rewritten"
     BENT_WEIGHTS = (
         "its weights pass through another function after the dispatch, where those of two slots cannot be added"
     )
@@ -72,6 +70,7 @@ class SkipReason(enum.Enum):
         "it takes the best scores in ascending order, and re-routing ranks them best first: write topk, or "
         "sort(descending=True)"
     )
+    NOT_ALIKE = "its experts are not alike, so that none can stand in another's place"
     UNVERIFIED = "the rewritten graph was not proven to compute what re-routing defines"
     ONE_TOKEN = (
         "it is inside torch.func.vmap, where its batch is one example, and re-routing takes the tokens of a batch "

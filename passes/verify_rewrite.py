@@ -110,7 +110,9 @@ _verdicts: dict[tuple[str, bool, str], Verdict] = {}
 
 def _for_gate(verdict: Verdict, gate: Gate, region: Region) -> Proof | Skip:
     if verdict.refused:
-        if gate.weights is None and gate.weights_skip is not None and verdict.reason is SkipReason.UNVERIFIED:
+        # Merging may have been right where another way was found wrong; weights were not known for it.
+        unmerged = gate.weights is None and gate.weights_skip is not None and verdict.tried
+        if unmerged and gate.weights_skip is not None and verdict.reason is SkipReason.UNVERIFIED:
             detail = "; ".join(filter(None, [gate.weights_skip.detail, verdict.refusal]))
             return replace(gate.weights_skip, detail=detail, evidence=Evidence.EXPERTS)
         detail = verdict.refusal or nodes.place(gate.selection)

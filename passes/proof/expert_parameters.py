@@ -25,6 +25,7 @@ from .sources import Sources, trace_sources
 Values = dict[Node, Any]
 Run = Callable[[Values], Values]
 _MANY = 600  # parameters that are tried one by one at most
+_MANY_TO_TELL = 256  # ... where it is only to tell why a proof failed
 _EACH_TOKEN = 16  # tokens that must stay as they are, one by one, where a stack might be one expert's own tensor
 _FURTHER = 12  # draws at most that tell apart the experts of such
 
@@ -166,6 +167,22 @@ class Told:
         found.lists += self._one_by_one(left)
         return found, self._sources
 
+    def owners(self) -> dict[Node, int]:
+        """Every parameter that is one expert's alone, of whatever shape; empty where this cannot be told of each."""
+        candidates = self._candidates()
+        if len(candidates) > _MANY_TO_TELL:
+            return {}
+        possible, spare = self._possible_owners(candidates, all_act=False)
+        if len(possible) < len(candidates) or any(len(experts) > 1 for experts in possible.values()):
+            return {}
+        # What changes every token may be a stack, and all of them may name one expert.
+        return {node: next(iter(experts)) for node, experts in possible.items() if experts and node in spare}
+
+    @property
+    def draws(self) -> list[Values]:
+        """The draws that were run, without exchanged parameters."""
+        return self._draws
+
     def _candidates(self) -> list[Node]:
         router = self._sources.router
         reach = self._sources.state[self._exit]
@@ -266,8 +283,17 @@ class Told:
 
     def _owners(self, nodes_left: list[Node]) -> dict[Node, int]:
         """The one expert that all tokens name which change with a tensor, and no token that does not."""
+        possible, _ = self._possible_owners(nodes_left, all_act=True)
+        return {node: next(iter(experts)) for node, experts in possible.items() if len(experts) == 1}
+
+    def _possible_owners(self, nodes_left: list[Node], all_act: bool) -> tuple[dict[Node, set[int]], set[Node]]:
+        """Of each tensor that changes tokens, the experts that all of them name; and the tensors that leave a token.
+
+        With `all_act` none that a token names which stays: a ReLU may keep a tensor from acting on it.
+        """
         possible = {node: set(range(self._experts)) for node in nodes_left}
         changing: set[Node] = set()
+        spare: set[Node] = set()
         for number in range(len(self._draws) + _FURTHER):
             unsettled = [node for node in nodes_left if node not in changing or len(possible[node]) > 1]
             if not unsettled:
@@ -277,10 +303,13 @@ class Told:
                 self._add(self._draw_choosing(number, shuffled.tolist()))
             for node in unsettled:
                 rows = self._changed(number, self._draws[number] | {node: redrawn(self._draws[number][node], 5)})
+                if rows is not None and not bool(rows.all()):
+                    spare.add(node)
                 if rows is not None and bool(rows.any()):
                     changing.add(node)
-                    possible[node] &= _shared(self._ids[number][rows]) - set(self._ids[number][~rows].unique().tolist())
-        return {node: possible[node].pop() for node in nodes_left if node in changing and len(possible[node]) == 1}
+                    possible[node] &= _shared(self._ids[number][rows])
+                    possible[node] -= set(self._ids[number][~rows].unique().tolist()) if all_act else set()
+        return {node: possible[node] for node in nodes_left if node in changing}, spare
 
 
 def _shared(ids: torch.Tensor) -> set[int]:

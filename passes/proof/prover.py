@@ -11,8 +11,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..gate import Gate, Skip, SkipReason, UseKind
 from ..graph import nodes
+from ..graph.nested import why_nested
 from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
+from .alike import unlike_code, unlike_parameters
 from .changed_ids import changed_id
 from .compare import changed_rows, distance
 from .expert_parameters import ExpertParameters, Told, Values
@@ -46,6 +48,7 @@ class Verdict:
     refusal: str = ""
     reason: SkipReason = SkipReason.UNVERIFIED
     without_experts: bool = False
+    tried: bool = False  # whether ways to rewrite were run, and none was right
 
     @property
     def refused(self) -> bool:
@@ -80,14 +83,16 @@ class Prover:
         self._masks = self._masks_that_run()
         self._lowers_limits = self._takes(self._drawn(1, later=True))
         draws = [self._drawn(number) for number in range(2)]
-        experts, sources = Told(region, self._run, draws, lambda n, chosen: self._drawn(2 * n, chosen=chosen)).find()
+        told = Told(region, self._run, draws, lambda n, chosen: self._drawn(2 * n, chosen=chosen))
+        experts, sources = told.find()
         if not experts:
-            refusal = "no parameter belongs to the experts: exchanging it changes no token, or all"
-            return Verdict(refusal=refusal, without_experts=True)
+            return self._without_experts(told, experts)
         if not experts_meet_hidden(region, sources, experts.tensors):
             # What is left of an attribute that is no tensor is a graph: its products are not seen.
-            nested = any(node.op == "get_attr" for node in region.graph.nodes)
-            return Verdict(reason=SkipReason.NESTED if nested else SkipReason.FETCHED)
+            nested = next((node for node in region.graph.nodes if node.op == "get_attr"), None)
+            if nested is not None:
+                return Verdict(refusal=why_nested(nested), reason=SkipReason.NESTED_EXPERTS)
+            return Verdict(reason=SkipReason.FETCHED)
         if self._weighs_nothing(experts.tensors, sources):
             return Verdict(reason=SkipReason.NOTHING_WEIGHED)
         refusals: list[str] = []
@@ -103,8 +108,39 @@ class Prover:
                 reason = wrong.reason if not refusals else reason
                 wrong = wrong.detail
             refusals.append(wrong)
+        wrong_ways = bool(refusals) and reason is SkipReason.UNVERIFIED
+        if wrong_ways and (unlike := self._unlike(told, experts, sources)) is not None:
+            return Verdict(refusal=unlike, reason=SkipReason.NOT_ALIKE)
         text = "; ".join(dict.fromkeys(refusals)) or "nothing of its dispatch can be re-routed"
-        return Verdict(refusal=text, reason=reason)
+        return Verdict(refusal=text, reason=reason, tried=True)
+
+    def _without_experts(self, told: Told, experts: ExpertParameters) -> Verdict:
+        """Why no parameters of all experts were found; where the ids leave the graph they are outside."""
+        outside = all(use.kind is UseKind.LEAVES for use in self._region.gate.dispatch_uses)
+        if not outside and (unlike := self._unlike_parameters(told, experts)) is not None:
+            return Verdict(refusal=unlike, reason=SkipReason.NOT_ALIKE, without_experts=True)
+        refusal = "no parameter belongs to the experts: exchanging it changes no token, or all"
+        return Verdict(refusal=refusal, without_experts=True)
+
+    def _unlike(self, told: Told, experts: ExpertParameters, sources: Sources) -> str | None:
+        """How the experts differ, where they do and that is seen."""
+        region = self._region
+        if experts.unknown_moves(region.gate.num_experts) is not None:
+            return None  # a rank that holds a part of them
+        try:
+            if (unlike := self._unlike_parameters(told, experts)) is not None:
+                return unlike
+            if self._masks:
+                return None  # they may send tokens to an expert, which is told as it is
+            everyone = range(region.gate.num_experts)
+            draws = [self._drawn(2 * n, chosen=_in_turn(set(everyone), n)) for n in range(_DRAWS)]
+            return unlike_code(region, self._run, draws, experts, sources.router)
+        except FAILURES:  # exchanged they do not run, which tells nothing
+            return None
+
+    def _unlike_parameters(self, told: Told, experts: ExpertParameters) -> str | None:
+        owners = told.owners()
+        return unlike_parameters(owners, experts, self._region, {node: told.draws[0][node].shape for node in owners})
 
     def _masks_that_run(self) -> Masks:
         """The region's masks; what a call tells by other numbers than 0 and 1 varies where the program takes others."""

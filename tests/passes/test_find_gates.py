@@ -680,4 +680,4 @@ class TestByHand:
             assert reasons(found) == [SkipReason.NESTED, SkipReason.NO_IDS]
             nested = found.skips[0]
             assert (nested.node, nested.evidence) == (ids.args[0], Evidence.EXPERTS)
-            assert nested.detail == f"called by {node.name if called else body.name}"
+            assert nested.detail.startswith(f"called by {node.name if called else body.name}, ")

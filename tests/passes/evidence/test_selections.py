@@ -386,6 +386,22 @@ def test_nested_graph(trace):
     assert nodes.source_line(skips[0].node).startswith("moe_modules.py:")
 
 
+@pytest.mark.parametrize("trace", ["dynamo", "export"])
+def test_branch(trace):
+    """A gate in a branch is refused for that: no checkpointing is to be switched off."""
+    block = Indexed()
+
+    def function(b, x):
+        return torch.cond(x.sum() > -1e9, block, torch.sin, (x,))
+
+    module = Function(function)
+    module.block = block
+    [skip] = find_gates(TRACERS[trace](module, rows())).skips
+    assert skip.reason is SkipReason.NESTED
+    assert "called by cond, a branch of torch.cond" in skip.detail
+    assert "checkpoint" not in str(skip)
+
+
 def selected(write, *sizes):
     """What is found in a graph that `write(written, scores)` writes."""
     written = Written()

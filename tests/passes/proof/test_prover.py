@@ -693,7 +693,8 @@ def test_experts_in_a_nested_graph_are_refused_for_that():
     graph = TRACERS["dynamo"](Checkpointed(), rows())
     refusal = verify_rewrite(one_gate(graph), weights_of(graph))
     assert isinstance(refusal, Skip)
-    assert refusal.reason is SkipReason.NESTED
+    assert refusal.reason is SkipReason.NESTED_EXPERTS
+    assert "switch checkpointing off" in refusal.detail
 
 
 @pytest.mark.parametrize("tracer", TRACERS)
