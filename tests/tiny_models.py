@@ -126,9 +126,9 @@ def tokens(batch: int = 4, length: int = 6, seed: int = 0, device: str = "cpu") 
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def gate_names(router: str = "gate") -> list[str]:
+def gate_names(layers: int = LAYERS, router: str = "gate") -> list[str]:
     """Router weights of all three models, in order; gpt-oss calls its routers "router"."""
-    return [f"model.layers.{i}.mlp.{router}.weight" for i in range(LAYERS)]
+    return [f"model.layers.{i}.mlp.{router}.weight" for i in range(layers)]
 
 
 def random_profile(model: nn.Module, seed: int = 0, router: str = "gate"):
@@ -137,7 +137,7 @@ def random_profile(model: nn.Module, seed: int = 0, router: str = "gate"):
 
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
-    for name in gate_names(router):
+    for name in gate_names(router=router):
         experts = model.get_parameter(name).shape[0]
         half = torch.rand(experts, experts, generator=generator)
         matrices[name] = ((half + half.T) / 2).fill_diagonal_(1.0)

@@ -106,7 +106,7 @@ def test_fp8_activations_of_zeros_and_nan(device):
 
 
 def test_fp8_activations_need_scales():
-    with pytest.raises(ValueError, match="fp8_activations: expected False without scales"):
+    with pytest.raises(ValueError, match="fp8_activations: expected False without FP8 weights"):
         expert_mlp(*Layer().draw(), fp8_activations=True)
 
 
