@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from .compiler import dynamo, missing_gates
@@ -85,15 +86,15 @@ class SereBackend:
         if config.capture == "auto":
             raise ConfigError('capture="auto" acts before a backend is called: use sere_compile.compile(model, ...)')
         graph, owners = DynamoGraph(module, example_inputs), Owners()
-        whole_call = dynamo.is_outermost() and not dynamo.has_graph_break()
+        whole_call = dynamo.is_outermost() and not dynamo.has_graph_break(module)
         find = find_separate_gates if whole_call else find_gates
         findings = find(graph.module, experts_are_live(graph.value_of, owners))
         plans = plan_gates(findings.gates, config, graph.own_inputs.nodes, graph.value_of, owners)
         for plan in plans:
-            self._rewrite(plan, graph, example_inputs, owners)
+            self._rewrite(plan, graph, owners)
         plans, findings = without_look_alikes(plans, findings)
         if plans:
-            pack_attention(graph.module, config, plans[0].weight(example_inputs).device)
+            pack_attention(graph.module, config, plans[0].weight(graph.held).device)
         rewritten = graph.finish()
         if self._explaining:
             return ObservedGraph(module, plans, findings.skips, whole_call=whole_call)
@@ -106,12 +107,13 @@ class SereBackend:
             return missing_gates.watch(compiled, findings, config, whole_call=whole_call)
         watch = None if whole_call else missing_gates.watch_others(config)
         bound = BoundGraph(compiled, module.forward, graph, plans, watch)
-        bound.bind(example_inputs, owners)
+        if not any(isinstance(plan.weight(graph.held), FakeTensor) for plan in plans):
+            bound.bind(graph.held, owners)
         return bound
 
-    def _rewrite(self, plan: GatePlan, graph: DynamoGraph, example_inputs: Sequence[Any], owners: Owners) -> None:
+    def _rewrite(self, plan: GatePlan, graph: DynamoGraph, owners: Owners) -> None:
         """Rewrite one gate; raise if it cannot be re-routed and has to be, unless refusals become rows of a report."""
-        weight = plan.weight(example_inputs)
+        weight = plan.weight(graph.held)
         matrices = examples(plan, weight) if plan.is_to_reroute else {}
         refusal = rewrite_gate(
             plan,

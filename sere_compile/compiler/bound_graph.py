@@ -15,9 +15,9 @@ from ..experts.owner import Owners
 from ..passes import SkipReason
 from ..report import REWRITTEN
 from ..similarity import binding
-from . import missing_gates
+from . import dynamo, missing_gates
 from .dynamo_graph import DynamoGraph
-from .gate_matrices import appended_value, bind_weight, unprobed
+from .gate_matrices import appended_value, bind_weight, stand_in, unprobed
 from .gate_plan import GatePlan
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class BoundGraph:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the compiled graph with what Dynamo passes and the gates' own inputs behind it."""
+        if dynamo.is_fake_call():  # nothing is computed, and no weight has an identity
+            return self._compiled(*arguments, *self._stand_ins(arguments))
         if self._watch is not None and self._watch([plan.weight(arguments) for plan in self._plans]):
             self._watch = None
         missing_gates.runs.graphs += 1
@@ -69,6 +71,10 @@ class BoundGraph:
         if extra is None or missing_gates.runs.as_traced:
             return self._original(*arguments)
         return self._compiled(*arguments, *extra)
+
+    def _stand_ins(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
+        """Tensors like the appended inputs, in the fake mode of this call."""
+        return [stand_in(item.plan, item.kind, item.plan.weight(arguments)) for item in self._appended]
 
     def _bind_or_tell(self, arguments: Sequence[Any]) -> list[torch.Tensor] | None:
         """See `bind`; None, and a warning, for layers not compiled for whose experts cannot be run or share a router.

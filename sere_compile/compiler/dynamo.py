@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch._guards import Guard, TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from ..passes.graph.copy import copy_module
@@ -150,10 +151,38 @@ def recompile_limit_hint() -> str:
     )
 
 
-def has_graph_break() -> bool:
-    """Whether the graph being compiled ends at a graph break; True where Dynamo does not say."""
+def is_piece(module: GraphModule) -> bool:
+    """Whether it is one of the graphs that Dynamo cut its own into, one per bucket of DistributedDataParallel.
+
+    Their example inputs are fake tensors, parameters included, and each is run on such once it is compiled.
+    """
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return "DDPOptimizer" in str(getattr(reason, "reason", ""))
+
+
+def held_by(node: Node, example: Any) -> Any:
+    """What a graph input holds in the call that is compiled: the tensor itself where the example is a fake of it.
+
+    What an earlier piece of the graph computes stays fake, see `is_piece`.
+    """
+    given = node.meta.get("grapharg") if isinstance(example, FakeTensor) else None
+    return example if given is None else given.example
+
+
+def is_fake_call() -> bool:
+    """Whether a compiled graph runs on fake tensors now, to tell the shapes of what it gives."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def has_graph_break(module: GraphModule) -> bool:
+    """Whether the graph being compiled ends at a graph break; True where Dynamo does not say.
+
+    A piece of a graph ends as at one, see `is_piece`.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
+    if is_piece(module):
+        return True
     try:
         reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
     except AttributeError:

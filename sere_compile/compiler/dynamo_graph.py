@@ -57,6 +57,7 @@ class DynamoGraph:
         own_inputs: of the graph, as it was traced.
         inputs: what to compile it for: the example inputs, and those appended since.
         appended: what the inputs behind the graph's own ones are.
+        held: what its own inputs hold in the call that is compiled, where the example is a fake tensor of it.
     """
 
     fuses_experts = False
@@ -68,9 +69,11 @@ class DynamoGraph:
         self.own_inputs = GraphInputs(self.module)
         self.inputs = list(example_inputs)
         self.appended: list[AppendedInput] = []
-        self.others_follow = not dynamo.is_outermost() or dynamo.has_graph_break()
+        self.held = list(map(dynamo.held_by, self.own_inputs.nodes, example_inputs))
+        self.is_piece = dynamo.is_piece(module)
+        self.others_follow = not dynamo.is_outermost() or dynamo.has_graph_break(module)
         self.has_gradients = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs)
-        self.value_of = self.own_inputs.values_of(example_inputs)
+        self.value_of = self.own_inputs.values_of(self.held)
         self._places: dict[tuple[Node, str], Node] = {}
 
     def place(self, plan: GatePlan, kind: str, value: torch.Tensor) -> Node:

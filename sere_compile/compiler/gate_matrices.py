@@ -7,13 +7,14 @@ import threading
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import ProbeError
 from ..experts.experts_module import find_experts
 from ..experts.owner import Owners
 from ..experts.probe import Probed, find_dispatch, probe_gate
 from ..idle import never_reached, tell_once
-from ..passes import Evidence, Skip, SkipReason
+from ..passes import COUNTED, Evidence, Skip, SkipReason
 from ..passes.graph.run_part import ValueOf
 from ..report import REWRITTEN
 from ..similarity import binding
@@ -24,6 +25,13 @@ from .dynamo_graph import AppendedInput
 from .gate_plan import GatePlan
 
 log = logging.getLogger(__name__)
+
+
+def stand_in(plan: GatePlan, kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor like what an input of one kind holds, see `appended_value`."""
+    if kind == "counts":
+        return torch.zeros(len(COUNTED), dtype=torch.int64, device=weight.device)
+    return examples(plan, weight)[kind]
 
 
 def examples(plan: GatePlan, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -78,6 +86,8 @@ def find_matrix(
     Raises:
         ProfileError: see `named_entry`.
     """
+    if isinstance(weight, FakeTensor):  # which weight it is shows when the graph is called
+        return None
     entry = named_entry(plan, weight, owners)
     if entry.matrix is not None:
         return None
@@ -143,7 +153,7 @@ def _to_probe(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, name: str
         name,
         weight,
         lambda: find_experts(owners.find(weight), plan.gate.num_experts),
-        value_of,
+        lambda node: None if isinstance(value := value_of(node), FakeTensor) else value,
         "Attach a profile: sere_compile.attach(model, profile)",
     )
 

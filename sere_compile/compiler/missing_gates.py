@@ -168,6 +168,8 @@ def watch(
         tell(findings.nearest_miss, config)
 
     def watched(*arguments: Any) -> Any:
+        if dynamo.is_fake_call():  # it is compiled still
+            return compiled(*arguments)
         runs.graphs += 1
         if not whole_call or trying:
             _note(config, findings.nearest_miss, [])

@@ -35,6 +35,7 @@ class Program:
 
     takes_kernels = False
     others_follow = False
+    is_piece = False
     has_gradients = False
 
     def __init__(self, traced: GraphModule | ExportedProgram, *, fuses_experts: bool = False) -> None:

@@ -35,6 +35,11 @@ from .traced_graph import TracedGraph
 
 log = logging.getLogger(__name__)
 
+_CUT = (
+    "the buckets of DistributedDataParallel cut the graph where its ids are still to be read: raise bucket_cap_mb, or "
+    "set torch._dynamo.config.optimize_ddp = False before the first call"
+)
+
 
 def rewrite_gate(
     plan: GatePlan,
@@ -177,6 +182,8 @@ def _prove(
     """
 
     def run_outside(gate: Gate) -> Proof | Skip:
+        if graph.is_piece:  # what is behind the cut is no code that could be run
+            return Skip(SkipReason.UNVERIFIED, gate.selection, _CUT, Evidence.EXPERTS)
         verdict = prove_outside(gate, owners.find(weight))
         if verdict.merged is None:
             evidence = Evidence.EXPERTS if verdict.is_gate else Evidence.ROUTER
@@ -194,6 +201,8 @@ def _prove(
     proof = verify_rewrite(gate, graph.value_of, run_outside, weighing=weighing)
     if not graph.others_follow or not isinstance(proof, Proof) or proof.shown != SHOWN or not _leaves_beside(gate):
         return proof
+    if graph.is_piece:
+        return Skip(SkipReason.UNVERIFIED, gate.selection, _CUT, Evidence.EXPERTS)
     # The graph holds a dispatch, and others may send the same tokens to more of the same experts.
     verdict = prove_outside(gate, owners.find(weight), kept=True)
     if verdict.block >= 0:  # a layer whose code outside does something else has a graph of its own

@@ -23,6 +23,7 @@ class TracedGraph(Protocol):
     fuses_experts: bool  # whether experts have to become one operator of ours, whatever that gains
     takes_kernels: bool  # whether the speed passes may put operators of ours into it
     others_follow: bool  # whether it is a part of a call, which may go on with what leaves it
+    is_piece: bool  # whether Dynamo cut the graph that it traced, and this is a part of it
     has_gradients: bool  # whether a call may ask for gradients, which those operators do not give
 
     def value_of(self, node: Node) -> Any:

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import sere_compile
@@ -393,3 +394,69 @@ class TestByHand:
             made(weight)
         assert len(seen) == 2
         assert all(one is weight for [one] in seen)
+
+
+@pytest.fixture
+def small_buckets(monkeypatch):
+    """Buckets of DistributedDataParallel end at 2 KB: more than a gate and its experts, less than `Wide`'s layers."""
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 2000)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield lambda model: nn.parallel.DistributedDataParallel(model, bucket_cap_mb=2000 / 2**20)
+    dist.destroy_process_group()
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("sere_compile")]
+
+
+class Wide(nn.Module):
+    """Experts between layers that fill a bucket each, or between `ids` and experts, if these are `ahead`."""
+
+    def __init__(self, ahead=False):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 500), nn.Linear(500, 6)
+        self.experts, self.ahead = Indexed(), ahead
+
+    def forward(self, x):
+        if self.ahead:
+            ids, weights = self.experts.route(x)
+            return self.experts.dispatch(self.last(self.first(x)), ids, weights)
+        return x + self.last(self.first(self.experts(self.last(self.first(x)))))
+
+
+class TestBucketsOfDistributedDataParallel:
+    """Dynamo cuts its graph at them, and compiles each piece with fake tensors, parameters included."""
+
+    @pytest.mark.parametrize("inner", [CountingInner(), "aot_eager"], ids=["counting", "aot_eager"])
+    @pytest.mark.parametrize("attached", [True, False])
+    def test_each_piece_is_bound_to_its_weights(self, small_buckets, caplog, inner, attached):
+        """As the model without them, also where each piece is run on fake tensors first."""
+        options = {"select_top_k": 1, "min_active": 0, "strict": True}
+        model = Wide()
+        if attached:
+            matrix = torch.rand(8, 8, generator=torch.Generator().manual_seed(1))
+            sere_compile.attach(model, sere_compile.SimilarityProfile({"experts.router": matrix + matrix.T}))
+        expected = torch.compile(model, backend="sere", options={**options, "inner": "eager"})(rows())
+        assert not torch.allclose(expected, model(rows()), atol=1e-4)
+        torch._dynamo.reset()
+        caplog.clear()
+        if not attached:  # probed anew
+            binding.forget(model.experts.router)
+        parallel = torch.compile(small_buckets(model), backend="sere", options={**options, "inner": inner})
+        for _ in range(2):
+            torch.testing.assert_close(parallel(rows()), expected, rtol=1e-5, atol=1e-5)
+        assert said(caplog) == []
+        assert not isinstance(inner, CountingInner) or inner.graphs > 1
+        parallel(rows()).sum().backward()
+        assert model.experts.router.grad is not None
+
+    def test_a_cut_between_router_and_experts(self, small_buckets, caplog):
+        model = Wide(ahead=True)
+        expected = model(rows())
+        parallel = torch.compile(
+            small_buckets(model), backend=sere_backend.with_options(select_top_k=1, min_active=0, inner="aot_eager")
+        )
+        torch.testing.assert_close(parallel(rows()), expected, rtol=1e-5, atol=1e-5)
+        [message] = said(caplog)
+        assert "the buckets of DistributedDataParallel cut the graph" in message
+        assert "torch._dynamo.config.optimize_ddp = False" in message

@@ -275,7 +275,7 @@ class TestSettings:
 class TestWhereACallIs:
     def test_graph_breaks(self):
         """Dynamo says of a graph whether one ends it; where it compiles nothing it says nothing."""
-        assert dynamo.has_graph_break() is True
+        assert dynamo.has_graph_break(nn.Module()) is True
         found = []
 
         def broken(x):
@@ -283,8 +283,36 @@ class TestWhereACallIs:
             torch._dynamo.graph_break()
             return x * 2
 
-        compiled(broken, lambda graph, inputs: found.append(dynamo.has_graph_break()))(torch.ones(2))
+        compiled(broken, lambda graph, inputs: found.append(dynamo.has_graph_break(graph)))(torch.ones(2))
         assert found == [True, False]
+
+    def test_pieces_of_a_graph(self):
+        """Dynamo says so of each, and none is all of a call."""
+        module, reasons = nn.Module(), []
+        assert not dynamo.is_piece(module)
+        module.compile_subgraph_reason = types.SimpleNamespace(reason="DDPOptimizer intentional graph-break")
+
+        def seen(graph, inputs):
+            reasons.append((dynamo.is_piece(graph), dynamo.has_graph_break(graph), dynamo.has_graph_break(module)))
+
+        compiled(lambda x: x + 1, seen)(torch.ones(2))
+        assert dynamo.is_piece(module)
+        assert reasons == [(False, False, True)]
+
+    def test_what_inputs_hold_where_the_examples_are_fake(self):
+        """The tensor of the call; what an earlier piece computes has none."""
+        x, found = torch.ones(2), []
+
+        def seen(graph, inputs):
+            [node] = graph.graph.find_nodes(op="placeholder")
+            fake = node.meta["example_value"]
+            found.extend((dynamo.held_by(node, fake) is x, dynamo.held_by(node, 3), dynamo.is_fake_call()))
+            found.append(dynamo.held_by(types.SimpleNamespace(meta={}), fake) is fake)
+            with fake.fake_mode:
+                found.append(dynamo.is_fake_call())
+
+        compiled(lambda y: y + 1, seen)(x)
+        assert found == [True, 3, False, True, True]
 
     def test_calls_of_compiled_code(self):
         """The outermost on the stack."""

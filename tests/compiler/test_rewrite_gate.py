@@ -173,7 +173,7 @@ def gate():
 class Traced:
     """A graph that is being rewritten, as far as it is asked."""
 
-    fuses_experts, takes_kernels, has_gradients, others_follow = False, True, True, False
+    fuses_experts, takes_kernels, has_gradients, others_follow, is_piece = False, True, True, False, False
 
     def __init__(self, gate, values=()):
         self.module = gate.selection.graph.owning_module
