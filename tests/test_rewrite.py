@@ -545,3 +545,21 @@ def test_a_router_of_two_sets_of_experts_is_refused(dispatch):
     )
     with pytest.raises(Exception, match="also selects from other experts"):
         strict(rows())
+
+
+class _Twice(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def test_a_layer_that_is_applied_twice():
+    """Without a profile the second step shows the experts that the first cannot run."""
+    from .passes.moe_modules import Indexed, rows
+
+    program = torch.export.export(_Twice(Indexed()), (rows(),))
+    done = sere_compile.rewrite(program, config=S1.replace(strict=True))
+    assert sum("sere.reroute" in str(node.target) for node in done.graph.nodes) == 2
