@@ -20,7 +20,7 @@ from .fill_dispatch import fill_dispatch
 from .fuse_experts import fuse_experts
 from .fuse_reroute import fuse_reroute
 from .fuse_router import fuse_router
-from .gate import Gate, Skip, SkipReason
+from .gate import Evidence, Gate, Skip, SkipReason
 from .kernel_gains import check_experts_gain, check_router_gains
 from .reroute_dispatch import Rewrite, RoutingSettings, reroute_dispatch
 from .verify_rewrite import Proof
@@ -45,6 +45,7 @@ class Run:
             True: so that its weights may change as well.
         input_for: the graph input for a "similarity" or "projection" matrix [E, E], or for
             "counts".
+        find_matrix: why there is no similarity matrix for the gate, or None; asked where it falls back from filling.
         projecting: whether weights are multiplied by projection coefficients.
         filling: whether lost slots are filled by the tokens' own scores; where that is refused, and
             `strict` is off, they are re-routed.
@@ -65,6 +66,7 @@ class Run:
     has_gradients: bool
     prove: Callable[[Gate, bool], Proof | Skip]
     input_for: Callable[[str], Node]
+    find_matrix: Callable[[], Skip | None] = lambda: None
     projecting: bool = False
     filling: bool = False
     strict: bool = False
@@ -218,10 +220,14 @@ def _fill_dispatch(run: Run) -> Skip | None:
 
 
 def _check_fallback(run: Run) -> Skip | None:
-    """What could not be filled is re-routed instead, unless that would have to be an error."""
-    if run.filling:
-        return run.refused.get("fill_dispatch") if run.strict else None
-    return run.refused_weights
+    """What could not be filled is re-routed instead, unless that has to be an error or there is no matrix for it."""
+    if not run.filling:
+        return run.refused_weights
+    unfilled = run.refused["fill_dispatch"]
+    if run.strict:
+        return replace(unfilled, evidence=max(unfilled.evidence, Evidence.EXPERTS))  # it is proven to be a gate
+    missing = run.find_matrix()
+    return None if missing is None else replace(missing, detail=f"{missing.detail}; it cannot be filled: {unfilled}")
 
 
 def _reroute_dispatch(run: Run) -> Skip | None:

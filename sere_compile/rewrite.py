@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from .compiler import gate_options
-from .compiler.gate_matrices import unprobed
+from .compiler.gate_matrices import of_first, unprobed
 from .compiler.gate_plan import GatePlan, refuse_shared_routers
 from .compiler.missing_gates import describe_nearest_miss
 from .compiler.program import Program
@@ -175,7 +175,7 @@ def _matrices(plan: GatePlan, profile: SimilarityProfile | None, program: Progra
     """What the gate's re-routing reads, by kind, on its weight's device."""
     config, device = plan.config, plan.weight(()).device
     if profile is None:
-        probed = _probe(plan, program)
+        probed = of_first(plan, lambda one: _probe(one, program))
         similarity: torch.Tensor = probed.similarity
         projection: torch.Tensor | None = probed.projection
     else:

@@ -584,3 +584,21 @@ class TestAsManyTokensAsExperts:
         torch._dynamo.mark_dynamic(x, 0)
         compiled = torch.compile(model, backend="sere", options={"select_top_k": 1, "inner": "eager"})
         assert compiled(x)[0].shape == (8, 16)
+
+
+class _Twice(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def test_a_layer_that_is_applied_twice():
+    """Without a profile the second step shows the experts that the first cannot run."""
+    from .passes.moe_modules import Indexed, rows
+
+    program = torch.export.export(_Twice(Indexed()), (rows(),))
+    done = sere_compile.rewrite(program, config=S1.replace(strict=True))
+    assert sum("sere.reroute" in str(node.target) for node in done.graph.nodes) == 2

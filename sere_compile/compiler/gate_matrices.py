@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,6 +26,7 @@ from .dynamo_graph import AppendedInput
 from .gate_plan import GatePlan
 
 log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
 
 
 def stand_in(plan: GatePlan, kind: str, weight: torch.Tensor) -> torch.Tensor:
@@ -95,10 +97,25 @@ def find_matrix(
         if probing:
             _probe(plan, weight, value_of, entry.name, owners)
         else:
-            find_dispatch(*_to_probe(plan, weight, value_of, entry.name, owners))
+            of_first(plan, lambda one: find_dispatch(*_to_probe(one, weight, value_of, entry.name, owners)))
     except ProbeError as error:
         return unprobed(plan, error)
     return None
+
+
+def of_first(plan: GatePlan, ask: Callable[[GatePlan], _Found]) -> _Found:
+    """The answer for a plan, or for the first of those with the same experts that has one.
+
+    Raises:
+        ProbeError: none has; the plan's own.
+    """
+    errors = []
+    for one in plan.showing_experts:
+        try:
+            return ask(one)
+        except ProbeError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def unprobed(plan: GatePlan, error: ProbeError) -> Skip:
@@ -140,7 +157,7 @@ def _tell_unreached(entry: binding.GateEntry, threshold: float | str) -> None:
 def _probe(plan: GatePlan, weight: torch.Tensor, value_of: ValueOf, name: str, owners: Owners) -> None:
     count = plan.gate.num_experts
     log.info("no similarity attached for %s: probing its %d experts on random hidden states", name, count)
-    found: Probed = probe_gate(*_to_probe(plan, weight, value_of, name, owners))
+    found: Probed = of_first(plan, lambda one: probe_gate(*_to_probe(one, weight, value_of, name, owners)))
     warn_of_probing()
     binding.assign(weight, name, found.similarity, "probed", from_profile=False, projection=found.projection)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class GatePlan:
     is_filled: bool = False  # by the tokens' own scores, for which there is no matrix
     fallback: str = ""  # why it is re-routed where it should have been filled
     saves_nothing: str = ""  # why no fewer weights are read where it is re-routed
+    # Gates of the graph with the same router, and so the same experts; the plan itself is one of them.
+    sharing: Sequence[GatePlan] = field(default=(), compare=False, repr=False)
 
     @property
     def select_top_k(self) -> int:
@@ -75,6 +77,11 @@ class GatePlan:
     def weight(self, arguments: Sequence[Any]) -> torch.Tensor:
         """The router weight that a call with these graph inputs uses."""
         return self.constant if self.position is None else arguments[self.position]  # type: ignore[return-value]
+
+    @property
+    def showing_experts(self) -> list[GatePlan]:
+        """Plans of which each may show the experts of this one; its own is the first."""
+        return [self, *(plan for plan in self.sharing if plan is not self)]
 
     def decide(self, exceeds: Callable[[Gate, int], bool]) -> None:
         """Record why there is nothing to re-route, if so; `exceeds`: whether a batch has more tokens than a limit."""
@@ -149,6 +156,8 @@ def refuse_shared_routers(plans: Sequence[GatePlan], value_of: ValueOf) -> None:
         if plan.is_to_reroute:
             sharing.setdefault(_identity(plan.gate.router_weight), []).append(plan)
     for found in sharing.values():
+        for plan in found:
+            plan.sharing = found
         experts = {_experts_of(plan, value_of) for plan in found} if len(found) > 1 else set()
         if len(experts - {frozenset()}) > 1:
             selections = ", ".join(nodes.place(plan.gate.selection) for plan in found)

@@ -58,7 +58,7 @@ def rewrite_gate(
             nothing to re-route.
         weight: the router's.
         owners: of the router weights.
-        find_matrix: asked once the gate is proven: why there is no similarity matrix for it, or None.
+        find_matrix: asked once the gate is proven and reads a similarity matrix: why there is none, or None.
 
     Returns:
         Why the gate cannot be re-routed, where that was to be done.
@@ -109,7 +109,7 @@ def _run(
         if isinstance(proof, Skip):
             return proof
         plan.saves_nothing = plan.saves_nothing or _saves_nothing(plan, graph, proof, weight.device)
-        # What fills lost slots reads no matrix. Nobody measures one for what is not re-routed.
+        # What fills lost slots reads no matrix, until that is refused. Nobody measures one for what is not re-routed.
         return proof if filling else find_matrix() or proof
 
     inputs = graph.module.graph.find_nodes(op="placeholder")
@@ -122,6 +122,7 @@ def _run(
         has_gradients=graph.has_gradients,
         prove=prove,
         input_for=input_for,
+        find_matrix=find_matrix,
         projecting=plan.config.substitution == "projection",
         filling=filling,
         strict=plan.config.strict,

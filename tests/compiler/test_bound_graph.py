@@ -20,10 +20,11 @@ from sere_compile.report import IDENTITY, REWRITTEN
 from sere_compile.similarity import binding
 
 from ..compiled import CountingInner, logits, oracle_logits
-from ..passes.moe_modules import Indexed, rows
+from ..passes.moe_modules import Indexed, expected, rows
 from ..tiny_models import EAGER_SLOW, IMPLEMENTATIONS, TOP_K, build, gate_names, random_profile, tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+FIRST = {"select_top_k": 1, "min_active": 0, "inner": "eager"}
 
 
 class TestBinding:
@@ -302,6 +303,55 @@ def test_a_later_model_whose_routers_are_one(strict, caplog):
         for _ in range(2):
             assert torch.equal(compiled(x), plain)
     assert sum("also selects from other experts" in record.message for record in caplog.records) == 2
+
+
+class TwiceApplied(nn.Module):
+    """One layer for both steps: what its first routing weights scale is behind the second routing too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Indexed()
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x + self.layer(x)
+        return x
+
+
+def test_a_layer_that_is_applied_twice(caplog):
+    """The second step shows the experts that the first cannot run."""
+    model, x = TwiceApplied(), rows()
+    with torch.no_grad():
+        found = torch.compile(model, backend=sere_backend.with_options(**FIRST, strict=True))(x)
+        wanted = x
+        for _ in range(2):
+            wanted = wanted + expected(model.layer, wanted, binding.lookup(model.layer.router).matrix, 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not any("is not re-routed" in message for message in caplog.messages)
+
+
+class LightOnesOff(Indexed):
+    """Experts that weigh little are left out: nothing shows which of the weights are the routing weights."""
+
+    def dispatch(self, x, ids, weights):
+        return super().dispatch(x, ids, weights * (weights > 0.3 * weights[:, :1]))
+
+
+@pytest.mark.parametrize("substitution", ["reroute", "projection", "fill"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_experts_that_can_neither_be_run_nor_filled(substitution, strict, caplog):
+    """A program that runs without us is not stopped, unless that is asked for."""
+    block, x = LightOnesOff(), rows()
+    backend = sere_backend.with_options(**FIRST, substitution=substitution, strict=strict)
+    with torch.no_grad():
+        if strict:
+            with pytest.raises(Exception, match=r"strict=True, and router cannot be re-routed"):
+                torch.compile(block, backend=backend)(x)
+            return
+        assert torch.equal(torch.compile(block, backend=backend)(x), block(x))
+    [message] = [message for message in caplog.messages if "is not re-routed" in message]
+    assert "its experts cannot be run" in message
+    assert ("it cannot be filled: " in message) is (substitution == "fill")
 
 
 def as_tensor(result):

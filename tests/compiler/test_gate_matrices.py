@@ -190,6 +190,16 @@ class TestFinding:
         assert "Attach a profile: sere_compile.attach(model, profile)" in refusal.detail
         assert binding.lookup(weight).matrix is None
 
+    @pytest.mark.parametrize("probing", [True, False])
+    def test_another_gate_with_the_same_router_shows_them(self, probing, traced):
+        weight, plan, other = fresh_weight(), plan_of(traced), plan_of(traced)
+        plan.region = Skip(SkipReason.NO_IDS, plan.gate.selection, "of nothing")
+        plan.sharing = other.sharing = [other, plan]
+        assert find_matrix(plan, weight, traced[1], Owners(), probing=probing) is None
+        assert (binding.lookup(weight).matrix is not None) is probing
+        other.region = Skip(SkipReason.NO_IDS, plan.gate.selection, "of nobody")
+        assert "of nothing" in find_matrix(plan, fresh_weight(), traced[1], Owners(), probing=probing).detail
+
     def test_experts_beside_the_router_are_looked_for(self, traced, monkeypatch):
         """In the model that owns the weight, and as many as the gate has."""
         model, plan, asked = Model(), plan_of(traced), []

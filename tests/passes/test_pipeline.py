@@ -13,6 +13,7 @@ import sere_compile.passes
 from sere_compile.passes import (
     COUNTED,
     PIPELINE,
+    Evidence,
     Gate,
     Proof,
     Rewrite,
@@ -356,10 +357,15 @@ class TestProperties:
         run = self.run(weighed=refused)
         assert pipeline._check_fallback(run) is refused
         run.filling = True
-        run.refused["fill_dispatch"] = other = Skip(SkipReason.UNVERIFIED, None, "other")
+        run.refused["fill_dispatch"] = Skip(SkipReason.UNVERIFIED, None, "other")
         assert pipeline._check_fallback(run) is None
+        run.find_matrix = lambda: Skip(SkipReason.NOT_PROBED, None, "no experts", Evidence.EXPERTS)
+        missing = pipeline._check_fallback(run)
+        assert (missing.reason, missing.evidence) == (SkipReason.NOT_PROBED, Evidence.EXPERTS)
+        assert missing.detail == f"no experts; it cannot be filled: {run.refused['fill_dispatch']}"
         run.strict = True
-        assert pipeline._check_fallback(run) is other
+        other = pipeline._check_fallback(run)
+        assert (other.detail, other.is_refused_gate) == ("other", True)
         assert pipeline._check_filling(run) is refused
 
     def test_what_falls_back_has_no_threshold(self, monkeypatch):
