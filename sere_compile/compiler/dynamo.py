@@ -210,7 +210,8 @@ def is_outermost() -> bool:
     """Whether the frame being compiled is the one torch.compile was asked for, not one called from broken code.
 
     Only Dynamo's frames and nn.Module's call machinery stand between it and torch.compile's
-    wrapper.
+    wrapper. Where a module has hooks, that machinery calls them and its forward one by one: each is
+    a frame of its own, and none is all of the call.
     """
     inside_dynamo = False
     torch_folder = os.path.dirname(torch.__file__) + os.sep
@@ -221,10 +222,15 @@ def is_outermost() -> bool:
             return inside_dynamo
         if file == os.path.join(torch_folder, "_dynamo", "convert_frame.py"):
             inside_dynamo = True
-        elif inside_dynamo and not file.startswith(torch_folder):
+        elif inside_dynamo and (not file.startswith(torch_folder) or _runs_hooks(frame.f_code)):
             return False
         frame = frame.f_back
     return False
+
+
+def _runs_hooks(code: CodeType) -> bool:
+    """Whether it is the part of a module's call that is for modules with hooks."""
+    return code in torch.nn.Module._call_impl.__code__.co_consts
 
 
 @contextlib.contextmanager

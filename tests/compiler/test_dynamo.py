@@ -383,6 +383,27 @@ class TestWhereACallIs:
         compiled(lambda x: x + 1, seen)(torch.ones(2))
         assert found == [True]
 
+    @pytest.mark.parametrize(
+        "register",
+        [
+            lambda module: module.register_forward_hook(lambda module, args, output: output * 2),
+            lambda module: module.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+        ],
+    )
+    def test_hooks_of_the_module_are_a_part_of_its_call(self, register):
+        class Own(nn.Module):
+            def forward(self, x):
+                return x * 3
+
+        found, module = [], Own()
+        register(module)
+        compiled(module, lambda graph, inputs: found.append(dynamo.is_outermost()))(torch.ones(2))
+        assert found == [False, False]
+        found.clear()
+        torch._dynamo.reset()
+        compiled(nn.Sequential(module), lambda graph, inputs: found.append(dynamo.is_outermost()))(torch.ones(2))
+        assert found == [True], "they are in its graph"
+
     def test_what_a_module_is_called_with(self):
         found = []
 

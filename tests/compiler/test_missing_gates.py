@@ -196,6 +196,44 @@ class TestOutsideEveryGraph:
         assert routers_outside(nn.Linear(2, 2), []) == []
 
 
+class TestHooksOfTheModel:
+    """Each is a frame of its own, with a graph of its own."""
+
+    @pytest.mark.parametrize("own", [torch.compile, sere_compile.compile])
+    def test_one_without_a_gate_is_no_reason(self, own, caplog):
+        model, x = Stacked().eval(), torch.randn(5, HIDDEN)
+        sere_compile.attach(model, SimilarityProfile({"gate.weight": torch.eye(EXPERTS)}))
+        model.register_forward_hook(lambda module, args, output: output * 2)
+        model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        options = {"select_top_k": 1, "min_active": 0, "inner": "eager", "strict": True}
+        with torch.no_grad():
+            run = own(model, **(options if own is sere_compile.compile else {"backend": "sere", "options": options}))
+            for _ in range(3):
+                assert not torch.allclose(run(x), model(x), atol=1e-3)
+        assert told(caplog) == []
+
+    @pytest.mark.parametrize("own", [torch.compile, sere_compile.compile])
+    def test_no_gate_in_any_is_told_once(self, own, caplog):
+        class Dense(nn.Module):
+            def forward(self, x):
+                return x * 3
+
+        model = Dense()
+        model.register_forward_hook(lambda module, args, output: output * 2)
+        run = own(
+            model,
+            **(
+                {"inner": "eager"}
+                if own is sere_compile.compile
+                else {"backend": sere_backend.with_options(inner="eager")}
+            ),
+        )
+        for _ in range(3):
+            run(torch.ones(3))
+        [record] = told(caplog)
+        assert "sere found no MoE gate" in record.message
+
+
 class TestRefusedBesideOthers:
     """A nested graph's gate is refused while the layer before it is re-routed."""
 
