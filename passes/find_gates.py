@@ -57,7 +57,8 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
     """Find every MoE gate of a traced graph.
 
     Args:
-        module: a graph from Dynamo, torch.export, make_fx or symbolic_trace, with recorded shapes.
+        module: a graph from Dynamo, torch.export, make_fx or symbolic_trace, with recorded shapes. Of leaf modules
+            nothing is seen: `graph.leaf_modules.open_linears` writes those that are an `nn.Linear` as functions.
         experts_outside: see `OutsideEvidence`; by default ids that only leave the graph are no
             gate.
 
