@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
@@ -48,7 +49,8 @@ def fill_dispatch(gate: Gate, settings: RoutingSettings, readers: Sequence[Node]
         What was done, or why nothing was changed.
     """
     if gate.weights is None:
-        return gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
+        why = gate.weights_skip or Skip(SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
+        return replace(why, evidence=_LATE)  # it is a gate: what weighs its experts is not known
     weights, graph = gate.weights, gate.selection.graph
     if nodes.kind(gate.selection) == "sere.route":
         insert = lambda: _routed_again(graph, gate, weights, settings)  # noqa: E731

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
+from .evidence.behind_ids import behind_ids
 from .evidence.classify_uses import Leaving, Uses, classify_uses
 from .evidence.expert_evidence import picks_outputs, reaches_experts
 from .evidence.router import Router, trace_router
@@ -28,7 +29,9 @@ from .evidence.token_places import drops_tokens, split_at_fixed_places
 from .gate import Evidence, Gate, Skip, SkipReason, UseKind
 from .graph import nodes
 from .graph.nested import nested_in, why_nested
+from .graph.walk import walk
 
+_NEAR = 24  # nodes between chosen ids and a table that maps them to others
 _REROUTING = frozenset({"sere.reroute", "sere.reroute_merged"})
 
 # Decides how many experts ids that leave the graph go to, from the router's weight node and the
@@ -54,7 +57,8 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
     """Find every MoE gate of a traced graph.
 
     Args:
-        module: a graph from Dynamo, torch.export, make_fx or symbolic_trace, with recorded shapes.
+        module: a graph from Dynamo, torch.export, make_fx or symbolic_trace, with recorded shapes. Of leaf modules
+            nothing is seen: `graph.leaf_modules.open_linears` writes those that are an `nn.Linear` as functions.
         experts_outside: see `OutsideEvidence`; by default ids that only leave the graph are no
             gate.
 
@@ -63,8 +67,10 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
     """
     gates: list[Gate] = []
     skips: list[Skip] = []
+    chosen: set[Node] = set()
     leaves = Leaving(module.graph)
     for selection in find_selections(module.graph):
+        chosen.update(() if isinstance(selection, Skip) else selection.ids)
         found = selection if isinstance(selection, Skip) else _examine(selection, experts_outside, leaves)
         if isinstance(found, Gate):
             gates.append(found)
@@ -75,7 +81,7 @@ def find_gates(module: GraphModule, experts_outside: OutsideEvidence = lambda we
     skips += [Skip(SkipReason.PRODUCT_KEYS, node, nodes.place(node)) for node in found_halves]
     skips = [_named_half(skip) if skip.node.name in halves else skip for skip in skips]
     gates = [gate for gate in gates if gate.selection.name not in halves]
-    return Findings(tuple(gates), tuple(skips + _hash_routing(module) + _nested(module)))
+    return Findings(tuple(gates), tuple(skips + _hash_routing(module, chosen) + _nested(module)))
 
 
 def _is_ordinary_maximum(selection: Selection | Skip, skip: Skip) -> bool:
@@ -138,11 +144,11 @@ def _examine(selection: Selection, experts_outside: OutsideEvidence, leaves: Lea
 
 
 def _without_experts(selection: Selection, columns: int, uses: Uses) -> Skip:
-    """Why ids reach no expert weights: what the experts give is there before, or there are none."""
+    """Why no experts are behind the ids: what these give is there before, or there are none."""
     if (table := picks_outputs(selection.ids, columns)) is not None:
         return Skip(SkipReason.DENSE, selection.node, nodes.place(table), evidence=Evidence.EXPERTS)
-    seen = ", ".join(sorted({f"{nodes.kind(use.consumer)}: {use.kind.value}" for use in uses.all}))
-    return Skip(SkipReason.NO_DISPATCH, selection.node, f"ids are used by {seen}", evidence=Evidence.IDS)
+    detail = behind_ids(selection.ids, uses.all, columns)
+    return Skip(SkipReason.NO_DISPATCH, selection.node, detail, evidence=Evidence.IDS)
 
 
 def _refused_dispatch(selection: Selection, uses: Uses, evidence: Evidence) -> Skip | None:
@@ -186,11 +192,13 @@ def _named_half(skip: Skip) -> Skip:
     return replace(skip, reason=SkipReason.PRODUCT_KEYS, detail=nodes.place(skip.node))
 
 
-def _hash_routing(module: GraphModule) -> list[Skip]:
-    """Ids that a table assigns to token ids, and that reach weights stacked over experts."""
+def _hash_routing(module: GraphModule, chosen: set[Node]) -> list[Skip]:
+    """Ids that a table assigns to token ids, not to chosen ones, and that reach weights stacked over experts."""
     found = []
     for node in module.graph.nodes:
         if nodes.kind(node) not in ("index", "embedding") or nodes.is_floating(node) or not nodes.is_tensor(node):
+            continue
+        if not chosen.isdisjoint(walk(nodes.operands(node), nodes.numbers_behind, _NEAR)):
             continue
         tables = [s for s in nodes.operands(node) if len(nodes.shape(s) or ()) == 2 and not nodes.is_floating(s)]
         roots = [nodes.parameter_root(table) for table in tables]

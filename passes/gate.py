@@ -80,7 +80,7 @@ class SkipReason(enum.Enum):
     SHARED_ROUTER = "its router weight also selects from other experts"
     NOT_PROBED = "no similarity profile is attached for it, and its experts cannot be run to measure one"
     NO_IDS = "its indices are not used"
-    NO_DISPATCH = "its indices reach no expert weights"
+    NO_DISPATCH = "no experts are found behind its indices"
     NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores do not weight what is computed from them"
     DENSE = (
         "every expert computes every token, and its indices only pick or weigh the results, so that re-routing saves "

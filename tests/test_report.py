@@ -9,7 +9,7 @@ expecttest = pytest.importorskip("expecttest")
 ROWS = (
     GateRow("model.layers.0.mlp.gate.weight", 128, 8, 2, "softmax", True, "grouped by expert", REWRITTEN, "", "probed"),
     GateRow("model.layers.11.mlp.gate.weight", 8, 2, 2, "sigmoid", False, "indexed weights", IDENTITY, "S = 2"),
-    GateRow("topk (sampler.py:12)", None, None, None, "", None, "", SKIPPED, "its indices reach no expert weights"),
+    GateRow("topk (sampler.py:12)", None, None, None, "", None, "", SKIPPED, "no experts are found behind its indices"),
 )
 
 
@@ -20,10 +20,10 @@ def test_table():
         """\
 2 MoE gates found, 1 rewritten
 gate                             E    K  S  scoring  sorted  dispatch           status     similarity  reason
--------------------------------  ---  -  -  -------  ------  -----------------  ---------  ----------  -----------------------------------
+-------------------------------  ---  -  -  -------  ------  -----------------  ---------  ----------  ---------------------------------------
 model.layers.0.mlp.gate.weight   128  8  2  softmax  yes     grouped by expert  rewritten  probed
 model.layers.11.mlp.gate.weight  8    2  2  sigmoid  no      indexed weights    identity               S = 2
-topk (sampler.py:12)                                                            skipped                its indices reach no expert weights""",
+topk (sampler.py:12)                                                            skipped                no experts are found behind its indices""",
     )
 
 

@@ -57,6 +57,36 @@ def symmetric(experts):
     return ((half + half.T) / 2).fill_diagonal_(1.0)
 
 
+class _Linear(nn.Module):
+    """A router and, in `_LinearLoop`, experts that symbolic_trace keeps as leaf modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(6, 5, bias=False)
+        self.experts = nn.Parameter(torch.randn(5, 6, 6))
+
+    def route(self, x):
+        best = self.gate(x).softmax(-1).topk(2, -1)
+        return best[0], best[1]
+
+    def combine(self, x, weights, ids):
+        return torch.einsum("th,tkhf,tk->tf", x, self.experts[ids], weights)
+
+    def forward(self, x):
+        return self.combine(x, *self.route(x))
+
+
+class _LinearLoop(_Linear):
+    def __init__(self):
+        super().__init__()
+        del self.experts
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 7), nn.SiLU(), nn.Linear(7, 6)) for _ in range(5))
+
+    def combine(self, x, weights, ids):
+        shares = [((ids == number) * weights).sum(-1, keepdim=True) for number in range(5)]
+        return sum(share * expert(x) for share, expert in zip(shares, self.experts, strict=True))
+
+
 def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
@@ -294,8 +324,26 @@ class TestErrors:
                 return torch.topk(self.head(x).softmax(-1), 3)
 
         program = torch.export.export(Sampler(), (torch.randn(4, 8),))
-        with pytest.raises(GateNotFoundError, match=r"candidate is topk at test_rewrite\.py:\d+: its indices reach no"):
+        with pytest.raises(GateNotFoundError, match=r"candidate is topk at test_rewrite\.py:\d+: no experts are found"):
             sere_compile.rewrite(program)
+
+    @pytest.mark.parametrize("kind", [_Linear, _LinearLoop], ids=lambda kind: kind.__name__)
+    def test_leaf_modules_of_symbolic_trace(self, kind):
+        """A router that is an nn.Linear is one, and so are experts made of such: exact, and bit for bit with S = K."""
+        module, x = kind(), torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
+        graph = symbolic_trace(module)
+        ShapeProp(graph).propagate(x)
+        assert "call_module" in {node.op for node in graph.graph.nodes}
+        matrix = symmetric(5)
+        profile = SimilarityProfile({"gate.weight": matrix})
+        same = sere_compile.rewrite(graph, profile=profile, config=SereConfig(select_top_k=2))
+        with torch.no_grad():
+            assert torch.equal(same(x), module(x))
+            got = sere_compile.rewrite(graph, profile=profile, config=S1.replace(min_active=0))(x)
+            weights, ids = module.route(x)
+            torch.testing.assert_close(got, module.combine(x, weights, reroute_oracle(ids, matrix, 1)))
+            assert not torch.allclose(got, module(x)), f"nothing is re-routed of {ids}"
+        assert "call_module" in {node.op for node in graph.graph.nodes}, "the graph that was given stays"
 
     def test_no_shapes(self):
         """A bare symbolic_trace has the gate and not its sizes; the error says what records them."""

@@ -91,7 +91,7 @@ def unlike_code(
     count = region.gate.num_experts
     before_it = torch.arange(count).roll(1)  # by expert: the one whose scores and parameters it gets
     for values in draws:
-        turned = _turned(region, experts.swapped(values, before_it), before_it, router)
+        turned = _turned(region, values, before_it, experts, router)
         if turned is None:
             return None
         before, after = run(values), run(turned)
@@ -104,10 +104,14 @@ def unlike_code(
     return None
 
 
-def _turned(region: Region, values: Values, before_it: torch.Tensor, router: set[Node]) -> Values | None:
-    """The values with everything that the router tells of experts turned by one; None where something else may."""
+def _turned(
+    region: Region, values: Values, before_it: torch.Tensor, experts: ExpertParameters, router: set[Node]
+) -> Values | None:
+    """The values with parameters and all that the router tells of experts turned; None where something else may."""
+    values = experts.swapped(values, before_it)
     columns, count = nodes.last_size(region.gate.router_weight), len(before_it)
     turned = dict(values)
+    belonging = experts.tensors
     for node, leaf in region.leaves.items():
         value = values[node]
         if not isinstance(value, torch.Tensor) or leaf.kind == "hidden":
@@ -117,8 +121,8 @@ def _turned(region: Region, values: Values, before_it: torch.Tensor, router: set
             changed = value.clone()
             changed[..., :count] = value[..., before_it.to(value.device)]
             turned[node] = changed
-        elif leaf.kind == "activation" and count in value.shape:
-            return None  # such as a mask over the experts
+        elif node not in belonging and any(size in (count, columns) for size in value.shape):
+            return None  # such as a mask over the experts, or another router whose scores the ids pick
     return turned
 
 

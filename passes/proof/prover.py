@@ -23,11 +23,15 @@ from .masks import Masks
 from .more_tokens import more_tokens
 from .other_numbers import other_numbers
 from .region import Region
-from .sources import Sources, experts_meet_hidden
+from .sources import Sources, experts_meet_hidden, unseen_function
 from .ways import Got, Rewritten, Way, leads_to, picked_tables, rewrite_region, settings_of, with_proven_kinds
 
 # What an operation raises that does not take made-up values.
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
+_UNSEEN = (
+    "reads the experts' parameters, and what it does is not seen: it is under torch.compiler.allow_in_graph; let "
+    "Dynamo trace it, or make it a torch.library.custom_op"
+)
 _DRAWS = 4
 _TOKENS = 16  # that the draws hold together at least, and twice as many where weights are merged
 _UNEVEN_TOKENS = 32  # that draws of routers that are sure by turns hold together
@@ -92,6 +96,9 @@ class Prover:
             nested = next((node for node in region.graph.nodes if node.op == "get_attr"), None)
             if nested is not None:
                 return Verdict(refusal=why_nested(nested), reason=SkipReason.NESTED_EXPERTS)
+            unseen = unseen_function(region, sources, experts.tensors)
+            if unseen is not None:
+                return Verdict(refusal=f"{unseen.name} {_UNSEEN}")
             return Verdict(reason=SkipReason.FETCHED)
         if self._weighs_nothing(experts.tensors, sources):
             return Verdict(reason=SkipReason.NOTHING_WEIGHED)
@@ -111,7 +118,7 @@ class Prover:
         wrong_ways = bool(refusals) and reason is SkipReason.UNVERIFIED
         if wrong_ways and (unlike := self._unlike(told, experts, sources)) is not None:
             return Verdict(refusal=unlike, reason=SkipReason.NOT_ALIKE)
-        text = "; ".join(dict.fromkeys(refusals)) or "nothing of its dispatch can be re-routed"
+        text = "; ".join(_each_once(refusals)) or "nothing of its dispatch can be re-routed"
         return Verdict(refusal=text, reason=reason, tried=True)
 
     def _without_experts(self, told: Told, experts: ExpertParameters) -> Verdict:
@@ -411,6 +418,14 @@ class Prover:
                 original = self._region.originals.get(end, end)
                 return f"{original.name} is off by {apart}"
         return None
+
+
+def _each_once(refusals: Sequence[str]) -> list[str]:
+    """The texts, one of those that only say by how much else the same is off."""
+    told: dict[str, str] = {}
+    for text in refusals:
+        told.setdefault(text.partition(" is off by ")[0], text)
+    return list(told.values())
 
 
 def _first_line(error: BaseException) -> str:

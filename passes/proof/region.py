@@ -100,6 +100,11 @@ def _trace(gate: Gate) -> tuple[tuple[Node, ...], Node, Ends] | Skip:
     ends = find_ends(gate, readers, router.projection)
     if ends is None:
         detail = "no tensor with one row per token gathers what its experts give"
+        if not nodes.is_model_state(gate.router_weight):
+            detail = (
+                f"{gate.router_weight.name} is an argument of the call, and no parameter or buffer of the model: what "
+                f"belongs to experts cannot be told of such. Pass nn.Parameter, or compile the module that holds them"
+            )
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
     return readers, router.projection, ends
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import FunctionType
 
 from torch.fx import Node
 
@@ -12,6 +13,7 @@ from ..graph.walk import walk
 from .region import Region
 
 _CONTRACTS = frozenset({"linear", "matmul", "bmm", "addmm", "baddbmm", "einsum", "grouped_mm"})
+_NOT_ONES_OWN = frozenset({"torch", "operator", "math", "sere_compile"})
 _SUMS = frozenset({"sum", "mean", "einsum"})
 _MOVES = nodes.VALUE_PRESERVING | {"transpose", "permute"}
 
@@ -110,6 +112,16 @@ def experts_meet_hidden(region: Region, sources: Sources, experts: set[Node]) ->
         if own and any(s in sources.hidden for s in operands) and _contracts(node, region):
             return True
     return False
+
+
+def unseen_function(region: Region, sources: Sources, experts: set[Node]) -> Node | None:
+    """A function of the user's own that reads parameters of experts: Dynamo was told to take it as it is."""
+    for node in region.graph.nodes:
+        function = node.target if node.op == "call_function" and isinstance(node.target, FunctionType) else None
+        own = function is not None and function.__module__.partition(".")[0] not in _NOT_ONES_OWN
+        if own and any(sources.state[source] & experts for source in nodes.operands(node)):
+            return node
+    return None
 
 
 def _is_fetched(node: Node, sources: Sources) -> bool:

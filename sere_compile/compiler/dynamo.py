@@ -91,9 +91,13 @@ def input_name(node: Node) -> str:
     if source is None:
         return str(node.target)
     text = source.name if isinstance(source.name, str) else source.name()
+    text = re.sub(r"\.__dict__\[['\"](_modules|_parameters|_buffers)['\"]\]", r".\1", text)
     text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", text)
-    text = re.sub(r"^[LG]\[['\"](self|\w+)['\"]\]\.?", "", text)
-    return re.sub(r"\[['\"]?([\w]+)['\"]?\]", r".\1", text)
+    variable = re.match(r"[LG]\[['\"](\w+)['\"]\]", text)
+    inside = text[variable.end() :] if variable is not None else text
+    name = re.sub(r"\[['\"]?([\w]+)['\"]?\]", r".\1", inside).lstrip(".")
+    # A tensor that is a variable itself, as of a function that is given its weights, has no name but that.
+    return name or (variable[1] if variable is not None else text)
 
 
 def guard_input(node: Node, holds: Callable[[object], bool], text: str) -> bool:

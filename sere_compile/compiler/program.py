@@ -18,6 +18,7 @@ from ..experts.owner import Owners
 from ..passes import Gate, separate_statistics
 from ..passes.graph import nodes
 from ..passes.graph.copy import copy_module
+from ..passes.graph.leaf_modules import open_linears
 from .gate_plan import GatePlan
 from .traced_graph import attribute
 
@@ -43,6 +44,7 @@ class Program:
         self._exported = traced if isinstance(traced, ExportedProgram) else None
         source = traced.graph_module if isinstance(traced, ExportedProgram) else traced
         self.module, _ = copy_module(source)
+        open_linears(self.module)
         separate_statistics(self.module.graph)
         self.owners = Owners()
         self._buffers: dict[Node, tuple[str, torch.Tensor]] = {}

@@ -104,7 +104,11 @@ class TestGraphs:
         ("L['model'].router", "router"),
         ('G["net"].router', "router"),
         ("L['self'].layers[3].gate['w']", "layers.3.gate.w"),
-        ("L['x']", ""),
+        ("L['x']", "x"),
+        ("L['weights']['router']", "router"),
+        ("L['weights'][0]", "0"),
+        ("L['self'].__dict__['_modules']['gate'].__dict__['_parameters']['weight']", "gate.weight"),
+        ("___odd", "___odd"),
     ],
 )
 def test_names_of_inputs(source, name):

@@ -185,9 +185,10 @@ def test_weights_that_nobody_knows_are_no_weights_to_fill(known):
     why = Skip(SkipReason.BENT_WEIGHTS, gate.selection, "for once") if known else None
     skip = fill_dispatch(dataclasses.replace(gate, weights=None, weights_skip=why), RoutingSettings(1))
     if known:
-        assert skip is why
+        assert skip == dataclasses.replace(why, evidence=Evidence.EXPERTS)
     else:
         assert (skip.reason, skip.node, skip.detail) == (SkipReason.NO_WEIGHTS, gate.ids, nodes.place(gate.ids))
+    assert skip.is_refused_gate
     assert str(graph.graph) == before
 
 

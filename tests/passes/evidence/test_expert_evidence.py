@@ -114,7 +114,7 @@ class TestExpertModules:
         """Seven of eight numbers are none."""
         [skip] = find_gates(TRACERS[tracer](HalfLoop(), rows())).skips
         assert skip.reason is SkipReason.NO_DISPATCH
-        assert skip.detail == "ids are used by eq: leaves the graph"
+        assert skip.detail == "ids are compared with 7 numbers, and there are 8 scores"
 
 
 def consumer(function, operation):

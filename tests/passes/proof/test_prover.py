@@ -697,6 +697,26 @@ def test_experts_in_a_nested_graph_are_refused_for_that():
     assert "switch checkpointing off" in refusal.detail
 
 
+@torch.compiler.allow_in_graph
+def as_it_is(x, ids, weights, experts):
+    """A function that Dynamo does not trace."""
+    return torch.einsum("th,tkhf,tk->tf", x, experts[ids], weights)
+
+
+class AllowedInGraph(Stacked):
+    def dispatch(self, x, ids, weights):
+        return as_it_is(x, ids, weights, self.experts)
+
+
+def test_experts_in_a_function_that_is_not_traced():
+    """They may well act on hidden states: that nobody saw it is the reason."""
+    graph = TRACERS["dynamo"](AllowedInGraph(), rows())
+    refusal = verify_rewrite(one_gate(graph), weights_of(graph))
+    assert isinstance(refusal, Skip)
+    assert refusal.reason is SkipReason.UNVERIFIED
+    assert refusal.detail.startswith("as_it_is reads the experts' parameters, and what it does is not seen")
+
+
 @pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize("module", [Values, Prompts, Codebook], ids=lambda m: m.__name__)
 def test_what_is_fetched_is_no_expert(module, tracer):
@@ -984,6 +1004,14 @@ class TestCounts:
         assert (verdict.refusal, verdict.reason) == ("no weights; it is off", SkipReason.NO_WEIGHTS)
         monkeypatch.setattr(prover, "_ways", lambda *_: iter(()))
         assert prover.prove().refusal == "nothing of its dispatch can be re-routed"
+
+    def test_how_far_the_same_is_off_is_told_once(self, monkeypatch):
+        """Ways that differ in who reads the weights are wrong alike."""
+        prover = self.prover(Indexed())
+        wrong = ["add is off by 1 of 3", "add is off by 2 of 3", "mul is off by 2 of 3"]
+        monkeypatch.setattr(prover, "_ways", lambda *_: iter(wrong))
+        monkeypatch.setattr(prover, "_check", lambda way, experts: way)
+        assert prover.prove().refusal == "add is off by 1 of 3; mul is off by 2 of 3"
 
     def test_scores_that_choose_the_same_throughout(self, monkeypatch):
         """Where nothing moves nothing is shown."""

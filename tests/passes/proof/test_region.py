@@ -199,6 +199,22 @@ def test_tokens_that_do_not_come_together():
     assert refusal.detail == "no tensor with one row per token gathers what its experts give"
 
 
+def test_weights_that_a_call_brings():
+    """Nothing is the model's then; that no tensor gathers what experts give would not be so."""
+
+    class Functional(nn.Module):
+        def forward(self, x, router, experts):
+            weights, ids = (x @ router.T).softmax(-1).topk(2)
+            return torch.einsum("th,tkhf,tk->tf", x, experts[ids], weights)
+
+    given = torch.randn(EXPERTS, HIDDEN), torch.randn(EXPERTS, HIDDEN, HIDDEN)
+    graph = from_dynamo(Functional(), rows(), *given)
+    [gate] = find_gates(graph).gates
+    refusal = cut_region(gate, weights_of(graph))
+    assert isinstance(refusal, Skip)
+    assert " is an argument of the call, and no parameter or buffer of the model" in refusal.detail
+
+
 def test_a_router_that_cannot_be_traced():
     graph = from_make_fx(Indexed(), rows())
     gate = one_gate(graph)
