@@ -26,7 +26,7 @@ from .compiler.kept_aside import KeptAside, Remembered, remember_generators
 from .compiler.missing_gates import runs
 from .compiler.same_numbers import HeldBuffers, buffers_restored, copy_of, eager_results, shows_wrong
 from .config import SereConfig
-from .errors import GateNotFoundError
+from .errors import GateNotFoundError, expect
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,11 @@ def compile(
         What torch.compile returns: a module for a module, a function for a function.
 
     Raises:
+        ArgumentError: `model` cannot be called.
         ConfigError: an unknown option or value.
         GateNotFoundError: of every call, with strict=True: a gate of the model is not re-routed.
     """
+    expect(model, Callable, "compile takes a torch.nn.Module or a function")
     sere_backend.config.replace(capture=capture)  # raises for an unknown value
     backend = sere_backend.with_options(**options)
 

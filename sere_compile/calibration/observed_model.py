@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,18 @@ class _NotShownError(Exception):
     """No graph of this call shows the experts of a gate; another way to trace the model may."""
 
 
+@contextlib.contextmanager
+def _wrong_arguments_told() -> Iterator[None]:
+    """An operation of the model that does not take what it is given is told in a line, not with all of Dynamo's."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = dynamo.refused_operation(error)
+        if reason is None:
+            raise
+        raise CalibrationError(f"the model cannot be called with this batch: {reason}") from error
+
+
 class ObservedModel:
     """A model that reports to `see` what arrives at its gates.
 
@@ -88,9 +100,11 @@ class ObservedModel:
         """Run the model, without gradients; its buffers are what they were afterwards.
 
         Raises:
-            CalibrationError: no gate ran in a graph, or the experts of one cannot be run.
+            CalibrationError: no gate ran in a graph, the experts of one cannot be run, or the model does not take the
+                arguments.
         """
         with (
+            _wrong_arguments_told(),
             dynamo.unlimited_recompiles(),
             torch.no_grad(),
             dynamo.without_own_compile(self.model),

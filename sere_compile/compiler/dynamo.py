@@ -296,6 +296,18 @@ def raised_by_backend(error: Exception, kind: type[_Error]) -> _Error | None:
     return inner if isinstance(inner, kind) else None
 
 
+def refused_operation(error: Exception) -> str | None:
+    """Which line of a model asks for something that its numbers' shapes do not allow, if that is what Dynamo raised."""
+    from torch._dynamo.exc import TorchRuntimeError
+
+    if not isinstance(error, TorchRuntimeError):
+        return None
+    reason = re.search(r"got (\w+)\((['\"])(.*?)\2\)", str(error))
+    lines = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
+    line = next((f" ({os.path.basename(file)}:{number})" for file, number in lines), "")
+    return (f"{reason[1]}: {reason[3]}" if reason else str(error).partition("\n")[0]) + line
+
+
 def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """What a module that is being called was called with, from the stack of this thread; None where it is not."""
     frame: FrameType | None = sys._getframe(1)
