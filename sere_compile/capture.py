@@ -151,12 +151,12 @@ class _Compiled:
 
     def _call_captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._captured is not None
-        with dynamo.dynamic_shape_capture():
+        with dynamo.running, dynamo.dynamic_shape_capture():
             return self._captured(*args, **kwargs)
 
     def _call_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As torch.compile does by default; where capture was to be tried, with graphs of what is ahead of loops."""
-        with contextlib.nullcontext() if self._captured is None else dynamo.graphs_before_loops():
+        with dynamo.running, contextlib.nullcontext() if self._captured is None else dynamo.graphs_before_loops():
             return self._plain(*args, **kwargs)
 
     def _first_call(

@@ -130,7 +130,7 @@ def _rows(
     tokens = observer.set(observe), on_whole_call.set(lambda: whole_calls.append(True)), on_lines.set(lines.update)
     try:
         with dynamo.unlimited_recompiles(), torch.no_grad(), dynamo.without_own_compile(original):
-            with _same_chance():
+            with _same_chance(), dynamo.running:
                 result = torch.compile(original, backend=backend)(*args, **kwargs)
             if results is not None:
                 results.append(result)

@@ -113,10 +113,11 @@ class ObservedModel:
             if self._captures is None:
                 self._captures = self._first_call(args, kwargs)
             elif self._captures:
-                with dynamo.dynamic_shape_capture():
+                with dynamo.running, dynamo.dynamic_shape_capture():
                     self._compiled(*args, **kwargs)
             else:
-                self._compiled(*args, **kwargs)
+                with dynamo.running:
+                    self._compiled(*args, **kwargs)
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Run the model in the way that shows most of its gates; whether that is dynamic-shape capture.
@@ -129,7 +130,7 @@ class ObservedModel:
                 dynamo.forget_codes(self.model)
             self._needs_region = needs_region
             try:
-                with dynamo.dynamic_shape_capture() if captures else contextlib.nullcontext():
+                with dynamo.running, dynamo.dynamic_shape_capture() if captures else contextlib.nullcontext():
                     self._compiled(*args, **kwargs)
             except _NotShownError as error:
                 self._not_shown = str(error)
