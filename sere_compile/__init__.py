@@ -8,6 +8,7 @@ from .calibration.calibrate import calibrate
 from .capture import compile
 from .config import SereConfig
 from .errors import (
+    ArgumentError,
     CalibrationError,
     ConfigError,
     EvaluationError,
@@ -35,6 +36,7 @@ from .statistics import GateStats, reset_stats, stats
 __version__ = library_version()
 
 __all__ = [
+    "ArgumentError",
     "CalibrationError",
     "ConfigError",
     "Evaluation",

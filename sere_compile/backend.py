@@ -129,8 +129,7 @@ class SereBackend:
             return
         if plan.config.strict and not self._explaining:
             raise GateNotFoundError(f"strict=True, and {plan.name} cannot be re-routed: {refusal}")
-        if missing_gates.is_news(text := f"{plan.name} is not re-routed: {refusal}"):
-            log.warning(text)
+        missing_gates.warn(log, f"{plan.name} is not re-routed: {refusal}", weight)
 
     def reset(self) -> None:
         """Drop recorded CUDA graphs; torch._dynamo.reset() calls this."""

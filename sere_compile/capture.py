@@ -26,7 +26,7 @@ from .compiler.kept_aside import KeptAside, Remembered, remember_generators
 from .compiler.missing_gates import runs
 from .compiler.same_numbers import HeldBuffers, buffers_restored, copy_of, eager_results, shows_wrong
 from .config import SereConfig
-from .errors import GateNotFoundError
+from .errors import GateNotFoundError, expect
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,11 @@ def compile(
         What torch.compile returns: a module for a module, a function for a function.
 
     Raises:
+        ArgumentError: `model` cannot be called.
         ConfigError: an unknown option or value.
         GateNotFoundError: of every call, with strict=True: a gate of the model is not re-routed.
     """
+    expect(model, Callable, "compile takes a torch.nn.Module or a function")
     sere_backend.config.replace(capture=capture)  # raises for an unknown value
     backend = sere_backend.with_options(**options)
 
@@ -149,12 +151,12 @@ class _Compiled:
 
     def _call_captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._captured is not None
-        with dynamo.dynamic_shape_capture():
+        with dynamo.running, dynamo.dynamic_shape_capture():
             return self._captured(*args, **kwargs)
 
     def _call_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As torch.compile does by default; where capture was to be tried, with graphs of what is ahead of loops."""
-        with contextlib.nullcontext() if self._captured is None else dynamo.graphs_before_loops():
+        with dynamo.running, contextlib.nullcontext() if self._captured is None else dynamo.graphs_before_loops():
             return self._plain(*args, **kwargs)
 
     def _first_call(

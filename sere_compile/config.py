@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -182,6 +182,18 @@ class SereConfig:
         return top_k if self.max_active is None else min(top_k, self.max_active)
 
 
+def given_config(config: SereConfig | None) -> SereConfig:
+    """The configuration that a function was given, or the default.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if config is not None and not isinstance(config, SereConfig):
+        given = f"SereConfig(**{config!r})" if isinstance(config, Mapping) else "sere_compile.SereConfig(...)"
+        raise ConfigError(f"config must be a SereConfig, got {type(config).__name__}: give {given}")
+    return config or SereConfig()
+
+
 def option_names() -> tuple[str, ...]:
     """The names of all options."""
     return tuple(field.name for field in dataclasses.fields(SereConfig))
@@ -191,8 +203,10 @@ def split_options(config: SereConfig, options: Mapping[str, Any] | None) -> tupl
     """Separate `torch.compile(options=...)` into our options and those of the inner compiler.
 
     Raises:
-        ConfigError: a name is known neither to us nor to Inductor.
+        ConfigError: no mapping, or a name that is known neither to us nor to Inductor.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(f"options must be {{option: value}}, got {options!r}")
     ours = {name: value for name, value in (options or {}).items() if name in option_names()}
     config = config.replace(**ours)
     rest = {name: value for name, value in (options or {}).items() if name not in ours}
@@ -225,7 +239,9 @@ def _check_count(name: str, value: Any, least: int) -> None:
 def _check_threshold(value: Any) -> None:
     if isinstance(value, str):
         quantile(value)
-    elif not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    elif not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        if isinstance(value, int) and not isinstance(value, bool):  # which may be too long to print
+            raise ConfigError(f"threshold must be a finite number, got a whole number of {value.bit_length()} bits")
         raise ConfigError(f'threshold must be a finite number, or a share of experts such as "q0.2", got {value!r}')
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SereError(Exception):
     """Base class of every error that sere-compile raises on purpose."""
@@ -9,6 +11,10 @@ class SereError(Exception):
 
 class ConfigError(SereError, ValueError):
     """An option is unknown, misspelt, of the wrong type or out of range."""
+
+
+class ArgumentError(SereError, TypeError):
+    """An argument is something else than what a function takes: no model, no traced graph, no path."""
 
 
 class ProfileError(SereError, ValueError):
@@ -41,6 +47,21 @@ class ModelNotFoundError(SereError, OSError):
 
 class EvaluationError(SereError, ValueError):
     """A model or its tokens cannot be evaluated."""
+
+
+def expect(value: object, kind: Any, wanted: str) -> None:
+    """Check the type of an argument.
+
+    Args:
+        value: that was given.
+        kind: of which it has to be, as `isinstance` takes it.
+        wanted: who takes what, the beginning of the message.
+
+    Raises:
+        ArgumentError: it is of another.
+    """
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{wanted}, got {type(value).__name__}")
 
 
 class OutputError(SereError, OSError):

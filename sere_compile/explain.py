@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from .compiler.eager_selections import WatchSelections
 from .compiler.observed_graph import observer, on_lines, on_whole_call
 from .compiler.obstacle import diagnose
 from .compiler.same_numbers import buffers_restored, eager_results, shows_wrong
-from .config import SereConfig
+from .config import SereConfig, given_config
+from .errors import expect
 from .experts.owner import routers_in
 from .report import REWRITTEN, SKIPPED, GateReport, GateRow
 from .similarity.profile_file import some
@@ -40,10 +41,16 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
 
     Returns:
         A report whose `str()` is a table.
+
+    Raises:
+        ArgumentError: `model` cannot be called.
+        ConfigError: `config` is no `SereConfig`.
     """
+    expect(model, Callable, "explain takes a torch.nn.Module or a function")
+    config = given_config(config)
     original = getattr(model, "_orig_mod", model)
     with buffers_restored(original):
-        return _explain(model, args, kwargs, config or SereConfig())
+        return _explain(model, args, kwargs, config)
 
 
 def _explain(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: SereConfig) -> GateReport:
@@ -121,7 +128,7 @@ def _rows(
     tokens = observer.set(observe), on_whole_call.set(lambda: whole_calls.append(True)), on_lines.set(lines.update)
     try:
         with dynamo.unlimited_recompiles(), torch.no_grad(), dynamo.without_own_compile(original):
-            with _same_chance():
+            with _same_chance(), dynamo.running:
                 result = torch.compile(original, backend=backend)(*args, **kwargs)
             if results is not None:
                 results.append(result)

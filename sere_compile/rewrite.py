@@ -18,8 +18,8 @@ from .compiler.gate_plan import GatePlan, refuse_shared_routers
 from .compiler.missing_gates import describe_nearest_miss
 from .compiler.program import Program
 from .compiler.rewrite_gate import rewrite_gate
-from .config import SPEED_PASSES, SereConfig
-from .errors import ConfigError, GateNotFoundError, LoweringError, ProbeError, ProfileError
+from .config import SPEED_PASSES, SereConfig, given_config
+from .errors import ConfigError, GateNotFoundError, LoweringError, ProbeError, ProfileError, expect
 from .experts.experts_module import find_experts
 from .experts.probe import Probed, probe_gate
 from .passes import Gate, Skip, extract_dispatch, find_gates
@@ -63,15 +63,24 @@ def rewrite(traced: Traced, *, profile: SimilarityProfile | None = None, config:
         A rewritten copy that shares the weights.
 
     Raises:
+        ArgumentError: `traced` is neither.
         GateNotFoundError: no gate was found or every gate was refused; the message says why. Without a
             profile a gate is refused whose experts cannot be run.
-        ConfigError: max_tokens is given, and the program takes batches on both sides of it; or
-            collect_stats is.
-        ProfileError: the profile has no matrix for a gate, or one of another size, or lacks
+        ConfigError: `config` is no SereConfig; max_tokens is given, and the program takes batches on both
+            sides of it; or collect_stats is.
+        ProfileError: `profile` is none, has no matrix for a gate, or one of another size, or lacks
             projections that are asked for.
         ProbeError: without a profile, a gate cannot be filled, and its experts could not be run.
     """
-    return _rewritten(Program(traced), profile, config or SereConfig())[0]
+    _check_traced(traced, profile)
+    return _rewritten(Program(traced), profile, given_config(config))[0]
+
+
+def _check_traced(traced: object, profile: object) -> None:
+    made = ", which torch.export.export(model, args) makes of a model"
+    expect(traced, (ExportedProgram, GraphModule), f"rewrite takes a GraphModule or an ExportedProgram{made}")
+    if profile is not None and not isinstance(profile, SimilarityProfile):
+        raise ProfileError(f"rewrite takes a SimilarityProfile, got {type(profile).__name__}")
 
 
 def rewrite_with_one_operator_for_experts(
@@ -82,7 +91,8 @@ def rewrite_with_one_operator_for_experts(
     Raises:
         LoweringError: the experts of a gate are none that this operator computes; the message says which, and why.
     """
-    rewritten, plans = _rewritten(Program(traced, fuses_experts=True), profile, config or SereConfig())
+    _check_traced(traced, profile)
+    rewritten, plans = _rewritten(Program(traced, fuses_experts=True), profile, given_config(config))
     for plan in plans:
         if plan.unfused is not None:
             raise LoweringError(f"the experts of {plan.name} are not known to be stacked layers: {plan.unfused}")

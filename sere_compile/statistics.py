@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import SereError
+from .errors import SereError, expect
 from .gate_stats import GateStats
 from .passes import COUNTED
 from .similarity import binding
@@ -18,12 +18,14 @@ def stats(model: Any) -> dict[str, GateStats]:
     `model` may be a `vllm.LLM` as well, whose gates are named as vLLM names its MoE layers.
 
     Raises:
+        ArgumentError: `model` is neither.
         SereError: nothing was counted, because the model was not compiled with collect_stats=True or did not run.
     """
     if hasattr(model, "llm_engine"):
         from .integrations.vllm import stats as engine_stats
 
         return engine_stats(model)
+    expect(model, nn.Module, "stats takes a torch.nn.Module or a vllm.LLM")
     found: dict[str, GateStats] = {}
     for parameter in model.parameters():
         entry = binding.lookup(parameter)
@@ -45,7 +47,12 @@ def stats(model: Any) -> dict[str, GateStats]:
 
 
 def reset_stats(model: nn.Module) -> None:
-    """Set all counters of a model to zero, in place, so that recorded CUDA graphs go on counting."""
+    """Set all counters of a model to zero, in place, so that recorded CUDA graphs go on counting.
+
+    Raises:
+        ArgumentError: `model` is no nn.Module.
+    """
+    expect(model, nn.Module, "reset_stats takes a torch.nn.Module")
     for parameter in model.parameters():
         entry = binding.lookup(parameter)
         if entry is not None and entry.counts is not None:

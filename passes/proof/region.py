@@ -23,7 +23,7 @@ from ..evidence.routing_weights import outer_consumers
 from ..gate import Evidence, Gate, Skip, SkipReason, Use
 from ..graph import nodes
 from ..graph.arguments import update_argument
-from ..graph.run_part import ValueOf
+from ..graph.run_part import ValueOf, plain_number
 from ..graph.state import computed_of_state
 from ..graph.walk import walk
 from .ends import Ends, find_ends
@@ -120,7 +120,17 @@ def cut_region(gate: Gate, value_of: ValueOf) -> Region | Skip:
     if mapping is not None:
         detail = f"{region.originals[mapping].name}: a part of what torch.func.vmap does cannot be run by itself"
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
+    counted = next((leaf for leaf in region.leaves.values() if has_data_size(leaf.source)), None)
+    if counted is not None:
+        shape = f"{list(nodes.shape(counted.source) or ())} of {counted.source.name}"
+        detail = f"the numbers in a call tell the shape {shape}, so that none can be made up: end the graph ahead of it"
+        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
     return region
+
+
+def has_data_size(node: Node) -> bool:
+    """Whether the shape of a tensor is known only once numbers are computed, such as that of `x[mask]`."""
+    return any(isinstance(size, torch.SymInt) and plain_number(size) is None for size in nodes.shape(node) or ())
 
 
 class _Cutter:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CalibrationError, ConfigError, ProbeError
+from ..errors import CalibrationError, ConfigError, ProbeError, expect
 from ..experts.metrics import METRICS, CkaAccumulator, FrobeniusAccumulator, SimilarityAccumulator, make_accumulator
 from ..similarity.profile import SimilarityProfile
 from ..similarity.profile_file import library_version
@@ -81,12 +81,14 @@ def calibrate(
         model_type, seed, sere_compile (version).
 
     Raises:
+        ArgumentError: `model` is no nn.Module.
         ConfigError: an unknown method or kernel, or a number out of range.
         CalibrationError: no gates, no data, fewer tokens than `max_tokens`, a batch of a wrong
-            type, experts that cannot be run or give NaN or infinity, or a resume file of another
+            type or shape, experts that cannot be run or give NaN or infinity, or a resume file of another
             calibration.
         OutputError: the resume file cannot be written.
     """
+    expect(model, nn.Module, "calibrate takes a torch.nn.Module")
     settings = _method_name(method, kernel)
     for name, value in (("max_tokens", max_tokens), ("chunk", chunk)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

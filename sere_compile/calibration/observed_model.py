@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,18 @@ class _NotShownError(Exception):
     """No graph of this call shows the experts of a gate; another way to trace the model may."""
 
 
+@contextlib.contextmanager
+def _wrong_arguments_told() -> Iterator[None]:
+    """An operation of the model that does not take what it is given is told in a line, not with all of Dynamo's."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = dynamo.refused_operation(error)
+        if reason is None:
+            raise
+        raise CalibrationError(f"the model cannot be called with this batch: {reason}") from error
+
+
 class ObservedModel:
     """A model that reports to `see` what arrives at its gates.
 
@@ -88,9 +100,11 @@ class ObservedModel:
         """Run the model, without gradients; its buffers are what they were afterwards.
 
         Raises:
-            CalibrationError: no gate ran in a graph, or the experts of one cannot be run.
+            CalibrationError: no gate ran in a graph, the experts of one cannot be run, or the model does not take the
+                arguments.
         """
         with (
+            _wrong_arguments_told(),
             dynamo.unlimited_recompiles(),
             torch.no_grad(),
             dynamo.without_own_compile(self.model),
@@ -99,10 +113,11 @@ class ObservedModel:
             if self._captures is None:
                 self._captures = self._first_call(args, kwargs)
             elif self._captures:
-                with dynamo.dynamic_shape_capture():
+                with dynamo.running, dynamo.dynamic_shape_capture():
                     self._compiled(*args, **kwargs)
             else:
-                self._compiled(*args, **kwargs)
+                with dynamo.running:
+                    self._compiled(*args, **kwargs)
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Run the model in the way that shows most of its gates; whether that is dynamic-shape capture.
@@ -115,7 +130,7 @@ class ObservedModel:
                 dynamo.forget_codes(self.model)
             self._needs_region = needs_region
             try:
-                with dynamo.dynamic_shape_capture() if captures else contextlib.nullcontext():
+                with dynamo.running, dynamo.dynamic_shape_capture() if captures else contextlib.nullcontext():
                     self._compiled(*args, **kwargs)
             except _NotShownError as error:
                 self._not_shown = str(error)

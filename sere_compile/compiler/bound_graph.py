@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import GateNotFoundError, ProbeError
 from ..experts.owner import Owners
 from ..passes import SkipReason
+from ..passes.graph.nodes import source_line
 from ..report import REWRITTEN
 from ..similarity import binding
 from . import dynamo, missing_gates
@@ -67,10 +68,16 @@ class BoundGraph:
         missing_gates.runs.graphs += 1
         missing_gates.runs.with_gates += 1
         extra = self._bind_or_tell(arguments)
-        missing_gates.runs.rewritten += self._is_rewritten and extra is not None
+        if self._is_rewritten and extra is not None:
+            missing_gates.runs.rewritten += 1
+            missing_gates.note_rerouted(lambda: self._rerouted(arguments))
         if extra is None or missing_gates.runs.as_traced:
             return self._original(*arguments)
         return self._compiled(*arguments, *extra)
+
+    def _rerouted(self, arguments: Sequence[Any]) -> list[missing_gates.GateKey]:
+        done = [plan for plan in self._plans if plan.status == REWRITTEN]
+        return [key for plan in done for key in (plan.weight(arguments), source_line(plan.gate.selection))]
 
     def _stand_ins(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
         """Tensors like the appended inputs, in the fake mode of this call."""
@@ -97,7 +104,8 @@ class BoundGraph:
                 raise
             for plan in self._plans:
                 self._unprobed[plan.weight(arguments)] = True
-            log.warning("a layer with the code of %s is not re-routed: %s", plan.name, unprobed(plan, error))
+            text = f"a layer with the code of {plan.name} is not re-routed: {unprobed(plan, error)}"
+            missing_gates.warn(log, text, plan.weight(arguments))
             return None
 
     def _of_last_call(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -114,7 +122,7 @@ class BoundGraph:
                 if plan.config.strict:
                     raise GateNotFoundError(text)
                 self._shared.add(plan.name)
-                log.warning(text)
+                missing_gates.warn(log, text, weight)
 
     def bind(self, arguments: Sequence[Any], owners: Owners | None = None) -> list[torch.Tensor]:
         """The appended inputs for a call with these arguments; the same list while the weights stay the same.

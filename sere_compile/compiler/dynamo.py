@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import CodeType, FrameType
@@ -18,6 +21,8 @@ from torch.fx import GraphModule, Node
 
 from ..passes.graph.copy import copy_module
 from .capture_more import capturing_more
+
+log = logging.getLogger(__name__)
 
 _Error = TypeVar("_Error", bound=Exception)
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
@@ -300,6 +305,18 @@ def raised_by_backend(error: Exception, kind: type[_Error]) -> _Error | None:
     return inner if isinstance(inner, kind) else None
 
 
+def refused_operation(error: Exception) -> str | None:
+    """Which line of a model asks for something that its numbers' shapes do not allow, if that is what Dynamo raised."""
+    from torch._dynamo.exc import TorchRuntimeError
+
+    if not isinstance(error, TorchRuntimeError):
+        return None
+    reason = re.search(r"got (\w+)\((['\"])(.*?)\2\)", str(error))
+    lines = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
+    line = next((f" ({os.path.basename(file)}:{number})" for file, number in lines), "")
+    return (f"{reason[1]}: {reason[3]}" if reason else str(error).partition("\n")[0]) + line
+
+
 def arguments_of(module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """What a module that is being called was called with, from the stack of this thread; None where it is not."""
     frame: FrameType | None = sys._getframe(1)
@@ -320,11 +337,35 @@ def compiling_aside() -> Iterator[None]:
         yield
 
 
+_nothing_more: ContextVar[bool] = ContextVar("sere compiles nothing more", default=False)
+
+
 @contextlib.contextmanager
 def compiling_nothing_more() -> Iterator[None]:
-    """What is compiled serves calls that it fits; all other code runs as it is."""
-    with torch.compiler.set_stance("eager_on_recompile"):
+    """What is compiled serves calls that it fits; all other code runs as it is, in this thread.
+
+    The stance "eager_on_recompile" does so for all threads: calls of others that have to be compiled would run as they
+    are meanwhile, and nothing would be re-routed. Without the place in Dynamo that asks for the stance, it is taken.
+    """
+    from torch._dynamo import eval_frame
+
+    decide = getattr(eval_frame, "_callback_from_stance", None)
+    if decide is None:
+        with torch.compiler.set_stance("eager_on_recompile"):
+            yield
+        return
+    if not hasattr(decide, "asked_for_all"):
+
+        def callback_of_thread(callback: Any) -> Any:
+            return False if _nothing_more.get() else decide(callback)
+
+        callback_of_thread.asked_for_all = decide  # type: ignore[attr-defined]
+        eval_frame._callback_from_stance = callback_of_thread
+    token = _nothing_more.set(True)
+    try:
         yield
+    finally:
+        _nothing_more.reset(token)
 
 
 def let_vary(tensor: torch.Tensor, dim: int) -> None:
@@ -346,9 +387,13 @@ def forgetting_new_codes() -> Iterator[None]:
         yield
     finally:
         spared = {id(code) for code in [*known, _code_being_compiled()]}
-        for code in _known_codes():
-            if id(code) not in spared:
-                reset_code(code)
+
+        def forget() -> None:
+            for code in _known_codes():
+                if id(code) not in spared:
+                    reset_code(code)
+
+        running.alone(forget)
 
 
 def _known_codes() -> list[CodeType]:
@@ -366,19 +411,76 @@ def _code_being_compiled() -> CodeType | None:
         return None
 
 
+class _Running:
+    """Threads that are in calls of compiled code, and those that wait until none is.
+
+    Dynamo frees what it keeps with a code object at once, also while another thread checks its guards: that is a
+    segmentation fault.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._depths: collections.Counter[int] = collections.Counter()  # of calls in calls, by thread
+        self._waiting = 0
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        with self._changed:
+            if thread not in self._depths:
+                self._changed.wait_for(lambda: not self._waiting)
+            self._depths[thread] += 1
+
+    def __exit__(self, *_: object) -> None:
+        thread = threading.get_ident()
+        with self._changed:
+            self._depths[thread] -= 1
+            if not self._depths[thread]:
+                del self._depths[thread]
+                self._changed.notify_all()
+
+    def alone(self, do: Callable[[], None], seconds: float = 300.0) -> bool:
+        """Do something while no other thread is in such a call, nor begins one; whether it was done.
+
+        Threads may wait for each other inside their calls, for a collective: then it is not done. In a call of its own
+        a thread waits for nobody, for two would wait for each other.
+        """
+        with self._changed:
+            if threading.get_ident() in self._depths:
+                do()
+                return True
+            self._waiting += 1
+            try:
+                is_alone = self._changed.wait_for(lambda: not self._depths, seconds)
+                if is_alone:
+                    do()
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
+        return is_alone
+
+
+running = _Running()
+
+
 def forget_codes(model: Any) -> None:
     """Make Dynamo look anew at the code of a model or function and of what it called.
 
     Dynamo keeps compiled code and the decision to skip a frame with the code object, for whatever
-    traced it. Others who compiled the same code compile it again.
+    traced it. Others who compiled the same code compile it again. Waits for other threads that are in
+    calls of compiled code, see `running`.
     """
     from torch._C._dynamo.eval_frame import reset_code
 
     functions = [type(module).forward for module in model.modules()] if isinstance(model, torch.nn.Module) else [model]
     files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
-    for code in _known_codes():
-        if code.co_filename in files:
-            reset_code(code)
+
+    def forget() -> None:
+        for code in _known_codes():
+            if code.co_filename in files:
+                reset_code(code)
+
+    if not running.alone(forget):
+        log.warning("other threads are in calls that do not end: what Dynamo knows of this model's code is kept")
 
 
 def skipped_codes() -> set[CodeType]:

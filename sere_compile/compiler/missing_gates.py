@@ -30,6 +30,9 @@ from .obstacle import diagnose, model_of
 
 log = logging.getLogger(__name__)
 
+# What tells a gate from others in another way to compile a model: its router's weight, else the line that selects.
+GateKey = torch.Tensor | str
+
 
 class _Runs(threading.local):
     """How many graphs this thread has run: of all, of those with gates, and of those with a re-routed gate."""
@@ -80,6 +83,8 @@ class OneCall:
         refusal: with strict=True what such a call raised.
         trying: whether the call is made again, in another way, if no gate is re-routed in this one.
         told: warnings of what was compiled for it, in each way.
+        kept_back: warnings of one way, for when it is known whether the call was made in another; see `warn`.
+        clear: gates that this way re-routes, or warns of, if any warning is kept back.
     """
 
     nearest: Skip | None = None
@@ -89,6 +94,8 @@ class OneCall:
     refusal: GateNotFoundError | None = None
     trying: bool = False
     told: set[str] = field(default_factory=set)
+    kept_back: list[tuple[logging.Logger, str, GateKey | None]] = field(default_factory=list)
+    clear: list[GateKey] = field(default_factory=list)
     _was_held: bool = False
     _before: int = field(default_factory=lambda: runs.with_gates)
 
@@ -96,7 +103,20 @@ class OneCall:
         """The call is made again, in another way: what graphs hold then may be less."""
         self._was_held = self.was_one_graph
         self.held, self.routers, self.settled, self._before = self.routers, [], False, runs.with_gates
-        self.trying = False
+        self.trying, self.clear = False, []
+
+    def give_warnings(self) -> None:
+        """Those that were kept back: all, or of a way that was given up those of gates that are not `clear` now."""
+        for logger, text, gate in self.kept_back:
+            if self.trying or (gate is not None and not any(_is_same(gate, other) for other in self.clear)):
+                self.give(logger, text)
+        self.kept_back = []
+
+    def give(self, logger: logging.Logger, text: str) -> None:
+        """Warn, once in a call."""
+        if text not in self.told:
+            self.told.add(text)
+            logger.warning(text)
 
     @property
     def was_held(self) -> bool:
@@ -118,16 +138,41 @@ def one_call() -> Iterator[OneCall]:
         yield call
     finally:
         _watched.reset(token)
+        call.give_warnings()
 
 
-def is_news(text: str) -> bool:
-    """Whether a warning was not given yet, in the call under way, of what is compiled in another way now."""
+def warn(logger: logging.Logger, text: str, *gate: GateKey) -> None:
+    """Warn of what was compiled, once in the call under way.
+
+    In a call that may be made again this waits for its end: a gate that one way cannot re-route another may.
+
+    Args:
+        logger: gives the warning.
+        text: of it.
+        gate: that is not re-routed; without, the warning is of what was re-routed.
+    """
     call = _watched.get()
     if call is None:
-        return True
-    known = text in call.told
-    call.told.add(text)
-    return not known
+        logger.warning(text)
+    elif call.trying:
+        call.kept_back.append((logger, text, *(gate or (None,))))
+    else:
+        call.give(logger, text)
+        call.clear += gate
+
+
+def note_rerouted(gates: Callable[[], Iterable[GateKey]]) -> None:
+    """Tell the call under way which gates a graph re-routes that runs now, if it asks."""
+    call = _watched.get()
+    if call is not None and call.kept_back:
+        call.clear += gates()
+
+
+def _is_same(left: GateKey, right: GateKey) -> bool:
+    """Whether two keys are of one gate; a line that is not known is of none."""
+    if isinstance(left, str) and isinstance(right, str):
+        return left == right != ""
+    return left is right
 
 
 def settle(
@@ -302,7 +347,8 @@ def tell_refused(skips: Iterable[Skip], config: SereConfig) -> None:
     for skip in skips:
         if skip.is_refused_gate:
             line = source_line(skip.node)
-            _warn(f"the gate {skip.node.name}{f' at {line}' if line else ''} is not re-routed: {skip}.", config)
+            where = f" at {line}" if line else ""
+            _warn(f"the gate {skip.node.name}{where} is not re-routed: {skip}.", config, line)
 
 
 def tell(nearest: Skip | None, config: SereConfig) -> None:
@@ -331,11 +377,10 @@ def tell_no_graph(
     )
 
 
-def _warn(text: str, config: SereConfig) -> None:
+def _warn(text: str, config: SereConfig, *gate: GateKey) -> None:
     if config.strict:
         raise GateNotFoundError(text)
-    if is_news(text):
-        log.warning(text)
+    warn(log, text, *gate)
 
 
 def describe_nearest_miss(skip: Skip | None) -> str:

@@ -29,6 +29,7 @@ from ..passes.verify_rewrite import SHOWN
 from ..report import REWRITTEN, SKIPPED
 from . import dynamo
 from .gate_plan import GatePlan
+from .missing_gates import warn
 from .outside.prove_outside import computes_the_same, prove_outside
 from .outside.ways import ids_alone
 from .traced_graph import TracedGraph
@@ -75,9 +76,9 @@ def rewrite_gate(
     plan.is_filled = run.rewrite is not None and run.rewrite.filled
     if run.rewrite is not None and "fill_dispatch" in run.refused:
         plan.fallback = f"re-routed, not filled: {run.refused['fill_dispatch']}"
-        log.warning("%s is %s", plan.name, plan.fallback)
+        warn(log, f"{plan.name} is {plan.fallback}")
     if run.rewrite is not None and plan.saves_nothing:
-        log.warning("%s is re-routed, but %s", plan.name, plan.saves_nothing)
+        warn(log, f"{plan.name} is re-routed, but {plan.saves_nothing}")
     _log(plan, run)
     if refusal is not None:
         graph.drop_unused(plan)

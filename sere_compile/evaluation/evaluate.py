@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import SereConfig
-from ..errors import EvaluationError
+from ..errors import EvaluationError, expect
 from ..similarity import binding
 from ..similarity.profile import SimilarityProfile
 from .configured import ConfiguredRule
@@ -56,9 +56,11 @@ def evaluate(
         **options: of `SereConfig`, as for the backend.
 
     Raises:
+        ArgumentError: `model` is no nn.Module.
         ConfigError: an unknown option or a bad value.
         EvaluationError: no profile, or what `evaluate_rules` raises.
     """
+    expect(model, nn.Module, "evaluate takes a torch.nn.Module")
     config = SereConfig().replace(**options)
     if profile is not None:
         rule = ConfiguredRule.of(config, profile)

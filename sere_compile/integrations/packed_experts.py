@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, expect
 from ..extras import require
 from ..ops.expert_mlp.mxfp4 import pack_mxfp4, unpack_mxfp4
 from ..ops.expert_mlp.op import MAX_TOKENS
@@ -44,9 +44,11 @@ def pack_experts(model: nn.Module) -> int:
         How many layers were packed.
 
     Raises:
+        ArgumentError: `model` is no nn.Module.
         ConfigError: no experts of gpt-oss are there, or some are no numbers of MXFP4; then nothing is changed.
         MissingExtraError: transformers is not installed.
     """
+    expect(model, nn.Module, "pack_experts takes a torch.nn.Module")
     kind = _packed_class()
     stock = kind.__mro__[1]
     every = {name: module for name, module in model.named_modules() if isinstance(module, stock)}

@@ -168,17 +168,28 @@ def initializers_to_constants(graph: Any) -> None:
         graph.insert_before(graph[0], constant)
 
 
+def _innermost(error: BaseException) -> str:
+    """The first line of what an error comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def translate(
     program: ExportedProgram, opset: int, inputs: Sequence[str] | None, outputs: Sequence[str] | None
 ) -> torch.onnx.ONNXProgram:
     """A program in standard operators; calls of functions stay calls.
 
     Raises:
-        LoweringError: torch.onnx does not reach that opset; it logs why, and leaves the model at a lower one.
+        LoweringError: torch.onnx does not know an operator of the program; it does not reach that opset: it logs why,
+            and leaves the model at a lower one.
     """
-    translated = torch.onnx.export(
-        program, dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
-    )
+    try:
+        translated = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise LoweringError(f"torch.onnx does not translate the program: {_innermost(error)}") from error
     assert translated is not None
     written = translated.model.opset_imports[""]
     if written != opset:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from ..errors import ProfileError
+from ..errors import ProfileError, expect
 from ..experts.experts_module import experts_stand_beside
 from ..experts.owner import Owner, Owners
 from . import binding
@@ -38,10 +38,12 @@ def attach(model: torch.nn.Module, profile: SimilarityProfile | str | os.PathLik
         profile: a profile, or the path of a file that `SimilarityProfile.save` wrote.
 
     Raises:
+        ArgumentError: `model` is none.
         ProfileError: `profile` is neither, or its file cannot be read; a gate the model does not have; a
             router weight that is not 2-D with a dimension of E; a router like the profile's that
             has no matrix; two gates that are one parameter.
     """
+    expect(model, torch.nn.Module, "attach takes a torch.nn.Module")
     if isinstance(profile, (str, os.PathLike)):
         profile = SimilarityProfile.load(profile)
     if not isinstance(profile, SimilarityProfile):
@@ -93,7 +95,12 @@ def _plain_module(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def detach(model: torch.nn.Module) -> None:
-    """Forget the matrices, attached or probed, and the counters of `model`'s routers, if there are any."""
+    """Forget the matrices, attached or probed, and the counters of `model`'s routers, if there are any.
+
+    Raises:
+        ArgumentError: `model` is none.
+    """
+    expect(model, torch.nn.Module, "detach takes a torch.nn.Module")
     _plain_module(model).__dict__.pop(_PROFILE_ATTRIBUTE, None)
     for parameter in model.parameters():
         # `forget` makes compiled graphs ask for their matrices again; spare them that for nothing.

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..errors import ProfileError
+from ..errors import ProfileError, expect
 from .profile_file import RESERVED_METADATA, read_profile, some, write_profile
 from .reference_import import DEFAULT_NAME, read_reference
 
@@ -112,6 +112,7 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
         Raises:
             OutputError: the folder is missing or not writable, or the disk is full.
         """
+        expect(path, (str, os.PathLike), "SimilarityProfile.save takes the path of a file")
         write_profile(Path(path), self._matrices, self._metadata, self._projections)
 
     @classmethod
@@ -119,9 +120,11 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
         """Read a profile that `save` wrote; matrices and metadata come back bit for bit.
 
         Raises:
+            ArgumentError: no path.
             ProfileError: no such file, not safetensors, safetensors of another kind (a model, say),
                 a format newer than this library's, or contents that are not valid matrices.
         """
+        expect(path, (str, os.PathLike), "SimilarityProfile.load takes the path of a file")
         return cls(*read_profile(Path(path)))
 
     @classmethod
@@ -151,6 +154,7 @@ class SimilarityProfile(Mapping[str, torch.Tensor]):
                 calibration that failed leaves behind), or a layer whose router cannot be determined
                 for certain. No layer is ever left out.
         """
+        expect(path, (str, os.PathLike), "SimilarityProfile.from_reference takes the path of a file or folder")
         path = Path(path)
         profile = cls(read_reference(path, model, name), {"source": path.name})
         for gate, matrix in profile._matrices.items():

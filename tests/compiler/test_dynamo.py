@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
+import os
+import subprocess
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -236,6 +240,24 @@ class TestSettings:
             assert len(graphs) == 1
         run(torch.ones(3))
         assert len(graphs) == 2
+
+    def test_other_threads_compile_meanwhile(self):
+        """Their calls would run as they are, and nothing would be re-routed."""
+        graphs = []
+        run = compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph), dynamic=False)
+        with dynamo.compiling_nothing_more():
+            thread = threading.Thread(target=run, args=(torch.ones(2),))
+            thread.start()
+            thread.join()
+            assert len(graphs) == 1
+            run(torch.ones(3))
+        assert len(graphs) == 1
+
+    def test_a_torch_that_asks_for_the_stance_elsewhere(self, monkeypatch):
+        monkeypatch.delattr(torch._dynamo.eval_frame, "_callback_from_stance")
+        with dynamo.compiling_nothing_more():
+            assert torch._dynamo.eval_frame._stance.stance == "eager_on_recompile"
+        assert torch._dynamo.eval_frame._stance.stance == "default"
 
     def test_a_torch_that_decides_elsewhere(self, monkeypatch):
         monkeypatch.delattr(InstructionTranslatorBase, "raise_loop_graph_break")
@@ -481,3 +503,94 @@ class TestCodes:
         assert added.__code__ not in dynamo.skipped_codes()
         dynamo.forget_codes(added)
         assert added.__code__ in dynamo.skipped_codes()
+
+
+class TestThreadsInCompiledCode:
+    """What Dynamo keeps with a code object is freed while nobody uses it."""
+
+    def test_others_are_waited_for_and_none_begins(self):
+        running, order = dynamo._Running(), []
+        inside, leave, waits, done = (threading.Event() for _ in range(4))
+
+        def call():
+            with running, running:
+                inside.set()
+                leave.wait(10)
+                order.append("call")
+
+        def forget():
+            inside.wait(10)
+            waits.set()
+            assert running.alone(lambda: order.append("forget"))
+            done.set()
+
+        def later():
+            waits.wait(10)
+            while not running._waiting and not done.is_set():
+                time.sleep(0.001)
+            leave.set()
+            with running:
+                order.append("later")
+
+        threads = [threading.Thread(target=target) for target in (call, forget, later)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert order == ["call", "forget", "later"]
+        assert not running._depths
+
+    def test_in_a_call_of_its_own_a_thread_waits_for_nobody(self):
+        running, done = dynamo._Running(), []
+        with running:
+            assert running.alone(lambda: done.append(1))
+        assert running.alone(lambda: done.append(2))
+        assert done == [1, 2]
+
+    def test_calls_that_do_not_end(self):
+        """Threads may wait for each other: then nothing is freed, and calls go on."""
+        running, inside, leave = dynamo._Running(), threading.Event(), threading.Event()
+
+        def call():
+            with running:
+                inside.set()
+                leave.wait(10)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        inside.wait(10)
+        done = []
+        assert not running.alone(lambda: done.append(1), seconds=0.01)
+        with running:
+            leave.set()
+        thread.join(10)
+        assert done == []
+
+    def test_that_is_told(self, monkeypatch, caplog):
+        monkeypatch.setattr(dynamo.running, "alone", lambda do: False)
+        dynamo.forget_codes(nn.Linear(2, 2))
+        assert "what Dynamo knows of this model's code is kept" in caplog.text
+
+
+@pytest.mark.slow
+def test_first_calls_of_one_class_in_many_threads():
+    """In a process of its own, which a segmentation fault ends."""
+    program = """
+import threading, torch, sere_compile
+from tests.zoo.outside.loops import HIDDEN, MaskLoop
+
+def work():
+    compiled = sere_compile.compile(MaskLoop().eval(), select_top_k=1, min_active=0, inner="eager")
+    with torch.no_grad():
+        for tokens in (6, 9, 4):
+            compiled(torch.randn(tokens, HIDDEN))
+
+torch.set_num_threads(1)
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    for _ in range(4):
+        subprocess.run(
+            [sys.executable, "-P", "-c", program], check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
+        )

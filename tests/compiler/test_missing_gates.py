@@ -346,13 +346,51 @@ class TestOneCall:
         missing_gates.settle(call, None, (), {}, STRICT, captured=True)
         assert told(caplog) == []
 
-    def test_a_warning_is_given_once_in_a_call(self):
-        assert missing_gates.is_news("a")
-        assert missing_gates.is_news("a")
+    def test_a_warning_is_given_once_in_a_call(self, caplog):
+        for _ in range(2):
+            missing_gates.warn(missing_gates.log, "a")
+        assert caplog.messages == ["a", "a"]
+        caplog.clear()
         with missing_gates.one_call() as call:
-            assert [missing_gates.is_news(text) for text in "aba"] == [True, True, False]
+            for text in "aba":
+                missing_gates.warn(missing_gates.log, text)
             call.forget()
-            assert not missing_gates.is_news("a")
+            missing_gates.warn(missing_gates.log, "a")
+        assert caplog.messages == ["a", "b"]
+
+    @pytest.mark.parametrize("given_up", [False, True])
+    def test_warnings_of_a_way_that_may_be_given_up(self, given_up, caplog):
+        """They wait. Those of gates that the other way re-routes or warns of, and of what is re-routed no more, go."""
+        first, second, third = (torch.zeros(2) for _ in range(3))
+        say, log = missing_gates.warn, missing_gates.log
+        with missing_gates.one_call() as call:
+            call.trying = True
+            say(log, "the first", first)
+            say(log, "the second", second)
+            say(log, "the third", third)
+            say(log, "a line", "model.py:3")
+            say(log, "another line", "model.py:4")
+            say(log, "somewhere", "")
+            say(log, "re-routed, but")
+            missing_gates.note_rerouted(lambda: [third])
+            assert caplog.messages == []
+            if given_up:
+                call.forget()
+                missing_gates.note_rerouted(lambda: [first, "model.py:3", ""])
+                say(log, "the second, now", second)
+        if given_up:
+            assert caplog.messages == ["the second, now", "the third", "another line", "somewhere"]
+        else:
+            assert caplog.messages == [
+                "the first", "the second", "the third", "a line", "another line", "somewhere", "re-routed, but"
+            ]  # fmt: skip
+
+    def test_graphs_are_asked_what_they_re_route_only_if_a_warning_waits(self):
+        asked = []
+        missing_gates.note_rerouted(lambda: asked.append("no call") or [])
+        with missing_gates.one_call():
+            missing_gates.note_rerouted(lambda: asked.append("no warning") or [])
+        assert asked == []
 
     def test_a_refusal_of_a_way_that_was_given_up(self):
         refusal = GateNotFoundError("why")

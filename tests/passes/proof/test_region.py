@@ -190,6 +190,21 @@ def test_every_tracer(trace):
     assert kinds_of(region_of(Normed(), trace)) == ["hidden", "logits", "state"]
 
 
+class OfSome(Indexed):
+    def forward(self, x, mask):
+        return torch.zeros_like(x).index_put((mask,), super().forward(x[mask]))
+
+
+def test_tokens_that_the_data_count():
+    """Nobody knows how many rows to make up."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        graph = from_dynamo(OfSome(), rows(), torch.ones(TOKENS, dtype=torch.bool))
+    refusal = cut_region(one_gate(graph), weights_of(graph))
+    assert (refusal.reason, refusal.is_refused_gate) == (SkipReason.UNVERIFIED, True)
+    assert refusal.detail.startswith("the numbers in a call tell the shape [u0")
+    assert refusal.detail.endswith("so that none can be made up: end the graph ahead of it")
+
+
 def test_tokens_that_do_not_come_together():
     graph = from_make_fx(Leaving(), rows())
     [gate] = find_gates(graph, lambda weight, experts: True).gates
