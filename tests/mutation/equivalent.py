@@ -229,6 +229,12 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "return value + step / sign",
         "a sign is 1 or -1",
     ),
+    (
+        "passes/proof/expert_parameters.py",
+        "Told._one_by_one",
+        "shapes = [tuple(self._draws[1][node].shape) for node in left]",
+        "each draw has the sizes of the first",
+    ),
 )
 
 _KNOWN = {(path, function, after) for path, function, after, _ in EQUIVALENT}

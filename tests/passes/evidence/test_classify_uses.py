@@ -579,17 +579,24 @@ class TestWhatIsSaidOfAll:
         assert load_sizes(selection) == {1, EXPERTS, EXPERTS * TOP_K}
 
 
-@pytest.mark.parametrize(("stored", "reach"), [(EXPERTS, True), (EXPERTS + 1, False)])
-def test_a_product_by_ids(stored, reach):
-    """It reads one matrix of each expert; other tables are none of theirs."""
+@pytest.mark.parametrize(
+    ("name", "stored", "kind", "reach"),
+    [
+        ("mxfp_dynamic_matmul_batched", EXPERTS, UseKind.EXPERT_INDEX, True),
+        ("mxfp_dynamic_matmul_batched", EXPERTS + 1, UseKind.EXPERT_INDEX, False),
+        ("of_whatever_matmul_batched", EXPERTS, UseKind.UNKNOWN, True),
+    ],
+)
+def test_a_product_by_ids(name, stored, kind, reach):
+    """It reads one matrix of each expert; other tables are none of theirs, and other operators may do anything."""
     with torch.library._scoped_library("_finegrained_fp8_c0ffee2", "DEF") as library:
-        library.define("mxfp_dynamic_matmul_batched(Tensor A, Tensor B, Tensor Bs, Tensor expert_ids) -> Tensor")
-        library.impl("mxfp_dynamic_matmul_batched", lambda a, b, scales, ids: a.clone(), "CompositeExplicitAutograd")
+        library.define(f"{name}(Tensor A, Tensor B, Tensor Bs, Tensor expert_ids) -> Tensor")
+        library.impl(name, lambda a, b, scales, ids: a.clone(), "CompositeExplicitAutograd")
         w = Classified(experts=False)
-        product = torch.ops._finegrained_fp8_c0ffee2.mxfp_dynamic_matmul_batched.default
+        product = getattr(torch.ops._finegrained_fp8_c0ffee2, name).default
         made = w.call(product, w.x, w.weight(stored, WIDTH, WIDTH), w.weight(stored), w.flat())
         found = w.uses(made)
-        assert [use.kind for use in found.all] == [UseKind.EXPERT_INDEX]
+        assert [use.kind for use in found.all] == [kind]
         assert bool(found.reach) is reach
 
 
