@@ -13,6 +13,7 @@ from torch import nn
 from .backend import SereBackend
 from .compiler import dynamo
 from .compiler.eager_selections import WatchSelections
+from .compiler.kept_aside import KeptAside
 from .compiler.observed_graph import observer, on_lines, on_whole_call
 from .compiler.obstacle import diagnose
 from .compiler.same_numbers import buffers_restored, eager_results, shows_wrong
@@ -31,7 +32,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     The model runs once, unchanged, without gradients and without probing. Where Dynamo breaks it
     into several graphs or skips a frame, it runs a second time, in eager mode and on copies of the
     arguments, to find gates that no graph shows; arguments that cannot be copied leave that out.
-    What runs leave in the model's buffers is put back.
+    What runs leave in the model, in its buffers and attributes, is put back.
 
     Args:
         model: an nn.Module or function, compiled or not.
@@ -49,7 +50,8 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     expect(model, Callable, "explain takes a torch.nn.Module or a function")
     config = given_config(config)
     original = getattr(model, "_orig_mod", model)
-    with buffers_restored(original):
+    aside = KeptAside(original).restored() if isinstance(original, nn.Module) else contextlib.nullcontext()
+    with aside, buffers_restored(original):
         return _explain(model, args, kwargs, config)
 
 

@@ -16,14 +16,16 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Normalised(nn.Module):
-    """Has a norm ahead of the router."""
+    """Counts its calls, and has a norm ahead of the router."""
 
     def __init__(self):
         super().__init__()
         self.norm, self.gate = nn.BatchNorm1d(8), nn.Linear(8, 4, bias=False)
         self.stack = nn.Parameter(torch.randn(4, 8, 8))
+        self.calls = []
 
     def forward(self, x):
+        self.calls.append(len(x))
         x = self.norm(x)
         weights, ids = self.gate(x).softmax(-1).topk(2)
         return (torch.einsum("th,tkhf->tkf", x, self.stack[ids]) * weights[..., None]).sum(1)
@@ -40,13 +42,13 @@ class TestExplain:
 
     @pytest.mark.parametrize("capture", ["default", "auto"])
     def test_leaves_nothing_in_the_model(self, capture):
-        """Not even statistics of a norm in training mode."""
+        """Neither statistics of a norm in training mode, nor a count in a list."""
         model = Normalised().train()
         report = sere_compile.explain(model, torch.randn(6, 8) + 1, config=SereConfig(capture=capture))
         assert [row.status for row in report] == ["rewritten"]
         assert not model.norm.running_mean.any()
         assert torch.equal(model.norm.running_var, torch.ones(8))
-        assert int(model.norm.num_batches_tracked) == 0
+        assert (int(model.norm.num_batches_tracked), model.calls) == (0, [])
 
     def test_identity_and_skips_have_reasons(self):
         """S = K is reported as identity; a selection that is no gate as skipped, with its line."""

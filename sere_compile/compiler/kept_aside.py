@@ -378,14 +378,23 @@ def _is_own(function: types.FunctionType) -> bool:
 
 
 def _is_users(known: dict[str, Any]) -> bool:
-    """Whether a module is the user's, by its globals: nothing that was installed, or came with Python."""
-    place = os.path.abspath(known.get("__file__") or "")
-    own = str(known.get("__name__", "torch")).split(".")[0]
-    return own not in ("torch", __name__.split(".")[0]) and not place.startswith(_LIBRARIES)
+    """Whether a module is the user's, by its globals: nothing that was installed, or came with Python.
+
+    Modules without a file are Python's own, as `sys`, or the user's, as `__main__` of a notebook.
+    """
+    name, place = str(known.get("__name__", "torch")).split(".")[0], known.get("__file__")
+    if name in ("torch", __name__.split(".")[0]):
+        return False
+    return not os.path.abspath(place).startswith(_LIBRARIES) if place else name not in sys.builtin_module_names
 
 
 def _is_kept(value: Any) -> bool:
-    """Whether a global or the like may be written to by a call: no code, constant, or thing of a library's."""
+    """Whether a global or the like may be written to by a call: no code, constant, or thing of a library's.
+
+    Nor what is imported: to put that back would undo imports, and what is imported twice is there twice.
+    """
+    if value is sys.modules:
+        return False
     if isinstance(value, (dict, list, set, collections.deque, torch.Tensor, numpy.ndarray, collections.abc.Iterator)):
         return True
     return _has_own_members(value) and type(value).__module__.split(".")[0] not in ("torch", "logging", "typing")

@@ -297,6 +297,10 @@ def test_what_a_closure_keeps():
     assert module.count(0) == 1
 
 
+def reads_what_is_imported(name):
+    return sys.modules[name]
+
+
 class Recorder:
     """Hooks of it gather what modules give."""
 
@@ -834,8 +838,14 @@ class TestWhatIsLookedAt:
             {"__name__": "anything", "__file__": torch.__file__},
             {"__name__": "json", "__file__": json.__file__},
             vars(numpy),
+            vars(sys),
         ):
             assert not _is_users(known)
+
+    def test_what_is_imported_is_nothing_that_a_call_keeps(self):
+        """transformers' models name `sys.modules`: put back, it would undo what a compile has imported."""
+        assert not _is_kept(sys.modules)
+        assert all(value is not sys.modules for _, value in _named(reads_what_is_imported))
 
     def test_whose_class_it_is(self):
         assert _is_own_class(Tracker)
