@@ -310,13 +310,15 @@ def expert_mlp_into(
     down_bias: Tensor | None = None,
     activation: str = "silu_glu",
     interleaved: bool = False,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> None:
     """`expert_mlp` into a tensor that is there: for an engine, which owns the memory of its layers' outputs.
 
     No operator: compilers do not see it, and nothing is checked that `expert_mlp` checks.
 
     `out` is [T, H] in the dtype of hidden, contiguous, and not hidden itself; what it held is lost. The others are as
-    `expert_mlp` takes them, on one device.
+    `expert_mlp` takes them, on one device; weights with scales are MXFP4.
 
     Raises:
         ValueError: out has another shape, dtype or layout, or lies where hidden does.
@@ -328,18 +330,19 @@ def expert_mlp_into(
     if out.numel() and out.data_ptr() == hidden.data_ptr():
         raise ValueError("out: expected memory of its own, got that of hidden")
     tensors = (hidden, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias)
+    scales = (gate_up_scale, down_scale)
+    call = Call(*tensors, *scales)
     if not (hidden.is_cuda and supports(hidden.shape[0], topk_ids.shape[1], hidden.dtype, activation)):
-        if cpu.takes(Call(*tensors)):
-            out.copy_(cpu.launch_cpu(Call(*tensors), activation, interleaved, False))
+        if cpu.takes(call):
+            out.copy_(cpu.launch_cpu(call, activation, interleaved, False))
         else:
-            out.copy_(expert_mlp_reference(*tensors, activation, interleaved))
+            out.copy_(expert_mlp_reference(*tensors, activation, interleaved, False, *scales))
         return
     from ..launching import device_guard
     from .kernel import launch_expert_mlp
     from .stream import launch_stream, takes
 
-    call = Call(*tensors)
     with device_guard(hidden):
         if takes(call, False) and launch_stream(call, activation, interleaved, out=out) is not None:
             return
-        launch_expert_mlp(*tensors, activation, interleaved, False, into=out)
+        launch_expert_mlp(*tensors, activation, interleaved, False, None, *scales, into=out)

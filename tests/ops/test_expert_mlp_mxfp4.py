@@ -10,6 +10,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from sere_compile.ops import expert_mlp
+from sere_compile.ops.expert_mlp import expert_mlp_into
 from sere_compile.ops.expert_mlp.mxfp4 import mxfp4_sizes, pack_mxfp4, unpack_mxfp4
 from sere_compile.ops.expert_mlp.reference import Call, expert_mlp_reference
 from sere_compile.ops.expert_mlp.tiles import LaunchConfig, TileConfig
@@ -152,6 +153,16 @@ def test_a_scale_of_nan_is_nan(kernel_device):
     for run in (expert_mlp_reference, lambda *a: launch_expert_mlp(*a[:10], small_tiles(), *a[10:])):
         got = run(arguments[0], ids, *arguments[2:])
         assert got.isnan().all(-1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_into_a_tensor_that_is_there(dtype, device):
+    """As an engine calls it."""
+    layer = PackedLayer(tokens=4, activation="gpt_oss", interleaved=True, bias=True, dtype=dtype)
+    arguments, plain = layer.draw_both(device)
+    out = torch.full_like(arguments[0], -77)
+    expert_mlp_into(out, *arguments[:9], *arguments[10:12])
+    assert_close_to_oracle(out, plain)
 
 
 def test_what_kind_of_call_it_is():

@@ -116,15 +116,15 @@ _ADJUSTED = "routes adjusted after routing"
 @contextmanager
 def _modular_kernels(refused: list[str]) -> Iterator[None]:
     """Adds to `refused` the kernels that would have fitted."""
-    router = _found(f"{_MOE}.router.fused_moe_router", "FusedMoERouter")
-    experts = _found(f"{_MOE}.modular_kernel", "FusedMoEExperts")
+    router = found(f"{_MOE}.router.fused_moe_router", "FusedMoERouter")
+    experts = found(f"{_MOE}.modular_kernel", "FusedMoEExperts")
     with ExitStack() as changes:
         asks = router is not None and "supports_monolithic_kernels" in vars(router)
         if asks:
-            changes.enter_context(_replaced(router, "supports_monolithic_kernels", property(lambda self: False)))
+            changes.enter_context(replaced(router, "supports_monolithic_kernels", property(lambda self: False)))
         if experts is not None and isinstance(vars(experts).get("is_supported_config"), staticmethod):
             asked = _unless_monolithic(experts.is_supported_config, refused)
-            changes.enter_context(_replaced(experts, "is_supported_config", staticmethod(asked)))
+            changes.enter_context(replaced(experts, "is_supported_config", staticmethod(asked)))
         yield
 
 
@@ -143,7 +143,8 @@ def _unless_monolithic(
     return is_supported_config
 
 
-def _found(module: str, name: str) -> Any:
+def found(module: str, name: str) -> Any:
+    """What a module of vLLM has by a name; None where the module or the name is not there."""
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
@@ -151,7 +152,8 @@ def _found(module: str, name: str) -> Any:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for an attribute of a class, for as long as the block takes."""
     before = vars(owner)[name]
     setattr(owner, name, value)
     try:

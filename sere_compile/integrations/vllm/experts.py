@@ -4,7 +4,8 @@ vLLM's modular kernel hands a layer's weights, hidden states, ids and weights to
 `apply` writes into an output tensor. Here its `apply` is put before: up to some number of tokens
 the layer is `sere::expert_mlp`, which needs no table of aligned blocks, no sort, and no activation
 or sum of its own; above, it is what it was. The number of tokens is known when a CUDA graph is
-recorded, so each graph holds one or the other.
+recorded, so each graph holds one or the other. MXFP4 weights of gpt-oss are read as the checkpoint has
+them, see `packed_weights`.
 
 Nothing is replaced that was not compared: at start both compute one layer of each kind on the same
 random tokens, for every form of kernel that is to be used.
@@ -25,6 +26,7 @@ from ...errors import ConfigError
 from ...ops.expert_mlp import MAX_SLOTS, MAX_TOKENS, expert_mlp_into
 from ...ops.expert_mlp.stream import device_can
 from .options import VllmOptions
+from .packed_weights import PackedWeights, packed_weights
 
 log = logging.getLogger("vllm.sere_compile")
 
@@ -53,12 +55,24 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Layer:
-    """What `sere::expert_mlp` has to know of a layer beside tensors that come with each call."""
+    """What `sere::expert_mlp` has to know of a layer beside tensors that come with each call.
+
+    Attributes:
+        packed: the weights that it reads instead of those that come with each call.
+    """
 
     activation: str
     interleaved: bool
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
+    packed: PackedWeights | None
+
+    @classmethod
+    def of(cls, layer: Any) -> Layer:
+        """As vLLM has it."""
+        held, packed = layer.quant_method.moe_kernel.fused_experts, packed_weights(layer)
+        biases = (held.w1_bias, held.w2_bias) if packed is None else (packed.gate_up_bias, packed.down_bias)
+        return cls(*(_activation(layer) or ("", False)), *biases, packed)
 
 
 def replace_experts(
@@ -126,28 +140,48 @@ def not_faster(device: torch.device) -> str:
 
 def cannot_serve(runner: Any) -> str:
     """Why a layer cannot be computed by `sere::expert_mlp`; empty where it can."""
-    method = runner._quant_method
-    kernel = getattr(method, "moe_kernel", None)
-    experts = getattr(kernel, "fused_experts", None)
-    if type(method).__name__ != "UnquantizedFusedMoEMethod":
-        return f"their weights are not bfloat16 or float16 as they are ({type(method).__name__})"
-    if type(experts).__name__ != "TritonExperts":
-        return f"{type(experts).__name__} may keep weights in a layout of its own"
+    kernel = getattr(runner._quant_method, "moe_kernel", None)
     exchange = type(getattr(kernel, "prepare_finalize", None)).__name__
+    layer, moe = runner.routed_experts, runner.moe_config
+    reason = _other_weights(runner, type(getattr(kernel, "fused_experts", None)).__name__)
+    if reason:
+        return reason
     if exchange != "MoEPrepareAndFinalizeNoDPEPModular":
         return f"{exchange} exchanges tokens with other ranks"
-    layer, moe = runner.routed_experts, runner.moe_config
     if layer.expert_map is not None:
         return "a rank has a part of the experts (expert parallelism)"
     if layer.apply_router_weight_on_input or moe.is_lora_enabled:
         return "router weights on the input, or LoRA"
     if _activation(layer) is None:
         return f"the activation {layer.activation.value}"
+    return ""
+
+
+def _other_weights(runner: Any, experts: str) -> str:
+    """Why the weights of a layer, which experts of this name multiply, are none that `sere::expert_mlp` reads."""
+    method, layer, moe = type(runner._quant_method).__name__, runner.routed_experts, runner.moe_config
+    if method == "GptOssMxfp4MoEMethod":
+        return _other_packed_weights(packed_weights(layer), moe, experts)
+    if method != "UnquantizedFusedMoEMethod":
+        return f"their weights are neither bfloat16 or float16 as they are nor gpt-oss's MXFP4 ({method})"
+    if experts != "TritonExperts":
+        return f"{experts} may keep weights in a layout of its own"
     weights = (layer.w13_weight, layer.w2_weight)
     if any(w.dtype not in (torch.bfloat16, torch.float16) or w.dtype != moe.in_dtype for w in weights):
         return f"weights of {weights[0].dtype} and hidden states of {moe.in_dtype}"
     if not all(w.is_contiguous() for w in weights) or weights[1].shape[2] * 2 != weights[0].shape[1]:
         return "weights that are not contiguous, or an activation without a gate"
+    return ""
+
+
+def _other_packed_weights(packed: PackedWeights | None, moe: Any, experts: str) -> str:
+    if packed is None:
+        return 'MXFP4 weights, which experts="sere" keeps a second time, as the checkpoint has them'
+    if experts not in ("OAITritonExperts", "UnfusedOAITritonExperts"):
+        return f"{experts} may change MXFP4 weights where they lie"
+    if moe.in_dtype != torch.bfloat16 or packed.gate_up.shape[2] * 2 != moe.hidden_dim:
+        width = packed.gate_up.shape[2] * 2
+        return f"{moe.hidden_dim} hidden states of {moe.in_dtype}, and MXFP4 weights of {width}, which take bfloat16"
     return ""
 
 
@@ -163,30 +197,35 @@ def _activation(layer: Any) -> tuple[str, bool] | None:
 def _kind(runner: Any) -> tuple[Any, ...]:
     """What decides which kernels a layer gets."""
     layer = runner.routed_experts
-    biased = layer.quant_method.moe_kernel.fused_experts.w1_bias is not None
-    shapes = (tuple(layer.w13_weight.shape), tuple(layer.w2_weight.shape), runner.moe_config.experts_per_token)
-    return (*shapes, layer.w13_weight.dtype, layer.activation, biased)
+    known = Layer.of(layer)
+    weights = (layer.w13_weight, layer.w2_weight) if known.packed is None else (known.packed.gate_up, known.packed.down)
+    shapes = (*(tuple(weight.shape) for weight in weights), runner.moe_config.experts_per_token)
+    return (*shapes, weights[0].dtype, layer.activation, known.gate_up_bias is not None)
 
 
-def put_before(runner: Any, limit: int) -> Callable[[], None]:
-    """Let a layer's experts be `sere::expert_mlp` up to `limit` tokens. Returns what takes it back."""
+def put_before(runner: Any, limit: int) -> Callable[[], int]:
+    """Let a layer's experts be `sere::expert_mlp` up to `limit` tokens.
+
+    Returns:
+        What takes it back, and tells how many calls it computed.
+    """
     layer = runner.routed_experts
     experts = layer.quant_method.moe_kernel.fused_experts
-    activation, interleaved = _activation(layer) or ("", False)
-    known = Layer(activation, interleaved, experts.w1_bias, experts.w2_bias)
+    known, dtype, computed = Layer.of(layer), runner.moe_config.in_dtype, 0
     original = experts.apply
 
     def apply(
         output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
         **others: Any,
     ) -> Any:  # fmt: skip
+        nonlocal computed
         mine = (
             hidden_states.shape[0] <= limit
             and others.get("expert_map") is None
             and others.get("a1q_scale") is None
             and others.get("expert_tokens_meta") is None
             and topk_ids.dtype in (torch.int32, torch.int64)
-            and hidden_states.dtype == w1.dtype == output.dtype
+            and hidden_states.dtype == dtype == output.dtype
             and getattr(experts, "post_gemm2_hook", None) is None
         )
         if not mine:
@@ -194,16 +233,21 @@ def put_before(runner: Any, limit: int) -> Callable[[], None]:
                 output=output, hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights,
                 topk_ids=topk_ids, **others,
             )  # fmt: skip
+        computed += 1
+        packed = known.packed
+        weights = (w1, w2) if packed is None else (packed.gate_up, packed.down)
+        scales = (None, None) if packed is None else (packed.gate_up_scale, packed.down_scale)
         expert_mlp_into(
-            output, hidden_states, topk_ids, topk_weights, w1, w2, known.gate_up_bias, known.down_bias,
-            known.activation, known.interleaved,
+            output, hidden_states, topk_ids, topk_weights, *weights, known.gate_up_bias, known.down_bias,
+            known.activation, known.interleaved, *scales,
         )  # fmt: skip
         return None
 
     experts.apply = apply
 
-    def take_back() -> None:
+    def take_back() -> int:
         del experts.apply
+        return computed
 
     return take_back
 
@@ -230,7 +274,11 @@ def compare(runner: Any, vllm_config: Any, device: torch.device, limit: int) -> 
             try:
                 got = _layer(runner, vllm_config, inputs)
             finally:
-                take_back()
+                computed = take_back()
+            if not computed:
+                return (
+                    f"{_WRONG} was not asked: calls of {size} tokens are not as those of the releases that were tested"
+                )
             apart, norm = (got - expected).norm().item(), expected.norm().item()
             if not apart <= TOLERANCE * norm:
                 return f"{_WRONG} differs from them by {apart:.2e} of {norm:.2e} for {size} tokens"

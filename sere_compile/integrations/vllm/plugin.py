@@ -22,6 +22,7 @@ from .gates import HeldGate, cannot_hold
 from .gates import differs as gate_differs
 from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options
+from .packed_weights import keeping_packed_weights
 from .ranks import Meeting, part_of_rows, ranks_meet, sum_of_shares
 from .routers import differs, known_router
 from .routing import BatchState, RoutingHook
@@ -84,7 +85,7 @@ def _prepare_worker(worker: Any) -> None:
 
     @functools.wraps(load_model)
     def load_and_hook(*args: Any, **kwargs: Any) -> Any:
-        with kernels_that_ask_the_router():
+        with kernels_that_ask_the_router(), keeping_packed_weights(options.experts == "sere"):
             result = load_model(*args, **kwargs)
         worker.sere = WorkerHooks(worker, options)
         # By these names `collective_rpc` reaches them.

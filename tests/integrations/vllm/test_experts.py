@@ -10,7 +10,6 @@ import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -35,7 +34,7 @@ from .engine import engine, generate
 
 pytestmark = pytest.mark.vllm
 
-EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 32, 16
+EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 32, 32
 CPU = torch.device("cpu")
 
 
@@ -71,7 +70,7 @@ def per_slot(hidden, w1, w2, weights, ids, activation, held):
     return torch.stack(rows)
 
 
-def layer(activation=MoEActivation.SILU, biased=False, dtype=torch.bfloat16):
+def layer(activation=MoEActivation.SILU, biased=False, dtype=torch.bfloat16, kernels=TritonExperts):
     """A MoE layer as the plug-in sees it, around vLLM's own modular kernel and method."""
     config = FusedMoEConfig(
         num_experts=EXPERTS, experts_per_token=TOP_K, hidden_dim=HIDDEN, intermediate_size=INNER,
@@ -85,7 +84,7 @@ def layer(activation=MoEActivation.SILU, biased=False, dtype=torch.bfloat16):
         for shape in ((EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER), (EXPERTS, 2 * INNER), (EXPERTS, HIDDEN))
     )
     quant = biased_moe_quant_config(b1, b2) if biased else FusedMoEQuantConfig.make()
-    kernel = mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), TritonExperts(config, quant))
+    kernel = mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), kernels(config, quant))
     method = UnquantizedFusedMoEMethod.__new__(UnquantizedFusedMoEMethod)
     torch.nn.Module.__init__(method)
     method.moe_kernel = kernel
@@ -101,12 +100,6 @@ def layer(activation=MoEActivation.SILU, biased=False, dtype=torch.bfloat16):
 
 def options(choice, strict=False):
     return VllmOptions(SereConfig(strict=strict), experts=choice)
-
-
-@pytest.fixture
-def vllm_config():
-    with set_current_vllm_config(config := VllmConfig()):
-        yield config
 
 
 def run(runner, tokens, vllm_config):
@@ -131,6 +124,13 @@ def test_small_batches_are_ours_and_large_ones_vllms(vllm_config, activation, bi
         assert times == asked
         # Rounded to bfloat16 after the activation and at the end.
         assert (output.double() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_experts_that_are_never_asked_are_not_replaced(vllm_config):
+    """Else a comparison would be of vLLM's kernels with themselves."""
+    runner = layer()
+    runner._quant_method.moe_kernel.fused_experts.post_gemm2_hook = print
+    assert experts.compare(runner, vllm_config, CPU, 64).startswith("sere::expert_mlp was not asked")
 
 
 def test_what_computes_something_else_is_not_replaced(vllm_config, monkeypatch, caplog):
@@ -158,7 +158,7 @@ def test_kernels_that_do_not_run_are_not_replaced(vllm_config, monkeypatch):
     (lambda r: setattr(r.routed_experts, "activation", MoEActivation.RELU2), "the activation relu2"),
     (lambda r: setattr(r.routed_experts, "w2_weight", r.routed_experts.w2_weight.float()), "weights of torch.bfloat16"),
     (lambda r: delattr(r.routed_experts, "expert_map"), "not as those of the releases that were tested"),
-    (lambda r: setattr(r, "_quant_method", SimpleNamespace(moe_kernel=None)), r"not bfloat16 or float16 as they are"),
+    (lambda r: setattr(r, "_quant_method", SimpleNamespace(moe_kernel=None)), "neither bfloat16 or float16"),
 ])  # fmt: skip
 def test_layers_of_another_kind_say_why_they_are_left(vllm_config, monkeypatch, caplog, change, reason):
     runner = layer()
