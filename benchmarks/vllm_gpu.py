@@ -47,6 +47,9 @@ CASES: dict[str, dict[str, Any] | None] = {
     "fill1": {"select_top_k": 1, "min_active": 0, "substitution": "fill"},
     "fill1-hook": {"select_top_k": 1, "min_active": 0, "substitution": "fill", "router": "vllm"},
     "s1-hook": {"select_top_k": 1, "min_active": 0, "experts": "vllm", "router": "vllm"},
+    "s1-forced": {"select_top_k": 1, "min_active": 0, "experts": "sere"},
+    "s2-forced": {"select_top_k": 2, "min_active": 0, "experts": "sere"},
+    "sK-forced": {"select_top_k": 99, "experts": "sere"},
 }
 DEFAULT_CASES = "stock,s1,sK,nothing,s2"
 

@@ -26,7 +26,7 @@ from ...errors import ConfigError
 from ...ops.expert_mlp import MAX_SLOTS, MAX_TOKENS, expert_mlp_into
 from ...ops.expert_mlp.stream import device_can
 from .options import VllmOptions
-from .packed_weights import PackedWeights, packed_weights
+from .packed_weights import PackedWeights, packed_weights, release_packed_weights
 
 log = logging.getLogger("vllm.sere_compile")
 
@@ -95,7 +95,7 @@ def replace_experts(
     if options.experts == "vllm":
         return None
     forced, reasons, checked = options.experts == "sere", Counter[str](), dict[Any, str]()
-    replaced, most = 0, 0
+    replaced, most, held = 0, 0, 0
     for name, runner in runners.items():
         limit, reason = _limit(runner, forced, device)
         if not reason:
@@ -106,14 +106,20 @@ def replace_experts(
         if not reason:
             put_before(runner, limit)
             replaced, most = replaced + 1, max(most, limit)
+            packed = packed_weights(runner.routed_experts)
+            held += packed.bytes if packed is not None else 0
         elif forced and options.config.strict:
             raise ConfigError(f'{name}: experts="sere" is out of reach: {reason}')
         else:
             reasons[reason] += 1
+            release_packed_weights(runner.routed_experts)
     for reason, count in reasons.items():
         level = logging.WARNING if forced or reason.startswith(_WRONG) else logging.INFO
         log.log(level, "SERE: vLLM's own kernels compute the experts of %d MoE layers: %s", count, reason)
-    return Replaced(replaced, f"sere::expert_mlp up to {most} tokens, by vLLM's kernels above") if replaced else None
+    text = f"sere::expert_mlp up to {most} tokens, by vLLM's kernels above"
+    if held:
+        text += f"; MXFP4 weights are held twice for that, {held / 1e9:.2f} GB more"
+    return Replaced(replaced, text) if replaced else None
 
 
 def _limit(runner: Any, forced: bool, device: torch.device) -> tuple[int, str]:

@@ -75,3 +75,8 @@ def keeping_packed_weights(wanted: bool) -> Iterator[None]:
 def packed_weights(layer: Any) -> PackedWeights | None:
     """What `keeping_packed_weights` kept of a layer."""
     return getattr(layer, _HELD_AS, None)
+
+
+def release_packed_weights(layer: Any) -> None:
+    """Give their memory back, where nothing reads them after all."""
+    vars(layer).pop(_HELD_AS, None)

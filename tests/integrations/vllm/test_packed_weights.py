@@ -46,7 +46,9 @@ def test_small_batches_of_packed_weights_are_ours(vllm_config):
     """gpt-oss's, which are read as they were loaded."""
     runner = packed_layer()
     assert packed_weights.packed_weights(runner.routed_experts).bytes == EXPERTS * 3 * HIDDEN * INNER * 17 // 32
-    assert experts.replace_experts({"a": runner}, options("sere"), vllm_config, CPU).layers == 1
+    replaced = experts.replace_experts({"a": runner}, options("sere"), vllm_config, CPU)
+    assert replaced.layers == 1
+    assert replaced.text.endswith("MXFP4 weights are held twice for that, 0.00 GB more")
     for tokens, asked in ((1, 0), (7, 0), (257, 1)):
         output, expected, times = run(runner, tokens, vllm_config)
         assert times == asked
@@ -64,6 +66,8 @@ def test_packed_weights_that_are_left(vllm_config, kernels, keep, change, reason
     for name, value in change.items():
         setattr(runner.moe_config, name, value)
     assert reason in experts.cannot_serve(runner)
+    assert experts.replace_experts({"a": runner}, options("sere"), vllm_config, CPU) is None
+    assert packed_weights.packed_weights(runner.routed_experts) is None
 
 
 def test_vllms_method_is_its_own_again_after_loading():
