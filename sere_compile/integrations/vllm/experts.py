@@ -71,8 +71,9 @@ class Layer:
     def of(cls, layer: Any) -> Layer:
         """As vLLM has it."""
         held, packed = layer.quant_method.moe_kernel.fused_experts, packed_weights(layer)
-        biases = (held.w1_bias, held.w2_bias) if packed is None else (packed.gate_up_bias, packed.down_bias)
-        return cls(*(_activation(layer) or ("", False)), *biases, packed)
+        first, second = (held.w1_bias, held.w2_bias) if packed is None else (packed.gate_up_bias, packed.down_bias)
+        activation, interleaved = _activation(layer) or ("", False)
+        return cls(activation, interleaved, first, second, packed)
 
 
 def replace_experts(
