@@ -120,17 +120,18 @@ def cut_region(gate: Gate, value_of: ValueOf) -> Region | Skip:
     if mapping is not None:
         detail = f"{region.originals[mapping].name}: a part of what torch.func.vmap does cannot be run by itself"
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
-    counted = next((leaf for leaf in region.leaves.values() if has_data_size(leaf.source)), None)
+    counted = next(filter(None, (size_by_data(leaf.source) for leaf in region.leaves.values())), None)
     if counted is not None:
-        shape = f"{list(nodes.shape(counted.source) or ())} of {counted.source.name}"
-        detail = f"the numbers in a call tell the shape {shape}, so that none can be made up: end the graph ahead of it"
-        return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
+        return Skip(SkipReason.UNVERIFIED, gate.selection, counted, evidence=Evidence.EXPERTS)
     return region
 
 
-def has_data_size(node: Node) -> bool:
-    """Whether the shape of a tensor is known only once numbers are computed, such as that of `x[mask]`."""
-    return any(plain_number(size) is None for size in getattr(nodes.value(node), "shape", ()))
+def size_by_data(node: Node) -> str | None:
+    """Why nothing can be made up for a tensor whose shape is known only once numbers are computed, as of `x[mask]`."""
+    if all(plain_number(size) is not None for size in getattr(nodes.value(node), "shape", ())):
+        return None
+    shape = f"{list(nodes.shape(node) or ())} of {node.name}"
+    return f"the numbers in a call tell the shape {shape}, so that none can be made up: end the graph ahead of it"
 
 
 class _Cutter:

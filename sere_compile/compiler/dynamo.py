@@ -14,12 +14,14 @@ from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any, NoReturn, TypeVar
 
+import sympy
 import torch
 from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..passes.graph.copy import copy_module
+from ..passes.graph.run_part import plain_number
 from .capture_more import capturing_more
 
 log = logging.getLogger(__name__)
@@ -125,6 +127,32 @@ def guard_input(node: Node, holds: Callable[[object], bool], text: str) -> bool:
 
     context.guards_context.dynamo_guards.add(Guard(source, create))
     return True
+
+
+def serve_at_most(graph: Graph, count: int | torch.SymInt, most: int) -> None:
+    """Let the graph that is being compiled serve calls with up to `most` of what `count` counts.
+
+    Dynamo compiles anew for more. One input tells the number mostly, and is asked: to limit symbols would be an error
+    where the user has marked them with a range. A number that no sizes tell, as of the rows of `x[mask]`, is not
+    limited: there is nothing to ask before a call.
+    """
+    if not isinstance(count, torch.SymInt) or plain_number(count) is None:
+        return
+    symbols = sorted(count.node.expr.free_symbols, key=str)
+    number = sympy.lambdify(symbols, count.node.expr, modules="math")
+    for node in graph.find_nodes(op="placeholder"):
+        sizes = [getattr(size, "node", None) for size in getattr(node.meta.get("example_value"), "shape", ())]
+        dims = {size.expr: dim for dim, size in enumerate(sizes) if size is not None}
+        if dims.keys() >= set(symbols):
+            places = [dims[symbol] for symbol in symbols]
+
+            def is_served(value: Any, places: list[int] = places) -> bool:
+                sizes = getattr(value, "shape", ())
+                return len(sizes) > max(places) and number(*(sizes[dim] for dim in places)) <= most
+
+            guard_input(node, is_served, "sere tokens that were tried")
+            return
+    bool(count <= most)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -30,6 +31,7 @@ from ..report import REWRITTEN, SKIPPED
 from . import dynamo
 from .gate_plan import GatePlan
 from .missing_gates import warn
+from .outside.compare_versions import Verdict
 from .outside.prove_outside import computes_the_same, prove_outside
 from .outside.ways import ids_alone
 from .traced_graph import TracedGraph
@@ -195,8 +197,7 @@ def _prove(
             detail = "the code that receives its weights does more than multiply what the experts give by them"
             return Skip(SkipReason.UNVERIFIED, gate.selection, detail, Evidence.EXPERTS)
         plan.saves_nothing = verdict.saves_nothing
-        # Dynamo reuses the graph for other layers with the same code: those whose experts differ compile their own.
-        dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
+        _hold_to(graph, gate, verdict)
         shown = ids_alone(gate) if verdict.ids_alone else gate
         return Proof(shown or gate, verdict.merged, None, frozenset(), f"{SHOWN}; the code outside the graph was run")
 
@@ -208,10 +209,22 @@ def _prove(
     # The graph holds a dispatch, and others may send the same tokens to more of the same experts.
     verdict = prove_outside(gate, owners.find(weight), kept=True)
     if verdict.block >= 0:  # a layer whose code outside does something else has a graph of its own
-        dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
+        _hold_to(graph, gate, verdict)
     if proof.merged in verdict.off:
         return Skip(SkipReason.UNVERIFIED, gate.selection, verdict.reason, Evidence.EXPERTS)
     return proof
+
+
+def _hold_to(graph: TracedGraph, gate: Gate, verdict: Verdict) -> None:
+    """Let the graph serve what the code outside it was tried for; for other calls Dynamo compiles anew.
+
+    Dynamo reuses the graph for other layers with the same code: those whose experts differ compile their own. And it
+    serves any number of tokens, where code that drops those beyond a number was tried on some.
+    """
+    dynamo.guard_input(gate.router_weight, lambda other: computes_the_same(other, verdict), "sere proof of experts")
+    if verdict.rows:
+        slots = math.prod(nodes.value(gate.ids).shape)
+        dynamo.serve_at_most(graph.module.graph, slots, verdict.rows * gate.top_k)
 
 
 def _leaves_beside(gate: Gate) -> bool:

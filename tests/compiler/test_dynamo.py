@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -161,6 +162,59 @@ class TestGuards:
             assert dynamo.guard_input(plain, lambda value: True, "") is False
 
         compiled(lambda x: x + 1, seen)(torch.ones(2))
+
+
+class TestServeAtMost:
+    @staticmethod
+    def graphs(call, most, count, inputs, ranges=None):
+        """How many graphs serve these inputs, each limited where it was made: the first to `most`."""
+        made = []
+
+        def seen(graph, given):
+            made.append(graph)
+            found = graph.graph.find_nodes(op="placeholder")
+            limit = most if len(made) == 1 else 1000
+            dynamo.serve_at_most(graph.graph, count([node.meta["example_value"] for node in found]), limit)
+
+        served = compiled(call, seen)
+        for given in inputs:
+            for tensor in given:
+                torch._dynamo.mark_dynamic(tensor, 0, **ranges or {})
+            served(*given)
+        return len(made)
+
+    @staticmethod
+    def product(values):
+        return math.prod(math.prod(value.shape) for value in values if isinstance(value, torch.Tensor))
+
+    @pytest.mark.parametrize("ranges", [{}, {"min": 2, "max": 1000}])
+    def test_more_are_compiled_anew(self, ranges):
+        """Also where the user has said that the size may be large: that is no error."""
+        rows = [(torch.ones(n, 2),) for n in (3, 5, 4, 6, 3)]
+        assert self.graphs(lambda x: x + 1, 2 * 5, self.product, rows, ranges) == 2
+
+    def test_sizes_of_several_inputs(self):
+        rows = [(torch.ones(n, 2), torch.ones(m, 2)) for n, m in ((3, 4), (5, 4), (4, 5), (6, 6))]
+        assert self.graphs(lambda x, y: (x + 1, y + 1), 4 * 20, self.product, rows) == 2
+
+    def test_numbers_that_are_none_of_a_call(self):
+        """A constant, and what only the numbers of a call tell."""
+        rows = [(torch.ones(n, 2),) for n in (3, 50)]
+        assert self.graphs(lambda x: x + 1, 5, lambda values: 3, rows) == 1
+        shape_env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+        unbacked = shape_env.create_unbacked_symint()
+        assert self.graphs(lambda x: x + 1, 5, lambda values: unbacked, rows) == 1
+
+    def test_another_input_in_its_place_is_not_served(self):
+        """A guard may not raise, whatever it is asked of."""
+        asked = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dynamo, "guard_input", lambda node, holds, text: asked.append(holds))
+            self.graphs(lambda x: x + 1, 10, self.product, [(torch.ones(3, 2),)])
+        [holds] = asked
+        assert [holds(value) for value in (torch.ones(5, 2), torch.ones(6, 2), None, torch.ones(()))] == [
+            True, False, False, False,
+        ]  # fmt: skip
 
 
 class TestSettings:

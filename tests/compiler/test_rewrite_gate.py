@@ -13,6 +13,7 @@ from sere_compile.compiler import rewrite_gate
 from sere_compile.compiler.gate_plan import GatePlan
 from sere_compile.compiler.outside.compare_versions import Verdict
 from sere_compile.passes import COUNTED, Evidence, Proof, Skip, SkipReason
+from sere_compile.passes.graph import nodes
 from sere_compile.passes.verify_rewrite import SHOWN
 from sere_compile.report import REWRITTEN, SKIPPED
 
@@ -409,6 +410,14 @@ class TestOutside:
         assert node is gate.router_weight
         assert check("twin")
         assert not check("other")
+
+    @pytest.mark.parametrize("rows", [0, 256])
+    def test_as_many_tokens_as_were_tried(self, gate, monkeypatch, rows):
+        limits = []
+        monkeypatch.setattr(rewrite_gate.dynamo, "serve_at_most", lambda *of: limits.append(of))
+        self.proven(gate, monkeypatch, Verdict(True, rows=rows))
+        slots = nodes.value(gate.ids).numel()
+        assert [of[1:] for of in limits] == ([(slots, rows * gate.top_k)] if rows else [])
 
     @staticmethod
     def beside(monkeypatch, verdict, block=Returned, shown=SHOWN, follow=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,14 +12,12 @@ import torch
 from ... import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ...experts.trial_block import ExpertSlices
 from ...passes import Gate
-from ...passes.graph import nodes
-from ...passes.graph.run_part import plain_number
 from .. import dynamo
 from .arguments import Arguments, hidden_of, with_rows
 from .failures import FAILURES, short
 from .made_up_choices import DRAWS
 from .results import TOLERANCE, distance
-from .trial import RETURNED, Trial
+from .trial import RETURNED, Trial, tokens_in_call
 from .ways import IDS_ALONE, IDS_KEPT, ids_alone, version_name
 from .where_tokens_go import SENT_ELSEWHERE
 
@@ -46,6 +43,7 @@ class Verdict:
         ids_alone: whether what is made of the ids in the graph keeps what the router chose, see `ids_alone`.
         off: of the rewrites that merge slots and those that do not, which gave other things when the block was run.
         written: attributes of the block that its calls write; None where the block that was tried is another.
+        rows: how many tokens the block was tried on, at most.
     """
 
     merged: bool | None
@@ -57,6 +55,7 @@ class Verdict:
     ids_alone: bool = False
     off: frozenset[bool] = frozenset()
     written: frozenset[str] | None = None
+    rows: int = 0
 
 
 def compare_versions(trial: Trial, experts: list[ExpertSlices], inputs: Arguments, kept: bool) -> Verdict:
@@ -81,7 +80,7 @@ def compare_versions(trial: Trial, experts: list[ExpertSlices], inputs: Argument
                 name = type(trial.block.module).__name__
                 problem = f"{name} could not be run on made-up choices: {short(error)}"
             if problem is None:
-                return Verdict(merged, ids_alone=way == IDS_ALONE)
+                return Verdict(merged, ids_alone=way == IDS_ALONE, rows=many_rows(trial))
             problems.append(problem)
     return Verdict(None, problems[0], off=frozenset(off))
 
@@ -159,8 +158,7 @@ def many_rows(trial: Trial) -> int:
 
 def least_rows(gate: Gate) -> int:
     """How many they are at least: as many as the call has that a gate was traced in, to a power of two."""
-    count = math.prod(map(plain_number, nodes.value(gate.ids).shape)) // gate.top_k
-    return max(_LEAST_ROWS, 1 << max(count - 1, 0).bit_length())
+    return max(_LEAST_ROWS, 1 << max(tokens_in_call(gate) - 1, 0).bit_length())
 
 
 def _expert_map(trial: Trial) -> dict[int, int]:

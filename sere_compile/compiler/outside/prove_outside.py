@@ -23,6 +23,7 @@ from ...experts.owner import Owner, Owners
 from ...experts.spread import spread_over_ranks
 from ...experts.trial_block import Settings, fingerprint
 from ...passes import Gate
+from ...passes.proof.region import size_by_data
 from .. import dynamo
 from .compare_versions import Verdict, least_rows
 from .other_calls import kinds_of
@@ -45,6 +46,8 @@ def prove_outside(gate: Gate, owner: Owner | None, *, kept: bool = False) -> Ver
     if owner is None:
         return Verdict(None, "no module of this process owns its router weight", is_gate=False)
     verdict = Verdict(None, "no module around its router could be run", is_gate=False)
+    if counted := size_by_data(gate.ids):
+        return Verdict(None, counted)
     # Before anything of a block is read, which may be an exchange as well.
     if spread := next(filter(None, map(spread_over_ranks, owner.surroundings)), ""):
         return Verdict(None, _SPREAD.format(spread))

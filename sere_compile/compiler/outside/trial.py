@@ -73,7 +73,7 @@ class Trial:
         if self._called_with is not None:
             # Sizes that Dynamo has seen teach it nothing new: tried first, unless they are a whole prompt's.
             called_with = tree_map(in_float32, self._called_with)
-            tokens = nodes.value(self.gate.ids).numel() // self.gate.top_k
+            tokens = tokens_in_call(self.gate)
             tried.insert(0 if tokens <= _FEW_TOKENS else 2, called_with)
             if tokens > _FEW_TOKENS and hidden_of(called_with) is None:  # what else it is given may be a mask
                 tried.insert(0, of_few_tokens(called_with, tokens, _ROWS))
@@ -206,9 +206,14 @@ class Trial:
 
     def counting_dim(self, hidden: torch.Tensor) -> int:
         """The dimension of hidden states [.., T, H] that counts who chooses: tokens, or sequences in [B, T, H]."""
-        choosing = math.prod(map(plain_number, nodes.value(self.gate.ids).shape)) // self.gate.top_k
+        choosing = tokens_in_call(self.gate)
         of_sequences = choosing == hidden.shape[0] != hidden.shape[:-1].numel()
         return 0 if hidden.dim() == 3 and (of_sequences or self._by_sequence) else hidden.dim() - 2
+
+
+def tokens_in_call(gate: Gate) -> int:
+    """How many tokens choose in the call that was traced. Comparing symbols would limit the graph that is compiled."""
+    return math.prod(map(plain_number, nodes.value(gate.ids).shape)) // gate.top_k
 
 
 def shift(num_experts: int) -> dict[int, int]:

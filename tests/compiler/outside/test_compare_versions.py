@@ -176,7 +176,7 @@ class TestWhichRewriteIsRight:
             for place, version in enumerate(order):
                 verdict, asked = compare(version, needs_merge=needs_merge)
                 alone = place > 1
-                assert verdict == Verdict(version.startswith("merged"), ids_alone=alone)
+                assert verdict == Verdict(version.startswith("merged"), ids_alone=alone, rows=4096)
                 assert asked == order[: place + 1]
             verdict, asked = compare(needs_merge=needs_merge)
             assert verdict == Verdict(None, f"not {order[0]}", off=frozenset({True, False}))
@@ -186,7 +186,7 @@ class TestWhichRewriteIsRight:
     def test_where_ids_are_kept(self, monkeypatch):
         compare = functools.partial(self.compare, kept=True, monkeypatch=monkeypatch)
         verdict, asked = compare("plain, ids kept")
-        assert (verdict, asked) == (Verdict(False), ["merged, ids kept", "plain, ids kept"])
+        assert (verdict, asked) == (Verdict(False, rows=4096), ["merged, ids kept", "plain, ids kept"])
         verdict, _ = compare(known=["plain, ids kept"])
         assert verdict.off == {False}
 
@@ -195,7 +195,7 @@ class TestWhichRewriteIsRight:
         verdict, _ = self.compare(alone=False, fails=("merged",), monkeypatch=monkeypatch)
         assert verdict.reason == "Plain could not be run on made-up choices: ValueError: merged"
         assert verdict.off == {False}
-        assert self.compare("plain", fails=("merged",), monkeypatch=monkeypatch)[0] == Verdict(False)
+        assert self.compare("plain", fails=("merged",), monkeypatch=monkeypatch)[0] == Verdict(False, rows=4096)
 
     def test_how_a_version_differs(self, monkeypatch):
         problems, asked = {}, []

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sere_compile import SimilarityProfile, attach
 from sere_compile.compiler import dynamo
+from sere_compile.compiler.outside import compare_versions
 from sere_compile.compiler.outside import prove_outside as module
 from sere_compile.compiler.outside.compare_versions import Verdict
 from sere_compile.compiler.outside.prove_outside import computes_the_same, prove_outside
@@ -146,7 +148,8 @@ class TestWhichModulesAreTried:
             monkeypatch.setattr(module, "_verdict_on", verdict_on)
             monkeypatch.setattr(module, "spread_over_ranks", lambda one: dict(spread).get(modules.index(one), ""))
             owner = types.SimpleNamespace(surroundings=tuple(modules), weight=self.weight)
-            return prove_outside(types.SimpleNamespace(num_experts=EXPERTS), owner, kept=kept)
+            gate = types.SimpleNamespace(num_experts=EXPERTS, ids=Written().given(5, TOP_K))
+            return prove_outside(gate, owner, kept=kept)
 
         prove.asked = asked
         return prove
@@ -291,3 +294,52 @@ class TestWhichModulesAreTried:
         layer.place = "a list"
         assert not holds(silent)
         assert layer.gate.weight not in module._settings
+
+
+class Dropping(Experts):
+    """Drops the slots of an expert beyond some."""
+
+    def forward(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            token, slot = torch.where(ids == expert)
+            token, slot = token[:40], slot[:40]
+            out.index_add_(0, token, self.expert(x[token], expert) * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.slow
+def test_more_tokens_than_were_tried_are_tried_first(monkeypatch, caplog):
+    """A graph serves any number, and the code outside it may drop some of many."""
+    monkeypatch.setattr(compare_versions, "_LEAST_ROWS", 16)
+    monkeypatch.setattr(compare_versions, "_MOST_ROWS", 16)
+    module._verdicts.clear()
+    model = Block(Dropping())
+    attach(model, SimilarityProfile({"gate.weight": torch.eye(EXPERTS)}))
+    options = {"select_top_k": 1, "min_active": 0, "inner": "eager"}
+    compiled, changed = torch.compile(model, backend="sere", options=options, dynamic=True), []
+    for tokens in (5, 400):
+        x = 0.1 * torch.randn(tokens, HIDDEN) + model.gate.weight[0].detach()
+        with torch.no_grad():
+            changed.append(not torch.equal(compiled(x), model(x)))
+    assert changed == [True, False]
+    assert "where there are 512 tokens" in caplog.text
+
+
+def test_tokens_that_the_data_count():
+    """Nobody knows how many to make up."""
+
+    class OfSome(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(HIDDEN, EXPERTS, bias=False), Experts()
+
+        def forward(self, x):
+            x = x[x[:, 0] > -9]
+            weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
+            return torch.compiler.disable(self.experts)(x, ids, weights)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        [verdict] = verdicts(OfSome(), torch.randn(12, HIDDEN))
+    assert (verdict.merged, verdict.is_gate) == (None, True)
+    assert verdict.reason.startswith("the numbers in a call tell the shape [u0")
