@@ -23,6 +23,7 @@ from .errors import ConfigError, GateNotFoundError, LoweringError, ProbeError, P
 from .experts.experts_module import find_experts
 from .experts.probe import Probed, probe_gate
 from .passes import Gate, Skip, extract_dispatch, find_gates
+from .passes.proof.region import router_of_the_call
 from .report import REWRITTEN
 from .rewrite_mark import mark_as_seen
 from .similarity.fit import check_size, required_projection
@@ -111,7 +112,9 @@ def _rewritten(program: Program, profile: SimilarityProfile | None, config: Sere
     matrices = [_needed(plan, profile, program) for plan in plans]
     refused = []
     for plan, found in zip(plans, matrices, strict=True):
-        refusal = rewrite_gate(plan, program, found, plan.weight(()), program.owners, partial(_find, plan, found))
+        # A weight that comes with each call: the gate was refused, or there is nothing to do.
+        weight, find = plan.constant, partial(_find, plan, found)
+        refusal = plan.refusal if weight is None else rewrite_gate(plan, program, found, weight, program.owners, find)
         if refusal is not None:
             log.warning("%s is not re-routed: %s", plan.name, refusal)
             refused.append(refusal)
@@ -147,6 +150,8 @@ def _plan_gates(gates: Sequence[Gate], config: SereConfig, program: Program) -> 
         own, weight = config.for_gate(name), program.value_of(gate.router_weight)
         plans.append(GatePlan(gate, name, own, config, extract_dispatch(gate), constant=weight))
         plans[-1].decide(program.has_more_tokens)
+        if weight is None and plans[-1].is_to_reroute:
+            plans[-1].refuse(router_of_the_call(gate))
     refuse_shared_routers(plans, program.value_of)
     return plans
 

@@ -643,6 +643,24 @@ class _Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
+@pytest.mark.parametrize("trace", ["make_fx", "export"])
+def test_weights_that_come_with_each_call(trace):
+    """Nobody has them to try; with S = K there is nothing to do."""
+
+    class Functional(nn.Module):
+        def forward(self, x, router, experts):
+            weights, ids = (x @ router.T).softmax(-1).topk(2)
+            return torch.einsum("th,tkhf,tk->tf", x, experts[ids], weights)
+
+    given = torch.randn(5, 16), torch.randn(8, 16), torch.randn(8, 16, 16)
+    traced = make_fx(Functional())(*given) if trace == "make_fx" else torch.export.export(Functional(), given)
+    with pytest.raises(GateNotFoundError, match="is an argument of the call, and no parameter or buffer of the model"):
+        sere_compile.rewrite(traced, config=SereConfig(select_top_k=1))
+    same = sere_compile.rewrite(traced, config=SereConfig(select_top_k=2))
+    same = same if trace == "make_fx" else same.module()
+    assert torch.equal(same(*given), Functional()(*given))
+
+
 def test_a_layer_that_is_applied_twice():
     """Without a profile the second step shows the experts that the first cannot run."""
     from .passes.moe_modules import Indexed, rows

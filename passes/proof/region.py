@@ -98,15 +98,22 @@ def _trace(gate: Gate) -> tuple[tuple[Node, ...], Node, Ends] | Skip:
         return Skip(SkipReason.UNVERIFIED, gate.selection, "its router could not be traced", evidence=Evidence.EXPERTS)
     readers = () if gate.weights is None else tuple(outer_consumers(gate.weights, gate.ids))
     ends = find_ends(gate, readers, router.projection)
+    if ends is None and not nodes.is_model_state(gate.router_weight):
+        return router_of_the_call(gate)
     if ends is None:
         detail = "no tensor with one row per token gathers what its experts give"
-        if not nodes.is_model_state(gate.router_weight):
-            detail = (
-                f"{gate.router_weight.name} is an argument of the call, and no parameter or buffer of the model: what "
-                f"belongs to experts cannot be told of such. Pass nn.Parameter, or compile the module that holds them"
-            )
         return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
     return readers, router.projection, ends
+
+
+def router_of_the_call(gate: Gate) -> Skip:
+    """The refusal of a gate whose router's weight comes with each call."""
+    detail = (
+        f"{gate.router_weight.name} is an argument of the call, and no parameter or buffer of the model: what "
+        f"belongs to experts cannot be told of such. Pass nn.Parameter to what torch.compile compiles, or compile or "
+        "trace a module that holds them"
+    )
+    return Skip(SkipReason.UNVERIFIED, gate.selection, detail, evidence=Evidence.EXPERTS)
 
 
 def cut_region(gate: Gate, value_of: ValueOf) -> Region | Skip:
