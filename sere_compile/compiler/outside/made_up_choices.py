@@ -100,7 +100,8 @@ class Choose:
         if self._steps:  # scores, of which each step takes the best that is left
             order = self._order(chosen.shape[:-1]).to(chosen.device)
             level = torch.arange(self._columns, 0, -1, device=chosen.device).to(chosen) / self._columns
-            level = level**2 if draw.scores == "others" else level
+            # Close ones: sparsemixer's weights are all 1 where no score comes within 2 % of the best.
+            level = 1 - (1 - level) / 100 if draw.scores == "others" else level
             return torch.zeros_like(chosen).scatter(-1, order, level.expand(order.shape))
         ids = chosen if isinstance(chosen, torch.Tensor) else chosen[1]
         leading = ids.shape if self._flat else ids.shape[:-1]

@@ -18,7 +18,7 @@ from sere_compile.compiler.outside.compare_versions import Verdict
 from sere_compile.compiler.outside.prove_outside import computes_the_same, prove_outside
 
 from ...passes.graph.written import Written
-from .blocks import EXPERTS, HIDDEN, TOP_K, Block, Experts, InVmap, Keeping, Listed, Overwriting, Split, rows
+from .blocks import EXPERTS, HIDDEN, TOP_K, Block, Experts, InVmap, Keeping, Listed, Overwriting, Plain, Split, rows
 from .trials import gate_of, verdicts
 
 
@@ -27,6 +27,23 @@ from .trials import gate_of, verdicts
 )
 def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]
+
+
+def sparsemixer(scores):
+    """As the code of Phi-3.5-MoE has it: the weight of a step's best is 1 where no other comes within 2 % of it."""
+    weights, ids, left = [], [], scores
+    for _ in range(TOP_K):
+        best, chosen = left.max(-1, keepdim=True)
+        far = (best - scores) / scores.abs().clamp(min=best) > 0.02
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, chosen))
+        ids.append(chosen)
+        left = left.scatter(-1, chosen, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(ids, -1)
+
+
+@pytest.mark.slow
+def test_weights_that_are_told_by_close_scores_alone():
+    assert [v.merged for v in verdicts(Plain(Experts(), sparsemixer), rows())] == [True]
 
 
 class Router(nn.Module):
