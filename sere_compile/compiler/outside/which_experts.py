@@ -28,7 +28,9 @@ def find_experts(trial: Trial, candidates: list[ExpertSlices], inputs: Arguments
             taken.append(one)
     taken = [one for one in taken if not _scales_weights(trial, one, taken, inputs)]
     if not taken:
-        return "no parameter around its router acts on the tokens of one expert alone"
+        return (
+            f"no parameter that comes once per score ({trial.block.num_experts}) acts on the tokens of one expert alone"
+        )
     if all(one.dim is not None and _is_vector(one.parts(trial.block.num_experts)[0]) for one in taken):
         return "what its indices fetch are vectors, which act on no hidden states: values of a table, no experts"
     if not _acts_on_hidden(trial, taken, inputs):

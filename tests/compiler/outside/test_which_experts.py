@@ -146,7 +146,7 @@ def test_whole_numbers_that_have_to_be_what_they_are_are_no_experts():
     """Disturbing them raises: that says nothing of the gate."""
     [verdict] = verdicts(Counted().eval(), torch.arange(6))
     assert not verdict.is_gate
-    assert verdict.reason == "no parameter around its router acts on the tokens of one expert alone"
+    assert verdict.reason == "no parameter that comes once per score (8) acts on the tokens of one expert alone"
 
 
 class TestTrialsWithoutCompiling:
@@ -352,7 +352,7 @@ class TestWhoseParametersTheyAre:
         answer("_acts_on_hidden", returning(False))
         assert find().startswith("what its indices fetch is added up whatever the hidden states are")
         answer("_scales_weights", returning(True))
-        assert find() == "no parameter around its router acts on the tokens of one expert alone"
+        assert find() == "no parameter that comes once per score (8) acts on the tokens of one expert alone"
 
 
 class TestCallsInGraphs:
