@@ -130,7 +130,8 @@ def cut_region(gate: Gate, value_of: ValueOf) -> Region | Skip:
 
 def has_data_size(node: Node) -> bool:
     """Whether the shape of a tensor is known only once numbers are computed, such as that of `x[mask]`."""
-    return any(isinstance(size, torch.SymInt) and plain_number(size) is None for size in nodes.shape(node) or ())
+    sizes = getattr(nodes.value(node), "shape", ())  # `nodes.shape` has expressions, which know of no call
+    return any(isinstance(size, torch.SymInt) and plain_number(size) is None for size in sizes)
 
 
 class _Cutter:
