@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any, NoReturn, TypeVar
@@ -337,35 +338,51 @@ def compiling_aside() -> Iterator[None]:
         yield
 
 
-_nothing_more: ContextVar[bool] = ContextVar("sere compiles nothing more", default=False)
+_AS_STANCE = object()  # the callback of a thread that takes no stance of its own
+_own_callback: ContextVar[Any] = ContextVar("sere own callback", default=_AS_STANCE)
+
+
+def compiling_nothing_more() -> AbstractContextManager[None]:
+    """What is compiled serves calls that it fits; all other code runs as it is, in this thread."""
+    return _taking_stance("eager_on_recompile", False)
+
+
+def running_eager() -> AbstractContextManager[None]:
+    """Compiled callables run their own code meanwhile, in this thread."""
+    return _taking_stance("force_eager", None)
 
 
 @contextlib.contextmanager
-def compiling_nothing_more() -> Iterator[None]:
-    """What is compiled serves calls that it fits; all other code runs as it is, in this thread.
+def _taking_stance(stance: str, callback: Any) -> Iterator[None]:
+    """Take a stance of `torch.compiler.set_stance` in this thread alone.
 
-    The stance "eager_on_recompile" does so for all threads: calls of others that have to be compiled would run as they
-    are meanwhile, and nothing would be re-routed. Without the place in Dynamo that asks for the stance, it is taken.
+    torch takes it for all threads: calls of others that have to be compiled would run as they are meanwhile, and
+    nothing would be re-routed. Without the place in Dynamo that asks for the stance, it is taken so.
+
+    Args:
+        stance: by torch's name.
+        callback: what Dynamo is called back with under it.
     """
     from torch._dynamo import eval_frame
 
     decide = getattr(eval_frame, "_callback_from_stance", None)
     if decide is None:
-        with torch.compiler.set_stance("eager_on_recompile"):
+        with torch.compiler.set_stance(stance):
             yield
         return
     if not hasattr(decide, "asked_for_all"):
 
         def callback_of_thread(callback: Any) -> Any:
-            return False if _nothing_more.get() else decide(callback)
+            own = _own_callback.get()
+            return decide(callback) if own is _AS_STANCE else own
 
         callback_of_thread.asked_for_all = decide  # type: ignore[attr-defined]
         eval_frame._callback_from_stance = callback_of_thread
-    token = _nothing_more.set(True)
+    token = _own_callback.set(callback)
     try:
         yield
     finally:
-        _nothing_more.reset(token)
+        _own_callback.reset(token)
 
 
 def let_vary(tensor: torch.Tensor, dim: int) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from . import dynamo
+
 _APART = 1e-2  # of the norm, and more in half precision: a compiler rounds, and a close choice may be another one
 _APART_IN_HALF = 1e-1
 
@@ -84,7 +86,7 @@ def buffers_restored(model: Any) -> Iterator[None]:
 def eager_results(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the model gives without any compiler; the call's arguments are not written to."""
     own_args, own_kwargs = copy_of((args, kwargs))
-    with buffers_restored(model), torch.compiler.set_stance("force_eager"):
+    with buffers_restored(model), dynamo.running_eager():
         return model(*own_args, **own_kwargs)
 
 

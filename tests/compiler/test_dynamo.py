@@ -241,11 +241,21 @@ class TestSettings:
         run(torch.ones(3))
         assert len(graphs) == 2
 
-    def test_other_threads_compile_meanwhile(self):
+    def test_own_code_is_run(self):
+        graphs = []
+        run = compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph), dynamic=False)
+        with dynamo.running_eager():
+            assert run(torch.ones(2)).tolist() == [2, 2]
+            assert not graphs
+        run(torch.ones(2))
+        assert len(graphs) == 1
+
+    @pytest.mark.parametrize("taking", [dynamo.compiling_nothing_more, dynamo.running_eager])
+    def test_other_threads_compile_meanwhile(self, taking):
         """Their calls would run as they are, and nothing would be re-routed."""
         graphs = []
         run = compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph), dynamic=False)
-        with dynamo.compiling_nothing_more():
+        with taking():
             thread = threading.Thread(target=run, args=(torch.ones(2),))
             thread.start()
             thread.join()

@@ -1,5 +1,7 @@
 """Results of one call in two ways."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -131,3 +133,18 @@ def test_a_compiled_part_runs_in_eager_mode():
 
     compiled = torch.compile(Counting(), backend=fails)
     assert torch.equal(eager_results(lambda x: compiled(x), (X,), {}), X * 2)
+
+
+def test_other_threads_stay_compiled():
+    """A first call of theirs would find no gate in any graph, and give up capture for it."""
+    graphs = []
+    compiled = torch.compile(lambda x: x * 2, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+
+    def model(x):
+        thread = threading.Thread(target=compiled, args=(x,))
+        thread.start()
+        thread.join()
+        return compiled(x)
+
+    assert torch.equal(eager_results(model, (X,), {}), X * 2)
+    assert len(graphs) == 1
