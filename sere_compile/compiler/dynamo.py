@@ -394,23 +394,27 @@ def let_vary(tensor: torch.Tensor, dim: int) -> None:
 def forgetting_new_codes() -> Iterator[None]:
     """What Dynamo meets for the first time inside is as unknown to it afterwards as before.
 
-    It keeps what it compiles with the code, and counts that against the limit of everyone who compiles it. The frame
-    that is being compiled outside is spared: Dynamo is at work on its cache.
+    It keeps what it compiles with the code, and counts that against the limit of everyone who compiles it. Inside a
+    compile nobody is waited for: this thread holds Dynamo's lock, and others wait for that in calls of theirs.
     """
-    from torch._C._dynamo.eval_frame import reset_code
-
-    known = _known_codes()
+    known = {id(code): code for code in _known_codes()}  # held, so that no other one gets its id
     try:
         yield
     finally:
-        spared = {id(code) for code in [*known, _code_being_compiled()]}
+        if threading.get_ident() in _codes_at_work():
+            _forget(lambda code: id(code) not in known)
+        else:
+            running.alone(lambda: _forget(lambda code: id(code) not in known))
 
-        def forget() -> None:
-            for code in _known_codes():
-                if id(code) not in spared:
-                    reset_code(code)
 
-        running.alone(forget)
+def _forget(is_meant: Callable[[CodeType], bool]) -> None:
+    """Free what Dynamo keeps with some of the codes that it knows; those that it is at work on are spared."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    spared = {id(code) for codes in _codes_at_work().values() for code in codes}
+    for code in _known_codes():
+        if id(code) not in spared and is_meant(code):
+            reset_code(code)
 
 
 def _known_codes() -> list[CodeType]:
@@ -419,13 +423,18 @@ def _known_codes() -> list[CodeType]:
     return [code for code in (reference() for reference in list(input_codes.seen)) if code is not None]
 
 
-def _code_being_compiled() -> CodeType | None:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+def _codes_at_work() -> dict[int, list[CodeType]]:
+    """By thread, the codes that Dynamo compiles or waits to compile: what it keeps with them it holds by address."""
+    from torch._dynamo.convert_frame import CatchErrorsWrapper
 
-    try:
-        return InstructionTranslator.current_tx().f_code
-    except AttributeError:
-        return None
+    found: dict[int, list[CodeType]] = {}
+    for thread, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame.f_code is CatchErrorsWrapper.__call__.__code__:
+                found.setdefault(thread, []).append(frame.f_locals["frame"].f_code)
+            frame = frame.f_back
+    return found
 
 
 class _Running:
@@ -486,17 +495,9 @@ def forget_codes(model: Any) -> None:
     traced it. Others who compiled the same code compile it again. Waits for other threads that are in
     calls of compiled code, see `running`.
     """
-    from torch._C._dynamo.eval_frame import reset_code
-
     functions = [type(module).forward for module in model.modules()] if isinstance(model, torch.nn.Module) else [model]
     files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
-
-    def forget() -> None:
-        for code in _known_codes():
-            if code.co_filename in files:
-                reset_code(code)
-
-    if not running.alone(forget):
+    if not running.alone(lambda: _forget(lambda code: code.co_filename in files)):
         log.warning("other threads are in calls that do not end: what Dynamo knows of this model's code is kept")
 
 
