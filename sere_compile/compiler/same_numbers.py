@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..experts.trial_block import is_changed, write_back
 from . import dynamo
 
 _APART = 1e-2  # of the norm, and more in half precision: a compiler rounds, and a close choice may be another one
@@ -56,7 +57,7 @@ class HeldBuffers:
         """Make them what they were, also those that others took the place of."""
         with torch.no_grad():
             for buffer, before in list(self._changed()):
-                buffer.copy_(before)
+                write_back(buffer, before)
         self._kept = [(buffer, buffer._version, before) for buffer, _, before in self._kept]
         for now, held in self._dictionaries:
             now.clear()
@@ -64,7 +65,7 @@ class HeldBuffers:
 
     def _changed(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for buffer, version, before in self._kept:
-            if buffer._version != version or not torch.equal(buffer, before):
+            if is_changed(buffer, before, version):
                 yield buffer, before
 
 

@@ -87,6 +87,7 @@ class Stateful(nn.Module):
         self.norm = nn.BatchNorm1d(8)
         for name in ("data", "replaced", "same"):
             self.register_buffer(name, torch.zeros(2))
+        self.register_buffer("unwritten", torch.full((2,), float("nan")))
         self.register_buffer("none", None)
 
     def forward(self, x, way):
@@ -94,13 +95,15 @@ class Stateful(nn.Module):
             self.norm(x)
         elif way == "data":
             self.data.data.add_(1)
+        elif way == "size":
+            self.data.data = torch.ones(3)
         elif way == "replaced":
             self.replaced = self.replaced + 1
         elif way == "none":
             self.none = torch.zeros(2)
 
 
-@pytest.mark.parametrize("way", ["norm", "data", "replaced", "none", ""])
+@pytest.mark.parametrize("way", ["norm", "data", "size", "replaced", "none", ""])
 def test_every_way_to_change_a_buffer(way):
     model = Stateful().train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -111,16 +114,18 @@ def test_every_way_to_change_a_buffer(way):
     assert held.are_same()
     after = dict(model.named_buffers())
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "unwritten")
+    assert after["unwritten"].isnan().all()
 
 
 def test_what_nobody_wrote_to_is_not_written_back():
     """It may be saved for a backward pass."""
     model = Stateful()
-    version = model.same._version
+    unwritten = model.same, model.unwritten
+    versions = [buffer._version for buffer in unwritten]
     with buffers_restored(model):
         model(X, "data")
-    assert model.same._version == version
+    assert [buffer._version for buffer in unwritten] == versions
 
 
 def test_what_is_no_module_has_no_buffers():
