@@ -12,6 +12,7 @@ import contextlib
 import copy
 import copyreg
 import dis
+import itertools
 import math
 import types
 import weakref
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Numbers of a layer that say where it stands, not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
@@ -376,7 +378,23 @@ def _described(value: Any, deep: int = _DEEP) -> Any:
         return frozenset(_described(held, deep - 1) for held in value)
     if isinstance(value, float) and math.isnan(value):
         return "nan"  # which is equal to itself
-    return value if isinstance(value, _PLAIN) else id(value)
+    return value if isinstance(value, _PLAIN) else _identity(value)
+
+
+_identities = WeakIdKeyDictionary()
+_unused = itertools.count()
+_kept: dict[int, Any] = {}  # what cannot be referred to weakly, as a `slice`
+
+
+def _identity(value: Any) -> Any:
+    """What no other object of the process has, ever: an address is another object's once this one is gone."""
+    try:
+        known = _identities.get(value)
+    except TypeError:
+        return "kept", id(_kept.setdefault(id(value), value))
+    if known is None:
+        known = _identities[value] = ("object", next(_unused))
+    return known
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """A private copy of the block around a router: what of it is the experts', and that the model is not touched."""
 
 import copy
+import functools
 import gc
 from types import SimpleNamespace
 
@@ -265,6 +266,21 @@ def test_an_object_that_holds_the_block_is_none_of_settings():
     settings = Settings(block, frozenset())
     config.capacity = 1
     assert settings.are_the_same()
+
+
+@pytest.mark.parametrize("made", [lambda: lambda x: x, lambda: slice(2), Config, lambda: functools.partial(print)])
+def test_an_object_that_is_gone_leaves_its_address_and_not_its_identity(made):
+    """What is made next stands where it stood, and is another function or configuration."""
+    block = ReadingElsewhere(None)
+    for _ in range(20):
+        block.config = made()
+        before, settings = fingerprint(block), Settings(block, frozenset())
+        assert (fingerprint(block), settings.are_the_same()) == (before, True)
+        block.config = None
+        block.config = made()
+        assert fingerprint(block) != before
+        assert not settings.are_the_same()
+        block.config = None
 
 
 def test_a_setting_that_is_not_a_number():
