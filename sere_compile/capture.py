@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import sere_backend
 from .compiler import dynamo, missing_gates
+from .compiler.held_warnings import held_warnings
 from .compiler.kept_aside import KeptAside, Remembered, remember_generators
 from .compiler.missing_gates import runs
 from .compiler.same_numbers import HeldBuffers, buffers_restored, copy_of, eager_results, shows_wrong
@@ -286,8 +287,7 @@ def _warnings_of_one_call() -> Iterator[Callable[[], None]]:
         first = len(given)
 
     try:
-        with warnings.catch_warnings(record=True) as recorded:
-            given = recorded
+        with held_warnings() as given:
             yield made_again
     finally:
         again = {(one.category, str(one.message)) for one in given[first:]}

@@ -64,13 +64,18 @@ def later_state(region: Region, state: Mapping[Node, Any], draw: int, *, lowers_
             continue
         if str(leaf.source.target).startswith(_CONSTANTS):
             continue
-        if low and value.numel() == 1 and not nodes.writers(leaf.source) and bool(value >= _LIMIT):
+        if low and not nodes.writers(leaf.source) and _may_be_limit(value):
             values[node] = torch.full_like(value, _LOW)
         elif value.dtype.is_floating_point and value.dim() < 2 and value.element_size() > 1:
             values[node] = _moved(value, generator)
         elif value.dtype in (torch.int32, torch.int64) and value.numel() == 1 and nodes.writers(leaf.source):
             values[node] = torch.full_like(value, (_MANY_CALLS, 0)[draw % 2])
     return values
+
+
+def _may_be_limit(value: torch.Tensor) -> bool:
+    """Whether it is a single large number; FP8 compares as another type does, and complex numbers do not."""
+    return value.numel() == 1 and not value.is_complex() and bool(value.double() >= _LIMIT)
 
 
 def _moved(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

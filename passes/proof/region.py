@@ -135,7 +135,8 @@ def cut_region(gate: Gate, value_of: ValueOf) -> Region | Skip:
 
 def size_by_data(node: Node) -> str | None:
     """Why nothing can be made up for a tensor whose shape is known only once numbers are computed, as of `x[mask]`."""
-    if all(plain_number(size) is not None for size in getattr(nodes.value(node), "shape", ())):
+    sizes = getattr(nodes.value(node), "shape", ())  # `nodes.shape` has expressions, which know of no call
+    if all(plain_number(size) is not None for size in sizes):
         return None
     shape = f"{list(nodes.shape(node) or ())} of {node.name}"
     return f"the numbers in a call tell the shape {shape}, so that none can be made up: end the graph ahead of it"

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any, NoReturn, TypeVar
@@ -365,35 +366,51 @@ def compiling_aside() -> Iterator[None]:
         yield
 
 
-_nothing_more: ContextVar[bool] = ContextVar("sere compiles nothing more", default=False)
+_AS_STANCE = object()  # the callback of a thread that takes no stance of its own
+_own_callback: ContextVar[Any] = ContextVar("sere own callback", default=_AS_STANCE)
+
+
+def compiling_nothing_more() -> AbstractContextManager[None]:
+    """What is compiled serves calls that it fits; all other code runs as it is, in this thread."""
+    return _taking_stance("eager_on_recompile", False)
+
+
+def running_eager() -> AbstractContextManager[None]:
+    """Compiled callables run their own code meanwhile, in this thread."""
+    return _taking_stance("force_eager", None)
 
 
 @contextlib.contextmanager
-def compiling_nothing_more() -> Iterator[None]:
-    """What is compiled serves calls that it fits; all other code runs as it is, in this thread.
+def _taking_stance(stance: str, callback: Any) -> Iterator[None]:
+    """Take a stance of `torch.compiler.set_stance` in this thread alone.
 
-    The stance "eager_on_recompile" does so for all threads: calls of others that have to be compiled would run as they
-    are meanwhile, and nothing would be re-routed. Without the place in Dynamo that asks for the stance, it is taken.
+    torch takes it for all threads: calls of others that have to be compiled would run as they are meanwhile, and
+    nothing would be re-routed. Without the place in Dynamo that asks for the stance, it is taken so.
+
+    Args:
+        stance: by torch's name.
+        callback: what Dynamo is called back with under it.
     """
     from torch._dynamo import eval_frame
 
     decide = getattr(eval_frame, "_callback_from_stance", None)
     if decide is None:
-        with torch.compiler.set_stance("eager_on_recompile"):
+        with torch.compiler.set_stance(stance):
             yield
         return
     if not hasattr(decide, "asked_for_all"):
 
         def callback_of_thread(callback: Any) -> Any:
-            return False if _nothing_more.get() else decide(callback)
+            own = _own_callback.get()
+            return decide(callback) if own is _AS_STANCE else own
 
         callback_of_thread.asked_for_all = decide  # type: ignore[attr-defined]
         eval_frame._callback_from_stance = callback_of_thread
-    token = _nothing_more.set(True)
+    token = _own_callback.set(callback)
     try:
         yield
     finally:
-        _nothing_more.reset(token)
+        _own_callback.reset(token)
 
 
 def let_vary(tensor: torch.Tensor, dim: int) -> None:
@@ -405,23 +422,27 @@ def let_vary(tensor: torch.Tensor, dim: int) -> None:
 def forgetting_new_codes() -> Iterator[None]:
     """What Dynamo meets for the first time inside is as unknown to it afterwards as before.
 
-    It keeps what it compiles with the code, and counts that against the limit of everyone who compiles it. The frame
-    that is being compiled outside is spared: Dynamo is at work on its cache.
+    It keeps what it compiles with the code, and counts that against the limit of everyone who compiles it. Inside a
+    compile nobody is waited for: this thread holds Dynamo's lock, and others wait for that in calls of theirs.
     """
-    from torch._C._dynamo.eval_frame import reset_code
-
-    known = _known_codes()
+    known = {id(code): code for code in _known_codes()}  # held, so that no other one gets its id
     try:
         yield
     finally:
-        spared = {id(code) for code in [*known, _code_being_compiled()]}
+        if threading.get_ident() in _codes_at_work():
+            _forget(lambda code: id(code) not in known)
+        else:
+            running.alone(lambda: _forget(lambda code: id(code) not in known))
 
-        def forget() -> None:
-            for code in _known_codes():
-                if id(code) not in spared:
-                    reset_code(code)
 
-        running.alone(forget)
+def _forget(is_meant: Callable[[CodeType], bool]) -> None:
+    """Free what Dynamo keeps with some of the codes that it knows; those that it is at work on are spared."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    spared = {id(code) for codes in _codes_at_work().values() for code in codes}
+    for code in _known_codes():
+        if id(code) not in spared and is_meant(code):
+            reset_code(code)
 
 
 def _known_codes() -> list[CodeType]:
@@ -430,13 +451,18 @@ def _known_codes() -> list[CodeType]:
     return [code for code in (reference() for reference in list(input_codes.seen)) if code is not None]
 
 
-def _code_being_compiled() -> CodeType | None:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+def _codes_at_work() -> dict[int, list[CodeType]]:
+    """By thread, the codes that Dynamo compiles or waits to compile: what it keeps with them it holds by address."""
+    from torch._dynamo.convert_frame import CatchErrorsWrapper
 
-    try:
-        return InstructionTranslator.current_tx().f_code
-    except AttributeError:
-        return None
+    found: dict[int, list[CodeType]] = {}
+    for thread, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame.f_code is CatchErrorsWrapper.__call__.__code__:
+                found.setdefault(thread, []).append(frame.f_locals["frame"].f_code)
+            frame = frame.f_back
+    return found
 
 
 class _Running:
@@ -497,17 +523,9 @@ def forget_codes(model: Any) -> None:
     traced it. Others who compiled the same code compile it again. Waits for other threads that are in
     calls of compiled code, see `running`.
     """
-    from torch._C._dynamo.eval_frame import reset_code
-
     functions = [type(module).forward for module in model.modules()] if isinstance(model, torch.nn.Module) else [model]
     files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
-
-    def forget() -> None:
-        for code in _known_codes():
-            if code.co_filename in files:
-                reset_code(code)
-
-    if not running.alone(forget):
+    if not running.alone(lambda: _forget(lambda code: code.co_filename in files)):
         log.warning("other threads are in calls that do not end: what Dynamo knows of this model's code is kept")
 
 

@@ -14,6 +14,7 @@ import contextvars
 import dis
 import functools
 import inspect
+import math
 import os
 import random
 import sys
@@ -219,12 +220,13 @@ def alike(left: Content, right: Content, tolerance: float = 1e-4) -> bool:
             return False
         if not left.is_floating_point():
             return torch.equal(left, right)
-        scale = float(right.abs().nan_to_num().max()) if right.numel() else 0.0
+        scale = float(right.abs().nan_to_num(posinf=0).max()) if right.numel() else 0.0
         return torch.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True)
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(alike(a, b, tolerance) for a, b in zip(left, right, strict=True))
     if isinstance(left, float) and isinstance(right, float):
-        return left == right or abs(left - right) <= tolerance * abs(right) or (left != left and right != right)
+        near = math.isfinite(right) and abs(left - right) <= tolerance * abs(right)
+        return left == right or near or (left != left and right != right)
     return type(left) is type(right) and not isinstance(left, torch.Tensor) and bool(left == right)
 
 

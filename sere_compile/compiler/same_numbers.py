@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..experts.trial_block import is_changed, write_back
+from . import dynamo
+
 _APART = 1e-2  # of the norm, and more in half precision: a compiler rounds, and a close choice may be another one
 _APART_IN_HALF = 1e-1
 
@@ -54,7 +57,7 @@ class HeldBuffers:
         """Make them what they were, also those that others took the place of."""
         with torch.no_grad():
             for buffer, before in list(self._changed()):
-                buffer.copy_(before)
+                write_back(buffer, before)
         self._kept = [(buffer, buffer._version, before) for buffer, _, before in self._kept]
         for now, held in self._dictionaries:
             now.clear()
@@ -62,7 +65,7 @@ class HeldBuffers:
 
     def _changed(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for buffer, version, before in self._kept:
-            if buffer._version != version or not torch.equal(buffer, before):
+            if is_changed(buffer, before, version):
                 yield buffer, before
 
 
@@ -84,7 +87,7 @@ def buffers_restored(model: Any) -> Iterator[None]:
 def eager_results(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the model gives without any compiler; the call's arguments are not written to."""
     own_args, own_kwargs = copy_of((args, kwargs))
-    with buffers_restored(model), torch.compiler.set_stance("force_eager"):
+    with buffers_restored(model), dynamo.running_eager():
         return model(*own_args, **own_kwargs)
 
 

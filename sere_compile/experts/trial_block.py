@@ -12,6 +12,8 @@ import contextlib
 import copy
 import copyreg
 import dis
+import itertools
+import math
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Numbers of a layer that say where it stands, not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
@@ -88,7 +91,7 @@ class TrialBlock:
             if tensor.is_floating_point():
                 drawn = torch.randn(tensor.shape, generator=generator) / max(tensor.shape[-1:], default=1) ** 0.5
                 # A variance that is below 0 would make all of it NaN.
-                below = id(tensor) not in buffers or bool((tensor < 0).any())
+                below = id(tensor) not in buffers or bool((tensor.float() < 0).any())
                 tensor.data = (drawn if below else drawn.abs() + _LEAST).to(tensor.device)
 
     def candidates(self) -> list[ExpertSlices]:
@@ -126,7 +129,7 @@ class TrialBlock:
 
         def written() -> list[torch.Tensor]:
             for (module, name), (buffer, before, version) in kept.items():
-                if module._buffers[name] is not buffer or _is_changed(buffer, before, version):
+                if module._buffers[name] is not buffer or is_changed(buffer, before, version):
                     self._written[module, name] = None
             found = (module._buffers[name] for module, name in self._written)
             return [buffer.detach().clone() for buffer in found if buffer is not None]
@@ -135,8 +138,9 @@ class TrialBlock:
             yield written
         finally:
             for (module, name), (buffer, before, version) in kept.items():
-                if module._buffers[name] is not buffer or _is_changed(buffer, before, version):
-                    module._buffers[name] = buffer.copy_(before)
+                if module._buffers[name] is not buffer or is_changed(buffer, before, version):
+                    write_back(buffer, before)
+                    module._buffers[name] = buffer
 
     @contextlib.contextmanager
     def exchanged(self, slices: list[ExpertSlices], expert_map: Mapping[int, int]) -> Iterator[None]:
@@ -167,9 +171,24 @@ class TrialBlock:
             yield
 
 
-def _is_changed(buffer: torch.Tensor, before: torch.Tensor, version: int) -> bool:
+def is_changed(buffer: torch.Tensor, before: torch.Tensor, version: int) -> bool:
     """Whether numbers are others than before; `running_mean` changes and no version counter tells."""
-    return buffer._version != version or not torch.equal(buffer, before)
+    if buffer._version != version or not _fits(buffer, before):
+        return True
+    # Memory that nobody has written to yet may hold a NaN, which is equal to none.
+    return not torch.equal(buffer, before) and not bool(((buffer == before) | (buffer.isnan() & before.isnan())).all())
+
+
+def write_back(buffer: torch.Tensor, before: torch.Tensor) -> None:
+    """Make a buffer what it was, also where `buffer.data` was given another size."""
+    if _fits(buffer, before):
+        buffer.copy_(before)
+    else:
+        buffer.data = before.clone()
+
+
+def _fits(buffer: torch.Tensor, before: torch.Tensor) -> bool:
+    return buffer.shape == before.shape and buffer.dtype == before.dtype
 
 
 @contextlib.contextmanager
@@ -357,7 +376,25 @@ def _described(value: Any, deep: int = _DEEP) -> Any:
         return tuple((_described(key), _described(held, deep - 1)) for key, held in value.items())
     if deep and isinstance(value, (set, frozenset)):
         return frozenset(_described(held, deep - 1) for held in value)
-    return value if isinstance(value, _PLAIN) else id(value)
+    if isinstance(value, float) and math.isnan(value):
+        return "nan"  # which is equal to itself
+    return value if isinstance(value, _PLAIN) else _identity(value)
+
+
+_identities = WeakIdKeyDictionary()
+_unused = itertools.count()
+_kept: dict[int, Any] = {}  # what cannot be referred to weakly, as a `slice`
+
+
+def _identity(value: Any) -> Any:
+    """What no other object of the process has, ever: an address is another object's once this one is gone."""
+    try:
+        known = _identities.get(value)
+    except TypeError:
+        return "kept", id(_kept.setdefault(id(value), value))
+    if known is None:
+        known = _identities[value] = ("object", next(_unused))
+    return known
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ from .experts import NAME
 
 log = logging.getLogger(__name__)
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def pack_experts(model: nn.Module) -> int:
     """Hold the experts of a gpt-oss model of transformers in MXFP4, a little more than a quarter of bfloat16's bytes.
@@ -45,7 +47,8 @@ def pack_experts(model: nn.Module) -> int:
 
     Raises:
         ArgumentError: `model` is no nn.Module.
-        ConfigError: no experts of gpt-oss are there, or some are no numbers of MXFP4; then nothing is changed.
+        ConfigError: no experts of gpt-oss are there, some are no numbers of MXFP4, or have hooks; then nothing is
+            changed.
         MissingExtraError: transformers is not installed.
     """
     expect(model, nn.Module, "pack_experts takes a torch.nn.Module")
@@ -122,6 +125,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _check(name: str, experts: Any) -> None:
+    if "forward" in vars(experts) or any(getattr(experts, hooks) for hooks in _HOOKS):
+        raise ConfigError(
+            f"{name} has hooks or a forward of its own, as accelerate gives them to a model on several devices, and "
+            "they belong to the experts as they are: load it on one device, pack it, then dispatch it or add hooks"
+        )
     constants = float(experts.alpha), float(experts.limit)
     if constants != (GPT_OSS_ALPHA, GPT_OSS_LIMIT):
         raise ConfigError(

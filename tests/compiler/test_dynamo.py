@@ -295,11 +295,21 @@ class TestSettings:
         run(torch.ones(3))
         assert len(graphs) == 2
 
-    def test_other_threads_compile_meanwhile(self):
+    def test_own_code_is_run(self):
+        graphs = []
+        run = compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph), dynamic=False)
+        with dynamo.running_eager():
+            assert run(torch.ones(2)).tolist() == [2, 2]
+            assert not graphs
+        run(torch.ones(2))
+        assert len(graphs) == 1
+
+    @pytest.mark.parametrize("taking", [dynamo.compiling_nothing_more, dynamo.running_eager])
+    def test_other_threads_compile_meanwhile(self, taking):
         """Their calls would run as they are, and nothing would be re-routed."""
         graphs = []
         run = compiled(lambda x: x + 1, lambda graph, inputs: graphs.append(graph), dynamic=False)
-        with dynamo.compiling_nothing_more():
+        with taking():
             thread = threading.Thread(target=run, args=(torch.ones(2),))
             thread.start()
             thread.join()
@@ -531,15 +541,46 @@ class TestCodes:
         found = []
 
         def seen(graph, inputs):
-            found.append(dynamo._code_being_compiled())
+            found.append(dynamo._codes_at_work()[threading.get_ident()])
             with dynamo.forgetting_new_codes():
                 torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))
 
         add = compiled(added, seen)
         add(torch.ones(2))
         add(torch.ones(2))
-        assert found == [added.__code__]
-        assert dynamo._code_being_compiled() is None
+        assert found == [[added.__code__]]
+        assert dynamo._codes_at_work() == {}
+
+    @pytest.mark.parametrize("in_a_call", [False, True])
+    def test_a_code_that_another_thread_waits_to_compile_is_spared(self, in_a_call):
+        """Dynamo would write to freed memory. And its thread is not waited for, since it waits for this one."""
+        graphs, threads = [], []
+
+        def other(x):
+            return x * 3
+
+        def call():
+            with dynamo.running if in_a_call else contextlib.nullcontext():
+                compiled(other, lambda graph, inputs: graphs.append("other"))(torch.ones(2))
+
+        def seen(graph, inputs):
+            with dynamo.forgetting_new_codes():
+                threads.append(threading.Thread(target=call))
+                threads[0].start()
+                while threads[0].ident not in dynamo._codes_at_work():
+                    time.sleep(0.001)
+                assert other.__code__ in dynamo._known_codes()
+            assert [other.__code__] in dynamo._codes_at_work().values()
+            graphs.append("added")
+
+        with pytest.MonkeyPatch.context() as patch:
+            freed = []
+            patch.setattr(torch._C._dynamo.eval_frame, "reset_code", freed.append)
+            patch.setattr(dynamo.running, "alone", lambda do: do() or pytest.fail("waits"))
+            compiled(added, seen)(torch.ones(2))
+        threads[0].join(10)
+        assert graphs == ["added", "other"]
+        assert other.__code__ not in freed
 
     def test_codes_of_a_model_are_looked_at_anew(self):
         """And those of what stands in the same files."""

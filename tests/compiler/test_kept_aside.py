@@ -456,6 +456,8 @@ def test_contents_that_are_alike():
         ({"a": 1}, {"b": 1}),
         (1, True),
         (1.0, 1.1),
+        (1.0, float("inf")),
+        (torch.tensor([1.0, float("inf")]), torch.tensor([2.0, float("inf")])),
         (numpy.arange(3), numpy.arange(3) + 1),
         (None, torch.zeros(1)),
         (Tracker(), Tracker),

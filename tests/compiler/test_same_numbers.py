@@ -1,5 +1,7 @@
 """Results of one call in two ways."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +87,7 @@ class Stateful(nn.Module):
         self.norm = nn.BatchNorm1d(8)
         for name in ("data", "replaced", "same"):
             self.register_buffer(name, torch.zeros(2))
+        self.register_buffer("unwritten", torch.full((2,), float("nan")))
         self.register_buffer("none", None)
 
     def forward(self, x, way):
@@ -92,13 +95,15 @@ class Stateful(nn.Module):
             self.norm(x)
         elif way == "data":
             self.data.data.add_(1)
+        elif way == "size":
+            self.data.data = torch.ones(3)
         elif way == "replaced":
             self.replaced = self.replaced + 1
         elif way == "none":
             self.none = torch.zeros(2)
 
 
-@pytest.mark.parametrize("way", ["norm", "data", "replaced", "none", ""])
+@pytest.mark.parametrize("way", ["norm", "data", "size", "replaced", "none", ""])
 def test_every_way_to_change_a_buffer(way):
     model = Stateful().train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -109,16 +114,18 @@ def test_every_way_to_change_a_buffer(way):
     assert held.are_same()
     after = dict(model.named_buffers())
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "unwritten")
+    assert after["unwritten"].isnan().all()
 
 
 def test_what_nobody_wrote_to_is_not_written_back():
     """It may be saved for a backward pass."""
     model = Stateful()
-    version = model.same._version
+    unwritten = model.same, model.unwritten
+    versions = [buffer._version for buffer in unwritten]
     with buffers_restored(model):
         model(X, "data")
-    assert model.same._version == version
+    assert [buffer._version for buffer in unwritten] == versions
 
 
 def test_what_is_no_module_has_no_buffers():
@@ -131,3 +138,18 @@ def test_a_compiled_part_runs_in_eager_mode():
 
     compiled = torch.compile(Counting(), backend=fails)
     assert torch.equal(eager_results(lambda x: compiled(x), (X,), {}), X * 2)
+
+
+def test_other_threads_stay_compiled():
+    """A first call of theirs would find no gate in any graph, and give up capture for it."""
+    graphs = []
+    compiled = torch.compile(lambda x: x * 2, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+
+    def model(x):
+        thread = threading.Thread(target=compiled, args=(x,))
+        thread.start()
+        thread.join()
+        return compiled(x)
+
+    assert torch.equal(eager_results(model, (X,), {}), X * 2)
+    assert len(graphs) == 1

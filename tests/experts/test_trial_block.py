@@ -1,6 +1,7 @@
 """A private copy of the block around a router: what of it is the experts', and that the model is not touched."""
 
 import copy
+import functools
 import gc
 from types import SimpleNamespace
 
@@ -77,7 +78,16 @@ def test_candidates_are_told_by_their_sizes():
     }
 
 
-@pytest.mark.parametrize("way", ["add_", "data", "norm", "replaced"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bfloat16])
+def test_buffers_of_few_bits(dtype):
+    """They are drawn as others are: torch compares no FP8 numbers with 0."""
+    block = Block()
+    block.register_buffer("few", torch.ones(4, 2).to(dtype))
+    drawn = TrialBlock(block, block.gate.weight, block, 4, 4).module.few
+    assert (drawn.dtype, bool((drawn > 0).all())) == (torch.float32, True)
+
+
+@pytest.mark.parametrize("way", ["add_", "data", "size", "norm", "replaced"])
 def test_buffers_come_back_and_tell_that_they_were_written(way):
     """Also where no version counter does."""
     block = nn.BatchNorm1d(4)
@@ -87,6 +97,7 @@ def test_buffers_come_back_and_tell_that_they_were_written(way):
     changes = {
         "add_": lambda module: module.running_var.add_(1),
         "data": lambda module: module.running_var.data.add_(1),
+        "size": lambda module: setattr(module.running_var, "data", torch.zeros(2, 4)),
         "norm": lambda module: module(torch.randn(3, 4)),
         "replaced": lambda module: module.register_buffer("running_var", torch.zeros(4)),
     }
@@ -140,6 +151,19 @@ def test_whole_numbers_are_disturbed_too(dtype):
     with block.disturbed(packed, 1):
         assert [bool(row.any()) for row in block.module.packed] == [False, True, False, False]
     assert not block.module.packed.any()
+
+
+def test_a_nan_is_no_change():
+    """Memory that is filled later may hold some."""
+    block = nn.BatchNorm1d(4)
+    block.running_var.fill_(float("nan"))
+    trial = TrialBlock(block, block.weight, block, 4, 4)
+    trial.module.running_var.fill_(float("nan"))
+    with torch.no_grad(), trial.state_restored() as written:
+        assert written() == []
+        trial.module.running_var.data[0] = 1
+        assert len(written()) == 1
+    assert trial.module.running_var.isnan().all()
 
 
 def test_a_fingerprint_leaves_out_places_and_numbers_in_tensors():
@@ -242,6 +266,32 @@ def test_an_object_that_holds_the_block_is_none_of_settings():
     settings = Settings(block, frozenset())
     config.capacity = 1
     assert settings.are_the_same()
+
+
+@pytest.mark.parametrize("made", [lambda: lambda x: x, lambda: slice(2), Config, lambda: functools.partial(print)])
+def test_an_object_that_is_gone_leaves_its_address_and_not_its_identity(made):
+    """What is made next stands where it stood, and is another function or configuration."""
+    block = ReadingElsewhere(None)
+    for _ in range(20):
+        block.config = made()
+        before, settings = fingerprint(block), Settings(block, frozenset())
+        assert (fingerprint(block), settings.are_the_same()) == (before, True)
+        block.config = None
+        block.config = made()
+        assert fingerprint(block) != before
+        assert not settings.are_the_same()
+        block.config = None
+
+
+def test_a_setting_that_is_not_a_number():
+    """It would have the heap scanned in every call."""
+    block = nn.Sequential(Reading())
+    block[0].scales = [float("nan")]
+    settings = Settings(block, frozenset())
+    block[0].scales = [float("nan")]
+    assert settings.are_the_same()
+    block[0].scales = [1.0]
+    assert not settings.are_the_same()
 
 
 def test_settings_keep_no_block_alive():

@@ -1,6 +1,7 @@
 """gpt-oss with experts in MXFP4: the numbers of the model as it was loaded, re-routed, and what cannot be packed."""
 
 import copy
+import functools
 import io
 import json
 
@@ -188,6 +189,21 @@ class TestRefusals:
     @pytest.mark.parametrize("change", [{"dtype": torch.float16}, {"device": "meta"}], ids=str)
     def test_weights_that_no_kernel_takes(self, change):
         self.refuses(dequantised().to(**change), "expected weights in torch.bfloat16 or torch.float32, got")
+
+    @pytest.mark.parametrize(
+        "add",
+        [
+            lambda experts: setattr(experts, "forward", functools.partial(type(experts).forward, experts)),
+            lambda experts: experts.register_forward_hook(lambda *given: None),
+            lambda experts: experts.register_full_backward_pre_hook(lambda *given: None),
+        ],
+        ids=["forward", "hook", "backward"],
+    )
+    def test_hooks(self, add):
+        """accelerate's forward would go on with the experts that were replaced, and a hook would be lost."""
+        model = dequantised()
+        add(model.model.layers[1].mlp.experts)
+        self.refuses(model, "model.layers.1.mlp.experts has hooks or a forward of its own, as accelerate")
 
     def test_sizes_that_are_no_multiple_of_32(self):
         self.refuses(gpt_oss(), r"model.layers.0.mlp.experts: weights: expected")

@@ -114,23 +114,27 @@ def computes_the_same(weight: object, verdict: Verdict) -> bool:
     """
     if not isinstance(weight, torch.Tensor):
         return False
-    if weight in _settings and not _settings[weight].are_the_same():
-        del _settings[weight], _blocks_around[weight]
-    watched = verdict.written is not None and weight not in _settings
-    if weight not in _blocks_around or (watched and verdict.block in _blocks_around[weight]):
+    # Each is looked up once: another thread may let go of it meanwhile.
+    settings, around = _settings.get(weight), _blocks_around.get(weight)
+    if settings is not None and not settings.are_the_same():
+        settings = around = None
+        _settings.pop(weight, None)
+    watched = verdict.written is not None and settings is None
+    if around is None or (watched and verdict.block in around):
         owner = Owners().find(weight)
         blocks = {} if owner is None else {_number(module): module for module in owner.surroundings}
-        _blocks_around[weight] = frozenset(blocks)
+        around = _blocks_around[weight] = frozenset(blocks)
         if verdict.written is not None and verdict.block in blocks:
             _settings[weight] = Settings(blocks[verdict.block], verdict.written)
-    return verdict.block in _blocks_around[weight]
+    return verdict.block in around
 
 
 _blocks_around = WeakTensorKeyDictionary()
 _settings = WeakTensorKeyDictionary()
 _numbers: dict[tuple[Any, ...], int] = {}
+_unused = itertools.count()  # no thread gets a number twice
 
 
 def _number(module: torch.nn.Module) -> int:
     """The same number for modules that compute the same."""
-    return _numbers.setdefault(fingerprint(module), len(_numbers))
+    return _numbers.setdefault(fingerprint(module), next(_unused))

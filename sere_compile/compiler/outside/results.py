@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 TOLERANCE = 1e-4  # relative to the largest number of a tensor
@@ -18,9 +20,19 @@ def floats(tensor: torch.Tensor) -> bool:
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of a shape differ by little, relative to the largest number of both."""
-    scale = float(torch.maximum(left.abs().max(), right.abs().max())) if left.numel() else 0.0
-    return bool(((left - right).abs() <= TOLERANCE * scale + 1e-7).all())
+    """Whether two tensors of a shape differ by little, relative to the largest finite number of both."""
+    return bool((_apart(left, right) <= TOLERANCE * max(_largest(left), _largest(right)) + 1e-7).all())
+
+
+def _apart(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """By how much numbers differ; infinitely where one of two is infinite or NaN, as masked scores are."""
+    same = (left == right) | (left.isnan() & right.isnan())  # the difference of equal infinities is NaN
+    return (left - right).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest finite number, whatever its sign."""
+    return float(tensor.abs().nan_to_num(nan=0, posinf=0).max()) if tensor.numel() else 0.0
 
 
 def changed_rows(before: list[torch.Tensor], after: list[torch.Tensor], rows: int) -> torch.Tensor | None:
@@ -39,7 +51,7 @@ def _counts_rows(shape: torch.Size, rows: int) -> bool:
 
 
 def distance(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float | None:
-    """The largest difference relative to the largest number of its tensor; None where other things are returned."""
+    """The largest difference relative to the largest finite number of its tensor; None where they are other things."""
     worst = 0.0
     if len(got) != len(wanted):
         return None
@@ -51,6 +63,5 @@ def distance(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float | Non
                 return None
             continue
         if a.numel():
-            scale = float(b.abs().max().clamp(min=1e-6))
-            worst = max(worst, float((a - b).abs().max()) / scale)
+            worst = max(worst, float(_apart(a, b).max()) / max(_largest(b), 1e-6))
     return worst

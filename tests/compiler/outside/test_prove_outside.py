@@ -16,6 +16,7 @@ from sere_compile.compiler.outside import compare_versions
 from sere_compile.compiler.outside import prove_outside as module
 from sere_compile.compiler.outside.compare_versions import Verdict
 from sere_compile.compiler.outside.prove_outside import computes_the_same, prove_outside
+from sere_compile.experts.trial_block import Settings
 
 from ...passes.graph.written import Written
 from .blocks import EXPERTS, HIDDEN, TOP_K, Block, Experts, InVmap, Keeping, Listed, Overwriting, Plain, Split, rows
@@ -119,6 +120,20 @@ class TestWhoseBlock:
         assert module._number(first) == module._number(second)
         assert module._number(first) != module._number(other)
 
+    def test_two_threads_get_two_numbers(self, monkeypatch):
+        """Also where one asks while the other is about to note its own."""
+        numbers = []
+
+        class Noting(dict):
+            def setdefault(self, key, number):
+                if not numbers:
+                    numbers.append(None)
+                    numbers.append(module._number(nn.Linear(2, 4)))
+                return super().setdefault(key, number)
+
+        monkeypatch.setattr(module, "_numbers", Noting())
+        assert module._number(nn.Linear(2, 3)) != numbers[1]
+
     def test_verdicts_hold_for_blocks_that_compute_the_same(self):
         layers = [nn.Sequential(nn.Linear(2, 3), nn.Tanh()) for _ in range(2)]
         verdict = Verdict(True, block=module._number(layers[0]))
@@ -140,6 +155,25 @@ class TestWhoseBlock:
         assert not holds(verdict)
         other = Verdict(True, block=module._number(layer), written=frozenset({"log"}))
         assert (holds(verdict), holds(other)) == (False, True)
+
+    def test_two_threads_see_that_a_setting_changed(self, monkeypatch):
+        """A guard must not raise, also where another thread's let go of the settings meanwhile."""
+        layer = Keeping("nowhere")
+        verdict = Verdict(True, block=module._number(layer), written=frozenset({"log"}))
+        holds = functools.partial(computes_the_same, layer.gate.weight, verdict)
+        assert holds()
+        layer.place = "an attribute"
+        ask, answers = Settings.are_the_same, []
+
+        def asked(settings):
+            same = ask(settings)
+            if not answers:
+                answers.append(None)
+                answers.append(holds())
+            return same
+
+        monkeypatch.setattr(Settings, "are_the_same", asked)
+        assert (holds(), answers) == (False, [None, False])
 
 
 class TestWhichModulesAreTried:

@@ -33,6 +33,15 @@ class TestHowRunsAreCompared:
         ids = torch.tensor([1, 2])
         assert distance([ids, torch.tensor([3.0])], [ids.clone(), torch.tensor([2.0])]) == 0.5
 
+    def test_infinities_and_nans_hide_nothing(self):
+        """Masked scores are equal, what stands beside them counts, and a NaN is no number that was wanted."""
+        inf, nan = float("inf"), float("nan")
+        wanted = [torch.tensor([-inf, 4.0, nan, inf])]
+        assert distance([wanted[0].clone()], wanted) == 0
+        assert distance([torch.tensor([-inf, 3.0, nan, inf])], wanted) == 0.25
+        for other in ([0.0, 4.0, nan, inf], [-inf, nan, nan, inf], [-inf, 4.0, 0.0, inf], [-inf, 4.0, nan, -inf]):
+            assert distance([torch.tensor(other)], wanted) == inf
+
     def test_rows_that_differ(self):
         """In any output that has a row per token; others tell nothing."""
         before = [torch.zeros(1, 3, 2), torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 2, dtype=torch.int64)]
@@ -53,6 +62,10 @@ class TestHowRunsAreCompared:
         assert close(torch.zeros(3), torch.full((3,), 5e-8))
         assert not close(torch.zeros(3), torch.full((3,), 1e-3))
         assert close(torch.zeros(0), torch.zeros(0))
+        masked = torch.tensor([float("-inf"), float("nan"), 2.0])
+        assert close(masked, masked + 1e-4)
+        assert not close(masked, masked + 0.01)
+        assert not close(masked, masked.nan_to_num())
 
 
 class TestArgumentsOfATrial:

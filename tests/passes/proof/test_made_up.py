@@ -202,6 +202,8 @@ def test_which_state_may_be_other_later():
         (torch.tensor(1000), 1, True, 2), (torch.tensor(1000), 3, True, 2), (torch.tensor([256.0]), 1, True, 2),
         (torch.tensor(1000), 0, True, None), (torch.tensor(1000), 1, False, None),
         (torch.tensor(255), 1, True, None), (torch.tensor([1000, 1000]), 1, True, None),
+        (torch.tensor(448.0).to(torch.float8_e4m3fn), 1, True, 2),
+        (torch.tensor(1.0).to(torch.float8_e8m0fnu), 1, True, None), (torch.tensor(1j), 1, True, None),
     ],
 )  # fmt: skip
 def test_limits_may_become_low(value, draw, lowers, wanted):
