@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.torch_version import TorchVersion
 
 import sere_compile
@@ -616,3 +617,30 @@ def test_a_warning_of_the_way_that_was_given_up_is_not_given(caplog):
     for _ in range(2):
         assert not torch.allclose(compiled(x, mask), model(x, mask), atol=1e-2)
     assert [record for record in caplog.records if record.name.startswith("sere_compile")] == []
+
+
+class Scripted(nn.Module):
+    """A norm in TorchScript, with running statistics, and a router behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.jit.script(nn.BatchNorm1d(16))
+        self.gate = nn.Linear(16, 8, bias=False)
+        self.experts = nn.Parameter(torch.randn(8, 16, 16))
+
+    def forward(self, x):
+        weights, ids = self.gate(self.norm(x)).softmax(-1).topk(2)
+        return torch.einsum("th,tkhf,tk->tf", x, self.experts[ids], weights)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_of_torchscript_run_as_they_are(caplog):
+    """And are told of: Dynamo looks into no TorchScript, whose classes give no code of their own."""
+    x = torch.randn(6, 16)
+    for model in (Scripted().eval(), torch.jit.trace(Scripted().eval(), x)):
+        assert torch.equal(sere_compile.compile(model, select_top_k=1)(x), model(x))
+        assert "Dynamo made no graph of" in caplog.text
+        caplog.clear()
+        assert not sere_compile.explain(model, x).rewritten
+        with pytest.raises(sere_compile.CalibrationError, match="no MoE gate"):
+            sere_compile.calibrate(model, [{"x": x}])

@@ -57,7 +57,10 @@ def read_batch(batch: Any, model: nn.Module) -> Batch:
         CalibrationError: it is neither; or its attention mask is not [batch, length].
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    accepted = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    try:
+        accepted = set(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
+    except ValueError:  # of TorchScript
+        accepted = set()
     spared = {name: value for name, value in _SPARED.items() if name in accepted}
     if isinstance(batch, torch.Tensor):
         return Batch((batch.to(device),), spared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -523,10 +524,15 @@ def forget_codes(model: Any) -> None:
     traced it. Others who compiled the same code compile it again. Waits for other threads that are in
     calls of compiled code, see `running`.
     """
-    functions = [type(module).forward for module in model.modules()] if isinstance(model, torch.nn.Module) else [model]
+    functions = [forward_of(module) for module in model.modules()] if isinstance(model, torch.nn.Module) else [model]
     files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
     if not running.alone(lambda: _forget(lambda code: code.co_filename in files)):
         log.warning("other threads are in calls that do not end: what Dynamo knows of this model's code is kept")
+
+
+def forward_of(module: torch.nn.Module) -> Any:
+    """What a module's class has as its forward; TorchScript's gives it to none but its objects."""
+    return inspect.getattr_static(type(module), "forward", None)
 
 
 def skipped_codes() -> set[CodeType]:

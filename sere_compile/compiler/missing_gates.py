@@ -329,7 +329,7 @@ def routers_outside(model: nn.Module, seen: Sequence[torch.Tensor]) -> list[str]
         for router in routers
         if id(router.weight) not in known
         and type(router.modules[-1]) not in captured
-        and any(getattr(type(module).forward, "__code__", None) in skipped for module in _own(router.modules))
+        and any(getattr(dynamo.forward_of(module), "__code__", None) in skipped for module in _own(router.modules))
     ]
 
 

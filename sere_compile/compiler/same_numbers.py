@@ -40,8 +40,10 @@ class HeldBuffers:
 
     def __init__(self, model: Any) -> None:
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
-        self._dictionaries = [(module._buffers, dict(module._buffers)) for module in modules]
-        buffers = {id(b): b for _, held in self._dictionaries for b in held.values() if b is not None}.values()
+        dictionaries = [(module._buffers, dict(module._buffers)) for module in modules]
+        # TorchScript gives a view of its own, in which nothing else can be put.
+        self._dictionaries = [(now, held) for now, held in dictionaries if isinstance(now, dict)]
+        buffers = {id(b): b for _, held in dictionaries for b in held.values() if b is not None}.values()
         self._kept = [
             (buffer, buffer._version, buffer.detach().clone()) for buffer in buffers if _is_written_to(buffer)
         ]

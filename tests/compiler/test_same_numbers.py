@@ -59,6 +59,15 @@ def test_copies():
     assert named["x"] is not X
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_buffers_of_torchscript_are_put_back():
+    norm = torch.jit.script(nn.BatchNorm1d(8)).train()
+    with buffers_restored(norm):
+        norm(X + 1)
+        assert norm.running_mean.any()
+    assert not norm.running_mean.any()
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
