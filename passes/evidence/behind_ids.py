@@ -31,6 +31,8 @@ def behind_ids(ids: Sequence[Node], uses: Sequence[Use], columns: int) -> str:
             continue
         if not nodes.is_floating(weights) and len(nodes.shape(weights) or ()) < 3:
             mapped = mapped or weights
+        elif len(_root_sizes(weights)) < 2 and nodes.kind(reader) not in _GATHERS:
+            continue  # a norm's, or a bias
         elif nodes.kind(reader) not in _SHARED or len(_root_sizes(weights)) >= 3:
             return _why_none(reader, weights, mapped, columns)
     named = {number for use in uses for number in numbers_named(use.consumer)}

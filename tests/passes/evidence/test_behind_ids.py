@@ -79,6 +79,11 @@ def behind_a_matrix(s, x, weights, ids):
     return torch.einsum("th,ehf->tf", read, s.weights)
 
 
+def normed(s, x, weights, ids):
+    """A vector that all tokens share is no weight of experts."""
+    return F.layer_norm((ids.float() * weights).sum(-1, keepdim=True).expand(-1, HIDDEN), (HIDDEN,), s.weights)
+
+
 MATRIX = (HIDDEN, HIDDEN)
 NO_STACK = f"which is no stack of {EXPERTS} matrices, one for each score"
 CASES = {
@@ -93,6 +98,7 @@ CASES = {
     "scaled": (scaled, (EXPERTS, HIDDEN), None, f"which holds no matrix for each of the {EXPERTS} scores"),
     "some of the experts": (some_named, (EXPERTS, *MATRIX), None, f"5 numbers, and there are {EXPERTS} scores"),
     "numbers": (counted, MATRIX, None, "and what is made of them leaves the graph"),
+    "normed": (normed, (HIDDEN,), None, "ids are read by"),
     "behind a matrix": (behind_a_matrix, (EXPERTS, *MATRIX), None, "ids are read by"),
 }  # fmt: skip
 
@@ -107,7 +113,7 @@ def test_the_nearest_weights_are_told(case, trace):
     [skip] = found.skips
     assert skip.reason is SkipReason.NO_DISPATCH
     assert expected in skip.detail
-    assert ("leaves the graph" in skip.detail) == (case in ("numbers", "behind a matrix"))
+    assert ("leaves the graph" in skip.detail) == (case in ("numbers", "normed", "behind a matrix"))
 
 
 @pytest.mark.parametrize("trace", ["export", "make_fx"])
