@@ -219,8 +219,9 @@ def _weight_and(weight: Node, hidden: Node | None, columns: object) -> tuple[Nod
 def _made_of(factor: Node) -> Node | None:
     """The graph input that a factor is a view of, or is computed from with other model state.
 
-    Cosine routers normalise the weight, others scale or dequantise it, or add a product of small
-    matrices (LoRA): the identity of the one that has the factor's sizes still identifies the layer.
+    Cosine routers normalise the weight, others scale or dequantise it, add a product of small matrices (LoRA), or
+    multiply by a mask (pruned ones): the identity of the one that has the factor's sizes, or of the one parameter
+    among those, still identifies the layer.
     """
     root = nodes.parameter_root(factor)
     if root is not None:
@@ -235,4 +236,6 @@ def _made_of(factor: Node) -> Node | None:
     if len(matrices) > 1:
         sizes = sorted(map(str, nodes.shape(factor) or ()))
         matrices = {target: n for target, n in matrices.items() if sorted(map(str, nodes.shape(n) or ())) == sizes}
+    if len(matrices) > 1:
+        matrices = {target: n for target, n in matrices.items() if nodes.is_parameter(n)}
     return next(iter(matrices.values())) if len(matrices) == 1 else None

@@ -62,6 +62,7 @@ __all__ = [
     "index_tensors",
     "is_floating",
     "is_model_state",
+    "is_parameter",
     "is_tensor",
     "kind",
     "last_size",
@@ -208,6 +209,14 @@ def is_model_state(node: Node) -> bool:
     # torch.export tells by prefix only, parameters, buffers and constants apart from the user's
     # inputs.
     return "val" in node.meta and str(node.target).startswith(("p_", "b_", "c_"))
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether model state is known to be a parameter, and no buffer or constant."""
+    module = node.graph.owning_module
+    if node.op == "get_attr" and module is not None:
+        return str(node.target) in dict(module.named_parameters(remove_duplicate=False))
+    return isinstance(value(node), torch.nn.Parameter) or ("val" in node.meta and str(node.target).startswith("p_"))
 
 
 def behind(node: Node, kinds: Collection[str]) -> Node:

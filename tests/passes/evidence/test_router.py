@@ -23,6 +23,7 @@ class Scored(Block):
         self.wide = nn.Parameter(torch.randn(EXPERTS + 2, HIDDEN))
         self.bias = nn.Parameter(torch.randn(EXPERTS))
         self.up, self.down = nn.Parameter(torch.randn(EXPERTS, 2)), nn.Parameter(torch.randn(2, HIDDEN))
+        self.register_buffer("mask", (torch.rand(EXPERTS, HIDDEN) > 0.3).float())
         self.length = nn.Parameter(torch.rand(EXPERTS, 1) + 0.5)
 
     def forward(self, x):
@@ -46,6 +47,7 @@ ROUTERS = {
     "matmul": (lambda b, x: x @ b.router.T, (EXPERTS, HIDDEN), "raw logits"),
     "normalised weight": (lambda b, x: x @ F.normalize(b.router, dim=-1).T, (EXPERTS, HIDDEN), "raw logits"),
     "LoRA on the weight": (lambda b, x: F.linear(x, b.router + b.up @ b.down), (EXPERTS, HIDDEN), "raw logits"),
+    "pruned weight": (lambda b, x: F.linear(x, b.router * b.mask), (EXPERTS, HIDDEN), "raw logits"),
     "normalised weight of the type of the hidden states": (
         lambda b, x: x @ F.normalize(b.router.type_as(x), dim=-1).T,
         (EXPERTS, HIDDEN),

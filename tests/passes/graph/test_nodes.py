@@ -22,6 +22,21 @@ class TestTensors:
         assert {nodes.shape(node) for node in state} == {(8, 6), (8, 6, 6)}
 
     @pytest.mark.parametrize("tracer", TRACERS)
+    def test_parameters_are_told_from_buffers(self, tracer):
+        class Masked(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.randn(4, 6))
+                self.register_buffer("mask", torch.ones(5, 6))
+
+            def forward(self, x):
+                return x @ self.weight.T, x @ self.mask.T
+
+        graph = TRACERS[tracer](Masked(), torch.randn(3, 6)).graph
+        state = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+        assert {nodes.shape(node) for node in state if nodes.is_parameter(node)} == {(4, 6)}
+
+    @pytest.mark.parametrize("tracer", TRACERS)
     def test_parameter_root(self, tracer):
         """A weight is recognised behind transposes, casts and views, a product of weights is none."""
         graph = graph_of(
