@@ -126,8 +126,10 @@ def _of(error: Exception) -> Obstacle:
 def _sentence(error: Exception) -> str:
     """The first of Dynamo's many words that say why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
-    return (explained or lines or [type(error).__name__])[0].partition("  (")[0].rstrip(". ")
+    explained = next((n for n, line in enumerate(lines) if line.startswith("Explanation: ")), 0)
+    # A line that ends with a colon only leads to the next: "for one of the following reasons:".
+    saying = [line.removeprefix("Explanation: ").removeprefix("- ") for line in lines[explained:] if line[-1] != ":"]
+    return (saying or [type(error).__name__])[0].partition("  (")[0].rstrip(". ")
 
 
 def model_of(function: Any) -> nn.Module | None:

@@ -79,6 +79,8 @@ def test_where_no_line_is_named():
         ("First\n  Explanation: Why it is so. (details)\nExplanation: more", "Why it is so. (details)"),
         ("Explanation: Why it is so.  (details)", "Why it is so"),
         ("", "ValueError"),
+        ("One\nExplanation: For one of these reasons:\n- this.\n- or that", "this"),
+        ("What leads nowhere:", "ValueError"),
     ],
 )
 def test_the_first_words_that_say_why(words, sentence):
