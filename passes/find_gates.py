@@ -172,13 +172,14 @@ def _experts_behind(
     """The uses of the ids and E, 0 where no dispatch use is known to reach experts.
 
     With more columns than experts (slots that compute nothing) E is a number that the ids are
-    compared with.
+    compared with; a count of each column compares them with all numbers.
     """
     uses = classify_uses(selection, router.projection, router.columns, router.columns, leaves)
     if uses.reach:
         return uses, router.columns
+    names_all = uses.compared_with.issuperset(range(router.columns))
     for fewer in sorted(uses.compared_with, reverse=True):
-        if 1 < fewer < router.columns:
+        if 1 < fewer < router.columns and not names_all:
             attempt = classify_uses(selection, router.projection, fewer, router.columns, leaves)
             if attempt.reach:
                 return attempt, fewer

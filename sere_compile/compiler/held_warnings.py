@@ -7,6 +7,7 @@ first had put in place, and every later warning of the process is lost.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,12 +64,28 @@ def held_warnings() -> Iterator[list[warnings.WarningMessage]]:
         _hook.leave()
 
 
+_in_trial: ContextVar[bool] = ContextVar("sere in a trial", default=False)
+
+
+def _is_no_trials(record: logging.LogRecord) -> bool:
+    return not _in_trial.get()
+
+
+# torch logs shapes that do not fit as errors, with a stack, before it raises them.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(_is_no_trials)
+
+
 @contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Warnings of this thread are dropped, and given where the same code runs again: Python gives many only once."""
+def in_trial() -> Iterator[None]:
+    """Warnings of this thread are dropped, and what torch logs of made-up inputs that do not fit.
+
+    Warnings are given where the same code runs again: Python gives many only once.
+    """
+    token = _in_trial.set(True)
     try:
         with held_warnings():
             yield
     finally:
+        _in_trial.reset(token)
         with warnings.catch_warnings():  # makes it forget which were given
             pass

@@ -1,11 +1,12 @@
 """Warnings that one thread holds back are its own, and nothing of the process is changed afterwards."""
 
+import logging
 import threading
 import warnings
 
 import pytest
 
-from sere_compile.compiler.held_warnings import held_warnings, without_warnings
+from sere_compile.compiler.held_warnings import held_warnings, in_trial
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_code_that_was_tried_warns_when_it_runs(given):
         warnings.warn("of the program", stacklevel=1)
 
     for _ in range(2):
-        with without_warnings():
+        with in_trial():
             program()
     assert not given
     for _ in range(2):
@@ -99,8 +100,18 @@ def test_an_error_ends_it(given):
     before = warnings.showwarning
     with pytest.raises(ValueError, match="here"), held_warnings():
         raise ValueError("here")
-    with pytest.raises(ValueError, match="here"), without_warnings():
+    with pytest.raises(ValueError, match="here"), in_trial():
         raise ValueError("here")
     assert warnings.showwarning is before
     warnings.warn("shown", stacklevel=1)
     assert texts(given) == ["shown"]
+
+
+def test_what_torch_logs_of_inputs_that_do_not_fit(caplog):
+    """In a trial they are made up, and say nothing of the program."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    with in_trial():
+        logger.error("of a trial")
+    assert caplog.messages == []
+    logger.error("of the program")
+    assert caplog.messages == ["of the program"]

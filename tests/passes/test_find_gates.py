@@ -466,6 +466,17 @@ def test_the_largest_number_of_experts_that_fits():
     assert [gate.num_experts for gate in found.gates] == [8], found.skips
 
 
+@pytest.mark.parametrize("counted", [7, 8])
+def test_columns_that_are_all_counted_are_all_experts(counted):
+    """Their loads meet a matrix with as many rows as one of the numbers; then their ids leave, to experts elsewhere."""
+    w = Model()
+    _, ids = w.top_k(w.scores(), 2)
+    hits = [w.call(torch.sum, w.call(torch.eq, ids, number)) for number in range(counted)]
+    loads = w.call(torch.matmul, w.call("view", w.call("float", hits[0]), 1, 1), w.weight(2, 1, 6))
+    found = w.find(loads, ids, outside=lambda weight, experts: True)
+    assert [gate.num_experts for gate in found.gates] == [8 if counted == 8 else 2]
+
+
 class Model(Written):
     """Six features of four tokens, and what a router and experts make of them."""
 

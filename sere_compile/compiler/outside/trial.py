@@ -17,7 +17,7 @@ from ...passes import Gate
 from ...passes.graph import nodes
 from ...passes.graph.run_part import plain_number
 from .. import dynamo
-from ..held_warnings import without_warnings
+from ..held_warnings import in_trial
 from ..kept_aside import KeptAside, alike, content, outline
 from .arguments import Arguments, detached, hidden_of, in_float32, with_rows
 from .failures import FAILURES, short
@@ -199,7 +199,7 @@ class Trial:
             torch.random.fork_rng(devices),
             self.block.state_restored() as written,
             self._aside.restored() as changed,
-            without_warnings(),  # the program's own are given by its own call
+            in_trial(),  # the program's own are given by its own call
         ):
             torch.manual_seed(0)
             yield written, changed
