@@ -12,7 +12,6 @@ import contextlib
 import copy
 import copyreg
 import dis
-import itertools
 import math
 import types
 import weakref
@@ -22,7 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
+
+from ..passes.graph.identity import identity
 
 # Numbers of a layer that say where it stands, not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
@@ -378,23 +378,7 @@ def _described(value: Any, deep: int = _DEEP) -> Any:
         return frozenset(_described(held, deep - 1) for held in value)
     if isinstance(value, float) and math.isnan(value):
         return "nan"  # which is equal to itself
-    return value if isinstance(value, _PLAIN) else _identity(value)
-
-
-_identities = WeakIdKeyDictionary()
-_unused = itertools.count()
-_kept: dict[int, Any] = {}  # what cannot be referred to weakly, as a `slice`
-
-
-def _identity(value: Any) -> Any:
-    """What no other object of the process has, ever: an address is another object's once this one is gone."""
-    try:
-        known = _identities.get(value)
-    except TypeError:
-        return "kept", id(_kept.setdefault(id(value), value))
-    if known is None:
-        known = _identities[value] = ("object", next(_unused))
-    return known
+    return value if isinstance(value, _PLAIN) else identity(value)
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
