@@ -28,6 +28,25 @@ def test_a_sum_over_experts_is_proven_with_merged_slots(experts):
     assert [v.merged for v in verdicts(Block(experts()), rows())] == [True]
 
 
+class TooStrange(Exception):
+    """Of the program's own."""
+
+
+class WithoutMasks(Block):
+    """Its code refuses what a trial makes up, as no call of the model has it."""
+
+    def forward(self, x, mask=None, scale=None):
+        out = super().forward(x)
+        assert mask is None
+        if scale is not None:
+            raise TooStrange
+        return out
+
+
+def test_what_a_program_raises_on_made_up_arguments_does_not_end_it():
+    assert [v.merged for v in verdicts(WithoutMasks(Experts()), rows())] == [True]
+
+
 class Router(nn.Module):
     """With a number per expert beside its weight, which could be an expert's."""
 
