@@ -23,8 +23,13 @@ def open_linears(module: GraphModule) -> None:
 
 
 def _is_plain(called: nn.Module) -> bool:
+    return type(called) is nn.Linear and does_as_its_class(called)
+
+
+def does_as_its_class(called: nn.Module) -> bool:
+    """Whether a call of the module is one of its class's forward: without hooks, and without a forward of its own."""
     own = "forward" in vars(called) or any(getattr(called, hooks) for hooks in _HOOKS)
-    return type(called) is nn.Linear and not own and not _has_any_global_hook()
+    return not own and not _has_any_global_hook()
 
 
 def _open(node: Node, called: nn.Module, given: Node) -> None:

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.node import map_aggregate
 
 from . import nodes
+from .failures import program_errors
 
 # What a graph input or attribute holds; None where only a call would know.
 ValueOf = Callable[[Node], Any]
@@ -31,7 +32,7 @@ def run_graph(
         single: casts to half precision become casts to float32.
 
     Raises:
-        RuntimeError, TypeError, ValueError, IndexError: an operation does not take the values.
+        RuntimeError, TypeError, ValueError, IndexError: an operation does not take the values; see `FAILURES`.
     """
     values: dict[Node, Any] = {}
     with torch.no_grad(), _same_random_numbers(given):
@@ -39,7 +40,8 @@ def run_graph(
             if node in given:
                 values[node] = copied(given[node]) if nodes.writers(node) else given[node]
             elif node.op != "output":
-                values[node] = _compute(node, module, values, single)
+                with program_errors():
+                    values[node] = _compute(node, module, values, single)
     return values
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..graph import nodes
+from ..graph.identity import identity
+from ..graph.leaf_modules import does_as_its_class
 from .region import Region
 
 _SMALL = 4096  # whole numbers of the model's state that are told apart by what they are; of others, a single one
@@ -48,13 +52,22 @@ def region_key(region: Region, module: GraphModule | None) -> str:
 
 def _target(node: Node, module: GraphModule | None) -> str:
     if node.op == "call_module" and module is not None:
-        return repr(module.get_submodule(str(node.target)))
+        called = module.get_submodule(str(node.target))
+        return repr(called) if _is_told_by_text(called) else str(identity(called))
     if node.op == "get_attr" and module is not None:
         return str(getattr(module, str(node.target), node.target))
     target = node.target
     if isinstance(target, (str, torch._ops.OpOverload)):
         return str(target)
+    if isinstance(target, FunctionType):  # others may have its name, as each lambda of a module has
+        return str(identity(target))
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
+def _is_told_by_text(called: nn.Module) -> bool:
+    """Whether all that a module does, but for its tensors, is what its text says: one of torch's own as it is."""
+    parts = called.modules()
+    return all(type(part).__module__.startswith("torch.nn.") and does_as_its_class(part) for part in parts)
 
 
 def _kind_of(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..gate import Gate, Skip, SkipReason, UseKind
 from ..graph import nodes
+from ..graph.failures import FAILURES, short
 from ..graph.nested import why_nested
 from ..graph.run_part import run_graph
 from ..reroute_dispatch import RoutingSettings
@@ -26,8 +27,6 @@ from .region import Region
 from .sources import Sources, experts_meet_hidden, unseen_function
 from .ways import Got, Rewritten, Way, leads_to, picked_tables, rewrite_region, settings_of, with_proven_kinds
 
-# What an operation raises that does not take made-up values.
-FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 _UNSEEN = (
     "reads the experts' parameters, and what it does is not seen: it is under torch.compiler.allow_in_graph; let "
     "Dynamo trace it, or make it a torch.library.custom_op"
@@ -79,7 +78,7 @@ class Prover:
         try:
             return self._prove()
         except FAILURES:
-            return Verdict(refusal=f"it could not be run: {_first_line(first)}")
+            return Verdict(refusal=f"it could not be run: {short(first)}")
 
     def _prove(self) -> Verdict:
         region = self._region
@@ -108,7 +107,7 @@ class Prover:
             try:
                 wrong = self._check(way, experts)
             except FAILURES as error:  # as where sizes do not fit for tokens that name an expert twice
-                wrong = f"it could not be run: {_first_line(error)}"
+                wrong = f"it could not be run: {short(error)}"
             if wrong is None:
                 return self._verdict(way, experts)
             if isinstance(wrong, Skip):
@@ -426,10 +425,6 @@ def _each_once(refusals: Sequence[str]) -> list[str]:
     for text in refusals:
         told.setdefault(text.partition(" is off by ")[0], text)
     return list(told.values())
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def _in_turn(experts: set[int], draw: int) -> list[int]:

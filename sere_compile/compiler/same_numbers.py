@@ -50,10 +50,7 @@ class HeldBuffers:
 
     def are_same(self) -> bool:
         """Whether they are what they were."""
-        return next(self._changed(), None) is None and all(
-            now.keys() == held.keys() and all(now[name] is held[name] for name in held)
-            for now, held in self._dictionaries
-        )
+        return next(self._changed(), None) is None and all(_holds(now, held) for now, held in self._dictionaries)
 
     def put_back(self) -> None:
         """Make them what they were, also those that others took the place of."""
@@ -62,13 +59,19 @@ class HeldBuffers:
                 write_back(buffer, before)
         self._kept = [(buffer, buffer._version, before) for buffer, _, before in self._kept]
         for now, held in self._dictionaries:
-            now.clear()
-            now.update(held)
+            if not _holds(now, held):  # else a thread that calls the model would miss buffers for a moment
+                now.clear()
+                now.update(held)
 
     def _changed(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for buffer, version, before in self._kept:
             if is_changed(buffer, before, version):
                 yield buffer, before
+
+
+def _holds(now: dict[str, torch.Tensor | None], held: dict[str, torch.Tensor | None]) -> bool:
+    """Whether a dictionary has the same tensors under the same names."""
+    return now.keys() == held.keys() and all(now[name] is held[name] for name in held)
 
 
 def _is_written_to(buffer: torch.Tensor) -> bool:

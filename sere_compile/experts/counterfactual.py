@@ -17,6 +17,7 @@ import torch
 
 from ..errors import CalibrationError
 from ..passes import DispatchRegion
+from ..passes.graph.failures import program_errors
 from .experts_module import Experts
 
 # (token number of each row [R], ids [R, K], weights [R, K] float32) -> outputs [R, H]
@@ -62,7 +63,8 @@ class CounterfactualExperts:
             expert, token = pair // len(tokens), pair % len(tokens)
             # Distinct experts in a token: some dispatches lose a slot when one is named twice.
             ids = (expert[:, None] + slots) % num_experts
-            result = self._dispatch(tokens[token], ids, weights[: len(pair)])
+            with program_errors():
+                result = self._dispatch(tokens[token], ids, weights[: len(pair)])
             if found is None:
                 found = result.new_empty(pairs, result.shape[-1])
             found[pair] = result

@@ -18,8 +18,8 @@ from torch.fx import Node
 from ..errors import ProbeError
 from ..passes import DispatchRegion, Gate, NormScale, Skip
 from ..passes.graph import nodes
+from ..passes.graph.failures import FAILURES, short
 from ..passes.graph.run_part import ValueOf
-from ..passes.proof.prover import FAILURES
 from .counterfactual import CounterfactualExperts, Dispatch
 from .experts_module import Experts
 from .hidden_states import draw, hidden_size_of, scale_at
@@ -66,10 +66,8 @@ def probe_gate(
     except ProbeError as error:
         raise ProbeError(f"the experts of {name} cannot be probed: {error}. {advice}") from error
     except FAILURES as error:
-        text = (str(error).splitlines() or [""])[0][:120]
         raise ProbeError(
-            f"the experts of {name} cannot be probed: on random hidden states they raise {type(error).__name__}: "
-            f"{text}. {advice}"
+            f"the experts of {name} cannot be probed: on random hidden states they raise {short(error)}. {advice}"
         ) from error
 
 

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import copyreg
 import dis
-import itertools
 import math
 import types
 import weakref
@@ -22,7 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
+
+from ..passes.graph.identity import identity
 
 # Numbers of a layer that say where it stands, not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "idx"})
@@ -41,11 +41,13 @@ class ExpertSlices:
         name: of the stacked parameter, or of the parameter within each of a list's experts.
         tensors: one stacked tensor, or one tensor per expert.
         dim: along which a stacked tensor counts the experts; None for one tensor per expert.
+        by_turns: whether the experts take turns along it, as in peft's second factor of stacked weights.
     """
 
     name: str
     tensors: tuple[torch.Tensor, ...]
     dim: int | None
+    by_turns: bool = False
 
     @property
     def is_of_modules(self) -> bool:
@@ -57,6 +59,8 @@ class ExpertSlices:
         if self.dim is None:
             return [tensor.data for tensor in self.tensors]
         size = self.tensors[0].shape[self.dim]
+        if self.by_turns:
+            return list(self.tensors[0].data.unflatten(self.dim, (-1, num_experts)).unbind(self.dim + 1))
         # A stack may have rows behind the experts', for those that compute nothing.
         rows = 1 if size % num_experts else size // num_experts
         return list(self.tensors[0].data.split(rows, self.dim))[:num_experts]
@@ -112,6 +116,9 @@ class TrialBlock:
                 if not dims and tensor.dim() == 2:
                     dims = [d for d, size in enumerate(tensor.shape) if size % self.num_experts == 0]
                 found += [ExpertSlices(name, (tensor,), dim) for dim in dims]
+                longer = [dim for dim in dims if tensor.shape[dim] > self.num_experts and tensor.dim() == 2]
+                turns = [dim for dim in longer if tensor.shape[dim] % self.num_experts == 0]
+                found += [ExpertSlices(name, (tensor,), dim, by_turns=True) for dim in turns]
         return found
 
     @contextlib.contextmanager
@@ -167,7 +174,10 @@ class TrialBlock:
         """Meanwhile the part of one expert is another one."""
         part = slices.parts(self.num_experts)[expert]
         with _restored([part]):
-            part.copy_(part * -1.5 + 0.25 if part.is_floating_point() else ~part)
+            if part.is_floating_point():  # a variance stays above 0, see `__init__`
+                part.copy_(part * (-1.5 if bool((part < 0).any()) else 1.5) + 0.25)
+            else:
+                part.copy_(~part)
             yield
 
 
@@ -378,23 +388,7 @@ def _described(value: Any, deep: int = _DEEP) -> Any:
         return frozenset(_described(held, deep - 1) for held in value)
     if isinstance(value, float) and math.isnan(value):
         return "nan"  # which is equal to itself
-    return value if isinstance(value, _PLAIN) else _identity(value)
-
-
-_identities = WeakIdKeyDictionary()
-_unused = itertools.count()
-_kept: dict[int, Any] = {}  # what cannot be referred to weakly, as a `slice`
-
-
-def _identity(value: Any) -> Any:
-    """What no other object of the process has, ever: an address is another object's once this one is gone."""
-    try:
-        known = _identities.get(value)
-    except TypeError:
-        return "kept", id(_kept.setdefault(id(value), value))
-    if known is None:
-        known = _identities[value] = ("object", next(_unused))
-    return known
+    return value if isinstance(value, _PLAIN) else identity(value)
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -137,6 +137,20 @@ def test_what_nobody_wrote_to_is_not_written_back():
     assert [buffer._version for buffer in unwritten] == versions
 
 
+def test_other_threads_miss_no_buffer():
+    """What was not replaced stays where it is, at every moment."""
+    model = Stateful()
+
+    class Staying(dict):
+        def clear(self):
+            pytest.fail("a thread that calls the model finds none")
+
+    model._buffers = Staying(model._buffers)
+    with buffers_restored(model):
+        model(X, "data")
+    assert model.data.tolist() == [0, 0]
+
+
 def test_what_is_no_module_has_no_buffers():
     assert HeldBuffers(print).are_same()
 

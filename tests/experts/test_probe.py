@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from sere_compile import ProbeError
-from sere_compile.experts.probe import find_dispatch
+from sere_compile.experts.probe import find_dispatch, probe_gate
 from sere_compile.passes import Skip, SkipReason, extract_dispatch
 
 from ..passes.moe_modules import Indexed, from_dynamo, one_gate, rows
@@ -37,3 +37,16 @@ def test_an_experts_module_with_parts(mesh):  # noqa: F811
 def test_a_whole_experts_module():
     dispatch, _ = dispatch_of(Indexed(), nn.Identity(), in_graph=False)
     assert callable(dispatch)
+
+
+def test_an_experts_module_raises_what_it_likes():
+    """It may fail an `assert` on what nobody but a measurement gives it."""
+
+    def experts(hidden, ids, weights):
+        assert ids.shape[1] > 99, "a slot is missing"
+
+    graph = from_dynamo(module := Indexed(), rows())
+    gate = one_gate(graph)
+    outside, held = Skip(SkipReason.NO_EXIT, gate.ids), weights_of(graph)
+    with pytest.raises(ProbeError, match=r"states they raise AssertionError: a slot is missing\. Attach a profile"):
+        probe_gate(gate, outside, "gate", module.router, lambda: experts, held, "Attach a profile")

@@ -12,9 +12,9 @@ import torch
 from ... import ops as _ops  # noqa: F401  (registers torch.ops.sere)
 from ...experts.trial_block import ExpertSlices
 from ...passes import Gate
+from ...passes.graph.failures import FAILURES, short
 from .. import dynamo
 from .arguments import Arguments, hidden_of, with_rows
-from .failures import FAILURES, short
 from .made_up_choices import DRAWS
 from .results import TOLERANCE, distance
 from .trial import RETURNED, Trial, tokens_in_call

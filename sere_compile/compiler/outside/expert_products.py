@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...experts.trial_block import ExpertSlices
+from ...passes.graph.failures import program_errors
 from .arguments import Arguments, detached
 from .trial import Trial
 
@@ -34,7 +35,8 @@ def computes_all(trial: Trial, experts: list[ExpertSlices], inputs: Arguments) -
     tokens = trial.graphs.ids[0].numel() // trial.gate.top_k
     with trial.aside_of_model(), WatchProducts(parameters, tokens, trial.block.num_experts) as watch:
         args, kwargs = copy.deepcopy(tree_map(detached, inputs))
-        trial.block.module(*args, **kwargs)
+        with program_errors():
+            trial.block.module(*args, **kwargs)
     return watch.makes_all
 
 

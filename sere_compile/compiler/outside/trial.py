@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ...experts.trial_block import ExpertSlices, TrialBlock
 from ...passes import Gate
 from ...passes.graph import nodes
+from ...passes.graph.failures import FAILURES, program_errors, short
 from ...passes.graph.run_part import plain_number
 from .. import dynamo
 from ..held_warnings import in_trial
 from ..kept_aside import KeptAside, alike, content, outline
 from .arguments import Arguments, detached, hidden_of, in_float32, with_rows
-from .failures import FAILURES, short
 from .made_up_choices import Draw
 from .other_calls import is_rows, of_few_tokens, other_calls, with_masks
 from .results import is_finite
@@ -174,7 +174,8 @@ class Trial:
             if (hidden := hidden_of((args, kwargs))) is not None:
                 # The graph that is made serves many tokens as well.
                 dynamo.let_vary(hidden, self.counting_dim(hidden))
-            result = self._call(*args, **kwargs)
+            with program_errors():
+                result = self._call(*args, **kwargs)
             returned = [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             self.kept = {RETURNED: content(result)} | changed()
             self.written.update(self.kept)

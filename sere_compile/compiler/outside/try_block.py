@@ -11,10 +11,10 @@ from ...experts.owner import Owner
 from ...experts.trial_block import ExpertSlices, TrialBlock
 from ...passes import Gate, SkipReason
 from ...passes.graph import nodes
+from ...passes.graph.failures import FAILURES, short
 from .arguments import Arguments
 from .compare_versions import Verdict, compare_versions
 from .expert_products import computes_all
-from .failures import FAILURES, short
 from .trial import Trial
 from .where_tokens_go import SENT_ELSEWHERE, sends_elsewhere
 from .which_experts import find_experts, weighs_nothing

@@ -8,8 +8,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ...experts.trial_block import ExpertSlices
+from ...passes.graph.failures import FAILURES, short
 from .arguments import Arguments, turned
-from .failures import FAILURES, short
 from .results import changed_rows, close, floats
 from .trial import Trial, shift
 

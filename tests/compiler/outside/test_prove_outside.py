@@ -47,6 +47,25 @@ def test_weights_that_are_told_by_close_scores_alone():
     assert [v.merged for v in verdicts(Plain(Experts(), sparsemixer), rows())] == [True]
 
 
+class TooStrange(Exception):
+    """Of the program's own."""
+
+
+class WithoutMasks(Block):
+    """Its code refuses what a trial makes up, as no call of the model has it."""
+
+    def forward(self, x, mask=None, scale=None):
+        out = super().forward(x)
+        assert mask is None
+        if scale is not None:
+            raise TooStrange
+        return out
+
+
+def test_what_a_program_raises_on_made_up_arguments_does_not_end_it():
+    assert [v.merged for v in verdicts(WithoutMasks(Experts()), rows())] == [True]
+
+
 class Router(nn.Module):
     """With a number per expert beside its weight, which could be an expert's."""
 

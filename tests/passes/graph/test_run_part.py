@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx import symbolic_trace
 
+from sere_compile.passes.graph.failures import ProgramError
 from sere_compile.passes.graph.run_part import copied, plain_number, run_graph
 
 
@@ -167,3 +168,18 @@ def test_dropout_of_what_is_no_tensor():
     graph.call_method("dropout", (x, 3))
     holder = type("Holder", (), {"dropout": lambda self, number: number + 1})()
     assert list(run_graph(graph, None, {x: holder}).values())[-1] == 4
+
+
+def test_an_operation_of_the_program_raises_what_it_likes():
+    """It is told to callers as what they expect."""
+
+    def checked(x):
+        assert x.sum() > 0, "no mass"
+        return x
+
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(checked, (x,))
+    assert run_graph(graph, None, {x: torch.ones(2)})[node].tolist() == [1, 1]
+    with pytest.raises(ProgramError, match="AssertionError: no mass"):
+        run_graph(graph, None, {x: torch.zeros(2)})

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from sere_compile.passes import UseKind
 from sere_compile.passes.proof.key import _content, _kind_of, _target, region_key
@@ -87,6 +89,54 @@ def test_what_is_called():
         assert _target(node, root) == told
     for node in list(calls)[-3:]:
         assert _target(node, None) == str(node.target)
+
+
+def test_functions_of_one_name():
+    """Such as two lambdas of a module that Dynamo was told to take as they are."""
+    one, other = (lambda w: w), (lambda w: w.softmax(-1))
+    graph = torch.fx.Graph()
+    first, again, second = (graph.call_function(function, ()) for function in (one, one, other))
+    assert one.__qualname__ == other.__qualname__
+    assert _target(first, None) == _target(again, None) != _target(second, None)
+
+
+class Weigh(torch.nn.Module):
+    """Its text does not say how."""
+
+    def __init__(self, power):
+        super().__init__()
+        self.power = power
+
+    def forward(self, weights):
+        return weights**self.power
+
+
+def hooked():
+    layer = torch.nn.Linear(2, 2)
+    layer.register_forward_hook(lambda module, given, result: result * 2)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: torch.nn.Softmax(-1), True),
+        (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU()), True),
+        (lambda: Weigh(2), False),
+        (lambda: torch.nn.Sequential(Weigh(2)), False),
+        (hooked, False),
+        (lambda: parametrize.register_parametrization(torch.nn.Linear(2, 2), "weight", Weigh(2)), False),
+    ],
+    ids=["torch's", "made of torch's", "own", "made of own", "hooked", "parametrized"],
+)
+def test_modules_of_one_text(make, same):
+    root = torch.nn.Module()
+    root.one, root.other = make(), make()
+    graph = torch.fx.Graph()
+    one, again, other = (graph.call_module(name, ()) for name in ("one", "one", "other"))
+    assert repr(root.one) == repr(root.other)
+    assert _target(one, root) == _target(again, root)
+    assert (_target(one, root) == _target(other, root)) is same
 
 
 def test_what_a_value_is():
