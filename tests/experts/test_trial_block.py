@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere_compile.experts.trial_block import Settings, TrialBlock, fingerprint
+from sere_compile.experts.trial_block import ExpertSlices, Settings, TrialBlock, fingerprint
 
 EXPERTS, HIDDEN = 4, 6
 
@@ -67,15 +67,26 @@ def test_a_process_group_is_shared():
 
 
 def test_candidates_are_told_by_their_sizes():
-    found = {(one.name, one.dim) for one in trial(Model()).candidates()}
+    found = {(one.name, one.dim, one.by_turns) for one in trial(Model()).candidates()}
     assert found == {
-        ("stacked", 0),
-        ("flat", 0),
-        ("longer", 0),
-        ("mlps.*.weight", None),
-        ("mlps.*.bias", None),
-        ("listed.*", None),
+        ("stacked", 0, False),
+        ("flat", 0, False),
+        ("flat", 0, True),
+        ("longer", 0, False),
+        ("mlps.*.weight", None, False),
+        ("mlps.*.bias", None, False),
+        ("listed.*", None, False),
     }
+
+
+def test_parts_in_a_row_and_by_turns():
+    """As peft has the two factors that it adds to stacked weights."""
+    first, second = torch.arange(8.0).view(8, 1), torch.arange(8.0).view(1, 8)
+    in_a_row, by_turns = ExpertSlices("a", (first,), 0), ExpertSlices("b", (second,), 1, by_turns=True)
+    assert [part.flatten().tolist() for part in in_a_row.parts(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [part.flatten().tolist() for part in by_turns.parts(4)] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    by_turns.parts(4)[1].zero_()
+    assert second.flatten().tolist() == [0, 0, 2, 3, 4, 0, 6, 7]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bfloat16])
@@ -110,7 +121,7 @@ def test_buffers_come_back_and_tell_that_they_were_written(way):
 
 def test_exchanged_parameters_come_back():
     block = trial(Model())
-    slices = block.candidates()
+    slices = [one for one in block.candidates() if not one.by_turns]
     before = [[part.clone() for part in one.parts(EXPERTS)] for one in slices]
     with block.exchanged(slices, {0: 2, 3: 1}):
         for one, parts in zip(slices, before, strict=True):
@@ -139,6 +150,15 @@ def test_disturbing_changes_one_expert_for_a_while():
         changed = (block.module.stacked != before).flatten(1).any(1)
         assert changed.tolist() == [False, True, False, False]
     assert torch.equal(block.module.stacked, before)
+
+
+def test_a_variance_stays_above_zero():
+    """Below, all that experts compute would be NaN, also of tokens that do not name them."""
+    block = trial(Model())
+    variances = [torch.tensor([0.5, 2.0]) for _ in range(EXPERTS)]
+    with block.disturbed(ExpertSlices("of norms", tuple(variances), None), 1):
+        assert [bool((one > 0).all()) for one in variances] == [True] * EXPERTS
+        assert [one.tolist() != [0.5, 2.0] for one in variances] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])

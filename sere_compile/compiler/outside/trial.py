@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...experts.trial_block import ExpertSlices, TrialBlock
@@ -201,6 +202,7 @@ class Trial:
             self.block.state_restored() as written,
             self._aside.restored() as changed,
             in_trial(),  # the program's own are given by its own call
+            _without_cached_parameters(),
         ):
             torch.manual_seed(0)
             yield written, changed
@@ -215,6 +217,17 @@ class Trial:
 def tokens_in_call(gate: Gate) -> int:
     """How many tokens choose in the call that was traced. Comparing symbols would limit the graph that is compiled."""
     return math.prod(map(plain_number, nodes.value(gate.ids).shape)) // gate.top_k
+
+
+@contextlib.contextmanager
+def _without_cached_parameters() -> Iterator[None]:
+    """`parametrize.cached()` may be in force around the call that is compiled: what a trial computes is not for it."""
+    held = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = held
 
 
 def shift(num_experts: int) -> dict[int, int]:

@@ -47,6 +47,42 @@ def test_weights_that_are_told_by_close_scores_alone():
     assert [v.merged for v in verdicts(Plain(Experts(), sparsemixer), rows())] == [True]
 
 
+class Adapted(Experts):
+    """As peft adapts stacked weights: the experts of the first factor in a row, of the second by turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2 * EXPERTS, HIDDEN))
+        self.up = nn.Parameter(torch.randn(HIDDEN, 2 * EXPERTS))
+
+    def expert(self, x, number):
+        down, up = self.down.view(EXPERTS, 2, HIDDEN)[number], self.up.view(HIDDEN, 2, EXPERTS)[..., number]
+        return torch.tanh(x @ (self.w[number] + (up @ down).T))
+
+
+@pytest.mark.slow
+def test_adapters_of_stacked_weights():
+    assert [v.merged for v in verdicts(Block(Adapted()), rows())] == [True]
+
+
+class NormedByAll(Experts):
+    """Each expert normalises, and all tokens come to each."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(HIDDEN) for _ in range(EXPERTS)).eval()
+
+    @torch.compiler.disable
+    def forward(self, x, ids, weights):
+        share = [((ids == expert) * weights).sum(-1, keepdim=True) for expert in range(EXPERTS)]
+        return sum(self.norms[expert](self.expert(x, expert)) * share[expert] for expert in range(EXPERTS))
+
+
+@pytest.mark.slow
+def test_norms_of_experts_that_get_all_tokens():
+    assert [v.merged for v in verdicts(Block(NormedByAll()), rows())] == [True]
+
+
 class TooStrange(Exception):
     """Of the program's own."""
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from sere_compile.compiler import dynamo
 from sere_compile.compiler.outside import trial as module
@@ -322,6 +323,15 @@ class TestRunsOfATrial:
         assert drawn[0] == drawn[1]
         assert torch.equal(torch.get_rng_state(), state)
         assert len(recwarn) == 0
+
+    def test_parameters_that_the_call_keeps_are_not_a_trials(self):
+        """`parametrize.cached()` around a call is in force while it is compiled."""
+        trial = trial_of()
+        parametrize.register_parametrization(trial.block.module.experts, "w", nn.Tanh())
+        with parametrize.cached():
+            with trial.aside_of_model():
+                assert trial.block.module.experts.w is not trial.block.module.experts.w
+            assert trial.block.module.experts.w is trial.block.module.experts.w
 
     def test_hidden_states_may_vary_in_number(self, monkeypatch):
         told = []
