@@ -81,7 +81,7 @@ class SkipReason(enum.Enum):
     NOT_PROBED = "no similarity profile is attached for it, and its experts cannot be run to measure one"
     NO_IDS = "its indices are not used"
     NO_DISPATCH = "no experts are found behind its indices"
-    NOTHING_WEIGHED = "its indices fetch stacked tensors, and its scores do not weight what is computed from them"
+    NOTHING_WEIGHED = "its scores do not weight what is computed with what its indices choose"
     DENSE = (
         "every expert computes every token, and its indices only pick or weigh the results, so that re-routing saves "
         'nothing: write a dispatch that runs the chosen experts alone, as experts_implementation="grouped_mm" of '

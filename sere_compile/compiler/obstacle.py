@@ -44,8 +44,8 @@ class Obstacle:
         """What to change in the line, as a clause."""
         if re.match(r"(if|elif|while|assert)\b", self.code):
             return (
-                "drop the condition, since experts compute nothing for no tokens, and compile with "
-                f"sere_compile.compile(model, ...); or {_MOVE}"
+                "drop the condition if it asks whether an expert has tokens, since it computes nothing for none, and "
+                f"compile with sere_compile.compile(model, ...); or {_MOVE}"
             )
         if re.search(r"\.(tolist|item|numpy|cpu)\(", self.code):
             return f"loop over range(num_experts) instead of numbers read from a tensor; or {_MOVE}"
@@ -54,7 +54,7 @@ class Obstacle:
     def __str__(self) -> str:
         if not self.place:
             return f"Dynamo finds no graph that holds all of it ({self.why}): {self.remedy}."
-        return f"{self.place}, `{self.code}`, depends on data in a way that no graph holds ({self.why}): {self.remedy}."
+        return f"{self.place}, `{self.code}`, cannot be part of a graph ({self.why}): {self.remedy}."
 
 
 def diagnose(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, captured: bool = False) -> str:

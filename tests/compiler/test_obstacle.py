@@ -58,7 +58,7 @@ def test_a_compiled_model_stays_compiled():
 )
 def test_remedies(code, remedy):
     text = str(Obstacle("loop.py:3", code, "why"))
-    assert text.startswith(f"loop.py:3, `{code}`, depends on data in a way that no graph holds (why): {remedy}")
+    assert text.startswith(f"loop.py:3, `{code}`, cannot be part of a graph (why): {remedy}")
 
 
 def test_what_is_ahead_of_a_loop_can_be_compiled():
