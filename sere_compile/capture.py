@@ -25,14 +25,20 @@ from .compiler import dynamo, missing_gates
 from .compiler.held_warnings import held_warnings
 from .compiler.kept_aside import KeptAside, Remembered, remember_generators
 from .compiler.missing_gates import runs
-from .compiler.same_numbers import HeldBuffers, buffers_restored, copy_of, eager_results, shows_wrong
+from .compiler.same_numbers import (
+    MOST_BYTES,
+    HeldBuffers,
+    buffer_bytes,
+    buffers_restored,
+    copy_of,
+    eager_results,
+    shows_wrong,
+)
 from .config import SereConfig
 from .errors import GateNotFoundError, expect
 
 log = logging.getLogger(__name__)
 
-# Buffers of a model whose first call is tried: a cache of keys and values may not fit twice.
-_MOST_BUFFER_BYTES = 1 << 30
 _NO_GATE = "it lets no gate be re-routed"
 _SCALARS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
@@ -320,18 +326,13 @@ class _Untouched:
 
     def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._model, self._versions = model, _versions(model, args, kwargs)
-        self._buffers = HeldBuffers(model) if _buffer_bytes(model) <= _MOST_BUFFER_BYTES else None
+        self._buffers = HeldBuffers(model)
 
     def is_shown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it is shown after a call with these arguments."""
         if self._versions is None or self._versions != _versions(self._model, args, kwargs):
             return False
-        return self._buffers is not None and self._buffers.are_same()
-
-
-def _buffer_bytes(model: Any) -> int:
-    buffers = model.buffers() if isinstance(model, nn.Module) else ()
-    return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+        return self._buffers.are_same()
 
 
 def _versions(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
@@ -350,7 +351,7 @@ def _can_be_put_back(model: Any, aside: Remembered | None) -> bool:
     """Whether a call can be tried: buffers, and what its code keeps aside, can be copied."""
     if not isinstance(model, nn.Module) or aside is None:
         return True
-    return _buffer_bytes(model) <= _MOST_BUFFER_BYTES and not aside.has_uncopied
+    return buffer_bytes(model) <= MOST_BYTES and not aside.has_uncopied
 
 
 def _first_line(error: BaseException) -> str:

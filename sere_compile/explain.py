@@ -32,7 +32,7 @@ def explain(model: Any, *args: Any, config: SereConfig | None = None, **kwargs: 
     The model runs once, unchanged, without gradients and without probing. Where Dynamo breaks it
     into several graphs or skips a frame, it runs a second time, in eager mode and on copies of the
     arguments, to find gates that no graph shows; arguments that cannot be copied leave that out.
-    What runs leave in the model, in its buffers and attributes, is put back.
+    What runs leave in the model, in its buffers (1 GiB of them, the smallest first) and attributes, is put back.
 
     Args:
         model: an nn.Module or function, compiled or not.

@@ -18,6 +18,8 @@ from . import dynamo
 
 _APART = 1e-2  # of the norm, and more in half precision: a compiler rounds, and a close choice may be another one
 _APART_IN_HALF = 1e-1
+# Of buffers that are copied: quantised weights, or a cache of keys and values, may not fit twice.
+MOST_BYTES = 1 << 30
 
 
 def copy_of(call: Any) -> Any:
@@ -34,6 +36,9 @@ def copy_of(call: Any) -> Any:
 class HeldBuffers:
     """The buffers of a model as they are now. By their numbers: `running_mean` changes and no version counter tells.
 
+    The smallest are copied, up to `MOST_BYTES` of all. Others, which no norm has, are told by that counter and not put
+    back.
+
     Args:
         model: anything but a module has none.
     """
@@ -44,13 +49,21 @@ class HeldBuffers:
         # TorchScript gives a view of its own, in which nothing else can be put.
         self._dictionaries = [(now, held) for now, held in dictionaries if isinstance(now, dict)]
         buffers = {id(b): b for _, held in dictionaries for b in held.values() if b is not None}.values()
-        self._kept = [
-            (buffer, buffer._version, buffer.detach().clone()) for buffer in buffers if _is_written_to(buffer)
-        ]
+        self._kept: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        self._uncopied: list[tuple[torch.Tensor, int]] = []
+        copied = 0
+        for buffer in sorted(filter(_is_written_to, buffers), key=_bytes):
+            copied += _bytes(buffer)
+            if copied <= MOST_BYTES and not buffer.is_nested:
+                self._kept.append((buffer, buffer._version, buffer.detach().clone()))
+            else:
+                self._uncopied.append((buffer, buffer._version))
 
     def are_same(self) -> bool:
         """Whether they are what they were."""
-        return next(self._changed(), None) is None and all(_holds(now, held) for now, held in self._dictionaries)
+        untouched = all(buffer._version == version for buffer, version in self._uncopied)
+        replaced = any(not _holds(now, held) for now, held in self._dictionaries)
+        return untouched and not replaced and next(self._changed(), None) is None
 
     def put_back(self) -> None:
         """Make them what they were, also those that others took the place of."""
@@ -72,6 +85,15 @@ class HeldBuffers:
 def _holds(now: dict[str, torch.Tensor | None], held: dict[str, torch.Tensor | None]) -> bool:
     """Whether a dictionary has the same tensors under the same names."""
     return now.keys() == held.keys() and all(now[name] is held[name] for name in held)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def buffer_bytes(model: Any) -> int:
+    """How much memory the buffers of a model take; anything but a module has none."""
+    return sum(map(_bytes, model.buffers())) if isinstance(model, nn.Module) else 0
 
 
 def _is_written_to(buffer: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sere_compile.compiler import same_numbers as module
 from sere_compile.compiler.same_numbers import (
     HeldBuffers,
     buffers_restored,
@@ -149,6 +150,31 @@ def test_other_threads_miss_no_buffer():
     with buffers_restored(model):
         model(X, "data")
     assert model.data.tolist() == [0, 0]
+
+
+def test_large_buffers_are_told_by_their_counters(monkeypatch):
+    """And not put back: they may not fit twice. The smallest are copied."""
+    monkeypatch.setattr(module, "MOST_BYTES", 8)
+    model = nn.Module()
+    for name, size in (("large", 9), ("small", 2)):
+        model.register_buffer(name, torch.zeros(size))
+    held = HeldBuffers(model)
+    model.small.add_(1)
+    held.put_back()
+    assert (model.small.tolist(), held.are_same()) == ([0, 0], True)
+    model.large.add_(1)
+    held.put_back()
+    assert (bool(model.large.all()), held.are_same()) == (True, False)
+
+
+def test_a_nested_buffer_is_told_by_its_counter():
+    """Nobody compares two of them."""
+    model = nn.Module()
+    model.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    held = HeldBuffers(model)
+    assert held.are_same()
+    model.nested.mul_(2)
+    assert not held.are_same()
 
 
 def test_what_is_no_module_has_no_buffers():
