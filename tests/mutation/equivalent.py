@@ -158,12 +158,6 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
         "each column has as many numbers, and there are two",
     ),
     (
-        "sere_compile/compiler/outside/results.py",
-        "close",
-        "scale = float(torch.maximum(left.abs().max(), right.abs().max())) if left.numel() else 1.0",
-        "no number of an empty tensor is compared with it",
-    ),
-    (
         "sere_compile/evaluation/routing.py",
         "merge_slots",
         "named = torch.zeros(len(ids), num_experts, device=ids.device).scatter_(1, ids.long(), 3.0)",
