@@ -75,6 +75,10 @@ class Layer:
         activation, interleaved = _activation(layer) or ("", False)
         return cls(activation, interleaved, first, second, packed)
 
+    def weights(self, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied where a call brings these."""
+        return (w1, w2) if self.packed is None else (self.packed.gate_up, self.packed.down)
+
 
 def replace_experts(
     runners: Mapping[str, Any], options: VllmOptions, vllm_config: Any, device: torch.device
@@ -186,8 +190,8 @@ def _other_packed_weights(packed: PackedWeights | None, moe: Any, experts: str) 
         return 'MXFP4 weights, which experts="sere" keeps a second time, as the checkpoint has them'
     if experts not in ("OAITritonExperts", "UnfusedOAITritonExperts"):
         return f"{experts} may change MXFP4 weights where they lie"
-    if moe.in_dtype != torch.bfloat16 or packed.gate_up.shape[2] * 2 != moe.hidden_dim:
-        width = packed.gate_up.shape[2] * 2
+    width = packed.gate_up.shape[2] * 2
+    if moe.in_dtype != torch.bfloat16 or width != moe.hidden_dim:
         return f"{moe.hidden_dim} hidden states of {moe.in_dtype}, and MXFP4 weights of {width}, which take bfloat16"
     return ""
 
@@ -205,7 +209,7 @@ def _kind(runner: Any) -> tuple[Any, ...]:
     """What decides which kernels a layer gets."""
     layer = runner.routed_experts
     known = Layer.of(layer)
-    weights = (layer.w13_weight, layer.w2_weight) if known.packed is None else (known.packed.gate_up, known.packed.down)
+    weights = known.weights(layer.w13_weight, layer.w2_weight)
     shapes = (*(tuple(weight.shape) for weight in weights), runner.moe_config.experts_per_token)
     return (*shapes, weights[0].dtype, layer.activation, known.gate_up_bias is not None)
 
@@ -219,6 +223,7 @@ def put_before(runner: Any, limit: int) -> Callable[[], int]:
     layer = runner.routed_experts
     experts = layer.quant_method.moe_kernel.fused_experts
     known, dtype, computed = Layer.of(layer), runner.moe_config.in_dtype, 0
+    scales = (None, None) if known.packed is None else (known.packed.gate_up_scale, known.packed.down_scale)
     original = experts.apply
 
     def apply(
@@ -241,11 +246,8 @@ def put_before(runner: Any, limit: int) -> Callable[[], int]:
                 topk_ids=topk_ids, **others,
             )  # fmt: skip
         computed += 1
-        packed = known.packed
-        weights = (w1, w2) if packed is None else (packed.gate_up, packed.down)
-        scales = (None, None) if packed is None else (packed.gate_up_scale, packed.down_scale)
         expert_mlp_into(
-            output, hidden_states, topk_ids, topk_weights, *weights, known.gate_up_bias, known.down_bias,
+            output, hidden_states, topk_ids, topk_weights, *known.weights(w1, w2), known.gate_up_bias, known.down_bias,
             known.activation, known.interleaved, *scales,
         )  # fmt: skip
         return None
