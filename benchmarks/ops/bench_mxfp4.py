@@ -54,6 +54,9 @@ def tiles():
 def vllm_experts(packed):
     """vLLM's experts for MXFP4 as a function of (hidden, ids, weights); None where it has none here."""
     try:
+        from vllm.utils.import_utils import has_triton_kernels
+
+        has_triton_kernels()  # vLLM has its own copy of the package, which this makes importable
         from triton_kernels.matmul_ogs import FlexCtx, PrecisionConfig
         from vllm.model_executor.layers.fused_moe.experts import gpt_oss_triton_kernels_moe as kernels
         from vllm.model_executor.layers.quantization.utils.mxfp4_utils import _swizzle_mxfp4

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..launching import launchable
-from .mxfp4 import MX_BLOCK
-from .projection import MX, project, project_pair, scale_rows, scales_of, stored_column
+from .mxfp4 import MX_BLOCK, MX_WORD
+from .projection import MX, WORD, project, project_pair, row_ptrs, scale_rows, scales_of, stored_column
 from .reference import SCALE_BLOCK, gate_width, round_to_fp8
 from .tiles import MANY_SLOTS, MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
 
@@ -128,7 +128,7 @@ def gate_up_tile(
     row = first + tl.arange(0, M)
     inside = row < last
     token = tl.load(order_ptr + row, mask=inside, other=0) // K
-    STEP: tl.constexpr = BLOCK_K // 2 if SCALE == MX else BLOCK_K
+    STEP: tl.constexpr = BLOCK_K // WORD if SCALE == MX else BLOCK_K
     d = tl.arange(0, STEP)
     x_ptrs = x_ptr + token[:, None] * HIDDEN + d[None, :]
     n = column + tl.arange(0, N)
@@ -137,7 +137,7 @@ def gate_up_tile(
     safe = tl.minimum(n, INNER - 1)
     s_ptrs = scale_rows(s_ptr, safe, HIDDEN, SCALE) if SCALE else s_ptr
     if not GATED:
-        w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
+        w_ptrs = row_ptrs(w_ptr, n, d, stride_n, stride_d, SCALE)
         x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], is_mine[:, None], STEP, STEP * stride_d,
                     HIDDEN, M, N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
         if HAS_BIAS:
@@ -148,7 +148,7 @@ def gate_up_tile(
             # One tile of 2 N rows, so that a transposed layout is read in runs; the pairs are taken apart after.
             p = 2 * column + tl.arange(0, 2 * N)
             both_mine = (p < 2 * (column + width)) & (p < 2 * INNER)
-            w_ptrs = w_ptr + p[:, None] * stride_n + d[None, :] * stride_d
+            w_ptrs = row_ptrs(w_ptr, p, d, stride_n, stride_d, SCALE)
             s_both = scale_rows(s_ptr, tl.minimum(p, 2 * INNER - 1), HIDDEN, SCALE) if SCALE else s_ptr
             both = project(x_ptrs, w_ptrs, s_both, inside[:, None], both_mine[:, None], STEP, STEP * stride_d,
                            HIDDEN, M, 2 * N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
@@ -156,7 +156,7 @@ def gate_up_tile(
                 both += tl.load(b_ptr + p, mask=both_mine, other=0.0).to(tl.float32)[None, :]
             gate, up = tl.split(tl.reshape(both, (M, N, 2)))
         else:
-            w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
+            w_ptrs = row_ptrs(w_ptr, n, d, stride_n, stride_d, SCALE)
             s_up_ptrs = scale_rows(s_ptr, INNER + safe, HIDDEN, SCALE) if SCALE else s_ptr
             gate, up = project_pair(x_ptrs, w_ptrs, s_ptrs, s_up_ptrs, inside[:, None], is_mine[:, None], STEP,
                                     STEP * stride_d, INNER * stride_n, HIDDEN, M, N, BLOCK_K, MASK_N,
@@ -287,11 +287,11 @@ def down_tile(
     row = first + tl.arange(0, M)
     inside = row < last
     slot = tl.load(order_ptr + row, mask=inside, other=0)
-    STEP: tl.constexpr = BLOCK_K // 2 if SCALE == MX else BLOCK_K
+    STEP: tl.constexpr = BLOCK_K // WORD if SCALE == MX else BLOCK_K
     d = tl.arange(0, STEP)
     n = column + tl.arange(0, N)
     x_ptrs = act_ptr + row[:, None] * INNER + d[None, :]
-    w_ptrs = w_ptr + n[:, None] * stride_n + d[None, :] * stride_d
+    w_ptrs = row_ptrs(w_ptr, n, d, stride_n, stride_d, SCALE)
     s_ptrs = scale_rows(s_ptr, tl.minimum(n, HIDDEN - 1), INNER, SCALE) if SCALE else s_ptr
     x = project(x_ptrs, w_ptrs, s_ptrs, inside[:, None], (n < HIDDEN)[:, None], STEP, STEP * stride_d,
                 INNER, M, N, BLOCK_K, MASK_N, SWAP, SCALE)  # fmt: skip
@@ -387,7 +387,7 @@ def launch_gate_up(
     num_experts, width = int(gate_up.shape[0]), int(hidden.shape[1])
     block = scale_columns(scale)
     if block == MX_BLOCK:  # see `stored_column`
-        hidden = hidden.unflatten(1, (-1, 2)).transpose(1, 2)
+        hidden = hidden.unflatten(1, (-1, MX_WORD)).transpose(1, 2)
     inner = int(gate_up.shape[2 if transposed else 1]) // gate_width(activation)
     act = torch.empty((num_slots, inner), dtype=hidden.dtype, device=hidden.device)
     order = torch.empty(num_slots, dtype=torch.int32, device=hidden.device)

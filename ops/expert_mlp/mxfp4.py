@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Numbers of a row that share one scale.
 MX_BLOCK = 32
+# Numbers that kernels load as one, 16 bits.
+MX_WORD = 4
 # Twice the numbers that the codes 0 to 7 stand for; with 8 added to its code a number is negative.
 _DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)
 _BIAS = 127

@@ -6,10 +6,12 @@ Weights are in the dtype of the activations, FP8 with scales of blocks, or MXFP4
 import triton
 import triton.language as tl
 
-from .mxfp4 import MX_BLOCK
+from .mxfp4 import MX_BLOCK, MX_WORD
 
 # `SCALE` of kernels: how many columns of a weight row share a scale; 0 without scales. By it they know MXFP4.
 MX = tl.constexpr(MX_BLOCK)
+# Of MXFP4, how many numbers are loaded as one.
+WORD = tl.constexpr(MX_WORD)
 
 
 @triton.jit
@@ -70,6 +72,52 @@ def fp4_numbers(codes):
     return doubled.to(tl.float32) * tl.where(codes < 8, 0.5, -0.5)
 
 
+def _fp4_to_bf16(quarter: int) -> tl.constexpr:
+    """PTX for what a 4-bit float of each half of $1 stands for, times the bf16 in each half of $2.
+
+    Sign, exponent and mantissa go to where bf16 has its own: that is the number times 2 ** -126, the least ones
+    subnormal. Then products with 2 ** 126 and with the scale, neither of which rounds (a multiply-add of -0: before
+    Hopper there is no other instruction for bf16).
+    """
+    return tl.constexpr(
+        "{ .reg .b32 word, t, up, zero;\n"
+        "mov.b32 up, 0x7E807E80;\n"  # 2 ** 126, twice
+        "mov.b32 zero, 0x80008000;\n"
+        f"shl.b32 word, $1, {12 - 4 * quarter};\n"
+        "shr.b32 t, word, 6;\n"
+        "and.b32 t, t, 0x01C001C0;\n"
+        "and.b32 word, word, 0x80008000;\n"
+        "or.b32 t, t, word;\n"
+        "fma.rn.bf16x2 t, t, up, zero;\n"
+        "fma.rn.bf16x2 $0, t, $2, zero; }"
+    )
+
+
+_FP4_TO_BF16_0, _FP4_TO_BF16_1, _FP4_TO_BF16_2, _FP4_TO_BF16_3 = map(_fp4_to_bf16, range(WORD.value))
+
+
+@triton.jit
+def fp4_quarter(words, scale, PTX: tl.constexpr):
+    """One of `fp4_words` in bf16. Two words to a register, each on its own: any layout of the tensors will do."""
+    return tl.inline_asm_elementwise(PTX, "=r,r,r", [words, scale], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def fp4_words(words, scale):
+    """What the four 4-bit floats of int16 stand for, the lowest bits first, times scale: four tensors of its dtype.
+
+    scale: in the shape of words, bf16 or fp32.
+    """
+    if scale.dtype == tl.bfloat16:
+        # Not one statement with four results: Triton 3.8 moves all but the first through shared memory.
+        a, b = fp4_quarter(words, scale, _FP4_TO_BF16_0), fp4_quarter(words, scale, _FP4_TO_BF16_1)
+        c, d = fp4_quarter(words, scale, _FP4_TO_BF16_2), fp4_quarter(words, scale, _FP4_TO_BF16_3)
+    else:
+        a, b = fp4_numbers(words & 15) * scale, fp4_numbers(words >> 4 & 15) * scale
+        c, d = fp4_numbers(words >> 8 & 15) * scale, fp4_numbers(words >> 12 & 15) * scale
+    return a, b, c, d
+
+
 @triton.jit
 def powers_of_two(scale):
     """2 ** (scale - 127) in fp32 of uint8, NaN of 255; the least one has no exponent of its own."""
@@ -78,13 +126,23 @@ def powers_of_two(scale):
 
 
 @triton.jit
-def stored_column(n, COLUMNS: tl.constexpr, SCALE: tl.constexpr):
-    """Where a row of what a weight is multiplied with has column n: for MXFP4 all even ones are ahead of the odd ones.
+def row_ptrs(w_ptr, n, d, stride_n, stride_d, SCALE: tl.constexpr):
+    """Pointers [N, D] to rows n of a weight; to words of four numbers if they are MXFP4, which is never transposed."""
+    rows = w_ptr + n[:, None] * stride_n
+    if SCALE == MX:
+        return rows.to(tl.pointer_type(tl.int16), bitcast=True) + d[None, :]
+    else:
+        return rows + d[None, :] * stride_d
 
-    A byte has a number of each: so both halves of it meet columns that lie side by side.
+
+@triton.jit
+def stored_column(n, COLUMNS: tl.constexpr, SCALE: tl.constexpr):
+    """Where a row of what a weight is multiplied with has column n: for MXFP4 every fourth ones lie side by side.
+
+    A word has a number of each: so each quarter of it meets columns that are one tile.
     """
     if SCALE == MX:
-        return n // 2 + n % 2 * (COLUMNS // 2)
+        return n // WORD + n % WORD * (COLUMNS // WORD)
     else:
         return n
 
@@ -105,22 +163,29 @@ def add_mxfp4(
     MASK_N: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """`project` of packed weights, not transposed back: BLOCK_K / 2 bytes of a row at a time, x as `stored_column`."""
-    HALF: tl.constexpr = BLOCK_K // 2
+    """`project` of packed weights, not transposed back: BLOCK_K / 4 words of a row at a time, x as `stored_column`."""
+    WORDS: tl.constexpr = BLOCK_K // WORD
     GROUPS: tl.constexpr = BLOCK_K // MX
+    QUARTER: tl.constexpr = DEPTH // WORD
     MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0
-    byte = tl.arange(0, HALF)[None, :]
+    word = tl.arange(0, WORDS)[None, :]
     group = tl.arange(0, GROUPS)[None, :]
     s_ptrs = s_ptrs[:, None] + group
-    for k in range(0, DEPTH // 2, HALF):
-        inside = byte < DEPTH // 2 - k
-        even = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
-        odd = load_tile(x_ptrs + DEPTH // 2, x_rows, inside, True, MASK_K)
-        codes = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
-        scale = powers_of_two(load_tile(s_ptrs, w_rows, group < (DEPTH // 2 - k) // (MX // 2), MASK_N, MASK_K))
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (N, GROUPS, MX // 2)), (N, HALF))
-        acc = dot_rows(even, (fp4_numbers(codes & 15) * scale).to(even.dtype), acc, SWAP)
-        acc = dot_rows(odd, (fp4_numbers(codes >> 4) * scale).to(odd.dtype), acc, SWAP)
+    for k in range(0, QUARTER, WORDS):
+        inside = word < QUARTER - k
+        words = load_tile(w_ptrs, w_rows, inside, MASK_N, MASK_K)
+        bits = load_tile(s_ptrs, w_rows, group < (QUARTER - k) // (MX // WORD), MASK_N, MASK_K)
+        x0 = load_tile(x_ptrs, x_rows, inside, True, MASK_K)
+        x1 = load_tile(x_ptrs + QUARTER, x_rows, inside, True, MASK_K)
+        x2 = load_tile(x_ptrs + 2 * QUARTER, x_rows, inside, True, MASK_K)
+        x3 = load_tile(x_ptrs + 3 * QUARTER, x_rows, inside, True, MASK_K)
+        scale = powers_of_two(bits).to(x0.dtype)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (N, GROUPS, MX // WORD)), (N, WORDS))
+        w0, w1, w2, w3 = fp4_words(words, scale)
+        acc = dot_rows(x0, w0, acc, SWAP)
+        acc = dot_rows(x1, w1, acc, SWAP)
+        acc = dot_rows(x2, w2, acc, SWAP)
+        acc = dot_rows(x3, w3, acc, SWAP)
         x_ptrs += step_x
         w_ptrs += step_w
         s_ptrs += GROUPS
@@ -190,7 +255,7 @@ def project_pair(
     up = tl.zeros([N, M] if SWAP else [M, N], tl.float32)
     if SCALE == MX:
         gate = add_mxfp4(x_ptrs, w_ptrs, s_ptrs, x_rows, w_rows, step_x, step_w, gate, DEPTH, N, BLOCK_K, MASK_N, SWAP)
-        w_ptrs += to_up
+        w_ptrs += tl.multiple_of(to_up // 2, 8)  # bytes to words; rows are of whole groups of 16 bytes
         up = add_mxfp4(x_ptrs, w_ptrs, s_up_ptrs, x_rows, w_rows, step_x, step_w, up, DEPTH, N, BLOCK_K, MASK_N, SWAP)
     else:
         MASK_K: tl.constexpr = DEPTH % BLOCK_K != 0

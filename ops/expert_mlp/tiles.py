@@ -73,8 +73,8 @@ def launch_config(
     takes shared memory from the copies under way.
     """
     if mxfp4:
-        # A quarter of the bytes per column: as many of these in flight as of 16 bits by deeper tiles. Not timed.
-        tile = TileConfig(64, 128, 4, 5, 2, swap=True) if dtype.itemsize == 2 else TileConfig(32, 64, 4, 3, 2)
+        # A quarter of the bytes per column: as many of these in flight as of 16 bits by deeper tiles.
+        tile = TileConfig(64, 256, 4, 3, 2, swap=True) if dtype.itemsize == 2 else TileConfig(32, 64, 4, 3, 2)
         return LaunchConfig(tile, tile, planned=planned)
     if dtype.itemsize == 4:
         tile = TileConfig(32, 32, 4, 3, 2)

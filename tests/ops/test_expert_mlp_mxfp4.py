@@ -120,7 +120,7 @@ def small_tiles(**changes):
     return LaunchConfig(tile, tile, chunk=16)
 
 
-@pytest.mark.parametrize("tile", [{}, {"swap": True}, {"block_k": 32, "align": 4}], ids=["rows", "swapped", "narrow"])
+@pytest.mark.parametrize("tile", [{}, {"swap": True}, {"block_k": 64, "align": 4}], ids=["rows", "swapped", "narrow"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_kernels_equal_oracle(layer, tile, kernel_device):
     from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
@@ -140,6 +140,52 @@ def test_kernels_with_their_own_tiles(tokens, kernel_device):
     with poisoned_memory():
         got = launch_expert_mlp(*arguments[:10], None, *arguments[10:])
     assert_close_to_oracle(got, plain)
+
+
+def run_ptx(text, words, scales):
+    """What the statements write to $0 for int64 words and scales of 32 bits: those that `_fp4_to_bf16` is made of."""
+    registers = {"$1": words, "$2": scales}
+
+    def value(name):
+        return registers[name] if name in registers else int(name, 0)
+
+    def halves(bits):
+        return torch.stack([bits & 0xFFFF, bits >> 16]).to(torch.int32).to(torch.int16).view(torch.bfloat16)
+
+    def multiply_add(a, b, c):
+        low, high = (halves(a).double() * halves(b).double() + halves(c).double()).bfloat16().view(torch.int16).long()
+        return low & 0xFFFF | (high & 0xFFFF) << 16
+
+    known = {
+        "mov.b32": lambda a: torch.full_like(words, a), "shl.b32": lambda a, n: a << n & 0xFFFFFFFF,
+        "shr.b32": lambda a, n: a >> n, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b,
+        "fma.rn.bf16x2": multiply_add,
+    }  # fmt: skip
+    statements = [s.split(None, 1) for s in text.strip("{ }").split(";") if s.strip()]
+    assert statements.pop(0)[0] == ".reg"
+    for name, operands in statements:
+        to, *given = operands.split(", ")
+        registers[to] = known[name](*map(value, given))
+    return halves(registers["$0"])
+
+
+@pytest.mark.parametrize("quarter", range(4))
+def test_what_a_gpu_makes_of_every_word(quarter):
+    """Run statement by statement, since the interpreter runs no PTX; each half of a register on its own."""
+    from sere_compile.ops.expert_mlp.projection import _fp4_to_bf16
+
+    words = torch.arange(1 << 16)
+    for scale in (0, 1, 2, 100, 127, 200, 253, 254, 255):
+        other = (scale + 7) % 256
+        bits = [{0: 0x40, 255: 0x7FC0}.get(s, s << 7) for s in (scale, other)]
+        got = run_ptx(
+            _fp4_to_bf16(quarter).value, words | words.flip(0) << 16, torch.full_like(words, bits[0] | bits[1] << 16)
+        )
+        for half, number, shared in ((got[0], words, scale), (got[1], words.flip(0), other)):
+            packed = (number >> 4 * quarter & 15).to(torch.uint8).unflatten(0, (-1, 16))
+            want = unpack_mxfp4(packed, torch.full((len(packed), 1), shared, dtype=torch.uint8))[:, ::2].bfloat16()
+            assert torch.equal(half.view(torch.int16), want.flatten().view(torch.int16)) or half.isnan().all()
+            assert half.isnan().all() == want.isnan().all() == (shared == 255)
 
 
 def test_a_scale_of_nan_is_nan(kernel_device):
