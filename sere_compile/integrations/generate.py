@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..config import SereConfig, split_options
@@ -10,7 +11,12 @@ from ..extras import require
 
 
 def generate_config(
-    *, mode: str | None = "auto", fullgraph: bool = False, dynamic: bool | None = None, **options: Any
+    *,
+    mode: str | None = "auto",
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    guard_filter_fn: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> Any:
     """The `compile_config` for `model.generate` that decodes with re-routing, on a GPU and on a CPU.
 
@@ -26,6 +32,10 @@ def generate_config(
             transformers compiles; none where `inner` is another backend.
         fullgraph: as torch.compile takes it.
         dynamic: as torch.compile takes it.
+        guard_filter_fn: as torch.compile takes it among its options: which of Dynamo's guards are kept. Checking
+            those on modules is part of every step's time on the host; without them (one of the functions of
+            torch.compiler whose names end in `_unsafe`) a change of the model after its first step is not seen. A
+            `GenerationConfig` with a function cannot be saved.
         **options: of `SereConfig`, and of Inductor.
 
     Returns:
@@ -50,6 +60,8 @@ def generate_config(
     made = transformers.CompileConfig(
         backend="sere", mode=None, options={**_options_of(mode), **options}, fullgraph=fullgraph, dynamic=dynamic
     )
+    if guard_filter_fn is not None:  # torch.compile takes it out of the options before a backend sees them
+        made.options["guard_filter_fn"] = guard_filter_fn
     made._compile_all_devices = True  # else transformers leaves the decode step of a model on a CPU as it is
     return made
 

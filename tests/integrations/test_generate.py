@@ -40,6 +40,23 @@ def test_modes_become_options():
     assert '"select_top_k": 2' in GenerationConfig(compile_config=made).to_json_string()
 
 
+def test_guards_are_filtered_as_torch_compile_does():
+    """And the backend, which knows no such option, does not meet it."""
+    asked = []
+
+    def keep_none(guards):
+        asked.append(len(guards))
+        return [False] * len(guards)
+
+    model, ids = build("qwen3_moe"), tokens(4, 5)
+    config = sere_compile.generate_config(select_top_k=1, inner="eager", guard_filter_fn=keep_none)
+    want = decode(model, ids, sere_compile.generate_config(select_top_k=1, inner="eager"))
+    torch.compiler.reset()
+    assert torch.equal(decode(model, ids, config), want)
+    assert asked
+    assert all(asked)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
