@@ -23,6 +23,11 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 BRANCHES_ON_LISTS = TorchVersion(torch.__version__) >= "2.15"
 
 
+def told(caplog):
+    """What sere logged; torch 2.11 logs of its own."""
+    return [record for record in caplog.records if record.name.startswith("sere")]
+
+
 def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
@@ -67,7 +72,7 @@ def test_a_setting_of_code_outside_graphs_that_changes_later(strict, caplog):
     model, matrix, x = prepared(ScaledLater)
     compiled = sere_compile.compile(model, select_top_k=1, inner="eager", strict=strict)
     close(compiled(x), model.expected(x, matrix, 1))
-    assert not caplog.records
+    assert not told(caplog)
     model.scales[2:4] = [3.0, 0.0]
     if strict:
         with pytest.raises(Exception, match="was not proven"):
@@ -121,7 +126,7 @@ def test_model_that_raises_under_capture_goes_back(caplog):
     with caplog.at_level(logging.INFO, logger="sere_compile.capture"):
         for _ in range(2):
             close(compiled(x), model.expected(x, matrix, 1))
-    assert len(caplog.records) == 1
+    assert len(told(caplog)) == 1
     assert "it raises GuardOnDataDependentSymNode" in caplog.text
 
 

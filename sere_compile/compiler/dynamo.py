@@ -21,6 +21,7 @@ import torch
 from torch._guards import Guard, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.torch_version import TorchVersion
 
 from ..passes.graph.copy import copy_module
 from ..passes.graph.run_part import plain_number
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _Error = TypeVar("_Error", bound=Exception)
 _EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
+# Before, guards on a tensor in a dict are not checked again until the dict changes.
+_ASKS_OF_TENSORS = TorchVersion(torch.__version__) >= "2.13"
 # Attributes that AOTAutograd reads from a graph module that Dynamo made.
 _MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id")
 
@@ -125,10 +128,29 @@ def guard_input(node: Node, holds: Callable[[object], bool], text: str) -> bool:
         return False
 
     def create(builder: Any, guard: Guard) -> None:
-        builder.get_guard_manager(guard).add_lambda_guard(holds, [text], guard.user_stack)
+        if _ASKS_OF_TENSORS:
+            builder.get_guard_manager(guard).add_lambda_guard(holds, [text], guard.user_stack)
+            return
+        ask = _asked_at_the_root(source, builder.scope, holds)
+        builder.guard_manager.root.add_lambda_guard(ask, [text], guard.user_stack)
 
     context.guards_context.dynamo_guards.add(Guard(source, create))
     return True
+
+
+def _asked_at_the_root(source: Any, scope: dict[str, Any], holds: Callable[[object], bool]) -> Callable[[Any], bool]:
+    """`holds` as a question about the local variables of a call, from which Dynamo's name for an input reads it."""
+    name = source.name if isinstance(source.name, str) else source.name()
+    read = compile(name, "<sere guard>", "eval")
+
+    def ask(variables: Any) -> bool:
+        try:
+            value = eval(read, {**scope, "L": variables})
+        except (AttributeError, LookupError, NameError, TypeError):
+            return False
+        return holds(value)
+
+    return ask
 
 
 def serve_at_most(graph: Graph, count: int | torch.SymInt, most: int) -> None:

@@ -151,6 +151,27 @@ class TestGuards:
         assert graphs == [True, True]
         assert any(value is now for value in asked)
 
+    @pytest.mark.parametrize("at_the_root", [False, True])
+    def test_a_weight_is_asked_about_at_every_call(self, at_the_root, monkeypatch):
+        """Before 2.13 Dynamo takes a module's tensor for unchanged as long as the dict is: it is asked elsewhere."""
+        if at_the_root:
+            monkeypatch.setattr(dynamo, "_ASKS_OF_TENSORS", False)
+        model, graphs, now = torch.nn.Sequential(torch.nn.Linear(4, 4)), [], [0]
+
+        def seen(graph, inputs):
+            [node] = [n for n in graph.graph.find_nodes(op="placeholder") if dynamo.input_name(n).endswith("weight")]
+            wanted = now[0]
+            graphs.append(dynamo.guard_input(node, lambda w: w is model[0].weight and now[0] == wanted, "of a test"))
+
+        run, x = compiled(model, seen), torch.ones(2, 4)
+        for now[0] in (1, 1, 1, 2, 1):
+            run(x)
+        assert graphs == [True, True]
+
+    def test_what_is_gone_is_not_served(self):
+        ask = dynamo._asked_at_the_root(LocalSource("x"), {"G": {}}, lambda value: value == 1)
+        assert [ask({"x": 1}), ask({"x": 2}), ask({})] == [True, False, False]
+
     def test_without_dynamo_there_is_none(self):
         node = Written().given(2)
         assert dynamo.guard_input(node, lambda value: True, "") is False
