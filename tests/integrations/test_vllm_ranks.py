@@ -11,6 +11,7 @@ from sere_compile import ProbeError, SereConfig
 from sere_compile.integrations.vllm.plugin import whose_batch
 from sere_compile.integrations.vllm.ranks import (
     Meeting,
+    _bound_to_exchange,
     marks_of,
     own_rows_only,
     part_of_rows,
@@ -183,6 +184,19 @@ def test_experts_without_an_exchange_are_left_as_they_are():
     runner = SimpleNamespace(_quant_method=SimpleNamespace())
     with own_rows_only(runner) as shares:
         assert shares is False
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [("Standard", ""), ("PaddedStandard", ""), ("BatchedExperts", "Experts takes rows in the order in which")],
+)
+def test_experts_that_take_rows_as_they_are(taken, reason):
+    """vLLM 0.34's own for Triton take rows of padding as well."""
+    experts = type("Experts", (), {"activation_format": lambda self: SimpleNamespace(name=taken)})()
+    layer = SimpleNamespace(expert_map=None, global_num_experts=8)
+    runner = SimpleNamespace(routed_experts=layer, moe_config=SimpleNamespace(num_local_experts=8))
+    found = _bound_to_exchange(runner, SimpleNamespace(fused_experts=experts))
+    assert found.startswith(reason) if reason else found == ""
 
 
 def test_where_a_logical_expert_is():

@@ -72,10 +72,9 @@ def own_rows_only(runner: Any) -> Iterator[bool]:
 
 def _bound_to_exchange(runner: Any, kernel: Any) -> str:
     """Why a kernel's experts cannot run on rows that were not exchanged; empty where they can."""
-    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat
-
     experts = kernel.fused_experts
-    if experts.activation_format() is not FusedMoEActivationFormat.Standard:
+    # By name: since 0.34 there are experts that take rows of padding as well, and others still.
+    if experts.activation_format().name not in ("Standard", "PaddedStandard"):
         return f"{type(experts).__name__} takes rows in the order in which the exchange leaves them"
     whole = runner.routed_experts
     if whole.expert_map is None and runner.moe_config.num_local_experts < whole.global_num_experts:
