@@ -2,6 +2,7 @@ r"""SERE in vLLM on a GPU for other models and kinds of weights: whether they ar
 
 \b
 python -m benchmarks.vllm_models                                        # Qwen3-30B-A3B's shape in every kind of weights
+python -m benchmarks.vllm_models --layers 4 --together 3                # experts are counted; times are the host's
 python -m benchmarks.vllm_models --of gpt-oss-20b,deepseek-v2-lite --batches 8,32,64
 
 Dummy weights. Four engines each, side by side and timed in turn, of which one counts. With few layers the host is what
@@ -66,15 +67,17 @@ WEIGHTS: dict[str, dict[str, Any] | str] = {
 @click.option("--of", default=",".join(f"{SHAPE}/{name}" for name in WEIGHTS), show_default=True,
               help="SHAPE or SHAPE/WEIGHTS; with @N of so many layers instead of the model's own.")  # fmt: skip
 @click.option("--batches", default="32", show_default=True)
+@click.option("--layers", type=int, default=None, help="Where --of says no number.")
 @click.option("--together", default=1, show_default=True, help="Models side by side, four engines each.")
 @click.option("--minutes", default=8.0, show_default=True)
 @click.option("--log", type=Path, default=Path("vllm_models.log"), show_default=True)
-def main(of: str, batches: str, together: int, minutes: float, log: Path) -> None:
+def main(of: str, batches: str, layers: int | None, together: int, minutes: float, log: Path) -> None:
     """All models, a table."""
     ends, complete = time.monotonic() + 60 * minutes, True
     sizes = [int(batch) for batch in batches.split(",")]
     click.echo(HEAD)
-    for group in parts(of.split(","), together):
+    names = [name if layers is None or "@" in name else f"{name}@{layers}" for name in of.split(",")]
+    for group in parts(names, together):
         with tempfile.TemporaryDirectory() as folder:
             cases = [
                 case

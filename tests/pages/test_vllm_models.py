@@ -1,8 +1,10 @@
 """What `benchmarks/vllm_models.py` asks engines for, and makes of their numbers."""
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import vllm_models
+from benchmarks.engines import Run
 
 
 @pytest.mark.parametrize(("name", "quantised", "at_start", "layers"), [
@@ -36,3 +38,15 @@ def test_a_row_of_a_model_has_what_ran():
         vllm_models.model_row("m", 32, "", [None, *timed[1:], None])
         == "| m | 32 |  | - | - | 1.60 (nanx) | 1.00 (nanx) |"
     )
+
+
+def test_layers_are_of_models_that_say_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr(vllm_models, "of_model", lambda folder, name, sizes: asked.append(name) or [{"name": name}] * 4)
+    monkeypatch.setattr(vllm_models, "run_together", lambda cases, seconds, log: [Run(None)] * len(cases))
+    run = CliRunner().invoke(
+        vllm_models.main, ["--of", "mixtral-8x7b,gpt-oss-20b@3", "--layers", "4", "--together", "2"]
+    )
+    assert asked == ["mixtral-8x7b@4", "gpt-oss-20b@3"]
+    assert run.exit_code == 1
+    assert "| mixtral-8x7b@4 | 32 |  | - | - | - | - |" in run.output
