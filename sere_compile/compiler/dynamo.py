@@ -102,7 +102,7 @@ def input_name(node: Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return str(node.target)
-    text = source.name if isinstance(source.name, str) else source.name()
+    text = _text_of(source)
     text = re.sub(r"\.__dict__\[['\"](_modules|_parameters|_buffers)['\"]\]", r".\1", text)
     text = re.sub(r"\._(modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\2", text)
     variable = re.match(r"[LG]\[['\"](\w+)['\"]\]", text)
@@ -110,6 +110,11 @@ def input_name(node: Node) -> str:
     name = re.sub(r"\[['\"]?([\w]+)['\"]?\]", r".\1", inside).lstrip(".")
     # A tensor that is a variable itself, as of a function that is given its weights, has no name but that.
     return name or (variable[1] if variable is not None else text)
+
+
+def _text_of(source: Any) -> str:
+    """Dynamo's expression for where an object is: `L['self']._modules['gate']`."""
+    return str(source.name if isinstance(source.name, str) else source.name())
 
 
 def guard_input(node: Node, holds: Callable[[object], bool], text: str) -> bool:
@@ -140,12 +145,13 @@ def guard_input(node: Node, holds: Callable[[object], bool], text: str) -> bool:
 
 def _asked_at_the_root(source: Any, scope: dict[str, Any], holds: Callable[[object], bool]) -> Callable[[Any], bool]:
     """`holds` as a question about the local variables of a call, from which Dynamo's name for an input reads it."""
-    name = source.name if isinstance(source.name, str) else source.name()
-    read = compile(name, "<sere guard>", "eval")
+    read = compile(_text_of(source), "<sere guard>", "eval")
+    # Without the variables of the call that is being compiled, whose tensors a guard would keep alive.
+    others = {name: value for name, value in scope.items() if name != "L"}
 
     def ask(variables: Any) -> bool:
         try:
-            value = eval(read, {**scope, "L": variables})
+            value = eval(read, others, {"L": variables})
         except (AttributeError, LookupError, NameError, TypeError):
             return False
         return holds(value)

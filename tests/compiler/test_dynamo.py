@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -171,6 +172,14 @@ class TestGuards:
     def test_what_is_gone_is_not_served(self):
         ask = dynamo._asked_at_the_root(LocalSource("x"), {"G": {}}, lambda value: value == 1)
         assert [ask({"x": 1}), ask({"x": 2}), ask({})] == [True, False, False]
+
+    def test_a_question_keeps_no_argument_alive(self):
+        given = torch.ones(2)
+        kept = weakref.ref(given)
+        ask = dynamo._asked_at_the_root(LocalSource("x"), {"G": {}, "L": {"x": given}}, lambda value: value == 1)
+        del given
+        assert kept() is None
+        assert ask({"x": 1})
 
     def test_without_dynamo_there_is_none(self):
         node = Written().given(2)
