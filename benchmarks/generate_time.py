@@ -26,7 +26,7 @@ from sere_compile.benchmark.timing import machine_name
 PROMPT, LONG, SHORT = 128, 73, 9
 
 
-def _static(**_: Any) -> dict[str, Any]:
+def _static() -> dict[str, Any]:
     from transformers import CompileConfig
 
     return {"cache_implementation": "static", "compile_config": CompileConfig(mode="reduce-overhead")}
@@ -36,16 +36,14 @@ def _sere(**options: Any) -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": sere_compile.generate_config(**options)}
 
 
-def _unguarded(**options: Any) -> dict[str, Any]:
-    return _sere(guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe, **options)
-
-
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
     "static cache": _static,
     "S = 2": lambda: _sere(select_top_k=2),
     "S = 1": lambda: _sere(select_top_k=1),
-    "S = 1, no guards on modules": lambda: _unguarded(select_top_k=1),
+    "S = 1, no guards on modules": lambda: _sere(
+        select_top_k=1, guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    ),
 }
 
 
