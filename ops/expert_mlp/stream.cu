@@ -381,34 +381,51 @@ DEVICE void multiply_128(float (&c)[NT][4], u64 a, u64 b) {
   end_products();
 }
 
+// c += a stage's products times its scales, for which it is waited while N later stages' are under way; the stage is free.
+template <int N, int NT>
+DEVICE void add_stage(float (&c)[NT][4], float (&p)[NT][4], Plan& plan, u32 stages, Ring& ring) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const u32 scales = scales_of(stages, ring), factors = scales + WEIGHT_SCALE_BYTES;
+  float of_weights[2], of_rows[NT][2];
+  load_two(of_weights, scales + warp * 8);
+#pragma unroll
+  for (int n = 0; n < NT; ++n) load_two(of_rows[n], factors + (n * 8 + 2 * (lane & 3)) * 4);
+  wait_for_products<N>(p);
+  __syncwarp();
+  if (lane == 0) barrier_arrive(&plan.empty[ring.stage]);
+  ring.next();
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] += of_weights[i >> 1] * of_rows[n][i & 1] * p[n][i];
+}
+
 // The same slots for all warps, all of the pass: its right operand starts where 8 rows do. Four warps multiply at once.
-// c: the sums over all stages of a pass, of this warp's 16 weight rows and NT times 8 columns.
+// c: the sums over all stages of a pass, of this warp's 16 weight rows and NT times 8 columns. While the tensor cores
+// have one stage, the one before is scaled.
 template <bool FIRST, int NT>
 DEVICE void sum_stages(float (&c)[NT][4], Plan& plan, u32 stages, Ring& ring) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = lane & 3;
-#pragma unroll 1
-  for (int k = 0; k < (FIRST ? HIDDEN : INNER); k += CHUNK) {
-    const u32 tile = tile_of(stages, ring), w = tile + warp / 4 * (64 * CHUNK_BYTES), x = tile + WEIGHT_BYTES;
-    const u32 scales = scales_of(stages, ring), factors = scales + WEIGHT_SCALE_BYTES;
-    float p[NT][4], of_weights[2], of_rows[NT][2];
-    barrier_wait(&plan.full[ring.stage], ring.phase);
+  constexpr int STEPS = (FIRST ? HIDDEN : INNER) / CHUNK;
+  Ring next = ring;
+  float even[NT][4], odd[NT][4];
+  auto start = [&](float (&p)[NT][4]) {
+    const u32 tile = tile_of(stages, next), w = tile + (threadIdx.x >> 5) / 4 * (64 * CHUNK_BYTES);
+    barrier_wait(&plan.full[next.stage], next.phase);
     show_to_tensor_cores();
     __syncwarp();
-    multiply_128(p, matrix_at(w), matrix_at(x));
-    load_two(of_weights, scales + warp * 8);
-#pragma unroll
-    for (int n = 0; n < NT; ++n) load_two(of_rows[n], factors + (n * 8 + 2 * t) * 4);
-    wait_for_products<0>(p);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&plan.empty[ring.stage]);
-    ring.next();
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        c[n][2 * h] += of_weights[h] * of_rows[n][0] * p[n][2 * h];
-        c[n][2 * h + 1] += of_weights[h] * of_rows[n][1] * p[n][2 * h + 1];
-      }
+    multiply_128(p, matrix_at(w), matrix_at(tile + WEIGHT_BYTES));
+    next.next();
+  };
+#pragma unroll 1
+  for (int step = 1; step < STEPS; step += 2) {
+    start(even);
+    start(odd);
+    add_stage<1>(c, even, plan, stages, ring);
+    add_stage<0>(c, odd, plan, stages, ring);
+  }
+  if (STEPS % 2) {
+    start(even);
+    add_stage<0>(c, even, plan, stages, ring);
   }
 }
 #else
@@ -564,10 +581,13 @@ DEVICE void project(const u8* x, const u8* weight, const float* scale, const u16
 #define PROJECTION extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? BLOCKS : 1)
 
 #if ROUNDS_AHEAD
-// Rounds `items` times 128 numbers, for all blocks of the projection that follows.
-extern "C" __global__ void __launch_bounds__(128) round_ahead(const u8* x, u8* numbers, float* factors, int items) {
+// Rounds `items` times 128 numbers, for all blocks of the projection that follows. Those may start at once; but ahead of
+// the first projection only when the ids are complete, which they read without waiting.
+extern "C" __global__ void __launch_bounds__(128)
+round_ahead(const u8* x, u8* numbers, float* factors, int items, int is_first) {
+  if (is_first) wait_for_earlier_kernels();
   let_next_kernel_start();
-  wait_for_earlier_kernels();
+  if (!is_first) wait_for_earlier_kernels();
   const int item = blockIdx.x * 16 + threadIdx.x / 8;
   // All lanes of a warp or none: they find the largest number together.
   if (blockIdx.x * 16 + threadIdx.x / 32 * 4 < items)

@@ -70,7 +70,8 @@ def stream_config(
             return StreamConfig(32, trigger=8, wgmma=True, rounds_ahead=True)
         return StreamConfig(32, wgmma=True, row_warps=4, blocks=1, rounds_ahead=True)
     if fp8_activations:
-        return StreamConfig(min(rows, 16), trigger=4) if num_slots <= 128 else StreamConfig(16)
+        # All rows of an expert in one pass: those of two would be summed in an order that is not always the same.
+        return StreamConfig(rows, trigger=4 if num_slots <= 128 else -1)
     if fp8:
         return StreamConfig(rows, trigger=8) if num_slots <= 64 else StreamConfig(rows, groups=2)
     return StreamConfig(rows, trigger=8 if num_slots <= 128 else 16)
@@ -253,19 +254,19 @@ def launch_stream(
     second = (act, call.down, down_scale, down_bias, ids, rows, *of_act, num_slots)
     ahead = stream.rounds_ahead
     if ahead:
-        _launch_rounding(kernels[3], hidden, of_hidden, early=False)
-    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=ahead)
+        _launch_rounding(kernels[3], hidden, of_hidden, is_first=True)
+    nvrtc.launch(kernels[0], grid, stream.threads, stream.shared_bytes, first, early=True)
     if ahead:
-        _launch_rounding(kernels[3], act, of_act, early=True)
+        _launch_rounding(kernels[3], act, of_act, is_first=False)
     nvrtc.launch(kernels[1], grid, stream.threads, stream.shared_bytes, second, early=True)
     sum_grid = (-(-stream.hidden // 512), num_tokens)
     nvrtc.launch(kernels[2], sum_grid, 128, 0, (rows, ids, weights, out), early=True)
     return out
 
 
-def _launch_rounding(kernel: ctypes.c_void_p, rows: Tensor, to: tuple[Tensor | None, Tensor | None], early: bool):
+def _launch_rounding(kernel: ctypes.c_void_p, rows: Tensor, to: tuple[Tensor | None, Tensor | None], is_first: bool):
     items = rows.numel() // SCALE_BLOCK
-    nvrtc.launch(kernel, (-(-items // 16), 1), 128, 0, (rows, *to, items), early)
+    nvrtc.launch(kernel, (-(-items // 16), 1), 128, 0, (rows, *to, items, int(is_first)), early=True)
 
 
 def room_for_rounded(stream: Stream, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:

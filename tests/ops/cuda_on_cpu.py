@@ -25,11 +25,11 @@ extern "C" const char* launch(const u8* x, const u8* w1, const float* s1, const 
   problem = nullptr;
 #if ROUNDS_AHEAD
   const int items = tokens * HIDDEN / 128, act_items = slots * INNER / 128;
-  run_grid((items + 15) / 16, 1, 128, 0, [=] { round_ahead(x, x8, f8, items); });
+  run_grid((items + 15) / 16, 1, 128, 0, [=] { round_ahead(x, x8, f8, items, 1); });
 #endif
   run_grid(blocks, 1, THREADS, bytes, [=] { gate_up(x, w1, s1, b1, ids, act, x8, f8, slots); });
 #if ROUNDS_AHEAD
-  run_grid((act_items + 15) / 16, 1, 128, 0, [=] { round_ahead((const u8*)act, act8, g8, act_items); });
+  run_grid((act_items + 15) / 16, 1, 128, 0, [=] { round_ahead((const u8*)act, act8, g8, act_items, 0); });
 #endif
   run_grid(blocks, 1, THREADS, bytes, [=] { down((const u8*)act, w2, s2, b2, ids, rows, act8, g8, slots); });
   run_grid((HIDDEN + 511) / 512, tokens, 128, bytes, [=] { sum_slots(rows, ids, weights, out); });

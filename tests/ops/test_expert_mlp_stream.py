@@ -200,6 +200,14 @@ def streams():
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [(False, False), (True, False), (True, True)], ids=["bf16", "fp8", "fp8 activations"])
+def test_an_expert_has_its_rows_in_one_pass(kind):
+    """Which slots are in which pass changes from run to run, and with their number the order of `mma.sync`'s sums."""
+    for tokens, top_k in itertools.product(range(1, stream.MOST_TOKENS + 1), range(1, stream.MOST_TOP_K + 1)):
+        if tokens * top_k <= stream.MOST_SLOTS:
+            assert stream.stream_config(tokens * top_k, *kind).rows >= tokens
+
+
 def test_shared_memory_fits():
     """A ring of at least three stages, within what a block may have."""
     for one in streams():
