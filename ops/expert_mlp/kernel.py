@@ -25,7 +25,7 @@ from ..launching import launchable
 from .mxfp4 import MX_BLOCK, MX_WORD
 from .projection import MX, WORD, project, project_pair, row_ptrs, scale_rows, scales_of, stored_column
 from .reference import SCALE_BLOCK, gate_width, round_to_fp8
-from .tiles import MANY_SLOTS, MANY_SLOTS_PER_EXPERT, LaunchConfig, launch_config
+from .tiles import FEW_TILES, MANY_SLOTS, MANY_SLOTS_PER_EXPERT, TILE_COLUMNS, LaunchConfig, launch_config
 
 # A kernel loads ids itself: torch's analysis of what a kernel writes takes every pointer that a function is given for
 # the origin of its result, and ids that "are written" through an address made of them would be copied before each call.
@@ -446,7 +446,8 @@ def launch_expert_mlp(
     many = guard_or_false(num_tokens * num_slots > MANY_SLOTS_PER_EXPERT * num_experts)
     # No guard for it: it would halve the sizes that a graph of any size is for.
     planned = isinstance(num_tokens, int) and num_tokens * num_slots >= MANY_SLOTS
-    config = config or launch_config(hidden.dtype, transposed, many, planned, mxfp4=block == MX_BLOCK)
+    few = num_experts * triton.cdiv(width, TILE_COLUMNS) < FEW_TILES
+    config = config or launch_config(hidden.dtype, transposed, many, planned, block == MX_BLOCK, few)
     rounded = round_to_fp8(hidden).to(hidden.dtype) if fp8_activations else hidden
     act, *plan = launch_gate_up(
         rounded, topk_ids, gate_up, gate_up_bias, activation, interleaved, transposed, config, gate_up_scale

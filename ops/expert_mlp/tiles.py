@@ -10,6 +10,9 @@ ROWS = 16
 MANY_SLOTS_PER_EXPERT = 24
 # Where looking at all slots for each tile costs more than a launch that does so once.
 MANY_SLOTS = 1024
+# Columns of a tile of 16-bit numbers, and where three programs on each multiprocessor of an H200, 396, would have no
+# two rounds of the second projection's tiles: the second one would be of a few, each as long as all the first.
+TILE_COLUMNS, FEW_TILES = 64, 792
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +65,17 @@ class LaunchConfig:
 
 
 def launch_config(
-    dtype: torch.dtype, transposed: bool, many_per_expert: bool = False, planned: bool = False, mxfp4: bool = False
+    dtype: torch.dtype,
+    transposed: bool,
+    many_per_expert: bool = False,
+    planned: bool = False,
+    mxfp4: bool = False,
+    few_tiles: bool = False,
 ) -> LaunchConfig:
     """The tiles for one layer's weights.
 
     `many_per_expert`: more than `MANY_SLOTS_PER_EXPERT` slots, T * K / E; `planned`: `MANY_SLOTS` in all or more;
-    `mxfp4`: weights of 4 bits.
+    `mxfp4`: weights of 4 bits; `few_tiles`: fewer than `FEW_TILES` tiles of the second projection, of all experts.
 
     An expert's rows beyond a tile read its weights again. Up to 16 are one tile in any case; a larger one for the rest
     takes shared memory from the copies under way.
@@ -87,5 +95,8 @@ def launch_config(
     if planned or many_per_expert:
         # Re-routing sends many slots to few experts.
         gate_up = dataclasses.replace(gate_up, num_stages=4, block_m=64)
-    down = TileConfig(64, 64, 4, 5, 2, swap=True, block_m=64) if many_per_expert else TileConfig(64, 64, 4, 5, 3)
+    if many_per_expert:
+        down = TileConfig(TILE_COLUMNS, 64, 4, 5, 2, swap=True, block_m=64)
+    else:
+        down = TileConfig(TILE_COLUMNS, 128, 4, 4, 2) if few_tiles else TileConfig(TILE_COLUMNS, 64, 4, 5, 3)
     return LaunchConfig(gate_up, down, planned=planned)

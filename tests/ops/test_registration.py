@@ -321,7 +321,7 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
         from sere_compile.ops.expert_mlp.kernel import chunk_of, down_kernel, gate_up_kernel, plan_kernel
-        from sere_compile.ops.expert_mlp.tiles import launch_config
+        from sere_compile.ops.expert_mlp.tiles import FEW_TILES, launch_config
 
         capability, shared = int(os.environ["CAPABILITY"]), int(os.environ["SHARED"])
 
@@ -344,14 +344,16 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
 
         LAYERS = [
             ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False), 0),
+            ("bf16", torch.bfloat16, False, dict(K=2, E=8, HIDDEN=4096, INNER=14336), ("silu", True, False, False), 0),
             ("bf16", torch.bfloat16, True, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", True, True, True), 0),
             ("bf16", torch.bfloat16, False, dict(K=4, E=32, HIDDEN=2880, INNER=2880), ("gpt_oss", *[True] * 3), 32),
             ("bf16", torch.bfloat16, False, dict(K=8, E=128, HIDDEN=2048, INNER=768), ("silu", True, False, False), 32),
             ("fp32", torch.float32, False, dict(K=2, E=8, HIDDEN=100, INNER=200), ("relu2", False, False, True), 0),
         ]
-        for (element, dtype, transposed, shape, flags, scale), slots in itertools.product(LAYERS, (256, 4096)):
+        for (element, dtype, transposed, shape, flags, scale), slots in itertools.product(LAYERS, (128, 4096)):
             shape |= dict(zip(("ACTIVATION", "GATED", "INTERLEAVED", "HAS_BIAS"), flags, strict=True))
-            config = launch_config(dtype, transposed, slots > 24 * shape["E"], slots >= 1024, mxfp4=scale == 32)
+            many, few = slots > 24 * shape["E"], shape["E"] * shape["HIDDEN"] < 64 * FEW_TILES
+            config = launch_config(dtype, transposed, many, slots >= 1024, scale == 32, few)
             shape |= {"SCALE": scale, "ALIGN": config.gate_up.step, "PLANNED": config.planned}
             shape |= chunk_of(slots, shape["E"], config.chunk)
             ones = ("stride_k", "stride_n" if transposed else "stride_d")
@@ -360,7 +362,7 @@ def test_expert_mlp_kernels_compile(capability, shared, tmp_path):
                 compiled = compile_alone(kernel, element, ones, {**shape, **tile.arguments()}, **packed)
                 assert compiled.metadata.shared <= shared * 1024
                 assert element == "fp32" or "cp.async.cg.shared.global" in compiled.asm["ptx"]
-                if element == "bf16" and not transposed and not scale and slots == 256:
+                if element == "bf16" and not transposed and not scale and slots == 128:
                     compile_alone(kernel, element, ones, {**shape, **tile.arguments(), "SCALE": 128}, w_ptr="*fp8e4nv")
             if config.planned:
                 compile_alone(plan_kernel, element, ("stride_k",), {**shape, "num_warps": 4})
