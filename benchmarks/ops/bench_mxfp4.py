@@ -20,6 +20,7 @@ from sere_compile.benchmark.timing import capture, copy_bandwidth, time_in_turn
 from sere_compile.ops.expert_mlp.kernel import launch_expert_mlp
 from sere_compile.ops.expert_mlp.mxfp4 import MX_BLOCK, mxfp4_sizes, unpack_mxfp4
 from sere_compile.ops.expert_mlp.tiles import LaunchConfig, TileConfig, launch_config
+from sere_compile.ops.repeats import merge_repeats
 
 from .bench_expert_mlp import CALLS, DEVICE, make_routing
 from .bench_stream import distances
@@ -72,6 +73,8 @@ def vllm_experts(packed):
     experts = gate_up.shape[0]
 
     def run(hidden, ids, weights):
+        # As the plug-in calls them: they take a token's experts for different ones.
+        ids, weights = merge_repeats(ids, weights)
         routing = kernels.make_routing_data(ids, weights, experts)
         out = torch.empty_like(hidden)
         return kernels.triton_kernel_fused_experts(

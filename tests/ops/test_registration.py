@@ -163,6 +163,7 @@ def test_kernels_compile_for_sm90(tmp_path):
         from sere_compile.ops.fill.launch import ROWS, default_tile
         from sere_compile.ops.fill.reference import CLOSED, RESTORE, WORTH
         from sere_compile.ops.fill.statistics import statistics_kernel
+        from sere_compile.ops.repeats.kernel import merge_repeats_kernel
         from sere_compile.ops.reroute_merged.kernel import merge_launch_config, merge_slots_kernel
         from sere_compile.ops.route.kernel import route_kernel, route_reroute_kernel
         from sere_compile.ops.route.launch import tile_for
@@ -198,6 +199,8 @@ def test_kernels_compile_for_sm90(tmp_path):
             constants.update(TOKENS=config.slots, CHUNK=config.chunk)
             compile_for_sm90(merge_slots_kernel, config.num_warps, constants, ids_ptr=ids, weights_ptr="*bf16",
                              map_ptr="*i32", mask_ptr="*i1", out_ids_ptr=ids, out_weights_ptr="*bf16")
+            compile_for_sm90(merge_repeats_kernel, 4, dict(K=6, SLOTS=8, TOKENS=16), ids_ptr=ids, out_ids_ptr=ids,
+                             weights_ptr="*fp32", out_weights_ptr="*fp32")
             for experts in (128, 60, 512):
                 e_block = triton.next_power_of_2(experts)
                 tile = default_tile(e_block)

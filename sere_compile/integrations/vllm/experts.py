@@ -224,7 +224,7 @@ def put_before(runner: Any, limit: int) -> Callable[[], int]:
     experts = layer.quant_method.moe_kernel.fused_experts
     known, dtype, computed = Layer.of(layer), runner.moe_config.in_dtype, 0
     scales = (None, None) if known.packed is None else (known.packed.gate_up_scale, known.packed.down_scale)
-    original = experts.apply
+    original, own = experts.apply, vars(experts).get("apply")
 
     def apply(
         output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
@@ -255,7 +255,10 @@ def put_before(runner: Any, limit: int) -> Callable[[], int]:
     experts.apply = apply
 
     def take_back() -> int:
-        del experts.apply
+        if own is None:
+            del experts.apply
+        else:
+            experts.apply = own
         return computed
 
     return take_back

@@ -24,6 +24,7 @@ from .layers import LayerPlan, find_runners, plan_layers
 from .options import VllmOptions, read_options
 from .packed_weights import keeping_packed_weights
 from .ranks import Meeting, part_of_rows, ranks_meet, sum_of_shares
+from .repeats import merge_where_needed
 from .routers import differs, known_router
 from .routing import BatchState, RoutingHook
 
@@ -168,6 +169,9 @@ class WorkerHooks:
         # before the hooks.
         with torch.inference_mode(False), torch.no_grad():
             plans, source = plan_layers(runners, options, config, device)
+            # Filling leaves a token's experts different.
+            repeating = {name: plan.runner for name, plan in plans.items() if plan.similarity is not None}
+            merge_where_needed(repeating, config, device)
             self.hooks = {name: _hook(plan, self.state, options.routing_batch) for name, plan in plans.items()}
             replaced = replace_experts(runners, options, config, device)
             routed = select_in_hooks(self.hooks, runners, device) if options.router != "vllm" else 0

@@ -1,0 +1,115 @@
+"""Experts kernels that take a token's experts for different ones, in vLLM's own modular kernel on a CPU."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sere_compile.integrations.vllm import EngineMismatchError, experts, repeats
+
+from .test_experts import CPU, TOP_K, TritonExperts, layer, per_slot
+
+pytestmark = pytest.mark.vllm
+
+
+class SetExperts(TritonExperts):
+    """As vLLM's kernels for MXFP4: a token's experts are a set, and ids of no expert are skipped."""
+
+    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, **others):
+        again = (topk_ids[:, :, None] == topk_ids[:, None, :]).tril(-1).any(2)
+        kept = torch.where(again | (topk_ids < 0), 0.0, topk_weights)
+        super().apply(output, hidden_states, w1, w2, kept, topk_ids.clamp(min=0), activation, **others)
+
+
+class LeavesRowsAsTheyWere(SetExperts):
+    """And a token that names an expert twice gets no output at all: what the memory had."""
+
+    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *others, **named):
+        memory = getattr(self, "memory", None)
+        before = memory if memory is not None and memory.shape == output.shape else torch.zeros_like(output)
+        super().apply(output, hidden_states, w1, w2, topk_weights, topk_ids, *others, **named)
+        again = (topk_ids[:, :, None] == topk_ids[:, None, :]) & (topk_ids >= 0)[:, :, None]
+        output.copy_(torch.where(again.tril(-1).any(2).any(1)[:, None], before, output))
+        self.memory = output.clone()
+
+
+class OfDifferentOnesAlone(SetExperts):
+    """And it has no idea of slots without an expert."""
+
+    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *others, **named):
+        super().apply(output, hidden_states, w1, w2, topk_weights, topk_ids, *others, **named)
+        output[(topk_ids < 0).any(1)] = torch.nan
+
+
+def made(kernels):
+    """A layer whose experts are these."""
+    runner = layer(kernels=kernels)
+    runner.router, runner.layer_name = SimpleNamespace(eplb_state=None), "moe"
+    return runner
+
+
+def outputs(runner, vllm_config, ids):
+    """The layer's for tokens with these ids, and slot by slot."""
+    hidden, weights, _ = experts._random_tokens(runner, len(ids), CPU)
+    held, routed = repeats._experts(runner), runner.routed_experts
+    expected = per_slot(hidden, routed.w13_weight, routed.w2_weight, weights, ids, routed.activation, held)
+    return experts._layer(runner, vllm_config, (hidden, weights, ids)), expected
+
+
+@pytest.mark.parametrize("kernels", [SetExperts, LeavesRowsAsTheyWere])
+def test_slots_of_one_expert_are_made_one_where_that_is_needed(kernels, vllm_config, caplog):
+    runner, ids = made(kernels), torch.tensor([[1, 1], [2, 0], [3, 3]], dtype=torch.int32)
+    got, expected = outputs(runner, vllm_config, ids)
+    assert not torch.allclose(got.double(), expected, rtol=0.05, atol=0.05)
+    with caplog.at_level(logging.INFO, "vllm.sere_compile"):
+        assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == 1
+    assert "made one in 1 of 1 MoE layers" in caplog.text
+    got, expected = outputs(runner, vllm_config, ids)
+    torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
+
+
+def test_other_kernels_are_left_as_they_are(vllm_config):
+    runner = made(TritonExperts)
+    assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == 0
+    assert "apply" not in vars(repeats._experts(runner))
+
+
+def test_a_kind_is_compared_once(vllm_config):
+    first, second, other = made(SetExperts), made(SetExperts), made(TritonExperts)
+    assert repeats.merge_where_needed({"a": first, "b": second, "c": other}, vllm_config, CPU) == 2
+    assert repeats._experts(second).asked == 0
+    assert "apply" in vars(repeats._experts(second))
+    assert "apply" not in vars(repeats._experts(other))
+
+
+def test_a_kernel_that_computes_neither_is_refused(vllm_config):
+    with pytest.raises(EngineMismatchError, match="a: OfDifferentOnesAlone does not compute a token right"):
+        repeats.merge_where_needed({"a": made(OfDifferentOnesAlone)}, vllm_config, CPU)
+
+
+def test_what_is_bound_to_an_exchange_is_not_compared_and_said_to_be(vllm_config, monkeypatch, caplog):
+    runner = made(SetExperts)
+    runner._quant_method.moe_kernel.impl.prepare_finalize = SimpleNamespace()
+    monkeypatch.setattr(SetExperts, "activation_format", staticmethod(lambda: SimpleNamespace(name="BatchedExperts")))
+    with caplog.at_level(logging.WARNING, "vllm.sere_compile"):
+        assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == 0
+    assert "whether SetExperts computes a token right that names an expert twice is not known" in caplog.text
+
+
+def test_with_one_expert_per_token_there_is_nothing_to_compare(vllm_config):
+    runner = made(OfDifferentOnesAlone)
+    runner.moe_config.experts_per_token = 1
+    assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == 0
+
+
+def test_ours_are_put_before_and_taken_back_beside(vllm_config):
+    """What was merged for vLLM's kernel stays when ours were compared with it."""
+    runner = made(SetExperts)
+    assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == 1
+    merging = vars(repeats._experts(runner))["apply"]
+    experts.put_before(runner, 4)()
+    assert vars(repeats._experts(runner))["apply"] is merging
+    assert TOP_K == 2
