@@ -2,11 +2,11 @@ r"""SERE in vLLM on a GPU for other models and kinds of weights: whether they ar
 
 \b
 python -m benchmarks.vllm_models                                        # Qwen3-30B-A3B's shape in every kind of weights
-python -m benchmarks.vllm_models --layers 4 --together 3                # experts are counted; times are the host's
+python -m benchmarks.vllm_models --layers 4 --no-timed --together 8     # served or not, and active experts
 python -m benchmarks.vllm_models --of gpt-oss-20b,deepseek-v2-lite --batches 8,32,64
 
-Dummy weights. Four engines each, side by side and timed in turn, of which one counts. With few layers the host is what
-takes the time.
+Dummy weights. Four engines each, side by side and timed in turn, of which one counts; with `--no-timed` that one alone.
+With few layers the host is what takes the time.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ WEIGHTS: dict[str, dict[str, Any] | str] = {
               help="SHAPE or SHAPE/WEIGHTS; with @N of so many layers instead of the model's own.")  # fmt: skip
 @click.option("--batches", default="32", show_default=True)
 @click.option("--layers", type=int, default=None, help="Where --of says no number.")
-@click.option("--together", default=1, show_default=True, help="Models side by side, four engines each.")
+@click.option("--timed/--no-timed", "times", default=True, show_default=True, help="Engines whose time counts.")
+@click.option("--together", default=1, show_default=True, help="Models side by side, with all their engines.")
 @click.option("--minutes", default=8.0, show_default=True)
 @click.option("--log", type=Path, default=Path("vllm_models.log"), show_default=True)
-def main(of: str, batches: str, layers: int | None, together: int, minutes: float, log: Path) -> None:
+def main(
+    of: str, batches: str, layers: int | None, times: bool, together: int, minutes: float, log: Path
+) -> None:  # fmt: skip
     """All models, a table."""
     ends, complete = time.monotonic() + 60 * minutes, True
     sizes = [int(batch) for batch in batches.split(",")]
@@ -82,23 +85,24 @@ def main(of: str, batches: str, layers: int | None, together: int, minutes: floa
             cases = [
                 case
                 for name in group
-                for case in of_model(Path(folder) / name.translate(str.maketrans("/@ .", "----")), name, sizes)
+                for case in of_model(Path(folder) / name.translate(str.maketrans("/@ .", "----")), name, sizes, times)
             ]
+            each = len(cases) // len(group)
             runs = run_together(cases, max(1.0, ends - time.monotonic()), log)
         for index, name in enumerate(group):
-            mine = runs[4 * index : 4 * index + 4]
+            mine = runs[each * index : each * (index + 1)]
             complete &= all(one.result for one in mine)
             backends = " / ".join(dict.fromkeys(one.backend for one in mine if one.backend))
             for size in sizes:
                 click.echo(model_row(name, size, backends, [one.result for one in mine]))
-            for one, case in zip(mine, cases[4 * index :], strict=False):
+            for one, case in zip(mine, cases[each * index :], strict=False):
                 if one.result is None:
                     one.say(case["name"])
     raise SystemExit(0 if complete else 1)
 
 
-def of_model(folder: Path, name: str, batches: list[int]) -> list[dict[str, Any]]:
-    """Four engines on a model: vLLM alone, S = 2, S = 1, and one that counts."""
+def of_model(folder: Path, name: str, batches: list[int], times: bool = True) -> list[dict[str, Any]]:
+    """Four engines on a model: vLLM alone, S = 2, S = 1, and one that counts, which is the only one without `times`."""
     folder.mkdir(parents=True)
     name, _, given = name.partition("@")
     shape, _, kind = name.partition("/")
@@ -106,7 +110,8 @@ def of_model(folder: Path, name: str, batches: list[int]) -> list[dict[str, Any]
     layers = int(given or LAYERS[shape])
     model, profile = save_model(folder, layers, shape, weights if isinstance(weights, dict) else None)
     case = timed(model, profile, batches, layers, weights if isinstance(weights, str) else None)
-    rules = {"vLLM": (None, "time"), "S = 2": ("s2", "time"), "S = 1": ("s1", "time"), "counted": ("s1", "count")}
+    rules = {"vLLM": (None, "time"), "S = 2": ("s2", "time"), "S = 1": ("s1", "time")} if times else {}
+    rules |= {"counted": ("s1", "count")}
     return [
         {**case, "name": f"{name}, {what}", "sere": CASES[sere] if sere else None, "kind": kind}
         for what, (sere, kind) in rules.items()
@@ -116,7 +121,7 @@ def of_model(folder: Path, name: str, batches: list[int]) -> list[dict[str, Any]
 def model_row(name: str, batch: int, backends: str, results: list[dict[str, Any] | None]) -> str:
     """Of the table: "-" for what an engine that failed would have said."""
     *timed_ones, counted = results
-    times = [result["ms"][str(batch)][1] if result else math.nan for result in timed_ones]
+    times = [result["ms"][str(batch)][1] if result else math.nan for result in timed_ones] or 3 * [math.nan]
     active = counted["active"][str(batch)] if counted else None
     cells = ["-" if math.isnan(ms) else f"{ms:.2f}" + (f" ({times[0] / ms:.2f}x)" if i else "")
              for i, ms in enumerate(times)]  # fmt: skip

@@ -23,6 +23,8 @@ def test_weights_are_those_of_a_checkpoint_or_made_at_start(name, quantised, at_
     assert [case["sere"] and case["sere"]["select_top_k"] for case in cases] == [None, 2, 1, 1]
     assert [case["kind"] for case in cases] == ["time"] * 3 + ["count"]
     assert len({case["name"] for case in cases}) == 4
+    (counted,) = vllm_models.of_model(tmp_path / "n", name, [1, 32], times=False)
+    assert (counted["kind"], counted["name"]) == ("count", cases[3]["name"])
 
 
 def test_a_row_of_a_model_has_what_ran():
@@ -38,15 +40,23 @@ def test_a_row_of_a_model_has_what_ran():
         vllm_models.model_row("m", 32, "", [None, *timed[1:], None])
         == "| m | 32 |  | - | - | 1.60 (nanx) | 1.00 (nanx) |"
     )
+    assert vllm_models.model_row("m", 32, "MARLIN", [counted]) == "| m | 32 | MARLIN | 110.0 -> 28.0 | - | - | - |"
 
 
-def test_layers_are_of_models_that_say_none(monkeypatch):
+@pytest.mark.parametrize(("option", "each"), [("--timed", 4), ("--no-timed", 1)])
+def test_layers_are_of_models_that_say_none(option, each, monkeypatch):
     asked = []
-    monkeypatch.setattr(vllm_models, "of_model", lambda folder, name, sizes: asked.append(name) or [{"name": name}] * 4)
+
+    def of_model(folder, name, sizes, times):
+        asked.append(name)
+        return [{"name": f"{name}, {i}"} for i in range(4 if times else 1)]
+
+    monkeypatch.setattr(vllm_models, "of_model", of_model)
     monkeypatch.setattr(vllm_models, "run_together", lambda cases, seconds, log: [Run(None)] * len(cases))
     run = CliRunner().invoke(
-        vllm_models.main, ["--of", "mixtral-8x7b,gpt-oss-20b@3", "--layers", "4", "--together", "2"]
+        vllm_models.main, ["--of", "mixtral-8x7b,gpt-oss-20b@3", "--layers", "4", "--together", "2", option]
     )
     assert asked == ["mixtral-8x7b@4", "gpt-oss-20b@3"]
     assert run.exit_code == 1
     assert "| mixtral-8x7b@4 | 32 |  | - | - | - | - |" in run.output
+    assert run.output.count("gpt-oss-20b@3, ") == each
