@@ -2,7 +2,8 @@
 
 Each lives in a package of its own with fixed roles: `reference.py` defines it in plain ATen, `kernel.py` holds
 the Triton kernels (imported when the first CUDA tensor arrives), `op.py` registers it and chooses between
-the two. Importing this module registers `torch.ops.sere.*`; it does not import Triton.
+the two. Importing this module registers `torch.ops.sere.*`; it does not import Triton. (`repeats` is a function for
+the vLLM plug-in, no operator.)
 """
 
 from .expert_mlp import expert_mlp

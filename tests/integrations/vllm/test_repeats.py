@@ -90,13 +90,26 @@ def test_a_kernel_that_computes_neither_is_refused(vllm_config):
         repeats.merge_where_needed({"a": made(OfDifferentOnesAlone)}, vllm_config, CPU)
 
 
-def test_what_is_bound_to_an_exchange_is_not_compared_and_said_to_be(vllm_config, monkeypatch, caplog):
-    runner = made(SetExperts)
-    runner._quant_method.moe_kernel.impl.prepare_finalize = SimpleNamespace()
-    monkeypatch.setattr(SetExperts, "activation_format", staticmethod(lambda: SimpleNamespace(name="BatchedExperts")))
+class OAITritonExperts(SetExperts):
+    """By its name one that needs merging."""
+
+
+@pytest.mark.parametrize(("kernels", "merged"), [(SetExperts, 0), (OAITritonExperts, 1)])
+@pytest.mark.parametrize("why", ["takes rows in the order in which the exchange leaves them", "are not finite"])
+def test_what_cannot_be_compared_is_said_and_merged_where_it_is_known_to_need_it(
+    kernels, merged, why, vllm_config, monkeypatch, caplog
+):
+    runner = made(kernels)
+    if "exchange" in why:
+        runner._quant_method.moe_kernel.impl.prepare_finalize = SimpleNamespace()
+        form = staticmethod(lambda: SimpleNamespace(name="BatchedExperts"))
+        monkeypatch.setattr(SetExperts, "activation_format", form)
+    else:
+        monkeypatch.setattr(SetExperts, "wrong", torch.nan)
     with caplog.at_level(logging.WARNING, "vllm.sere_compile"):
-        assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == 0
-    assert "whether SetExperts computes a token right that names an expert twice is not known" in caplog.text
+        assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == merged
+    assert why in caplog.text
+    assert ("apply" in vars(repeats._experts(runner))) == bool(merged)
 
 
 def test_with_one_expert_per_token_there_is_nothing_to_compare(vllm_config):
