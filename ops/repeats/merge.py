@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..reroute_merged.reference import first_of_same, merged_weights
+
 
 def merge_repeats(topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Give the first of a token's slots that name one expert the weights of all of them.
@@ -27,9 +29,6 @@ def merge_repeats(topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tenso
 
 def merge_repeats_reference(topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
     """`merge_repeats` by comparing all pairs of slots."""
-    same = (topk_ids[:, :, None] == topk_ids[:, None, :]) & (topk_ids >= 0)[:, :, None]
-    merged = same.tril(-1).any(2)
-    accumulate = torch.float64 if topk_weights.dtype == torch.float64 else torch.float32
-    sums = torch.where(same, topk_weights.to(accumulate)[:, None, :], 0.0).sum(2).to(topk_weights.dtype)
-    weights = torch.where(same.sum(2) > 1, sums, topk_weights)
-    return torch.where(merged, -1, topk_ids), torch.where(merged, 0.0, weights)
+    slots = torch.arange(topk_ids.shape[1], device=topk_ids.device)
+    first = first_of_same(topk_ids, topk_ids >= 0, slots)
+    return torch.where(first == slots, topk_ids, -1), merged_weights(topk_weights, first)

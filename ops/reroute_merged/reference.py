@@ -18,6 +18,17 @@ from torch import Tensor
 from ..reroute.reference import Named, in_range, named_by_scatter, reroute_reference
 
 
+def first_of_same(ids: Tensor, named: Tensor, slots: Tensor) -> Tensor:
+    """For every slot the first slot of its token with the same id, int64 [T, K]; its own where `named` is false.
+
+    slots: 0 to K - 1.
+    """
+    same = (ids[:, :, None] == ids[:, None, :]) & named[:, :, None]
+    same = same | (slots[:, None] == slots)
+    # The first of equal maxima.
+    return same.int().argmax(2)
+
+
 def first_slots(ids: Tensor, new_ids: Tensor, num_experts: int) -> Tensor:
     """For every slot the first slot of its token that names the same expert: int64 [T, K].
 
@@ -25,10 +36,7 @@ def first_slots(ids: Tensor, new_ids: Tensor, num_experts: int) -> Tensor:
     """
     num_slots = ids.shape[1]
     slots = torch.arange(num_slots, device=ids.device)
-    same = (new_ids[:, :, None] == new_ids[:, None, :]) & in_range(new_ids, num_experts)[:, :, None]
-    same = same | (slots[:, None] == slots)
-    # The first of equal maxima.
-    first = same.int().argmax(2)
+    first = first_of_same(new_ids, in_range(new_ids, num_experts), slots)
     changed = (new_ids != ids).any(1, keepdim=True)
     return torch.where(changed, first, slots)
 
