@@ -151,15 +151,21 @@ def found(module: str, name: str) -> Any:
         return None
 
 
+def put(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Another value for an attribute of a class or an object. Returns what takes that back."""
+    own, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    return functools.partial(setattr, owner, name, before) if own else functools.partial(delattr, owner, name)
+
+
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value for an attribute of a class, for as long as the block takes."""
-    before = vars(owner)[name]
-    setattr(owner, name, value)
+    """`put`, for as long as the block takes."""
+    take_back = put(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        take_back()
 
 
 def check_modes(vllm_config: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...ops.expert_mlp import MAX_SLOTS, MAX_TOKENS, expert_mlp_into
 from ...ops.expert_mlp.stream import device_can
+from .engine import put
 from .options import VllmOptions
 from .packed_weights import PackedWeights, packed_weights, release_packed_weights
 
@@ -224,7 +225,7 @@ def put_before(runner: Any, limit: int) -> Callable[[], int]:
     experts = layer.quant_method.moe_kernel.fused_experts
     known, dtype, computed = Layer.of(layer), runner.moe_config.in_dtype, 0
     scales = (None, None) if known.packed is None else (known.packed.gate_up_scale, known.packed.down_scale)
-    original, own = experts.apply, vars(experts).get("apply")
+    original = experts.apply
 
     def apply(
         output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
@@ -252,13 +253,10 @@ def put_before(runner: Any, limit: int) -> Callable[[], int]:
         )  # fmt: skip
         return None
 
-    experts.apply = apply
+    take_ours = put(experts, "apply", apply)
 
     def take_back() -> int:
-        if own is None:
-            del experts.apply
-        else:
-            experts.apply = own
+        take_ours()
         return computed
 
     return take_back
@@ -301,12 +299,19 @@ def compare(runner: Any, vllm_config: Any, device: torch.device, limit: int) -> 
 
 def _random_tokens(runner: Any, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [T, H], weights [T, K] that sum to 1, ids [T, K] of different experts."""
-    moe, generator = runner.moe_config, torch.Generator().manual_seed(size)
+    hidden, weights, ids = random_tokens(runner.moe_config, runner.moe_config.num_local_experts, size, device, size)
+    return hidden, weights, ids.to(runner._quant_method.topk_indices_dtype or torch.int32)
+
+
+def random_tokens(
+    moe: Any, num_experts: int, size: int, device: torch.device, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [T, H], weights [T, K] that sum to 1, ids int64 [T, K] of different ones of the first experts."""
+    generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(size, int(moe.hidden_dim), generator=generator).to(device, moe.in_dtype)
-    scores = torch.rand(size, int(moe.num_local_experts), generator=generator)
+    scores = torch.rand(size, int(num_experts), generator=generator)
     weights, ids = scores.softmax(-1).topk(int(moe.experts_per_token), dim=-1)
-    weights = (weights / weights.sum(-1, keepdim=True)).to(device)
-    return hidden, weights, ids.to(device, runner._quant_method.topk_indices_dtype or torch.int32)
+    return hidden, (weights / weights.sum(-1, keepdim=True)).to(device), ids.to(device)
 
 
 def _layer(runner: Any, vllm_config: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:

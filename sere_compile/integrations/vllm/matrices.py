@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ProbeError, ProfileError
+from ...errors import ProfileError
 from ...experts.probe import PROBE_TOKENS, Probed, module_dispatch, probe_experts
 from ...similarity.profile import SimilarityProfile
 from ...similarity.profile_file import is_torch_file, open_safetensors, some
-from .ranks import own_rows_only, physical_experts, sum_of_shares
+from .ranks import experts_on_own_rows, sum_of_shares
 
 log = logging.getLogger(__name__)
 
@@ -111,35 +111,17 @@ def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
             of tokens between ranks.
     """
     from vllm.distributed import tensor_model_parallel_all_reduce
-    from vllm.forward_context import set_forward_context
 
-    moe, data_parallel = runner.moe_config, int(vllm_config.parallel_config.data_parallel_size)
+    moe = runner.moe_config
     rows = max(1, min(8 * PROBE_TOKENS, int(vllm_config.scheduler_config.max_num_batched_tokens)))
-    places = physical_experts(runner.router)
-    runner.routed_experts._ensure_moe_quant_config_init()
-    if device.type == "cpu":
-        # Linux ends a process that uses AMX without having asked for it. torch asks before its
-        # first product, vLLM's experts do not, and nothing but they has run yet.
-        torch.cpu._init_amx()
 
     def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        ids = ids if places is None else places[ids.long()]
-        output = runner.routed_experts.forward_modular(
-            x=hidden, topk_weights=weights.float().contiguous(), topk_ids=ids.to(ids_dtype).contiguous()
-        )
-        if not isinstance(output, Tensor):
-            raise ProbeError(f"{runner.layer_name}: the kernel defers its output and cannot be probed; give a profile")
+        output = own_experts(hidden, ids, weights)
         if shares:
             return sum_of_shares(output)
         return output if runner._fused_output_is_reduced else tensor_model_parallel_all_reduce(output)
 
-    # The numbers of tokens are given, so that ranks need not ask each other.
-    everywhere = torch.full((data_parallel,), rows, dtype=torch.int32) if data_parallel > 1 else None
-    with (
-        own_rows_only(runner) as shares,
-        set_forward_context(None, vllm_config, num_tokens=rows, num_tokens_across_dp=everywhere),
-    ):
-        ids_dtype = runner._quant_method.topk_indices_dtype or torch.int32
+    with experts_on_own_rows(runner, vllm_config, device, rows) as (own_experts, shares):
         dispatch = module_dispatch(experts, moe.hidden_dim, moe.in_dtype, device)
         return probe_experts(dispatch, rows, moe.num_logical_experts, moe.experts_per_token, device)
 

@@ -70,6 +70,55 @@ def own_rows_only(runner: Any) -> Iterator[bool]:
         kernel.impl.prepare_finalize = exchange
 
 
+@contextmanager
+def experts_on_own_rows(
+    runner: Any, vllm_config: Any, device: torch.device, rows: int
+) -> Iterator[tuple[Callable[[Tensor, Tensor, Tensor], Tensor], bool]]:
+    """While open, a layer's experts can be run outside of a forward: `own_rows_only`, in a forward's context.
+
+    Args:
+        runner: vLLM's layer.
+        vllm_config: the engine's configuration.
+        device: of the experts.
+        rows: at most so many tokens, on every rank at the same time.
+
+    Yields:
+        A function of hidden states [T, H], logical ids and weights [T, K], which gives [T, H]; and whether that is
+        this rank's share.
+
+    Raises:
+        ProbeError: see `own_rows_only`; also the function, where the kernel gives no plain tensor.
+    """
+    from vllm.forward_context import set_forward_context
+
+    ranks, places = int(vllm_config.parallel_config.data_parallel_size), physical_experts(runner.router)
+    runner.routed_experts._ensure_moe_quant_config_init()
+    if device.type == "cpu":
+        # Linux ends a process that uses AMX without having asked for it. torch asks before its
+        # first product, vLLM's experts do not, and nothing but they has run yet.
+        torch.cpu._init_amx()
+    # The numbers of tokens are given, so that ranks need not ask each other.
+    everywhere = torch.full((ranks,), rows, dtype=torch.int32) if ranks > 1 else None
+    with (
+        own_rows_only(runner) as shares,
+        set_forward_context(None, vllm_config, num_tokens=rows, num_tokens_across_dp=everywhere),
+    ):
+        ids_dtype = runner._quant_method.topk_indices_dtype or torch.int32
+
+        def experts(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            ids = ids if places is None else places[ids.long()]
+            output = runner.routed_experts.forward_modular(
+                x=hidden, topk_weights=weights.float().contiguous(), topk_ids=ids.to(ids_dtype).contiguous()
+            )
+            if not isinstance(output, Tensor):
+                raise ProbeError(
+                    f"{runner.layer_name}: the kernel defers its output and cannot be probed; give a profile"
+                )
+            return output
+
+        yield experts, shares
+
+
 def _bound_to_exchange(runner: Any, kernel: Any) -> str:
     """Why a kernel's experts cannot run on rows that were not exchanged; empty where they can."""
     experts = kernel.fused_experts

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...errors import ProbeError
 from ...ops.repeats import merge_repeats
-from .engine import EngineMismatchError
-from .ranks import own_rows_only, physical_experts
+from .engine import EngineMismatchError, put
+from .experts import random_tokens
+from .ranks import experts_on_own_rows
 
 log = logging.getLogger("vllm.sere_compile")
 
@@ -42,13 +43,14 @@ def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: tor
         EngineMismatchError: a kernel computes neither the one nor the other.
     """
     needed: dict[tuple[Any, ...], bool] = {}
+    merged = 0
     for name, runner in runners.items():
         kind = _kind(runner)
         if kind not in needed:
             needed[kind] = _needs_merging(name, runner, vllm_config, device)
         if needed[kind]:
             merge_before(_experts(runner))
-    merged = sum(needed[_kind(runner)] for runner in runners.values())
+            merged += 1
     if merged:
         log.info(
             "SERE: slots of a token that name one expert are made one in %d of %d MoE layers", merged, len(runners)
@@ -102,7 +104,7 @@ def _is_right_merged(runner: Any, vllm_config: Any, device: torch.device) -> boo
 
 def merge_before(experts: Any) -> Callable[[], None]:
     """Let an experts object see a token's slots of one expert as one. Returns what takes that back."""
-    original, own = experts.apply, vars(experts).get("apply")
+    original = experts.apply
 
     def apply(
         output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
@@ -111,65 +113,25 @@ def merge_before(experts: Any) -> Callable[[], None]:
         topk_ids, topk_weights = merge_repeats(topk_ids, topk_weights)
         return original(output, hidden_states, w1, w2, topk_weights, topk_ids, *others, **named)
 
-    experts.apply = apply
-
-    def take_back() -> None:
-        if own is None:
-            del experts.apply
-        else:
-            experts.apply = own
-
-    return take_back
+    return put(experts, "apply", apply)
 
 
 def _is_right(runner: Any, vllm_config: Any, device: torch.device) -> bool:
     """Whether tokens whose last slot names their first one's expert get what the sum of both weights gives."""
-    hidden, weights, ids = _tokens(runner, device, seed=0)
+    moe = runner.moe_config
+    (hidden, weights, ids), others = (
+        random_tokens(moe, moe.num_logical_experts, TOKENS, device, seed) for seed in range(2)
+    )
     whole, repeated = weights.clone(), ids.clone()
     whole[:, 0] += whole[:, -1]
     whole[:, -1] = 0
     repeated[:, -1] = repeated[:, 0]
-    run = _runner(runner, vllm_config, device)
-    expected = run(hidden, whole, ids)
+    with experts_on_own_rows(runner, vllm_config, device, TOKENS) as (experts, _):
+        expected = experts(hidden, ids, whole).double()
+        # What a kernel leaves as it was must not be what is expected.
+        experts(others[0], others[2], others[1])
+        got = experts(hidden, repeated, weights).double()
     if not expected.isfinite().all():
         raise ProbeError("its outputs on random hidden states are not finite")
-    # What a kernel leaves as it was must not be what is expected.
-    run(*_tokens(runner, device, seed=1))
-    got = run(hidden, weights, repeated)
     # Not "apart > ...", which a NaN would pass.
     return bool((got - expected).norm() <= TOLERANCE * expected.norm())
-
-
-def _tokens(runner: Any, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [T, H], weights [T, K] and ids [T, K] of different experts."""
-    moe, generator = runner.moe_config, torch.Generator().manual_seed(seed)
-    hidden = torch.randn(TOKENS, int(moe.hidden_dim), generator=generator).to(device, moe.in_dtype)
-    scores = torch.rand(TOKENS, int(moe.num_logical_experts), generator=generator)
-    weights, ids = scores.softmax(-1).topk(int(moe.experts_per_token), dim=-1)
-    return hidden, (weights / weights.sum(-1, keepdim=True)).to(device), ids.to(device)
-
-
-def _runner(runner: Any, vllm_config: Any, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A layer's experts on this rank's own rows: a function of hidden states, weights and ids, in fp64."""
-    from vllm.forward_context import set_forward_context
-
-    places = physical_experts(runner.router)
-    ranks = int(vllm_config.parallel_config.data_parallel_size)
-    everywhere = torch.full((ranks,), TOKENS, dtype=torch.int32) if ranks > 1 else None
-    runner.routed_experts._ensure_moe_quant_config_init()
-    if device.type == "cpu":
-        torch.cpu._init_amx()  # see `probe_layer`
-
-    def run(hidden: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        ids = ids if places is None else places[ids]
-        with (
-            own_rows_only(runner),
-            set_forward_context(None, vllm_config, num_tokens=TOKENS, num_tokens_across_dp=everywhere),
-        ):
-            ids = ids.to(runner._quant_method.topk_indices_dtype or torch.int32).contiguous()
-            output = runner.routed_experts.forward_modular(x=hidden, topk_weights=weights, topk_ids=ids)
-        if not isinstance(output, Tensor):
-            raise ProbeError(f"{runner.layer_name}: the kernel defers its output")
-        return output.double()
-
-    return run
