@@ -213,8 +213,8 @@ EQUIVALENT: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "ops/reroute_merged/reference.py",
-        "first_slots",
-        "first = same.int().argmax(1)",
+        "first_of_same",
+        "return same.int().argmax(1)",
         "a slot names what another names if the other names what it does",
     ),
     (
