@@ -17,11 +17,26 @@ _SIGNS = re.compile(
 
 
 @functools.cache
-def moe_architectures() -> dict[str, str]:
-    """Import path of the modeling file by the architecture's name (`qwen3_moe`), in order of names."""
+def _sources() -> dict[str, tuple[str, str]]:
+    """Import path and text of each modeling file that holds an MoE, by the architecture's name, in order of names."""
     models = Path(transformers.__file__).parent / "models"
     found = {}
     for file in sorted(models.glob("*/modeling_*.py")):
-        if _SIGNS.search(file.read_text()):
-            found[file.stem.removeprefix("modeling_")] = f"transformers.models.{file.parent.name}.{file.stem}"
+        text = file.read_text()
+        if _SIGNS.search(text):
+            name = file.stem.removeprefix("modeling_")
+            found[name] = f"transformers.models.{file.parent.name}.{file.stem}", text
     return found
+
+
+def moe_architectures() -> dict[str, str]:
+    """Import path of the modeling file by the architecture's name (`qwen3_moe`), in order of names."""
+    return {name: path for name, (path, _) in _sources().items()}
+
+
+def has_experts_interface(name: str) -> bool:
+    """Whether transformers can run the experts in several ways; else the architecture has a dispatch of its own.
+
+    An architecture that the installed transformers lacks has none.
+    """
+    return "@use_experts_implementation" in _sources().get(name, ("", ""))[1]

@@ -1,7 +1,7 @@
 """What a model has to compute when its experts are re-routed: forced in eager mode, with nothing of `passes`.
 
 transformers' experts are modules called with (hidden states, top_k_index, top_k_weights). The ids are exchanged there,
-behind every look-up of the router.
+behind every look-up of the router; where a model makes others of them before, as they leave the router.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def rerouted(
         for path, module in selecting_modules(name, model).items():
             if _takes_ids(module):
                 stack.callback(_exchange_ids(path, module, new_ids))
+            elif type(module).__name__.endswith("TopkRouter"):
+                stack.callback(_exchange_result(path, module, new_ids))
             else:
                 stack.callback(_own_gating(path, module, new_ids))
         yield seen
@@ -110,6 +112,15 @@ def _exchange_ids(path: str, module: nn.Module, new_ids: _Reroute) -> Callable[[
         return (*args[:position], new_ids(path, args[position]), *args[position + 1 :]), kwargs
 
     return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+def _exchange_result(path: str, router: nn.Module, new_ids: _Reroute) -> Callable[[], None]:
+    """A router's result ends in the ids."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*result[:-1], new_ids(path, result[-1]))
+
+    return router.register_forward_hook(hook).remove
 
 
 def _own_gating(path: str, gating: Any, new_ids: _Reroute) -> Callable[[], None]:

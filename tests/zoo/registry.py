@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .discover import moe_architectures
+from .discover import has_experts_interface, moe_architectures
 from .shrink import EXPERTS, tiny_config
 
 VOCABULARY = 96
@@ -32,7 +32,6 @@ class Entry:
         model: name of the class, where the first of `_SUFFIXES` is not the one with the experts.
         inputs: names of further inputs that take the token ids (a decoder's).
         identity: K is 1, so that every gate is an identity.
-        interface: whether transformers can run its experts in several ways; else it has a dispatch of its own.
         selecting: end of the class name of the modules that select, where experts do not take `top_k_index`.
         columns: columns of the router, which may be more than the experts selected from.
         experts: size of the similarity matrices.
@@ -45,7 +44,6 @@ class Entry:
     model: str = ""
     inputs: tuple[str, ...] = ()
     identity: bool = False
-    interface: bool = True
     selecting: str = ""
     columns: int = EXPERTS
     experts: int = EXPERTS
@@ -64,9 +62,9 @@ def _rope_sections(*sections: int) -> dict[str, Any]:
 
 # Built by the shared sizes alone.
 _PLAIN = (
-    "afmoe aria bailing_hybrid cohere2_moe diffusion_gemma dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe "
+    "afmoe aria bailing_hybrid cohere2_moe diffusion_gemma dots1 ergo ernie4_5_moe exaone_moe flex_olmo glm4_moe "
     "gpt_oss granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 kolibri1 laguna lara_mini "
-    "mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl mixtral muse_spark olmoe openai_privacy_filter "
+    "mellum mimo_v2_flash minicpm5_moe minimax minimax_m2 minimax_m3_vl mixtral muse_spark olmoe openai_privacy_filter "
     "phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open "
     "unlimited_ocr"
 )
@@ -84,7 +82,6 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 12, "moe_top_k": 3},
         },
-        interface=False,
     ),
     "deepseek_ocr2": Entry(_ONE_DENSE | {"n_group": None, "topk_group": None}),
     "deepseek_v2": Entry(_LATENT),
@@ -98,7 +95,6 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
         columns=8,
         experts=8,
         skipped="product keys",
-        interface=False,
     ),
     "dots3_note": Entry(_LATENT | {"head_dim": 16, "index_n_heads": 2, "index_head_dim": 16}),
     "ernie4_5_vl_moe": Entry({"moe_intermediate_size": [16, 16]} | _rope_sections(1, 1, 2)),
@@ -122,15 +118,21 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
     "jamba": Entry(
         {"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 3, "attn_layer_offset": 1}
     ),
-    "jetmoe": Entry({"kv_channels": 8}, selecting="TopKGating", interface=False, probed=False),
+    "jetmoe": Entry({"kv_channels": 8}, selecting="TopKGating", probed=False),
     "kimi_linear": Entry({"linear_num_heads": 2, "linear_head_dim": 8}),
+    # Its cache keeps keys and values in blocks of 16 numbers.
+    "kolibri1_1": Entry(
+        {"layer_types": ["sliding_attention", "indexed_attention", "sliding_attention"], "mlp_only_layers": [0]}
+        | {"head_dim": 16, "index_num_heads": 1}
+    ),
     "lfm2_moe": Entry({"layer_types": ["conv", "full_attention", "conv"]}),
     # The published models take one expert a token.
-    "llama4": Entry({"num_experts_per_tok": 1}, selecting="Router", identity=True, interface=False),
+    "llama4": Entry({"num_experts_per_tok": 1}, selecting="Router", identity=True),
     "longcat_flash": Entry(
         _LATENT | {"zero_expert_num": 5, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
+        # Slots of its experts that compute nothing get other ids behind the router (transformers 5.25).
+        selecting="TopkRouter",
         columns=17,
-        interface=False,
     ),
     "mistral4": Entry(_LATENT),
     "mistral_large4": Entry(_LATENT),
@@ -145,15 +147,13 @@ ENTRIES: dict[str, Entry] = {name: Entry() for name in _PLAIN.split()} | {
         inputs=("decoder_input_ids",),
         selecting="Top2Router",
         skipped="capacity",
-        interface=False,
     ),
-    "step3p7": Entry(_ONE_DENSE | {"sliding_window": 16}, interface=False),
+    "step3p7": Entry(_ONE_DENSE | {"sliding_window": 16}),
     "switch_transformers": Entry(
         {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_sparse_encoder_layers": 2}
         | {"num_decoder_layers": 2, "num_sparse_decoder_layers": 2},
         selecting="Top1Router",
         skipped="capacity",
-        interface=False,
     ),
     "zaya": Entry({"num_experts_per_tok": 1}, columns=13, identity=True),
 }
@@ -192,14 +192,9 @@ def build(name: str, experts: str = "grouped_mm", dtype: torch.dtype = torch.flo
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2, generator=generator)
-    if ENTRIES[name].interface:
+    if has_experts_interface(name):
         model.set_experts_implementation(experts)
     return model.to(dtype)
-
-
-def has_experts_interface(model: PreTrainedModel) -> bool:
-    """Whether transformers can run the model's experts in several ways."""
-    return model._can_set_experts_implementation()
 
 
 def inputs(name: str, batch: int = 2, length: int = 4, seed: int = 0) -> dict[str, Any]:
@@ -211,4 +206,4 @@ def inputs(name: str, batch: int = 2, length: int = 4, seed: int = 0) -> dict[st
 
 def implementations(name: str) -> tuple[str, ...]:
     """The experts implementations of an architecture; one that has a dispatch of its own has only that: "own"."""
-    return ("grouped_mm", "batched_mm", "eager") if ENTRIES[name].interface else ("own",)
+    return ("grouped_mm", "batched_mm", "eager") if has_experts_interface(name) else ("own",)
