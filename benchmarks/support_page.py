@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from tests.zoo.discover import moe_architectures
 from tests.zoo.registry import ENTRIES, implementations
 
 from .survey import EAGER, Survey, survey_ahead, survey_dynamo
@@ -133,6 +134,11 @@ def further_cell(tracer: str, survey: Survey) -> str:
     return cell(survey, torch.bfloat16 if tracer == "bfloat16" else torch.float32)
 
 
+def installed() -> list[str]:
+    """Architectures that the installed transformers has, in order."""
+    return sorted(set(ENTRIES) & set(moe_architectures()))
+
+
 def keys(names: list[str]) -> list[Key]:
     """The lines of both tables for these architectures."""
     first: list[Key] = [(name, experts) for name in names for experts in implementations(name)]
@@ -175,7 +181,7 @@ def write(rows: dict[Key, Row]) -> None:
     """The tables in order of architectures, of this machine's versions."""
     header = _HEADER.format(transformers=transformers.__version__, torch=torch.__version__.partition("+")[0])
     lines: dict[int, list[Row]] = {2: [], 3: []}
-    for key in keys(sorted(ENTRIES)):
+    for key in keys(installed()):
         lines[len(key)].append(rows.get(key, unmeasured(key)))
     first, further = ("".join(f"| {' | '.join(line)} |\n" for line in lines[length]) for length in (2, 3))
     FILE.write_text(header + first + _FURTHER_HEADER + further)
@@ -199,10 +205,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="ARCHITECTURE", help="all of them if none is given")
     parser.add_argument("--missing", action="store_true", help="only cells that are not measured yet")
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - set(ENTRIES):
-        parser.error(f"no architecture of tests/zoo/registry.py: {', '.join(sorted(unknown))}")
+    if unknown := set(arguments.names) - set(installed()):
+        parser.error(
+            f"no architecture of tests/zoo/registry.py and the installed transformers: {', '.join(sorted(unknown))}"
+        )
     _, rows = read()
-    chosen = keys(arguments.names or sorted(ENTRIES))
+    chosen = keys(arguments.names or installed())
     known = {key: rows[key] if arguments.missing and key in rows else unmeasured(key) for key in chosen}
     todo = sorted((key for key in chosen if UNMEASURED in known[key]), key=lambda key: key[1] == "eager")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, initializer=_prepare) as pool:

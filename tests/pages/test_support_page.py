@@ -6,18 +6,19 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.support_page import DYNAMO, EXPORT, FURTHER, UNMEASURED, cell, keys, read
+from benchmarks.support_page import DYNAMO, EXPORT, FURTHER, UNMEASURED, cell, installed, keys, read
 from benchmarks.survey import Survey
 from sere_compile import GateRow
 
-from ..zoo.registry import ENTRIES
 from ..zoo.test_zoo import checked_in
 
 
 def test_rows_are_those_of_the_registry():
     """A new architecture needs a row: python -m benchmarks.support_page NAME."""
-    _, rows = read()
-    assert set(rows) == set(keys(sorted(ENTRIES)))
+    header, rows = read()
+    if transformers.__version__ not in header:
+        pytest.skip("written with another transformers, which has other architectures")
+    assert set(rows) == set(keys(installed()))
 
 
 def test_every_cell_is_measured_and_right():
