@@ -16,7 +16,8 @@ from ..zoo.test_zoo import checked_in
 def test_rows_are_those_of_the_registry():
     """A new architecture needs a row: python -m benchmarks.support_page NAME."""
     header, rows = read()
-    if transformers.__version__ not in header:
+    # The page names others further down.
+    if f"architecture of transformers {transformers.__version__}," not in header:
         pytest.skip("written with another transformers, which has other architectures")
     assert set(rows) == set(keys(installed()))
 

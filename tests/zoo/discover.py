@@ -17,21 +17,22 @@ _SIGNS = re.compile(
 
 
 @functools.cache
-def _sources() -> dict[str, tuple[str, str]]:
-    """Import path and text of each modeling file that holds an MoE, by the architecture's name, in order of names."""
+def _found() -> dict[str, tuple[str, bool]]:
+    """By the architecture's name: the modeling file's import path, and whether its experts have an interface."""
     models = Path(transformers.__file__).parent / "models"
     found = {}
     for file in sorted(models.glob("*/modeling_*.py")):
         text = file.read_text()
         if _SIGNS.search(text):
-            name = file.stem.removeprefix("modeling_")
-            found[name] = f"transformers.models.{file.parent.name}.{file.stem}", text
+            path = f"transformers.models.{file.parent.name}.{file.stem}"
+            found[file.stem.removeprefix("modeling_")] = path, "@use_experts_implementation" in text
     return found
 
 
+@functools.cache
 def moe_architectures() -> dict[str, str]:
     """Import path of the modeling file by the architecture's name (`qwen3_moe`), in order of names."""
-    return {name: path for name, (path, _) in _sources().items()}
+    return {name: path for name, (path, _) in _found().items()}
 
 
 def has_experts_interface(name: str) -> bool:
@@ -39,4 +40,4 @@ def has_experts_interface(name: str) -> bool:
 
     An architecture that the installed transformers lacks has none.
     """
-    return "@use_experts_implementation" in _sources().get(name, ("", ""))[1]
+    return name in _found() and _found()[name][1]

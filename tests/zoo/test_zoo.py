@@ -46,7 +46,7 @@ def known(name):
 QUICK = ("deepseek_v3", "gpt_oss", "llama4")
 OTHERS = sorted(set(ENTRIES) - set(QUICK))
 EVERYONE = cases(QUICK) + cases(OTHERS, [pytest.mark.zoo])
-# Experts that transformers runs in several ways; `test_dynamo` runs the first.
+# Experts that the installed transformers runs in several ways; `test_dynamo` runs the first.
 INTERFACE = sorted(filter(has_experts_interface, ENTRIES))
 # Data-dependent loops or sizes, or a cache in the result that torch.export knows no type of.
 NOT_EXPORTED = {"dbrx", "diffusion_gemma", "kolibri1_1", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"}
@@ -113,7 +113,6 @@ def test_dynamo(name):
 @pytest.mark.parametrize("name", cases(INTERFACE))
 def test_dynamo_with_indexed_weights(name):
     """The other implementation that makes one graph."""
-    default(name)
     survey = survey_dynamo(name, "batched_mm")
     checked_in(name, "batched_mm", DYNAMO, survey)
     check(name, survey)
