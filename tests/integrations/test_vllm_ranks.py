@@ -204,5 +204,5 @@ def test_where_a_logical_expert_is():
     router = SimpleNamespace(eplb_state=SimpleNamespace(logical_to_physical_map=places))
     assert physical_experts(router).tolist() == [4, 0]
     assert physical_experts(SimpleNamespace(eplb_state=None)) is None
-    with pytest.raises(ProbeError, match="give a profile"):
+    with pytest.raises(ProbeError, match="only when they are placed"):
         physical_experts(SimpleNamespace(eplb_state=SimpleNamespace(logical_to_physical_map=None)))

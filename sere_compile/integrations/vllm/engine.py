@@ -168,6 +168,36 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         take_back()
 
 
+def fused_experts(method: Any) -> Any:
+    """What computes the slots of a layer of vLLM's; None where its method does so itself, as on CPUs."""
+    return getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+
+
+def after_reload(runner: Any, again: Callable[[], Any], impossible: str = "") -> None:
+    """Have something done again each time a layer's weights are loaded anew, which makes its kernel anew as well.
+
+    Args:
+        runner: vLLM's layer.
+        again: called when the layer has another experts object than before.
+        impossible: why weights cannot be loaded anew, if so: trying it raises `ConfigError`.
+    """
+    method = runner._quant_method
+    original = getattr(method, "process_weights_after_loading", None)
+    if original is None:
+        return
+
+    def process_weights_after_loading(layer: Any) -> Any:
+        if impossible:
+            raise ConfigError(f"{runner.layer_name}: weights cannot be loaded anew: {impossible}")
+        before = fused_experts(method)
+        result = original(layer)
+        if fused_experts(method) is not before:
+            again()
+        return result
+
+    put(method, "process_weights_after_loading", process_weights_after_loading)
+
+
 def check_modes(vllm_config: Any) -> None:
     """Refuse what cannot be combined with batch-aware routing.
 

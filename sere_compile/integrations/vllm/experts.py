@@ -25,7 +25,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...ops.expert_mlp import MAX_SLOTS, MAX_TOKENS, expert_mlp_into
 from ...ops.expert_mlp.stream import device_can
-from .engine import put
+from .engine import after_reload, put
 from .options import VllmOptions
 from .packed_weights import PackedWeights, packed_weights, release_packed_weights
 
@@ -114,6 +114,7 @@ def replace_experts(
             replaced, most = replaced + 1, max(most, limit)
             packed = packed_weights(runner.routed_experts)
             held += packed.bytes if packed is not None else 0
+            after_reload(runner, lambda runner=runner, limit=limit: put_before(runner, limit), _cannot_reload(packed))
         elif forced and options.config.strict:
             raise ConfigError(f'{name}: experts="sere" is out of reach: {reason}')
         else:
@@ -126,6 +127,11 @@ def replace_experts(
     if held:
         text += f"; MXFP4 weights are held twice for that, {held / 1e9:.2f} GB more"
     return Replaced(replaced, text) if replaced else None
+
+
+def _cannot_reload(packed: PackedWeights | None) -> str:
+    """Why a layer's weights cannot be loaded anew while an engine runs; empty where they can."""
+    return 'experts="sere" keeps MXFP4 weights a second time, which would stay as they were' if packed else ""
 
 
 def _limit(runner: Any, forced: bool, device: torch.device) -> tuple[int, str]:
@@ -304,12 +310,17 @@ def _random_tokens(runner: Any, size: int, device: torch.device) -> tuple[Tensor
 
 
 def random_tokens(
-    moe: Any, num_experts: int, size: int, device: torch.device, seed: int
+    moe: Any, num_experts: int, size: int, device: torch.device, seed: int, first: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [T, H], weights [T, K] that sum to 1, ids int64 [T, K] of different ones of the first experts."""
+    """Hidden states [T, H], weights [T, K] that sum to 1, ids int64 [T, K] of different ones of the first experts.
+
+    first: int64 [T], each token's best expert.
+    """
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(size, int(moe.hidden_dim), generator=generator).to(device, moe.in_dtype)
     scores = torch.rand(size, int(num_experts), generator=generator)
+    if first is not None:
+        scores.scatter_(1, first[:, None], 2.0)
     weights, ids = scores.softmax(-1).topk(int(moe.experts_per_token), dim=-1)
     return hidden, (weights / weights.sum(-1, keepdim=True)).to(device), ids.to(device)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ProfileError
+from ...errors import ProbeError, ProfileError
 from ...experts.probe import PROBE_TOKENS, Probed, module_dispatch, probe_experts
 from ...similarity.profile import SimilarityProfile
 from ...similarity.profile_file import is_torch_file, open_safetensors, some
@@ -121,9 +121,12 @@ def probe_layer(runner: Any, vllm_config: Any, device: torch.device) -> Probed:
             return sum_of_shares(output)
         return output if runner._fused_output_is_reduced else tensor_model_parallel_all_reduce(output)
 
-    with experts_on_own_rows(runner, vllm_config, device, rows) as (own_experts, shares):
-        dispatch = module_dispatch(experts, moe.hidden_dim, moe.in_dtype, device)
-        return probe_experts(dispatch, rows, moe.num_logical_experts, moe.experts_per_token, device)
+    try:
+        with experts_on_own_rows(runner, vllm_config, device, rows) as (own_experts, shares):
+            dispatch = module_dispatch(experts, moe.hidden_dim, moe.in_dtype, device)
+            return probe_experts(dispatch, rows, moe.num_logical_experts, moe.experts_per_token, device)
+    except ProbeError as error:
+        raise ProbeError(f"{runner.layer_name}: its experts cannot be probed: {error}. Give a profile") from error
 
 
 def agree(matrix: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def own_rows_only(runner: Any) -> Iterator[bool]:
         return
     if reason := _bound_to_exchange(runner, kernel):
         raise ProbeError(
-            f"{runner.layer_name}: experts behind {type(exchange).__name__} cannot be probed: {reason}. Give a "
-            "profile, or choose --all2all-backend allgather_reducescatter"
+            f"behind {type(exchange).__name__} they cannot be run at start: {reason} (--all2all-backend "
+            "allgather_reducescatter has others)"
         )
     from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 
@@ -111,9 +111,7 @@ def experts_on_own_rows(
                 x=hidden, topk_weights=weights.float().contiguous(), topk_ids=ids.to(ids_dtype).contiguous()
             )
             if not isinstance(output, Tensor):
-                raise ProbeError(
-                    f"{runner.layer_name}: the kernel defers its output and cannot be probed; give a profile"
-                )
+                raise ProbeError("the kernel defers its output and cannot be run at start")
             return output
 
         yield experts, shares
@@ -148,7 +146,7 @@ def physical_experts(router: Any) -> Tensor | None:
         return None
     places = router.eplb_state.logical_to_physical_map
     if places is None:
-        raise ProbeError("with load balancing (EPLB) experts are probed when they are placed: give a profile")
+        raise ProbeError("with load balancing (EPLB) they can be run only when they are placed")
     return places[:, 0].long()
 
 

@@ -1,15 +1,18 @@
 """Experts kernels that take a token's experts for different ones: re-routed slots often name the same.
 
-Most kernels of vLLM compute each slot on its own. Its Triton kernels for MXFP4 (gpt-oss) keep a token's experts as a
-set of bits: a second slot of an expert is not counted, and its row is computed with whatever comes next. So at start
-each kind of kernel computes tokens that name an expert twice, which have to get what its weights' sum gives them.
-Where they do not, the kernel is handed tokens whose slots of one expert were made one, if it is right with these.
+Most kernels of vLLM compute each slot on its own. Some keep a token's experts as a set, all of them or for some numbers
+of tokens: a second slot of an expert is not counted, and its row is lost or computed with whatever comes next. They are
+known by name, and handed tokens whose slots of one expert were made one.
+
+At start each kind of kernel then computes tokens that name an expert twice, in batches of many sizes, and has to get
+what the sum of the weights gives them; one that does not is refused.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,18 +20,27 @@ from torch import Tensor
 
 from ...errors import ProbeError
 from ...ops.repeats import merge_repeats
-from .engine import EngineMismatchError, put
+from .engine import EngineMismatchError, after_reload, fused_experts, put
 from .experts import random_tokens
-from .ranks import experts_on_own_rows
+from .ranks import experts_on_own_rows, physical_experts
 
 log = logging.getLogger("vllm.sere_compile")
 
-TOKENS = 32
-# How far the outputs may be apart, relative to their norm: products of the same numbers, weighted before or after
-# they are rounded.
-TOLERANCE = 0.02
-# Known to need it, for where nothing can be compared.
-_OF_SETS = ("OAITritonExperts", "UnfusedOAITritonExperts")
+# By their names, not tried without: these skip slots that name no expert, others may read before their tables for one.
+_OF_SETS = re.compile(
+    # Bits of a word, for every batch.
+    "OAITritonExperts|UnfusedOAITritonExperts"
+    # One place per token and expert up to 16 tokens (FlashInfer's routing kernels of TRT-LLM).
+    "|TrtLlm.*"
+    # The first slot of a token that names an expert, above 256 tokens (FlashInfer's CUTLASS kernels).
+    "|FlashInferExperts"
+)
+# How far a token's output may be apart, relative to its norm. FP8 activations with one scale per tensor differ by up to
+# 0.05, for the scale depends on every row; a lost slot of K by 1 / sqrt(K + 2), 0.2 for K = 22.
+TOLERANCE = 0.1
+# Errors of a kernel that cannot be run as it is run here. A device that failed is another matter.
+_FAILED = (ProbeError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
+_OF_DEVICES = (torch.AcceleratorError,)
 
 
 def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: torch.device) -> int:
@@ -40,27 +52,35 @@ def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: tor
         device: of the experts.
 
     Raises:
-        EngineMismatchError: a kernel computes neither the one nor the other.
+        EngineMismatchError: a kernel gives a token that names an expert twice something else.
     """
-    needed: dict[tuple[Any, ...], bool] = {}
-    merged = 0
-    for name, runner in runners.items():
-        kind = _kind(runner)
-        if kind not in needed:
-            needed[kind] = _needs_merging(name, runner, vllm_config, device)
-        if needed[kind]:
-            merge_before(_experts(runner))
-            merged += 1
+    several = {name: runner for name, runner in runners.items() if int(runner.moe_config.experts_per_token) > 1}
+    merged = [runner for runner in several.values() if _takes_sets(_name(runner))]
+    for runner in merged:
+        merge_before(_experts(runner))
+        after_reload(runner, lambda runner=runner: merge_before(_experts(runner)))
+    kinds = {_kind(runner): name for name, runner in reversed(several.items())}
+    for name in kinds.values():
+        _check(name, several[name], vllm_config, device)
     if merged:
         log.info(
-            "SERE: slots of a token that name one expert are made one in %d of %d MoE layers", merged, len(runners)
+            "SERE: slots of a token that name one expert are made one in %d of %d MoE layers", len(merged), len(runners)
         )
-    return merged
+    return len(merged)
 
 
 def _experts(runner: Any) -> Any:
-    """What computes a layer's slots; None where its method does so itself, as on CPUs."""
-    return getattr(getattr(runner._quant_method, "moe_kernel", None), "fused_experts", None)
+    return fused_experts(runner._quant_method)
+
+
+def _name(runner: Any) -> str:
+    """Of the class that computes a layer's slots."""
+    experts = _experts(runner)
+    return type(runner._quant_method if experts is None else experts).__name__
+
+
+def _takes_sets(name: str) -> bool:
+    return _OF_SETS.fullmatch(name) is not None
 
 
 def _kind(runner: Any) -> tuple[Any, ...]:
@@ -70,40 +90,8 @@ def _kind(runner: Any) -> tuple[Any, ...]:
     return (type(runner._quant_method), type(_experts(runner)), *map(int, sizes))
 
 
-def _needs_merging(name: str, runner: Any, vllm_config: Any, device: torch.device) -> bool:
-    if int(runner.moe_config.experts_per_token) < 2:
-        return False
-    experts = _experts(runner)
-    kernel = type(runner._quant_method if experts is None else experts).__name__
-    try:
-        if _is_right(runner, vllm_config, device):
-            return False
-        right = experts is not None and _is_right_merged(runner, vllm_config, device)
-    except ProbeError as error:
-        known = kernel in _OF_SETS
-        log.warning(
-            "SERE: whether %s computes a token right that names an expert twice could not be tried (%s); %s",
-            kernel, error, "it is known not to, so such slots are made one" if known else "it is taken to",
-        )  # fmt: skip
-        return known
-    if not right:
-        raise EngineMismatchError(
-            f"{name}: {kernel} does not compute a token right whose slots name one expert twice, as re-routed ones do: "
-            'choose another --moe-backend, or substitution="fill", which leaves experts different'
-        )
-    return True
-
-
-def _is_right_merged(runner: Any, vllm_config: Any, device: torch.device) -> bool:
-    take_back = merge_before(_experts(runner))
-    try:
-        return _is_right(runner, vllm_config, device)
-    finally:
-        take_back()
-
-
-def merge_before(experts: Any) -> Callable[[], None]:
-    """Let an experts object see a token's slots of one expert as one. Returns what takes that back."""
+def merge_before(experts: Any) -> None:
+    """Let an experts object see a token's slots of one expert as one."""
     original = experts.apply
 
     def apply(
@@ -113,25 +101,79 @@ def merge_before(experts: Any) -> Callable[[], None]:
         topk_ids, topk_weights = merge_repeats(topk_ids, topk_weights)
         return original(output, hidden_states, w1, w2, topk_weights, topk_ids, *others, **named)
 
-    return put(experts, "apply", apply)
+    put(experts, "apply", apply)
 
 
-def _is_right(runner: Any, vllm_config: Any, device: torch.device) -> bool:
-    """Whether tokens whose last slot names their first one's expert get what the sum of both weights gives."""
-    moe = runner.moe_config
-    (hidden, weights, ids), others = (
-        random_tokens(moe, moe.num_logical_experts, TOKENS, device, seed) for seed in range(2)
+def _check(name: str, runner: Any, vllm_config: Any, device: torch.device) -> None:
+    """Refuse a layer whose kernel is wrong, and say so where it cannot be tried."""
+    kernel, size = _name(runner), 0
+    try:
+        for size in _sizes(int(vllm_config.scheduler_config.max_num_batched_tokens)):
+            if not _is_right(runner, vllm_config, device, size):
+                break
+        else:
+            return
+    except _OF_DEVICES:
+        raise
+    except _FAILED as error:
+        log.warning(
+            "SERE: whether %s computes a token right that names an expert twice could not be tried (%s: %s); %s",
+            kernel, type(error).__name__, error,
+            "it is known not to, so such slots are made one" if _takes_sets(kernel) else "it is taken to",
+        )  # fmt: skip
+        return
+    raise EngineMismatchError(
+        f"{name}: {kernel} does not compute a token right whose slots name one expert twice, as re-routed ones do, in "
+        f'a batch of {size}: choose another --moe-backend, or substitution="fill", which leaves experts different'
     )
+
+
+def _sizes(most: int) -> Iterator[int]:
+    """Numbers of tokens: powers of two, between which kernels change, and the most."""
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most
+
+
+def _is_right(runner: Any, vllm_config: Any, device: torch.device, size: int) -> bool:
+    """Whether tokens whose last slot names their first one's expert get what the sum of both weights gives."""
+    moe, held = runner.moe_config, _experts_here(runner)
+    # From another expert on for each size.
+    first = held[(size + torch.arange(size)) % len(held)]
+    (hidden, weights, ids), others = (
+        random_tokens(moe, moe.num_logical_experts, size, device, seed, first) for seed in range(2)
+    )
+    weights.fill_(1 / weights.shape[1])
     whole, repeated = weights.clone(), ids.clone()
     whole[:, 0] += whole[:, -1]
     whole[:, -1] = 0
     repeated[:, -1] = repeated[:, 0]
-    with experts_on_own_rows(runner, vllm_config, device, TOKENS) as (experts, _):
-        expected = experts(hidden, ids, whole).double()
+    with experts_on_own_rows(runner, vllm_config, device, size) as (experts, _):
+        expected = experts(hidden, ids, whole).clone()
         # What a kernel leaves as it was must not be what is expected.
         experts(others[0], others[2], others[1])
-        got = experts(hidden, repeated, weights).double()
-    if not expected.isfinite().all():
+        got = experts(hidden, repeated, weights)
+    norms = _norms(expected)
+    if not norms.isfinite().all():
         raise ProbeError("its outputs on random hidden states are not finite")
+    if norms.min() <= torch.finfo(expected.dtype).tiny * expected.shape[1] ** 0.5:
+        raise ProbeError(f"its outputs on random hidden states are nothing in {expected.dtype}")
     # Not "apart > ...", which a NaN would pass.
-    return bool((got - expected).norm() <= TOLERANCE * expected.norm())
+    return bool((_norms(got - expected) <= TOLERANCE * norms).all())
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+
+
+def _experts_here(runner: Any) -> Tensor:
+    """Logical experts that this rank computes, int64: a token that names another one twice shows nothing here."""
+    everyone = torch.arange(int(runner.moe_config.num_logical_experts))
+    held = runner.routed_experts.expert_map
+    if held is None:
+        return everyone
+    places = physical_experts(runner.router)
+    here = everyone[held.cpu()[everyone if places is None else places.cpu()] >= 0]
+    return here if len(here) else everyone

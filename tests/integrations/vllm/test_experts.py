@@ -126,6 +126,23 @@ def test_small_batches_are_ours_and_large_ones_vllms(vllm_config, activation, bi
         assert (output.double() - expected).norm() < 0.01 * expected.norm()
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_weights_that_are_loaded_anew_are_ours_too_unless_they_are_held_twice(vllm_config, monkeypatch, held):
+    runner, later = layer(), layer()._quant_method.moe_kernel
+    runner.layer_name, method = "moe", runner._quant_method
+    method.process_weights_after_loading = lambda layer: setattr(method, "moe_kernel", later)
+    assert experts.replace_experts({"moe": runner}, options("sere"), vllm_config, CPU)
+    if held:
+        experts.after_reload(runner, None, experts._cannot_reload(object()))
+        with pytest.raises(ConfigError, match=r"moe: weights cannot be loaded anew: .* a second time"):
+            method.process_weights_after_loading(runner.routed_experts)
+        assert method.moe_kernel is not later
+        return
+    method.process_weights_after_loading(runner.routed_experts)
+    _, _, asked = run(runner, 3, vllm_config)
+    assert asked == 0
+
+
 def test_experts_that_are_never_asked_are_not_replaced(vllm_config):
     """Else a comparison would be of vLLM's kernels with themselves."""
     runner = layer()
