@@ -13,6 +13,7 @@ random tokens, for every form of kernel that is to be used.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -114,7 +115,7 @@ def replace_experts(
             replaced, most = replaced + 1, max(most, limit)
             packed = packed_weights(runner.routed_experts)
             held += packed.bytes if packed is not None else 0
-            after_reload(runner, lambda runner=runner, limit=limit: put_before(runner, limit), _cannot_reload(packed))
+            after_reload(runner, functools.partial(put_before, runner, limit), _cannot_reload(packed))
         elif forced and options.config.strict:
             raise ConfigError(f'{name}: experts="sere" is out of reach: {reason}')
         else:

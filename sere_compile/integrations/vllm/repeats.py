@@ -10,6 +10,7 @@ what the sum of the weights gives them; one that does not is refused.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -57,8 +58,8 @@ def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: tor
     several = {name: runner for name, runner in runners.items() if int(runner.moe_config.experts_per_token) > 1}
     merged = [runner for runner in several.values() if _takes_sets(_name(runner))]
     for runner in merged:
-        merge_before(_experts(runner))
-        after_reload(runner, lambda runner=runner: merge_before(_experts(runner)))
+        _merge(runner)
+        after_reload(runner, functools.partial(_merge, runner))
     kinds = {_kind(runner): name for name, runner in reversed(several.items())}
     for name in kinds.values():
         _check(name, several[name], vllm_config, device)
@@ -90,8 +91,9 @@ def _kind(runner: Any) -> tuple[Any, ...]:
     return (type(runner._quant_method), type(_experts(runner)), *map(int, sizes))
 
 
-def merge_before(experts: Any) -> None:
-    """Let an experts object see a token's slots of one expert as one."""
+def _merge(runner: Any) -> None:
+    """Let a layer's experts see a token's slots of one expert as one."""
+    experts = _experts(runner)
     original = experts.apply
 
     def apply(
