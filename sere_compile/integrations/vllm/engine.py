@@ -202,7 +202,7 @@ def check_modes(vllm_config: Any) -> None:
     """Refuse what cannot be combined with batch-aware routing.
 
     Raises:
-        ConfigError: the engine's batch-invariant mode, or two micro-batches at once (DBO).
+        ConfigError: the engine's batch-invariant mode, two micro-batches at once (DBO), or ranks that come and go.
     """
     envs = importlib.import_module("vllm.envs")
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
@@ -212,3 +212,8 @@ def check_modes(vllm_config: Any) -> None:
         )
     if getattr(vllm_config.parallel_config, "enable_dbo", False):
         raise ConfigError("SERE does not support dual batch overlap (enable_dbo): two batches would share one state")
+    if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
+        raise ConfigError(
+            "SERE does not support elastic expert parallelism (enable_elastic_ep): other ranks mean other kernels, "
+            "which would have nothing of it"
+        )

@@ -49,10 +49,11 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Replaced:
-    """Attributes: layers: how many; text: by what, and up to how many tokens."""
+    """Attributes: layers: how many; text: by what, and up to how many tokens; cannot_reload: see `_cannot_reload`."""
 
     layers: int
     text: str
+    cannot_reload: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def replace_experts(
     if options.experts == "vllm":
         return None
     forced, reasons, checked = options.experts == "sere", Counter[str](), dict[Any, str]()
-    replaced, most, held = 0, 0, 0
+    replaced, most, held, cannot_reload = 0, 0, 0, ""
     for name, runner in runners.items():
         limit, reason = _limit(runner, forced, device)
         if not reason:
@@ -115,7 +116,8 @@ def replace_experts(
             replaced, most = replaced + 1, max(most, limit)
             packed = packed_weights(runner.routed_experts)
             held += packed.bytes if packed is not None else 0
-            after_reload(runner, functools.partial(put_before, runner, limit), _cannot_reload(packed))
+            cannot_reload = _cannot_reload(packed)
+            after_reload(runner, functools.partial(put_before, runner, limit), cannot_reload)
         elif forced and options.config.strict:
             raise ConfigError(f'{name}: experts="sere" is out of reach: {reason}')
         else:
@@ -127,12 +129,17 @@ def replace_experts(
     text = f"sere::expert_mlp up to {most} tokens, by vLLM's kernels above"
     if held:
         text += f"; MXFP4 weights are held twice for that, {held / 1e9:.2f} GB more"
-    return Replaced(replaced, text) if replaced else None
+    return Replaced(replaced, text, cannot_reload) if replaced else None
 
 
 def _cannot_reload(packed: PackedWeights | None) -> str:
     """Why a layer's weights cannot be loaded anew while an engine runs; empty where they can."""
-    return 'experts="sere" keeps MXFP4 weights a second time, which would stay as they were' if packed else ""
+    if packed is None:
+        return ""
+    return (
+        'experts="sere" keeps MXFP4 weights a second time, which would stay as they were: start the engine again, or '
+        'take "experts": "auto"'
+    )
 
 
 def _limit(runner: Any, forced: bool, device: torch.device) -> tuple[int, str]:

@@ -108,6 +108,25 @@ def _prepare_worker(worker: Any) -> None:
 
     worker.load_model, worker.compile_or_warm_up_model = load_and_hook, warm_up_and_reset
     worker.execute_model = execute_and_watch
+    for name in _RELOADS:
+        if hasattr(worker, name):
+            setattr(worker, name, _unless_kept(worker, getattr(worker, name)))
+
+
+# Of a worker: what begins to load weights anew. Not all releases have all.
+_RELOADS = ("reload_weights", "start_weight_update")
+
+
+def _unless_kept(worker: Any, reload: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse it before any weight is touched; later a layer could only fail half way."""
+
+    @functools.wraps(reload)
+    def reload_or_refuse(*args: Any, **kwargs: Any) -> Any:
+        if worker.sere.cannot_reload:
+            raise ConfigError(f"weights cannot be loaded anew: {worker.sere.cannot_reload}")
+        return reload(*args, **kwargs)
+
+    return reload_or_refuse
 
 
 def _skip_matrices_among_weights() -> None:
@@ -152,6 +171,9 @@ def _follow_forwards() -> None:
 class WorkerHooks:
     """The hooks of one worker, by MoE layer.
 
+    Attributes:
+        cannot_reload: why the worker's weights cannot be loaded anew, if so.
+
     Raises:
         EngineMismatchError: a layer is served past its router, or none has one.
         ConfigError, ProfileError, ProbeError: see `matrices`.
@@ -179,6 +201,7 @@ class WorkerHooks:
             held = hold_gates(self.hooks, runners) if holds else 0
         for hook in self.hooks.values():
             hook.install()
+        self.cannot_reload = replaced.cannot_reload if replaced else ""
         self._layers = config.compilation_config.static_forward_context
         modules = set(worker.get_model().modules())
         self._own = {name for name, layer in self._layers.items() if layer in modules}

@@ -23,7 +23,7 @@ from ...errors import ProbeError
 from ...ops.repeats import merge_repeats
 from .engine import EngineMismatchError, after_reload, fused_experts, put
 from .experts import random_tokens
-from .ranks import experts_on_own_rows, physical_experts
+from .ranks import experts_on_own_rows, physical_experts, ranks_meet
 
 log = logging.getLogger("vllm.sere_compile")
 
@@ -108,19 +108,26 @@ def _merge(runner: Any) -> None:
 
 def _check(name: str, runner: Any, vllm_config: Any, device: torch.device) -> None:
     """Refuse a layer whose kernel is wrong, and say so where it cannot be tried."""
-    kernel, size = _name(runner), 0
+    kernel, size, compared = _name(runner), 0, False
+    # Behind an exchange experts have the rows of all ranks.
+    ranks = int(runner.moe_config.dp_size) if ranks_meet(runner.moe_config) else 1
     try:
-        for size in _sizes(int(vllm_config.scheduler_config.max_num_batched_tokens)):
-            if not _is_right(runner, vllm_config, device, size):
+        for size in _sizes(int(vllm_config.scheduler_config.max_num_batched_tokens) * ranks):
+            right = _is_right(runner, vllm_config, device, size)
+            if right is False:
                 break
+            compared |= right is not None
         else:
-            return
+            if compared:
+                return
+            raise ProbeError("its outputs on random hidden states are all zeros")
     except _OF_DEVICES:
         raise
     except _FAILED as error:
         log.warning(
-            "SERE: whether %s computes a token right that names an expert twice could not be tried (%s: %s); %s",
-            kernel, type(error).__name__, error,
+            "SERE: whether %s computes a token right that names an expert twice could not be tried in a batch of %d%s "
+            "(%s: %s); %s",
+            kernel, size, ", smaller ones are right" if size > 1 else "", type(error).__name__, error,
             "it is known not to, so such slots are made one" if _takes_sets(kernel) else "it is taken to",
         )  # fmt: skip
         return
@@ -139,14 +146,15 @@ def _sizes(most: int) -> Iterator[int]:
     yield most
 
 
-def _is_right(runner: Any, vllm_config: Any, device: torch.device, size: int) -> bool:
-    """Whether tokens whose last slot names their first one's expert get what the sum of both weights gives."""
+def _is_right(runner: Any, vllm_config: Any, device: torch.device, size: int) -> bool | None:
+    """Whether tokens whose last slot names their first one's expert get what the sum of both weights gives.
+
+    None where that is nothing: an expert may have been trained, or padded, to zeros.
+    """
     moe, held = runner.moe_config, _experts_here(runner)
     # From another expert on for each size.
     first = held[(size + torch.arange(size)) % len(held)]
-    (hidden, weights, ids), others = (
-        random_tokens(moe, moe.num_logical_experts, size, device, seed, first) for seed in range(2)
-    )
+    hidden, weights, ids = random_tokens(moe, moe.num_logical_experts, size, device, 0, first)
     weights.fill_(1 / weights.shape[1])
     whole, repeated = weights.clone(), ids.clone()
     whole[:, 0] += whole[:, -1]
@@ -155,15 +163,15 @@ def _is_right(runner: Any, vllm_config: Any, device: torch.device, size: int) ->
     with experts_on_own_rows(runner, vllm_config, device, size) as (experts, _):
         expected = experts(hidden, ids, whole).clone()
         # What a kernel leaves as it was must not be what is expected.
-        experts(others[0], others[2], others[1])
+        experts(-hidden, ids, whole)
         got = experts(hidden, repeated, weights)
     norms = _norms(expected)
     if not norms.isfinite().all():
         raise ProbeError("its outputs on random hidden states are not finite")
-    if norms.min() <= torch.finfo(expected.dtype).tiny * expected.shape[1] ** 0.5:
-        raise ProbeError(f"its outputs on random hidden states are nothing in {expected.dtype}")
     # Not "apart > ...", which a NaN would pass.
-    return bool((_norms(got - expected) <= TOLERANCE * norms).all())
+    right = bool((_norms(got - expected) <= TOLERANCE * norms).all())
+    nothing = norms.max() <= torch.finfo(expected.dtype).tiny * expected.shape[1] ** 0.5
+    return None if right and nothing else right
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class UnfusedOAITritonExperts(SetExperts):
         self.memory = output.clone()
 
 
+class LeavesRows(UnfusedOAITritonExperts):
+    """The same, and nobody knows."""
+
+
 class TrtLlmFp8ExpertsModular(SetExperts):
     """A set up to 16 tokens alone."""
 
@@ -133,11 +137,43 @@ def test_a_kind_is_compared_once(vllm_config):
     assert "apply" not in vars(repeats._experts(other))
 
 
-@pytest.mark.parametrize(("kernels", "size"), [(SetExperts, 1), (FlashInferExperts, 1), (SetsOfManyTokens, 300)])
+@pytest.mark.parametrize(("kernels", "size"), [
+    (SetExperts, 1), (LeavesRows, 1), (FlashInferExperts, 1), (SetsOfManyTokens, 300),
+])  # fmt: skip
 def test_a_kernel_that_is_wrong_is_refused(kernels, size, vllm_config):
     told = rf"a: {kernels.__name__} does not compute a token right .* in a batch of {size}: choose another"
     with pytest.raises(EngineMismatchError, match=told):
         repeats.merge_where_needed({"a": made(kernels)}, vllm_config, CPU)
+
+
+def test_experts_have_the_rows_of_all_ranks(vllm_config):
+    runner = made(SetsOfManyTokens)
+    vllm_config.scheduler_config.max_num_batched_tokens = 200
+    repeats.merge_where_needed({"a": runner}, vllm_config, CPU)
+    runner.moe_config.moe_parallel_config.dp_size = 2
+    with pytest.raises(EngineMismatchError, match="in a batch of 400"):
+        repeats.merge_where_needed({"a": runner}, vllm_config, CPU)
+
+
+def test_an_expert_of_zeros_does_not_end_the_comparison(vllm_config):
+    runner = made(SetExperts)
+    runner.routed_experts.w2_weight.data[1] = 0  # the first token's
+    with pytest.raises(EngineMismatchError, match="in a batch of 2"):
+        repeats.merge_where_needed({"a": runner}, vllm_config, CPU)
+
+
+def test_how_far_a_comparison_came_is_said(vllm_config, monkeypatch, caplog):
+    runner, apply = made(TritonExperts), TritonExperts.apply
+
+    def too_large(self, output, hidden_states, *others, **named):
+        if len(hidden_states) > 64:
+            raise torch.OutOfMemoryError("no room")
+        return apply(self, output, hidden_states, *others, **named)
+
+    monkeypatch.setattr(TritonExperts, "apply", too_large)
+    with caplog.at_level(logging.WARNING, "vllm.sere_compile"):
+        assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == 0
+    assert "could not be tried in a batch of 128, smaller ones are right (OutOfMemoryError: no room)" in caplog.text
 
 
 def test_a_rank_repeats_experts_that_it_computes(vllm_config):
@@ -173,7 +209,7 @@ def raises(*_, **__):
 
 
 @pytest.mark.parametrize(("kernels", "merged"), [(SetExperts, 0), (OAITritonExperts, 1)])
-@pytest.mark.parametrize("why", ["takes rows in the order", "are not finite", "are nothing in", "no such kernel"])
+@pytest.mark.parametrize("why", ["takes rows in the order", "are not finite", "are all zeros", "no such kernel"])
 def test_what_cannot_be_compared_is_said_and_merged_where_it_is_known_to_need_it(
     kernels, merged, why, vllm_config, monkeypatch, caplog
 ):

@@ -13,12 +13,13 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sere_compile import GateNotFoundError, ProfileError, SereError, SimilarityProfile
+from sere_compile import ConfigError, GateNotFoundError, ProfileError, SereError, SimilarityProfile
 from sere_compile.integrations.vllm import EngineMismatchError, plugin, stats
 from sere_compile.integrations.vllm import engine as internals
 
@@ -66,6 +67,30 @@ def test_batch_invariance_is_refused(folder, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(Exception, match="VLLM_BATCH_INVARIANT promises"), engine(folder, {}):
         pass
+
+
+def test_ranks_that_come_and_go_are_refused(folder):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(enable_elastic_ep=True))
+    with pytest.raises(ConfigError, match="elastic expert parallelism"):
+        internals.check_modes(config)
+
+
+def test_weights_that_are_loaded_anew(folder):
+    """By vLLM's own reload, layers are re-routed as before. Where weights are kept it is refused, and nothing is lost.
+
+    On a CPU vLLM 0.32 itself gives other tokens after it: its rotary embedding has no weights, and loses a buffer.
+    """
+    prompts = [[5, 9, 2], [7, 1], [3, 3, 8, 4], [11, 6]]
+    with engine(folder, {"select_top_k": 1, "min_active": 0, "collect_stats": True}) as llm:
+        generate(llm, prompts)
+        once = {name: gate.calls for name, gate in stats(llm).items()}
+        llm.collective_rpc("reload_weights")
+        tokens = generate(llm, prompts)
+        assert {name: gate.calls for name, gate in stats(llm).items()} == {name: 2 * n for name, n in once.items()}
+        hooks(llm).cannot_reload = "kept"
+        with pytest.raises(Exception, match="weights cannot be loaded anew: kept"):
+            llm.collective_rpc("reload_weights")
+        assert generate(llm, prompts) == tokens
 
 
 def test_a_changed_internal_is_one_error_at_the_start(folder, monkeypatch):
