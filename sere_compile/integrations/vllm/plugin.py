@@ -193,7 +193,7 @@ class WorkerHooks:
             plans, source = plan_layers(runners, options, config, device)
             # Filling leaves a token's experts different.
             repeating = {name: plan.runner for name, plan in plans.items() if plan.similarity is not None}
-            merge_where_needed(repeating, config, device)
+            merge_where_needed(repeating, config, device, options.config.strict)
             self.hooks = {name: _hook(plan, self.state, options.routing_batch) for name, plan in plans.items()}
             replaced = replace_experts(runners, options, config, device)
             routed = select_in_hooks(self.hooks, runners, device) if options.router != "vllm" else 0

@@ -44,16 +44,17 @@ _FAILED = (ProbeError, AttributeError, TypeError, ValueError, RuntimeError, Asse
 _OF_DEVICES = (torch.AcceleratorError,)
 
 
-def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: torch.device) -> int:
+def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: torch.device, strict: bool = False) -> int:
     """Hand kernels that need it tokens whose slots of one expert were made one. Returns in how many layers.
 
     Args:
         runners: vLLM's MoE layers whose slots may come to name one expert, by name.
         vllm_config: the engine's configuration.
         device: of the experts.
+        strict: a kernel that cannot be tried is an error, not a line in the log.
 
     Raises:
-        EngineMismatchError: a kernel gives a token that names an expert twice something else.
+        EngineMismatchError: a kernel gives a token that names an expert twice something else, or see `strict`.
     """
     several = {name: runner for name, runner in runners.items() if int(runner.moe_config.experts_per_token) > 1}
     merged = [runner for runner in several.values() if _takes_sets(_name(runner))]
@@ -62,7 +63,7 @@ def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: tor
         after_reload(runner, functools.partial(_merge, runner))
     kinds = {_kind(runner): name for name, runner in reversed(several.items())}
     for name in kinds.values():
-        _check(name, several[name], vllm_config, device)
+        _check(name, several[name], vllm_config, device, strict)
     if merged:
         log.info(
             "SERE: slots of a token that name one expert are made one in %d of %d MoE layers", len(merged), len(runners)
@@ -106,7 +107,7 @@ def _merge(runner: Any) -> None:
     put(experts, "apply", apply)
 
 
-def _check(name: str, runner: Any, vllm_config: Any, device: torch.device) -> None:
+def _check(name: str, runner: Any, vllm_config: Any, device: torch.device, strict: bool) -> None:
     """Refuse a layer whose kernel is wrong, and say so where it cannot be tried."""
     kernel, size, compared = _name(runner), 0, False
     # Behind an exchange experts have the rows of all ranks.
@@ -124,12 +125,15 @@ def _check(name: str, runner: Any, vllm_config: Any, device: torch.device) -> No
     except _OF_DEVICES:
         raise
     except _FAILED as error:
-        log.warning(
-            "SERE: whether %s computes a token right that names an expert twice could not be tried in a batch of %d%s "
-            "(%s: %s); %s",
-            kernel, size, ", smaller ones are right" if size > 1 else "", type(error).__name__, error,
-            "it is known not to, so such slots are made one" if _takes_sets(kernel) else "it is taken to",
-        )  # fmt: skip
+        smaller = ", smaller ones are right" if size > 1 else ""
+        text = (
+            f"whether {kernel} computes a token right that names an expert twice could not be tried in a batch of "
+            f"{size}{smaller} ({type(error).__name__}: {error})"
+        )
+        known = _takes_sets(kernel)
+        if strict and not known:
+            raise EngineMismatchError(f'{name}: {text}; substitution="fill" needs no such token') from error
+        log.warning("SERE: %s; %s", text, "such slots are made one for it" if known else "it is taken to")
         return
     raise EngineMismatchError(
         f"{name}: {kernel} does not compute a token right whose slots name one expert twice, as re-routed ones do, in "

@@ -226,6 +226,9 @@ def test_what_cannot_be_compared_is_said_and_merged_where_it_is_known_to_need_it
         assert repeats.merge_where_needed({"a": runner}, vllm_config, CPU) == merged
     assert why in caplog.text
     assert ("apply" in vars(repeats._experts(runner))) == bool(merged)
+    if not merged:
+        with pytest.raises(EngineMismatchError, match=f"a: whether SetExperts .* could not be tried .*{why}"):
+            repeats.merge_where_needed({"a": runner}, vllm_config, CPU, strict=True)
 
 
 def test_with_one_expert_per_token_there_is_nothing_to_compare(vllm_config):
