@@ -42,6 +42,8 @@ INTERNALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (f"{_MOE}.runner.moe_runner", "MoERunner._fused_output_is_reduced", ()),
     (f"{_MOE}.runner.moe_runner", "MoERunner.do_naive_dispatch_combine", ()),
 )  # fmt: skip
+# What a part of vLLM's raises that is tried here and is not as it is known. `ProbeError` is among them.
+NOT_AS_KNOWN = (AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
 
 
 class EngineMismatchError(SereError, RuntimeError):

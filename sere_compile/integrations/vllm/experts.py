@@ -26,7 +26,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...ops.expert_mlp import MAX_SLOTS, MAX_TOKENS, expert_mlp_into
 from ...ops.expert_mlp.stream import device_can
-from .engine import after_reload, put
+from .engine import NOT_AS_KNOWN, after_reload, fused_experts, put
 from .options import VllmOptions
 from .packed_weights import PackedWeights, packed_weights, release_packed_weights
 
@@ -116,8 +116,9 @@ def replace_experts(
             replaced, most = replaced + 1, max(most, limit)
             packed = packed_weights(runner.routed_experts)
             held += packed.bytes if packed is not None else 0
-            cannot_reload = _cannot_reload(packed)
-            after_reload(runner, functools.partial(put_before, runner, limit), cannot_reload)
+            impossible = _cannot_reload(packed)
+            after_reload(runner, functools.partial(put_before, runner, limit), impossible)
+            cannot_reload = cannot_reload or impossible
         elif forced and options.config.strict:
             raise ConfigError(f'{name}: experts="sere" is out of reach: {reason}')
         else:
@@ -169,7 +170,7 @@ def cannot_serve(runner: Any) -> str:
     kernel = getattr(runner._quant_method, "moe_kernel", None)
     exchange = type(getattr(kernel, "prepare_finalize", None)).__name__
     layer, moe = runner.routed_experts, runner.moe_config
-    reason = _other_weights(runner, type(getattr(kernel, "fused_experts", None)).__name__)
+    reason = _other_weights(runner, type(fused_experts(runner._quant_method)).__name__)
     if reason:
         return reason
     if exchange != "MoEPrepareAndFinalizeNoDPEPModular":
@@ -306,7 +307,7 @@ def compare(runner: Any, vllm_config: Any, device: torch.device, limit: int) -> 
             apart, norm = (got - expected).norm().item(), expected.norm().item()
             if not apart <= TOLERANCE * norm:
                 return f"{_WRONG} differs from them by {apart:.2e} of {norm:.2e} for {size} tokens"
-    except (AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except NOT_AS_KNOWN as error:
         return f"{_WRONG} could not be compared with them: {type(error).__name__}: {error}"
     return ""
 

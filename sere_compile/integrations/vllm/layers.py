@@ -14,7 +14,7 @@ from ...compiler.gate_options import tell_unknown
 from ...config import SereConfig
 from ...errors import ConfigError
 from ...similarity.fit import required_projection
-from .engine import EngineMismatchError
+from .engine import EngineMismatchError, fused_experts
 from .matrices import agree, find_profile, match_layers, probe_layer
 from .options import VllmOptions
 from .routing import cannot_fill
@@ -87,8 +87,7 @@ def find_runners(vllm_config: Any, model: nn.Module) -> dict[str, Any]:
 
 
 def _backend(runner: Any) -> str:
-    kernel = getattr(runner._quant_method, "moe_kernel", None)
-    experts = getattr(kernel, "fused_experts", None)
+    experts = fused_experts(runner._quant_method)
     return type(experts).__name__ if experts is not None else "of no known class"
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ...errors import ProbeError
 from ...ops.repeats import merge_repeats
-from .engine import EngineMismatchError, after_reload, fused_experts, put
+from .engine import NOT_AS_KNOWN, EngineMismatchError, after_reload, fused_experts, put
 from .experts import random_tokens
-from .ranks import experts_on_own_rows, physical_experts, ranks_meet
+from .ranks import experts_on_own_rows, physical_experts
 
 log = logging.getLogger("vllm.sere_compile")
 
@@ -39,9 +39,6 @@ _OF_SETS = re.compile(
 # How far a token's output may be apart, relative to its norm. FP8 activations with one scale per tensor differ by up to
 # 0.05, for the scale depends on every row; a lost slot of K by 1 / sqrt(K + 2), 0.2 for K = 22.
 TOLERANCE = 0.1
-# Errors of a kernel that cannot be run as it is run here. A device that failed is another matter.
-_FAILED = (ProbeError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
-_OF_DEVICES = (torch.AcceleratorError,)
 
 
 def merge_where_needed(runners: Mapping[str, Any], vllm_config: Any, device: torch.device, strict: bool = False) -> int:
@@ -111,9 +108,9 @@ def _check(name: str, runner: Any, vllm_config: Any, device: torch.device, stric
     """Refuse a layer whose kernel is wrong, and say so where it cannot be tried."""
     kernel, size, compared = _name(runner), 0, False
     # Behind an exchange experts have the rows of all ranks.
-    ranks = int(runner.moe_config.dp_size) if ranks_meet(runner.moe_config) else 1
+    most = int(vllm_config.scheduler_config.max_num_batched_tokens) * int(runner.moe_config.dp_size)
     try:
-        for size in _sizes(int(vllm_config.scheduler_config.max_num_batched_tokens) * ranks):
+        for size in _sizes(most):
             right = _is_right(runner, vllm_config, device, size)
             if right is False:
                 break
@@ -122,9 +119,9 @@ def _check(name: str, runner: Any, vllm_config: Any, device: torch.device, stric
             if compared:
                 return
             raise ProbeError("its outputs on random hidden states are all zeros")
-    except _OF_DEVICES:
-        raise
-    except _FAILED as error:
+    except torch.AcceleratorError:
+        raise  # a device that failed, not a kernel that is run otherwise than here
+    except NOT_AS_KNOWN as error:
         smaller = ", smaller ones are right" if size > 1 else ""
         text = (
             f"whether {kernel} computes a token right that names an expert twice could not be tried in a batch of "

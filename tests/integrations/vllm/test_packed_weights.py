@@ -55,6 +55,15 @@ def test_small_batches_of_packed_weights_are_ours(vllm_config):
         assert (output.double() - expected).norm() < 0.01 * expected.norm()
 
 
+def test_one_layer_of_packed_weights_keeps_all_from_being_loaded_anew(vllm_config):
+    runners = {"packed": packed_layer(), "plain": layer()}
+    replaced = experts.replace_experts(runners, options("sere"), vllm_config, CPU)
+    assert replaced.layers == 2
+    assert "a second time" in replaced.cannot_reload
+    del runners["packed"]
+    assert experts.replace_experts(runners, options("sere"), vllm_config, CPU).cannot_reload == ""
+
+
 @pytest.mark.parametrize(("kernels", "keep", "change", "reason"), [
     (OAITritonExperts, False, {}, 'experts="sere" keeps a second time'),
     (TritonExperts, True, {}, "TritonExperts may change MXFP4 weights where they lie"),
