@@ -16,8 +16,6 @@ from .region import Leaf, Region
 _LARGE = 1 << 24  # numbers from which on a matrix is taken as it is held: made up it would cost its memory again
 _ALMOST_ONE, _FAR_LESS = 6.0, 26.0  # logits whose sigmoids are nearly 1, and how far below them one is nearly 0
 _APART = 0.5  # by how much a first choice is ahead of the next
-# By draw: a router may be sure of one expert or of none, and what bends weights may do so near 0 or 1 only.
-_SHARPNESS = (1.0, 1.0, 4.0, 0.25)
 _LEAST_SURE, _MOST_SURE = -2, 4  # powers of two that scale logits
 _MANY_CALLS = 1_000_000  # that a counter may have counted
 _LIMIT, _LOW = 256, 2  # a number from which on it may be a limit that nothing reached, and what it may become
@@ -243,7 +241,6 @@ def _logits(
         pair = torch.randperm(gate.num_experts, generator=generator)[:2]
         first = pair[torch.arange(len(rows)) % len(pair)]
         rows[torch.arange(len(rows)), first] = best
-    made = made if distances else made * _SHARPNESS[draw % len(_SHARPNESS)]
     dtype = torch.float32 if single and like.dtype in HALF else like.dtype
     return made.to(device=nodes.device(node), dtype=dtype)
 

@@ -93,8 +93,7 @@ class Masks:
         if len(roots) != 1 or any(nodes.writers(node) for node in made):
             return None
         [root] = roots
-        value = nodes.value(root)
-        return root if isinstance(value, torch.Tensor) and value.dtype == torch.bool else None
+        return root if nodes.is_tensor(root) and nodes.value(root).dtype == torch.bool else None
 
     def _variant(self, node: Node, pattern: int) -> int:
         """Which variant of a mask a pattern takes: all are taken, and all combinations where these are few."""
@@ -162,10 +161,9 @@ class Masks:
         return torch.where(some_elements(sizes, _SHARE, generator), other, usual)
 
     def _mask(self, node: Node, leaf: Leaf) -> Mask | None:
-        like = nodes.value(node)
-        if not isinstance(like, torch.Tensor):
+        if not nodes.is_tensor(node):
             return None
-        readers = self._readers(node)
+        like, readers = nodes.value(node), self._readers(node)
         compared = {number for user in readers if nodes.kind(user) in _COMPARES for number in self._constants(user)}
         if like.dtype.is_floating_point:
             told = any(nodes.is_tensor(user) and not nodes.is_floating(user) for user in readers - self._made)

@@ -17,7 +17,7 @@ from typing import Any
 
 from sere_compile.compiler.outside import try_block, which_experts
 from sere_compile.compiler.outside.compare_versions import Verdict
-from sere_compile.passes.proof import ends, expert_parameters, made_up, masks, prover
+from sere_compile.passes.proof import ends, expert_parameters, masks, prover
 
 from .program import GATE, LOOK_ALIKE
 
@@ -138,8 +138,6 @@ RULES = {
     "a rewrite that changes nothing is none": Rule(
         prover.Prover, "_check_draws", ("told = told or distance(", "told = True or distance("),
         tests=(f"{DRAWS}::test_a_rewrite_that_would_change_nothing_is_none",)),
-    "routers are sure and unsure": Rule(
-        made_up, "_SHARPNESS", (1.0,) * 4, tests=(f"{DRAWS}::test_weights_that_bend_seldom",)),
     "state is that of later calls, too": Rule(
         prover, "later_state", always({}), tests=(f"{DRAWS}::test_a_scale_that_is_one_at_first",)),
     "more tokens than one call has": Rule(

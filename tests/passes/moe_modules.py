@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import ShapeProp
 
 from sere_compile.passes import RoutingSettings, Skip, find_gates, reroute_dispatch
+from sere_compile.passes.graph.leaf_modules import open_linears
 from sere_compile.testing import projection_oracle, reroute_oracle
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 10, 6, 8, 3
@@ -255,6 +258,15 @@ def from_export(module, *inputs, **options):
 def from_make_fx(module, *inputs):
     with torch.no_grad():
         return make_fx(module, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+
+
+def from_symbolic_trace(module, *inputs):
+    """The graph of symbolic_trace, as `rewrite` prepares it: ShapeProp records shapes and types, but no tensors."""
+    graph = symbolic_trace(module)
+    with torch.no_grad():
+        ShapeProp(graph).propagate(*inputs)
+    open_linears(graph)
+    return graph
 
 
 TRACERS = {"dynamo": from_dynamo, "export": from_export, "make_fx": from_make_fx}
