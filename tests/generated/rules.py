@@ -40,6 +40,7 @@ def _shows_order(c: Choices) -> bool:
         or c["normalising"] in ("dropped last", "viewed, square root")
         or c["late reader"] in ("residual of the first weight", "first id as a number")
         or c["returned"] in ("ids", "weights", "ids and weights")
+        or c["padding"] == "ids of the first token"  # with the token's own weights
     )
 
 

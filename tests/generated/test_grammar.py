@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .choices import draw
-from .draws import DIMENSIONS, chosen, drawn
+from .draws import DIMENSIONS, chosen, drawn, plain
 from .failures import sort_failures
 from .judge import matrices
 from .oracle import Oracle, Rerouting, flat
@@ -41,14 +41,26 @@ def test_programs_run(chunk):
         built, oracle = build(program), Oracle(program)
         inputs = built.inputs(0)
         with torch.no_grad():
-            plain = flat(built.model(*inputs))
+            results = flat(built.model(*inputs))
         reported, _ = oracle.run(inputs, Rerouting(matrices(program, oracle.layers), 1), frozenset())
-        assert len(plain) == len(program.labels), program.text
-        for label, one, other in zip(program.labels, plain, reported, strict=True):
+        assert len(results) == len(program.labels), program.text
+        for label, one, other in zip(program.labels, results, reported, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True, msg=f"{seed}: {label}")
         look_alike = build(drawn(LOOK_ALIKE, seed))
         with torch.no_grad():
             assert flat(look_alike.model(*look_alike.inputs(0)))
+
+
+def test_no_program_shows_the_order_of_an_unsorted_selection():
+    """The oracle's version sorts, and computes the same."""
+    for seed, program in enumerate(plain(GATE, 0, {"selection": "topk, unsorted", "sizes": "E 10, K 4, T 7, H 8"})):
+        built, oracle = build(program), Oracle(program)
+        inputs = built.inputs(seed)
+        with torch.no_grad():
+            results = flat(built.model(*inputs))
+        reported, _ = oracle.run(inputs, Rerouting(matrices(program, oracle.layers), 1), frozenset())
+        for one, other in zip(results, reported, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True, msg=program.text)
 
 
 def test_the_text_has_no_trace_of_the_oracle():
