@@ -67,7 +67,7 @@ def stream_config(
         if num_slots <= 64:
             return StreamConfig(min(rows, 16), trigger=8, wgmma=True, row_warps=4)
         if num_slots <= 128:
-            return StreamConfig(32, trigger=8, wgmma=True, rounds_ahead=True)
+            return StreamConfig(32, trigger=16, wgmma=True, row_warps=4, blocks=1, rounds_ahead=True)
         return StreamConfig(32, wgmma=True, row_warps=4, blocks=1, rounds_ahead=True)
     if fp8_activations:
         # All rows of an expert in one pass: those of two would be summed in an order that is not always the same.
