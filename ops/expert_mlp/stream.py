@@ -66,9 +66,8 @@ def stream_config(
     if fp8_activations and wgmma:
         if num_slots <= 64:
             return StreamConfig(min(rows, 16), trigger=8, wgmma=True, row_warps=4)
-        if num_slots <= 128:
-            return StreamConfig(32, trigger=16, wgmma=True, row_warps=4, blocks=1, rounds_ahead=True)
-        return StreamConfig(32, wgmma=True, row_warps=4, blocks=1, rounds_ahead=True)
+        trigger = 16 if num_slots <= 128 else -1
+        return StreamConfig(32, trigger=trigger, wgmma=True, row_warps=4, blocks=1, rounds_ahead=True)
     if fp8_activations:
         # All rows of an expert in one pass: those of two would be summed in an order that is not always the same.
         return StreamConfig(rows, trigger=4 if num_slots <= 128 else -1)

@@ -98,7 +98,7 @@ def activation_values(
 
     Args:
         region: see `cut_region`.
-        draw: is the seed, and tells how masks are filled and how sure the router is.
+        draw: is the seed, and tells how masks are filled and whether two experts are the first choices.
         single: half-precision activations become float32.
         chosen: experts that tokens choose behind their first, by turns.
         sizes: see `Sizes`; also for the region's numbers.

@@ -33,19 +33,25 @@ def test_a_seed_is_a_program(kind):
     assert torch.equal(first.inputs(0)[0], again.inputs(0)[0])
 
 
+def assert_reports_the_same(program, seed):
+    """The oracle's version of a program computes what the program does, for inputs of a seed."""
+    built, oracle = build(program), Oracle(program)
+    inputs = built.inputs(seed)
+    with torch.no_grad():
+        results = flat(built.model(*inputs))
+    reported, _ = oracle.run(inputs, Rerouting(matrices(program, oracle.layers), 1), frozenset())
+    assert len(results) == len(program.labels), program.text
+    for label, one, other in zip(program.labels, results, reported, strict=True):
+        where = f"{program.seed}: {label}\n{program.text}"
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True, msg=where)
+
+
 @pytest.mark.parametrize("chunk", range(4))
 def test_programs_run(chunk):
     """And report their ids without changing what they compute."""
     for seed in range(chunk * 50, chunk * 50 + 50):
         program = drawn(GATE, seed)
-        built, oracle = build(program), Oracle(program)
-        inputs = built.inputs(0)
-        with torch.no_grad():
-            results = flat(built.model(*inputs))
-        reported, _ = oracle.run(inputs, Rerouting(matrices(program, oracle.layers), 1), frozenset())
-        assert len(results) == len(program.labels), program.text
-        for label, one, other in zip(program.labels, results, reported, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True, msg=f"{seed}: {label}")
+        assert_reports_the_same(program, 0)
         look_alike = build(drawn(LOOK_ALIKE, seed))
         with torch.no_grad():
             assert flat(look_alike.model(*look_alike.inputs(0)))
@@ -54,13 +60,7 @@ def test_programs_run(chunk):
 def test_no_program_shows_the_order_of_an_unsorted_selection():
     """The oracle's version sorts, and computes the same."""
     for seed, program in enumerate(plain(GATE, 0, {"selection": "topk, unsorted", "sizes": "E 10, K 4, T 7, H 8"})):
-        built, oracle = build(program), Oracle(program)
-        inputs = built.inputs(seed)
-        with torch.no_grad():
-            results = flat(built.model(*inputs))
-        reported, _ = oracle.run(inputs, Rerouting(matrices(program, oracle.layers), 1), frozenset())
-        for one, other in zip(results, reported, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True, msg=program.text)
+        assert_reports_the_same(program, seed)
 
 
 def test_the_text_has_no_trace_of_the_oracle():

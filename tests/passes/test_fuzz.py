@@ -13,8 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import symbolic_trace
-from torch.fx.passes.shape_prop import ShapeProp
 
 from sere_compile.passes import RoutingSettings, Skip, SkipReason, find_gates, reroute_dispatch, verify_rewrite
 from sere_compile.testing import reroute_oracle
@@ -22,7 +20,16 @@ from sere_compile.testing import reroute_oracle
 from ..thinned import thinned
 from . import moe_modules as blocks
 from .evidence.test_selections import argmax_steps
-from .moe_modules import Block, add_matrix, from_dynamo, from_export, from_make_fx, run, weighted_sum
+from .moe_modules import (
+    Block,
+    add_matrix,
+    from_dynamo,
+    from_export,
+    from_make_fx,
+    from_symbolic_trace,
+    run,
+    weighted_sum,
+)
 
 SEEDS, CHUNK = 200, 20
 
@@ -220,14 +227,7 @@ class Generated(Block):
         return y
 
 
-def from_symbolic(module, x):
-    graph = symbolic_trace(module)
-    with torch.no_grad():
-        ShapeProp(graph).propagate(x)
-    return graph
-
-
-TRACERS = {"make_fx": from_make_fx, "symbolic": from_symbolic, "export": from_export, "dynamo": from_dynamo}
+TRACERS = {"make_fx": from_make_fx, "symbolic": from_symbolic_trace, "export": from_export, "dynamo": from_dynamo}
 
 
 def check(seed: int) -> str:

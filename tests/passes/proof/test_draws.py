@@ -56,7 +56,7 @@ BENDS = {
 }
 
 
-@pytest.mark.parametrize("tracer", [name for name in TRACERS if name != "symbolic_trace"])
+@pytest.mark.parametrize("tracer", TRACERS)
 @pytest.mark.parametrize("bend", BENDS)
 def test_weights_that_bend_seldom(bend, tracer):
     """Sharp and flat scores, other small parameters than a model begins with, and late counters are drawn too."""

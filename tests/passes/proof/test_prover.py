@@ -659,7 +659,7 @@ class Attended(Values):
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_attended_prompts_are_no_experts(tracer):
     """They act on hidden states as experts do; but no score weighs what comes of them."""
-    graph = EVERY_TRACER[tracer](Attended(), rows())
+    graph = TRACERS[tracer](Attended(), rows())
     refusal = verify_rewrite(one_gate(graph), weights_of(graph))
     assert isinstance(refusal, Skip)
     assert refusal.reason is SkipReason.NOTHING_WEIGHED
